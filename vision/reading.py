@@ -1,0 +1,274 @@
+"""Any picture file -> an RGB picture, safely: the first step of every walk that starts from a file.
+
+Whatever a file holds, the caller gets a decoded `PIL.Image` in mode RGB or a `ValueError` that names the file and the
+reason. Sizes are checked before anything is decoded; an SVG may not load anything from outside itself.
+"""
+
+import base64
+import gzip
+import io
+import re
+import threading
+import urllib.parse
+import warnings
+import xml.parsers.expat
+from bisect import bisect_left
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+MAX_PIXELS = 2**26  # 67 million, e.g. 8192 x 8192: about 200 MB once decoded
+MAX_SVG_BYTES = 2**24
+MAX_SVG_DEPTH = 100  # deeply nested files overflow the renderer's stack
+MAX_SVG_ELEMENTS = 500_000  # after every reference is followed: ten levels of ten <use> each are 10**10 shapes
+
+# Formats that Pillow decodes by itself; EPS is left out on purpose (it would start Ghostscript on the file's program).
+_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO")
+_warnings_lock = threading.Lock()
+
+
+def read_picture(
+    source: str | Path | bytes, max_pixels: int = MAX_PIXELS, svg_size: int = 672, svg_fonts: bool = True
+) -> Image.Image:
+    """Reads any picture file as RGB.
+
+    Transparent parts are laid over white; EXIF orientation is applied; of an animation the first frame is taken; 16-bit
+    grey is scaled to 8 bits (not clipped). SVG is rendered on white, aspect ratio kept.
+
+    Args:
+        source: a path, or the file's bytes.
+        max_pixels: refuse pictures with more pixels than this, judged from the header before decoding.
+        svg_size: length in pixels of the long side of a rendered SVG (672: as sharp as four tiles of 336 can show).
+        svg_fonts: draw an SVG's text, with the fonts of this machine; False leaves text out, alike on every machine.
+
+    Returns:
+        a decoded picture in mode RGB, not tied to the file.
+
+    Raises:
+        ValueError: a missing, empty, truncated, too large or unreadable file; names it and says why.
+    """
+    name = "picture" if isinstance(source, bytes) else str(source)
+    data = source if isinstance(source, bytes) else _read_file(Path(source))
+    if not data:
+        raise ValueError(f"{name}: the file is empty (0 bytes)")
+    try:
+        if _looks_like_svg(data):
+            return _render_svg(data, max_pixels, svg_size, svg_fonts)
+        return _decode(data, max_pixels)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    except MemoryError as error:
+        raise ValueError(f"{name}: not enough memory to decode this picture; lower max_pixels to refuse it") from error
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ... on broken files
+        raise ValueError(f"{name}: broken or truncated picture ({type(error).__name__}: {error})") from error
+
+
+def _read_file(path: Path) -> bytes:
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; give the path of a picture file")
+    if not path.exists():
+        raise ValueError(f"{path}: no such file")
+    if not path.is_file():
+        raise ValueError(f"{path}: is not a regular file")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+# ---------------------------------------------------------------------------------------------------- raster pictures
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    """Parses the header only, and refuses pictures over the limit."""
+    Image.init()
+    formats = [name for name in _FORMATS if name in Image.OPEN]
+    # Pillow warns of large pictures and odd metadata; our own limit and errors stand in for it. The filter list is
+    # global to the process, hence the lock.
+    with _warnings_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            picture = Image.open(io.BytesIO(data), formats=formats)
+        except Image.UnidentifiedImageError:
+            raise ValueError(f"not a picture in a known format ({', '.join(formats)}, SVG)") from None
+        except Image.DecompressionBombError:
+            raise ValueError(f"over the limit of {max_pixels:,} pixels") from None
+    width, height = picture.size
+    if width * height > max_pixels:
+        raise ValueError(
+            f"{width} x {height} = {width * height:,} pixels, over the limit of {max_pixels:,}; "
+            "shrink the picture, or raise max_pixels if its source is trusted"
+        )
+    return picture
+
+
+def _decode(data: bytes, max_pixels: int) -> Image.Image:
+    picture = _open(data, max_pixels)
+    picture.load()
+    with _warnings_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            picture = ImageOps.exif_transpose(picture)
+        except Exception:  # unreadable metadata: the picture is taken as it stands
+            picture = picture.copy()
+    return _to_rgb(picture)
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
+        return Image.fromarray(_to_8_bit(np.asarray(picture))).convert("RGB")
+    if picture.has_transparency_data or picture.mode in ("La", "RGBa"):
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    return picture.convert("RGB")
+
+
+def _to_8_bit(pixels: np.ndarray) -> np.ndarray:
+    """Grey values of any depth [H, W] -> uint8 [H, W], the full range onto the full range.
+
+    Integers count as 16-bit where they fit and floats as 0..1 where they fit; anything else is stretched from its own
+    minimum to its own maximum, since its file does not say what white is.
+    """
+    white = 1.0 if pixels.dtype.kind == "f" else 65535.0
+    values = np.nan_to_num(pixels.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    low, high = float(values.min()), float(values.max())
+    if low < 0 or high > white:
+        values, white = values - low, max(high - low, 1e-30)
+    return np.round(values * (255.0 / white)).astype(np.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------------- SVG
+
+
+def _looks_like_svg(data: bytes) -> bool:
+    if data[:2] == b"\x1f\x8b":  # .svgz; no raster format starts with the gzip mark
+        return True
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        data = data.decode("utf-16", errors="ignore").encode()
+    return data.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"<"
+
+
+def _svg_text(data: bytes) -> str:
+    """The file's bytes as text: unzipped, in the encoding that it declares (UTF-8 unless told)."""
+    if data[:2] == b"\x1f\x8b":
+        with gzip.open(io.BytesIO(data)) as file:
+            data = file.read(MAX_SVG_BYTES + 1)
+    if len(data) > MAX_SVG_BYTES:
+        raise ValueError(f"SVG over the limit of {MAX_SVG_BYTES:,} bytes")
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return data.decode("utf-16")
+    declared = re.match(rb"<\?xml[^>]*?encoding\s*=\s*[\"']([A-Za-z0-9._-]+)", data)
+    try:
+        return data.decode(declared.group(1).decode() if declared else "utf-8-sig")
+    except (LookupError, UnicodeDecodeError) as error:
+        raise ValueError(f"SVG is not in the text encoding it declares ({error})") from None
+
+
+def _render_svg(data: bytes, max_pixels: int, svg_size: int, svg_fonts: bool) -> Image.Image:
+    if not 1 <= svg_size**2 <= max_pixels:
+        raise ValueError(f"svg_size {svg_size} is not within 1 and {int(max_pixels**0.5)}, the side of max_pixels")
+    text = _svg_text(data)
+    has_text = _check_svg(text, max_pixels)
+    try:
+        import resvg_py
+    except ImportError:
+        raise ValueError("SVG needs the package resvg-py: pip install 'mm-adapters[demo]'") from None
+    # Width and height together are a box to fit into. Fonts are searched for (slow) only where there is text.
+    png = resvg_py.svg_to_bytes(
+        svg_string=text,
+        background="#ffffff",
+        width=svg_size,
+        height=svg_size,
+        dpi=96.0,
+        skip_system_fonts=not (svg_fonts and has_text),
+    )
+    return _decode(bytes(png), max_pixels)
+
+
+def _check_svg(text: str, max_pixels: int) -> bool:
+    """Refuses what the renderer would load from outside, overflow its stack on, or never finish.
+
+    Returns:
+        whether the file holds text, so that fonts are needed.
+    """
+    names: list[str] = []  # local names of the elements, in document order
+    ends: list[int] = []  # element i spans the elements [i, ends[i])
+    depths: list[int] = []
+    references: list[tuple[int, str]] = []  # (element, id that it draws)
+    ids: dict[str, int] = {}
+    open_elements: list[int] = []
+
+    def start(name: str, attributes: dict[str, str]) -> None:
+        index, local = len(names), name.rpartition(":")[2]
+        if not names and local != "svg":
+            raise ValueError(f"not a picture: its first element is <{local}>, not <svg>")
+        names.append(local)
+        ends.append(index + 1)
+        depths.append(len(open_elements) + 1)
+        open_elements.append(index)
+        if len(open_elements) > MAX_SVG_DEPTH:
+            raise ValueError(f"SVG nests its elements over {MAX_SVG_DEPTH} deep")
+        ids.setdefault(attributes.get("id", ""), index)
+        for key, value in attributes.items():
+            if key.rpartition(":")[2] == "href" and local != "a":
+                _check_link(value.strip(), local, max_pixels)
+                references.extend((index, value.strip()[1:]) for _ in range(local == "use"))
+            references.extend((index, target) for target in re.findall(r"url\(\s*[\"']?#([^\"')\s]+)", value))
+
+    def end(_: str) -> None:
+        ends[open_elements.pop()] = len(names)
+
+    parser = xml.parsers.expat.ParserCreate()
+    parser.StartElementHandler, parser.EndElementHandler = start, end
+    try:
+        parser.Parse(text.encode(), True)
+    except xml.parsers.expat.ExpatError as error:
+        raise ValueError(f"broken or truncated SVG ({error})") from None
+    _check_expansion(ends, depths, references, ids)
+    return "text" in names
+
+
+def _check_link(link: str, element: str, max_pixels: int) -> None:
+    """A link may name a part of the same file or carry a raster picture within itself; nothing else."""
+    if link.startswith("#") or not link:
+        return
+    embedded = re.match(r"data:image/(?:png|jpe?g|gif|webp)\s*(;[^,]*)?,", link)
+    if not embedded:
+        raise ValueError(f"SVG wants to load {link[:60]!r} in <{element}>: only raster data within the file is allowed")
+    payload = link[embedded.end() :]
+    is_base64 = "base64" in (embedded.group(1) or "")
+    _open(base64.b64decode(payload) if is_base64 else urllib.parse.unquote_to_bytes(payload), max_pixels)
+
+
+def _check_expansion(
+    ends: list[int], depths: list[int], references: list[tuple[int, str]], ids: dict[str, int]
+) -> None:
+    """Counts the elements that are drawn once each reference is replaced by what it points to, and their depth."""
+    sizes: dict[int, tuple[int, int]] = {}  # element -> (elements, depth), references followed
+    starts = [element for element, _ in references]  # ascending: references were met in document order
+
+    def expand(element: int, chain: int) -> tuple[int, int]:
+        if element in sizes:
+            return sizes[element]
+        if chain > MAX_SVG_DEPTH:
+            raise ValueError(f"SVG chains its references over {MAX_SVG_DEPTH} deep")
+        sizes[element] = (0, 0)  # a cycle draws nothing: the renderer cuts it
+        size = ends[element] - element
+        depth = max(depths[element : ends[element]]) - depths[element] + 1
+        for index in range(bisect_left(starts, element), bisect_left(starts, ends[element])):
+            source, target = references[index]
+            if target in ids:
+                inner_size, inner_depth = expand(ids[target], chain + 1)
+                size += inner_size
+                depth = max(depth, depths[source] - depths[element] + 1 + inner_depth)
+        if size > MAX_SVG_ELEMENTS:
+            raise ValueError(f"SVG draws over {MAX_SVG_ELEMENTS:,} elements once its references are followed")
+        if depth > MAX_SVG_DEPTH:
+            raise ValueError(f"SVG nests its elements over {MAX_SVG_DEPTH} deep once its references are followed")
+        sizes[element] = (size, depth)
+        return size, depth
+
+    if ends:
+        expand(0, 0)
