@@ -1,0 +1,139 @@
+"""The training shard, which data preparation writes and training reads: what a record is, and what the index holds.
+
+A set is a folder of webdataset tars and one `index.parquet`. The members of a record share a key, its id, and follow
+one another: `{id}.json`, then its media in the order of their suffixes (`{id}.png`, or `{id}.0.jpg`, `{id}.1.jpg`).
+"""
+
+import hashlib
+import io
+import re
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+from PIL import Image
+
+INDEX_NAME = "index.parquet"
+PICTURES = ("jpg", "jpeg", "png", "webp")
+CLIPS = ("clip.mp4", "clip.webm", "clip.webp", "clip.gif")
+AUDIO = ("flac", "wav", "ogg")
+
+INDEX_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("shard", pa.string()),  # file name of the tar
+        ("offset", pa.int64()),  # of the record's first tar header, in bytes
+        ("size", pa.int64()),  # bytes up to the next record: headers, contents, tar padding
+        ("split", pa.string()),
+        ("task", pa.string()),
+        ("caption", pa.string()),
+        ("image_id", pa.string()),  # the same for records about the same picture, see image_id()
+        ("width", pa.int32()),  # of the first picture, in pixels
+        ("height", pa.int32()),
+        ("num_frames", pa.int32()),  # from the record's json, where a preparation step stated it
+        ("duration", pa.float64()),  # seconds, likewise
+        ("num_chars", pa.int32()),  # of the caption
+    ]
+)
+
+
+@dataclass
+class Record:
+    """One sample of a shard.
+
+    Attributes:
+        id: letters, digits, `_` and `-`, unique in the set.
+        json: `{"id", "split", "task", "language", "caption"}`, or `"messages"` in place of `"caption"`.
+        media: member suffix without the leading dot (`"png"`, `"0.jpg"`, `"clip.mp4"`, `"flac"`) -> the file's bytes.
+            Messages name their media by this suffix: `{"type": "image", "image": "0.jpg"}`.
+        scores: extra columns of the index; not kept in the tar.
+    """
+
+    id: str
+    json: dict
+    media: dict[str, bytes] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)
+
+
+def make_id(source: str) -> str:
+    """A record id from whatever names the sample in its source, e.g. a path: 16 hexadecimal digits, always the same."""
+    return hashlib.sha256(source.encode()).hexdigest()[:16]
+
+
+def image_id(picture: bytes) -> str:
+    """16 hexadecimal digits of the SHA-256 of a picture file."""
+    return hashlib.sha256(picture).hexdigest()[:16]
+
+
+def member_order(suffix: str) -> tuple:
+    """Sort key of a record's members: json first, numbered media by their number (`2.jpg` before `10.jpg`)."""
+    number, _, rest = suffix.partition(".")
+    return (suffix != "json", int(number) if number.isdigit() else -1, rest if number.isdigit() else suffix)
+
+
+def picture_suffixes(media: dict[str, bytes]) -> list[str]:
+    """The suffixes of a record's pictures, in order."""
+    return sorted((name for name in media if _without_number(name) in PICTURES), key=member_order)
+
+
+def check_record(record: Record) -> None:
+    """Raises ValueError, naming the record and the field, for a record that breaks the format."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,80}", record.id):
+        raise ValueError(f"record id {record.id!r}: use 1 to 80 letters, digits, '_' and '-' (make_id() makes one)")
+    where = f"record {record.id}"
+    for key in ("id", "split", "task", "language"):
+        if not isinstance(record.json.get(key), str) or not record.json[key]:
+            raise ValueError(f"{where}: json[{key!r}] is {record.json.get(key)!r}; a non-empty string is needed")
+    if record.json["id"] != record.id:
+        raise ValueError(f"{where}: json['id'] is {record.json['id']!r}; it must be the record's own id")
+    if ("caption" in record.json) == ("messages" in record.json):
+        raise ValueError(f"{where}: json needs either 'caption' or 'messages', and not both")
+    for suffix in record.media:
+        if _without_number(suffix) not in (*PICTURES, *CLIPS, *AUDIO):
+            raise ValueError(f"{where}: medium {suffix!r} is none of {', '.join((*PICTURES, *CLIPS, *AUDIO))}")
+    for message in record.json.get("messages", ()):
+        for part in message["content"] if isinstance(message["content"], list) else ():
+            name = part.get(part["type"]) if part["type"] != "text" else None
+            if name is not None and name not in record.media:
+                raise ValueError(f"{where}: a message names the medium {name!r}; there are {sorted(record.media)}")
+
+
+def index_row(record: Record, shard: str | None, offset: int | None, size: int) -> dict:
+    """The record's row of the index, null (None) where the record does not say."""
+    caption, pictures = record.json.get("caption"), picture_suffixes(record.media)
+    width, height = _picture_size(record.media[pictures[0]]) if pictures else (None, None)
+    return {
+        "id": record.id,
+        "shard": shard,
+        "offset": offset,
+        "size": size,
+        "split": record.json.get("split"),
+        "task": record.json.get("task"),
+        "caption": caption,
+        "image_id": image_id(record.media[pictures[0]]) if pictures else None,
+        "width": width,
+        "height": height,
+        "num_frames": record.json.get("num_frames"),
+        "duration": record.json.get("duration"),
+        "num_chars": None if caption is None else len(caption),
+        **record.scores,
+    }
+
+
+def index_table(rows: list[dict]) -> pa.Table:
+    """Rows of `index_row` -> the index, one float64 column more per score (null where a record has none)."""
+    scores = sorted({name for row in rows for name in row} - set(INDEX_SCHEMA.names))
+    schema = pa.schema([*INDEX_SCHEMA, *(pa.field(name, pa.float64()) for name in scores)])
+    return pa.Table.from_pylist(rows, schema=schema)
+
+
+def _without_number(suffix: str) -> str:
+    return re.sub(r"^\d+\.", "", suffix)
+
+
+def _picture_size(data: bytes) -> tuple[int | None, int | None]:
+    """From the header alone; null for what Pillow does not know (the reader of the picture will say what is wrong)."""
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            return picture.size
+    except Exception:
+        return None, None
