@@ -1,0 +1,154 @@
+"""Self-attention (grouped-query, rotary, cached) and cross-attention with normalised queries and keys.
+
+Both keep keys and values at KV-head size: query heads that share a KV head are never given a copy of it.
+Shapes: B rows, T query tokens, S key tokens, H query heads, G KV heads.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from layers.rotary import rotate
+
+
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention without causality, H / G query heads folded into the query length of their KV head.
+
+    Args:
+        q: [B, H, T, head_dim]. k, v: [B, G, S, head_dim].
+        mask: bool [B or 1, 1, T or 1, S], True where a query sees a key; every query must see at least one.
+
+    Returns:
+        [B, H, T, head_dim]
+    """
+    batch, num_heads, length, head_dim = q.shape
+    num_kv_heads = k.shape[1]
+    group = num_heads // num_kv_heads
+    folded = q.reshape(batch, num_kv_heads, group * length, head_dim)
+    if mask is not None and mask.shape[2] > 1:
+        mask = mask[:, :, None].expand(-1, -1, group, -1, -1).flatten(2, 3)
+    return F.scaled_dot_product_attention(folded, k, v, attn_mask=mask).reshape(q.shape)
+
+
+class KeyValueCache:
+    """Keys and values of one self-attention layer, allocated once for the longest sequence to come.
+
+    Rows may have different lengths: row b's tokens lie at 0 .. its length, and what lies beyond is never read.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys = keys  # [B, G, S, head_dim]
+        self.values = values
+
+    def fill(self, k: Tensor, v: Tensor) -> None:
+        """Write a prompt's keys and values [B, G, T, head_dim] at the start."""
+        self.keys[:, :, : k.shape[2]] = k
+        self.values[:, :, : v.shape[2]] = v
+
+    def append(self, k: Tensor, v: Tensor, positions: Tensor | int, length: int) -> tuple[Tensor, Tensor]:
+        """Write one token per row at `positions` ([B], or one number for all rows); return the first `length`."""
+        if isinstance(positions, int):
+            self.keys[:, :, positions] = k[:, :, 0]
+            self.values[:, :, positions] = v[:, :, 0]
+        else:
+            rows = torch.arange(k.shape[0], device=k.device)
+            self.keys[rows, :, positions] = k[:, :, 0]
+            self.values[rows, :, positions] = v[:, :, 0]
+        return self.keys[:, :, :length], self.values[:, :, :length]
+
+
+class DecodeStep:
+    """Where one decoding step's tokens stand: `positions` as for `KeyValueCache.append`, and who sees what.
+
+    `mask` is bool [B, 1, 1, length], or None when every row sees all of the first `length` tokens.
+    """
+
+    def __init__(self, positions: Tensor | int, length: int, mask: Tensor | None) -> None:
+        self.positions = positions
+        self.length = length
+        self.mask = mask
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with grouped queries; causal and rotary for language, neither for images."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        causal: bool,
+        qkv_bias: bool = False,
+        output_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.causal = causal
+        self.grouped = num_heads != num_kv_heads
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=qkv_bias)
+        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
+        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=output_bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        *,
+        mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        step: DecodeStep | None = None,
+    ) -> Tensor:
+        """x [B, T, D] -> [B, T, D].
+
+        Args:
+            rotary: cosines and sines from `rotary_angles`.
+            mask: additive or bool mask that broadcasts to [B, H, T, S]; only without causality.
+            cache: filled by a prompt's pass, and extended by a decoding `step` (then T is 1).
+        """
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if step is not None:
+            assert cache is not None
+            k, v = cache.append(k, v, step.positions, step.length)
+            heads = grouped_attention(q, k, v, step.mask)
+        else:
+            if cache is not None:
+                cache.fill(k, v)
+            heads = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=self.causal and mask is None, enable_gqa=self.grouped
+            )
+        return self.o_proj(heads.transpose(1, 2).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Text attends to vision tokens: grouped queries, RMSNorm on each head's q and k, no rotary, not causal.
+
+    Source: Llama 3.2 reference. Keys and values are computed apart from the attention so that a decoder can keep them.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int, norm_eps: float) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(head_dim, eps=norm_eps)
+        self.k_norm = nn.RMSNorm(head_dim, eps=norm_eps)
+
+    def keys_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens [..., D] -> keys and values, each [..., G, head_dim]."""
+        k = self.k_norm(self.k_proj(tokens).unflatten(-1, (-1, self.head_dim)))
+        return k, self.v_proj(tokens).unflatten(-1, (-1, self.head_dim))
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x [B, T, D], k and v [B, G, S, head_dim], mask as in `grouped_attention` -> [B, T, D]."""
+        q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
+        heads = grouped_attention(q, k, v, mask)
+        return self.o_proj(heads.transpose(1, 2).flatten(2))

@@ -1,0 +1,76 @@
+"""Rotary position embedding, with the frequency scaling of Llama 3.1.
+
+The angles are computed once per forward pass and handed to every layer; nothing here holds state.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RotaryConfig:
+    """Frequencies of a rotary embedding.
+
+    `scaling` is "none", "linear" (positions divided by `factor`) or "llama3" (low frequencies divided by `factor`,
+    high ones kept, a linear blend between the two bands; Llama 3.1 reference).
+    """
+
+    theta: float = 500_000.0
+    scaling: str = "none"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.scaling not in ("none", "linear", "llama3"):
+            raise ValueError(f"rotary scaling {self.scaling!r} is not supported; it can be none, linear or llama3")
+
+
+def inverse_frequencies(config: RotaryConfig, head_dim: int) -> Tensor:
+    """The angle per position of each pair of channels: float32 [head_dim / 2]."""
+    frequencies = 1.0 / config.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
+    if config.scaling == "linear":
+        return frequencies / config.factor
+    if config.scaling == "none":
+        return frequencies
+    wavelengths = 2 * math.pi / frequencies
+    turns = config.original_context / wavelengths  # full turns inside the original context
+    blend = (turns - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)
+    blend = blend.clamp(0.0, 1.0)
+    return (1 - blend) * frequencies / config.factor + blend * frequencies
+
+
+@functools.lru_cache(maxsize=16)
+def _frequencies_on(config: RotaryConfig, head_dim: int, device: torch.device) -> Tensor:
+    return inverse_frequencies(config, head_dim).to(device)
+
+
+def rotary_angles(config: RotaryConfig, head_dim: int, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of each position's angles.
+
+    Args:
+        positions: whole numbers, [T] or [B, T].
+
+    Returns:
+        cos and sin, each [T, head_dim] or [B, 1, T, head_dim], ready to multiply heads [B, H, T, head_dim].
+    """
+    if positions.device.type == "meta":
+        frequencies = torch.empty(head_dim // 2, device="meta")
+    else:
+        frequencies = _frequencies_on(config, head_dim, positions.device)
+    angles = positions.float()[..., None] * frequencies
+    angles = torch.cat([angles, angles], dim=-1)
+    if positions.dim() == 2:
+        angles = angles[:, None]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn heads by their position's angles: x [B, H, T, head_dim], channel i paired with i + head_dim / 2."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin

@@ -1,0 +1,27 @@
+"""mm-adapters: eyes for a frozen language model.
+
+    model, processor = mm.load("runs/demo")
+    print(mm.generate(model, processor, messages, max_new_tokens=64))
+"""
+
+import vision.tiling as _tiling  # noqa: F401  scripts reach vision.tiling after `import mm` alone
+from mm.batch import Batch, Sample, collate
+from mm.checkpoint import load
+from mm.config import ModelConfig, preset
+from mm.generation import generate, generate_tokens, stream
+from mm.model import MultimodalModel
+from mm.processor import Processor
+
+__all__ = [
+    "Batch",
+    "ModelConfig",
+    "MultimodalModel",
+    "Processor",
+    "Sample",
+    "collate",
+    "generate",
+    "generate_tokens",
+    "load",
+    "preset",
+    "stream",
+]

@@ -1,0 +1,164 @@
+"""From samples to a batch, and which vision tokens each text token sees.
+
+Rows are right-padded text; images of all rows stand in one list, row by row. Visibility is an interval of the row's
+own vision tokens per text token, and becomes a mask only where one is needed.
+Shapes: B rows, R rows that hold images, T text tokens, S vision tokens of the row that holds most.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vision.tiling import Tiles
+
+IGNORED = -100  # a label that takes no part in the loss
+
+
+@dataclass
+class Sample:
+    """One sequence.
+
+    Attributes:
+        tokens: ids, with one `model.config.image_token_id` per image, in order.
+        labels: tokens[i] where it is a target, else -100; the loss does the shift. None: nothing is a target.
+        images: the images in the order of their tokens.
+    """
+
+    tokens: list[int]
+    labels: list[int] | None = None
+    images: list[Tiles] = field(default_factory=list)
+
+
+@dataclass
+class Batch:
+    """Samples side by side.
+
+    Attributes:
+        tokens: int64 [B, T], right-padded with 0.
+        lengths: int64 [B], real tokens per row.
+        images: every image of the batch, row by row.
+        images_per_row: number of images of each row.
+        labels: int64 [B, T], -100 where there is no target; None where no sample had labels.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    images: list[Tiles]
+    images_per_row: list[int]
+    labels: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return Batch(
+            self.tokens.to(device, non_blocking=True),
+            self.lengths.to(device, non_blocking=True),
+            [tiles.to(device) for tiles in self.images],
+            self.images_per_row,
+            None if self.labels is None else self.labels.to(device, non_blocking=True),
+        )
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Put samples side by side.
+
+    Raises:
+        ValueError: no samples, a sample without tokens, or labels of another length or value than its tokens.
+    """
+    if not samples:
+        raise ValueError("a batch needs at least one sample")
+    for index, sample in enumerate(samples):
+        if not sample.tokens:
+            raise ValueError(f"sample {index} has no tokens")
+        if sample.labels is not None:
+            if len(sample.labels) != len(sample.tokens):
+                raise ValueError(f"sample {index} has {len(sample.tokens)} tokens and {len(sample.labels)} labels")
+            pairs = zip(sample.tokens, sample.labels, strict=True)
+            wrong = next((i for i, (token, label) in enumerate(pairs) if label not in (token, IGNORED)), None)
+            if wrong is not None:
+                raise ValueError(
+                    f"sample {index} has label {sample.labels[wrong]} at token {wrong}, which is {sample.tokens[wrong]}; "
+                    f"a label is its own token or {IGNORED} (the loss does the shift)"
+                )
+    longest = max(len(sample.tokens) for sample in samples)
+    tokens = torch.tensor([sample.tokens + [0] * (longest - len(sample.tokens)) for sample in samples])
+    labels = None
+    if any(sample.labels is not None for sample in samples):
+        padded = ((sample.labels or []) + [IGNORED] * longest for sample in samples)
+        labels = torch.tensor([row[:longest] for row in padded])
+    return Batch(
+        tokens,
+        torch.tensor([len(sample.tokens) for sample in samples]),
+        [tiles for sample in samples for tiles in sample.images],
+        [len(sample.images) for sample in samples],
+        labels,
+    )
+
+
+def visibility_intervals(is_image: Tensor, images_per_row: Sequence[int], vision_counts: Sequence[int]) -> Tensor:
+    """The vision tokens that each text token sees, [start, end) within its row's own vision tokens.
+
+    A token sees from the first image of the latest run of consecutive placeholders at or before it to the last image
+    whose placeholder is at or before it; before the first image it sees nothing, (0, 0). (Llama 3.2 reference)
+
+    Args:
+        is_image: bool [B, T], True at image placeholders.
+        images_per_row: images of each row, [B].
+        vision_counts: vision tokens of each image of the batch, row by row.
+
+    Returns:
+        int64 [B, T, 2] on the device of `is_image`.
+    """
+    most = max(images_per_row)
+    offsets = torch.zeros(len(images_per_row), most + 1, dtype=torch.long)
+    counts = iter(vision_counts)
+    for row, number in enumerate(images_per_row):
+        for image in range(number):
+            offsets[row, image + 1] = offsets[row, image] + next(counts)
+    offsets = offsets.to(is_image.device)
+    seen = is_image.long().cumsum(1)  # images whose placeholder is at or before the token
+    starts_run = is_image.clone()
+    starts_run[:, 1:] &= ~is_image[:, :-1]
+    first = torch.where(starts_run, seen - 1, 0).cummax(1).values
+    return torch.stack([offsets.gather(1, first), offsets.gather(1, seen)], dim=-1)
+
+
+class Visibility:
+    """What cross-attention needs to know of a batch: which rows hold images, and who sees what.
+
+    Attributes:
+        rows: int64 [R], the rows that hold images; None when all do.
+        counts: vision tokens of each of those rows.
+        seeing: bool [R, T, 1], False for tokens that see nothing; None when all see something.
+        mask: bool [R, 1, T, S], for attention; None when every token that sees anything sees all there is.
+    """
+
+    def __init__(self, intervals: Tensor, counts_per_row: Sequence[int]) -> None:
+        """From intervals [B, T, 2] and the number of vision tokens of each of the B rows (some are not 0)."""
+        holding = [row for row, count in enumerate(counts_per_row) if count]
+        self.rows = None
+        if len(holding) < len(counts_per_row):
+            self.rows = torch.tensor(holding, device=intervals.device)
+            intervals = intervals[self.rows]
+        self.counts = [counts_per_row[row] for row in holding]
+        self.most = max(self.counts)
+        start, end = intervals[..., 0], intervals[..., 1]
+        seeing = end > start
+        sees_all = (start == 0) & (end == self.most)
+        self.seeing = None if bool(seeing.all()) else seeing[..., None]
+        self.mask = None
+        if not bool((sees_all | ~seeing).all()):
+            key = torch.arange(self.most, device=intervals.device)
+            mask = (key >= start[..., None]) & (key < end[..., None])
+            # A token that sees nothing may look anywhere, so that no softmax is empty; `silence` drops the outcome.
+            self.mask = (mask | ~seeing[..., None])[:, None]
+
+    def silence(self, x: Tensor) -> Tensor:
+        """x [R, T, D] with zeros for tokens that see nothing."""
+        return x if self.seeing is None else torch.where(self.seeing, x, 0.0)
+
+    def pad(self, packed: Tensor) -> Tensor:
+        """Vision tokens of all rows [sum of counts, ...] -> [R, S, ...], zeros behind shorter rows."""
+        if all(count == self.most for count in self.counts):
+            return packed.unflatten(0, (len(self.counts), self.most))
+        return torch.nn.utils.rnn.pad_sequence(packed.split(self.counts), batch_first=True)

@@ -1,0 +1,295 @@
+"""The run folder: what training leaves, and what `mm.load` brings back.
+
+    config.yaml                     shapes of all parts, the processor's settings, hashes; written last
+    vision_encoder.safetensors      one file per part
+    image_adapter.safetensors
+    extra_embeddings.safetensors
+    tokenizer/                      the language model's tokenizer
+    language_model.safetensors      only with `bundle`; else the frozen LM is named by path and SHA-256
+
+An encoder alone has the same form, with its one part.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+import mm.convert.llama
+import mm.convert.mllama
+from mm.config import ModelConfig, from_dict, to_dict
+from mm.convert.report import put
+from mm.cross_attention import ImageAdapter, ImageAdapterConfig
+from mm.language_model import LanguageModel
+from mm.model import MultimodalModel
+from mm.processor import Processor
+from vision.encoder import VisionEncoder, VisionEncoderConfig, resize_positions
+
+FORMAT = 1
+CONFIG_FILE = "config.yaml"
+
+
+def load(
+    folder: str | Path,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    language_model: str | Path | None = None,
+) -> tuple[MultimodalModel, Processor]:
+    """A model and its processor, ready to generate.
+
+    Args:
+        folder: a run folder of ours, or a Llama 3.2 Vision folder from Hugging Face.
+        device, dtype: where to and as what; None leaves the CPU and the stored dtype.
+        language_model: where a run's language model lies now, if it moved.
+
+    Raises:
+        ValueError: the folder is neither, is half-written, or its language model is missing or another one.
+    """
+    folder = Path(folder)
+    if (folder / CONFIG_FILE).is_file():
+        model, processor = _load_run(folder, language_model)
+    elif _is_mllama(folder):
+        model = mm.convert.mllama.load(folder)
+        processor = Processor(AutoTokenizer.from_pretrained(folder), model.config)
+    else:
+        raise ValueError(_why_not_a_model(folder))
+    return model.to(device=device, dtype=dtype).eval(), processor
+
+
+def assemble(
+    language_model: LanguageModel, vision_encoder: VisionEncoder, adapter: ImageAdapterConfig, seed: int = 0
+) -> MultimodalModel:
+    """A model from a language model and an encoder that exist, with a new adapter between them.
+
+    The extra input rows are drawn at the scale of the language model's own table.
+    """
+    config = ModelConfig(language_model.config, vision_encoder.config, adapter)
+    with torch.device("meta"):
+        model = MultimodalModel(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.image_adapter = ImageAdapter(adapter, config.language_model, config.vision_encoder.feature_size)
+        table = language_model.model.embed_tokens.weight
+        rows = torch.randn(model.extra_embeddings.shape) * table.float().std()
+    model.extra_embeddings = nn.Parameter(rows.to(table.dtype), requires_grad=False)
+    model.language_model = language_model
+    model.vision_encoder = vision_encoder
+    return model
+
+
+def save(
+    folder: str | Path,
+    model: MultimodalModel,
+    processor: Processor,
+    language_model: str | Path | None = None,
+    bundle: bool = False,
+) -> None:
+    """Write a run folder; an older one under the same name keeps its other files.
+
+    Args:
+        language_model: the folder or GGUF file that the frozen LM was loaded from.
+        bundle: copy the LM's tensors in, so that the run folder is whole by itself.
+
+    Raises:
+        ValueError: neither a place of the language model nor `bundle`.
+    """
+    if language_model is None and not bundle:
+        raise ValueError("say where the language model lies (language_model=...), or copy it in (bundle=True)")
+    parts: dict[str, dict[str, Tensor]] = {"extra_embeddings": {"extra_embeddings": model.extra_embeddings}}
+    for name in ("vision_encoder", "image_adapter"):
+        if getattr(model, name) is not None:
+            parts[name] = getattr(model, name).state_dict()
+    if bundle:
+        state = model.language_model.state_dict()
+        if model.config.language_model.tied_embeddings:
+            del state["lm_head.weight"]
+        parts["language_model"] = state
+    with replaced_files(folder, last=CONFIG_FILE) as new:
+        hashes = _write_parts(new, parts)
+        processor.tokenizer.save_pretrained(new / "tokenizer")
+        origin = None
+        if not bundle:
+            origin = {"path": str(Path(language_model).resolve()), "sha256": hash_weights(language_model)}
+        description = {
+            "format": FORMAT,
+            "model": to_dict(model.config),
+            "processor": {
+                "max_tiles": processor.max_tiles,
+                "caption_prompt": processor.caption_prompt,
+                "chat_template": processor.chat_template,
+            },
+            "language_model": origin,
+            "parts": hashes,
+        }
+        _write_yaml(new / CONFIG_FILE, description)
+
+
+def save_encoder(folder: str | Path, encoder: VisionEncoder) -> None:
+    """Write an image encoder alone, for `load_encoder` and the adapter stage."""
+    with replaced_files(folder, last=CONFIG_FILE) as new:
+        hashes = _write_parts(new, {"vision_encoder": encoder.state_dict()})
+        _write_yaml(new / CONFIG_FILE, {"format": FORMAT, "vision_encoder": asdict(encoder.config), "parts": hashes})
+
+
+def load_encoder(folder: str | Path, tile_size: int | None = None) -> VisionEncoder:
+    """An image encoder from a folder of `save_encoder` or from a run folder.
+
+    Args:
+        tile_size: another tile resolution than the stored one; the position tables are resized.
+
+    Raises:
+        ValueError: the folder holds no whole encoder.
+    """
+    folder = Path(folder)
+    description = _read_description(folder)
+    values = description.get("vision_encoder") or description.get("model", {}).get("vision_encoder")
+    if values is None:
+        raise ValueError(f"{folder} holds no image encoder")
+    stored = VisionEncoderConfig(**{**values, "tap_points": tuple(values["tap_points"])})
+    config = VisionEncoderConfig(**{**asdict(stored), "tile_size": tile_size or stored.tile_size})
+    state = resize_positions(
+        _read_part(folder, "vision_encoder", description), stored.patches_per_side, config.patches_per_side
+    )
+    with torch.device("meta"):
+        encoder = VisionEncoder(config)
+    put(encoder, state, source=folder)
+    return encoder
+
+
+def hash_weights(path: str | Path) -> str:
+    """SHA-256 of a GGUF file, or of a folder's safetensors files taken in the order of their names."""
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{path} is neither a file nor a folder with safetensors files")
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def replaced_files(folder: str | Path, last: str) -> Iterator[Path]:
+    """A temporary folder whose files are moved into `folder` when the block succeeds, the file `last` at the end.
+
+    The old file `last` goes first, so that a folder with it is always whole. On an error nothing of the new is left.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
+    try:
+        yield new
+        (folder / last).unlink(missing_ok=True)
+        for entry in sorted(new.iterdir(), key=lambda entry: entry.name == last):
+            target = folder / entry.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            os.replace(entry, target)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _load_run(folder: Path, language_model: str | Path | None) -> tuple[MultimodalModel, Processor]:
+    description = _read_description(folder)
+    if "model" not in description:
+        raise ValueError(f"{folder} holds an image encoder alone; train an adapter on it first (mm train)")
+    config = from_dict(description["model"])
+    with torch.device("meta"):
+        model = MultimodalModel(config)
+    origin = description["language_model"]
+    if origin is None:
+        put(model.language_model, _read_part(folder, "language_model", description), source=folder)
+    else:
+        model.language_model = _load_origin(folder, origin, language_model)
+    for name in ("vision_encoder", "image_adapter"):
+        if getattr(model, name) is not None:
+            put(getattr(model, name), _read_part(folder, name, description), source=folder / f"{name}.safetensors")
+    rows = _read_part(folder, "extra_embeddings", description)["extra_embeddings"]
+    model.extra_embeddings = nn.Parameter(rows, requires_grad=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    return model, Processor(tokenizer, config, **description["processor"])
+
+
+def _load_origin(folder: Path, origin: dict, moved_to: str | Path | None) -> LanguageModel:
+    path = Path(moved_to or origin["path"])
+    if not path.exists():
+        raise ValueError(
+            f"the language model of {folder} is not at {path}; say where it lies (language_model=...), or save runs "
+            "with bundle=True"
+        )
+    if hash_weights(path) != origin["sha256"]:
+        raise ValueError(f"{path} is not the language model that {folder} was trained with: its SHA-256 differs")
+    return mm.convert.llama.load(path)
+
+
+def _write_parts(folder: Path, parts: dict[str, dict[str, Tensor]]) -> dict[str, str]:
+    """Write each part's tensors to its file; return the files' SHA-256."""
+    hashes = {}
+    for name, state in parts.items():
+        file = folder / f"{name}.safetensors"
+        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}, file)
+        hashes[name] = hash_weights(file)
+    return hashes
+
+
+def _read_part(folder: Path, name: str, description: dict) -> dict[str, Tensor]:
+    file = folder / f"{name}.safetensors"
+    if not file.is_file():
+        raise ValueError(f"{folder} is incomplete: {file.name} is missing; write the run anew")
+    if hash_weights(file) != description["parts"].get(name):
+        raise ValueError(f"{file} is not what {CONFIG_FILE} describes: it was damaged or exchanged; write the run anew")
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+
+
+def _write_yaml(file: Path, description: dict) -> None:
+    plain = json.loads(json.dumps(description))  # tuples as lists
+    file.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
+
+
+def _read_description(folder: Path) -> dict:
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        raise ValueError(_why_not_a_model(folder))
+    try:
+        description = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise ValueError(f"{file} is not a run of format {FORMAT}")
+    return description
+
+
+def _is_mllama(folder: Path) -> bool:
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and values.get("model_type") == "mllama"
+
+
+def _why_not_a_model(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"there is no folder {folder}; `make demo` makes runs/demo, `mm train` makes others"
+    if any(folder.glob("checkpoints/*")):
+        return (
+            f"{folder} holds a training run that has not finished: no {CONFIG_FILE}; run the same `mm train` command "
+            "again and it resumes"
+        )
+    return f"{folder} is neither a run folder ({CONFIG_FILE}) nor a Llama 3.2 Vision folder (config.json of mllama)"

@@ -1,0 +1,103 @@
+"""The image adapter: the projection of vision features and the gated cross-attention blocks (paper §7.2).
+
+A block stands between two layers of the frozen language model. With its gates at 0 it is the identity.
+Shapes: R rows that hold images, T text tokens, S vision tokens of the row that holds most, D width of the LM.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from layers.attention import CrossAttention
+from layers.feed_forward import SwiGLU
+from mm.batch import Visibility
+from mm.language_model import LanguageModelConfig
+
+
+@dataclass(frozen=True)
+class ImageAdapterConfig:
+    """Where the blocks stand and how they start.
+
+    Attributes:
+        positions: the number of LM layers completed before each block. None is the paper's placement, after every
+            4th layer (4, 8, ...); released Llama 3.2 Vision models have (3, 7, 11, ...).
+        intermediate_size: width of the blocks' feed-forward; None is the LM's own.
+        gate_init: start of every gate; 0 leaves the LM as it is.
+    """
+
+    positions: tuple[int, ...] | None = None
+    intermediate_size: int | None = None
+    gate_init: float = 0.0
+
+    def block_positions(self, num_layers: int) -> tuple[int, ...]:
+        """The positions in a language model of `num_layers`, ascending."""
+        positions = tuple(range(4, num_layers + 1, 4)) if self.positions is None else tuple(self.positions)
+        if sorted(set(positions)) != list(positions) or any(not 0 <= p <= num_layers for p in positions):
+            raise ValueError(
+                f"adapter positions {positions} must ascend within 0..{num_layers}, the number of completed LM layers"
+            )
+        return positions
+
+
+@dataclass
+class VisionCache:
+    """One block's keys and values of the images, [R, G, S, head_dim] at KV-head size, computed once."""
+
+    keys: Tensor | None = None
+    values: Tensor | None = None
+
+
+class CrossAttentionBlock(nn.Module):
+    """h = x + tanh(g) * attention(norm(x), vision); h + tanh(g') * ffn(norm(h)); neither for tokens that see nothing.
+
+    Source: Llama 3.2 reference.
+    """
+
+    def __init__(self, config: LanguageModelConfig, intermediate_size: int, gate_init: float) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.cross_attn = CrossAttention(
+            config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, config.norm_eps
+        )
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, intermediate_size)
+        self.gate_attn = nn.Parameter(torch.full((1,), float(gate_init)))
+        self.gate_ffn = nn.Parameter(torch.full((1,), float(gate_init)))
+
+    def forward(
+        self, x: Tensor, visible: Visibility, vision: Tensor | None = None, cache: VisionCache | None = None
+    ) -> Tensor:
+        """x [B, T, D] -> [B, T, D]; rows without images come out as they went in.
+
+        Args:
+            vision: projected vision tokens of all images, packed row by row, [sum of S, D]; None: from the cache.
+            cache: filled where `vision` is given, read where it is not.
+        """
+        if vision is not None:
+            k, v = (visible.pad(packed).transpose(1, 2) for packed in self.cross_attn.keys_values(vision))
+            if cache is not None:
+                cache.keys, cache.values = k, v
+        else:
+            k, v = cache.keys, cache.values
+        rows = x if visible.rows is None else x[visible.rows]
+        attended = self.cross_attn(self.input_layernorm(rows), k, v, visible.mask)
+        rows = rows + self.gate_attn.tanh() * visible.silence(attended)
+        fed = self.mlp(self.post_attention_layernorm(rows))
+        rows = rows + self.gate_ffn.tanh() * visible.silence(fed)
+        return rows if visible.rows is None else x.index_copy(0, visible.rows, rows)
+
+
+class ImageAdapter(nn.Module):
+    """The projection, shared by all blocks, and the blocks in the order in which they run."""
+
+    def __init__(self, config: ImageAdapterConfig, language_model: LanguageModelConfig, feature_size: int) -> None:
+        super().__init__()
+        self.positions = config.block_positions(language_model.num_layers)
+        width = config.intermediate_size or language_model.intermediate_size
+        self.projection = nn.Linear(feature_size, language_model.hidden_size)
+        self.blocks = nn.ModuleList(CrossAttentionBlock(language_model, width, config.gate_init) for _ in self.positions)
+
+    def by_position(self) -> dict[int, CrossAttentionBlock]:
+        """Each block under the number of LM layers completed before it."""
+        return dict(zip(self.positions, self.blocks, strict=True))

@@ -1,0 +1,174 @@
+"""Generation: a prompt's pass fills the caches, then one token per row and step.
+
+Every row gets the tokens that it would get alone, whatever stands beside it: prompts of any length, any images.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from layers.attention import DecodeStep
+from mm.batch import Sample, collate
+from mm.model import Cache, MultimodalModel
+from mm.processor import Processor
+
+
+def generate(
+    model: MultimodalModel,
+    processor: Processor,
+    messages: list[dict],
+    max_new_tokens: int = 128,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> str:
+    """The model's answer to a conversation in the Hugging Face chat form.
+
+    Args:
+        messages: [{"role": "user", "content": [{"type": "image", "image": path}, {"type": "text", "text": ...}]}].
+        temperature, top_p, seed: as in `stream_tokens`.
+
+    Raises:
+        ValueError: a message that cannot be read, or what `generate_tokens` raises.
+    """
+    options = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    (tokens,) = generate_tokens(model, [processor.prompt(messages)], max_new_tokens, **options)
+    return processor.decode(tokens)
+
+
+def stream(
+    model: MultimodalModel,
+    processor: Processor,
+    messages: list[dict],
+    max_new_tokens: int = 128,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[str]:
+    """As `generate`, piece by piece; the pieces joined are the whole answer. Pieces hold whole characters."""
+    options = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    tokens: list[int] = []
+    given = ""
+    for (token,) in stream_tokens(model, [processor.prompt(messages)], max_new_tokens, **options):
+        tokens.append(token)
+        text = processor.decode(tokens)
+        if not text.endswith("\ufffd") and len(text) > len(given):  # a character may be spread over several tokens
+            yield text[len(given) :]
+            given = text
+    rest = processor.decode(tokens)[len(given) :]
+    if rest:
+        yield rest
+
+
+def generate_tokens(
+    model: MultimodalModel,
+    samples: Sequence[Sample],
+    max_new_tokens: int,
+    stop_tokens: Sequence[int] | None = None,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> list[list[int]]:
+    """The new tokens of each sample, without the stop token that ended it. Arguments as in `stream_tokens`."""
+    new: list[list[int]] = [[] for _ in samples]
+    options = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    for step in stream_tokens(model, samples, max_new_tokens, stop_tokens, **options):
+        for row, token in zip(new, step, strict=True):
+            if token is not None:
+                row.append(token)
+    return new
+
+
+def stream_tokens(
+    model: MultimodalModel,
+    samples: Sequence[Sample],
+    max_new_tokens: int,
+    stop_tokens: Sequence[int] | None = None,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[list[int | None]]:
+    """One token per sample and step, None for samples that have ended, until all have.
+
+    A sample ends at a stop token (which is not given out), after `max_new_tokens`, or where the context is full.
+
+    Args:
+        stop_tokens: None means the language model's own; an empty list means none.
+        temperature: 0 takes the likeliest token. top_p: draws from the smallest set of tokens whose probability
+            reaches it. seed: of each row's own draws, so that a row's tokens do not depend on its neighbours.
+
+    Raises:
+        ValueError: an option out of range, or a prompt that the model does not take.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    if temperature < 0:
+        raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or more")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; it must lie in (0, 1]")
+    config = model.config.language_model
+    stops = set(config.stop_tokens if stop_tokens is None else stop_tokens)
+    generators = [torch.Generator().manual_seed(seed) for _ in samples]
+    lengths = [len(sample.tokens) for sample in samples]
+    room = [min(max_new_tokens, config.context - length) for length in lengths]
+    for row, length in enumerate(lengths):
+        if length >= config.context:
+            raise ValueError(
+                f"prompt {row} has {length} tokens and leaves no room for an answer in the context of "
+                f"{config.context}: shorten it"
+            )
+    if not samples:
+        return
+    rows = range(len(samples))
+    with torch.inference_mode():
+        logits, cache = prefill(model, samples, max(lengths) + max(room))
+        active = [True] * len(samples)
+        for taken in range(max(room)):
+            tokens = _choose(logits, temperature, top_p, generators)
+            active = [active[row] and tokens[row] not in stops and taken < room[row] for row in rows]
+            if not any(active):
+                return
+            yield [tokens[row] if active[row] else None for row in rows]
+            if taken + 1 < max(room):
+                logits = decode_step(model, tokens, [length + taken for length in lengths], cache)
+
+
+def prefill(model: MultimodalModel, samples: Sequence[Sample], length: int) -> tuple[Tensor, Cache]:
+    """The prompts' pass: logits [B, V] after each row's last token, and caches with room for `length` tokens."""
+    batch = collate(samples).to(model.extra_embeddings.device)
+    cache = Cache(model, len(samples), length)
+    hidden = model.hidden_states(batch, cache)
+    last = hidden[torch.arange(len(samples), device=hidden.device), batch.lengths - 1]
+    return model.language_model.lm_head(last), cache
+
+
+def decode_step(model: MultimodalModel, tokens: list[int], positions: list[int], cache: Cache) -> Tensor:
+    """Logits [B, V] after one more token per row, at the row's own position."""
+    device = model.extra_embeddings.device
+    column = torch.tensor(tokens, device=device)[:, None]
+    length = max(positions) + 1
+    if min(positions) == max(positions):
+        return model.decode(
+            column, torch.tensor(positions[:1], device=device), DecodeStep(positions[0], length, None), cache
+        )
+    at = torch.tensor(positions, device=device)
+    mask = (torch.arange(length, device=device) <= at[:, None])[:, None, None]
+    return model.decode(column, at[:, None], DecodeStep(at, length, mask), cache)
+
+
+def _choose(logits: Tensor, temperature: float, top_p: float, generators: list[torch.Generator]) -> list[int]:
+    """One token per row of logits [B, V]."""
+    if temperature == 0:
+        return logits.argmax(-1).tolist()
+    probabilities = (logits.float().cpu() / temperature).softmax(-1)
+    if top_p < 1:
+        ordered, order = probabilities.sort(descending=True)
+        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0.0  # tokens behind those that already reach top_p
+        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
+    drawn = [torch.multinomial(row, 1, generator=g) for row, g in zip(probabilities, generators, strict=True)]
+    return torch.cat(drawn).tolist()

@@ -1,0 +1,81 @@
+"""Training checkpoints: everything that an interrupted run needs to go on as if it had not been.
+
+A checkpoint is a folder `checkpoints/step-00000100` with the trained tensors, the optimizer's state and `state.json`.
+It is written under another name and renamed, so that a folder of that name is always whole.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+_TENSORS, _OPTIMIZER, _STATE = "trained.safetensors", "optimizer.pt", "state.json"
+
+
+def save_checkpoint(
+    folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, step: int, fingerprint: dict, keep: int
+) -> Path:
+    """Write the state after `step` steps and remove all but the `keep` newest checkpoints.
+
+    Args:
+        folder: the run folder.
+        fingerprint: what a resumed run must have in common with this one.
+    """
+    place = folder / "checkpoints"
+    place.mkdir(parents=True, exist_ok=True)
+    new = place / f".new-{step:08d}"
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    trained = {name: p.detach().cpu().contiguous() for name, p in module.named_parameters() if p.requires_grad}
+    save_file(trained, new / _TENSORS)
+    random_states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        random_states["cuda"] = torch.cuda.get_rng_state()
+    torch.save({"optimizer": optimizer.state_dict(), "random": random_states}, new / _OPTIMIZER)
+    (new / _STATE).write_text(json.dumps({"step": step, "fingerprint": fingerprint}), encoding="utf-8")
+    final = place / f"step-{step:08d}"
+    shutil.rmtree(final, ignore_errors=True)
+    new.rename(final)
+    for old in _checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def resume(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: dict) -> int:
+    """Take up the newest checkpoint of a run folder; return the number of steps done, 0 where there is none.
+
+    Raises:
+        ValueError: the checkpoint is of a run with another configuration, named field by field.
+    """
+    for leftover in (folder / "checkpoints").glob(".new-*"):
+        shutil.rmtree(leftover)
+    found = _checkpoints(folder)
+    if not found:
+        return 0
+    state = json.loads((found[-1] / _STATE).read_text(encoding="utf-8"))
+    fingerprint = json.loads(json.dumps(fingerprint))
+    if state["fingerprint"] != fingerprint:
+        old = state["fingerprint"]
+        differing = [name for name in sorted({*old, *fingerprint}) if old.get(name) != fingerprint.get(name)]
+        raise ValueError(
+            f"{folder} holds a run with another {', '.join(differing)}; name another output folder, remove "
+            f"{folder / 'checkpoints'}, or go on with the same configuration"
+        )
+    parameters = dict(module.named_parameters())
+    with torch.no_grad():
+        for name, tensor in load_file(found[-1] / _TENSORS).items():
+            parameters[name].copy_(tensor)
+    saved = torch.load(found[-1] / _OPTIMIZER, map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(saved["optimizer"])
+    torch.set_rng_state(saved["random"]["cpu"])
+    if "cuda" in saved["random"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(saved["random"]["cuda"])
+    return state["step"]
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    return sorted((folder / "checkpoints").glob("step-*"))

@@ -1,0 +1,29 @@
+"""From a command line and a YAML file to a stage's dataclass; a user's mistake becomes one line and exit code 1."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+Config = TypeVar("Config")
+
+
+def run_stage(
+    config_class: type[Config], stage: Callable[[Config], None], argv: Sequence[str] | None, name: str
+) -> None:
+    """Read `--config FILE` and overrides such as `--training.steps 10` into `config_class` and call the stage.
+
+    Ends the process with 1 after printing what is wrong, where the configuration or the stage raises `ValueError`.
+    """
+    parser = ArgumentParser(prog=name, description=(stage.__doc__ or "").split("\n")[0], exit_on_error=False)
+    parser.add_argument("--config", action="config", help="a YAML file; options that follow override it")
+    parser.add_class_arguments(config_class)
+    try:
+        values = parser.parse_args(argv)
+        built = vars(parser.instantiate_classes(values))
+        stage(config_class(**{name: built[name] for name in config_class.__dataclass_fields__}))
+    except (ValueError, ArgumentError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(1)
+

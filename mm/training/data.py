@@ -1,0 +1,126 @@
+"""Data order: which samples each step sees, as a function of (sources, seed, position) alone.
+
+The position is the number of samples consumed so far. Workers only fetch; they never choose or reorder.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from shards.format import Record
+from shards.reader import ShardSet
+
+
+@dataclass
+class Source:
+    """A folder of shards to draw from.
+
+    Attributes:
+        path: the folder.
+        split, task: only these records; null takes all.
+        repeat: how often each record comes in an epoch, a whole number.
+    """
+
+    path: str
+    split: str | None = "train"
+    task: str | None = None
+    repeat: int = 1
+
+    def open(self) -> ShardSet:
+        """The records.
+
+        Raises:
+            ValueError: no such folder, none of the split, or a repeat below 1.
+        """
+        if self.repeat < 1:
+            raise ValueError(f"repeat of {self.path} is {self.repeat}; it must be at least 1")
+        return ShardSet(self.path).select(split=self.split, task=self.task)
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A record that could not be turned into a sample, and why."""
+
+    record: str
+    reason: str
+
+
+class RecordDataset(Dataset):
+    """Records of several sources, prepared one by one; what cannot be prepared comes out as `Unreadable`.
+
+    Args:
+        sources: where the records lie; a source's records come `repeat` times.
+        prepare: Record -> sample; a `ValueError` marks the record as unreadable.
+    """
+
+    def __init__(self, sources: Sequence[Source], prepare: Callable[[Record], Any]) -> None:
+        if not sources:
+            raise ValueError("no data: name at least one source")
+        self.prepare = prepare
+        self.sets = [source.open() for source in sources for _ in range(source.repeat)]
+        self.ends = torch.tensor([len(shards) for shards in self.sets]).cumsum(0)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, index: int) -> Any:
+        number = int(torch.searchsorted(self.ends, index, right=True))
+        shards = self.sets[number]
+        row = index - (int(self.ends[number]) - len(shards))
+        record = shards[row]
+        try:
+            return self.prepare(record)
+        except ValueError as error:
+            return Unreadable(record.id, str(error))
+
+
+def epoch_order(length: int, seed: int, epoch: int) -> torch.Tensor:
+    """The order of an epoch: a permutation int64 [length], the same everywhere for the same numbers."""
+    digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.randperm(length, generator=generator)
+
+
+def steps(length: int, batch_size: int, seed: int, consumed: int = 0) -> Iterator[list[int]]:
+    """The indices of each step's samples, without end, from `consumed` samples on; a step may span two epochs."""
+    epoch, order = -1, None
+    while True:
+        indices = []
+        for position in range(consumed, consumed + batch_size):
+            if position // length != epoch:
+                epoch = position // length
+                order = epoch_order(length, seed, epoch)
+            indices.append(int(order[position % length]))
+        consumed += batch_size
+        yield indices
+
+
+def step_loader(
+    dataset: Dataset,
+    collate_step: Callable[[list], Any],
+    batch_size: int,
+    seed: int,
+    consumed: int = 0,
+    workers: int = 0,
+) -> DataLoader:
+    """A loader that gives `collate_step(samples)` of each step, from `consumed` samples on, without end."""
+    return DataLoader(
+        dataset,
+        batch_sampler=_Endless(len(dataset), batch_size, seed, consumed),
+        collate_fn=collate_step,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        generator=torch.Generator().manual_seed(seed),  # the loader's own draws leave the global state alone
+    )
+
+
+class _Endless:
+    def __init__(self, *numbers: int) -> None:
+        self.numbers = numbers
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return steps(*self.numbers)

@@ -1,0 +1,174 @@
+"""What stages train on: next tokens after images (the adapter), and matching pictures to texts (the encoder)."""
+
+from dataclasses import dataclass
+
+import open_clip
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from layers.feed_forward import MLP
+from mm.batch import IGNORED, Batch, Sample, collate
+from mm.model import MultimodalModel
+from vision.encoder import VisionEncoder, VisionEncoderConfig
+from vision.tiling import Tiles
+
+
+def next_token_loss(model: MultimodalModel, batch: Batch) -> Tensor:
+    """Cross-entropy summed over the batch's targets; logits exist only where there is a target.
+
+    Raises:
+        ValueError: a target among the extra token rows, which have no logits.
+    """
+    if batch.labels is None:
+        raise ValueError("the batch has no labels, so there is nothing to learn from it")
+    hidden = model.hidden_states(batch)[:, :-1]
+    targets = batch.labels[:, 1:]
+    wanted = targets != IGNORED
+    targets = targets[wanted]
+    vocab = model.config.language_model.vocab_size
+    if targets.numel() and int(targets.max()) >= vocab:
+        raise ValueError(f"label {int(targets.max())} is not in the vocabulary of {vocab}: image tokens are no targets")
+    logits = model.language_model.lm_head(hidden[wanted])
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+class NextTokenObjective:
+    """Language modelling on the answers' tokens; the loss is the mean over a step's target tokens."""
+
+    def collate(self, samples: list[Sample]) -> Batch:
+        return collate(samples)
+
+    def size(self, sample: Sample) -> int:
+        return len(sample.tokens)
+
+    def count(self, batch: Batch) -> int:
+        return int((batch.labels[:, 1:] != IGNORED).sum())
+
+    def loss(self, module: MultimodalModel, batch: Batch) -> Tensor:
+        return next_token_loss(module, batch)
+
+    def throughput(self, batch: Batch) -> dict[str, int]:
+        return {
+            "images": len(batch.images),
+            "tiles": sum(tiles.num_tiles for tiles in batch.images),
+            "tokens": int(batch.lengths.sum()),
+        }
+
+    def observe(self, module: MultimodalModel) -> dict[str, float]:
+        """tanh of every gate of the adapter's blocks, under the block's position."""
+        adapter = module.image_adapter
+        values = {}
+        for position, block in zip(adapter.positions, adapter.blocks, strict=True):
+            values[f"gate/attn_{position}"] = block.gate_attn.tanh().item()
+            values[f"gate/ffn_{position}"] = block.gate_ffn.tanh().item()
+        return values
+
+
+@dataclass(frozen=True)
+class TextTowerConfig:
+    """The text side of contrastive training: open_clip's transformer over its byte-pair tokens.
+
+    Attributes:
+        context: tokens per text; longer ones are cut.
+        embedding_size: channels in which pictures and texts are compared.
+    """
+
+    hidden_size: int = 512
+    num_layers: int = 12
+    num_heads: int = 8
+    context: int = 77
+    embedding_size: int = 512
+
+
+@dataclass
+class Pair:
+    """A picture and its text's token ids, int64 [context]."""
+
+    tiles: Tiles
+    text: Tensor
+
+
+@dataclass
+class PairBatch:
+    """Pairs side by side: texts int64 [N, context]."""
+
+    images: list[Tiles]
+    texts: Tensor
+
+    def to(self, device: torch.device | str) -> "PairBatch":
+        return PairBatch([tiles.to(device) for tiles in self.images], self.texts.to(device))
+
+
+class ContrastiveModel(nn.Module):
+    """An image encoder and a text tower with a space in common.
+
+    A picture's embedding is the mean over its vision tokens' final outputs, so that every token of it learns, not the
+    CLS alone: the adapter attends to all of them.
+    """
+
+    def __init__(self, encoder: VisionEncoderConfig, text: TextTowerConfig) -> None:
+        super().__init__()
+        self.vision_encoder = VisionEncoder(encoder)
+        self.image_projection = nn.Linear(encoder.hidden_size, text.embedding_size, bias=False)
+        self.text_tower = open_clip.transformer.TextTransformer(
+            context_length=text.context,
+            width=text.hidden_size,
+            heads=text.num_heads,
+            layers=text.num_layers,
+            output_dim=text.embedding_size,
+        )
+        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+
+    def forward(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        """Unit embeddings of pictures and of texts, each [N, embedding_size]."""
+        width = self.vision_encoder.config.hidden_size
+        counts = [self.vision_encoder.num_vision_tokens(tiles) for tiles in batch.images]
+        final = self.vision_encoder(batch.images)[:, :width]
+        pooled = torch.stack([tokens.mean(0) for tokens in final.split(counts)])
+        return (
+            F.normalize(self.image_projection(pooled), dim=-1),
+            F.normalize(self.text_tower(batch.texts), dim=-1),
+        )
+
+
+class ContrastiveObjective:
+    """open_clip's symmetric loss over all pairs of a step."""
+
+    def __init__(self) -> None:
+        self.clip_loss = open_clip.ClipLoss()
+
+    def collate(self, samples: list[Pair]) -> PairBatch:
+        return PairBatch([pair.tiles for pair in samples], torch.stack([pair.text for pair in samples]))
+
+    def size(self, sample: Pair) -> int:
+        return sample.tiles.num_tiles
+
+    def count(self, batch: PairBatch) -> int:
+        return len(batch.images)
+
+    def loss(self, module: ContrastiveModel, batch: PairBatch) -> Tensor:
+        images, texts = module(batch)
+        return self.clip_loss(images, texts, module.logit_scale.exp().clamp(max=100)) * len(batch.images)
+
+    def throughput(self, batch: PairBatch) -> dict[str, int]:
+        return {"images": len(batch.images), "tiles": sum(tiles.num_tiles for tiles in batch.images)}
+
+    def observe(self, module: ContrastiveModel) -> dict[str, float]:
+        return {"logit_scale": module.logit_scale.exp().item()}
+
+
+def initialise_encoder(encoder: VisionEncoder, seed: int) -> None:
+    """Fresh weights for an encoder trained from nothing: small normal matrices, deeper ones' outputs scaled down."""
+    generator = torch.Generator().manual_seed(seed)
+    depth = len(encoder.layers) + len(encoder.gated_layers)
+    with torch.no_grad():
+        for module in encoder.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.normal_(std=module.in_features**-0.5, generator=generator)
+                if module.bias is not None:
+                    module.bias.zero_()
+        for layer in [*encoder.layers, *encoder.gated_layers]:
+            assert isinstance(layer.mlp, MLP)
+            layer.mlp.fc2.weight.mul_((2 * depth) ** -0.5)
+            layer.self_attn.o_proj.weight.mul_((2 * depth) ** -0.5)

@@ -1,0 +1,65 @@
+"""Which tensors train and how fast: name patterns to rates, AdamW, warm-up and cosine."""
+
+import math
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+
+def apply_rates(module: nn.Module, rates: Mapping[str, float | None]) -> dict[str, float]:
+    """Freeze and release a module's parameters by name; return the rate of each that trains.
+
+    The first pattern (`fnmatch`: `*` stands for anything) that fits a name decides; `None` freezes.
+
+    Raises:
+        ValueError: a name that no pattern fits, a pattern that no name fits, or nothing left to train.
+    """
+    chosen: dict[str, float] = {}
+    fitting: set[str] = set()
+    for name, parameter in module.named_parameters():
+        patterns = [pattern for pattern in rates if fnmatchcase(name, pattern)]
+        if not patterns:
+            raise ValueError(f"no pattern of `rates` fits {name}; add one (a rate of null freezes)")
+        fitting.update(patterns)
+        rate = rates[patterns[0]]
+        parameter.requires_grad_(rate is not None)
+        if rate is not None:
+            chosen[name] = rate
+    idle = [pattern for pattern in rates if pattern not in fitting]
+    if idle:
+        raise ValueError(f"these patterns of `rates` fit no parameter: {', '.join(idle)}")
+    if not chosen:
+        raise ValueError("`rates` freezes every parameter; give one of them a rate")
+    return chosen
+
+
+def build_optimizer(
+    module: nn.Module, rates: Mapping[str, float], weight_decay: float, betas: tuple[float, float]
+) -> torch.optim.AdamW:
+    """AdamW over the parameters in `rates`; weight decay on matrices only, never on norms, biases and gates."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    parameters = dict(module.named_parameters())
+    for name, rate in rates.items():
+        decay = weight_decay if parameters[name].dim() > 1 else 0.0
+        groups.setdefault((rate, decay), []).append(parameters[name])
+    return torch.optim.AdamW(
+        [{"params": group, "lr": rate, "base_lr": rate, "weight_decay": d} for (rate, d), group in groups.items()],
+        betas=tuple(betas),
+        eps=1e-8,
+        fused=True,
+    )
+
+
+def rate_factor(step: int, num_steps: int, warmup_steps: int, final_factor: float) -> float:
+    """What all rates are multiplied by at `step` (from 0): a linear warm-up, then a cosine down to `final_factor`."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
+    return final_factor + (1 - final_factor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def set_rate_factor(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor

@@ -1,0 +1,108 @@
+"""Stage 1, for small encoders: a ViT learns from pictures and texts, by contrast (paper §7.1).
+
+The paper's own encoder saw 2.5 billion pairs; a released one (MetaCLIP ViT-H/14) enters through `mm convert open-clip`
+and skips this stage. What comes out is an encoder folder that `train_image_adapter` starts from.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import open_clip
+import torch
+from torch import Tensor, nn
+
+from mm.checkpoint import save_encoder
+from mm.processor import record_pictures
+from mm.training.command import run_stage
+from mm.training.data import RecordDataset, Source
+from mm.training.loop import TrainingConfig, train
+from mm.training.objectives import ContrastiveModel, ContrastiveObjective, Pair, TextTowerConfig, initialise_encoder
+from shards.format import Record
+from vision.encoder import EncoderLayer, VisionEncoderConfig
+from vision.reading import read_picture
+from vision.tiling import tile_image
+
+
+@dataclass
+class PretrainImageEncoder:
+    """What the stage needs.
+
+    Attributes:
+        output: folder of the run, and of the encoder at its end.
+        data: shards to learn from. validation: shards to report retrieval on; null reports nothing.
+        encoder: shape of the ViT. text: shape of the text tower, which is not kept.
+    """
+
+    output: str
+    data: list[Source]
+    training: TrainingConfig
+    encoder: VisionEncoderConfig = field(default_factory=VisionEncoderConfig)
+    text: TextTowerConfig = field(default_factory=TextTowerConfig)
+    validation: Source | None = None
+    validation_pairs: int = 500
+    device: str = "cpu"
+
+
+def pretrain_image_encoder(config: PretrainImageEncoder) -> None:
+    """Train an image encoder and a text tower by contrast; keep the encoder."""
+    if config.training.micro_batch_size not in (None, config.training.batch_size):
+        raise ValueError("contrastive training compares all pairs of a step: leave training.micro_batch_size out")
+    torch.manual_seed(config.training.seed)
+    model = ContrastiveModel(config.encoder, config.text)
+    initialise_encoder(model.vision_encoder, config.training.seed)
+
+    prepare = partial(pair_of, tokenizer=open_clip.SimpleTokenizer(context_length=config.text.context), encoder=config.encoder)
+    dataset = RecordDataset(config.data, prepare)
+    objective = ContrastiveObjective()
+    evaluate = None
+    if config.validation:
+        held_out = RecordDataset([config.validation], prepare)
+        chosen = range(0, len(held_out), max(1, len(held_out) // config.validation_pairs))
+        batch = objective.collate([held_out[index] for index in chosen][: config.validation_pairs])
+        evaluate = partial(retrieval, batch=batch.to(config.device))
+
+    output = Path(config.output)
+    train(
+        model,
+        objective,
+        dataset,
+        config.training,
+        output,
+        name="image encoder",
+        device=config.device,
+        evaluate=evaluate,
+        layers=(EncoderLayer,),
+    )
+    save_encoder(output, model.vision_encoder)
+
+
+def pair_of(record: Record, tokenizer: open_clip.SimpleTokenizer, encoder: VisionEncoderConfig) -> Pair:
+    """A record's first picture, and its caption or the whole text of its messages."""
+    image = read_picture(record_pictures(record)[0])
+    return Pair(tile_image(image, encoder.tile_size, encoder.max_num_tiles), tokenizer(text_of(record))[0])
+
+
+def text_of(record: Record) -> str:
+    if "caption" in record.json:
+        return record.json["caption"]
+    contents = (message["content"] for message in record.json["messages"])
+    parts = (part for content in contents for part in ([{"text": content}] if isinstance(content, str) else content))
+    return " ".join(part["text"] for part in parts if "text" in part)
+
+
+def retrieval(model: nn.Module, batch: object) -> dict[str, float]:
+    """Share of pictures whose own text (or one that reads the same) is nearest among all the batch's."""
+    images, texts = model(batch)
+    nearest = (images @ texts.T).argmax(1)
+    same: Tensor = (batch.texts[nearest] == batch.texts).all(1)
+    return {"retrieval": float(same.float().mean())}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    run_stage(PretrainImageEncoder, pretrain_image_encoder, argv, "pretrain_image_encoder")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Stage 2: a frozen language model learns to see (paper §7.2, §7.4).
+
+The image encoder and the new cross-attention blocks train together on pictures with captions or questions; the language
+model stays as it was, bit for bit. Pre-training and annealing differ by their configuration only.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import mm.convert.llama
+from mm.batch import IGNORED, Batch
+from mm.checkpoint import assemble, load_encoder, save
+from mm.cross_attention import CrossAttentionBlock, ImageAdapterConfig
+from mm.language_model import DecoderLayer
+from mm.processor import Processor
+from mm.training.command import run_stage
+from mm.training.data import RecordDataset, Source, Unreadable
+from mm.training.loop import TrainingConfig, train
+from mm.training.objectives import NextTokenObjective
+from vision.encoder import EncoderLayer
+
+
+@dataclass
+class TrainImageAdapter:
+    """What the stage needs.
+
+    Attributes:
+        output: run folder, which `mm.load` opens when the stage has ended.
+        language_model: a Hugging Face folder or a GGUF file.
+        vision_encoder: a folder of `pretrain_image_encoder`, of `mm convert open-clip`, or an earlier run's.
+        data: shards to learn from. validation: shards to report loss and accuracy on; null reports nothing.
+        tile_size: another tile resolution than the encoder's; null keeps it.
+        caption_prompt, chat_template, max_tiles: see `mm.processor.Processor`.
+        bundle: copy the language model into the run folder.
+    """
+
+    output: str
+    language_model: str
+    vision_encoder: str
+    data: list[Source]
+    training: TrainingConfig
+    adapter: ImageAdapterConfig = field(default_factory=ImageAdapterConfig)
+    validation: Source | None = None
+    validation_samples: int = 256
+    tile_size: int | None = None
+    max_tiles: int | None = None
+    caption_prompt: str | None = "Describe the picture."
+    chat_template: str | None = None
+    bundle: bool = False
+    device: str = "cpu"
+
+
+def train_image_adapter(config: TrainImageAdapter) -> None:
+    """Train the image encoder and the cross-attention blocks of a frozen language model."""
+    language_model = mm.convert.llama.load(config.language_model, dtype=torch.float32)
+    encoder = load_encoder(config.vision_encoder, tile_size=config.tile_size)
+    model = assemble(language_model, encoder, config.adapter, seed=config.training.seed)
+    tokenizer = mm.convert.llama.load_tokenizer(config.language_model)
+    processor = Processor(
+        tokenizer, model.config, config.max_tiles, config.caption_prompt, chat_template=config.chat_template
+    )
+
+    dataset = RecordDataset(config.data, processor.record_example)
+    objective = NextTokenObjective()
+    evaluate = None
+    if config.validation:
+        held_out = RecordDataset([config.validation], processor.record_example)
+        chosen = range(0, len(held_out), max(1, len(held_out) // config.validation_samples))
+        samples = [held_out[index] for index in chosen][: config.validation_samples]
+        readable = [sample for sample in samples if not isinstance(sample, Unreadable)]
+        size = config.training.micro_batch_size or config.training.batch_size
+        batches = [objective.collate(readable[i : i + size]) for i in range(0, len(readable), size)]
+        evaluate = partial(answer_accuracy, batches=batches, device=config.device)
+
+    output = Path(config.output)
+    train(
+        model,
+        objective,
+        dataset,
+        config.training,
+        output,
+        name="image adapter",
+        device=config.device,
+        evaluate=evaluate,
+        layers=(DecoderLayer, EncoderLayer, CrossAttentionBlock),
+    )
+    save(output, model, processor, language_model=config.language_model, bundle=config.bundle)
+
+
+def answer_accuracy(model: nn.Module, batches: list[Batch], device: str) -> dict[str, float]:
+    """Loss per target token, and the share of samples whose every target token is the likeliest one."""
+    loss, targets, right, rows = 0.0, 0, 0, 0
+    for batch in batches:
+        batch = batch.to(device)
+        logits, wanted = model(batch)[:, :-1].float(), batch.labels[:, 1:]
+        loss += float(nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum"))
+        targets += int((wanted != IGNORED).sum())
+        right += int(((logits.argmax(-1) == wanted) | (wanted == IGNORED)).all(1).sum())
+        rows += len(wanted)
+    return {"loss": loss / targets, "answer_accuracy": right / rows}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    run_stage(TrainImageAdapter, train_image_adapter, argv, "train_image_adapter")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Pictures: read safely, cut into tiles, encoded into features."""

@@ -1,0 +1,284 @@
+"""The image encoder: a ViT over all tiles of an image at once, gated layers after it, and features from several depths.
+
+Source: paper §7.1 and the Llama 3.2 reference. Two ways to lay out the tiles:
+- ragged (default): only real tiles, images grouped by tile count, dense attention without padding or mask;
+- llama32: every image padded to `max_num_tiles` tiles and every tile to a multiple of 8 tokens, with the released
+  model's mask, in which real tokens do attend to padding. Released weights were trained that way.
+Shapes: N images of K tiles, P tokens per tile (patches and one CLS), C width.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from layers.attention import SelfAttention
+from layers.feed_forward import MLP
+from vision.tiling import CANVASES, MAX_TILES, Tiles
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+TOKENS_MULTIPLE = 8  # llama32 pads a tile's tokens to a multiple of this
+
+
+@dataclass(frozen=True)
+class VisionEncoderConfig:
+    """Shape of the encoder; the defaults are the paper's ViT-H/14 at 336 px.
+
+    Attributes:
+        tap_points: depths whose state joins the features, counted in completed blocks (0 is the embeddings).
+        num_gated_layers: gated layers after the ViT; they are the identity when their gates are 0.
+        attention_bias: biases on q, k, v and o (open_clip towers have them, Llama 3.2 has none).
+        padding: "ragged" or "llama32", see the head of this file.
+    """
+
+    tile_size: int = 336
+    patch_size: int = 14
+    hidden_size: int = 1280
+    intermediate_size: int = 5120
+    num_layers: int = 32
+    num_gated_layers: int = 8
+    num_heads: int = 16
+    tap_points: tuple[int, ...] = (4, 8, 16, 24, 31)
+    activation: str = "gelu"
+    attention_bias: bool = False
+    norm_eps: float = 1e-5
+    max_num_tiles: int = MAX_TILES
+    padding: str = "ragged"
+
+    def __post_init__(self) -> None:
+        if self.tile_size % self.patch_size:
+            raise ValueError(f"tile_size {self.tile_size} is not a multiple of patch_size {self.patch_size}")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        wrong = [point for point in self.tap_points if not 0 <= point <= self.num_layers]
+        if wrong:
+            raise ValueError(f"tap_points {wrong} are outside 0..{self.num_layers}, the number of completed blocks")
+        if self.padding not in ("ragged", "llama32"):
+            raise ValueError(f"padding {self.padding!r} is not known; it can be ragged or llama32")
+        if not 1 <= self.max_num_tiles <= MAX_TILES:
+            raise ValueError(f"max_num_tiles is {self.max_num_tiles}; it can be 1 to {MAX_TILES}")
+
+    @property
+    def patches_per_side(self) -> int:
+        return self.tile_size // self.patch_size
+
+    @property
+    def tokens_per_tile(self) -> int:
+        return self.patches_per_side**2 + 1
+
+    @property
+    def feature_size(self) -> int:
+        """Channels per vision token: the final output and one state per tap."""
+        return self.hidden_size * (1 + len(self.tap_points))
+
+
+class EncoderLayer(nn.Module):
+    """A pre-norm transformer layer; a gated one scales both branches by tanh of a scalar that starts at 0."""
+
+    def __init__(self, config: VisionEncoderConfig, gated: bool) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.input_layernorm = nn.LayerNorm(width, eps=config.norm_eps)
+        self.self_attn = SelfAttention(
+            width,
+            config.num_heads,
+            config.num_heads,
+            width // config.num_heads,
+            causal=False,
+            qkv_bias=config.attention_bias,
+            output_bias=config.attention_bias,
+        )
+        self.post_attention_layernorm = nn.LayerNorm(width, eps=config.norm_eps)
+        self.mlp = MLP(width, config.intermediate_size, config.activation)
+        self.gate_attn = nn.Parameter(torch.zeros(1)) if gated else None
+        self.gate_ffn = nn.Parameter(torch.zeros(1)) if gated else None
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """x [N, K * P, C] -> same; mask additive, or None."""
+        attended = self.self_attn(self.input_layernorm(x), mask=mask)
+        x = x + (attended if self.gate_attn is None else self.gate_attn.tanh() * attended)
+        fed = self.mlp(self.post_attention_layernorm(x))
+        return x + (fed if self.gate_ffn is None else self.gate_ffn.tanh() * fed)
+
+
+class GatedTilePosition(nn.Module):
+    """One embedding per tile of each canvas, scaled by tanh of a gate that starts at 0."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.zeros(len(CANVASES) + 1, MAX_TILES, width))
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor, canvas_ids: Tensor) -> Tensor:
+        """x [N, K, P, C], canvas_ids [N] -> same shape as x."""
+        rows = self.embedding[canvas_ids, : x.shape[1]]
+        return x + rows[:, :, None] * self.gate.tanh()
+
+
+class GatedPatchPosition(nn.Module):
+    """Positions of tokens in a tile, blended by a gate with positions of tokens in the whole canvas.
+
+    x + local * (1 - tanh a) + tile[canvas] * tanh a, a starting at 0 (Llama 3.2 reference).
+    """
+
+    def __init__(self, tokens_per_tile: int, width: int) -> None:
+        super().__init__()
+        self.local = nn.Parameter(torch.randn(tokens_per_tile, width) * width**-0.5)
+        self.tile = nn.Parameter(torch.zeros(len(CANVASES) + 1, MAX_TILES, tokens_per_tile, width))
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor, canvas_ids: Tensor) -> Tensor:
+        """x [N, K, P, C], canvas_ids [N] -> same shape as x."""
+        amount = self.gate.tanh()
+        return x + self.local * (1 - amount) + self.tile[canvas_ids, : x.shape[1]] * amount
+
+
+class VisionEncoder(nn.Module):
+    """Tiles in, vision features out: the final output and the tapped states side by side, CLS kept per tile."""
+
+    def __init__(self, config: VisionEncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.hidden_size
+        self.patch_embedding = nn.Linear(3 * config.patch_size**2, width, bias=False)
+        self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
+        self.patch_position = GatedPatchPosition(config.tokens_per_tile, width)
+        self.pre_tile_position = GatedTilePosition(width)
+        self.post_tile_position = GatedTilePosition(width)
+        self.layernorm_pre = nn.LayerNorm(width, eps=config.norm_eps)
+        self.layernorm_post = nn.LayerNorm(width, eps=config.norm_eps)
+        self.layers = nn.ModuleList(EncoderLayer(config, gated=False) for _ in range(config.num_layers))
+        self.gated_layers = nn.ModuleList(EncoderLayer(config, gated=True) for _ in range(config.num_gated_layers))
+
+    def forward(self, images: Sequence[Tiles]) -> Tensor:
+        """Encode images, each with all its tiles in one sequence.
+
+        Args:
+            images: N images with K_n tiles each, on the encoder's device.
+
+        Returns:
+            [sum of K_n * P, feature_size]: image by image, tile by tile, CLS first in each tile.
+
+        Raises:
+            ValueError: a tile of another size than the encoder's, or more tiles than it takes.
+        """
+        self._check(images)
+        groups: dict[int, list[int]] = defaultdict(list)
+        for index, tiles in enumerate(images):
+            groups[tiles.num_tiles].append(index)
+        if self.config.padding == "llama32":
+            return self._encode_padded(images).flatten(0, 1)
+        if len(groups) == 1:
+            return self._encode_group(images).flatten(0, 1)
+        features: list[Tensor | None] = [None] * len(images)
+        for indices in groups.values():
+            for index, encoded in zip(indices, self._encode_group([images[i] for i in indices]), strict=True):
+                features[index] = encoded
+        return torch.cat(features)
+
+    def num_vision_tokens(self, tiles: Tiles) -> int:
+        return tiles.num_tiles * self.config.tokens_per_tile
+
+    def _normalise(self, pixels: Tensor) -> Tensor:
+        """uint8 [..., 3, S, S] -> CLIP-normalised, in the encoder's dtype."""
+        mean = torch.tensor(CLIP_MEAN, device=pixels.device).view(3, 1, 1)
+        std = torch.tensor(CLIP_STD, device=pixels.device).view(3, 1, 1)
+        return ((pixels / 255.0 - mean) / std).to(self.class_embedding.dtype)
+
+    def _embed(self, x: Tensor, canvas_ids: Tensor) -> Tensor:
+        """Normalised tiles [N, K, 3, S, S] -> embedded tokens [N, K, P, C] after the first normalisation."""
+        side, patch = self.config.patches_per_side, self.config.patch_size
+        x = x.unflatten(-1, (side, patch)).unflatten(-3, (side, patch))  # [N, K, 3, side, patch, side, patch]
+        x = x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(2, 3)
+        x = self.pre_tile_position(self.patch_embedding(x), canvas_ids)
+        cls = self.class_embedding.expand(*x.shape[:2], 1, -1)
+        x = self.patch_position(torch.cat([cls, x], dim=2), canvas_ids)
+        return self.layernorm_pre(x)
+
+    def _transform(self, x: Tensor, canvas_ids: Tensor, mask: Tensor | None) -> Tensor:
+        """Embedded tokens [N, K, P, C] -> features [N, K * P, feature_size]."""
+        num_tiles = x.shape[1]
+        x = x.flatten(1, 2)
+        states = {0: x}
+        for completed, layer in enumerate(self.layers, start=1):
+            x = layer(x, mask)
+            if completed in self.config.tap_points:
+                states[completed] = x
+        x = self.layernorm_post(x).unflatten(1, (num_tiles, -1))
+        x = self.post_tile_position(x, canvas_ids).flatten(1, 2)
+        for layer in self.gated_layers:
+            x = layer(x, mask)
+        if not self.config.tap_points:
+            return x
+        taps = torch.stack([states[point] for point in self.config.tap_points], dim=-1)  # channel-interleaved
+        return torch.cat([x, taps.flatten(-2)], dim=-1)
+
+    def _encode_group(self, images: Sequence[Tiles]) -> Tensor:
+        """Images of one tile count -> [N, K * P, feature_size]."""
+        pixels = torch.stack([tiles.pixels for tiles in images])
+        canvas_ids = torch.tensor([tiles.canvas_id for tiles in images], device=pixels.device)
+        return self._transform(self._embed(self._normalise(pixels), canvas_ids), canvas_ids, mask=None)
+
+    def _encode_padded(self, images: Sequence[Tiles]) -> Tensor:
+        """Images of any tile counts, padded as the released model pads -> [1, sum of K_n * P, feature_size].
+
+        Unused tiles are zeros after normalisation, get their embeddings all the same, and are seen by real tokens:
+        the mask keeps only padding from attending to padding.
+        """
+        device = self.class_embedding.device
+        max_tiles, tokens = self.config.max_num_tiles, self.config.tokens_per_tile
+        canvas_ids = torch.tensor([tiles.canvas_id for tiles in images], device=device)
+        counts = torch.tensor([tiles.num_tiles for tiles in images], device=device)
+        size = self.config.tile_size
+        pixels = torch.zeros(len(images), max_tiles, 3, size, size, device=device, dtype=self.class_embedding.dtype)
+        real_tiles = torch.arange(max_tiles, device=device) < counts[:, None]  # [N, max_tiles]
+        pixels[real_tiles] = self._normalise(torch.cat([tiles.pixels for tiles in images]))
+        x = self._embed(pixels, canvas_ids)
+        padding = -tokens % TOKENS_MULTIPLE
+        x = F.pad(x, (0, 0, 0, padding))
+        is_real = real_tiles[:, :, None] & (torch.arange(tokens + padding, device=device) < tokens)
+        is_pad = (~is_real).flatten(1).to(x.dtype)
+        mask = (is_pad[:, :, None] @ is_pad[:, None, :] * torch.finfo(x.dtype).min)[:, None]
+        features = self._transform(x, canvas_ids, mask).unflatten(1, (max_tiles, -1))[:, :, :tokens]
+        return features[real_tiles].flatten(0, 1)[None]
+
+    def _check(self, images: Sequence[Tiles]) -> None:
+        for index, tiles in enumerate(images):
+            if tiles.pixels.shape[-1] != self.config.tile_size:
+                raise ValueError(
+                    f"image {index} has tiles of {tiles.pixels.shape[-1]} px; the encoder takes "
+                    f"{self.config.tile_size} px (tile_image(..., tile_size={self.config.tile_size}))"
+                )
+            if tiles.num_tiles > self.config.max_num_tiles:
+                raise ValueError(
+                    f"image {index} has {tiles.num_tiles} tiles; the encoder takes at most {self.config.max_num_tiles}"
+                )
+
+
+def resize_positions(state: dict[str, Tensor], old_side: int, new_side: int) -> dict[str, Tensor]:
+    """Position tables of another tile resolution, bilinear over the patch grid; the CLS rows stay.
+
+    Args:
+        state: an encoder's state dict, with `patch_position.local` [P, C] and `patch_position.tile` [9, 4, P, C].
+        old_side, new_side: patches per side of a tile before and after.
+
+    Returns:
+        a new dict, with the two tables replaced.
+    """
+
+    def resize(table: Tensor) -> Tensor:  # [..., P, C]
+        cls, grid = table[..., :1, :], table[..., 1:, :]
+        lead, width = grid.shape[:-2], grid.shape[-1]
+        grid = grid.reshape(-1, old_side, old_side, width).permute(0, 3, 1, 2).float()
+        grid = F.interpolate(grid, size=(new_side, new_side), mode="bilinear", align_corners=False, antialias=False)
+        grid = grid.permute(0, 2, 3, 1).reshape(*lead, new_side**2, width)
+        return torch.cat([cls, grid.to(table.dtype)], dim=-2)
+
+    if old_side == new_side:
+        return state
+    tables = ("patch_position.local", "patch_position.tile")
+    return {name: resize(tensor) if name in tables else tensor for name, tensor in state.items()}

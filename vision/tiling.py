@@ -1,0 +1,119 @@
+"""A picture becomes up to four tiles on one of eight canvases (paper §7.2, Llama 3.2 reference).
+
+Flow: PIL picture -> choose a canvas -> resize with the aspect kept -> pad with black -> split into square tiles.
+Pixels stay uint8; scaling and normalisation happen in the encoder, on its device.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as transforms
+
+# (rows, cols) of tiles; a canvas's id is its place in this list counted from 1, and 0 means "no image".
+CANVASES = ((1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1))
+MAX_TILES = 4
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """One picture as tiles.
+
+    Attributes:
+        pixels: uint8 [K, 3, S, S], row by row over the grid.
+        grid: (rows, cols), with rows * cols = K.
+    """
+
+    pixels: Tensor
+    grid: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        rows, cols = self.grid
+        if self.grid not in CANVASES:
+            raise ValueError(f"grid {self.grid} is not one of the canvases {CANVASES}")
+        shape = tuple(self.pixels.shape)
+        if len(shape) != 4 or shape[:2] != (rows * cols, 3) or shape[2] != shape[3] or self.pixels.dtype != torch.uint8:
+            raise ValueError(
+                f"pixels are {self.pixels.dtype} {list(shape)}; a grid of {rows} x {cols} needs torch.uint8 "
+                f"[{rows * cols}, 3, S, S]"
+            )
+
+    @property
+    def num_tiles(self) -> int:
+        return self.pixels.shape[0]
+
+    @property
+    def canvas_id(self) -> int:
+        return CANVASES.index(self.grid) + 1
+
+    def to(self, device: torch.device | str) -> "Tiles":
+        return Tiles(self.pixels.to(device, non_blocking=True), self.grid)
+
+
+def choose_canvas(width: int, height: int, tile_size: int, max_tiles: int = MAX_TILES) -> tuple[int, int]:
+    """The canvas (rows, cols) on which a picture loses least.
+
+    The smallest scale >= 1 that fills a canvas wins, else the largest scale below 1; ties go to the smallest area.
+
+    Example: at 336 px a 600 x 400 picture fits (2, 2) at scale 1.12 and would shrink on every other canvas.
+    """
+    canvases = [(rows, cols) for rows, cols in CANVASES if rows * cols <= max_tiles]
+    scales = {(r, c): min(c * tile_size / width, r * tile_size / height) for r, c in canvases}
+    enlarging = [scale for scale in scales.values() if scale >= 1]
+    best = min(enlarging) if enlarging else max(scales.values())
+    return min((canvas for canvas in canvases if scales[canvas] == best), key=lambda canvas: canvas[0] * canvas[1])
+
+
+def fit_size(width: int, height: int, grid: tuple[int, int], tile_size: int) -> tuple[int, int]:
+    """The (width, height) a picture is resized to on a canvas: aspect kept, no side enlarged beyond max(side, tile).
+
+    The side that does not set the scale is floored, and is at least 1.
+    """
+    target_width = min(max(width, tile_size), grid[1] * tile_size)
+    target_height = min(max(height, tile_size), grid[0] * tile_size)
+    scale_w, scale_h = target_width / width, target_height / height
+    if scale_w < scale_h:
+        return target_width, max(1, min(int(height * scale_w), target_height))
+    return max(1, min(int(width * scale_h), target_width)), target_height
+
+
+def tile_image(image: Image.Image, tile_size: int, max_tiles: int = MAX_TILES) -> Tiles:
+    """Cut a picture into tiles.
+
+    Args:
+        image: a PIL picture in mode RGB (`vision.reading.read_picture` gives one).
+        tile_size: side of a tile in pixels.
+        max_tiles: 1..4; canvases with more tiles are not considered.
+
+    Raises:
+        ValueError: another mode than RGB, or a limit out of range.
+    """
+    if image.mode != "RGB":
+        raise ValueError(f"the picture has mode {image.mode}; convert it to RGB (vision.reading.read_picture does)")
+    if not 1 <= max_tiles <= MAX_TILES:
+        raise ValueError(f"max_tiles is {max_tiles}; it can be 1 to {MAX_TILES}")
+    if tile_size < 1:
+        raise ValueError(f"tile_size is {tile_size}; it must be at least 1")
+    grid = choose_canvas(image.width, image.height, tile_size, max_tiles)
+    width, height = fit_size(image.width, image.height, grid, tile_size)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    if (width, height) != image.size:
+        pixels = transforms.resize(pixels, [height, width], transforms.InterpolationMode.BILINEAR, antialias=True)
+    canvas = torch.zeros(3, grid[0] * tile_size, grid[1] * tile_size, dtype=torch.uint8)
+    canvas[:, :height, :width] = pixels
+    return Tiles(split_tiles(canvas, grid), grid)
+
+
+def split_tiles(canvas: Tensor, grid: tuple[int, int]) -> Tensor:
+    """[3, rows * S, cols * S] -> [rows * cols, 3, S, S], row by row."""
+    rows, cols = grid
+    tiles = canvas.unflatten(1, (rows, -1)).unflatten(3, (cols, -1))  # [3, rows, S, cols, S]
+    return tiles.permute(1, 3, 0, 2, 4).flatten(0, 1).contiguous()
+
+
+def join_tiles(tiles: Tiles) -> Tensor:
+    """The inverse of `split_tiles`: the padded canvas, uint8 [3, rows * S, cols * S]."""
+    rows, cols = tiles.grid
+    return tiles.pixels.unflatten(0, (rows, cols)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
