@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.pictures import to_png
+from data_prep.sources import to_png
 from data_prep.splits import join_concepts, split_of
 from shards.format import Record, image_id, make_id
 
@@ -73,10 +73,6 @@ def concept_of(annotation: str) -> str:
     text = " ".join(re.findall(r"\w+", _SKIN_TONE.sub(" ", annotation.lower())))
     without = " ".join(_VARIANT.sub(" ", text).split())
     return without or text
-
-
-def license_text(folder: str | Path) -> str:
-    return (Path(folder) / "LICENSE").read_text(encoding="utf-8")
 
 
 def _annotations(folder: Path) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Picture files of a source set -> the PNG bytes that go into a shard."""
+"""Files of a source set -> what goes into a shard: its pictures as PNG, its licence beside them."""
 
 import io
 from pathlib import Path
@@ -26,3 +26,11 @@ def to_png(path: Path, size: int) -> bytes:
     out = io.BytesIO()
     picture.save(out, "PNG", optimize=False)
     return out.getvalue()
+
+
+def license_text(folder: str | Path) -> str:
+    """The licence that lies beside a fetched set; goes into the shards' folder as LICENSE. ValueError without one."""
+    path = Path(folder) / "LICENSE"
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; a set's licence must lie beside it to go into its shards")
+    return path.read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.pictures import to_png
+from data_prep.sources import to_png
 from data_prep.splits import join_concepts, split_of
 from shards.format import Record, make_id
 
@@ -78,10 +78,6 @@ def concept_of(caption: str) -> str:
     """The sentence in lower case, without punctuation and a leading article: "A Red Apple." -> "red apple"."""
     words = re.findall(r"\w+", caption.lower())
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("a", "an", "the", "some") else words)
-
-
-def license_text(folder: str | Path) -> str:
-    return (Path(folder) / "LICENSE").read_text(encoding="utf-8")
 
 
 def _sentence(stem: Path) -> str:

@@ -210,6 +210,10 @@ def _check_svg(text: str, max_pixels: int) -> bool:
         open_elements.append(index)
         if len(open_elements) > MAX_SVG_DEPTH:
             raise ValueError(f"SVG nests its elements over {MAX_SVG_DEPTH} deep")
+        if len(attributes.get("numOctaves", "").strip()) > 2:  # the work is per octave and pixel; 8 bits see about 8
+            raise ValueError(
+                f"SVG asks for {attributes['numOctaves'][:20]} octaves of turbulence, over the limit of 99"
+            )
         ids.setdefault(attributes.get("id", ""), index)
         for key, value in attributes.items():
             if key.rpartition(":")[2] == "href" and local != "a":
@@ -220,7 +224,7 @@ def _check_svg(text: str, max_pixels: int) -> bool:
     def end(_: str) -> None:
         ends[open_elements.pop()] = len(names)
 
-    parser = xml.parsers.expat.ParserCreate()
+    parser = xml.parsers.expat.ParserCreate("utf-8")  # whatever encoding the file declared: it is text by now
     parser.StartElementHandler, parser.EndElementHandler = start, end
     try:
         parser.Parse(text.encode(), True)
