@@ -1,0 +1,216 @@
+"""GGUF files: metadata -> configuration, (quantised) tensors -> Hugging Face names and row order.
+
+llama.cpp rotates neighbouring channels where Hugging Face rotates halves of a head; its converter therefore permutes
+the rows of q and k for the architecture "llama" (Llama, Mistral, SmolLM2). They are put back here.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from gguf import GGUFReader, GGUFValueType
+from gguf.quants import dequantize
+from torch import Tensor
+
+from layers.rotary import RotaryConfig, inverse_frequencies
+from mm.convert.gguf_tokenizer import build_tokenizer
+from mm.convert.llama_config import limit_context
+from mm.language_model import LanguageModelConfig
+
+ARCHITECTURES = ("llama", "qwen2")
+OUTER_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+ROPE_FACTORS = "rope_freqs.weight"
+
+
+def open_gguf(path: str | Path) -> GGUFReader:
+    """A reader over a memory-mapped file.
+
+    Raises:
+        ValueError: not a GGUF file, a damaged one, or one part of a split file.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+        if magic != b"GGUF":
+            raise ValueError(f"{path} is not a GGUF file")
+        reader = GGUFReader(path)
+    except (OSError, IndexError, KeyError, UnicodeDecodeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as GGUF: {error}") from error
+    if (_metadata(reader, "split.count") or 1) > 1:
+        raise ValueError(f"{path} is one part of a split GGUF file; join the parts with llama.cpp's gguf-split --merge")
+    return reader
+
+
+def read(
+    path: str | Path, dtype: torch.dtype | None = None
+) -> tuple[LanguageModelConfig, dict[str, Tensor], dict[str, str], list[str]]:
+    """The decoder that a file describes, and its tensors under their Hugging Face names.
+
+    Args:
+        dtype: of the tensors, converted one by one; None is float32.
+
+    Returns:
+        configuration, tensors, names of tensors left out with the reason, and notes for the report.
+
+    Raises:
+        ValueError: an architecture, setting or quantisation that is not supported, or missing metadata, by name; a
+            file that is damaged.
+    """
+    reader = open_gguf(path)
+    config, notes = _config(reader, path)
+    return config, *_tensors(reader, path, config, dtype), notes
+
+
+def _config(reader: GGUFReader, path: str | Path) -> tuple[LanguageModelConfig, list[str]]:
+    architecture = _metadata(reader, "general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"{path}: architecture {architecture!r} is not supported; it can be llama or qwen2")
+
+    def setting(name: str, default=None, needed: bool = False):
+        value = _metadata(reader, f"{architecture}.{name}")
+        if value is None and needed:
+            raise ValueError(f"{path} lacks {architecture}.{name}")
+        return default if value is None else value
+
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    if setting("expert_count", 0) > 1 or any("_exps." in name for name in tensors):
+        raise ValueError(f"{path} is a mixture of experts, which this decoder does not compute")
+    if "token_embd.weight" not in tensors:
+        raise ValueError(f"{path} lacks the tensor token_embd.weight")
+    hidden_size, num_heads = setting("embedding_length", needed=True), setting("attention.head_count", needed=True)
+    num_kv_heads, intermediate_size = setting("attention.head_count_kv", num_heads), setting("feed_forward_length")
+    varying = [n for n, v in (("heads", num_heads), ("KV heads", num_kv_heads)) if isinstance(v, list)]
+    if varying or not isinstance(intermediate_size, int):
+        raise ValueError(f"{path} has {' and '.join(varying) or 'a feed-forward'} of its own per layer: not supported")
+    head_dim = setting("attention.key_length", hidden_size // num_heads)
+    for name in ("attention.value_length", "rope.dimension_count"):
+        if setting(name, head_dim) != head_dim:
+            raise ValueError(
+                f"{path}: {architecture}.{name} is {setting(name)}; only the head size {head_dim} is possible"
+            )
+    context, notes = limit_context(setting("context_length", needed=True), setting("attention.sliding_window") or None)
+    stop = [_metadata(reader, f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    config = LanguageModelConfig(
+        vocab_size=int(tensors["token_embd.weight"].shape[1]),
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_layers=setting("block_count", needed=True),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        norm_eps=setting("attention.layer_norm_rms_epsilon", needed=True),
+        rotary=_rotary(path, setting, tensors.get(ROPE_FACTORS), head_dim),
+        qkv_bias="blk.0.attn_q.bias" in tensors,
+        output_bias="blk.0.attn_output.bias" in tensors,
+        mlp_bias="blk.0.ffn_gate.bias" in tensors,
+        tied_embeddings="output.weight" not in tensors,
+        context=context,
+        stop_tokens=tuple(dict.fromkeys(token for token in stop if token is not None)),
+    )
+    return config, notes
+
+
+def _tensors(
+    reader: GGUFReader, path: str | Path, config: LanguageModelConfig, dtype: torch.dtype | None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    permuted = {}
+    if _metadata(reader, "general.architecture") == "llama":
+        permuted = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
+    tensors: dict[str, Tensor] = {}
+    ignored = {}
+    for stored in reader.tensors:
+        if stored.name == ROPE_FACTORS:
+            ignored[stored.name] = "turned into rotary settings"
+            continue
+        try:
+            values = dequantize(stored.data, stored.tensor_type)
+        except NotImplementedError as error:
+            raise ValueError(f"{path}: {stored.name} is stored as {stored.tensor_type.name}: {error}") from error
+        values = values.reshape(tuple(int(size) for size in reversed(stored.shape)))
+        part = stored.name.split(".")[-2] if "." in stored.name else stored.name
+        if part in permuted and stored.name.startswith("blk."):
+            values = unpermute(values, permuted[part])
+        tensor = torch.from_numpy(np.array(values, dtype=np.float32))  # a copy: the file stays read-only
+        tensors[hugging_face_name(stored.name)] = tensor if dtype is None else tensor.to(dtype)
+    return tensors, ignored
+
+
+def read_tokenizer(path: str | Path):
+    """The `transformers` tokenizer of a file, with its chat template.
+
+    Raises:
+        ValueError: a kind of tokenizer that is not known, by name.
+    """
+    reader = open_gguf(path)
+    prefix = "tokenizer."
+    values = {name.removeprefix(prefix): _metadata(reader, name) for name in reader.fields if name.startswith(prefix)}
+    return build_tokenizer(values, source=path)
+
+
+def hugging_face_name(name: str) -> str:
+    """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight; a name that is not known stays as it is."""
+    stem, _, kind = name.rpartition(".")
+    if stem in OUTER_NAMES:
+        return f"{OUTER_NAMES[stem]}.{kind}"
+    block, _, rest = stem.partition(".")
+    number, _, part = rest.partition(".")
+    if block == "blk" and number.isdecimal() and part in LAYER_NAMES:
+        return f"model.layers.{number}.{LAYER_NAMES[part]}.{kind}"
+    return name
+
+
+def unpermute(values: np.ndarray, num_heads: int) -> np.ndarray:
+    """Rows of q or k [heads * head_dim, ...] from neighbouring pairs back to halves of a head."""
+    pairs = values.reshape(num_heads, values.shape[0] // num_heads // 2, 2, *values.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(values.shape)
+
+
+def _rotary(path: str | Path, setting, factors, head_dim: int) -> RotaryConfig:
+    """Rotary settings out of the metadata and the optional tensor of divisors per frequency."""
+    theta = float(setting("rope.freq_base", 10_000.0))
+    kind = setting("rope.scaling.type", "none")
+    linear = float(setting("rope.scaling.factor", setting("rope.scale_linear", 1.0)) or 1.0)
+    if kind not in ("none", "linear"):
+        raise ValueError(f"{path}: rope scaling {kind!r} is not supported; it can be none, linear or Llama 3.1's")
+    scaled = kind == "linear" or setting("rope.scale_linear") is not None
+    if factors is None:
+        return RotaryConfig(theta, "linear", linear) if scaled and linear != 1 else RotaryConfig(theta)
+    if scaled and linear != 1:
+        raise ValueError(f"{path} has both linear rope scaling and {ROPE_FACTORS}, which is not supported")
+    divisors = torch.from_numpy(np.array(dequantize(factors.data, factors.tensor_type), dtype=np.float32))
+    candidates = [RotaryConfig(theta), RotaryConfig(theta, "linear", float(divisors[0]))]
+    # Llama 3.1 and 3.2 differ in the factor, which is the divisor of every low frequency, and in nothing else.
+    candidates.append(RotaryConfig(theta, "llama3", float(divisors.max()), 1.0, 4.0, 8192))
+    wanted = inverse_frequencies(candidates[0], head_dim)
+    for candidate in candidates:
+        if divisors.shape == wanted.shape and torch.allclose(
+            inverse_frequencies(candidate, head_dim), wanted / divisors, rtol=1e-4, atol=0
+        ):
+            return candidate
+    raise ValueError(f"{path}: the divisors in {ROPE_FACTORS} are not those of Llama 3.1's rope scaling")
+
+
+def _metadata(reader: GGUFReader, name: str):
+    """A metadata value as plain Python, or None."""
+    field = reader.fields.get(name)
+    if field is None:
+        return None
+    if field.types and field.types[0] == GGUFValueType.ARRAY:
+        return list(field.contents())
+    return field.contents()

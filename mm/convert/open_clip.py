@@ -1,0 +1,179 @@
+"""Image encoders from open_clip: its ViT towers, whose features then equal the tower's own block outputs.
+
+MetaCLIP's ViT-H/14 (`load("ViT-H-14-quickgelu", "metaclip_fullcc")`) is the one to start from. What comes after the
+blocks (pooling, projection into the joint space) stays behind; tile positions and gated layers are new, at gate 0.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mm.convert.report import put
+from vision.encoder import CLIP_MEAN, CLIP_STD, VisionEncoder, VisionEncoderConfig, resize_positions
+
+PAPER_LAYERS = 32
+NEW_PARTS = ("gated_layers.", "pre_tile_position.", "post_tile_position.", "patch_position.tile", "patch_position.gate")
+
+
+def load(
+    model_name: str,
+    pretrained: str | Path,
+    tile_size: int | None = None,
+    tap_points: tuple[int, ...] | None = None,
+    num_gated_layers: int = 8,
+) -> VisionEncoder:
+    """An encoder with the weights of an open_clip model.
+
+    Args:
+        model_name: as open_clip knows it, e.g. "ViT-H-14-quickgelu".
+        pretrained: open_clip's tag of the weights (fetched from the hub, unless cached), or a local checkpoint file.
+        tile_size, tap_points, num_gated_layers: see `from_model`.
+
+    Raises:
+        ValueError: a name, tag or file that open_clip cannot load, or a tower that `from_model` refuses.
+    """
+    import open_clip
+
+    try:
+        model = open_clip.create_model(model_name, pretrained=str(pretrained), require_pretrained=True)
+    except Exception as error:  # open_clip raises many kinds here
+        raise ValueError(f"open_clip cannot load {model_name} with weights {pretrained}: {error}") from error
+    return from_model(model, tile_size, tap_points, num_gated_layers, source=f"{model_name} ({pretrained})")
+
+
+def from_model(
+    model: nn.Module,
+    tile_size: int | None = None,
+    tap_points: tuple[int, ...] | None = None,
+    num_gated_layers: int = 8,
+    source: str = "open_clip tower",
+) -> VisionEncoder:
+    """An encoder with a copy of the weights of an open_clip model, or of its `visual` tower.
+
+    Args:
+        tile_size: side of a tile; None is the tower's own image size, another one resizes the position table.
+        tap_points: None takes the paper's fractions of the depth, see `default_tap_points`.
+        num_gated_layers: new layers behind the tower, the identity until trained.
+        source: for the report, which the encoder has in its attribute `report`.
+
+    Raises:
+        ValueError: a tower that is no plain ViT, with the option that makes it another.
+    """
+    tower = getattr(model, "visual", model)
+    left_out = _check(tower)
+    blocks = tower.transformer.resblocks
+    patch_size, image_size = tower.conv1.kernel_size[0], tower.image_size[0]
+    config = VisionEncoderConfig(
+        tile_size=tile_size or image_size,
+        patch_size=patch_size,
+        hidden_size=tower.conv1.out_channels,
+        intermediate_size=blocks[0].mlp.c_fc.out_features,
+        num_layers=len(blocks),
+        num_gated_layers=num_gated_layers,
+        num_heads=blocks[0].attn.num_heads,
+        tap_points=default_tap_points(len(blocks)) if tap_points is None else tuple(tap_points),
+        activation="gelu" if isinstance(blocks[0].mlp.gelu, nn.GELU) else "quick_gelu",
+        attention_bias=True,
+        norm_eps=tower.ln_post.eps,
+    )
+    with torch.device("meta"):
+        encoder = VisionEncoder(config)
+    # Without layers, all that is left to draw at random is what the tower does not have.
+    drawn = VisionEncoder(dataclasses.replace(config, num_layers=0, tap_points=())).state_dict()
+    dtype = tower.class_embedding.dtype
+    new = {name: value.to(dtype) for name, value in drawn.items() if name.startswith(NEW_PARTS)}
+    old, reshaped = _rename(tower)
+    old = resize_positions(old, image_size // patch_size, config.patches_per_side)
+    if config.tile_size != image_size:
+        reshaped.append(f"positional_embedding: resized from {image_size} to {config.tile_size} px, bilinear")
+    encoder.report = put(
+        encoder,
+        new | {name: tensor.clone() for name, tensor in old.items()},
+        source=source,
+        reshaped=reshaped,
+        ignored=left_out,
+        notes=[f"new, at gate 0: {', '.join(part.rstrip('.') for part in NEW_PARTS)}"],
+    )
+    return encoder
+
+
+def default_tap_points(num_layers: int) -> tuple[int, ...]:
+    """The paper's (4, 8, 16, 24, 31) of 32 layers, at the same fractions of another depth, rounded down.
+
+    Example: 24 layers give (3, 6, 12, 18, 23), 4 give (1, 2, 3).
+    """
+    points = (max(1, point * num_layers // PAPER_LAYERS) for point in (4, 8, 16, 24, 31))
+    return tuple(sorted(set(points)))
+
+
+def _rename(tower: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
+    """The tower's weights under the encoder's names, and what changed its shape."""
+    conv = tower.conv1.weight.detach()  # [C, 3, p, p]: a patch is flattened in the same order
+    tensors = {
+        "patch_embedding.weight": conv.flatten(1),
+        "class_embedding": tower.class_embedding.detach(),
+        "patch_position.local": tower.positional_embedding.detach(),
+        **_norm("layernorm_pre", tower.ln_pre),
+        **_norm("layernorm_post", tower.ln_post),
+    }
+    for number, block in enumerate(tower.transformer.resblocks):
+        layer = f"layers.{number}"
+        weights, biases = block.attn.in_proj_weight.detach().chunk(3), block.attn.in_proj_bias.detach().chunk(3)
+        for part, weight, bias in zip("qkv", weights, biases, strict=True):
+            tensors[f"{layer}.self_attn.{part}_proj.weight"] = weight
+            tensors[f"{layer}.self_attn.{part}_proj.bias"] = bias
+        tensors |= _norm(f"{layer}.self_attn.o_proj", block.attn.out_proj)
+        tensors |= _norm(f"{layer}.input_layernorm", block.ln_1)
+        tensors |= _norm(f"{layer}.post_attention_layernorm", block.ln_2)
+        tensors |= _norm(f"{layer}.mlp.fc1", block.mlp.c_fc)
+        tensors |= _norm(f"{layer}.mlp.fc2", block.mlp.c_proj)
+    reshaped = [
+        f"conv1.weight: {list(conv.shape)} -> {list(conv.flatten(1).shape)}",
+        "transformer.resblocks.*.attn.in_proj_weight and in_proj_bias: split into q, k and v",
+    ]
+    return tensors, reshaped
+
+
+def _norm(name: str, layer: nn.Module) -> dict[str, Tensor]:
+    return {f"{name}.weight": layer.weight.detach(), f"{name}.bias": layer.bias.detach()}
+
+
+def _check(tower: nn.Module) -> dict[str, str]:
+    """Refuse a tower that computes anything else than a plain ViT; return the weights left out, with the reason."""
+    from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer
+
+    if not isinstance(tower, VisionTransformer):
+        raise ValueError(f"the tower is a {type(tower).__name__}; only open_clip's own ViT towers can be converted")
+    blocks = list(tower.transformer.resblocks)
+    norms = [tower.ln_pre, tower.ln_post, *(norm for block in blocks for norm in (block.ln_1, block.ln_2))]
+    activations = [getattr(block.mlp, "gelu", None) for block in blocks]
+    cfg = getattr(tower, "preprocess_cfg", None) or {}
+    mean, std = tuple(cfg.get("mean", CLIP_MEAN)), tuple(cfg.get("std", CLIP_STD))
+    refusals = {
+        "another block than ResidualAttentionBlock (block_type, qk_norm, scale_*)": any(
+            type(block) is not ResidualAttentionBlock for block in blocks
+        ),
+        "layer scale (ls_init_value)": any(not isinstance(block.ls_1, nn.Identity) for block in blocks),
+        "no_ln_pre": isinstance(tower.ln_pre, nn.Identity),
+        "attentional_pool": tower.attn_pool is not None,
+        "final_ln_after_pool": tower.final_ln_after_pool,
+        "an activation that is neither exact GELU nor QuickGELU": any(
+            not isinstance(a, QuickGELU) and not (isinstance(a, nn.GELU) and a.approximate == "none")
+            for a in activations
+        ),
+        "several kinds of activation": len({type(a) for a in activations}) > 1,
+        "LayerNorms of several epsilons": len({getattr(norm, "eps", None) for norm in norms}) > 1,
+        "an image or patch that is not square": len({*tower.image_size}) > 1 or len({*tower.conv1.kernel_size}) > 1,
+        f"normalisation by mean {mean} and std {std} instead of CLIP's": (mean, std) != (CLIP_MEAN, CLIP_STD),
+    }
+    found = [name for name, present in refusals.items() if present]
+    if found:
+        raise ValueError(f"the tower has {'; '.join(found)}: the encoder would not compute what it computes")
+    left_out = {"proj": "it projects pooled features into the joint space, after the blocks"}
+    if not isinstance(tower.patch_dropout, nn.Identity):
+        left_out["patch_dropout"] = "it acts in open_clip's own training only"
+    if tower.pool_type != "tok":
+        left_out[f"pool_type {tower.pool_type}"] = "it pools after the blocks; every token stays"
+    return left_out
