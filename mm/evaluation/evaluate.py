@@ -1,0 +1,276 @@
+"""Asks a model every question of a set and scores what it says.
+
+Flow: records -> prompts (`mm.processor`) -> batches of similar length -> answers (`mm.generation`) -> scores.
+"""
+
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from mm.batch import IGNORED, Sample
+from mm.checkpoint import replaced_files
+from mm.evaluation import metrics as scoring
+from mm.evaluation.likelihood import answer_log_likelihoods
+from mm.evaluation.metrics import Score
+from mm.generation import generate_tokens
+from mm.model import MultimodalModel
+from mm.processor import Processor, record_answer
+from shards.format import Record
+from shards.reader import ShardSet
+from vision.tiling import Tiles
+
+METRICS = ("vqa_accuracy", "exact_match", "choice", "bleu", "chrf")
+MID_GREY = 128
+MAX_SHARED_ANSWERS = 200  # a set with more different answers is no choice among given ones
+_WINDOW = 16  # batches that are read ahead and sorted by length together; bounds the pictures held at a time
+
+
+@dataclass
+class Report:
+    """What an evaluation found.
+
+    Attributes:
+        scores: by metric name, in the order asked for.
+        predictions: per record that could be read, in the order of the set: id, question, reference, prediction
+            (unless only `choice` was asked for), choice (with `choice`), and scores, the record's own averages.
+        failed: per record that could not be read: id and reason. They count in no score.
+        blank_images: whether the model was shown grey in place of the pictures.
+    """
+
+    scores: dict[str, Score]
+    predictions: list[dict]
+    failed: list[dict]
+    blank_images: bool = False
+
+    def __str__(self) -> str:
+        lines = [str(score) + (" with blanked images" if self.blank_images else "") for score in self.scores.values()]
+        return "\n".join([*lines, *(f"not read: {row['id']}: {row['reason']}" for row in self.failed)])
+
+    def write(self, folder: str | Path) -> None:
+        """scores.json and predictions.jsonl; scores.json comes last, so that a folder with it is whole."""
+        scores = {
+            name: {"value": score.value, "interval": score.interval, "num_samples": score.num_samples}
+            for name, score in self.scores.items()
+        }
+        summary = {"scores": scores, "blank_images": self.blank_images, "failed": self.failed}
+        with replaced_files(folder, last="scores.json") as new:
+            rows = (json.dumps(row, ensure_ascii=False) + "\n" for row in self.predictions)
+            (new / "predictions.jsonl").write_text("".join(rows), encoding="utf-8")
+            (new / "scores.json").write_text(json.dumps(summary, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def evaluate(
+    model: MultimodalModel,
+    processor: Processor,
+    records: ShardSet | Sequence[Record],
+    metrics: Sequence[str],
+    *,
+    blank_images: bool = False,
+    batch_size: int = 32,
+    max_new_tokens: int = 32,
+    limit: int | None = None,
+    seed: int = 0,
+) -> Report:
+    """Greedy answers to the last question of every record, scored.
+
+    A record's reference is its last assistant turn or its caption; `"answers"` in its json, a list of strings, gives
+    several (the ten of VQA). The answers do not depend on `batch_size` nor on the order of the records.
+
+    Args:
+        metrics: of METRICS. `choice` is the share of records where the likeliest of the given answers is a reference.
+            The given answers are the `"choices"` in the record's json, else all references of the whole set. An
+            answer's likelihood is the product over its tokens *and its stop token*, the probability that the model
+            says just that: so it needs no division by the number of tokens, which would favour long answers.
+        blank_images: every picture becomes mid-grey with as many tiles: the control that sees nothing.
+        limit: so many records, drawn with `seed`; None takes all.
+
+    Raises:
+        ValueError: an option out of range, no records, not one that could be read, or no answers to choose from.
+    """
+    _check_options(metrics, batch_size, limit, len(records))
+    numbers = list(range(len(records)))
+    if limit is not None and limit < len(records):
+        numbers = sorted(random.Random(seed).sample(numbers, limit))
+    choosing, saying = "choice" in metrics, set(metrics) != {"choice"}
+    shared = _shared_answers(records) if choosing else None
+    known: dict[tuple[bool, str], list[int]] = {}
+    context = model.config.language_model.context
+    predictions: list[dict] = []
+    failed: list[dict] = []
+    references: list[list[str]] = []
+
+    with tqdm(total=len(numbers), desc="evaluate", unit="record", disable=None) as progress:
+        for start in range(0, len(numbers), _WINDOW * batch_size):
+            window = []
+            for number in numbers[start : start + _WINDOW * batch_size]:
+                try:
+                    asked = _ask(processor, records[number], context, shared, known)
+                except Exception as error:  # a record can be malformed in any way; the others are still asked
+                    reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+                    failed.append({"id": _name(records, number), "reason": reason})
+                    progress.update()
+                    continue
+                if blank_images:
+                    asked.sample = blank(asked.sample)
+                window.append(asked)
+            by_length = sorted(window, key=lambda asked: len(asked.sample.tokens))
+            for first in range(0, len(by_length), batch_size):
+                group = by_length[first : first + batch_size]
+                _answer(model, processor, group, max_new_tokens, saying, choosing)
+                progress.update(len(group))
+            for asked in window:
+                predictions.append(asked.row)
+                references.append(asked.references)
+
+    if not predictions:
+        raise ValueError(f"none of the {len(numbers)} records could be read; the first: {failed[0]['reason']}")
+    return Report(_score(metrics, predictions, references), predictions, failed, blank_images)
+
+
+def blank(sample: Sample) -> Sample:
+    """The sample with mid-grey in place of every pixel, tiles as they were."""
+    grey = [Tiles(torch.full_like(tiles.pixels, MID_GREY), tiles.grid) for tiles in sample.images]
+    return Sample(sample.tokens, sample.labels, grey)
+
+
+@dataclass
+class _Asked:
+    """One record on its way: its prompt, what it may be answered with, and the row of the report it becomes."""
+
+    sample: Sample
+    references: list[str]
+    choices: list[str]
+    choice_tokens: list[list[int]]
+    row: dict
+
+
+def _ask(
+    processor: Processor,
+    record: Record,
+    context: int,
+    shared: list[str] | None,
+    known: dict[tuple[bool, str], list[int]],
+) -> _Asked:
+    """Reads a record.
+
+    Args:
+        shared: answers to choose from for records without their own; None where nothing is to be chosen.
+        known: tokens of answers met before, added to.
+    """
+    sample, reference = processor.record_prompt(record)
+    references = [str(answer) for answer in record.json.get("answers") or [reference]]
+    choices = [] if shared is None else [str(choice) for choice in record.json.get("choices") or shared]
+    in_messages = "messages" in record.json
+    for choice in choices:
+        if (in_messages, choice) not in known:
+            known[in_messages, choice] = _answer_tokens(processor, in_messages, choice)
+    choice_tokens = [known[in_messages, choice] for choice in choices]
+    length, longest = len(sample.tokens), max((len(tokens) for tokens in choice_tokens), default=1)
+    if length + longest > context:
+        raise ValueError(f"the prompt has {length} tokens; with an answer that is over the context of {context}")
+    row = {"id": record.id, "question": _question(processor, record), "reference": reference, "scores": {}}
+    return _Asked(sample, references, choices, choice_tokens, row)
+
+
+def _answer(
+    model: MultimodalModel, processor: Processor, group: list[_Asked], max_new_tokens: int, saying: bool, choosing: bool
+) -> None:
+    """Fills the rows of one batch."""
+    samples = [asked.sample for asked in group]
+    if saying:
+        for asked, tokens in zip(group, generate_tokens(model, samples, max_new_tokens), strict=True):
+            asked.row["prediction"] = processor.decode(tokens)
+    if choosing:
+        likelihoods = answer_log_likelihoods(model, samples, [asked.choice_tokens for asked in group])
+        for asked, values in zip(group, likelihoods, strict=True):
+            asked.row["choice"] = asked.choices[max(range(len(values)), key=values.__getitem__)]
+
+
+def _score(metrics: Sequence[str], predictions: list[dict], references: list[list[str]]) -> dict[str, Score]:
+    """Scores by name; each average's value per record is added to its row."""
+    averages = {
+        "vqa_accuracy": ("prediction", scoring.vqa_accuracy),
+        "exact_match": ("prediction", scoring.exact_match),
+        "choice": ("choice", scoring.exact_match),
+    }
+    corpus = {"bleu": scoring.bleu, "chrf": scoring.chrf}
+    scores = {}
+    for name in metrics:
+        if name in corpus:
+            scores[name] = corpus[name]([row["prediction"] for row in predictions], references)
+            continue
+        column, function = averages[name]
+        values = [function(row[column], given) for row, given in zip(predictions, references, strict=True)]
+        scores[name] = scoring.average(name, values)
+        for row, value in zip(predictions, values, strict=True):
+            row["scores"][name] = value
+    return scores
+
+
+def _shared_answers(records: ShardSet | Sequence[Record]) -> list[str]:
+    """Every different reference of the set, sorted, for records that bring no choices of their own."""
+    found: set[str] = set()
+    for record in _readable(records):
+        try:
+            if not record.json.get("choices"):
+                found.add(record_answer(record))
+        except Exception:  # said once, where the record is asked
+            continue
+    if len(found) > MAX_SHARED_ANSWERS:
+        raise ValueError(
+            f"the set has {len(found):,} different answers, over the {MAX_SHARED_ANSWERS} that `choice` chooses from; "
+            "give each record its own 'choices', or leave this metric out"
+        )
+    return sorted(found)
+
+
+def _readable(records: ShardSet | Sequence[Record]) -> Iterable[Record]:
+    for number in range(len(records)):
+        try:
+            yield records[number]
+        except ValueError:
+            continue
+
+
+def _answer_tokens(processor: Processor, in_messages: bool, answer: str) -> list[int]:
+    """An answer as the model is trained to say it, stop token included. The picture has no part in that."""
+    if in_messages:
+        example = processor.example([{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}])
+    else:
+        example = processor.caption_example(Image.new("RGB", (1, 1)), answer)
+    return [label for label in example.labels if label != IGNORED]
+
+
+def _question(processor: Processor, record: Record) -> str:
+    """The text of what the user asked last; the caption prompt for a captioned picture."""
+    if "messages" not in record.json:
+        return processor.caption_prompt or ""
+    for message in reversed(record.json["messages"][:-1]):
+        if message["role"] == "user":
+            content = message["content"]
+            parts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
+            return " ".join(part.strip() for part in parts if part.strip())
+    return ""
+
+
+def _name(records: ShardSet | Sequence[Record], number: int) -> str:
+    """The id of a record that may not be readable."""
+    return records.index["id"][number].as_py() if isinstance(records, ShardSet) else records[number].id
+
+
+def _check_options(metrics: Sequence[str], batch_size: int, limit: int | None, num_records: int) -> None:
+    unknown = [name for name in metrics if name not in METRICS]
+    if unknown or not metrics:
+        raise ValueError(f"metrics are {list(metrics)}; choose from {', '.join(METRICS)}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}; it must be at least 1, or None for all records")
+    if not num_records:
+        raise ValueError("there are no records to evaluate on")

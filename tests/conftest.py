@@ -1,0 +1,159 @@
+"""What many tests share: a tiny random model whose every gate and table is open, its tokenizer, pictures."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+import mm
+from layers.rotary import RotaryConfig
+from mm.cross_attention import ImageAdapterConfig
+from mm.language_model import LanguageModelConfig
+from vision.encoder import VisionEncoderConfig
+from vision.tiling import Tiles
+
+torch.set_num_threads(1)  # tiny tensors: threads cost more than they bring
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "<|start|>{{ message.role }}\n{{ message.content }}<|end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+TEXT = [
+    "what shape is in the picture? a red circle, a blue square or a green triangle",
+    "is there a circle? yes. no. user assistant system describe the picture",
+]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with a handful of merges, so that characters outside ASCII take several tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|begin|>", "<|start|>", "<|end|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXT, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|begin|>", eos_token="<|end|>", chat_template=CHAT_TEMPLATE
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tokenizer: PreTrainedTokenizerFast) -> mm.ModelConfig:
+    language_model = LanguageModelConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_layers=6,
+        num_heads=4,
+        num_kv_heads=2,
+        rotary=RotaryConfig(theta=10_000.0),
+        context=160,
+        stop_tokens=(tokenizer.eos_token_id,),
+    )
+    encoder = VisionEncoderConfig(
+        tile_size=28,
+        patch_size=14,
+        hidden_size=32,
+        intermediate_size=64,
+        num_layers=2,
+        num_gated_layers=1,
+        num_heads=2,
+        tap_points=(0, 1),
+    )
+    return mm.ModelConfig(language_model, encoder, ImageAdapterConfig(positions=(2, 4, 6)))
+
+
+@pytest.fixture(scope="session")
+def build_model() -> Callable[..., mm.MultimodalModel]:
+    """build_model(config, seed=0) -> a random model in which every gate is open and every table is filled."""
+
+    def build(config: mm.ModelConfig, seed: int = 0) -> mm.MultimodalModel:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = mm.MultimodalModel(config)
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    leaf = name.rpartition(".")[2]
+                    if leaf in ("gate", "gate_attn", "gate_ffn"):
+                        parameter.uniform_(0.6, 1.2)
+                    elif leaf in ("tile", "embedding", "extra_embeddings"):
+                        parameter.normal_()
+                    elif "norm" in name and leaf == "weight":
+                        parameter.uniform_(0.7, 1.3)
+        return model.eval()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_model(build_model, tiny_config) -> mm.MultimodalModel:
+    """Shared by all tests: not to be changed."""
+    return build_model(tiny_config)
+
+
+@pytest.fixture(scope="session")
+def bare_model(tiny_model) -> mm.MultimodalModel:
+    """The same language model without eyes; to it an image's placeholder is a token like any other."""
+    config = replace(tiny_model.config, vision_encoder=None, image_adapter=None)
+    model = mm.MultimodalModel(replace(config, image_token_id=config.language_model.vocab_size + 7))
+    model.language_model, model.extra_embeddings = tiny_model.language_model, tiny_model.extra_embeddings
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_processor(tokenizer, tiny_config) -> mm.Processor:
+    return mm.Processor(tokenizer, tiny_config)
+
+
+@pytest.fixture(scope="session")
+def random_picture() -> Callable[..., Image.Image]:
+    """random_picture(width, height, seed=0) -> RGB noise."""
+
+    def picture(width: int = 28, height: int = 28, seed: int = 0) -> Image.Image:
+        return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+    return picture
+
+
+@pytest.fixture(scope="session")
+def random_tiles() -> Callable[..., Tiles]:
+    """random_tiles(seed=0, grid=(1, 1), size=28) -> Tiles of noise."""
+
+    def tiles(seed: int = 0, grid: tuple[int, int] = (1, 1), size: int = 28) -> Tiles:
+        generator = torch.Generator().manual_seed(seed)
+        shape = (grid[0] * grid[1], 3, size, size)
+        return Tiles(torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator), grid)
+
+    return tiles
+
+
+@pytest.fixture(scope="session")
+def make_sample(tiny_config, random_tiles) -> Callable[..., mm.Sample]:
+    """make_sample("..ii.", seed=0, grids=None) -> a sample: `.` is a random text token, `i` an image.
+
+    The images have the given grids in turn, else one, two, one and four tiles.
+    """
+
+    def sample(pattern: str, seed: int = 0, grids: Sequence[tuple[int, int]] | None = None) -> mm.Sample:
+        generator = torch.Generator().manual_seed(seed)
+        vocab = tiny_config.language_model.vocab_size
+        text = torch.randint(3, vocab, (len(pattern),), generator=generator).tolist()
+        tokens = [
+            tiny_config.image_token_id if mark == "i" else token for mark, token in zip(pattern, text, strict=True)
+        ]
+        grids = grids or ((1, 1), (1, 2), (1, 1), (2, 2))
+        images = [random_tiles(100 * seed + n, grids[n % len(grids)]) for n in range(pattern.count("i"))]
+        return mm.Sample(tokens, images=images)
+
+    return sample

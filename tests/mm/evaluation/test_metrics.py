@@ -1,0 +1,108 @@
+"""Scores against their definitions, and the VQA normalisation against cases worked out by hand from its rules."""
+
+import math
+
+import pytest
+import sacrebleu
+
+from mm.evaluation.metrics import average, bleu, chrf, exact_match, normalise_answer, vqa_accuracy
+
+
+@pytest.mark.parametrize(
+    ("answer", "normalised"),
+    [
+        ("Yes", "yes"),
+        ("  yes\n", "yes"),
+        ("a\tcat", "cat"),
+        ("The man and an apple", "man and apple"),
+        ("theatre", "theatre"),
+        ("two", "2"),
+        ("None", "0"),
+        ("eleven", "eleven"),
+        ("ten dogs", "10 dogs"),
+        ("dont", "don't"),
+        ("couldn'tve", "couldn't've"),
+        ("couldnt've", "couldn't've"),
+        ("couldntve", "couldntve"),
+        ("yall'd've", "y'all'd've"),
+        ("twas", "'twas"),
+        ("somebody'd", "somebodyd"),
+        ("were", "were"),
+        ("yes.", "yes"),
+        ("3.5", "3.5"),
+        ("3.", "3"),
+        ("U.S.A.", "usa"),
+        ("red-brown", "red brown"),
+        ("red - brown", "red brown"),
+        ("red-brown, white", "red brown white"),
+        ("b-c -d", "bc d"),
+        ("1,000", "1000"),
+        ("1,000 red-brown", "1000 redbrown"),
+        ("yes, sir", "yes sir"),
+        ("yes,sir", "yes sir"),
+        ("what?!", "what"),
+        ("it's 5:30", "it's 5:30"),
+        ("", ""),
+    ],
+)
+def test_normalisation_follows_the_official_rules(answer, normalised):
+    assert normalise_answer(answer) == normalised
+
+
+@pytest.mark.parametrize(("agree", "expected"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
+def test_ten_people_give_the_known_steps(agree, expected):
+    people = ["red"] * agree + [f"other {n}" for n in range(10 - agree)]
+    assert vqa_accuracy("The red.", people) == pytest.approx(expected)
+
+
+def test_one_reference_is_exact_match_after_normalisation():
+    assert vqa_accuracy("Two", ["2"]) == 1.0
+    assert vqa_accuracy("two dogs", ["2"]) == 0.0
+    assert vqa_accuracy("b", ["a b", "c"]) == 1.0
+
+
+def test_exact_match_forgives_only_outer_space():
+    assert exact_match(" yes\n", ["no", "yes"]) == 1.0
+    assert exact_match("Yes", ["yes"]) == 0.0
+    assert exact_match("yes.", ["yes"]) == 0.0
+
+
+@pytest.mark.parametrize("num_samples", [4, 100])
+def test_average_has_the_stated_interval(num_samples):
+    score = average("vqa_accuracy", [1.0, 1.0, 1.0, 0.0] * (num_samples // 4))
+    assert score.value == 0.75
+    assert score.interval == pytest.approx(1.96 * math.sqrt(0.75 * 0.25 / num_samples))
+    assert score.num_samples == num_samples
+
+
+def test_perfect_average_has_no_interval():
+    assert average("exact_match", [1.0] * 9).interval == 0.0
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(bleu, sacrebleu.BLEU()), (chrf, sacrebleu.CHRF())])
+def test_corpus_scores_are_sacrebleus(ours, theirs):
+    said = ["the cat sat on a mat", "a red circle", "two dogs run in the park"] * 5
+    first = ["the cat sat on the mat", "a red circle", "two dogs ran in a park"] * 5
+    second = ["a cat sat on a mat", "one red circle", "dogs run in the park"] * 5
+    score = ours(said, [[a, b] for a, b in zip(first, second, strict=True)])
+    expected = theirs.corpus_score(said, [first, second], n_bootstrap=1000)
+    assert score.value == pytest.approx(expected.score)
+    assert score.interval == pytest.approx(expected._ci, rel=1e-3)  # sacrebleu resamples in float32
+    assert score.interval > 0
+    assert score.num_samples == 15
+
+
+@pytest.mark.parametrize("metric", [bleu, chrf])
+def test_corpus_scores_of_nonsense_are_zero(metric):
+    score = metric(["xyz", "", "a b"], [["q"], ["w e"], ["a c"]])
+    assert 0 <= score.value < 30
+    assert metric(["", ""], [["a b c"], ["d e f"]]).value == 0
+
+
+def test_number_of_references_may_differ():
+    some, one = bleu(["a b c d", "a b c d"], [["a b c d", "x"], ["a b c e"]]), bleu(["a b c d"], [["a b c d"]])
+    assert some.value < one.value == pytest.approx(100)
+
+
+def test_score_prints_percent_and_size():
+    assert str(average("vqa_accuracy", [1.0] * 900 + [0.0] * 100)) == "vqa_accuracy 90.0% ± 1.9 (1,000 samples)"
