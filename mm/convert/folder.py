@@ -1,10 +1,16 @@
-"""Hugging Face folders, read without running anything in them: JSON and safetensors, never pickles."""
+"""Hugging Face folders, read without running anything in them, and written whole: JSON and safetensors, no pickles."""
 
 import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 SINGLE = "model.safetensors"
@@ -91,3 +97,54 @@ def _weight_files(folder: Path) -> list[Path]:
             f'it: transformers.AutoModelForCausalLM.from_pretrained("{folder}").save_pretrained("OUT")'
         )
     raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX}")
+
+
+@contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its name when the block succeeds, and vanishes when it fails.
+
+    Raises:
+        ValueError: `folder` exists and holds something.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists already; name a new or an empty folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield new
+        new.chmod(0o755)
+        os.replace(new, folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def write_json(path: Path, values: dict) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> None:
+    """Named tensors as one safetensors file, or as several and an index when they are more than `max_shard_bytes`."""
+    shards: list[dict[str, int]] = []  # sizes by name
+    waiting: dict[str, Tensor] = {}
+
+    def write() -> None:
+        save_file(waiting, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append({name: tensor.nbytes for name, tensor in waiting.items()})
+        waiting.clear()
+
+    for name, tensor in tensors:
+        if waiting and sum(t.nbytes for t in waiting.values()) + tensor.nbytes > max_shard_bytes:
+            write()
+        waiting[name] = tensor.contiguous()
+    write()
+    if len(shards) == 1:
+        os.replace(folder / "shard-0", folder / SINGLE)
+        return
+    weight_map = {}
+    for number, sizes in enumerate(shards):
+        file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+        os.replace(folder / f"shard-{number}", folder / file)
+        weight_map |= dict.fromkeys(sizes, file)
+    total = sum(sum(sizes.values()) for sizes in shards)
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

@@ -1,0 +1,239 @@
+"""A Llama 3.2 Vision config.json and our configuration, each out of the other; what has no counterpart is refused."""
+
+import copy
+import dataclasses
+
+import torch
+
+from mm.config import NUM_EXTRA_TOKENS, ModelConfig
+from mm.convert.llama_config import language_model_config, stop_tokens
+from mm.cross_attention import ImageAdapterConfig
+from vision.encoder import VisionEncoderConfig
+from vision.tiling import CANVASES, MAX_TILES
+
+VISION_DEFAULTS = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_global_layers": 8,
+    "attention_heads": 16,
+    "image_size": 448,
+    "patch_size": 14,
+    "norm_eps": 1e-5,
+    "max_num_tiles": MAX_TILES,
+    "num_channels": 3,
+    "hidden_act": "gelu",
+    "intermediate_layers_indices": (3, 7, 15, 23, 30),
+    "supported_aspect_ratios": CANVASES,
+}
+CROSS_ATTENTION_LAYERS = (3, 8, 13, 18, 23, 28, 33, 38)
+LAYERNORM_EPS = 1e-5  # of the layer norms around the encoder's layers, fixed in mllama
+ACTIVATIONS = ("gelu", "quick_gelu")
+
+
+def model_config(
+    values: dict, generation: dict, tap_points: tuple[int, ...] | None, has_head: bool = True
+) -> tuple[ModelConfig, list[str]]:
+    """Our configuration of the model that a config.json describes, and notes for the report.
+
+    Args:
+        generation: of generation_config.json, for the stop tokens.
+        tap_points: in place of the folder's own.
+        has_head: the folder holds an output table of its own.
+
+    Raises:
+        ValueError: another kind of model, or a setting that this model does not have, by name.
+    """
+    if values.get("model_type") != "mllama":
+        raise ValueError(f"model_type {values.get('model_type')!r} is not mllama, the kind of Llama 3.2 Vision folders")
+    text, vision = values.get("text_config"), values.get("vision_config")
+    if not isinstance(text, dict) or not isinstance(vision, dict):
+        raise ValueError("config.json lacks text_config or vision_config")
+    if values.get("quantization_config") is not None:
+        raise ValueError("quantization_config is not supported; use the folder with plain weights")
+    text = {"model_type": "mllama_text_model", "num_hidden_layers": 40, **text}
+    cross_layers = text.get("cross_attention_layers")
+    cross_layers = sorted(CROSS_ATTENTION_LAYERS if cross_layers is None else cross_layers)
+    if any(not 0 <= layer < text["num_hidden_layers"] for layer in cross_layers):
+        raise ValueError(f"cross_attention_layers {cross_layers} lie outside 0..{text['num_hidden_layers'] - 1}")
+    decoder, notes = language_model_config(
+        text, stop_tokens(values, generation), text["num_hidden_layers"] - len(cross_layers)
+    )
+    if decoder.head_dim * decoder.num_heads != decoder.hidden_size:
+        raise ValueError(f"head_dim {decoder.head_dim} other than hidden_size / num_attention_heads is not mllama's")
+    if has_head and decoder.tied_embeddings:
+        decoder = dataclasses.replace(decoder, tied_embeddings=False)
+        notes.append("tie_word_embeddings is set, but the folder has an output table of its own, which is used")
+    encoder = _vision_config(vision, tap_points)
+    positions = tuple(layer - earlier for earlier, layer in enumerate(cross_layers))
+    image_token = values.get("image_token_index", values.get("image_token_id", decoder.vocab_size))
+    return ModelConfig(decoder, encoder, ImageAdapterConfig(positions), image_token), notes
+
+
+def config_values(config: ModelConfig) -> dict:
+    """A config.json for a model of ours.
+
+    Raises:
+        ValueError: every field whose value mllama cannot express.
+    """
+    lm, encoder, adapter = config.language_model, config.vision_encoder, config.image_adapter
+    if encoder is None or adapter is None:
+        raise ValueError("mllama cannot express a model without vision_encoder and image_adapter")
+    positions = adapter.block_positions(lm.num_layers)
+    wrong = {
+        f"language_model.head_dim {lm.head_dim} (it must be hidden_size / num_heads)": lm.head_dim * lm.num_heads
+        != lm.hidden_size,
+        "language_model.qkv_bias": lm.qkv_bias,
+        "language_model.output_bias": lm.output_bias,
+        "language_model.mlp_bias": lm.mlp_bias,
+        "image_adapter.intermediate_size other than the language model's": adapter.intermediate_size
+        not in (None, lm.intermediate_size),
+        "vision_encoder.attention_bias": encoder.attention_bias,
+        f"vision_encoder.norm_eps {encoder.norm_eps} (it must be {LAYERNORM_EPS})": encoder.norm_eps != LAYERNORM_EPS,
+        f"vision_encoder.max_num_tiles {encoder.max_num_tiles}": encoder.max_num_tiles != MAX_TILES,
+        f"vision_encoder.tap_points {encoder.tap_points} (each must be below num_layers, and there must be some)": any(
+            point >= encoder.num_layers for point in encoder.tap_points
+        )
+        or not encoder.tap_points,
+        "vision_encoder.padding 'ragged' (mllama pads; a model with padding 'llama32' computes what it computes)": (
+            encoder.padding != "llama32"
+        ),
+    }
+    found = [name for name, present in wrong.items() if present]
+    if found:
+        raise ValueError(f"mllama cannot express {'; '.join(found)}")
+    rope = {"rope_type": "default" if lm.rotary.scaling == "none" else lm.rotary.scaling, "rope_theta": lm.rotary.theta}
+    if lm.rotary.scaling != "none":
+        rope["factor"] = lm.rotary.factor
+    if lm.rotary.scaling == "llama3":
+        rope |= {
+            "low_freq_factor": lm.rotary.low_freq_factor,
+            "high_freq_factor": lm.rotary.high_freq_factor,
+            "original_max_position_embeddings": lm.rotary.original_context,
+        }
+    stop = list(lm.stop_tokens) or None
+    text = {
+        "model_type": "mllama_text_model",
+        "vocab_size": lm.vocab_size,
+        "hidden_size": lm.hidden_size,
+        "intermediate_size": lm.intermediate_size,
+        "num_hidden_layers": lm.num_layers + len(positions),
+        "num_attention_heads": lm.num_heads,
+        "num_key_value_heads": lm.num_kv_heads,
+        "hidden_act": "silu",
+        "rms_norm_eps": lm.norm_eps,
+        "rope_parameters": rope,
+        "max_position_embeddings": lm.context,
+        "cross_attention_layers": [position + earlier for earlier, position in enumerate(positions)],
+        "tie_word_embeddings": False,
+        "eos_token_id": stop,
+        "pad_token_id": None,
+    }
+    vision = {
+        "model_type": "mllama_vision_model",
+        "hidden_size": encoder.hidden_size,
+        "intermediate_size": encoder.intermediate_size,
+        "num_hidden_layers": encoder.num_layers,
+        "num_global_layers": encoder.num_gated_layers,
+        "attention_heads": encoder.num_heads,
+        "image_size": encoder.tile_size,
+        "patch_size": encoder.patch_size,
+        "num_channels": 3,
+        "hidden_act": encoder.activation,
+        "norm_eps": encoder.norm_eps,
+        "max_num_tiles": encoder.max_num_tiles,
+        "supported_aspect_ratios": [list(canvas) for canvas in CANVASES],
+        "intermediate_layers_indices": list(encoder.tap_points),
+        "vision_output_dim": encoder.feature_size,
+    }
+    return {
+        "architectures": ["MllamaForConditionalGeneration"],
+        "model_type": "mllama",
+        "image_token_index": config.image_token_id,
+        "tie_word_embeddings": False,
+        "text_config": text,
+        "vision_config": vision,
+    }
+
+
+def same_meaning(values: dict, config: ModelConfig) -> None:
+    """Make sure that a folder's config.json still describes a model read from it.
+
+    Stop tokens and tap points may differ: the first lie in generation_config.json, the second are given back as read.
+
+    Raises:
+        ValueError: the fields that changed since.
+    """
+    tied = config.language_model.tied_embeddings
+    meant, _ = model_config(values, {}, config.vision_encoder.tap_points, has_head=not tied)
+    changed = []
+    for part in ("language_model", "vision_encoder", "image_adapter"):
+        old, new = dataclasses.asdict(getattr(meant, part)), dataclasses.asdict(getattr(config, part))
+        changed += [
+            f"{part}.{name}: {old[name]} -> {new[name]}"
+            for name in old
+            if old[name] != new[name] and name not in ("stop_tokens", "tied_embeddings", "gate_init")
+        ]
+    if meant.image_token_id != config.image_token_id:
+        changed.append(f"image_token_id: {meant.image_token_id} -> {config.image_token_id}")
+    if changed:
+        raise ValueError(
+            f"the model is no longer the one that its folder describes ({'; '.join(changed)}); set "
+            "model.mllama_source = None to write it with a config.json of its own"
+        )
+
+
+def with_dtype(values: dict, dtypes: set[torch.dtype]) -> dict:
+    """A config.json that names the tensors' dtype, or the widest of several; unchanged where it already does."""
+    widest = torch.float64 if torch.float64 in dtypes else torch.float32
+    name = str(dtypes.pop() if len(dtypes) == 1 else widest).removeprefix("torch.")
+    values = copy.deepcopy(values)
+    spelled = False
+    for part in (values, values.get("text_config") or {}, values.get("vision_config") or {}):
+        for key in ("dtype", "torch_dtype"):
+            if part.get(key) is not None:
+                part[key] = name
+                spelled = spelled or part is values
+    return values if spelled else {**values, "dtype": name}
+
+
+def _vision_config(values: dict, tap_points: tuple[int, ...] | None) -> VisionEncoderConfig:
+    values = {**VISION_DEFAULTS, **{name: value for name, value in values.items() if value is not None}}
+    heads = values.get("num_attention_heads", values["attention_heads"])
+    sides = {}
+    for name in ("image_size", "patch_size"):
+        side = values[name]
+        sides[name] = side[0] if isinstance(side, list) and len(set(side)) == 1 else side
+    taps = tuple(values["intermediate_layers_indices"])
+    feature_size = values["hidden_size"] * (1 + len(taps))
+    wrong = {
+        "num_channels": values["num_channels"] != 3,
+        "image_size": not isinstance(sides["image_size"], int),
+        "patch_size": not isinstance(sides["patch_size"], int),
+        "hidden_act": values["hidden_act"] not in ACTIVATIONS,
+        "norm_eps": values["norm_eps"] != LAYERNORM_EPS,
+        "max_num_tiles": values["max_num_tiles"] != MAX_TILES,
+        "supported_aspect_ratios": [tuple(canvas) for canvas in values["supported_aspect_ratios"]] != list(CANVASES),
+        "vision_output_dim": values.get("vision_output_dim", feature_size) != feature_size,
+    }
+    found = [f"{name} {values[name]!r}" for name, present in wrong.items() if present]
+    if found:
+        raise ValueError(f"vision_config with {'; '.join(found)} is not supported")
+    if tap_points is not None and len(tap_points) != len(taps):
+        raise ValueError(f"tap_points {tuple(tap_points)} are {len(tap_points)}; the projection takes {len(taps)}")
+    return VisionEncoderConfig(
+        tile_size=sides["image_size"],
+        patch_size=sides["patch_size"],
+        hidden_size=values["hidden_size"],
+        intermediate_size=values["intermediate_size"],
+        num_layers=values["num_hidden_layers"],
+        num_gated_layers=values["num_global_layers"],
+        num_heads=heads,
+        tap_points=taps if tap_points is None else tuple(tap_points),
+        activation=values["hidden_act"],
+        norm_eps=values["norm_eps"],
+        padding="llama32",
+    )
+
+
+assert NUM_EXTRA_TOKENS == 8  # mllama's embedding table has as many rows more
