@@ -212,7 +212,7 @@ def test_what_the_decoder_does_not_compute_is_refused_by_name(folder, values, na
 def test_pickles_are_refused_with_the_way_out(folder):
     _, path = folder()
     (path / "model.safetensors").rename(path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="pickle.*save_pretrained"):
+    with pytest.raises(ValueError, match=r"pickle.*save_pretrained"):
         llama.load(path)
 
 
