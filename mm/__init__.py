@@ -1,7 +1,7 @@
 """mm-adapters: eyes for a frozen language model.
 
-    model, processor = mm.load("runs/demo")
-    print(mm.generate(model, processor, messages, max_new_tokens=64))
+model, processor = mm.load("runs/demo")
+print(mm.generate(model, processor, messages, max_new_tokens=64))
 """
 
 import vision.tiling as _tiling  # noqa: F401  scripts reach vision.tiling after `import mm` alone

@@ -77,8 +77,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
             wrong = next((i for i, (token, label) in enumerate(pairs) if label not in (token, IGNORED)), None)
             if wrong is not None:
                 raise ValueError(
-                    f"sample {index} has label {sample.labels[wrong]} at token {wrong}, which is {sample.tokens[wrong]}; "
-                    f"a label is its own token or {IGNORED} (the loss does the shift)"
+                    f"sample {index} has label {sample.labels[wrong]} at token {wrong}, which is "
+                    f"{sample.tokens[wrong]}; a label is its own token or {IGNORED} (the loss does the shift)"
                 )
     longest = max(len(sample.tokens) for sample in samples)
     tokens = torch.tensor([sample.tokens + [0] * (longest - len(sample.tokens)) for sample in samples])

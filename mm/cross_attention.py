@@ -96,7 +96,9 @@ class ImageAdapter(nn.Module):
         self.positions = config.block_positions(language_model.num_layers)
         width = config.intermediate_size or language_model.intermediate_size
         self.projection = nn.Linear(feature_size, language_model.hidden_size)
-        self.blocks = nn.ModuleList(CrossAttentionBlock(language_model, width, config.gate_init) for _ in self.positions)
+        self.blocks = nn.ModuleList(
+            CrossAttentionBlock(language_model, width, config.gate_init) for _ in self.positions
+        )
 
     def by_position(self) -> dict[int, CrossAttentionBlock]:
         """Each block under the number of LM layers completed before it."""

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mm.batch import IGNORED, Sample
 from mm.config import ModelConfig
-from shards.format import PICTURES, Record
+from shards.format import Record, picture_suffixes
 from vision.reading import read_picture
 from vision.tiling import Tiles, tile_image
 
@@ -69,6 +69,10 @@ class Processor:
         Raises:
             ValueError: as `prompt`, or a conversation without an assistant turn.
         """
+        while messages and messages[-1].get("role") != "assistant":  # what follows the last answer teaches nothing
+            messages = messages[:-1]
+        if not messages:
+            raise ValueError("the conversation has no assistant turn to learn from")
         flat, images = self._flatten(messages)
         tokens: list[int] = []
         labels: list[int] = []
@@ -90,9 +94,8 @@ class Processor:
                 tokens += piece
                 labels += piece if is_target else [IGNORED] * len(piece)
             done = after
-        if all(label == IGNORED for label in labels):
-            raise ValueError("the conversation has no assistant turn to learn from")
-        return Sample(tokens, labels, images)
+        end = max(index for index, label in enumerate(labels) if label != IGNORED) + 1
+        return Sample(tokens[:end], labels[:end], images)
 
     def caption_prompt_for(self, picture: Image.Image | str | Path | bytes) -> Sample:
         """The sample after which a caption follows."""
@@ -149,7 +152,9 @@ class Processor:
                         text += IMAGE_MARK
                     case {"type": "text", "text": str(words)}:
                         if IMAGE_MARK in words:
-                            raise ValueError(f"message {index} holds {IMAGE_MARK}, which stands for images: leave it out")
+                            raise ValueError(
+                                f"message {index} holds {IMAGE_MARK}, which stands for images: leave it out"
+                            )
                         text += words
                     case _:
                         raise ValueError(
@@ -191,11 +196,7 @@ def record_pictures(record: Record) -> list[bytes]:
     Raises:
         ValueError: there is none.
     """
-    pictures = [
-        data
-        for suffix, data in record.media.items()
-        if suffix.split(".")[-1] in PICTURES and not suffix.startswith("clip.")
-    ]
+    pictures = [record.media[suffix] for suffix in picture_suffixes(record.media)]
     if not pictures:
         raise ValueError(f"record {record.id} holds no picture; its members are {', '.join(record.media) or 'none'}")
     return pictures

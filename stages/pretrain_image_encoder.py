@@ -32,6 +32,7 @@ class PretrainImageEncoder:
     Attributes:
         output: folder of the run, and of the encoder at its end.
         data: shards to learn from. validation: shards to report retrieval on; null reports nothing.
+        max_tiles: tiles per picture at most; null takes as many as the encoder does.
         encoder: shape of the ViT. text: shape of the text tower, which is not kept.
     """
 
@@ -42,6 +43,7 @@ class PretrainImageEncoder:
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
     validation: Source | None = None
     validation_pairs: int = 500
+    max_tiles: int | None = None
     device: str = "cpu"
 
 
@@ -53,7 +55,9 @@ def pretrain_image_encoder(config: PretrainImageEncoder) -> None:
     model = ContrastiveModel(config.encoder, config.text)
     initialise_encoder(model.vision_encoder, config.training.seed)
 
-    prepare = partial(pair_of, tokenizer=open_clip.SimpleTokenizer(context_length=config.text.context), encoder=config.encoder)
+    tokenizer = open_clip.SimpleTokenizer(context_length=config.text.context)
+    max_tiles = config.max_tiles or config.encoder.max_num_tiles
+    prepare = partial(pair_of, tokenizer=tokenizer, tile_size=config.encoder.tile_size, max_tiles=max_tiles)
     dataset = RecordDataset(config.data, prepare)
     objective = ContrastiveObjective()
     evaluate = None
@@ -78,10 +82,10 @@ def pretrain_image_encoder(config: PretrainImageEncoder) -> None:
     save_encoder(output, model.vision_encoder)
 
 
-def pair_of(record: Record, tokenizer: open_clip.SimpleTokenizer, encoder: VisionEncoderConfig) -> Pair:
+def pair_of(record: Record, tokenizer: open_clip.SimpleTokenizer, tile_size: int, max_tiles: int) -> Pair:
     """A record's first picture, and its caption or the whole text of its messages."""
     image = read_picture(record_pictures(record)[0])
-    return Pair(tile_image(image, encoder.tile_size, encoder.max_num_tiles), tokenizer(text_of(record))[0])
+    return Pair(tile_image(image, tile_size, max_tiles), tokenizer(text_of(record))[0])
 
 
 def text_of(record: Record) -> str:

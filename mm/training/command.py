@@ -26,4 +26,3 @@ def run_stage(
     except (ValueError, ArgumentError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(1)
-

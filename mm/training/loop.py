@@ -62,7 +62,8 @@ class TrainingConfig:
                 raise ValueError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
         if self.micro_batch_size is not None and not 1 <= self.micro_batch_size <= self.batch_size:
             raise ValueError(
-                f"training.micro_batch_size is {self.micro_batch_size}; it can be 1 to the batch_size, {self.batch_size}"
+                f"training.micro_batch_size is {self.micro_batch_size}; it can be "
+                f"1 to the batch_size, {self.batch_size}"
             )
         if self.compute not in ("fp32", "bf16"):
             raise ValueError(f"training.compute is {self.compute!r}; it can be fp32 or bf16")

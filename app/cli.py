@@ -1,0 +1,217 @@
+"""The `mm` command: each subcommand reads its arguments and calls a documented function of the rooms below.
+
+A user's mistake ends with one line and exit code 1. Where several files are given, the good ones are done first.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+import mm
+import mm.convert.mllama
+import mm.convert.open_clip
+import stages.pretrain_image_encoder
+import stages.train_image_adapter
+from mm.checkpoint import save, save_encoder
+from mm.evaluation.evaluate import evaluate
+from shards.reader import ShardSet
+from vision.reading import read_picture
+
+DEFAULT_MODEL = "runs/demo"
+STAGES = {
+    "pretrain_image_encoder": stages.pretrain_image_encoder.main,
+    "train_image_adapter": stages.train_image_adapter.main,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The console script."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["train"]:
+        sys.exit(_train(arguments[1:]))
+    sys.exit(_run(arguments))
+
+
+def caption(arguments: Namespace) -> int:
+    """Caption pictures."""
+    model, processor = _load(arguments)
+
+    def describe(file: str) -> str:
+        sample = processor.caption_prompt_for(read_picture(file))
+        return processor.decode(mm.generate_tokens(model, [sample], arguments.max_new_tokens)[0])
+
+    return _each(arguments.images, describe)
+
+
+def ask(arguments: Namespace) -> int:
+    """Ask a question about pictures."""
+    if not arguments.question.strip():
+        raise ValueError("the question is empty")
+    model, processor = _load(arguments)
+    content = [{"type": "image", "image": file} for file in arguments.image]
+    messages = [{"role": "user", "content": [*content, {"type": "text", "text": arguments.question}]}]
+    for piece in mm.stream(
+        model,
+        processor,
+        messages,
+        arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+    ):
+        print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+def evaluate_shards(arguments: Namespace) -> int:
+    """Score a model on a folder of shards."""
+    model, processor = _load(arguments)
+    records = ShardSet(arguments.data).select(split=arguments.split, task=arguments.task)
+    report = evaluate(
+        model,
+        processor,
+        records,
+        arguments.metrics.split(","),
+        blank_images=arguments.blank_images,
+        batch_size=arguments.batch_size,
+        max_new_tokens=arguments.max_new_tokens,
+        limit=arguments.limit,
+    )
+    print(report)
+    if arguments.output:
+        report.write(arguments.output)
+    return 1 if report.failed else 0
+
+
+def convert_open_clip(arguments: Namespace) -> int:
+    """Make an encoder folder of an open_clip image tower."""
+    encoder = mm.convert.open_clip.load(arguments.name, arguments.pretrained, tile_size=arguments.tile_size)
+    save_encoder(arguments.output, encoder)
+    return 0
+
+
+def convert_from_mllama(arguments: Namespace) -> int:
+    """Make a run folder of a Llama 3.2 Vision folder."""
+    model, processor = mm.load(arguments.folder)
+    save(arguments.output, model, processor, bundle=True)
+    return 0
+
+
+def convert_to_mllama(arguments: Namespace) -> int:
+    """Make a Llama 3.2 Vision folder of a run folder."""
+    model, processor = mm.load(arguments.folder)
+    mm.convert.mllama.save(model, arguments.output)
+    processor.tokenizer.save_pretrained(arguments.output)
+    return 0
+
+
+def _each(files: Sequence[str], do: Callable[[str], str]) -> int:
+    """Do every file that can be done, then list what failed and why."""
+    failed = []
+    for file in files:
+        try:
+            print(f"{file}: {do(file)}", flush=True)
+        except ValueError as error:
+            failed.append(str(error))
+    for reason in failed:
+        print(f"mm: failed: {reason}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _load(arguments: Namespace) -> tuple[mm.MultimodalModel, mm.Processor]:
+    return mm.load(arguments.model, device=arguments.device, language_model=arguments.language_model)
+
+
+def _train(arguments: list[str]) -> int:
+    if arguments[:1] not in [[name] for name in STAGES]:
+        print(f"mm train: name a stage: {', '.join(STAGES)}", file=sys.stderr)
+        return 1
+    STAGES[arguments[0]](arguments[1:])
+    return 0
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        chosen = _parser().parse_args(arguments)
+        command = chosen[chosen.subcommand]
+        if chosen.subcommand == "convert":
+            return CONVERSIONS[command.subcommand](command[command.subcommand])
+        return COMMANDS[chosen.subcommand](command)
+    except (ValueError, ArgumentError) as error:
+        print(f"mm: {error}", file=sys.stderr)
+        return 1
+
+
+def _model_options(parser: ArgumentParser, max_new_tokens: int) -> None:
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="a run folder, or a Llama 3.2 Vision folder")
+    parser.add_argument("--language-model", help="where the run's language model lies now, if it moved")
+    parser.add_argument("--device", default="cpu", help="such as cpu or cuda")
+    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help="longest answer, in tokens")
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="mm", description="Eyes for a frozen language model.", exit_on_error=False)
+    commands = parser.add_subcommands(required=True)
+
+    one = ArgumentParser(description=caption.__doc__, exit_on_error=False)
+    one.add_argument("images", nargs="+", help="picture files")
+    _model_options(one, max_new_tokens=64)
+    commands.add_subcommand("caption", one)
+
+    one = ArgumentParser(description=ask.__doc__, exit_on_error=False)
+    one.add_argument("question")
+    one.add_argument("--image", nargs="+", required=True, help="picture files, in the order of the question")
+    one.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
+    one.add_argument("--top-p", type=float, default=1.0)
+    one.add_argument("--seed", type=int, default=0)
+    _model_options(one, max_new_tokens=128)
+    commands.add_subcommand("ask", one)
+
+    one = ArgumentParser(description=evaluate_shards.__doc__, exit_on_error=False)
+    one.add_argument("--data", required=True, help="a folder of shards")
+    one.add_argument("--split", default="test")
+    one.add_argument("--task", help="only records of this task")
+    one.add_argument("--metrics", default="vqa_accuracy", help="vqa_accuracy, exact_match, choice, bleu, chrf: a,b,c")
+    one.add_argument("--blank-images", type=bool, default=False, help="the blind control: every image turned grey")
+    one.add_argument("--batch-size", type=int, default=64)
+    one.add_argument("--limit", type=int, help="a random subset of this size, always the same")
+    one.add_argument("--output", help="folder for scores.json and predictions.jsonl")
+    _model_options(one, max_new_tokens=32)
+    commands.add_subcommand("evaluate", one)
+
+    train = ArgumentParser(description=f"Run a training stage: {', '.join(STAGES)}.", exit_on_error=False)
+    commands.add_subcommand("train", train)
+    commands.add_subcommand("convert", _convert_parser())
+    return parser
+
+
+def _convert_parser() -> ArgumentParser:
+    parser = ArgumentParser(description="Other people's weights, in and out.", exit_on_error=False)
+    kinds = parser.add_subcommands(required=True)
+
+    one = ArgumentParser(description=convert_open_clip.__doc__, exit_on_error=False)
+    one.add_argument("name", help="open_clip's name of the model, such as ViT-H-14-quickgelu")
+    one.add_argument("pretrained", help="open_clip's tag of the weights, such as metaclip_fullcc, or a file")
+    one.add_argument("output", help="folder to write")
+    one.add_argument("--tile-size", type=int, help="another resolution than the tower's, in pixels")
+    kinds.add_subcommand("open-clip", one)
+
+    for name, command in (("from-mllama", convert_from_mllama), ("to-mllama", convert_to_mllama)):
+        one = ArgumentParser(description=command.__doc__, exit_on_error=False)
+        one.add_argument("folder", help="what to convert")
+        one.add_argument("output", help="folder to write")
+        kinds.add_subcommand(name, one)
+    return parser
+
+
+COMMANDS = {"caption": caption, "ask": ask, "evaluate": evaluate_shards}
+CONVERSIONS = {
+    "open-clip": convert_open_clip,
+    "from-mllama": convert_from_mllama,
+    "to-mllama": convert_to_mllama,
+}
+
+if __name__ == "__main__":
+    main()

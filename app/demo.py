@@ -1,0 +1,146 @@
+"""`make demo`: assets -> shards -> encoder -> adapter -> evaluation -> a page, all on this machine.
+
+    python -m app.demo [--steps N]
+
+Each part that has been done is kept: an interrupted demo goes on where it was.
+"""
+
+import random
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+import data_prep.easy_vqa
+import data_prep.openmoji
+import data_prep.tuxpaint
+import mm
+import stages.pretrain_image_encoder
+import stages.train_image_adapter
+from app.page import Example, write_page
+from data_prep.sources import license_text
+from mm.assets import fetch, missing_programs
+from mm.checkpoint import CONFIG_FILE
+from mm.evaluation.evaluate import Report, evaluate
+from mm.processor import record_pictures
+from shards.reader import ShardSet
+from shards.writer import write_shards
+
+SETS = {
+    "easy_vqa": ("easy-vqa", data_prep.easy_vqa.to_samples),
+    "openmoji": ("openmoji", data_prep.openmoji.to_samples),
+    "tuxpaint": ("tuxpaint-stamps", data_prep.tuxpaint.to_samples),
+}
+PICTURES_SHOWN = 24
+
+
+def demo(data: Path, encoder: Path, output: Path, steps: int | None, questions: int | None) -> dict[str, Report]:
+    """Run whatever of the demo has not been run yet, and write `output/index.html`.
+
+    Args:
+        data: folder for the shards. encoder, output: run folders of the two stages.
+        steps: of the adapter stage; None takes the config's.
+        questions: how many test questions to evaluate; None takes all.
+
+    Returns:
+        reports: "answers" and "captions", and each again with its pictures blanked, "answers_blank", "captions_blank".
+    """
+    missing = missing_programs()
+    if missing:
+        raise ValueError(f"the demo needs {', '.join(missing)}: apt-get install {' '.join(missing)}")
+    language_model = fetch("smollm2-135m")
+    for name, (asset, to_samples) in SETS.items():
+        prepare(data / name, asset, to_samples)
+    started = time.monotonic()
+    if not (encoder / CONFIG_FILE).exists():
+        stages.pretrain_image_encoder.main(["--config", "configs/demo/encoder.yaml", "--output", str(encoder)])
+    arguments = ["--config", "configs/demo/adapter.yaml", "--output", str(output)]
+    arguments += ["--language_model", str(language_model), "--vision_encoder", str(encoder)]
+    if steps is not None:
+        arguments += ["--training.steps", str(steps)]
+    if not (output / CONFIG_FILE).exists() or steps is not None:
+        stages.train_image_adapter.main(arguments)
+        print(f"trained for {(time.monotonic() - started) / 60:.1f} minutes", file=sys.stderr)
+    return show(data, output, questions)
+
+
+def prepare(folder: Path, asset: str, to_samples) -> None:
+    """Turn a fetched set into shards, once."""
+    if folder.exists():
+        return
+    source = fetch(asset)
+    dropped: list[tuple[str, str]] = []
+    count = write_shards(to_samples(source, dropped), folder, files={"LICENSE": license_text(source)})
+    print(f"{folder}: {count} samples, {len(dropped)} left out", file=sys.stderr)
+
+
+def show(data: Path, output: Path, questions: int | None) -> dict[str, Report]:
+    """Evaluate the run on held-out data, beside the same model with its pictures blanked, and write the page."""
+    model, processor = mm.load(output)
+    sets = {
+        "answers": ShardSet(data / "easy_vqa").select(split="test"),
+        "openmoji": ShardSet(data / "openmoji").select(split="test"),
+        "tuxpaint": ShardSet(data / "tuxpaint").select(split="test"),
+    }
+    reports: dict[str, Report] = {}
+    for name, records in sets.items():
+        metrics = ["vqa_accuracy"] if name == "answers" else ["bleu", "chrf"]
+        for blank in (False, True):
+            report = evaluate(
+                model,
+                processor,
+                records,
+                metrics,
+                blank_images=blank,
+                batch_size=64,
+                max_new_tokens=4 if name == "answers" else 24,
+                limit=questions if name == "answers" else None,
+            )
+            key = name + ("_blank" if blank else "")
+            report.write(output / "evaluation" / key)
+            reports[key] = report
+            print(f"{key}: {report}", file=sys.stderr)
+    write_page(output / "index.html", reports, examples(sets, reports), output / "metrics.jsonl")
+    print(f"open {output / 'index.html'}", file=sys.stderr)
+    return reports
+
+
+def examples(sets: dict[str, ShardSet], reports: dict[str, Report]) -> dict[str, list[Example]]:
+    """Pictures with what was asked, expected and said; drawn at random, the same ones each time."""
+    shown: dict[str, list[Example]] = {}
+    for name, records in sets.items():
+        numbers = {key: number for number, key in enumerate(records.index["id"].to_pylist())}
+        blanked = {row["id"]: row["prediction"] for row in reports[f"{name}_blank"].predictions}
+        rows = random.Random(0).sample(reports[name].predictions, min(PICTURES_SHOWN, len(reports[name].predictions)))
+        shown[name] = [
+            Example(
+                picture=record_pictures(records[numbers[row["id"]]])[0],
+                question=row["question"] if name == "answers" else None,
+                reference=row["reference"],
+                said=row["prediction"],
+                said_blind=blanked[row["id"]],
+            )
+            for row in rows
+        ]
+    return shown
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = ArgumentParser(prog="demo", description=__doc__, exit_on_error=False)
+    parser.add_argument("--data", type=Path, default=Path("data/demo"), help="folder for the shards")
+    parser.add_argument("--encoder", type=Path, default=Path("runs/demo-encoder"), help="run folder of the encoder")
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="run folder of the demo")
+    parser.add_argument("--steps", type=int, help="steps of the adapter stage, in place of the config's")
+    parser.add_argument("--questions", type=int, help="evaluate on this many test questions; default: all")
+    try:
+        arguments = parser.parse_args(argv)
+        demo(arguments.data, arguments.encoder, arguments.output, arguments.steps, arguments.questions)
+    except (ValueError, ArgumentError) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
