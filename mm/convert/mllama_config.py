@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from itertools import pairwise
 
 import torch
 
@@ -56,6 +57,8 @@ def model_config(
     cross_layers = sorted(CROSS_ATTENTION_LAYERS if cross_layers is None else cross_layers)
     if any(not 0 <= layer < text["num_hidden_layers"] for layer in cross_layers):
         raise ValueError(f"cross_attention_layers {cross_layers} lie outside 0..{text['num_hidden_layers'] - 1}")
+    if any(after - before < 2 for before, after in pairwise(cross_layers)):
+        raise ValueError(f"cross_attention_layers {cross_layers} without a language layer between are not supported")
     decoder, notes = language_model_config(
         text, stop_tokens(values, generation), text["num_hidden_layers"] - len(cross_layers)
     )
