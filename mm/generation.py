@@ -83,6 +83,7 @@ def generate_tokens(
     return new
 
 
+@torch.inference_mode()  # as a decorator it is left at each yield; around a yield it would reach into the caller
 def stream_tokens(
     model: MultimodalModel,
     samples: Sequence[Sample],
@@ -125,17 +126,16 @@ def stream_tokens(
     if not samples:
         return
     rows = range(len(samples))
-    with torch.inference_mode():
-        logits, cache = prefill(model, samples, max(lengths) + max(room))
-        active = [True] * len(samples)
-        for taken in range(max(room)):
-            tokens = _choose(logits, temperature, top_p, generators)
-            active = [active[row] and tokens[row] not in stops and taken < room[row] for row in rows]
-            if not any(active):
-                return
-            yield [tokens[row] if active[row] else None for row in rows]
-            if taken + 1 < max(room):
-                logits = decode_step(model, tokens, [length + taken for length in lengths], cache)
+    logits, cache = prefill(model, samples, max(lengths) + max(room))
+    active = [True] * len(samples)
+    for taken in range(max(room)):
+        tokens = _choose(logits, temperature, top_p, generators)
+        active = [active[row] and tokens[row] not in stops and taken < room[row] for row in rows]
+        if not any(active):
+            return
+        yield [tokens[row] if active[row] else None for row in rows]
+        if taken + 1 < max(room):
+            logits = decode_step(model, tokens, [length + taken for length in lengths], cache)
 
 
 def prefill(model: MultimodalModel, samples: Sequence[Sample], length: int) -> tuple[Tensor, Cache]:

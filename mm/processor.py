@@ -69,7 +69,7 @@ class Processor:
         Raises:
             ValueError: as `prompt`, or a conversation without an assistant turn.
         """
-        while messages and messages[-1].get("role") != "assistant":  # what follows the last answer teaches nothing
+        while messages and not _is_answer(messages[-1]):  # what follows the last answer teaches nothing
             messages = messages[:-1]
         if not messages:
             raise ValueError("the conversation has no assistant turn to learn from")
@@ -92,7 +92,7 @@ class Processor:
             for text, is_target in ((before[len(done) :], False), (target, True), (answer[len(target) :], False)):
                 piece = self._tokenize(text)
                 tokens += piece
-                labels += piece if is_target else [IGNORED] * len(piece)
+                labels += [token if is_target and token != self.image_token_id else IGNORED for token in piece]
             done = after
         end = max(index for index, label in enumerate(labels) if label != IGNORED) + 1
         return Sample(tokens[:end], labels[:end], images)
@@ -104,7 +104,14 @@ class Processor:
         return Sample([*self._bos(), self.image_token_id], images=[self._tiles(picture)])
 
     def caption_example(self, picture: Image.Image | str | Path | bytes, caption: str) -> Sample:
-        """A training sample whose target is the caption."""
+        """A training sample whose target is the caption.
+
+        Raises:
+            ValueError: an empty caption, one that holds the mark of images, a picture that cannot be read.
+        """
+        if not caption.strip():
+            raise ValueError("the caption is empty")
+        _refuse_mark(caption, "the caption")
         if self.caption_prompt is not None:
             answer = {"role": "assistant", "content": caption}
             return self.example([*self._caption_messages(picture), answer])
@@ -143,6 +150,8 @@ class Processor:
             if not isinstance(message, dict) or not {"role", "content"} <= set(message):
                 raise ValueError(f'message {index} must be {{"role": ..., "content": ...}}')
             content = message["content"]
+            if not isinstance(content, str | list):
+                raise ValueError(f"message {index} has {content!r} as content; it can be text or a list of parts")
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
             text = ""
             for part in parts:
@@ -151,10 +160,7 @@ class Processor:
                         images.append(self._tiles(picture))
                         text += IMAGE_MARK
                     case {"type": "text", "text": str(words)}:
-                        if IMAGE_MARK in words:
-                            raise ValueError(
-                                f"message {index} holds {IMAGE_MARK}, which stands for images: leave it out"
-                            )
+                        _refuse_mark(words, f"message {index}")
                         text += words
                     case _:
                         raise ValueError(
@@ -188,6 +194,15 @@ class Processor:
         """What the tokenizer itself puts before a text."""
         bos = self.tokenizer.bos_token_id
         return [bos] if bos is not None and self.tokenizer("").input_ids[:1] == [bos] else []
+
+
+def _refuse_mark(text: str, where: str) -> None:
+    if IMAGE_MARK in text:
+        raise ValueError(f"{where} holds {IMAGE_MARK}, which stands for images: leave it out")
+
+
+def _is_answer(message: dict) -> bool:
+    return isinstance(message, dict) and message.get("role") == "assistant"
 
 
 def record_pictures(record: Record) -> list[bytes]:
