@@ -1,0 +1,140 @@
+"""Tiling: the tiles put together are the picture, and canvases, sizes and pixels are those of `transformers`."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import MllamaImageProcessor
+from transformers.models.mllama.image_processing_mllama import (
+    get_image_size_fit_to_canvas,
+    get_optimal_tiled_canvas,
+)
+
+from vision.tiling import CANVASES, Tiles, choose_canvas, fit_size, join_tiles, split_tiles, tile_image
+
+SIZES = [
+    (1, 1),
+    (1, 300),
+    (300, 1),
+    (1, 28),
+    (7, 5),
+    (28, 28),
+    (29, 28),
+    (28, 29),
+    (56, 28),
+    (57, 113),
+    (112, 28),
+    (28, 112),
+    (85, 85),
+    (100, 37),
+    (37, 100),
+    (500, 20),
+    (20, 500),
+    (333, 251),
+]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("max_tiles", [1, 2, 3, 4])
+def test_pixels_are_those_of_transformers(random_picture, size, max_tiles):
+    picture = random_picture(*size)
+    tiles = tile_image(picture, 28, max_tiles)
+    processor = MllamaImageProcessor(
+        size={"height": 28, "width": 28}, max_image_tiles=max_tiles, do_rescale=False, do_normalize=False
+    )
+    theirs = processor(picture, return_tensors="pt")
+    assert theirs["num_tiles"] == [[tiles.num_tiles]]
+    assert torch.equal(tiles.pixels, theirs["pixel_values"][0, 0, : tiles.num_tiles].to(torch.uint8))
+    if max_tiles == 4:  # with fewer tiles their ids count a shorter list
+        assert theirs["aspect_ratio_ids"].item() == tiles.canvas_id
+
+
+@pytest.mark.parametrize("tile_size", [28, 336, 560])
+def test_canvases_and_sizes_are_those_of_transformers(tile_size):
+    sides = [1, 2, 13, 27, 28, 29, 200, 335, 336, 337, 448, 672, 673, 1000, 1344, 2240, 5000]
+    for width, height in itertools.product(sides, sides):
+        grid = choose_canvas(width, height, tile_size)
+        canvas = get_optimal_tiled_canvas(height, width, 4, tile_size)
+        assert (grid[0] * tile_size, grid[1] * tile_size) == tuple(int(side) for side in canvas)
+        theirs = get_image_size_fit_to_canvas(height, width, *canvas, tile_size)
+        assert fit_size(width, height, grid, tile_size) == (int(theirs[1]), int(theirs[0]))
+
+
+@pytest.mark.parametrize("grid", CANVASES)
+def test_a_picture_that_fills_its_canvas_comes_back_unchanged(random_picture, grid):
+    picture = random_picture(grid[1] * 28, grid[0] * 28)
+    tiles = tile_image(picture, 28)
+    assert tiles.grid == grid
+    assert np.array_equal(join_tiles(tiles).permute(1, 2, 0).numpy(), np.array(picture))
+    assert torch.equal(split_tiles(join_tiles(tiles), grid), tiles.pixels)
+
+
+def test_tiles_stand_row_by_row():
+    picture = Image.new("RGB", (56, 56))
+    for number, corner in enumerate(((0, 0), (28, 0), (0, 28), (28, 28))):
+        picture.paste((number + 1,) * 3, (*corner, corner[0] + 28, corner[1] + 28))
+    assert [int(tile.unique()) for tile in tile_image(picture, 28).pixels] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_what_lies_outside_the_picture_is_black(size):
+    """A white picture shows which part of the canvas it covers: one rectangle from the top left corner."""
+    tiles = tile_image(Image.new("RGB", size, "white"), 28)
+    canvas = join_tiles(tiles)
+    width, height = fit_size(*size, tiles.grid, 28)
+    assert (canvas[:, :height, :width] == 255).all()
+    assert canvas.sum() == 255 * 3 * height * width
+
+
+def test_no_side_grows_beyond_itself_or_a_tile():
+    for width, height in SIZES:
+        grid = choose_canvas(width, height, 28)
+        new_width, new_height = fit_size(width, height, grid, 28)
+        assert 1 <= new_width <= min(max(width, 28), grid[1] * 28)
+        assert 1 <= new_height <= min(max(height, 28), grid[0] * 28)
+
+
+def test_fewer_tiles_are_a_limit(random_picture):
+    for size, max_tiles in itertools.product(SIZES, (1, 2, 3, 4)):
+        assert tile_image(random_picture(*size), 28, max_tiles).num_tiles <= max_tiles
+
+
+def test_the_paper_s_examples():
+    assert choose_canvas(672, 672, 336) == (2, 2)
+    assert choose_canvas(672, 336, 336) == (1, 2)
+    assert choose_canvas(336, 1344, 336) == (4, 1)
+    assert choose_canvas(600, 400, 336) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"image": Image.new("L", (4, 4))}, "mode L"),
+        ({"image": Image.new("RGBA", (4, 4))}, "mode RGBA"),
+        ({"max_tiles": 0}, "max_tiles is 0"),
+        ({"max_tiles": 5}, "max_tiles is 5"),
+        ({"tile_size": 0}, "tile_size is 0"),
+    ],
+)
+def test_bad_arguments(change, named):
+    arguments = {"image": Image.new("RGB", (4, 4)), "tile_size": 28, "max_tiles": 4, **change}
+    with pytest.raises(ValueError, match=named):
+        tile_image(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "grid"),
+    [
+        (torch.zeros(2, 3, 28, 28, dtype=torch.uint8), (1, 1)),
+        (torch.zeros(6, 3, 28, 28, dtype=torch.uint8), (2, 3)),
+        (torch.zeros(1, 3, 28, 28), (1, 1)),
+        (torch.zeros(1, 3, 28, 14, dtype=torch.uint8), (1, 1)),
+        (torch.zeros(1, 1, 28, 28, dtype=torch.uint8), (1, 1)),
+        (torch.zeros(3, 28, 28, dtype=torch.uint8), (1, 1)),
+    ],
+)
+def test_tiles_that_do_not_fit_their_grid(pixels, grid):
+    with pytest.raises(ValueError, match="grid"):
+        Tiles(pixels, grid)
