@@ -32,7 +32,7 @@ import mm.convert.mllama
 from mm.config import ModelConfig, from_dict, to_dict
 from mm.convert.report import put
 from mm.cross_attention import ImageAdapter, ImageAdapterConfig
-from mm.language_model import LanguageModel
+from mm.language_model import LanguageModel, LanguageModelConfig
 from mm.model import MultimodalModel
 from mm.processor import Processor
 from vision.encoder import VisionEncoder, VisionEncoderConfig, resize_positions
@@ -207,14 +207,17 @@ def _load_run(folder: Path, language_model: str | Path | None) -> tuple[Multimod
     description = _read_description(folder)
     if "model" not in description:
         raise ValueError(f"{folder} holds an image encoder alone; train an adapter on it first (mm train)")
-    config = from_dict(description["model"])
+    try:
+        config = from_dict(description["model"])
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG_FILE}: {error}") from error
     with torch.device("meta"):
         model = MultimodalModel(config)
     origin = description["language_model"]
     if origin is None:
         put(model.language_model, _read_part(folder, "language_model", description), source=folder)
     else:
-        model.language_model = _load_origin(folder, origin, language_model)
+        model.language_model = _load_origin(folder, origin, config.language_model, language_model)
     for name in ("vision_encoder", "image_adapter"):
         if getattr(model, name) is not None:
             put(getattr(model, name), _read_part(folder, name, description), source=folder / f"{name}.safetensors")
@@ -224,7 +227,7 @@ def _load_run(folder: Path, language_model: str | Path | None) -> tuple[Multimod
     return model, Processor(tokenizer, config, **description["processor"])
 
 
-def _load_origin(folder: Path, origin: dict, moved_to: str | Path | None) -> LanguageModel:
+def _load_origin(folder: Path, origin: dict, config: LanguageModelConfig, moved_to: str | Path | None) -> LanguageModel:
     path = Path(moved_to or origin["path"])
     if not path.exists():
         raise ValueError(
@@ -233,7 +236,16 @@ def _load_origin(folder: Path, origin: dict, moved_to: str | Path | None) -> Lan
         )
     if hash_weights(path) != origin["sha256"]:
         raise ValueError(f"{path} is not the language model that {folder} was trained with: its SHA-256 differs")
-    return mm.convert.llama.load(path)
+    model = mm.convert.llama.load(path)
+    # The hash is of the weights; a configuration beside them can change what they compute.
+    found, stored = asdict(model.config), asdict(config)
+    changed = [name for name in stored if found[name] != stored[name] and name not in ("context", "stop_tokens")]
+    if changed:
+        raise ValueError(
+            f"{path} is not configured as {folder} was trained with: "
+            + ", ".join(f"{name} is {found[name]}, was {stored[name]}" for name in changed)
+        )
+    return model
 
 
 def _write_parts(folder: Path, parts: dict[str, dict[str, Tensor]]) -> dict[str, str]:
@@ -273,6 +285,8 @@ def _read_description(folder: Path) -> dict:
         raise ValueError(f"{file} cannot be read: {error}") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise ValueError(f"{file} is not a run of format {FORMAT}")
+    if not isinstance(description.get("parts"), dict):  # the last entry
+        raise ValueError(f"{file} is not whole: it does not list its parts; write the run anew")
     return description
 
 
