@@ -13,7 +13,7 @@ import torch
 
 from mm.convert import gguf_file
 from mm.convert.folder import read_config, read_tensors
-from mm.convert.llama_config import language_model_config, stop_tokens
+from mm.convert.llama_config import check_num_layers, language_model_config, stop_tokens
 from mm.convert.report import put
 from mm.language_model import LanguageModel, LanguageModelConfig
 
@@ -57,6 +57,7 @@ def build(
             # As transformers does: the stored values win over the setting.
             config = dataclasses.replace(config, tied_embeddings=False)
             notes = [*notes, "tie_word_embeddings is set, but lm_head.weight has values of its own: not tied"]
+    check_num_layers(config.num_layers, len(tensors))
     with torch.device("meta"):
         model = LanguageModel(config)
     model.report = put(model, tensors, source=source, ignored=ignored, notes=notes)

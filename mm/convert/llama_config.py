@@ -3,15 +3,17 @@
 Shared by language-model folders, Llama 3.2 Vision folders and (the sliding window) GGUF files.
 """
 
+from collections.abc import Iterable
+
 from layers.rotary import RotaryConfig
 from mm.language_model import LanguageModelConfig
 
 # What a config.json may leave out, by model type: the defaults of the model's own configuration class.
 DEFAULTS = {
-    "llama": {"context": 2048, "theta": 10_000.0, "num_kv_heads": None, "window": None},
-    "mistral": {"context": 4096 * 32, "theta": 10_000.0, "num_kv_heads": 8, "window": 4096},
-    "qwen2": {"context": 32_768, "theta": 10_000.0, "num_kv_heads": 32, "window": 4096},
-    "mllama_text_model": {"context": 131_072, "theta": 500_000.0, "num_kv_heads": 8, "window": None},
+    "llama": {"context": 2048, "theta": 10_000.0, "num_kv_heads": None, "window": None, "norm_eps": 1e-6},
+    "mistral": {"context": 4096 * 32, "theta": 10_000.0, "num_kv_heads": 8, "window": 4096, "norm_eps": 1e-6},
+    "qwen2": {"context": 32_768, "theta": 10_000.0, "num_kv_heads": 32, "window": 4096, "norm_eps": 1e-6},
+    "mllama_text_model": {"context": 131_072, "theta": 500_000.0, "num_kv_heads": 8, "window": None, "norm_eps": 1e-5},
 }
 # Settings that would change what the layers compute, with the values that leave them as they are.
 REFUSED = {
@@ -37,7 +39,10 @@ def stop_tokens(values: dict, generation: dict) -> tuple[int, ...]:
     for settings in (generation, values, values.get("text_config") or {}):
         eos = settings.get("eos_token_id")
         if eos is not None:
-            return tuple(eos) if isinstance(eos, list) else (eos,)
+            tokens = tuple(eos) if isinstance(eos, list) else (eos,)
+            if any(type(token) is not int or token < 0 for token in tokens):
+                raise ValueError(f"eos_token_id is {eos!r}; a token id or a list of them is needed")
+            return tokens
     return ()
 
 
@@ -54,7 +59,7 @@ def language_model_config(
         ValueError: a model type or setting that the decoder does not compute, or a missing field, by name.
     """
     kind = values.get("model_type")
-    if kind not in DEFAULTS:
+    if not isinstance(kind, str) or kind not in DEFAULTS:
         raise ValueError(
             f"model_type {kind!r} is not supported; this decoder computes llama (Llama 1-3.x, SmolLM2), mistral, qwen2"
         )
@@ -63,10 +68,11 @@ def language_model_config(
             raise ValueError(f"{name} = {values[name]!r} is not supported by this decoder")
     if values.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act {values['hidden_act']!r} is not supported; this decoder computes silu")
-    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    absent = [name for name in needed if not isinstance(values.get(name), int)]
-    if absent:
-        raise ValueError(f"config.json lacks {', '.join(absent)}")
+    check_whole_numbers(
+        values,
+        ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"),
+    )
     defaults = DEFAULTS[kind]
     num_heads = values["num_attention_heads"]
     bias = bool(values.get("attention_bias", False)) if kind == "llama" else False
@@ -81,7 +87,7 @@ def language_model_config(
         num_heads=num_heads,
         num_kv_heads=values.get("num_key_value_heads", defaults["num_kv_heads"]) or num_heads,
         head_dim=values.get("head_dim"),
-        norm_eps=values.get("rms_norm_eps", 1e-6 if kind != "mllama_text_model" else 1e-5),
+        norm_eps=_number(values, "rms_norm_eps", defaults["norm_eps"]),
         rotary=rotary_config(values, defaults["theta"]),
         qkv_bias=bias or kind == "qwen2",
         output_bias=bias,
@@ -91,6 +97,28 @@ def language_model_config(
         stop_tokens=stop,
     )
     return config, notes
+
+
+def check_whole_numbers(values: dict, needed: Iterable[str], optional: Iterable[str] = ()) -> None:
+    """Make sure that a configuration's counts and sizes are whole numbers from 1.
+
+    Raises:
+        ValueError: those that are missing, or one that is no such number, by name.
+    """
+    needed = tuple(needed)
+    absent = [name for name in needed if values.get(name) is None]
+    if absent:
+        raise ValueError(f"config.json lacks {', '.join(absent)}")
+    for name in (*needed, *optional):
+        value = values.get(name)
+        if value is not None and (type(value) is not int or not 1 <= value < 2**31):
+            raise ValueError(f"config.json has {name} = {value!r}; a whole number from 1 is needed")
+
+
+def check_num_layers(num_layers: int, num_tensors: int) -> None:
+    """Refuse an absurd number of layers before a model of that size is laid out."""
+    if num_layers > max(1000, num_tensors):
+        raise ValueError(f"the configuration describes {num_layers} layers, the weights hold {num_tensors} tensors")
 
 
 def limit_context(context: int, window: int | None) -> tuple[int, list[str]]:
@@ -123,12 +151,17 @@ def rotary_config(values: dict, default_theta: float) -> RotaryConfig:
     Raises:
         ValueError: another kind than default, linear or llama3, or a missing number, by name.
     """
-    settings = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
+    settings = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        part = values.get(name) or {}
+        if not isinstance(part, dict):
+            raise ValueError(f"config.json has {name} = {part!r}; an object is needed")
+        settings |= part
     nested = [name for name, value in settings.items() if isinstance(value, dict)]
     if nested:
         raise ValueError(f"rope_parameters of their own for {', '.join(nested)} layers are not supported")
     kind = settings.get("rope_type", settings.get("type", "default"))
-    theta = float(settings.get("rope_theta", values.get("rope_theta", default_theta)))
+    theta = _number(settings, "rope_theta", _number(values, "rope_theta", default_theta))
     if settings.get("partial_rotary_factor", 1) != 1:
         raise ValueError(f"partial_rotary_factor {settings['partial_rotary_factor']} is not supported; it can be 1")
     if kind not in ("default", "linear", "llama3"):
@@ -144,12 +177,13 @@ def rotary_config(values: dict, default_theta: float) -> RotaryConfig:
     if absent:
         raise ValueError(f"the {kind} rope settings lack {', '.join(absent)}")
     if kind == "linear":
-        return RotaryConfig(theta, "linear", float(settings["factor"]))
-    return RotaryConfig(
-        theta,
-        "llama3",
-        float(settings["factor"]),
-        float(settings["low_freq_factor"]),
-        float(settings["high_freq_factor"]),
-        int(context),
-    )
+        return RotaryConfig(theta, "linear", _number(settings, "factor"))
+    bands = (_number(settings, name) for name in ("factor", "low_freq_factor", "high_freq_factor"))
+    return RotaryConfig(theta, "llama3", *bands, int(_number({"original context": context}, "original context")))
+
+
+def _number(values: dict, name: str, default: float | None = None) -> float:
+    value = values.get(name, default)
+    if type(value) not in (int, float):
+        raise ValueError(f"config.json has {name} = {value!r}; a number is needed")
+    return float(value)

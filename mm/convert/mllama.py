@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mm.config import ModelConfig
 from mm.convert.folder import new_folder, read_config, read_tensors, write_json, write_tensors
+from mm.convert.llama_config import check_num_layers
 from mm.convert.mllama_config import config_values, model_config, same_meaning, with_dtype
 from mm.convert.report import put
 from mm.model import MultimodalModel
@@ -88,6 +89,8 @@ def load(
     renamed = any(name.startswith("model.vision_model.") for name in stored)
     head = released_to_stored(HEAD, renamed)
     config, notes = model_config(values, generation, tap_points, has_head=head in stored)
+    encoder = config.vision_encoder
+    check_num_layers(config.language_model.num_layers + encoder.num_layers + encoder.num_gated_layers, len(stored))
     with torch.device("meta"):
         model = MultimodalModel(config)
     tensors, reshaped = {}, []

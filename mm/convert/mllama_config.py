@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 
 from mm.config import NUM_EXTRA_TOKENS, ModelConfig
-from mm.convert.llama_config import language_model_config, stop_tokens
+from mm.convert.llama_config import check_whole_numbers, language_model_config, stop_tokens
 from mm.cross_attention import ImageAdapterConfig
 from vision.encoder import VisionEncoderConfig
 from vision.tiling import CANVASES, MAX_TILES
@@ -53,8 +53,10 @@ def model_config(
     if values.get("quantization_config") is not None:
         raise ValueError("quantization_config is not supported; use the folder with plain weights")
     text = {"model_type": "mllama_text_model", "num_hidden_layers": 40, **text}
-    cross_layers = text.get("cross_attention_layers")
-    cross_layers = sorted(CROSS_ATTENTION_LAYERS if cross_layers is None else cross_layers)
+    if text.get("cross_attention_layers") is None:
+        text["cross_attention_layers"] = CROSS_ATTENTION_LAYERS
+    cross_layers = sorted(_whole_number_list(text, "cross_attention_layers"))
+    check_whole_numbers(text, ("num_hidden_layers",))
     if any(not 0 <= layer < text["num_hidden_layers"] for layer in cross_layers):
         raise ValueError(f"cross_attention_layers {cross_layers} lie outside 0..{text['num_hidden_layers'] - 1}")
     if any(after - before < 2 for before, after in pairwise(cross_layers)):
@@ -70,6 +72,8 @@ def model_config(
     encoder = _vision_config(vision, tap_points)
     positions = tuple(layer - earlier for earlier, layer in enumerate(cross_layers))
     image_token = values.get("image_token_index", values.get("image_token_id", decoder.vocab_size))
+    if type(image_token) is not int:
+        raise ValueError(f"image_token_index is {image_token!r}; a token id is needed")
     return ModelConfig(decoder, encoder, ImageAdapterConfig(positions), image_token), notes
 
 
@@ -200,6 +204,13 @@ def with_dtype(values: dict, dtypes: set[torch.dtype]) -> dict:
     return values if spelled else {**values, "dtype": name}
 
 
+def _whole_number_list(values: dict, name: str) -> tuple[int, ...]:
+    numbers = values[name]
+    if not isinstance(numbers, list | tuple) or any(type(number) is not int for number in numbers):
+        raise ValueError(f"{name} is {numbers!r}; a list of whole numbers is needed")
+    return tuple(numbers)
+
+
 def _vision_config(values: dict, tap_points: tuple[int, ...] | None) -> VisionEncoderConfig:
     values = {**VISION_DEFAULTS, **{name: value for name, value in values.items() if value is not None}}
     heads = values.get("num_attention_heads", values["attention_heads"])
@@ -207,16 +218,18 @@ def _vision_config(values: dict, tap_points: tuple[int, ...] | None) -> VisionEn
     for name in ("image_size", "patch_size"):
         side = values[name]
         sides[name] = side[0] if isinstance(side, list) and len(set(side)) == 1 else side
-    taps = tuple(values["intermediate_layers_indices"])
+    counts = ("hidden_size", "intermediate_size", "num_hidden_layers", "max_num_tiles")
+    check_whole_numbers({**values, **sides, "attention_heads": heads}, (*counts, *sides, "attention_heads"))
+    if type(values["num_global_layers"]) is not int or values["num_global_layers"] < 0:
+        raise ValueError(f"num_global_layers is {values['num_global_layers']!r}; a whole number from 0 is needed")
+    taps = _whole_number_list(values, "intermediate_layers_indices")
     feature_size = values["hidden_size"] * (1 + len(taps))
     wrong = {
         "num_channels": values["num_channels"] != 3,
-        "image_size": not isinstance(sides["image_size"], int),
-        "patch_size": not isinstance(sides["patch_size"], int),
         "hidden_act": values["hidden_act"] not in ACTIVATIONS,
         "norm_eps": values["norm_eps"] != LAYERNORM_EPS,
         "max_num_tiles": values["max_num_tiles"] != MAX_TILES,
-        "supported_aspect_ratios": [tuple(canvas) for canvas in values["supported_aspect_ratios"]] != list(CANVASES),
+        "supported_aspect_ratios": values["supported_aspect_ratios"] not in (CANVASES, [list(c) for c in CANVASES]),
         "vision_output_dim": values.get("vision_output_dim", feature_size) != feature_size,
     }
     found = [f"{name} {values[name]!r}" for name, present in wrong.items() if present]

@@ -199,12 +199,18 @@ def test_qwen2_windows_count_only_where_they_are_used(folder):
         ({"num_local_experts": 8}, "num_local_experts"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
-        ({"hidden_size": None}, "hidden_size"),
+        ({"hidden_size": None}, "lacks hidden_size"),
+        ({"num_hidden_layers": 10**9}, "1000000000 layers"),
+        ({"num_attention_heads": "four"}, "num_attention_heads = 'four'"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps = 'small'"),
+        ({"rope_parameters": ["llama3"]}, "rope_parameters"),
+        ({"eos_token_id": "</s>"}, "eos_token_id"),
     ],
 )
 def test_what_the_decoder_does_not_compute_is_refused_by_name(folder, values, named):
     _, path = folder()
     edit(path, **values)
+    (path / "generation_config.json").unlink(missing_ok=True)
     with pytest.raises(ValueError, match=named):
         llama.load(path)
 

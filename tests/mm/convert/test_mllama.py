@@ -180,6 +180,8 @@ def test_missing_and_unexpected_tensors_have_the_folders_names(mllama, tmp_path)
         ({"text": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}}, "dynamic"),
         ({"text": {"cross_attention_layers": [1, 40]}}, "cross_attention_layers"),
         ({"text": {"cross_attention_layers": [1, 4, 5]}}, "cross_attention_layers"),
+        ({"vision": {"num_global_layers": "eight"}}, "num_global_layers"),
+        ({"vision": {"intermediate_layers_indices": 3}}, "intermediate_layers_indices"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"image_token_index": 999}, "image_token_id 999"),
     ],
