@@ -174,7 +174,7 @@ def _parser() -> ArgumentParser:
     one.add_argument("--split", default="test")
     one.add_argument("--task", help="only records of this task")
     one.add_argument("--metrics", default="vqa_accuracy", help="vqa_accuracy, exact_match, choice, bleu, chrf: a,b,c")
-    one.add_argument("--blank-images", type=bool, default=False, help="the blind control: every image turned grey")
+    one.add_argument("--blank-images", action="store_true", help="the blind control: every image turned grey")
     one.add_argument("--batch-size", type=int, default=64)
     one.add_argument("--limit", type=int, help="a random subset of this size, always the same")
     one.add_argument("--output", help="folder for scores.json and predictions.jsonl")
@@ -183,12 +183,13 @@ def _parser() -> ArgumentParser:
 
     train = ArgumentParser(description=f"Run a training stage: {', '.join(STAGES)}.", exit_on_error=False)
     commands.add_subcommand("train", train)
-    commands.add_subcommand("convert", _convert_parser())
+    convert = ArgumentParser(description="Other people's weights, in and out.", exit_on_error=False)
+    commands.add_subcommand("convert", convert)  # before its own subcommands, as jsonargparse wants it
+    _add_conversions(convert)
     return parser
 
 
-def _convert_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Other people's weights, in and out.", exit_on_error=False)
+def _add_conversions(parser: ArgumentParser) -> None:
     kinds = parser.add_subcommands(required=True)
 
     one = ArgumentParser(description=convert_open_clip.__doc__, exit_on_error=False)
@@ -203,7 +204,6 @@ def _convert_parser() -> ArgumentParser:
         one.add_argument("folder", help="what to convert")
         one.add_argument("output", help="folder to write")
         kinds.add_subcommand(name, one)
-    return parser
 
 
 COMMANDS = {"caption": caption, "ask": ask, "evaluate": evaluate_shards}
