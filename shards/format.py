@@ -43,6 +43,7 @@ class Record:
     Attributes:
         id: letters, digits, `_` and `-`, unique in the set.
         json: `{"id", "split", "task", "language", "caption"}`, or `"messages"` in place of `"caption"`.
+            Evaluation also reads `"answers"`, further references, and `"choices"`, answers to choose from.
         media: member suffix without the leading dot (`"png"`, `"0.jpg"`, `"clip.mp4"`, `"flac"`) -> the file's bytes.
             Messages name their media by this suffix: `{"type": "image", "image": "0.jpg"}`.
         scores: extra columns of the index; not kept in the tar.
