@@ -50,7 +50,11 @@ class Processor:
         self.image_token_id = config.image_token_id
         self.stop_tokens = config.language_model.stop_tokens
         self.tile_size = config.vision_encoder.tile_size if config.vision_encoder else None
-        self.max_tiles = max_tiles or (config.vision_encoder.max_num_tiles if config.vision_encoder else 1)
+        self.context = config.language_model.context
+        most = config.vision_encoder.max_num_tiles if config.vision_encoder else 1
+        self.max_tiles = most if max_tiles is None else max_tiles
+        if not 1 <= self.max_tiles <= most:
+            raise ValueError(f"max_tiles is {max_tiles}; this model's image encoder takes 1 to {most}")
         self.caption_prompt = caption_prompt
         self.chat_template = chat_template or tokenizer.chat_template or PLAIN_TEMPLATE
 
@@ -121,10 +125,18 @@ class Processor:
         return Sample(prompt.tokens + target, labels, prompt.images)
 
     def record_example(self, record: Record) -> Sample:
-        """A training sample from a shard's record: its messages, or its picture and caption."""
+        """A training sample from a shard's record: its messages, or its picture and caption.
+
+        Raises:
+            ValueError: as `example` and `caption_example`, or a sample longer than the context.
+        """
         if "messages" in record.json:
-            return self.example(record_messages(record))
-        return self.caption_example(record_pictures(record)[0], record.json["caption"])
+            sample = self.example(record_messages(record))
+        else:
+            sample = self.caption_example(record_pictures(record)[0], record.json["caption"])
+        if len(sample.tokens) > self.context:
+            raise ValueError(f"the sample has {len(sample.tokens)} tokens, over the context of {self.context}")
+        return sample
 
     def record_prompt(self, record: Record) -> tuple[Sample, str]:
         """The sample before a record's last answer, and that answer; the caption for a captioned picture."""

@@ -5,7 +5,7 @@ and skips this stage. What comes out is an encoder folder that `train_image_adap
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -16,13 +16,16 @@ from torch import Tensor, nn
 from mm.checkpoint import save_encoder
 from mm.processor import record_pictures
 from mm.training.command import run_stage
-from mm.training.data import RecordDataset, Source
+from mm.training.data import RecordDataset, Source, readable_samples
 from mm.training.loop import TrainingConfig, train
 from mm.training.objectives import ContrastiveModel, ContrastiveObjective, Pair, TextTowerConfig, initialise_encoder
 from shards.format import Record
 from vision.encoder import EncoderLayer, VisionEncoderConfig
 from vision.reading import read_picture
 from vision.tiling import tile_image
+
+# What may differ when an interrupted run is taken up again; `mm.training.loop` judges `training` itself.
+FREE_TO_CHANGE = ("output", "training", "validation", "validation_pairs", "device")
 
 
 @dataclass
@@ -63,8 +66,7 @@ def pretrain_image_encoder(config: PretrainImageEncoder) -> None:
     evaluate = None
     if config.validation:
         held_out = RecordDataset([config.validation], prepare)
-        chosen = range(0, len(held_out), max(1, len(held_out) // config.validation_pairs))
-        batch = objective.collate([held_out[index] for index in chosen][: config.validation_pairs])
+        batch = objective.collate(readable_samples(held_out, config.validation_pairs))
         evaluate = partial(retrieval, batch=batch.to(config.device))
 
     output = Path(config.output)
@@ -78,6 +80,7 @@ def pretrain_image_encoder(config: PretrainImageEncoder) -> None:
         device=config.device,
         evaluate=evaluate,
         layers=(EncoderLayer,),
+        identity={name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE},
     )
     save_encoder(output, model.vision_encoder)
 

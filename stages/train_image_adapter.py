@@ -5,7 +5,7 @@ model stays as it was, bit for bit. Pre-training and annealing differ by their c
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -19,10 +19,14 @@ from mm.cross_attention import CrossAttentionBlock, ImageAdapterConfig
 from mm.language_model import DecoderLayer
 from mm.processor import Processor
 from mm.training.command import run_stage
-from mm.training.data import RecordDataset, Source, Unreadable
+from mm.training.data import RecordDataset, Source, readable_samples
 from mm.training.loop import TrainingConfig, train
 from mm.training.objectives import NextTokenObjective
+from mm.training.optimizer import apply_rates
 from vision.encoder import EncoderLayer
+
+# What may differ when an interrupted run is taken up again; `mm.training.loop` judges `training` itself.
+FREE_TO_CHANGE = ("output", "training", "validation", "validation_samples", "bundle", "device")
 
 
 @dataclass
@@ -58,8 +62,14 @@ class TrainImageAdapter:
 def train_image_adapter(config: TrainImageAdapter) -> None:
     """Train the image encoder and the cross-attention blocks of a frozen language model."""
     language_model = mm.convert.llama.load(config.language_model, dtype=torch.float32)
-    encoder = load_encoder(config.vision_encoder, tile_size=config.tile_size)
+    encoder = load_encoder(config.vision_encoder, tile_size=config.tile_size).float()
     model = assemble(language_model, encoder, config.adapter, seed=config.training.seed)
+    released = [name for name in apply_rates(model, config.training.rates) if name.startswith("language_model.")]
+    if released:
+        raise ValueError(
+            f"training.rates give {released[0]} a rate, and this stage keeps the language model as it is: "
+            'put "language_model.*": null before the other patterns'
+        )
     tokenizer = mm.convert.llama.load_tokenizer(config.language_model)
     processor = Processor(
         tokenizer, model.config, config.max_tiles, config.caption_prompt, chat_template=config.chat_template
@@ -70,11 +80,9 @@ def train_image_adapter(config: TrainImageAdapter) -> None:
     evaluate = None
     if config.validation:
         held_out = RecordDataset([config.validation], processor.record_example)
-        chosen = range(0, len(held_out), max(1, len(held_out) // config.validation_samples))
-        samples = [held_out[index] for index in chosen][: config.validation_samples]
-        readable = [sample for sample in samples if not isinstance(sample, Unreadable)]
+        samples = readable_samples(held_out, config.validation_samples)
         size = config.training.micro_batch_size or config.training.batch_size
-        batches = [objective.collate(readable[i : i + size]) for i in range(0, len(readable), size)]
+        batches = [objective.collate(samples[i : i + size]) for i in range(0, len(samples), size)]
         evaluate = partial(answer_accuracy, batches=batches, device=config.device)
 
     output = Path(config.output)
@@ -88,6 +96,7 @@ def train_image_adapter(config: TrainImageAdapter) -> None:
         device=config.device,
         evaluate=evaluate,
         layers=(DecoderLayer, EncoderLayer, CrossAttentionBlock),
+        identity={name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE},
     )
     save(output, model, processor, language_model=config.language_model, bundle=config.bundle)
 

@@ -1,19 +1,25 @@
 """What many tests share: a tiny random model whose every gate and table is open, its tokenizer, pictures."""
 
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 import mm
 from layers.rotary import RotaryConfig
+from mm.checkpoint import save_encoder
 from mm.cross_attention import ImageAdapterConfig
 from mm.language_model import LanguageModelConfig
+from shards.format import Record
+from shards.writer import write_shards
 from vision.encoder import VisionEncoderConfig
 from vision.tiling import Tiles
 
@@ -157,3 +163,82 @@ def make_sample(tiny_config, random_tiles) -> Callable[..., mm.Sample]:
         return mm.Sample(tokens, images=images)
 
     return sample
+
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "yellow": (240, 220, 40)}
+
+
+@pytest.fixture(scope="session")
+def square_record() -> Callable[..., Record]:
+    """square_record(number, split="train", caption=False) -> a coloured square on noise; its colour is the answer."""
+
+    def record(number: int, split: str = "train", caption: bool = False) -> Record:
+        generator = np.random.default_rng(number)
+        colour = list(COLOURS)[number % len(COLOURS)]
+        pixels = generator.integers(90, 160, (28, 28, 3), dtype=np.uint8)
+        top, left = generator.integers(0, 12, 2)
+        pixels[top : top + 16, left : left + 16] = COLOURS[colour]
+        out = io.BytesIO()
+        Image.fromarray(pixels).save(out, format="PNG")
+        name = f"square-{number:04d}"
+        values = {"id": name, "split": split, "task": "caption" if caption else "vqa", "language": "en"}
+        if caption:
+            values["caption"] = f"a {colour} square"
+        else:
+            question = [{"type": "image", "image": "png"}, {"type": "text", "text": "what colour is the square?"}]
+            values["messages"] = [{"role": "user", "content": question}, {"role": "assistant", "content": colour}]
+        return Record(name, values, {"png": out.getvalue()})
+
+    return record
+
+
+@pytest.fixture(scope="session")
+def squares(square_record, tmp_path_factory) -> Path:
+    """Shards of coloured squares: 192 to train on (half with questions, half with captions), 32 each to hold out."""
+    records = [square_record(n, caption=n >= 96) for n in range(192)]
+    records += [square_record(1000 + n, "validation", caption=n >= 16) for n in range(32)]
+    records += [square_record(2000 + n, "test", caption=n >= 16) for n in range(32)]
+    folder = tmp_path_factory.mktemp("shards") / "squares"
+    write_shards(records, folder, samples_per_shard=100)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def language_model_folder(tiny_model, tokenizer, tmp_path_factory) -> Path:
+    """The tiny model's language model as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("language_model")
+    config = tiny_model.config.language_model
+    LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        rms_norm_eps=config.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rotary.theta},
+        max_position_embeddings=config.context,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        architectures=["LlamaForCausalLM"],
+    ).save_pretrained(folder)
+    state = {name: tensor.contiguous() for name, tensor in tiny_model.language_model.state_dict().items()}
+    save_file(state, folder / "model.safetensors")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tiny_model, tmp_path_factory) -> Path:
+    """The tiny model's image encoder as a folder of its own."""
+    folder = tmp_path_factory.mktemp("encoder")
+    save_encoder(folder, tiny_model.vision_encoder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_folder(tiny_model, tiny_processor, language_model_folder, tmp_path_factory) -> Path:
+    """The whole tiny model as a run folder: not to be changed."""
+    folder = tmp_path_factory.mktemp("run")
+    mm.checkpoint.save(folder, tiny_model, tiny_processor, language_model=language_model_folder)
+    return folder

@@ -1,7 +1,8 @@
 """Training checkpoints: everything that an interrupted run needs to go on as if it had not been.
 
 A checkpoint is a folder `checkpoints/step-00000100` with the trained tensors, the optimizer's state and `state.json`.
-It is written under another name and renamed, so that a folder of that name is always whole.
+It is written under another name and renamed, and renamed again before it is removed, so that a folder of that name is
+always whole.
 """
 
 import json
@@ -16,13 +17,20 @@ _TENSORS, _OPTIMIZER, _STATE = "trained.safetensors", "optimizer.pt", "state.jso
 
 
 def save_checkpoint(
-    folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, step: int, fingerprint: dict, keep: int
+    folder: Path,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    fingerprint: dict,
+    keep: int,
+    unlogged: dict,
 ) -> Path:
     """Write the state after `step` steps and remove all but the `keep` newest checkpoints.
 
     Args:
         folder: the run folder.
         fingerprint: what a resumed run must have in common with this one.
+        unlogged: numbers of the steps since the last logged one.
     """
     place = folder / "checkpoints"
     place.mkdir(parents=True, exist_ok=True)
@@ -35,27 +43,38 @@ def save_checkpoint(
     if torch.cuda.is_available():
         random_states["cuda"] = torch.cuda.get_rng_state()
     torch.save({"optimizer": optimizer.state_dict(), "random": random_states}, new / _OPTIMIZER)
-    (new / _STATE).write_text(json.dumps({"step": step, "fingerprint": fingerprint}), encoding="utf-8")
+    state = {"step": step, "fingerprint": fingerprint, "unlogged": unlogged}
+    (new / _STATE).write_text(json.dumps(state), encoding="utf-8")
     final = place / f"step-{step:08d}"
     shutil.rmtree(final, ignore_errors=True)
     new.rename(final)
     for old in _checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        shutil.rmtree(old.rename(place / f".old-{old.name}"))
     return final
 
 
-def resume(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: dict) -> int:
-    """Take up the newest checkpoint of a run folder; return the number of steps done, 0 where there is none.
+def resume(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: dict) -> tuple[int, dict]:
+    """Take up the newest checkpoint of a run folder.
+
+    Returns:
+        the number of steps done, 0 where there is no checkpoint, and the numbers that were not logged yet.
 
     Raises:
-        ValueError: the checkpoint is of a run with another configuration, named field by field.
+        ValueError: the checkpoint is of a run with another configuration, named field by field, or is damaged.
     """
-    for leftover in (folder / "checkpoints").glob(".new-*"):
+    for leftover in (folder / "checkpoints").glob(".*-*"):
         shutil.rmtree(leftover)
     found = _checkpoints(folder)
     if not found:
-        return 0
-    state = json.loads((found[-1] / _STATE).read_text(encoding="utf-8"))
+        return 0, {}
+    try:
+        state = json.loads((found[-1] / _STATE).read_text(encoding="utf-8"))
+        tensors = load_file(found[-1] / _TENSORS)
+        saved = torch.load(found[-1] / _OPTIMIZER, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can fail in any way
+        raise ValueError(
+            f"{found[-1]} is damaged ({type(error).__name__}): remove it, and the run goes on from an earlier one"
+        ) from error
     fingerprint = json.loads(json.dumps(fingerprint))
     if state["fingerprint"] != fingerprint:
         old = state["fingerprint"]
@@ -66,14 +85,13 @@ def resume(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, fi
         )
     parameters = dict(module.named_parameters())
     with torch.no_grad():
-        for name, tensor in load_file(found[-1] / _TENSORS).items():
+        for name, tensor in tensors.items():
             parameters[name].copy_(tensor)
-    saved = torch.load(found[-1] / _OPTIMIZER, map_location="cpu", weights_only=True)
     optimizer.load_state_dict(saved["optimizer"])
     torch.set_rng_state(saved["random"]["cpu"])
     if "cuda" in saved["random"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(saved["random"]["cuda"])
-    return state["step"]
+    return state["step"], state["unlogged"]
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -34,11 +34,14 @@ class Source:
         """The records.
 
         Raises:
-            ValueError: no such folder, none of the split, or a repeat below 1.
+            ValueError: no such folder, no records, none of the split or task, or a repeat below 1.
         """
         if self.repeat < 1:
             raise ValueError(f"repeat of {self.path} is {self.repeat}; it must be at least 1")
-        return ShardSet(self.path).select(split=self.split, task=self.task)
+        shards = ShardSet(self.path).select(split=self.split, task=self.task)
+        if not len(shards):
+            raise ValueError(f"{self.path}: there are no records in it")
+        return shards
 
 
 @dataclass(frozen=True)
@@ -54,14 +57,14 @@ class RecordDataset(Dataset):
 
     Args:
         sources: where the records lie; a source's records come `repeat` times.
-        prepare: Record -> sample; a `ValueError` marks the record as unreadable.
+        prepare: Record -> sample; what it raises marks the record as unreadable.
     """
 
     def __init__(self, sources: Sequence[Source], prepare: Callable[[Record], Any]) -> None:
         if not sources:
             raise ValueError("no data: name at least one source")
         self.prepare = prepare
-        self.sets = [source.open() for source in sources for _ in range(source.repeat)]
+        self.sets = [shards for source in sources for shards in [source.open()] * source.repeat]
         self.ends = torch.tensor([len(shards) for shards in self.sets]).cumsum(0)
 
     def __len__(self) -> int:
@@ -71,11 +74,27 @@ class RecordDataset(Dataset):
         number = int(torch.searchsorted(self.ends, index, right=True))
         shards = self.sets[number]
         row = index - (int(self.ends[number]) - len(shards))
-        record = shards[row]
         try:
-            return self.prepare(record)
-        except ValueError as error:
-            return Unreadable(record.id, str(error))
+            return self.prepare(shards[row])
+        except Exception as error:  # a record can be malformed in any way; the others still teach
+            reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            return Unreadable(shards.index["id"][row].as_py(), reason)
+
+
+def readable_samples(dataset: RecordDataset, most: int) -> list:
+    """Samples to validate on: at most `most` of those that can be read, spread evenly over the dataset.
+
+    Raises:
+        ValueError: `most` is below 1, or none can be read.
+    """
+    if most < 1:
+        raise ValueError(f"{most} samples to validate on; it must be at least 1, or leave `validation` out")
+    chosen = range(0, len(dataset), max(1, len(dataset) // most))[:most]
+    samples = [dataset[index] for index in chosen]
+    readable = [sample for sample in samples if not isinstance(sample, Unreadable)]
+    if not readable:
+        raise ValueError(f"none of the records to validate on can be read; the first: {samples[0].reason}")
+    return readable
 
 
 def epoch_order(length: int, seed: int, epoch: int) -> torch.Tensor:

@@ -1,0 +1,76 @@
+"""What the tests of training share: a tiny model to train, samples with targets, and how to train on them."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+import mm
+from mm.batch import IGNORED
+from mm.training.loop import TrainingConfig, train
+from mm.training.objectives import NextTokenObjective
+
+FROZEN = {"language_model.*": None, "extra_embeddings": None}
+
+
+@pytest.fixture
+def model(tiny_model) -> mm.MultimodalModel:
+    """A copy of the tiny model, to be trained."""
+    return copy.deepcopy(tiny_model)
+
+
+@pytest.fixture(scope="session")
+def samples(make_sample) -> list[mm.Sample]:
+    """Rows of different lengths and numbers of targets, with no, one and two images of one to four tiles."""
+    rows = []
+    for seed, (pattern, first) in enumerate(
+        [
+            ("i....", 1),
+            ("...", 1),
+            ("..i...i.....", 7),
+            ("i..............", 12),
+            ("........", 2),
+            ("ii.", 2),
+            (".i..", 3),
+        ]
+    ):
+        sample = make_sample(pattern, seed)
+        vocab = 320
+        labels = [t if n >= first and t < vocab else IGNORED for n, t in enumerate(sample.tokens)]
+        rows.append(mm.Sample(sample.tokens, labels, sample.images))
+    return rows
+
+
+@pytest.fixture
+def config():
+    """config(**changes) -> three steps of seven samples, everything but the language model trained."""
+
+    def build(**changes) -> TrainingConfig:
+        values = {"steps": 3, "batch_size": 7, "rates": {**FROZEN, "*": 1e-3}, "workers": 0, "log_every": 1}
+        return TrainingConfig(**{**values, **changes})
+
+    return build
+
+
+@pytest.fixture
+def run(samples, tmp_path):
+    """run(model, config, folder="run", dataset=samples, **options) -> its folder, after training."""
+
+    def do(model, config, folder="run", dataset=None, **options) -> Path:
+        dataset = samples if dataset is None else dataset
+        train(model, NextTokenObjective(), dataset, config, tmp_path / folder, "test", **options)
+        return tmp_path / folder
+
+    return do
+
+
+@pytest.fixture
+def same():
+    """same(module, other) -> whether all tensors of two modules are equal, bit for bit."""
+
+    def compare(module: torch.nn.Module, other: torch.nn.Module) -> bool:
+        one, two = module.state_dict(), other.state_dict()
+        return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+    return compare

@@ -1,0 +1,138 @@
+"""The order of samples is a function of (sources, seed, position): workers, restarts and luck have no say in it."""
+
+import itertools
+from collections import Counter
+from functools import partial
+
+import pytest
+
+from mm.training.data import RecordDataset, Source, Unreadable, epoch_order, step_loader, steps
+from shards.format import Record
+from shards.writer import write_shards
+
+
+def first(count: int, *arguments, **options) -> list[list[int]]:
+    return list(itertools.islice(steps(*arguments, **options), count))
+
+
+def names(samples: list) -> list[str]:
+    return [sample.id for sample in samples]
+
+
+def name_of(record: Record) -> Record:
+    return record
+
+
+@pytest.fixture
+def dataset(squares):
+    return RecordDataset([Source(str(squares), split="test")], name_of)
+
+
+def loaded(dataset, count: int, seed: int = 0, consumed: int = 0, workers: int = 0) -> list[list[str]]:
+    loader = step_loader(dataset, names, 5, seed, consumed, workers)
+    return [batch for _, batch in zip(range(count), loader, strict=False)]
+
+
+def test_every_epoch_shows_each_sample_once_in_an_order_of_its_own():
+    shown = list(itertools.chain(*first(15, 50, 10, 3)))
+    epochs = [shown[start : start + 50] for start in (0, 50, 100)]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    assert epochs[1] == epoch_order(50, 3, 1).tolist()
+
+
+def test_a_step_may_span_two_epochs():
+    whole = list(itertools.chain(*first(14, 10, 5, 0)))
+    across = list(itertools.chain(*first(10, 10, 7, 0)))
+    assert across == whole  # the batch size only cuts the same sequence elsewhere
+    assert all(count == 7 for count in Counter(across).values())
+
+
+def test_seeds_differ_and_repeat():
+    assert first(5, 50, 10, 1) == first(5, 50, 10, 1) != first(5, 50, 10, 2)
+
+
+@pytest.mark.parametrize("consumed", [5, 35, 40, 1000])
+def test_from_any_position_the_sequence_goes_on(consumed):
+    whole = first(1000 // 5 + 20, 37, 5, 9)
+    assert first(20, 37, 5, 9, consumed=consumed) == whole[consumed // 5 :][:20]
+
+
+def test_workers_and_restarts_change_nothing(dataset):
+    alone = loaded(dataset, 12)
+    assert len(set(itertools.chain(*alone))) == 32  # all there are
+    assert loaded(dataset, 12, workers=2) == alone
+    assert loaded(dataset, 6, consumed=30, workers=1) == alone[6:]
+    assert loaded(dataset, 12, seed=1) != alone
+
+
+def test_a_source_repeats(squares):
+    sources = [Source(str(squares), split="test", repeat=3), Source(str(squares), split="validation", task="vqa")]
+    dataset = RecordDataset(sources, name_of)
+    shown = Counter(dataset[index].id for index in range(len(dataset)))
+    assert Counter(shown.values()) == {3: 32, 1: 16}
+    assert all((count == 3) == (name >= "square-2000") for name, count in shown.items())
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"split": "training"}, "no records of split 'training'; there are: test, train, validation"),
+        ({"task": "asr"}, "no records of task 'asr'"),
+        ({"repeat": 0}, "repeat .* is 0; it must be at least 1"),
+        ({"path": "nowhere"}, "nowhere: no such folder"),
+    ],
+)
+def test_sources_that_cannot_be(squares, source, message):
+    with pytest.raises(ValueError, match=message):
+        RecordDataset([Source(**{"path": str(squares), **source})], name_of)
+
+
+def test_no_sources():
+    with pytest.raises(ValueError, match="no data"):
+        RecordDataset([], name_of)
+
+
+def test_a_set_without_records(tmp_path, square_record):
+    write_shards([square_record(0)], tmp_path / "set")
+    (tmp_path / "set" / "index.parquet").unlink()
+    (tmp_path / "set" / "000000.tar").write_bytes(bytes(10240))  # a tar's end mark alone
+    with pytest.raises(ValueError, match="no records"):
+        RecordDataset([Source(str(tmp_path / "set"), split=None)], name_of)
+
+
+def test_what_cannot_be_prepared_is_named(tmp_path, square_record, tiny_processor):
+    good, cut, foreign = square_record(1), square_record(2), square_record(3)
+    cut.media["png"] = cut.media["png"][:200]
+    foreign.json["messages"][0]["content"] = [{"type": "text", "text": "?"}, {"type": "clip"}]
+    write_shards([good, cut, foreign], tmp_path / "set")
+    dataset = RecordDataset([Source(str(tmp_path / "set"))], tiny_processor.record_example)
+    assert dataset[0].images
+    assert (
+        isinstance(dataset[1], Unreadable) and dataset[1].record == "square-0002" and "truncated" in dataset[1].reason
+    )
+    assert isinstance(dataset[2], Unreadable) and "clip" in dataset[2].reason
+
+
+def test_a_record_malformed_in_any_other_way_is_named_too(squares):
+    def prepare(record: Record, broken: str):
+        if record.id == broken:
+            raise KeyError("caption")  # such as a picture of a foreign set, without any text
+        return record
+
+    source = Source(str(squares), split="test")
+    dataset = RecordDataset([source], partial(prepare, broken="square-2003"))
+    assert dataset[3] == Unreadable("square-2003", "KeyError: 'caption'")
+    assert dataset[4].id == "square-2004"
+
+
+def test_a_record_that_the_shard_does_not_hold_is_named(tmp_path, square_record):
+    write_shards([square_record(n) for n in range(3)], tmp_path / "set")
+    dataset = RecordDataset([Source(str(tmp_path / "set"))], name_of)
+    tar = tmp_path / "set" / "000000.tar"
+    content = bytearray(tar.read_bytes())
+    offset = dataset.sets[0].index["offset"][1].as_py()
+    content[offset : offset + 512] = b"\xff" * 512  # the header of the second record's first member
+    tar.write_bytes(content)
+    assert isinstance(dataset[1], Unreadable) and dataset[1].record == "square-0001"
+    assert [dataset[0].id, dataset[2].id] == ["square-0000", "square-0002"]

@@ -1,0 +1,186 @@
+"""One optimizer step: micro-batches are one batch, frozen is frozen, and bad numbers change nothing."""
+
+import copy
+import hashlib
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import mm
+from mm.batch import IGNORED
+from mm.cross_attention import CrossAttentionBlock
+from mm.language_model import DecoderLayer
+from mm.training.loop import collate_step, train_step
+from mm.training.objectives import NextTokenObjective
+from mm.training.optimizer import apply_rates, build_optimizer
+from vision.encoder import EncoderLayer
+
+TOLERANCE = {"rtol": 2e-4, "atol": 2e-6}  # fp32 sums in another order, through six layers and their gradients
+
+
+class Spy(torch.optim.SGD):
+    """Takes down the gradients and leaves the weights alone."""
+
+    def __init__(self, model) -> None:
+        super().__init__([p for p in model.parameters() if p.requires_grad], lr=1.0)
+        self.model = model
+
+    def step(self) -> None:
+        self.seen = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+
+
+def gradients(model, samples, config) -> tuple[float, float, dict[str, torch.Tensor]]:
+    """Loss, gradient norm and gradients of one step."""
+    apply_rates(model, config.rates)
+    spy = Spy(model)
+    batches, _ = collate_step(list(samples), NextTokenObjective(), config.micro_batch_size)
+    loss, norm = train_step(model, NextTokenObjective(), spy, batches, config, "cpu")
+    return loss, norm, spy.seen
+
+
+def weights_hash(*modules) -> str:
+    digest = hashlib.sha256()
+    for module in modules:
+        tensors = module.state_dict().values() if isinstance(module, torch.nn.Module) else [module]
+        for tensor in tensors:
+            digest.update(tensor.detach().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_micro_batches_are_one_batch(model, samples, config, size):
+    loss, norm, whole = gradients(model, samples, config(max_gradient_norm=1e9))
+    other_loss, other_norm, parts = gradients(model, samples, config(max_gradient_norm=1e9, micro_batch_size=size))
+    assert loss == pytest.approx(other_loss, rel=1e-5) and norm == pytest.approx(other_norm, rel=1e-4)
+    assert whole.keys() == parts.keys()
+    for name, gradient in whole.items():
+        assert torch.allclose(gradient, parts[name], **TOLERANCE), name
+    assert whole["image_adapter.blocks.0.gate_attn"].abs() > 1e-4  # there is something to compare
+
+
+def test_the_loss_is_the_mean_over_all_targets_of_the_step(model, samples, config):
+    loss, _, _ = gradients(model, samples, config(micro_batch_size=2))
+    total, count = 0.0, 0
+    for sample in samples:
+        with torch.no_grad():
+            logits = model(mm.collate([mm.Sample(sample.tokens, images=sample.images)]))[0]
+        for place, label in enumerate(sample.labels):
+            if label != IGNORED:
+                total += float(F.cross_entropy(logits[place - 1], torch.tensor(label)))
+                count += 1
+    assert loss == pytest.approx(total / count, rel=1e-5)
+
+
+def test_micro_batches_hold_rows_of_similar_length(samples):
+    batches, _ = collate_step(list(samples), NextTokenObjective(), 3)
+    assert [batch.lengths.tolist() for batch in batches] == [[3, 3, 4], [5, 8, 12], [15]]
+
+
+def test_the_language_model_stays_as_it_is(model, samples, config):
+    settings = config(micro_batch_size=3, rates={"language_model.*": None, "extra_embeddings": None, "*": 0.01})
+    before = weights_hash(model.language_model, model.extra_embeddings)
+    others = weights_hash(model.vision_encoder, model.image_adapter)
+    optimizer = build_optimizer(model, apply_rates(model, settings.rates), 0.1, (0.9, 0.95))
+    batches, _ = collate_step(list(samples), NextTokenObjective(), 3)
+    for _ in range(4):
+        for batch in batches:
+            NextTokenObjective().loss(model, batch).backward()
+        for name, parameter in model.named_parameters():
+            frozen = name.startswith(("language_model.", "extra_embeddings"))
+            assert (parameter.grad is None) == frozen, name
+            assert frozen or parameter.grad.isfinite().all()
+        train_step(model, NextTokenObjective(), optimizer, batches, settings, "cpu")
+    assert weights_hash(model.language_model, model.extra_embeddings) == before
+    assert weights_hash(model.vision_encoder, model.image_adapter) != others
+
+
+def test_every_trained_tensor_learns(model, samples, config):
+    _, _, seen = gradients(model, samples, config())
+    assert {name for name, gradient in seen.items() if not gradient.abs().sum() > 0} == set()
+
+
+def test_freezing_a_part_spares_it(model, samples, config):
+    rates = {"language_model.*": None, "extra_embeddings": None, "vision_encoder.*": None, "*": 0.1}
+    _, _, seen = gradients(model, samples, config(rates=rates))
+    assert {name.split(".")[0] for name in seen} == {"image_adapter"}
+
+
+def test_a_step_of_text_alone_changes_nothing(model, samples, config, run, same, tiny_model):
+    text = [sample for sample in samples if not sample.images]
+    loss, norm, seen = gradients(model, text, config())
+    assert loss > 0 and norm == 0 and not seen
+    run(model, config(batch_size=2), dataset=text)
+    assert same(model, tiny_model)
+
+
+def test_activations_computed_anew_give_the_same_gradients(model, samples, config, run, tiny_model, monkeypatch, same):
+    calls = []
+    forward = CrossAttentionBlock.forward
+
+    def counting(self, *arguments):
+        calls.append(self)
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(CrossAttentionBlock, "forward", counting)
+    run(model, config(rates={**config().rates, "*": 0.01}), layers=(DecoderLayer, EncoderLayer, CrossAttentionBlock))
+    kept = len(calls)
+    other = copy.deepcopy(tiny_model)
+    settings = config(rates={**config().rates, "*": 0.01}, checkpoint_activations=True)
+    run(other, settings, "other", layers=(DecoderLayer, EncoderLayer, CrossAttentionBlock))
+    assert len(calls) - kept == 2 * kept == 2 * 3 * 3  # blocks, steps
+    assert same(model, other) and not same(model, tiny_model)
+    assert not [layer for layer in other.modules() if "forward" in vars(layer)]  # left as it was found
+
+
+def test_bf16_compute_keeps_fp32_weights_and_gradients(model, samples, config):
+    exact, _, full = gradients(model, samples, config())
+    loss, _, seen = gradients(model, samples, config(compute="bf16"))
+    assert {gradient.dtype for gradient in seen.values()} == {torch.float32}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert loss != exact and loss == pytest.approx(exact, rel=0.02)  # bf16 has 8 bits, and was used
+    flat, flat_full = (torch.cat([g[name].flatten() for name in full]) for g in (seen, full))
+    assert F.cosine_similarity(flat, flat_full, dim=0) > 0.99
+
+
+def test_gradients_are_clipped_to_the_norm(model, samples, config):
+    _, norm, whole = gradients(model, samples, config(max_gradient_norm=1e9))
+    _, same_norm, clipped = gradients(model, samples, config(max_gradient_norm=norm / 4))
+    assert same_norm == pytest.approx(norm, rel=1e-5)
+    total = torch.stack([gradient.norm() for gradient in clipped.values()]).norm()
+    assert float(total) == pytest.approx(norm / 4, rel=1e-3)
+    assert torch.allclose(
+        4 * clipped["image_adapter.projection.bias"], whole["image_adapter.projection.bias"], rtol=1e-3
+    )
+
+
+class NotANumber(NextTokenObjective):
+    def loss(self, module, batch):
+        return super().loss(module, batch) * (float("nan") if len(batch.tokens) == 1 else 1)
+
+
+class BoundlessGradient(NextTokenObjective):
+    """Adds 0 to the loss and infinity to the gradient."""
+
+    def loss(self, module, batch):
+        return super().loss(module, batch) + (module.image_adapter.projection.bias * 0).abs().sum().sqrt()
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"), [(NotANumber(), "the loss is nan"), (BoundlessGradient(), "gradient's norm nan")]
+)
+def test_numbers_that_are_not_finite_are_refused(model, samples, config, objective, message):
+    settings = config(micro_batch_size=3)
+    optimizer = build_optimizer(model, apply_rates(model, settings.rates), 0.1, (0.9, 0.95))
+    before = weights_hash(model)
+    batches, _ = collate_step(list(samples), objective, 3)
+    with pytest.raises(ValueError, match=message):
+        train_step(model, objective, optimizer, batches, settings, "cpu")
+    assert weights_hash(model) == before and not optimizer.state
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_step_without_targets_is_refused(model, samples, config):
+    rows = [mm.Sample(sample.tokens, [IGNORED] * len(sample.tokens), sample.images) for sample in samples]
+    with pytest.raises(ValueError, match="no targets"):
+        gradients(model, rows, config())
