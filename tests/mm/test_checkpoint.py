@@ -1,47 +1,24 @@
 """Run folders: what is saved is what comes back, and whatever is not whole is refused by name."""
 
+import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig
 
 import mm
 import mm.checkpoint
-from mm.checkpoint import CONFIG_FILE, assemble, load_encoder, save, save_encoder
+from mm.checkpoint import CONFIG_FILE, assemble, load_encoder, replaced_files, save, save_encoder
 
 PARTS = ("vision_encoder", "image_adapter", "extra_embeddings")
 
 
-def write_language_model(model: mm.MultimodalModel, folder) -> None:
-    """A Hugging Face folder of the model's language model."""
-    folder.mkdir(exist_ok=True)
-    config = model.config.language_model
-    LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        rms_norm_eps=config.norm_eps,
-        max_position_embeddings=config.context,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rotary.theta},
-        eos_token_id=config.stop_tokens[0],
-        tie_word_embeddings=config.tied_embeddings,
-        architectures=["LlamaForCausalLM"],
-    ).save_pretrained(folder)
-    state = {name: tensor.clone() for name, tensor in model.language_model.state_dict().items()}
-    if config.tied_embeddings:
-        del state["lm_head.weight"]
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-
-
 @pytest.fixture
-def language_model(tiny_model, tmp_path):
-    write_language_model(tiny_model, tmp_path / "lm")
-    return tmp_path / "lm"
+def language_model(language_model_folder, tmp_path):
+    """A copy that may be moved and changed."""
+    return shutil.copytree(language_model_folder, tmp_path / "lm")
 
 
 @pytest.fixture
@@ -115,18 +92,19 @@ def test_language_model_may_move(tiny_model, run, language_model, sample, tmp_pa
     assert torch.equal(logits(model, sample), logits(tiny_model, sample))
 
 
-def test_exchanged_language_model_is_refused(build_model, tiny_config, run, language_model):
-    write_language_model(build_model(tiny_config, seed=1), language_model)
+def test_exchanged_language_model_is_refused(run, language_model):
+    state = load_file(language_model / "model.safetensors")
+    state["model.norm.weight"] += 1e-3
+    save_file(state, language_model / "model.safetensors")
     with pytest.raises(ValueError, match="SHA-256 differs"):
         mm.load(run)
 
 
-def test_language_model_with_another_configuration_is_refused(build_model, tiny_config, run, language_model):
-    """The same weights under another rotary base are another model."""
-    rotary = replace(tiny_config.language_model.rotary, theta=500_000.0)
-    changed = replace(tiny_config, language_model=replace(tiny_config.language_model, rotary=rotary))
-    write_language_model(build_model(changed), language_model)
-    with pytest.raises(ValueError, match="rotary"):
+def test_language_model_with_another_configuration_is_refused(run, language_model):
+    """The same weights under another norm epsilon are another model."""
+    values = json.loads((language_model / "config.json").read_text())
+    (language_model / "config.json").write_text(json.dumps({**values, "rms_norm_eps": 1e-3}))
+    with pytest.raises(ValueError, match=r"norm_eps is 0\.001, was 1e-05"):
         mm.load(run)
 
 
@@ -178,6 +156,34 @@ def test_failed_save_leaves_the_old_run(monkeypatch, build_model, tiny_config, t
         save(run, build_model(tiny_config, seed=3), tiny_processor, bundle=True)
     assert sorted(path.name for path in run.iterdir()) == before
     assert torch.equal(logits(mm.load(run)[0], sample), logits(tiny_model, sample))
+
+
+def test_description_goes_first_and_comes_last(monkeypatch, tmp_path):
+    """Killed at any move between, the folder does not pass for a whole one."""
+
+    def write(text: str) -> None:
+        with replaced_files(tmp_path / "run", last="z.yaml") as new:
+            for name in ("z.yaml", "a", "b"):
+                (new / name).write_text(text)
+
+    write("old")
+    moves = []
+
+    def moves_then_fails(source, target):
+        moves.append(target.name)
+        if len(moves) == 2:
+            raise KeyboardInterrupt
+        source.rename(target)
+
+    monkeypatch.setattr(mm.checkpoint.os, "replace", moves_then_fails)
+    with pytest.raises(KeyboardInterrupt):
+        write("new")
+    monkeypatch.undo()
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["a", "b"]
+    write("newer")
+    assert {path.name: path.read_text() for path in (tmp_path / "run").iterdir()} == dict.fromkeys(
+        ("a", "b", "z.yaml"), "newer"
+    )
 
 
 def test_saving_again_replaces_the_run_and_keeps_other_files(build_model, tiny_config, tiny_processor, run, sample):
