@@ -62,6 +62,16 @@ class TrainingConfig:
         for name in ("steps", "batch_size", "log_every", "evaluate_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("warmup_steps", "final_rate_factor", "weight_decay", "workers"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"training.{name} is {getattr(self, name)}; it must be 0 or more")
+        if not self.max_gradient_norm > 0:
+            raise ValueError(f"training.max_gradient_norm is {self.max_gradient_norm}; it must be above 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"training.betas are {self.betas}; both must lie in [0, 1)")
+        for pattern, rate in self.rates.items():
+            if rate is not None and not 0 <= rate < math.inf:
+                raise ValueError(f"training.rates of {pattern!r} is {rate}; it must be 0 or more, or null to freeze")
         if self.micro_batch_size is not None and not 1 <= self.micro_batch_size <= self.batch_size:
             raise ValueError(
                 f"training.micro_batch_size is {self.micro_batch_size}; it can be "

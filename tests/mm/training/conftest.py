@@ -57,9 +57,9 @@ def config():
 def run(samples, tmp_path):
     """run(model, config, folder="run", dataset=samples, **options) -> its folder, after training."""
 
-    def do(model, config, folder="run", dataset=None, **options) -> Path:
+    def do(model, config, folder="run", dataset=None, objective=None, **options) -> Path:
         dataset = samples if dataset is None else dataset
-        train(model, NextTokenObjective(), dataset, config, tmp_path / folder, "test", **options)
+        train(model, objective or NextTokenObjective(), dataset, config, tmp_path / folder, "test", **options)
         return tmp_path / folder
 
     return do

@@ -1,0 +1,114 @@
+"""A whole run of the loop: what it reports, what it leaves out, and what it leaves on disk."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mm.training.data import Unreadable
+from mm.training.loop import TrainingConfig
+
+BAD = Unreadable("square-0007", "broken or truncated picture")
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_what_is_reported(model, samples, config, run):
+    folder = run(model, config(steps=4, log_every=2, evaluate_every=3), evaluate=lambda _: {"accuracy": 0.25})
+    rows = lines(folder)
+    assert [row["step"] for row in rows] == [2, 3, 4]
+    assert rows[1] == {"step": 3, "eval/accuracy": 0.25} and rows[2]["eval/accuracy"] == 0.25
+    for row in (rows[0], rows[2]):
+        assert row["loss"] > 0 and row["gradient_norm"] > 0 and 0 <= row["data_wait_share"] <= 1
+        # seven samples a step, of which five hold images
+        assert row["images_per_second"] * row["seconds_per_step"] == pytest.approx(7)
+        assert row["tokens_per_second"] * row["seconds_per_step"] == pytest.approx(sum(len(s.tokens) for s in samples))
+        tiles = sum(image.num_tiles for sample in samples for image in sample.images)
+        assert row["tiles_per_second"] * row["seconds_per_step"] == pytest.approx(tiles)
+    gates = {f"gate/{kind}_{position}" for kind in ("attn", "ffn") for position in (2, 4, 6)}
+    assert gates == {name for name in rows[2] if name.startswith("gate/")}
+    assert rows[2]["gate/attn_4"] == model.image_adapter.blocks[1].gate_attn.tanh().item()
+
+
+def test_tensorboard_has_the_same_numbers(model, config, run):
+    folder = run(model, config())
+    board = EventAccumulator(str(folder / "tensorboard")).Reload()
+    rows = lines(folder)
+    assert set(board.Tags()["scalars"]) == set(rows[0]) - {"step"}
+    losses = [(event.step, event.value) for event in board.Scalars("loss")]
+    assert losses == [(row["step"], pytest.approx(row["loss"])) for row in rows]
+
+
+def test_the_loss_falls_on_what_is_seen_again_and_again(model, config, run):
+    rows = lines(run(model, config(steps=12, rates={**config().rates, "*": 0.01})))
+    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+
+
+def test_evaluation_takes_no_part_in_the_speed(model, config, run):
+    def slowly(_) -> dict[str, float]:
+        time.sleep(0.5)
+        return {}
+
+    rows = lines(run(model, config(steps=2, evaluate_every=1), evaluate=slowly))
+    assert all(row["seconds_per_step"] < 0.4 for row in rows)
+
+
+def test_evaluation_sees_a_model_that_does_not_train(model, config, run):
+    modes = []
+    run(model, config(evaluate_every=1), evaluate=lambda module: modes.append(module.training) or {})
+    assert modes == [False] * 3 and not model.training
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_cannot_be_read_is_left_out_and_named(model, samples, config, run, capfd, workers):
+    folder = run(model, config(batch_size=8, workers=workers), dataset=[*samples[:3], BAD, *samples[3:]])
+    assert [row["unreadable"] for row in lines(folder)] == [1, 1, 1]
+    assert capfd.readouterr().err.count("left out record square-0007: broken or truncated picture") == 3
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_step_without_anything_to_read_is_refused(model, config, run, workers):
+    with pytest.raises(ValueError) as caught:
+        run(model, config(batch_size=1, workers=workers), dataset=[BAD])
+    assert str(caught.value) == "none of a step's records can be read; the first: broken or truncated picture"
+
+
+def test_a_run_that_cannot_start_leaves_no_folder(model, config, run, tmp_path):
+    with pytest.raises(ValueError, match="no pattern of `rates` fits"):
+        run(model, config(rates={"image_adapter.*": 1e-3}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_in_the_place_of_the_folder(model, config, run, tmp_path):
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(ValueError, match="run is a file"):
+        run(model, config())
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("steps", 0),
+        ("batch_size", -1),
+        ("micro_batch_size", 0),
+        ("micro_batch_size", 5),
+        ("compute", "fp16"),
+        ("keep", 0),
+        ("log_every", 0),
+        ("warmup_steps", -1),
+        ("workers", -2),
+        ("max_gradient_norm", 0.0),
+        ("weight_decay", -0.1),
+        ("rates", {"*": -1e-3}),
+        ("rates", {"*": float("nan")}),
+        ("betas", (0.9, 1.5)),
+    ],
+)
+def test_settings_out_of_range(field, value):
+    with pytest.raises(ValueError, match=rf"training\.{field}"):
+        TrainingConfig(**{"steps": 1, "batch_size": 4, field: value})
