@@ -12,6 +12,7 @@ from shards.format import Record, make_id
 from vision.reading import read_picture
 
 VALIDATION_SHARE = 0.02  # of the training pictures, with all their questions
+SHAPES = ("circle", "rectangle", "triangle")
 
 
 def to_samples(folder: str | Path, dropped: list[tuple[str, str]] | None = None) -> Iterator[Record]:
@@ -48,6 +49,34 @@ def to_samples(folder: str | Path, dropped: list[tuple[str, str]] | None = None)
                 ],
             }
             yield Record(record_id, content, {"png": pictures[image]})
+
+
+def to_captions(folder: str | Path, dropped: list[tuple[str, str]] | None = None) -> Iterator[Record]:
+    """Yields a captioned record, "a blue circle", for each training picture whose answers name both colour and shape.
+
+    Splits are those of `to_samples`; the test pictures are left out, so nothing of them is ever learnt.
+
+    Args and errors: as `to_samples`.
+    """
+    folder, dropped = Path(folder), [] if dropped is None else dropped
+    seen: dict[int, dict[str, str]] = {}
+    for _, answer, image in _questions(folder / "train" / "questions.json"):
+        if answer not in ("yes", "no"):
+            seen.setdefault(image, {})["shape" if answer in SHAPES else "color"] = answer
+    for image, answers in seen.items():
+        name = f"train/images/{image}.png"
+        picture = _read(folder, name, dropped) if len(answers) == 2 else None
+        if picture is None:
+            continue
+        record_id = make_id(f"easy-vqa/caption/{image}")
+        content = {
+            "id": record_id,
+            "split": split_of(name, validation=VALIDATION_SHARE, test=0.0),
+            "task": "caption",
+            "language": "en",
+            "caption": f"a {answers['color']} {answers['shape']}",
+        }
+        yield Record(record_id, content, {"png": picture})
 
 
 def _questions(path: Path) -> list[tuple[str, str, int]]:

@@ -3,7 +3,7 @@ import json
 import pytest
 from PIL import Image
 
-from data_prep.easy_vqa import to_samples
+from data_prep.easy_vqa import to_captions, to_samples
 from shards.format import check_record
 
 
@@ -44,6 +44,17 @@ def test_validation_is_some_training_pictures_with_all_their_questions(folder):
     splits = [record.json["split"] for record in to_samples(folder)]
     assert splits.count("test") == 10 and 0 < splits.count("validation") < 20
     assert splits == [record.json["split"] for record in to_samples(folder)]
+
+
+def test_captions_come_from_the_answers_of_training_pictures_alone(folder):
+    questions = [["what color?", "blue", 0], ["is it?", "no", 0], ["what shape?", "circle", 0], ["what color?", "red", 1]]
+    (folder / "train" / "questions.json").write_text(json.dumps(questions))
+    (record,) = to_captions(folder)
+    check_record(record)
+    assert record.json["caption"] == "a blue circle" and record.json["task"] == "caption"
+    assert record.media["png"] == (folder / "train" / "images" / "0.png").read_bytes()
+    (asked, *_) = to_samples(folder)
+    assert record.json["split"] == asked.json["split"]
 
 
 def test_a_broken_picture_is_reported_once_and_the_rest_is_done(folder):
