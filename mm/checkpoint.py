@@ -25,11 +25,10 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 import mm.convert.llama
 import mm.convert.mllama
-from mm.config import ModelConfig, from_dict, to_dict
+from mm.config import ModelConfig, from_dict, to_dict, usable_device
 from mm.convert.report import put
 from mm.cross_attention import ImageAdapter, ImageAdapterConfig
 from mm.language_model import LanguageModel, LanguageModelConfig
@@ -55,14 +54,16 @@ def load(
         language_model: where a run's language model lies now, if it moved.
 
     Raises:
-        ValueError: the folder is neither, is half-written, or its language model is missing or another one.
+        ValueError: the folder is neither, is half-written, or its language model is missing or another one; a device
+            that is not there.
     """
     folder = Path(folder)
+    device = None if device is None else usable_device(device)
     if (folder / CONFIG_FILE).is_file():
         model, processor = _load_run(folder, language_model)
     elif _is_mllama(folder):
         model = mm.convert.mllama.load(folder)
-        processor = Processor(AutoTokenizer.from_pretrained(folder), model.config)
+        processor = Processor(mm.convert.llama.load_tokenizer(folder), model.config)
     else:
         raise ValueError(_why_not_a_model(folder))
     return model.to(device=device, dtype=dtype).eval(), processor
@@ -223,7 +224,7 @@ def _load_run(folder: Path, language_model: str | Path | None) -> tuple[Multimod
             put(getattr(model, name), _read_part(folder, name, description), source=folder / f"{name}.safetensors")
     rows = _read_part(folder, "extra_embeddings", description)["extra_embeddings"]
     model.extra_embeddings = nn.Parameter(rows, requires_grad=False)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer = mm.convert.llama.load_tokenizer(folder / "tokenizer")
     return model, Processor(tokenizer, config, **description["processor"])
 
 

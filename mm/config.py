@@ -3,6 +3,8 @@
 import dataclasses
 from dataclasses import dataclass
 
+import torch
+
 from mm.cross_attention import ImageAdapterConfig
 from mm.language_model import LanguageModelConfig
 from vision.encoder import VisionEncoderConfig
@@ -58,6 +60,19 @@ def preset(name: str, tile_size: int = 336, video: bool = False, speech: bool = 
     if video or speech:
         raise ValueError("this version has no video or speech adapter; leave video and speech at False")
     return ModelConfig(LANGUAGE_MODELS[name], VisionEncoderConfig(tile_size=tile_size), ImageAdapterConfig())
+
+
+def usable_device(name: torch.device | str) -> torch.device:
+    """A device by its name, such as "cpu" or "cuda:1".
+
+    Raises:
+        ValueError: torch does not know it, or this machine does not have it.
+    """
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {str(name)!r} cannot be used on this machine: {reason}") from error
 
 
 def to_dict(config: ModelConfig) -> dict:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mm.checkpoint import save_encoder
+from mm.config import usable_device
 from mm.processor import record_pictures
 from mm.training.command import run_stage
 from mm.training.data import RecordDataset, Source, readable_samples
@@ -54,12 +55,15 @@ def pretrain_image_encoder(config: PretrainImageEncoder) -> None:
     """Train an image encoder and a text tower by contrast; keep the encoder."""
     if config.training.micro_batch_size not in (None, config.training.batch_size):
         raise ValueError("contrastive training compares all pairs of a step: leave training.micro_batch_size out")
+    max_tiles = config.encoder.max_num_tiles if config.max_tiles is None else config.max_tiles
+    if not 1 <= max_tiles <= config.encoder.max_num_tiles:
+        raise ValueError(f"max_tiles is {max_tiles}; the encoder takes 1 to {config.encoder.max_num_tiles}")
+    device = usable_device(config.device)
     torch.manual_seed(config.training.seed)
     model = ContrastiveModel(config.encoder, config.text)
     initialise_encoder(model.vision_encoder, config.training.seed)
 
     tokenizer = open_clip.SimpleTokenizer(context_length=config.text.context)
-    max_tiles = config.max_tiles or config.encoder.max_num_tiles
     prepare = partial(pair_of, tokenizer=tokenizer, tile_size=config.encoder.tile_size, max_tiles=max_tiles)
     dataset = RecordDataset(config.data, prepare)
     objective = ContrastiveObjective()
@@ -67,7 +71,7 @@ def pretrain_image_encoder(config: PretrainImageEncoder) -> None:
     if config.validation:
         held_out = RecordDataset([config.validation], prepare)
         batch = objective.collate(readable_samples(held_out, config.validation_pairs))
-        evaluate = partial(retrieval, batch=batch.to(config.device))
+        evaluate = partial(retrieval, batch=batch.to(device))
 
     output = Path(config.output)
     train(
@@ -77,7 +81,7 @@ def pretrain_image_encoder(config: PretrainImageEncoder) -> None:
         config.training,
         output,
         name="image encoder",
-        device=config.device,
+        device=device,
         evaluate=evaluate,
         layers=(EncoderLayer,),
         identity={name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE},

@@ -15,6 +15,7 @@ from torch import nn
 import mm.convert.llama
 from mm.batch import IGNORED, Batch
 from mm.checkpoint import assemble, load_encoder, save
+from mm.config import usable_device
 from mm.cross_attention import CrossAttentionBlock, ImageAdapterConfig
 from mm.language_model import DecoderLayer
 from mm.processor import Processor
@@ -61,6 +62,7 @@ class TrainImageAdapter:
 
 def train_image_adapter(config: TrainImageAdapter) -> None:
     """Train the image encoder and the cross-attention blocks of a frozen language model."""
+    device = usable_device(config.device)
     language_model = mm.convert.llama.load(config.language_model, dtype=torch.float32)
     encoder = load_encoder(config.vision_encoder, tile_size=config.tile_size).float()
     model = assemble(language_model, encoder, config.adapter, seed=config.training.seed)
@@ -83,7 +85,7 @@ def train_image_adapter(config: TrainImageAdapter) -> None:
         samples = readable_samples(held_out, config.validation_samples)
         size = config.training.micro_batch_size or config.training.batch_size
         batches = [objective.collate(samples[i : i + size]) for i in range(0, len(samples), size)]
-        evaluate = partial(answer_accuracy, batches=batches, device=config.device)
+        evaluate = partial(answer_accuracy, batches=batches, device=device)
 
     output = Path(config.output)
     train(
@@ -93,7 +95,7 @@ def train_image_adapter(config: TrainImageAdapter) -> None:
         config.training,
         output,
         name="image adapter",
-        device=config.device,
+        device=device,
         evaluate=evaluate,
         layers=(DecoderLayer, EncoderLayer, CrossAttentionBlock),
         identity={name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE},
@@ -101,7 +103,7 @@ def train_image_adapter(config: TrainImageAdapter) -> None:
     save(output, model, processor, language_model=config.language_model, bundle=config.bundle)
 
 
-def answer_accuracy(model: nn.Module, batches: list[Batch], device: str) -> dict[str, float]:
+def answer_accuracy(model: nn.Module, batches: list[Batch], device: torch.device) -> dict[str, float]:
     """Loss per target token, and the share of samples whose every target token is the likeliest one."""
     loss, targets, right, rows = 0.0, 0, 0, 0
     for batch in batches:

@@ -110,7 +110,8 @@ class GatedTilePosition(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.embedding = nn.Parameter(torch.zeros(len(CANVASES) + 1, MAX_TILES, width))
+        # Not zero as well: the gate and the table would hold each other at 0 forever.
+        self.embedding = nn.Parameter(torch.randn(len(CANVASES) + 1, MAX_TILES, width) * width**-0.5)
         self.gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, canvas_ids: Tensor) -> Tensor:

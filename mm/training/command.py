@@ -14,15 +14,21 @@ def run_stage(
 ) -> None:
     """Read `--config FILE` and overrides such as `--training.steps 10` into `config_class` and call the stage.
 
-    Ends the process with 1 after printing what is wrong, where the configuration or the stage raises `ValueError`.
+    Ends the process with 1 after printing what is wrong, where the configuration or the stage raises `ValueError`, or a
+    file cannot be read or written.
     """
     parser = ArgumentParser(prog=name, description=(stage.__doc__ or "").split("\n")[0], exit_on_error=False)
     parser.add_argument("--config", action="config", help="a YAML file; options that follow override it")
     parser.add_class_arguments(config_class)
     try:
         values = parser.parse_args(argv)
-        built = vars(parser.instantiate_classes(values))
+        built = vars(parser.instantiate(values))
         stage(config_class(**{name: built[name] for name in config_class.__dataclass_fields__}))
-    except (ValueError, ArgumentError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
+    except (ValueError, OSError, ArgumentError) as error:
+        print(f"{name}: {one_line(error)}", file=sys.stderr)
         sys.exit(1)
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, without line breaks: parsers of options and of YAML spread theirs over several lines."""
+    return " ".join(str(error).split())

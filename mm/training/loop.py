@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 
+from mm.config import usable_device
 from mm.training.checkpoints import resume, save_checkpoint
 from mm.training.data import Unreadable, step_loader
 from mm.training.metrics import MetricsLog
@@ -124,15 +125,18 @@ def train(
         identity: what else, besides `config`, a resumed run must have in common with the interrupted one.
 
     Raises:
-        ValueError: a configuration that does not fit the module or an earlier run in the folder, a step whose records
-            are all unreadable, or a loss or gradient that is not finite.
+        ValueError: a configuration that does not fit the module, the machine or an earlier run in the folder, a step
+            whose records are all unreadable, or a loss or gradient that is not finite.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; name a folder for the run")
+    device = usable_device(device)
     rates = apply_rates(module, config.rates)
+    torch.manual_seed(config.seed)
     module.to(device).train()
     optimizer = build_optimizer(module, rates, config.weight_decay, config.betas)
-    fingerprint = {**asdict(config), "samples": len(dataset), **(identity or {})}
+    rates_in_order = list(config.rates.items())  # the order decides, and a comparison of dicts would not see it
+    fingerprint = {**asdict(config), "rates": rates_in_order, "samples": len(dataset), **(identity or {})}
     for irrelevant in ("log_every", "evaluate_every", "save_every", "keep", "workers"):
         del fingerprint[irrelevant]
     done, unlogged = resume(folder, module, optimizer, fingerprint)

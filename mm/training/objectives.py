@@ -80,6 +80,12 @@ class TextTowerConfig:
     context: int = 77
     embedding_size: int = 512
 
+    def __post_init__(self) -> None:
+        if self.context < 3:
+            raise ValueError(f"text.context is {self.context}; it must hold a start, a word and an end: at least 3")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"text.hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+
 
 @dataclass
 class Pair:

@@ -1,0 +1,149 @@
+"""The encoder stage: pictures and texts find each other, the encoder is kept, an interrupted run goes on."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mm.checkpoint import load_encoder
+from mm.training.data import RecordDataset
+from mm.training.objectives import ContrastiveObjective
+from shards.writer import write_shards
+from stages import pretrain_image_encoder as stage
+
+TIMES = ("_per_second", "seconds_per_step", "data_wait_share")
+
+
+class Interrupted(BaseException):
+    pass
+
+
+def numbers(folder: Path) -> list[dict]:
+    """What was reported, but for times."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if not name.endswith(TIMES)} for row in rows]
+
+
+def refusal(capsys, file, *options: str) -> str:
+    """What is said on the way out."""
+    with pytest.raises(SystemExit) as ended:
+        stage.main(["--config", str(file), *options])
+    assert ended.value.code == 1
+    shown = capsys.readouterr().err.strip()
+    assert shown.startswith("pretrain_image_encoder: ") and "\n" not in shown
+    return shown
+
+
+def test_pictures_find_their_texts(encoder_config, squares):
+    """Texts of one colour read the same, and any of them counts as found: one in four by chance."""
+    training = {"steps": 40, "batch_size": 32, "warmup_steps": 4, "log_every": 10, "evaluate_every": 20}
+    captions = {"path": str(squares), "task": "caption"}
+    file, folder = encoder_config(
+        training={**training, "rates": {"*gate*": 0.01, "*": 0.003}},
+        data=[captions],
+        validation={**captions, "split": "test"},
+    )
+    stage.main(["--config", str(file)])
+    rows = numbers(folder)
+    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
+    assert rows[-1]["eval/retrieval"] > 0.8
+    assert load_encoder(folder).config.tile_size == 28
+
+
+def test_interrupted_is_uninterrupted(encoder_config, tmp_path, monkeypatch):
+    file, whole = encoder_config()
+    stage.main(["--config", str(file)])
+    parts, genuine, calls = tmp_path / "parts", ContrastiveObjective.loss, []
+
+    def interrupt(self, module, batch):
+        calls.append(batch)
+        if len(calls) == 6:
+            raise Interrupted
+        return genuine(self, module, batch)
+
+    monkeypatch.setattr(ContrastiveObjective, "loss", interrupt)
+    with pytest.raises(Interrupted):
+        stage.main(["--config", str(file), "--output", str(parts)])
+    assert not (parts / "config.yaml").exists()
+    stage.main(["--config", str(file), "--output", str(parts)])
+    assert len(calls) == 6 + 8 - 3  # it went on from step 3
+    one, other = (load_file(folder / "vision_encoder.safetensors") for folder in (parts, whole))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    assert numbers(parts) == numbers(whole)
+    last = [folder / "checkpoints" / "step-00000008" / "optimizer.pt" for folder in (parts, whole)]
+    assert last[0].read_bytes() == last[1].read_bytes()
+
+
+def test_the_seed_decides(encoder_config, tmp_path):
+    file, folder = encoder_config(training={"steps": 2})
+    stage.main(["--config", str(file)])
+    for name, seed in (("same", "0"), ("other", "1")):
+        stage.main(["--config", str(file), "--output", str(tmp_path / name), "--training.seed", seed])
+    first, same, other = (numbers(place) for place in (folder, tmp_path / "same", tmp_path / "other"))
+    assert first == same and first[0]["loss"] != other[0]["loss"]
+
+
+def test_an_unreadable_picture_to_validate_on_is_left_out(encoder_config, square_record, tmp_path):
+    cut = square_record(0)
+    cut.media["png"] = cut.media["png"][:100]
+    write_shards([cut, square_record(1), square_record(2)], tmp_path / "few")
+    file, folder = encoder_config(validation={"path": str(tmp_path / "few"), "split": "train"}, training={"steps": 1})
+    stage.main(["--config", str(file)])
+    assert "eval/retrieval" in numbers(folder)[-1]
+
+
+def test_what_a_record_says_in_words(square_record):
+    assert stage.text_of(square_record(1, caption=True)) == "a green square"
+    assert stage.text_of(square_record(1)) == "what colour is the square? green"
+
+
+def test_a_record_without_text_is_left_out(encoder_config, square_record, tmp_path, capfd):
+    records = [square_record(n) for n in range(4)]
+    records[2].json.pop("messages")
+    records[2].json["caption"] = None
+    write_shards(records, tmp_path / "few")
+    changes = {"training": {"steps": 1, "batch_size": 4}, "validation": None}
+    file, _ = encoder_config(data=[{"path": str(tmp_path / "few")}], **changes)
+    stage.main(["--config", str(file)])
+    assert "left out record square-0002" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"training": {"micro_batch_size": 8}}, "leave training.micro_batch_size out"),
+        ({"training": {"rates": {"*": None}}}, "freezes every parameter"),
+        ({"encoder": {"num_heads": 5}}, "hidden_size 32 is not a multiple of num_heads 5"),
+        ({"encoder": {"tap_points": [3]}}, "tap_points [3] are outside 0..2"),
+        ({"encoder": {"activation": "relu"}}, "activation 'relu' is not supported"),
+        ({"text": {"num_heads": 5}}, "text.hidden_size 32 is not a multiple of num_heads 5"),
+        ({"text": {"context": 1}}, "text.context is 1"),
+        ({"max_tiles": 9}, "max_tiles is 9; the encoder takes 1 to 4"),
+        ({"max_tiles": 0}, "max_tiles is 0"),
+        ({"validation_pairs": 0}, "0 samples to validate on"),
+        ({"device": "abacus"}, "'abacus' cannot be used on this machine"),
+        ({"data": [{"pth": "x"}]}, "pth"),
+        ({"encoder": {"depth": 3}}, "depth"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(encoder_config, capsys, changes, said):
+    file, folder = encoder_config(**changes)
+    assert said in refusal(capsys, file)
+    assert not folder.exists()
+
+
+def test_another_shape_is_refused_by_name(encoder_config, capsys):
+    file, _ = encoder_config()
+    stage.main(["--config", str(file)])
+    capsys.readouterr()
+    assert "another encoder;" in refusal(capsys, file, "--encoder.num_layers", "1", "--encoder.tap_points", "[0]")
+    assert "another text;" in refusal(capsys, file, "--text.num_layers", "2")
+
+
+def test_the_dataset_reads_the_first_picture(squares):
+    tokenizer = stage.open_clip.SimpleTokenizer(context_length=8)
+    source = stage.Source(str(squares), split="test", task="caption")
+    pair = RecordDataset([source], lambda record: stage.pair_of(record, tokenizer, 28, 1))[0]
+    assert pair.tiles.pixels.shape == (1, 3, 28, 28) and tokenizer.decode(pair.text[1:4].tolist()) == "a red square "

@@ -1,0 +1,231 @@
+"""The adapter stage: it learns to see, keeps the language model, resumes after kill -9, and refuses mistakes."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import mm
+import mm.checkpoint
+from mm.evaluation.evaluate import evaluate
+from shards.reader import ShardSet
+from shards.writer import write_shards
+from stages.train_image_adapter import main
+
+TIMES = ("_per_second", "seconds_per_step", "data_wait_share")
+KILLED_WHILE_WRITING = """
+import os, signal, sys
+from pathlib import Path
+from stages.train_image_adapter import main
+
+Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+main(sys.argv[1:])
+"""
+
+
+def numbers(folder: Path) -> list[dict]:
+    """What was reported, but for times."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if not name.endswith(TIMES)} for row in rows]
+
+
+def newest(folder: Path) -> Path:
+    return sorted((folder / "checkpoints").glob("step-*"))[-1]
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    """Python on its own, with as many threads as the tests have: sums in another order would not be bit-equal."""
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_killed_and_run_again_is_uninterrupted(adapter_config, tmp_path):
+    file, whole = adapter_config(training={"steps": 60, "save_every": 7, "log_every": 2, "evaluate_every": 10})
+    main(["--config", str(file)])
+    parts = tmp_path / "parts"
+    again = ["--config", str(file), "--output", str(parts), "--training.workers", "1"]
+
+    process = start("-m", "stages.train_image_adapter", *again)
+    while process.poll() is None and not (parts / "checkpoints" / "step-00000014").exists():
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, process.stderr.read()
+    assert not (parts / "config.yaml").exists()
+    with pytest.raises(ValueError, match="has not finished"):
+        mm.load(parts)
+    reached = newest(parts)
+
+    process = start("-c", KILLED_WHILE_WRITING, *again)
+    assert process.wait() == -signal.SIGKILL, process.stderr.read()
+    assert newest(parts) == reached and list((parts / "checkpoints").glob(".new-*"))
+
+    main(again)
+    assert not list((parts / "checkpoints").glob(".new-*"))
+    assert numbers(parts) == numbers(whole)
+    for name in ("vision_encoder", "image_adapter", "extra_embeddings"):
+        one, other = (load_file(folder / f"{name}.safetensors") for folder in (parts, whole))
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    assert (newest(parts) / "optimizer.pt").read_bytes() == (newest(whole) / "optimizer.pt").read_bytes()
+
+
+def test_the_run_folder_opens_and_answers(adapter_config, squares, language_model_folder):
+    before = mm.checkpoint.hash_weights(language_model_folder)
+    file, folder = adapter_config()
+    main(["--config", str(file)])
+    model, processor = mm.load(folder)
+    record = ShardSet(squares).select(split="test", task="vqa")[0]
+    messages = [{"role": "user", "content": [{"type": "image", "image": record.media["png"]}]}]
+    assert isinstance(mm.generate(model, processor, messages, max_new_tokens=3), str)
+    assert mm.checkpoint.hash_weights(language_model_folder) == before
+    assert {path.name for path in folder.glob("*.safetensors")} == {
+        "vision_encoder.safetensors",
+        "image_adapter.safetensors",
+        "extra_embeddings.safetensors",
+    }
+
+
+def test_it_learns_to_name_colours_and_the_blind_control_does_not(adapter_config, squares):
+    """The language model is random: whatever is said comes through the blocks."""
+    training = {"steps": 140, "batch_size": 16, "log_every": 20, "save_every": 1000, "evaluate_every": 70}
+    rates = {"language_model.*": None, "extra_embeddings": None, "*gate*": 0.08, "*": 0.006}
+    file, folder = adapter_config(training={**training, "rates": rates}, data=[{"path": str(squares), "task": "vqa"}])
+    main(["--config", str(file)])
+    rows = numbers(folder)
+    assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]  # as sure as a random output layer lets it be
+    assert rows[-1]["eval/answer_accuracy"] > 0.85
+    gates = [value for name, value in rows[-1].items() if name.startswith("gate/")]
+    assert len(gates) == 6 and max(map(abs, gates)) > 0.05  # they started at 0
+    model, processor = mm.load(folder)
+    records = ShardSet(squares).select(split="test", task="vqa")
+    seeing, blind = (
+        evaluate(model, processor, records, ["vqa_accuracy"], blank_images=blank, max_new_tokens=8)
+        for blank in (False, True)
+    )
+    assert seeing.scores["vqa_accuracy"].value > 0.85
+    assert blind.scores["vqa_accuracy"].value < 0.5  # one colour in four is right
+
+
+def test_micro_batches_and_recomputed_activations_train_alike(adapter_config, tmp_path):
+    file, folder = adapter_config()
+    main(["--config", str(file)])
+    main([
+        *("--config", str(file), "--output", str(tmp_path / "other"), "--training.micro_batch_size", "3"),
+        *("--training.checkpoint_activations", "true"),
+    ])  # fmt: skip
+    losses, others = ([row["loss"] for row in numbers(place)] for place in (folder, tmp_path / "other"))
+    assert losses == pytest.approx(others, rel=1e-3) and len(losses) == 8
+
+
+def test_a_bundle_is_whole_by_itself(adapter_config):
+    file, folder = adapter_config(bundle=True, training={"steps": 1})
+    main(["--config", str(file)])
+    description = (folder / "config.yaml").read_text()
+    assert (folder / "language_model.safetensors").is_file() and "language_model: null" in description
+
+
+def test_it_goes_on_from_an_earlier_run_and_from_lower_precision(adapter_config, run_folder, tmp_path):
+    model, _ = mm.load(run_folder, dtype=torch.bfloat16)
+    mm.checkpoint.save_encoder(tmp_path / "bf16", model.vision_encoder)
+    for start_from in (run_folder, tmp_path / "bf16"):
+        output = tmp_path / f"from-{start_from.name}"
+        file, _ = adapter_config(vision_encoder=str(start_from), output=str(output), training={"steps": 2})
+        main(["--config", str(file)])
+        trained = load_file(output / "vision_encoder.safetensors").values()
+        assert {tensor.dtype for tensor in trained} == {torch.float32}
+
+
+def test_another_tile_size(adapter_config):
+    file, folder = adapter_config(tile_size=56, training={"steps": 1})
+    main(["--config", str(file)])
+    assert mm.load(folder)[0].config.vision_encoder.tile_size == 56
+
+
+def test_records_that_teach_nothing_are_left_out(adapter_config, square_record, tmp_path, capfd):
+    cut, long = square_record(1), square_record(2)
+    cut.media["png"] = cut.media["png"][:100]
+    long.json["messages"][1]["content"] = "red " * 200  # the context is 160
+    for name, records in {"train": [cut, long, *map(square_record, range(3, 9))], "held-out": [cut]}.items():
+        write_shards(records, tmp_path / name)
+    changes = {"training": {"steps": 4, "workers": 1}, "validation": None}
+    file, folder = adapter_config(data=[{"path": str(tmp_path / "train")}], **changes)
+    main(["--config", str(file)])
+    shown = capfd.readouterr().err
+    assert "left out record square-0001: picture: broken or truncated" in shown
+    assert "left out record square-0002: the sample has" in shown and "over the context of 160" in shown
+    assert sum(row.get("unreadable", 0) for row in numbers(folder)) == 4  # two epochs
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"language_model": "nowhere"}, "nowhere"),
+        ({"vision_encoder": "nowhere"}, "there is no folder nowhere"),
+        ({"data": [{"path": "nowhere"}]}, "nowhere: no such folder of shards"),
+        ({"data": []}, "no data: name at least one source"),
+        ({"validation_samples": 0}, "0 samples to validate on"),
+        ({"validation": {"split": "valid"}}, "no records of split 'valid'"),
+        ({"adapter": {"positions": [7]}}, r"adapter positions \(7,\) must ascend within 0..6"),
+        ({"max_tiles": 5}, "max_tiles is 5; this model's image encoder takes 1 to 4"),
+        ({"tile_size": 30}, "tile_size 30 is not a multiple of patch_size 14"),
+        ({"training": {"rates": {"*": 0.001}}}, "keeps the language model as it is"),
+        ({"training": {"rates": {"image_adapter.*": 0.001}}}, "no pattern of `rates` fits extra_embeddings"),
+        ({"training": {"batch_size": 0}}, "training.batch_size is 0"),
+        ({"chat_template": "{% for"}, "chat template"),
+        ({"device": "abacus"}, "abacus"),
+        ({"device": "cuda:99"}, "cuda:99"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(adapter_config, capsys, changes, said):
+    file, folder = adapter_config(**changes)
+    with pytest.raises(SystemExit) as ended:
+        main(["--config", str(file)])
+    shown = capsys.readouterr().err.strip()
+    assert ended.value.code == 1
+    assert "\n" not in shown and shown.startswith("train_image_adapter: ")
+    assert re.search(said, shown)
+    assert not folder.exists()
+
+
+def test_all_records_unreadable(adapter_config, square_record, tmp_path, capsys):
+    records = [square_record(n) for n in range(4)]
+    for record in records:
+        record.media["png"] = b"no picture"
+    write_shards(records, tmp_path / "bad")
+    for changes in (
+        {"data": [{"path": str(tmp_path / "bad")}], "training": {"workers": 1}},
+        {"validation": {"path": str(tmp_path / "bad"), "split": "train"}},
+    ):
+        file, _ = adapter_config(**changes)
+        with pytest.raises(SystemExit) as ended:
+            main(["--config", str(file)])
+        shown = capsys.readouterr().err.strip()
+        assert ended.value.code == 1 and "not a picture in a known format" in shown and "\n" not in shown
+
+
+def test_a_changed_configuration_is_refused_by_name(adapter_config, capsys):
+    file, folder = adapter_config()
+    main(["--config", str(file)])
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*.*")}
+    for option, value, named in (
+        ("--adapter.positions", "[2, 6]", "another adapter;"),
+        ("--data", '[{"path": "elsewhere"}]', "elsewhere"),
+        ("--training.seed", "5", "another seed;"),
+        ("--caption_prompt", "What is it?", "another caption_prompt;"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["--config", str(file), option, value])
+        assert ended.value.code == 1 and named in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("*.*")} == before
