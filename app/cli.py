@@ -5,6 +5,7 @@ A user's mistake ends with one line and exit code 1. Where several files are giv
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
@@ -15,6 +16,7 @@ import stages.pretrain_image_encoder
 import stages.train_image_adapter
 from mm.checkpoint import save, save_encoder
 from mm.evaluation.evaluate import evaluate
+from mm.training.command import one_line
 from shards.reader import ShardSet
 from vision.reading import read_picture
 
@@ -67,6 +69,8 @@ def ask(arguments: Namespace) -> int:
 
 def evaluate_shards(arguments: Namespace) -> int:
     """Score a model on a folder of shards."""
+    if arguments.output and Path(arguments.output).is_file():  # said before the work, not after it
+        raise ValueError(f"{arguments.output} is a file; name a folder for the scores")
     model, processor = _load(arguments)
     records = ShardSet(arguments.data).select(split=arguments.split, task=arguments.task)
     report = evaluate(
@@ -114,7 +118,8 @@ def _each(files: Sequence[str], do: Callable[[str], str]) -> int:
         try:
             print(f"{file}: {do(file)}", flush=True)
         except ValueError as error:
-            failed.append(str(error))
+            reason = one_line(error)
+            failed.append(reason if reason.startswith(file) else f"{file}: {reason}")
     for reason in failed:
         print(f"mm: failed: {reason}", file=sys.stderr)
     return 1 if failed else 0
@@ -139,8 +144,8 @@ def _run(arguments: list[str]) -> int:
         if chosen.subcommand == "convert":
             return CONVERSIONS[command.subcommand](command[command.subcommand])
         return COMMANDS[chosen.subcommand](command)
-    except (ValueError, ArgumentError) as error:
-        print(f"mm: {error}", file=sys.stderr)
+    except (ValueError, OSError, ArgumentError) as error:
+        print(f"mm: {one_line(error)}", file=sys.stderr)
         return 1
 
 

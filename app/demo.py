@@ -25,6 +25,7 @@ from mm.assets import fetch, missing_programs
 from mm.checkpoint import CONFIG_FILE
 from mm.evaluation.evaluate import Report, evaluate
 from mm.processor import record_pictures
+from mm.training.command import one_line
 from shards.reader import ShardSet
 from shards.writer import write_shards
 
@@ -138,8 +139,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         arguments = parser.parse_args(argv)
         demo(arguments.data, arguments.encoder, arguments.output, arguments.steps, arguments.questions)
-    except (ValueError, ArgumentError) as error:
-        print(f"demo: {error}", file=sys.stderr)
+    except (ValueError, OSError, ArgumentError) as error:
+        print(f"demo: {one_line(error)}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -5,6 +5,7 @@ blocks (pooling, projection into the joint space) stays behind; tile positions a
 """
 
 import dataclasses
+import difflib
 from pathlib import Path
 
 import torch
@@ -36,6 +37,10 @@ def load(
     """
     import open_clip
 
+    known = open_clip.list_models()
+    if ":" not in model_name and model_name not in known:  # a colon stands in names of folders and of the hub
+        near = ", ".join(difflib.get_close_matches(model_name, known)) or "ViT-H-14-quickgelu"
+        raise ValueError(f"open_clip cannot load {model_name}: it has {near} and others (open_clip.list_models())")
     try:
         model = open_clip.create_model(model_name, pretrained=str(pretrained), require_pretrained=True)
     except Exception as error:  # open_clip raises many kinds here
