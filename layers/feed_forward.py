@@ -4,15 +4,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from layers.linear import Linear
+
 
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)); x [..., D] -> [..., D]."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, bias: bool = False) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
+        self.gate_proj = Linear(hidden_size, intermediate_size, bias=bias)
+        self.up_proj = Linear(hidden_size, intermediate_size, bias=bias)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -26,8 +28,8 @@ class MLP(nn.Module):
         if activation not in ("gelu", "quick_gelu"):
             raise ValueError(f"activation {activation!r} is not supported; it can be gelu or quick_gelu")
         self.activation = activation
-        self.fc1 = nn.Linear(hidden_size, intermediate_size)
-        self.fc2 = nn.Linear(intermediate_size, hidden_size)
+        self.fc1 = Linear(hidden_size, intermediate_size)
+        self.fc2 = Linear(intermediate_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)

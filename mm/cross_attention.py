@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from layers.attention import CrossAttention
 from layers.feed_forward import SwiGLU
+from layers.linear import Linear
 from mm.batch import Visibility
 from mm.language_model import LanguageModelConfig
 
@@ -23,7 +24,8 @@ class ImageAdapterConfig:
         positions: the number of LM layers completed before each block. None is the paper's placement, after every
             4th layer (4, 8, ...); released Llama 3.2 Vision models have (3, 7, 11, ...).
         intermediate_size: width of the blocks' feed-forward; None is the LM's own.
-        gate_init: start of every gate; 0 leaves the LM as it is.
+        gate_init: start of every gate. A new adapter leaves the LM as it is, one way or the other: gates at 0 (paper),
+            or gates open and the branches' last matrices at 0, which then learn at once; see docs/training.md.
     """
 
     positions: tuple[int, ...] | None = None
@@ -64,6 +66,9 @@ class CrossAttentionBlock(nn.Module):
         self.mlp = SwiGLU(config.hidden_size, intermediate_size)
         self.gate_attn = nn.Parameter(torch.full((1,), float(gate_init)))
         self.gate_ffn = nn.Parameter(torch.full((1,), float(gate_init)))
+        if gate_init != 0:
+            nn.init.zeros_(self.cross_attn.o_proj.weight)
+            nn.init.zeros_(self.mlp.down_proj.weight)
 
     def forward(
         self, x: Tensor, visible: Visibility, vision: Tensor | None = None, cache: VisionCache | None = None
@@ -95,7 +100,7 @@ class ImageAdapter(nn.Module):
         super().__init__()
         self.positions = config.block_positions(language_model.num_layers)
         width = config.intermediate_size or language_model.intermediate_size
-        self.projection = nn.Linear(feature_size, language_model.hidden_size)
+        self.projection = Linear(feature_size, language_model.hidden_size)
         self.blocks = nn.ModuleList(
             CrossAttentionBlock(language_model, width, config.gate_init) for _ in self.positions
         )

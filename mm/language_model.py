@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from layers.attention import DecodeStep, KeyValueCache, SelfAttention
 from layers.feed_forward import SwiGLU
+from layers.linear import Linear
 from layers.rotary import RotaryConfig, rotary_angles
 
 
@@ -98,7 +99,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tied_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 

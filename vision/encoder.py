@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from layers.attention import SelfAttention
 from layers.feed_forward import MLP
+from layers.linear import Linear
 from vision.tiling import CANVASES, MAX_TILES, Tiles
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -145,7 +146,7 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.config = config
         width = config.hidden_size
-        self.patch_embedding = nn.Linear(3 * config.patch_size**2, width, bias=False)
+        self.patch_embedding = Linear(3 * config.patch_size**2, width, bias=False)
         self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
         self.patch_position = GatedPatchPosition(config.tokens_per_tile, width)
         self.pre_tile_position = GatedTilePosition(width)

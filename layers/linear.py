@@ -1,0 +1,79 @@
+"""The linear layer of all rooms: `nn.Linear`, with oneDNN's kernels where fp32 runs on a CPU.
+
+PyTorch sends fp32 products on a CPU to MKL, which keeps to AVX2 on processors other than Intel's: there oneDNN, which
+PyTorch brings along, is twice as fast at training shapes and half as fast again at a decoding step's.
+`python -m benchmarks.linear` measures it. Everything else (other types and devices, autocast, sharded parameters,
+`torch.compile`) goes PyTorch's own way.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+# Multiplications from which oneDNN's kernel makes up for its slower call.
+WORTHWHILE = 2**18
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+class Linear(nn.Linear):
+    """x [..., in_features] -> [..., out_features]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., I], weight [O, I], bias [O] -> x @ weight.T + bias, [..., O]; equal to `F.linear` to rounding."""
+    if not _suits_onednn(x, weight):
+        return F.linear(x, weight, bias)
+    trained = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    if trained and torch.is_grad_enabled():
+        return _OneDnnLinear.apply(x, weight, bias)
+    return _product(x, weight, bias)
+
+
+def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
+    return (
+        ONEDNN
+        and x.dtype is weight.dtype is torch.float32
+        and x.is_cpu
+        and type(x) is Tensor
+        and type(weight) in (nn.Parameter, Tensor)  # a sharded parameter is another type
+        and x.numel() * weight.shape[0] >= WORTHWHILE
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` on oneDNN, without gradient; any strides."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _OneDnnLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        # As in PyTorch's own linear, a frozen weight does not keep its input alive.
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        rows = grad.flatten(0, -2)  # [rows, O]
+        return (
+            None if weight is None else _product(grad, weight.t()),
+            None if x is None else _product(rows.t(), x.flatten(0, -2).t()),
+            rows.sum(0) if ctx.needs_input_grad[2] else None,
+        )
+
+
+if ONEDNN:
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def _flops(x_shape, weight_shape, *_args, out_shape=None, **_kwargs) -> int:
+        return 2 * torch.Size(x_shape).numel() * weight_shape[0]
