@@ -47,7 +47,12 @@ def test_validation_is_some_training_pictures_with_all_their_questions(folder):
 
 
 def test_captions_come_from_the_answers_of_training_pictures_alone(folder):
-    questions = [["what color?", "blue", 0], ["is it?", "no", 0], ["what shape?", "circle", 0], ["what color?", "red", 1]]
+    questions = [
+        ["what color?", "blue", 0],
+        ["is it?", "no", 0],
+        ["what shape?", "circle", 0],
+        ["what color?", "red", 1],
+    ]
     (folder / "train" / "questions.json").write_text(json.dumps(questions))
     (record,) = to_captions(folder)
     check_record(record)
