@@ -49,9 +49,12 @@ def demo(data: Path, encoder: Path, output: Path, steps: int | None, questions: 
     Returns:
         reports: "answers" and "captions", and each again with its pictures blanked, "answers_blank", "captions_blank".
     """
+    for name, number in (("steps", steps), ("questions", questions)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name} is {number}; it must be at least 1")
     missing = missing_programs()
     if missing:
-        raise ValueError(f"the demo needs {', '.join(missing)}: apt-get install {' '.join(missing)}")
+        raise ValueError(f"the demo needs {', '.join(missing)}")
     language_model = fetch("smollm2-135m")
     for name, (asset, to_samples) in SETS.items():
         prepare(data / name, asset, to_samples)

@@ -1,0 +1,196 @@
+"""The demo from end to end, on stand-ins for its sets and models that are small and lie here."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image, ImageDraw
+
+import app.demo
+import mm
+from app.page import Example, write_page
+from mm.evaluation.evaluate import Report
+from mm.evaluation.metrics import Score
+
+ENCODER = {
+    **{"tile_size": 28, "patch_size": 14, "hidden_size": 32, "intermediate_size": 64},
+    **{"num_layers": 2, "num_gated_layers": 1, "num_heads": 2, "tap_points": [1]},
+}
+TEXT = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "context": 12, "embedding_size": 16}
+TRAINING = {"batch_size": 8, "log_every": 1, "evaluate_every": 2, "save_every": 1, "workers": 0}
+COLOURS = ("red", "green", "blue", "black")
+
+
+def easy_vqa(folder: Path) -> None:
+    for part, count in (("train", 160), ("test", 12)):
+        (folder / part / "images").mkdir(parents=True)
+        questions = []
+        for number in range(count):
+            colour, shape = COLOURS[number % 4], ("circle", "rectangle")[number // 4 % 2]
+            picture = Image.new("RGB", (28, 28), (number, 200, 255))
+            draw = ImageDraw.Draw(picture)
+            (draw.ellipse if shape == "circle" else draw.rectangle)((4, 4, 20, 20), fill=colour)
+            picture.save(folder / part / "images" / f"{number}.png")
+            questions += [["what color is it?", colour, number], ["what shape is it?", shape, number]]
+            questions += [["is it a circle?", "yes" if shape == "circle" else "no", number]]
+        (folder / part / "questions.json").write_text(json.dumps(questions))
+
+
+def openmoji(folder: Path) -> None:
+    (folder / "color" / "svg").mkdir(parents=True)
+    (folder / "data").mkdir()
+    rows = [{"hexcode": f"{number:X}", "annotation": f"thing <{number}>"} for number in range(60)]
+    for number, row in enumerate(rows):
+        body = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"><circle r="{1 + number / 10}"/></svg>'
+        (folder / "color" / "svg" / f"{row['hexcode']}.svg").write_text(body)
+    (folder / "data" / "openmoji.json").write_text(json.dumps(rows))
+
+
+def tuxpaint(folder: Path) -> None:
+    (folder / "stamps").mkdir(parents=True)
+    for number in range(60):
+        Image.new("RGB", (20, 30), (4 * number, 0, 0)).save(folder / "stamps" / f"stamp{number}.png")
+        (folder / "stamps" / f"stamp{number}.txt").write_text(f"A stamp of & number {number}.\n")
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch, language_model_folder) -> Path:
+    """A folder to run the demo in, its assets fetched from beside it and its configurations small."""
+    assets = {"smollm2-135m": language_model_folder}
+    for name, make in {"easy-vqa": easy_vqa, "openmoji": openmoji, "tuxpaint-stamps": tuxpaint}.items():
+        assets[name] = tmp_path / "assets" / name
+        make(assets[name])
+        (assets[name] / "LICENSE").write_text(f"licence of {name}")
+    monkeypatch.setattr(app.demo, "fetch", assets.__getitem__)
+    monkeypatch.setattr(app.demo, "missing_programs", list)
+    sets = [{"path": f"data/demo/{name}"} for name in ("easy_vqa", "openmoji", "tuxpaint")]
+    encoder = {"data": sets, "encoder": ENCODER, "text": TEXT, "max_tiles": 1}
+    adapter = {"data": sets, "validation": {**sets[0], "split": "validation"}, "adapter": {"positions": [2, 6]}}
+    rates = {"language_model.*": None, "extra_embeddings": None, "*": 0.001}
+    (tmp_path / "configs" / "demo").mkdir(parents=True)
+    for name, values, more in (
+        ("encoder", encoder, {"steps": 3, "rates": {"*": 0.001}}),
+        ("adapter", adapter, {"steps": 4, "rates": rates}),
+    ):
+        text = yaml.safe_dump({**values, "training": {**TRAINING, **more}}, sort_keys=False)
+        (tmp_path / "configs" / "demo" / f"{name}.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+class Page(HTMLParser):
+    """What a page refers to, its pictures, its tags that stay open and its text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.references, self.pictures, self.words = [], 0, []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.references += [value for name, value in attributes if name in ("src", "href", "xlink:href", "srcset")]
+        self.pictures += tag == "img"
+        assert tag not in ("script", "link", "iframe", "object")
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_from_assets_to_a_page(home, capfd):
+    app.demo.main(["--questions", "20"])
+    shown = capfd.readouterr().err
+    assert "data/demo/easy_vqa: 516 samples, 0 left out" in shown and "open runs/demo/index.html" in shown
+    assert (home / "data" / "demo" / "openmoji" / "LICENSE").read_text() == "licence of openmoji"
+
+    text = (home / "runs" / "demo" / "index.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.references and all(reference.startswith("data:image/png;base64,") for reference in page.references)
+    assert not re.search(r"https?:|url\(|@import", text)
+    scores = json.loads((home / "runs" / "demo" / "evaluation" / "answers" / "scores.json").read_text())["scores"]
+    accuracy = scores["vqa_accuracy"]
+    assert accuracy["num_samples"] == 20
+    assert f"{100 * accuracy['value']:.1f} ± {100 * accuracy['interval']:.1f}" in page.words
+    for name in ("answers", "answers_blank", "openmoji", "openmoji_blank", "tuxpaint", "tuxpaint_blank"):
+        rows = (home / "runs" / "demo" / "evaluation" / name / "predictions.jsonl").read_text().splitlines()
+        assert rows, name
+        if not name.endswith("_blank"):
+            page.pictures -= min(len(rows), app.demo.PICTURES_SHOWN)
+    assert page.pictures == 0
+    assert any("A stamp of & number" in words for words in page.words)
+    assert any("what color is it?" in words for words in page.words)
+    assert text.count("<polyline") >= 3  # loss, accuracy, gates
+
+    model, processor = mm.load("runs/demo")
+    picture = home / "assets" / "easy-vqa" / "test" / "images" / "0.png"
+    content = [{"type": "image", "image": str(picture)}, {"type": "text", "text": "what color is it?"}]
+    assert isinstance(mm.generate(model, processor, [{"role": "user", "content": content}], 3), str)
+
+
+def test_what_is_done_is_not_done_again(home, monkeypatch, capfd):
+    """Interrupted between the stages, then finished: each stage ran once, and a third time only the page is made."""
+    adapter = app.demo.stages.train_image_adapter.main
+    monkeypatch.setattr(app.demo.stages.train_image_adapter, "main", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        app.demo.main(["--questions", "4"])
+    encoder = (home / "runs" / "demo-encoder" / "config.yaml").stat().st_mtime_ns
+    monkeypatch.setattr(app.demo.stages.train_image_adapter, "main", adapter)
+    app.demo.main(["--questions", "4"])
+    run = (home / "runs" / "demo" / "config.yaml").stat().st_mtime_ns
+    assert (home / "runs" / "demo-encoder" / "config.yaml").stat().st_mtime_ns == encoder
+    (home / "runs" / "demo" / "index.html").unlink()
+    monkeypatch.setattr(app.demo, "fetch", lambda name: home / "gone")
+    capfd.readouterr()
+    app.demo.main(["--questions", "4"])
+    assert (home / "runs" / "demo" / "index.html").is_file()
+    assert (home / "runs" / "demo" / "config.yaml").stat().st_mtime_ns == run
+    assert "step" not in capfd.readouterr().err
+
+
+def test_the_number_of_steps(home):
+    app.demo.main(["--questions", "4", "--steps", "6"])
+    rows = (home / "runs" / "demo" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--steps", "0"], "steps is 0"),
+        (["--steps", "few"], "steps"),
+        (["--questions", "0"], "questions is 0"),
+        (["--speed", "9"], "--speed"),
+    ],
+)
+def test_mistakes_are_said_before_minutes_of_work(home, capsys, options, said):
+    with pytest.raises(SystemExit) as ended:
+        app.demo.main(options)
+    shown = capsys.readouterr().err
+    assert ended.value.code == 1 and said in shown and shown.count("\n") == 1
+    assert not (home / "data").exists() and not (home / "runs").exists()
+
+
+def test_programs_that_are_missing_are_named_first(home, monkeypatch, capsys):
+    monkeypatch.setattr(app.demo, "missing_programs", lambda: ["npm (apt-get install npm)"])
+    monkeypatch.setattr(app.demo, "fetch", lambda _: pytest.fail("nothing is fetched before"))
+    with pytest.raises(SystemExit) as ended:
+        app.demo.main([])
+    assert ended.value.code == 1 and capsys.readouterr().err == "demo: the demo needs npm (apt-get install npm)\n"
+    assert not (home / "data").exists() and not (home / "runs").exists()
+
+
+def test_what_a_model_says_cannot_break_the_page(tmp_path, random_picture):
+    report = Report({"vqa_accuracy": Score("vqa_accuracy", 0.5, 0.1, 4)}, [], [])
+    picture = tmp_path / "picture.webp"
+    random_picture().save(picture)
+    said = "<script>alert(1)</script> 'quoted' & \"so on\""
+    example = Example(picture.read_bytes(), f"{said}?", said + ".", said, "")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 10, "loss": 2.0}\n')
+    reports = {"answers": report, "answers_blank": report}
+    write_page(tmp_path / "index.html", reports, {"answers": [example]}, tmp_path / "metrics.jsonl")
+    page = Page((tmp_path / "index.html").read_text(encoding="utf-8"))
+    assert page.references[0].startswith("data:image/webp;base64,") and page.pictures == 1
+    assert {said, f"{said}?", f"expected: {said}.", "blind: (nothing)"} <= set(page.words)
+    assert not list(tmp_path.glob("*.new"))
