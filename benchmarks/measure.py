@@ -1,0 +1,156 @@
+"""How benchmarks measure: interleaved repetitions, the machine's ceilings, counted work, live tensor bytes.
+
+A speed alone says little on a shared machine: every repetition runs all contestants in turn, so that what disturbs one
+disturbs the others, and each median stands beside what the machine gives at best in the same process.
+"""
+
+import json
+import platform
+import statistics
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from layers.linear import linear
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def seconds_of(work: Callable[[], object]) -> Callable[[], float]:
+    """`work` as a callable that returns how long it took."""
+
+    def timed() -> float:
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    return timed
+
+
+def interleave(contestants: dict[str, Callable[[], float]], repetitions: int) -> dict[str, list[float]]:
+    """Seconds of each contestant, one after the other in every repetition, after one round that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for repetition in range(repetitions + 1):
+        for name, run in contestants.items():
+            taken = run()
+            if repetition:
+                seconds[name].append(taken)
+    return seconds
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    """Median, and the quartiles around it."""
+    ordered = sorted(seconds)
+    low, high = (ordered[round(part * (len(ordered) - 1))] for part in (0.25, 0.75))
+    return {"median": statistics.median(ordered), "lower_quartile": low, "upper_quartile": high}
+
+
+def matmul_ceiling(side: int = 2048, repetitions: int = 9) -> float:
+    """FLOP/s of fp32 matrix products of this side: the best repetition of the faster of PyTorch's two kernels."""
+    a, b = torch.randn(side, side), torch.randn(side, side)
+    seconds = _repeat(lambda: torch.mm(a, b), repetitions) + _repeat(lambda: linear(a, b), repetitions)
+    return 2 * side**3 / min(seconds)
+
+
+def bandwidth_ceiling(megabytes: int = 512, repetitions: int = 9) -> float:
+    """Bytes per second of reading fp32 memory far larger than the caches, the best of the repetitions."""
+    x = torch.ones(megabytes * 2**20 // 4)
+    return x.numel() * 4 / min(_repeat(x.sum, repetitions))
+
+
+def _repeat(work: Callable[[], object], repetitions: int) -> list[float]:
+    work()
+    run = seconds_of(work)
+    return [run() for _ in range(repetitions)]
+
+
+def _attention_flops(q_shape, k_shape, *_args, out_shape=None, **_kwargs) -> int:
+    """Two products of q [B, H, T, D] with k and v [B, G, S, D]."""
+    return 4 * torch.Size(q_shape).numel() * k_shape[2]
+
+
+def _attention_backward_flops(_grad_shape, q_shape, k_shape, *_args, out_shape=None, **_kwargs) -> int:
+    """Five products: the scores again, and the gradients of q, k, v and the weights."""
+    return 10 * torch.Size(q_shape).numel() * k_shape[2]
+
+
+# The counter does not know the CPU's fused attention, and would count 0.
+ATTENTION_FLOPS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+
+
+def count_flops(work: Callable[[], object]) -> int:
+    """FLOPs of matrix products and attention in `work`, which runs once; a multiplication and an addition are two."""
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors that were made since it was entered and are still alive; `peak` is the most at once.
+
+    Workspaces inside a kernel are not seen; the allocator's reserves, which make RSS vary from run to run, neither.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def exclude(self, module: nn.Module) -> "LiveBytes":
+        """Do not count a module's parameters when an operation returns them."""
+        self._known.update(parameter.untyped_storage() for parameter in module.parameters())
+        return self
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage())
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._known:
+            return
+        size = storage.nbytes()
+        self._known.add(storage)
+        weakref.finalize(storage, self._drop, size)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def _drop(self, size: int) -> None:
+        self.now -= size
+
+
+def machine() -> dict[str, object]:
+    """What ran: processor, threads, versions."""
+    names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cores": len(names) or None,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def write_results(name: str, values: dict, folder: Path = RESULTS) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(values, indent=2) + "\n")
+    return path

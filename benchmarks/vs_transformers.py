@@ -1,0 +1,316 @@
+"""Speed and memory beside `transformers` mllama: same weights, same process, interleaved repetitions, medians.
+
+    python -m benchmarks.vs_transformers            # about 8 minutes on 2 cores; docs/benchmarks.md keeps the table
+    python -m benchmarks.vs_transformers --quick    # a tiny shape, to see that it runs; its numbers mean nothing
+
+Ours runs twice where the mode matters: "ragged", the default, encodes real tiles only; "llama32" computes what
+`transformers` computes, padding included. Before anything is timed, both models must give the same logits.
+"""
+
+import argparse
+import copy
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers.generation.streamers import BaseStreamer
+
+import mm
+from benchmarks import measure
+from benchmarks.pair import TINY, Shape, build_pair, make_samples, padding, their_images, their_inputs
+from mm.generation import prefill, stream_tokens
+from mm.training.loop import TrainingConfig, train_step
+from mm.training.objectives import NextTokenObjective
+from mm.training.optimizer import apply_rates, build_optimizer
+
+OURS, EXACT, THEIRS = "ours", "ours, llama32", "transformers"
+LOGITS_TOLERANCE = 1e-4  # of the largest logit; fp32 sums in another order
+TRAINING_ROWS = 2
+
+
+@dataclass
+class Case:
+    """One row of the table.
+
+    Attributes:
+        amount, unit: what one run produces. contestants: name -> a run, which returns its seconds.
+        work: name -> FLOPs of a run, or bytes that it has to read at least; `ceiling` says which.
+        target: the ratio to reach of ours to `transformers`.
+    """
+
+    name: str
+    amount: int
+    unit: str
+    contestants: dict[str, Callable[[], float]]
+    work: dict[str, int]
+    ceiling: str = "matmul"
+    target: float | None = None
+
+
+class Clock(BaseStreamer):
+    """When `generate` gave out each step's tokens; the first put is the prompt."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, _tokens: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def assert_equal(shape: Shape, ours: mm.MultimodalModel, theirs: nn.Module) -> None:
+    """Both models give the same logits, or there is nothing to compare."""
+    for num_tiles in (1, 2, 4):
+        samples = make_samples(shape, 2, num_tiles)
+        with torch.inference_mode(), padding(ours, "llama32"):
+            difference = (ours(mm.collate(samples)) - theirs(**their_inputs(samples)).logits).abs().max()
+            largest = theirs(**their_inputs(samples)).logits.abs().max()
+        if not difference < LOGITS_TOLERANCE * largest:
+            raise SystemExit(f"{num_tiles} tiles: logits differ by {difference:.2e}, the largest is {largest:.2f}")
+
+
+def in_mode(model: mm.MultimodalModel, mode: str, work: Callable[[], object]) -> Callable[[], object]:
+    """`work` with the encoder in a padding mode and without gradients."""
+
+    def run() -> object:
+        with padding(model, mode), torch.inference_mode():
+            return work()
+
+    return run
+
+
+def case_of(name: str, amount: int, unit: str, work: dict[str, Callable[[], object]], target=None) -> Case:
+    """A case whose work is counted in FLOPs."""
+    contestants = {key: measure.seconds_of(run) for key, run in work.items()}
+    flops = {key: measure.count_flops(run) for key, run in work.items()}
+    return Case(name, amount, unit, contestants, flops, target=target)
+
+
+def encode_cases(shape: Shape, ours: mm.MultimodalModel, theirs: nn.Module) -> Iterator[Case]:
+    for num_tiles, target in ((1, 3.0), (2, None), (4, 1.0)):
+        samples = make_samples(shape, 1, num_tiles)
+        images, inputs = samples[0].images, their_images(samples)
+        work = {
+            OURS: in_mode(ours, "ragged", lambda images=images: ours.vision_encoder(images)),
+            EXACT: in_mode(ours, "llama32", lambda images=images: ours.vision_encoder(images)),
+            THEIRS: torch.inference_mode()(lambda inputs=inputs: theirs.model.vision_model(**inputs)),
+        }
+        yield case_of(f"encode, {tiles(num_tiles)}", 1, "images/s", work, target)
+
+
+def prefill_cases(shape: Shape, ours: mm.MultimodalModel, theirs: nn.Module) -> Iterator[Case]:
+    for num_tiles in (1, 4):
+        samples = make_samples(shape, 1, num_tiles)
+        inputs = their_inputs(samples)
+        work = {
+            OURS: in_mode(ours, "ragged", lambda samples=samples: prefill(ours, samples, shape.text_tokens)),
+            EXACT: in_mode(ours, "llama32", lambda samples=samples: prefill(ours, samples, shape.text_tokens)),
+            THEIRS: torch.inference_mode()(lambda inputs=inputs: theirs(**inputs, use_cache=True, logits_to_keep=1)),
+        }
+        yield case_of(f"prefill, {shape.text_tokens} tokens, {tiles(num_tiles)}", 1, "prompts/s", work)
+
+
+def decode_cases(shape: Shape, ours: mm.MultimodalModel, theirs: nn.Module, steps: int) -> Iterator[Case]:
+    """Greedy decoding after the prompt's pass, whose time is left out on both sides."""
+    for num_rows, num_tiles, target in ((1, 1, 1.3), (1, 4, 1.3), (8, 1, None), (8, 4, None)):
+        samples = make_samples(shape, num_rows, num_tiles)
+        read = step_bytes(shape, ours, num_rows, num_tiles, steps)
+        contestants = {
+            OURS: lambda samples=samples: our_decoding(ours, samples, steps),
+            "transformers, generate": lambda samples=samples: their_generate(theirs, samples, steps),
+            "transformers, forward": their_loop(theirs, samples, steps),
+        }
+        name = f"decode, batch {num_rows}, {tiles(num_tiles)}"
+        work = dict.fromkeys(contestants, read * steps)
+        yield Case(name, num_rows * steps, "tokens/s", contestants, work, "bandwidth", target)
+
+
+def our_decoding(ours: mm.MultimodalModel, samples: list[mm.Sample], steps: int) -> float:
+    with padding(ours, "ragged"):
+        times = [time.perf_counter() for _ in stream_tokens(ours, samples, steps + 1, stop_tokens=[])]
+    assert len(times) == steps + 1
+    return times[-1] - times[0]
+
+
+@torch.inference_mode()
+def their_generate(theirs: nn.Module, samples: list[mm.Sample], steps: int) -> float:
+    clock = Clock()
+    length = {"max_new_tokens": steps + 1, "min_new_tokens": steps + 1, "eos_token_id": None}
+    theirs.generate(**their_inputs(samples), **length, do_sample=False, streamer=clock)
+    assert len(clock.times) == steps + 2
+    return clock.times[-1] - clock.times[1]
+
+
+def their_loop(theirs: nn.Module, samples: list[mm.Sample], steps: int) -> Callable[[], float]:
+    """A plain loop over the model's forward pass and its own cache, without what `generate` does beside them."""
+    inputs = their_inputs(samples)
+    with torch.inference_mode():
+        prompt = theirs(**inputs, use_cache=True, logits_to_keep=1)
+    cross_mask = inputs["cross_attention_mask"][:, -1:]
+
+    @torch.inference_mode()
+    def run() -> float:
+        cache, tokens = copy.deepcopy(prompt.past_key_values), prompt.logits[:, -1:].argmax(-1)
+        start = time.perf_counter()
+        for _ in range(steps):
+            given = {"input_ids": tokens, "past_key_values": cache, "cross_attention_mask": cross_mask}
+            tokens = theirs(**given, use_cache=True).logits[:, -1:].argmax(-1)
+        return time.perf_counter() - start
+
+    return run
+
+
+def step_bytes(shape: Shape, ours: mm.MultimodalModel, num_rows: int, num_tiles: int, steps: int) -> int:
+    """Bytes that a decoding step must read: weights once, each row's keys and values once."""
+    unused = ("embed_tokens", "cross_attn.k_proj", "cross_attn.v_proj", "cross_attn.k_norm")  # k, v are cached
+    parts = [*ours.language_model.named_parameters(), *ours.image_adapter.blocks.named_parameters()]
+    weights = sum(weight.numel() for name, weight in parts if not any(part in name for part in unused))
+    config = ours.config.language_model
+    text = config.num_layers * (shape.text_tokens + steps // 2)
+    vision = shape.blocks * num_tiles * ours.config.vision_encoder.tokens_per_tile
+    return 4 * (weights + num_rows * (text + vision) * 2 * config.num_kv_heads * config.head_dim)
+
+
+@dataclass
+class TheirBatch:
+    """Inputs of `transformers`' model, labels among them."""
+
+    inputs: dict[str, Tensor]
+
+    def to(self, _device: str) -> "TheirBatch":
+        return self
+
+
+class TheirObjective:
+    """Its own loss, as `model(..., labels=...)` gives it, times the targets that it is the mean over."""
+
+    def count(self, batch: TheirBatch) -> int:
+        return int((batch.inputs["labels"][:, 1:] != -100).sum())
+
+    def loss(self, module: nn.Module, batch: TheirBatch) -> Tensor:
+        return module(**batch.inputs, use_cache=False).loss * self.count(batch)
+
+
+def training_steps(shape: Shape, ours: mm.MultimodalModel, theirs: nn.Module, num_tiles: int) -> dict[str, Callable]:
+    """One optimizer step of each: encoder, projection and blocks train by AdamW, the language model is frozen."""
+    config = TrainingConfig(steps=1, batch_size=TRAINING_ROWS)
+    rate = 1e-5
+    blocks = [index for index, layer in enumerate(theirs.model.language_model.layers) if hasattr(layer, "cross_attn")]
+    trained = ["model.vision_model.*", "model.multi_modal_projector.*"]
+    trained += [f"model.language_model.layers.{index}.*" for index in blocks]
+    rates = {
+        OURS: {"vision_encoder.*": rate, "image_adapter.*": rate, "*": None},
+        THEIRS: {**dict.fromkeys(trained, rate), "*": None},
+    }
+    samples = make_samples(shape, TRAINING_ROWS, num_tiles)
+    labels = torch.tensor([sample.labels for sample in samples])
+    parts = {
+        OURS: (ours, NextTokenObjective(), mm.collate(samples)),
+        THEIRS: (theirs, TheirObjective(), TheirBatch({**their_inputs(samples), "labels": labels})),
+    }
+    steps = {}
+    for name, (module, objective, batch) in parts.items():
+        optimizer = build_optimizer(module, apply_rates(module, rates[name]), config.weight_decay, config.betas)
+        steps[name] = lambda given=(module, objective, optimizer, [batch], config, "cpu"): train_step(*given)
+
+    def in_padding(mode: str) -> Callable[[], object]:
+        def run() -> object:
+            with padding(ours, mode):
+                return steps[OURS]()
+
+        return run
+
+    return {OURS: in_padding("ragged"), EXACT: in_padding("llama32"), THEIRS: steps[THEIRS]}
+
+
+def training_cases(shape: Shape, ours: mm.MultimodalModel, theirs: nn.Module) -> Iterator[tuple[Case, dict[str, int]]]:
+    """Cases, each with the peak of live tensor bytes that a step makes: activations, gradients, temporaries."""
+    for num_tiles, target in ((1, 2.5), (4, 1.0)):
+        steps = training_steps(shape, ours, theirs, num_tiles)
+        case = case_of(f"training step, {tiles(num_tiles)}", TRAINING_ROWS, "images/s", steps, target)
+        peaks = {}
+        for name, step in steps.items():  # the optimizer's state exists by now: counting FLOPs was a step
+            with measure.LiveBytes().exclude(theirs if name == THEIRS else ours) as live:
+                step()
+            peaks[name] = live.peak
+        yield case, peaks
+
+
+def tiles(number: int) -> str:
+    return f"{number} tile{'s' if number > 1 else ''}"
+
+
+def run_case(case: Case, ceilings: dict[str, float], repetitions: int) -> dict:
+    """A case's numbers; of several ways of `transformers` the fastest stands in the ratio."""
+    seconds = measure.interleave(case.contestants, repetitions)
+    spreads = {name: measure.spread(taken) for name, taken in seconds.items()}
+    rival = min((name for name in spreads if name.startswith(THEIRS)), key=lambda name: spreads[name]["median"])
+    speeds = {name: case.amount / taken["median"] for name, taken in spreads.items()}
+    return {
+        "name": case.name,
+        "unit": case.unit,
+        "speeds": speeds,
+        "seconds": spreads,
+        "fastest_of_transformers": rival,
+        "ratio": speeds[OURS] / speeds[rival],
+        "target": case.target,
+        "work": case.work,
+        "ceiling": case.ceiling,
+        "share": {name: case.work[name] / taken["median"] / ceilings[case.ceiling] for name, taken in spreads.items()},
+    }
+
+
+def table_row(row: dict) -> str:
+    def cell(name: str) -> str:
+        return f"{row['speeds'][name]:.3g} ({row['share'][name]:.0%})" if name in row["speeds"] else "-"
+
+    target = f">= {row['target']}" if row["target"] else ""
+    cells = [row["name"], row["unit"], cell(OURS), cell(EXACT), cell(row["fastest_of_transformers"])]
+    return f"| {' | '.join(cells)} | {row['ratio']:.2f} | {target} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a tiny shape and one repetition: does it run?")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=32, help="tokens to decode")
+    parser.add_argument("--output", type=Path, default=measure.RESULTS, help="folder of the JSON file")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    shape, repetitions, steps = Shape(), arguments.repetitions, arguments.steps
+    ceilings = {"matmul": measure.matmul_ceiling, "bandwidth": measure.bandwidth_ceiling}
+    if arguments.quick:
+        shape, repetitions, steps = TINY, 1, 3
+        ceilings = {"matmul": lambda: measure.matmul_ceiling(64, 1), "bandwidth": lambda: measure.bandwidth_ceiling(1)}
+    ceilings = {name: ceiling() for name, ceiling in ceilings.items()}
+    ours, theirs = build_pair(shape)
+    assert_equal(shape, ours, theirs)
+    print(f"ceilings: {ceilings['matmul'] / 1e9:.0f} GFLOP/s fp32, {ceilings['bandwidth'] / 1e9:.1f} GB/s\n")
+    print("speed (share of the ceiling)\n")
+    print(f"| operation | unit | {OURS} | {EXACT} | {THEIRS} | ratio | to reach |\n|---|---|---|---|---|---|---|")
+    rows, memory = [], {}
+    without_training = (encode_cases, prefill_cases, lambda *models: decode_cases(*models, steps))
+    for cases in without_training:
+        for case in cases(shape, ours, theirs):
+            rows.append(run_case(case, ceilings, repetitions))
+            print(table_row(rows[-1]), flush=True)
+    for case, peaks in training_cases(shape, ours.train(), theirs.train()):
+        rows.append(run_case(case, ceilings, repetitions))
+        memory[case.name] = peaks
+        print(table_row(rows[-1]), flush=True)
+    print(f"\n| peak memory, MB | {OURS} | {EXACT} | {THEIRS} |\n|---|---|---|---|")
+    for name, peaks in memory.items():
+        print(f"| {name} | {' | '.join(f'{peaks[key] / 1e6:.0f}' for key in (OURS, EXACT, THEIRS))} |")
+    values = {"machine": measure.machine(), "shape": vars(shape), "repetitions": repetitions, "decode_steps": steps}
+    values |= {"ceilings": ceilings, "rows": rows, "peak_live_bytes": memory}
+    print(f"\nwritten: {measure.write_results('vs_transformers', values, arguments.output)}")
+
+
+if __name__ == "__main__":
+    main()

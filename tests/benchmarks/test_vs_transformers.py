@@ -1,0 +1,58 @@
+"""The benchmarks run, compare equals, and write what docs/benchmarks.md is made of."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks import measure
+
+
+@pytest.mark.slow
+def test_it_runs_on_a_tiny_shape(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.vs_transformers", "--quick", "--threads", "1", "--output", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    values = json.loads((tmp_path / "vs_transformers.json").read_text())
+    names = [row["name"].split(",")[0] for row in values["rows"]]
+    assert set(names) == {"encode", "prefill", "decode", "training step"}
+    for row in values["rows"]:
+        assert row["ratio"] > 0 and all(work > 0 for work in row["work"].values())
+        assert f"| {row['name']} |" in done.stdout
+    one_tile = next(row for row in values["rows"] if row["name"] == "training step, 1 tile")
+    assert one_tile["work"]["ours"] < one_tile["work"]["ours, llama32"]  # what padding costs
+    assert all(peak > 0 for peaks in values["peak_live_bytes"].values() for peak in peaks.values())
+
+
+def test_contestants_take_turns_and_the_first_round_does_not_count():
+    order = []
+
+    def contestant(name):
+        return lambda: order.append(name) or float(len(order))
+
+    seconds = measure.interleave({"a": contestant("a"), "b": contestant("b")}, repetitions=2)
+    assert order == ["a", "b"] * 3
+    assert seconds == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
+
+
+def test_live_bytes_are_those_alive_at_once():
+    module = torch.nn.Linear(256, 256, bias=False)
+    with measure.LiveBytes().exclude(module) as live:
+        a = torch.zeros(1000)
+        b = a + 1
+        del a
+        c = b.view(10, 100) * 2
+        _views = b[:10], module.weight.t()
+    assert live.peak == 8000
+    assert live.now == 8000
+    del b, c, _views
+    assert live.now == 0
+
+
+def test_fused_attention_is_counted_as_plain_attention_is():
+    q, k, v = (torch.randn(2, 3, 16, 8, requires_grad=True) for _ in range(3))
+    attention = torch.nn.functional.scaled_dot_product_attention
+    forward = 2 * 2 * 3 * 2 * 16 * 16 * 8
+    assert measure.count_flops(lambda: attention(q, k, v)) == forward
+    assert measure.count_flops(lambda: attention(q, k, v).sum().backward()) == forward * 3.5
