@@ -9,6 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mm.training.data import Unreadable
 from mm.training.loop import TrainingConfig
+from mm.training.objectives import NextTokenObjective
 
 BAD = Unreadable("square-0007", "broken or truncated picture")
 
@@ -57,10 +58,18 @@ def test_evaluation_takes_no_part_in_the_speed(model, config, run):
     assert all(row["seconds_per_step"] < 0.4 for row in rows)
 
 
+class Watching(NextTokenObjective):
+    def loss(self, module, batch):
+        self.modes.append(("train", module.training))
+        return super().loss(module, batch)
+
+
 def test_evaluation_sees_a_model_that_does_not_train(model, config, run):
-    modes = []
-    run(model, config(evaluate_every=1), evaluate=lambda module: modes.append(module.training) or {})
-    assert modes == [False] * 3 and not model.training
+    objective = Watching()
+    objective.modes = modes = []
+    settings = config(steps=2, evaluate_every=1)
+    run(model, settings, objective=objective, evaluate=lambda module: modes.append(("eval", module.training)) or {})
+    assert modes == [("train", True), ("eval", False)] * 2 and not model.training
 
 
 @pytest.mark.parametrize("workers", [0, 1])
