@@ -145,11 +145,16 @@ class CrossAttention(nn.Module):
 
     def keys_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """tokens [..., D] -> keys and values, each [..., G, head_dim]."""
-        k = self.k_norm(self.k_proj(tokens).unflatten(-1, (-1, self.head_dim)))
+        k = _normalised(self.k_norm, self.k_proj(tokens).unflatten(-1, (-1, self.head_dim)))
         return k, self.v_proj(tokens).unflatten(-1, (-1, self.head_dim))
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """x [B, T, D], k and v [B, G, S, head_dim], mask as in `grouped_attention` -> [B, T, D]."""
-        q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
+        q = _normalised(self.q_norm, self.q_proj(x).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
         heads = grouped_attention(q, k, v, mask)
         return self.o_proj(heads.transpose(1, 2).flatten(2))
+
+
+def _normalised(norm: nn.RMSNorm, heads: Tensor) -> Tensor:
+    """At the norm's own precision: autocast gives products in bf16, which a norm in FP32 takes only the slow way."""
+    return norm(heads.to(norm.weight.dtype))
