@@ -68,7 +68,7 @@ def test_answers_are_those_given_alone(ask, records, tiny_model, tiny_processor)
         assert row["prediction"] == tiny_processor.decode(tokens)
         assert row["reference"] == reference
         assert row["question"] == record.json["messages"][0]["content"][1]["text"].strip()
-    assert len(set(predictions(report).values())) > 3  # the questions do differ to this model
+    assert len(set(predictions(report).values())) > 2  # the questions do differ to this model
 
 
 @pytest.mark.parametrize("metrics", [("exact_match", "choice"), ("choice",)])

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -114,7 +115,8 @@ def test_a_step_of_text_alone_changes_nothing(model, samples, config, run, same,
     assert same(model, tiny_model)
 
 
-def test_activations_computed_anew_give_the_same_gradients(model, samples, config, run, tiny_model, monkeypatch, same):
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_activations_computed_anew_give_the_same_gradients(model, config, run, tiny_model, monkeypatch, same, compute):
     calls = []
     forward = CrossAttentionBlock.forward
 
@@ -123,11 +125,12 @@ def test_activations_computed_anew_give_the_same_gradients(model, samples, confi
         return forward(self, *arguments)
 
     monkeypatch.setattr(CrossAttentionBlock, "forward", counting)
-    run(model, config(rates={**config().rates, "*": 0.01}), layers=(DecoderLayer, EncoderLayer, CrossAttentionBlock))
+    kinds = (DecoderLayer, EncoderLayer, CrossAttentionBlock)
+    settings = config(rates={**config().rates, "*": 0.01}, compute=compute)
+    run(model, settings, layers=kinds)
     kept = len(calls)
     other = copy.deepcopy(tiny_model)
-    settings = config(rates={**config().rates, "*": 0.01}, checkpoint_activations=True)
-    run(other, settings, "other", layers=(DecoderLayer, EncoderLayer, CrossAttentionBlock))
+    run(other, replace(settings, checkpoint_activations=True), "other", layers=kinds)
     assert len(calls) - kept == 2 * kept == 2 * 3 * 3  # blocks, steps
     assert same(model, other) and not same(model, tiny_model)
     assert not [layer for layer in other.modules() if "forward" in vars(layer)]  # left as it was found
