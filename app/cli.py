@@ -147,6 +147,8 @@ def _run(arguments: list[str]) -> int:
     except (ValueError, OSError, ArgumentError) as error:
         print(f"mm: {one_line(error)}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 def _model_options(parser: ArgumentParser, max_new_tokens: int) -> None:

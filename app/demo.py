@@ -36,43 +36,44 @@ SETS = {
     "openmoji": ("openmoji", data_prep.openmoji.to_samples),
     "tuxpaint": ("tuxpaint-stamps", data_prep.tuxpaint.to_samples),
 }
+DATA, ENCODER = Path("data/demo"), Path("runs/demo-encoder")
 ENCODER_CONFIG, ADAPTER_CONFIG = "configs/demo/encoder.yaml", "configs/demo/adapter.yaml"
 PICTURES_SHOWN = 24
 
 
-def demo(data: Path, encoder: Path, output: Path, steps: int | None, questions: int | None) -> dict[str, Report]:
+def demo(output: Path, steps: int | None, questions: int | None) -> dict[str, Report]:
     """Run whatever of the demo has not been run yet, and write `output/index.html`.
 
     Args:
-        data: folder for the shards. encoder, output: run folders of the two stages.
+        output: run folder of the adapter stage; shards and encoder lie where the configurations in configs/demo say.
         steps: of the adapter stage; None takes the config's.
         questions: how many test questions to evaluate; None takes all.
 
     Returns:
-        reports: "answers" and "captions", and each again with its pictures blanked, "answers_blank", "captions_blank".
+        reports: "answers", "openmoji" and "tuxpaint", and each again with its pictures blanked, as "answers_blank".
     """
     for name, number in (("steps", steps), ("questions", questions)):
         if number is not None and number < 1:
             raise ValueError(f"{name} is {number}; it must be at least 1")
     missing = missing_programs()
-    if missing:
+    if missing and not all((DATA / name).exists() for name in SETS):
         raise ValueError(f"the demo needs {', '.join(missing)}")
     language_model = fetch("smollm2-135m")
     for name, (asset, to_samples) in SETS.items():
-        prepare(data / name, asset, to_samples)
+        prepare(DATA / name, asset, to_samples)
     started = time.monotonic()
     compute = ["--training.compute", "bf16" if multiplies_bf16() else "fp32"]
-    if not (encoder / CONFIG_FILE).exists():
-        arguments = ["--config", ENCODER_CONFIG, "--output", str(encoder), *compute]
+    if not (ENCODER / CONFIG_FILE).exists():
+        arguments = ["--config", ENCODER_CONFIG, "--output", str(ENCODER), *compute]
         stages.pretrain_image_encoder.main(arguments)
     arguments = ["--config", ADAPTER_CONFIG, "--output", str(output), *compute]
-    arguments += ["--language_model", str(language_model), "--vision_encoder", str(encoder)]
+    arguments += ["--language_model", str(language_model), "--vision_encoder", str(ENCODER)]
     if steps is not None:
         arguments += ["--training.steps", str(steps)]
     if not (output / CONFIG_FILE).exists() or steps is not None:
         stages.train_image_adapter.main(arguments)
         print(f"trained for {(time.monotonic() - started) / 60:.1f} minutes", file=sys.stderr)
-    return show(data, output, questions)
+    return show(output, questions)
 
 
 def multiplies_bf16() -> bool:
@@ -91,13 +92,13 @@ def prepare(folder: Path, asset: str, to_samples) -> None:
     print(f"{folder}: {count} samples, {len(dropped)} left out", file=sys.stderr)
 
 
-def show(data: Path, output: Path, questions: int | None) -> dict[str, Report]:
+def show(output: Path, questions: int | None) -> dict[str, Report]:
     """Evaluate the run on held-out data, beside the same model with its pictures blanked, and write the page."""
     model, processor = mm.load(output)
     sets = {
-        "answers": ShardSet(data / "easy_vqa").select(split="test"),
-        "openmoji": ShardSet(data / "openmoji").select(split="test"),
-        "tuxpaint": ShardSet(data / "tuxpaint").select(split="test"),
+        "answers": ShardSet(DATA / "easy_vqa").select(split="test"),
+        "openmoji": ShardSet(DATA / "openmoji").select(split="test"),
+        "tuxpaint": ShardSet(DATA / "tuxpaint").select(split="test"),
     }
     reports: dict[str, Report] = {}
     for name, records in sets.items():
@@ -144,17 +145,17 @@ def examples(sets: dict[str, ShardSet], reports: dict[str, Report]) -> dict[str,
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(prog="demo", description=__doc__, exit_on_error=False)
-    parser.add_argument("--data", type=Path, default=Path("data/demo"), help="folder for the shards")
-    parser.add_argument("--encoder", type=Path, default=Path("runs/demo-encoder"), help="run folder of the encoder")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="run folder of the demo")
     parser.add_argument("--steps", type=int, help="steps of the adapter stage, in place of the config's")
     parser.add_argument("--questions", type=int, default=2000, help="evaluate on this many test questions")
     try:
         arguments = parser.parse_args(argv)
-        demo(arguments.data, arguments.encoder, arguments.output, arguments.steps, arguments.questions)
+        demo(arguments.output, arguments.steps, arguments.questions)
     except (ValueError, OSError, ArgumentError) as error:
         print(f"demo: {one_line(error)}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,9 @@ def run_stage(
     except (ValueError, OSError, ArgumentError) as error:
         print(f"{name}: {one_line(error)}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        sys.exit(130)
 
 
 def one_line(error: Exception) -> str:
