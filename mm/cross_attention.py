@@ -25,7 +25,7 @@ class ImageAdapterConfig:
             4th layer (4, 8, ...); released Llama 3.2 Vision models have (3, 7, 11, ...).
         intermediate_size: width of the blocks' feed-forward; None is the LM's own.
         gate_init: start of every gate. A new adapter leaves the LM as it is, one way or the other: gates at 0 (paper),
-            or gates open and the branches' last matrices at 0, which then learn at once; see docs/training.md.
+            or gates open and the branches' last matrices at 0, which then learn at once (ours).
     """
 
     positions: tuple[int, ...] | None = None
