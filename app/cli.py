@@ -14,7 +14,7 @@ import mm.convert.mllama
 import mm.convert.open_clip
 import stages.pretrain_image_encoder
 import stages.train_image_adapter
-from mm.checkpoint import save, save_encoder
+from mm.checkpoint import CONFIG_FILE, save, save_encoder
 from mm.evaluation.evaluate import evaluate
 from mm.training.command import one_line
 from shards.reader import ShardSet
@@ -91,15 +91,19 @@ def evaluate_shards(arguments: Namespace) -> int:
 
 def convert_open_clip(arguments: Namespace) -> int:
     """Make an encoder folder of an open_clip image tower."""
+    _refuse_existing(arguments.output)
     encoder = mm.convert.open_clip.load(arguments.name, arguments.pretrained, tile_size=arguments.tile_size)
     save_encoder(arguments.output, encoder)
+    print(encoder.report)
     return 0
 
 
 def convert_from_mllama(arguments: Namespace) -> int:
     """Make a run folder of a Llama 3.2 Vision folder."""
+    _refuse_existing(arguments.output)
     model, processor = mm.load(arguments.folder)
     save(arguments.output, model, processor, bundle=True)
+    print(getattr(model, "report", "converted"))
     return 0
 
 
@@ -107,8 +111,14 @@ def convert_to_mllama(arguments: Namespace) -> int:
     """Make a Llama 3.2 Vision folder of a run folder."""
     model, processor = mm.load(arguments.folder)
     mm.convert.mllama.save(model, arguments.output)
-    processor.tokenizer.save_pretrained(arguments.output)
+    if getattr(model, "mllama_source", None) is None:  # else the folder that it came from gave its own files
+        processor.tokenizer.save_pretrained(arguments.output)
     return 0
+
+
+def _refuse_existing(output: str) -> None:
+    if (Path(output) / CONFIG_FILE).exists():
+        raise ValueError(f"{output} holds a run already; name another folder, or remove it first")
 
 
 def _each(files: Sequence[str], do: Callable[[str], str]) -> int:
@@ -130,6 +140,9 @@ def _load(arguments: Namespace) -> tuple[mm.MultimodalModel, mm.Processor]:
 
 
 def _train(arguments: list[str]) -> int:
+    if arguments in (["-h"], ["--help"]):
+        print(f"usage: mm train STAGE --config FILE [--OPTION VALUE ...]\nstages: {', '.join(STAGES)}")
+        return 0
     if arguments[:1] not in [[name] for name in STAGES]:
         print(f"mm train: name a stage: {', '.join(STAGES)}", file=sys.stderr)
         return 1

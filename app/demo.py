@@ -70,7 +70,7 @@ def demo(output: Path, steps: int | None, questions: int | None) -> dict[str, Re
     arguments += ["--language_model", str(language_model), "--vision_encoder", str(ENCODER)]
     if steps is not None:
         arguments += ["--training.steps", str(steps)]
-    if not (output / CONFIG_FILE).exists() or steps is not None:
+    if not (output / CONFIG_FILE).exists():
         stages.train_image_adapter.main(arguments)
         print(f"trained for {(time.monotonic() - started) / 60:.1f} minutes", file=sys.stderr)
     return show(output, questions)
@@ -145,12 +145,13 @@ def examples(sets: dict[str, ShardSet], reports: dict[str, Report]) -> dict[str,
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(prog="demo", description=__doc__, exit_on_error=False)
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="run folder of the demo")
+    parser.add_argument("--output", type=Path, help="run folder; default: runs/demo, or runs/demo-N with --steps N")
     parser.add_argument("--steps", type=int, help="steps of the adapter stage, in place of the config's")
     parser.add_argument("--questions", type=int, default=2000, help="evaluate on this many test questions")
     try:
         arguments = parser.parse_args(argv)
-        demo(arguments.output, arguments.steps, arguments.questions)
+        default = Path("runs/demo" if arguments.steps is None else f"runs/demo-{arguments.steps}")
+        demo(arguments.output or default, arguments.steps, arguments.questions)
     except (ValueError, OSError, ArgumentError) as error:
         print(f"demo: {one_line(error)}", file=sys.stderr)
         sys.exit(1)

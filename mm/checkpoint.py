@@ -50,7 +50,7 @@ def load(
 
     Args:
         folder: a run folder of ours, or a Llama 3.2 Vision folder from Hugging Face.
-        device, dtype: where to and as what; None leaves the CPU and the stored dtype.
+        device, dtype: where to and as what; None means the CPU and the language model's own dtype.
         language_model: where a run's language model lies now, if it moved.
 
     Raises:
@@ -66,6 +66,7 @@ def load(
         processor = Processor(mm.convert.llama.load_tokenizer(folder), model.config)
     else:
         raise ValueError(_why_not_a_model(folder))
+    dtype = dtype or model.language_model.model.norm.weight.dtype
     return model.to(device=device, dtype=dtype).eval(), processor
 
 
@@ -158,7 +159,10 @@ def load_encoder(folder: str | Path, tile_size: int | None = None) -> VisionEnco
     values = description.get("vision_encoder") or description.get("model", {}).get("vision_encoder")
     if values is None:
         raise ValueError(f"{folder} holds no image encoder")
-    stored = VisionEncoderConfig(**{**values, "tap_points": tuple(values["tap_points"])})
+    try:
+        stored = VisionEncoderConfig(**{**values, "tap_points": tuple(values["tap_points"])})
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{folder / CONFIG_FILE} does not describe an image encoder: {error}") from error
     config = VisionEncoderConfig(**{**asdict(stored), "tile_size": tile_size or stored.tile_size})
     state = resize_positions(
         _read_part(folder, "vision_encoder", description), stored.patches_per_side, config.patches_per_side
@@ -191,6 +195,8 @@ def replaced_files(folder: str | Path, last: str) -> Iterator[Path]:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".new-*"):  # of a save that was killed
+        shutil.rmtree(leftover)
     new = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
     try:
         yield new
@@ -288,6 +294,10 @@ def _read_description(folder: Path) -> dict:
         raise ValueError(f"{file} is not a run of format {FORMAT}")
     if not isinstance(description.get("parts"), dict):  # the last entry
         raise ValueError(f"{file} is not whole: it does not list its parts; write the run anew")
+    if "model" in description and not (
+        isinstance(description.get("processor"), dict) and "language_model" in description
+    ):
+        raise ValueError(f"{file} is not whole: it lacks the processor or the language model; write the run anew")
     return description
 
 

@@ -128,7 +128,9 @@ class MultimodalModel(nn.Module):
         if cache is not None:
             last = intervals[torch.arange(len(intervals), device=intervals.device), batch.lengths - 1]
             cache.visible = Visibility(last[:, None], counts_per_row)
-        vision = self.image_adapter.projection(self.vision_encoder(batch.images))
+        projection = self.image_adapter.projection
+        # Every block uses the vision tokens, so their gradient is summed here: in FP32, also where autocast gives bf16.
+        vision = projection(self.vision_encoder(batch.images)).to(projection.weight.dtype)
         return vision, Visibility(intervals, counts_per_row)
 
     def _is_image(self, batch: Batch) -> Tensor:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from mm.batch import IGNORED, Sample
 from mm.config import ModelConfig
 from shards.format import Record, picture_suffixes
-from vision.reading import read_picture
+from vision.reading import read_picture, to_rgb
 from vision.tiling import Tiles, tile_image
 
 IMAGE_MARK = "<|mm-image|>"
@@ -187,16 +187,27 @@ class Processor:
     def _tiles(self, picture: Image.Image | str | Path | bytes) -> Tiles:
         if self.tile_size is None:
             raise ValueError("a picture was given to a model that has no vision_encoder")
-        image = picture.convert("RGB") if isinstance(picture, Image.Image) else read_picture(picture)
+        image = to_rgb(picture) if isinstance(picture, Image.Image) else read_picture(picture)
         return tile_image(image, self.tile_size, self.max_tiles)
 
     def _render(self, flat: list[dict], answer_follows: bool) -> str:
+        places_images = "'image'" in self.chat_template or '"image"' in self.chat_template
+        shown = [_in_parts(message) for message in flat] if places_images else flat
         try:
-            return self.tokenizer.apply_chat_template(
-                flat, chat_template=self.chat_template, tokenize=False, add_generation_prompt=answer_follows
+            text = self.tokenizer.apply_chat_template(
+                shown, chat_template=self.chat_template, tokenize=False, add_generation_prompt=answer_follows
             )
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template refuses these messages: {error}") from error
+        if places_images:  # as the text of the model's own image token
+            text = text.replace(self.tokenizer.convert_ids_to_tokens(self.image_token_id) or IMAGE_MARK, IMAGE_MARK)
+        expected = sum(message["content"].count(IMAGE_MARK) for message in flat)
+        if text.count(IMAGE_MARK) != expected:
+            raise ValueError(
+                f"the chat template gives {text.count(IMAGE_MARK)} places for {expected} images; give another "
+                "chat_template, and leave the image token's own text out of the messages"
+            )
+        return text
 
     def _tokenize(self, text: str) -> list[int]:
         first, *rest = (self.tokenizer(piece, add_special_tokens=False).input_ids for piece in text.split(IMAGE_MARK))
@@ -215,6 +226,17 @@ def _refuse_mark(text: str, where: str) -> None:
 
 def _is_answer(message: dict) -> bool:
     return isinstance(message, dict) and message.get("role") == "assistant"
+
+
+def _in_parts(message: dict) -> dict:
+    """A flat message as a list of text and image parts, for templates that place images themselves."""
+    if IMAGE_MARK not in message["content"]:
+        return message
+    first, *rest = message["content"].split(IMAGE_MARK)
+    parts = [{"type": "text", "text": first}]
+    for text in rest:
+        parts += [{"type": "image"}, {"type": "text", "text": text}]
+    return {**message, "content": [part for part in parts if part.get("text") != ""]}
 
 
 def record_pictures(record: Record) -> list[bytes]:

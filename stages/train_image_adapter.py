@@ -1,11 +1,12 @@
 """Stage 2: a frozen language model learns to see (paper §7.2, §7.4).
 
 The image encoder and the new cross-attention blocks train together on pictures with captions or questions; the language
-model stays as it was, bit for bit. Pre-training and annealing differ by their configuration only.
+model stays as it was, bit for bit. Pre-training and annealing (`start_from`, another `tile_size`, lower rates) differ
+by their configuration only.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from torch import nn
 
 import mm.convert.llama
 from mm.batch import IGNORED, Batch
-from mm.checkpoint import assemble, load_encoder, save
+from mm.checkpoint import assemble, load, load_encoder, save
 from mm.config import usable_device
 from mm.cross_attention import CrossAttentionBlock, ImageAdapterConfig
 from mm.language_model import DecoderLayer
+from mm.model import MultimodalModel
 from mm.processor import Processor
 from mm.training.command import run_stage
 from mm.training.data import RecordDataset, Source, readable_samples
@@ -38,6 +40,8 @@ class TrainImageAdapter:
         output: run folder, which `mm.load` opens when the stage has ended.
         language_model: a Hugging Face folder or a GGUF file.
         vision_encoder: a folder of `pretrain_image_encoder`, of `mm convert open-clip`, or an earlier run's.
+        start_from: an earlier run or a Llama 3.2 Vision folder, in place of the two above: its encoder and its adapter
+            train on (annealing), and its language model is copied into the new run.
         data: shards to learn from. validation: shards to report loss and accuracy on; null reports nothing.
         tile_size: another tile resolution than the encoder's; null keeps it.
         caption_prompt, chat_template, max_tiles: see `mm.processor.Processor`.
@@ -45,10 +49,11 @@ class TrainImageAdapter:
     """
 
     output: str
-    language_model: str
-    vision_encoder: str
     data: list[Source]
     training: TrainingConfig
+    language_model: str | None = None
+    vision_encoder: str | None = None
+    start_from: str | None = None
     adapter: ImageAdapterConfig = field(default_factory=ImageAdapterConfig)
     validation: Source | None = None
     validation_samples: int = 256
@@ -63,19 +68,13 @@ class TrainImageAdapter:
 def train_image_adapter(config: TrainImageAdapter) -> None:
     """Train the image encoder and the cross-attention blocks of a frozen language model."""
     device = usable_device(config.device)
-    language_model = mm.convert.llama.load(config.language_model, dtype=torch.float32)
-    encoder = load_encoder(config.vision_encoder, tile_size=config.tile_size).float()
-    model = assemble(language_model, encoder, config.adapter, seed=config.training.seed)
+    model, processor = starting_point(config)
     released = [name for name in apply_rates(model, config.training.rates) if name.startswith("language_model.")]
     if released:
         raise ValueError(
             f"training.rates give {released[0]} a rate, and this stage keeps the language model as it is: "
             'put "language_model.*": null before the other patterns'
         )
-    tokenizer = mm.convert.llama.load_tokenizer(config.language_model)
-    processor = Processor(
-        tokenizer, model.config, config.max_tiles, config.caption_prompt, chat_template=config.chat_template
-    )
 
     dataset = RecordDataset(config.data, processor.record_example)
     objective = NextTokenObjective()
@@ -100,7 +99,32 @@ def train_image_adapter(config: TrainImageAdapter) -> None:
         layers=(DecoderLayer, EncoderLayer, CrossAttentionBlock),
         identity={name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE},
     )
-    save(output, model, processor, language_model=config.language_model, bundle=config.bundle)
+    bundle = config.bundle or config.language_model is None
+    save(output, model, processor, language_model=config.language_model, bundle=bundle)
+
+
+def starting_point(config: TrainImageAdapter) -> tuple[MultimodalModel, Processor]:
+    """A language model and an encoder with a new adapter between them, or an earlier model that goes on; in FP32."""
+    named = (config.language_model, config.vision_encoder)
+    if config.start_from is None:
+        if None in named:
+            raise ValueError(
+                "name language_model and vision_encoder for a new adapter, or start_from for an earlier one"
+            )
+        language_model = mm.convert.llama.load(config.language_model, dtype=torch.float32)
+        print(language_model.report)
+        encoder = load_encoder(config.vision_encoder, tile_size=config.tile_size).float()
+        model = assemble(language_model, encoder, config.adapter, seed=config.training.seed)
+        tokenizer, template = mm.convert.llama.load_tokenizer(config.language_model), config.chat_template
+    else:
+        if named != (None, None):
+            raise ValueError("start_from brings its own language_model and vision_encoder: leave those two out")
+        model, earlier = load(config.start_from, dtype=torch.float32)
+        tokenizer, template = earlier.tokenizer, config.chat_template or earlier.chat_template
+        if config.tile_size is not None:
+            model.vision_encoder = load_encoder(config.start_from, tile_size=config.tile_size).float()
+            model.config = replace(model.config, vision_encoder=model.vision_encoder.config)
+    return model, Processor(tokenizer, model.config, config.max_tiles, config.caption_prompt, template)
 
 
 def answer_accuracy(model: nn.Module, batches: list[Batch], device: torch.device) -> dict[str, float]:

@@ -112,10 +112,11 @@ def _decode(data: bytes, max_pixels: int) -> Image.Image:
             picture = ImageOps.exif_transpose(picture)
         except Exception:  # unreadable metadata: the picture is taken as it stands
             picture = picture.copy()
-    return _to_rgb(picture)
+    return to_rgb(picture)
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """A picture of any mode as RGB: transparent parts over white, 16-bit and float values scaled to 8 bits."""
     if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
         return Image.fromarray(_to_8_bit(np.asarray(picture))).convert("RGB")
     if picture.has_transparency_data or picture.mode in ("La", "RGBa"):

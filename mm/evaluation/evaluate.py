@@ -163,6 +163,9 @@ def _ask(
         shared: answers to choose from for records without their own; None where nothing is to be chosen.
         known: tokens of answers met before, added to.
     """
+    for name in ("answers", "choices"):
+        if not isinstance(record.json.get(name) or [], list):
+            raise ValueError(f"{name} of record {record.id} is {record.json[name]!r}; it must be a list")
     sample, reference = processor.record_prompt(record)
     references = [str(answer) for answer in record.json.get("answers") or [reference]]
     choices = [] if shared is None else [str(choice) for choice in record.json.get("choices") or shared]

@@ -89,8 +89,8 @@ def readable_samples(dataset: RecordDataset, most: int) -> list:
     """
     if most < 1:
         raise ValueError(f"{most} samples to validate on; it must be at least 1, or leave `validation` out")
-    chosen = range(0, len(dataset), max(1, len(dataset) // most))[:most]
-    samples = [dataset[index] for index in chosen]
+    number = min(most, len(dataset))
+    samples = [dataset[index * len(dataset) // number] for index in range(number)]
     readable = [sample for sample in samples if not isinstance(sample, Unreadable)]
     if not readable:
         raise ValueError(f"none of the records to validate on can be read; the first: {samples[0].reason}")

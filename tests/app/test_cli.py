@@ -154,7 +154,10 @@ def test_a_stage_by_its_name(mm_command, squares, language_model_folder, encoder
 def test_llama_vision_in_and_out_again(mm_command, mllama_folder, pictures, tmp_path):
     picture, length = pictures / "wide.png", ("--max-new-tokens", 4)
     direct = mm_command("caption", picture, "--model", mllama_folder, *length)
-    assert mm_command("convert", "from-mllama", mllama_folder, tmp_path / "run") == (0, "", "")
+    code, report, _ = mm_command("convert", "from-mllama", mllama_folder, tmp_path / "run")
+    assert code == 0 and "tensors loaded" in report
+    code, _, err = mm_command("convert", "from-mllama", mllama_folder, tmp_path / "run")
+    assert code == 1 and "holds a run already" in err
     assert mm_command("caption", picture, "--model", tmp_path / "run", *length) == direct
     assert mm_command("convert", "to-mllama", mllama_folder, tmp_path / "back") == (0, "", "")
     assert (tmp_path / "back" / "model.safetensors").is_file()

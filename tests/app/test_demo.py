@@ -151,7 +151,7 @@ def test_what_is_done_is_not_done_again(home, monkeypatch, capfd):
 
 def test_the_number_of_steps(home):
     app.demo.main(["--questions", "4", "--steps", "6"])
-    rows = (home / "runs" / "demo" / "metrics.jsonl").read_text().splitlines()
+    rows = (home / "runs" / "demo-6" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
 
 

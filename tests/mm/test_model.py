@@ -261,3 +261,10 @@ def test_bad_images_are_named(tiny_model, bare_model, tiny_config, build_model, 
     small = build_model(replace(tiny_config, vision_encoder=replace(tiny_config.vision_encoder, max_num_tiles=2)))
     with pytest.raises(ValueError, match="4 tiles"):
         logits(small, mm.Sample([token], images=[random_tiles(grid=(2, 2))]))
+
+
+def test_vision_tokens_sum_their_gradient_in_fp32_under_autocast(tiny_model, make_sample):
+    """Every block adds to it; in bf16 the small contributions would be rounded away."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        vision, _ = tiny_model._look(mm.collate([make_sample("i..")]), None)
+    assert vision.dtype == torch.float32

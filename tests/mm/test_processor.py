@@ -4,6 +4,7 @@ import io
 from dataclasses import replace
 
 import pytest
+from PIL import Image
 
 import mm
 from mm.processor import IMAGE_MARK, PLAIN_TEMPLATE, record_answer
@@ -251,3 +252,30 @@ def test_images_in_an_answer_are_no_targets(tiny_processor, random_picture):
     assert sample.tokens.count(tiny_processor.image_token_id) == len(sample.images) == 1
     assert tiny_processor.image_token_id not in sample.labels
     assert targets(tiny_processor, sample) == ["this", "<|end|>"]
+
+
+def test_a_template_that_places_images_itself_is_given_them(tokenizer, tiny_config, conversation):
+    """As Llama 3.2 Vision's: it looks for image parts, and writes a system turn only where it finds none."""
+    template = (
+        "{% set seen = namespace(images=false) %}{% for m in messages %}{% if m.content is not string %}"
+        "{% for part in m.content %}{% if part.type == 'image' %}{% set seen.images = true %}{% endif %}{% endfor %}"
+        "{% endif %}{% endfor %}{% if not seen.images %}SYSTEM {% endif %}{% for m in messages %}"
+        "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}{% if part.type == 'image' %}"
+        "<|begin|>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|end|>{% endfor %}"
+    )
+    config = replace(tiny_config, image_token_id=tokenizer.convert_tokens_to_ids("<|begin|>"))
+    processor = mm.Processor(tokenizer, config, chat_template=template)
+    sample = processor.prompt(conversation[1:4])
+    assert text_of(processor, sample) == (
+        "##are they the same?<|end|>no, they differ<|end|>and this one # here?<|end|>"
+    )
+    assert len(sample.images) == 3
+    assert text_of(processor, processor.prompt([{"role": "user", "content": "hi"}])) == "SYSTEM hi<|end|>"
+    with pytest.raises(ValueError, match="gives 1 places for 0 images"):
+        processor.prompt([{"role": "user", "content": "a <|begin|> of mine"}])
+
+
+def test_transparent_pictures_stand_on_white_as_files_do(tiny_processor):
+    clear = Image.new("RGBA", (28, 28), (0, 0, 0, 0))
+    sample = tiny_processor.prompt([{"role": "user", "content": [{"type": "image", "image": clear}]}])
+    assert sample.images[0].pixels.min() == 255

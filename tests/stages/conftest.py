@@ -41,7 +41,7 @@ def adapter_config(squares, language_model_folder, encoder_folder, tmp_path):
         "training": {
             "steps": 8,
             "batch_size": 4,
-            "rates": {"language_model.*": None, "extra_embeddings": None, "*gate*": 0.03, "*": 0.001},
+            "rates": {"language_model.*": None, "extra_embeddings": None, "*.gate_[af]*": 0.03, "*": 0.001},
             "warmup_steps": 2,
             "log_every": 1,
             "evaluate_every": 4,
@@ -65,7 +65,7 @@ def encoder_config(squares, tmp_path):
         "training": {
             "steps": 8,
             "batch_size": 16,
-            "rates": {"*gate*": 0.01, "*": 0.002},
+            "rates": {"*.gate_[af]*": 0.01, "*": 0.002},
             "log_every": 1,
             "evaluate_every": 4,
             "save_every": 3,

@@ -41,7 +41,7 @@ def test_pictures_find_their_texts(encoder_config, squares):
     training = {"steps": 40, "batch_size": 32, "warmup_steps": 4, "log_every": 10, "evaluate_every": 20}
     captions = {"path": str(squares), "task": "caption"}
     file, folder = encoder_config(
-        training={**training, "rates": {"*gate*": 0.01, "*": 0.003}},
+        training={**training, "rates": {"*.gate_[af]*": 0.01, "*": 0.003}},
         data=[captions],
         validation={**captions, "split": "test"},
     )

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import mm
 import mm.checkpoint
@@ -100,7 +101,7 @@ def test_the_run_folder_opens_and_answers(adapter_config, squares, language_mode
 def test_it_learns_to_name_colours_and_the_blind_control_does_not(adapter_config, squares):
     """The language model is random: whatever is said comes through the blocks."""
     training = {"steps": 140, "batch_size": 16, "log_every": 20, "save_every": 1000, "evaluate_every": 70}
-    rates = {"language_model.*": None, "extra_embeddings": None, "*gate*": 0.08, "*": 0.006}
+    rates = {"language_model.*": None, "extra_embeddings": None, "*.gate_[af]*": 0.08, "*": 0.006}
     file, folder = adapter_config(training={**training, "rates": rates}, data=[{"path": str(squares), "task": "vqa"}])
     main(["--config", str(file)])
     rows = numbers(folder)
@@ -229,3 +230,48 @@ def test_a_changed_configuration_is_refused_by_name(adapter_config, capsys):
             main(["--config", str(file), option, value])
         assert ended.value.code == 1 and named in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*.*")} == before
+
+
+def test_it_goes_on_from_an_earlier_model_at_another_resolution(adapter_config, tmp_path):
+    """Annealing: encoder, blocks and input rows of the earlier run, position tables resized, a fresh optimizer."""
+    file, first = adapter_config(training={"steps": 2})
+    main(["--config", str(file)])
+    earlier, _ = mm.load(first)
+    second = tmp_path / "second"
+    command = ["--config", str(file), "--output", str(second), "--language_model", "null", "--vision_encoder", "null"]
+    command += ["--start_from", str(first), "--tile_size", "42", "--training.steps", "1", "--training.rates"]
+    main([*command, json.dumps({"image_adapter.projection.bias": 1e-3, "*": None})])
+    annealed, processor = mm.load(second)
+    assert annealed.vision_encoder.config.tile_size == processor.tile_size == 42
+    before, after = earlier.state_dict(), annealed.state_dict()
+    changed = [
+        name for name in before if before[name].shape == after[name].shape and (before[name] != after[name]).any()
+    ]
+    assert changed == ["image_adapter.projection.bias"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--vision_encoder", "null"], "name language_model and vision_encoder"),
+        (["--start_from", "somewhere"], "leave those two out"),
+    ],
+)
+def test_a_start_is_named_in_one_way(adapter_config, capsys, options, message):
+    file, folder = adapter_config()
+    with pytest.raises(SystemExit) as ended:
+        main(["--config", str(file), *options])
+    assert ended.value.code == 1 and message in capsys.readouterr().err and not folder.exists()
+
+
+def test_a_language_model_in_bf16_comes_back_as_it_was(adapter_config, language_model_folder, tmp_path, squares):
+    half = tmp_path / "half"
+    shutil.copytree(language_model_folder, half)
+    for weights in half.glob("*.safetensors"):
+        save_file({name: t.bfloat16() for name, t in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    file, folder = adapter_config(language_model=str(half), training={"steps": 1})
+    main(["--config", str(file)])
+    model, processor = mm.load(folder)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    sample, _ = processor.record_prompt(ShardSet(squares)[0])
+    assert len(mm.generate_tokens(model, [sample], 2, [])[0]) == 2
