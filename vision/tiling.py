@@ -111,9 +111,3 @@ def split_tiles(canvas: Tensor, grid: tuple[int, int]) -> Tensor:
     rows, cols = grid
     tiles = canvas.unflatten(1, (rows, -1)).unflatten(3, (cols, -1))  # [3, rows, S, cols, S]
     return tiles.permute(1, 3, 0, 2, 4).flatten(0, 1).contiguous()
-
-
-def join_tiles(tiles: Tiles) -> Tensor:
-    """The inverse of `split_tiles`: the padded canvas, uint8 [3, rows * S, cols * S]."""
-    rows, cols = tiles.grid
-    return tiles.pixels.unflatten(0, (rows, cols)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)

@@ -12,7 +12,7 @@ from transformers.models.mllama.image_processing_mllama import (
     get_optimal_tiled_canvas,
 )
 
-from vision.tiling import CANVASES, Tiles, choose_canvas, fit_size, join_tiles, split_tiles, tile_image
+from vision.tiling import CANVASES, Tiles, choose_canvas, fit_size, split_tiles, tile_image
 
 SIZES = [
     (1, 1),
@@ -34,6 +34,11 @@ SIZES = [
     (20, 500),
     (333, 251),
 ]
+
+
+def join_tiles(tiles: Tiles) -> torch.Tensor:
+    """The inverse of `split_tiles`: the padded canvas, uint8 [3, rows * S, cols * S]."""
+    return tiles.pixels.unflatten(0, tiles.grid).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
 
 
 @pytest.mark.parametrize("size", SIZES)
