@@ -20,7 +20,7 @@ import data_prep.tuxpaint
 import mm
 import stages.pretrain_image_encoder
 import stages.train_image_adapter
-from app.page import Example, write_page
+from app.page import Example, scores_shown, write_page
 from data_prep.sources import license_text
 from mm.assets import fetch, missing_programs
 from mm.checkpoint import CONFIG_FILE
@@ -117,7 +117,7 @@ def show(output: Path, questions: int | None) -> dict[str, Report]:
             key = name + ("_blank" if blank else "")
             report.write(output / "evaluation" / key)
             reports[key] = report
-            print(f"{key}: {report}", file=sys.stderr)
+            print(f"{key}: {', '.join(map(str, scores_shown(report).values()))}", file=sys.stderr)
     write_page(output / "index.html", reports, examples(sets, reports), output / "metrics.jsonl")
     print(f"open {output / 'index.html'}", file=sys.stderr)
     return reports

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mm.evaluation.evaluate import Report
+from mm.evaluation.metrics import Score, average
 
 TITLES = {
     "answers": "Questions about shapes (easy-VQA, test split)",
@@ -50,11 +51,23 @@ def write_page(file: Path, reports: dict[str, Report], examples: dict[str, list[
     os.replace(new, file)
 
 
+def scores_shown(report: Report) -> dict[str, Score]:
+    """A report's scores; accuracy also by kind of answer, since the wording of a yes/no question gives much away."""
+    shown = dict(report.scores)
+    if "vqa_accuracy" in shown:
+        for kind, is_kind in (("yes or no", True), ("other answers", False)):
+            rows = [row for row in report.predictions if (row["reference"] in ("yes", "no")) == is_kind]
+            if rows:
+                shown[kind] = average(kind, [row["scores"]["vqa_accuracy"] for row in rows])
+    return shown
+
+
 def _scores(reports: dict[str, Report], examples: dict[str, list[Example]]) -> list[str]:
     rows = []
     for name in examples:
-        for metric, score in reports[name].scores.items():
-            blind = reports[f"{name}_blank"].scores[metric]
+        blinds = scores_shown(reports[f"{name}_blank"])
+        for metric, score in scores_shown(reports[name]).items():
+            blind = blinds[metric]
             percent = 1 if metric in ("bleu", "chrf") else 100
             cells = (f"{s.value * percent:.1f} ± {s.interval * percent:.1f}" for s in (score, blind))
             numbers = "".join(f"<td class=number>{cell}</td>" for cell in cells)
