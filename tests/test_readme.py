@@ -50,6 +50,7 @@ def home(tmp_path, monkeypatch, tiny_model, tiny_processor, tokenizer):
     LlamaForCausalLM(config).save_pretrained("models/language-model")
     tokenizer.save_pretrained("models/language-model")
     tower = VisionEncoder(tiny_model.config.vision_encoder)
+    tower.report = "as a real one brings it"
     monkeypatch.setattr(mm.convert.open_clip, "load", lambda name, pretrained, tile_size=None: tower)
     mllama = Path("Llama-3.2-11B-Vision-Instruct")
     tiny_mllama(mllama, len(tokenizer))
