@@ -34,7 +34,7 @@ from mm.cross_attention import ImageAdapter, ImageAdapterConfig
 from mm.language_model import LanguageModel, LanguageModelConfig
 from mm.model import MultimodalModel
 from mm.processor import Processor
-from vision.encoder import VisionEncoder, VisionEncoderConfig, resize_positions
+from vision.encoder import VisionEncoder, VisionEncoderConfig, at_tile_size
 
 FORMAT = 1
 CONFIG_FILE = "config.yaml"
@@ -163,14 +163,10 @@ def load_encoder(folder: str | Path, tile_size: int | None = None) -> VisionEnco
         stored = VisionEncoderConfig(**{**values, "tap_points": tuple(values["tap_points"])})
     except (TypeError, KeyError) as error:
         raise ValueError(f"{folder / CONFIG_FILE} does not describe an image encoder: {error}") from error
-    config = VisionEncoderConfig(**{**asdict(stored), "tile_size": tile_size or stored.tile_size})
-    state = resize_positions(
-        _read_part(folder, "vision_encoder", description), stored.patches_per_side, config.patches_per_side
-    )
     with torch.device("meta"):
-        encoder = VisionEncoder(config)
-    put(encoder, state, source=folder)
-    return encoder
+        encoder = VisionEncoder(stored)
+    put(encoder, _read_part(folder, "vision_encoder", description), source=folder)
+    return encoder if tile_size is None else at_tile_size(encoder, tile_size)
 
 
 def hash_weights(path: str | Path) -> str:

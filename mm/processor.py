@@ -191,7 +191,8 @@ class Processor:
         return tile_image(image, self.tile_size, self.max_tiles)
 
     def _render(self, flat: list[dict], answer_follows: bool) -> str:
-        places_images = "'image'" in self.chat_template or '"image"' in self.chat_template
+        own_text = self.tokenizer.convert_ids_to_tokens(self.image_token_id)  # None where the tokenizer lacks it
+        places_images = own_text and ("'image'" in self.chat_template or '"image"' in self.chat_template)
         shown = [_in_parts(message) for message in flat] if places_images else flat
         try:
             text = self.tokenizer.apply_chat_template(
@@ -199,8 +200,8 @@ class Processor:
             )
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template refuses these messages: {error}") from error
-        if places_images:  # as the text of the model's own image token
-            text = text.replace(self.tokenizer.convert_ids_to_tokens(self.image_token_id) or IMAGE_MARK, IMAGE_MARK)
+        if places_images:
+            text = text.replace(own_text, IMAGE_MARK)
         expected = sum(message["content"].count(IMAGE_MARK) for message in flat)
         if text.count(IMAGE_MARK) != expected:
             raise ValueError(

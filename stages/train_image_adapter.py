@@ -26,7 +26,7 @@ from mm.training.data import RecordDataset, Source, readable_samples
 from mm.training.loop import TrainingConfig, train
 from mm.training.objectives import NextTokenObjective
 from mm.training.optimizer import apply_rates
-from vision.encoder import EncoderLayer
+from vision.encoder import EncoderLayer, at_tile_size
 
 # What may differ when an interrupted run is taken up again; `mm.training.loop` judges `training` itself.
 FREE_TO_CHANGE = ("output", "training", "validation", "validation_samples", "bundle", "device")
@@ -119,10 +119,12 @@ def starting_point(config: TrainImageAdapter) -> tuple[MultimodalModel, Processo
     else:
         if named != (None, None):
             raise ValueError("start_from brings its own language_model and vision_encoder: leave those two out")
+        if config.adapter != ImageAdapterConfig():
+            raise ValueError("start_from brings its own adapter: leave `adapter` out")
         model, earlier = load(config.start_from, dtype=torch.float32)
         tokenizer, template = earlier.tokenizer, config.chat_template or earlier.chat_template
         if config.tile_size is not None:
-            model.vision_encoder = load_encoder(config.start_from, tile_size=config.tile_size).float()
+            model.vision_encoder = at_tile_size(model.vision_encoder, config.tile_size)
             model.config = replace(model.config, vision_encoder=model.vision_encoder.config)
     return model, Processor(tokenizer, model.config, config.max_tiles, config.caption_prompt, template)
 

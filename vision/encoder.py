@@ -9,7 +9,7 @@ Shapes: N images of K tiles, P tokens per tile (patches and one CLS), C width.
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -259,6 +259,16 @@ class VisionEncoder(nn.Module):
                 raise ValueError(
                     f"image {index} has {tiles.num_tiles} tiles; the encoder takes at most {self.config.max_num_tiles}"
                 )
+
+
+def at_tile_size(encoder: VisionEncoder, tile_size: int) -> VisionEncoder:
+    """The encoder for another tile resolution, in pixels: the same weights (shared), position tables resized."""
+    config = replace(encoder.config, tile_size=tile_size)
+    state = resize_positions(encoder.state_dict(), encoder.config.patches_per_side, config.patches_per_side)
+    with torch.device("meta"):
+        resized = VisionEncoder(config)
+    resized.load_state_dict(state, assign=True)
+    return resized
 
 
 def resize_positions(state: dict[str, Tensor], old_side: int, new_side: int) -> dict[str, Tensor]:

@@ -239,7 +239,17 @@ def test_it_goes_on_from_an_earlier_model_at_another_resolution(adapter_config, 
     earlier, _ = mm.load(first)
     second = tmp_path / "second"
     command = ["--config", str(file), "--output", str(second), "--language_model", "null", "--vision_encoder", "null"]
-    command += ["--start_from", str(first), "--tile_size", "42", "--training.steps", "1", "--training.rates"]
+    command += [
+        "--adapter.positions",
+        "null",
+        "--start_from",
+        str(first),
+        "--tile_size",
+        "42",
+        "--training.steps",
+        "1",
+        "--training.rates",
+    ]
     main([*command, json.dumps({"image_adapter.projection.bias": 1e-3, "*": None})])
     annealed, processor = mm.load(second)
     assert annealed.vision_encoder.config.tile_size == processor.tile_size == 42
@@ -255,6 +265,10 @@ def test_it_goes_on_from_an_earlier_model_at_another_resolution(adapter_config, 
     [
         (["--vision_encoder", "null"], "name language_model and vision_encoder"),
         (["--start_from", "somewhere"], "leave those two out"),
+        (
+            ["--start_from", "somewhere", "--language_model", "null", "--vision_encoder", "null"],
+            "brings its own adapter",
+        ),
     ],
 )
 def test_a_start_is_named_in_one_way(adapter_config, capsys, options, message):
