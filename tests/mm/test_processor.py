@@ -279,3 +279,15 @@ def test_transparent_pictures_stand_on_white_as_files_do(tiny_processor):
     clear = Image.new("RGBA", (28, 28), (0, 0, 0, 0))
     sample = tiny_processor.prompt([{"role": "user", "content": [{"type": "image", "image": clear}]}])
     assert sample.images[0].pixels.min() == 255
+
+
+def test_a_template_that_places_images_serves_a_model_whose_tokenizer_has_no_image_token(
+    tokenizer, tiny_config, random_picture
+):
+    template = (
+        "{# 'image' parts #}{% for m in messages %}{% if m.content is string %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    processor = mm.Processor(tokenizer, tiny_config, chat_template=template)
+    content = [{"type": "image", "image": random_picture(28, 28)}, {"type": "text", "text": "a circle?"}]
+    sample = processor.prompt([{"role": "user", "content": content}])
+    assert text_of(processor, sample) == "#a circle?" and len(sample.images) == 1
