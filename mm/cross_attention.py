@@ -15,6 +15,9 @@ from layers.linear import Linear
 from mm.batch import Visibility
 from mm.language_model import LanguageModelConfig
 
+FITTED_RMS = 3.0  # of a channel: through freshly drawn matrices that brings SwiGLU into its curved range
+LARGEST_NORM_WEIGHT = 60.0  # of a fitted norm: a channel that says next to nothing is not blown up further
+
 
 @dataclass(frozen=True)
 class ImageAdapterConfig:
@@ -26,11 +29,13 @@ class ImageAdapterConfig:
         intermediate_size: width of the blocks' feed-forward; None is the LM's own.
         gate_init: start of every gate. A new adapter leaves the LM as it is, one way or the other: gates at 0 (paper),
             or gates open and the branches' last matrices at 0, which then learn at once (ours).
+        fit_norms: start the blocks' input norms from what the LM's hidden states measure (`fit_norms`), not at 1.
     """
 
     positions: tuple[int, ...] | None = None
     intermediate_size: int | None = None
     gate_init: float = 0.0
+    fit_norms: bool = False
 
     def block_positions(self, num_layers: int) -> tuple[int, ...]:
         """The positions in a language model of `num_layers`, ascending."""
@@ -91,6 +96,22 @@ class CrossAttentionBlock(nn.Module):
         fed = self.mlp(self.post_attention_layernorm(rows))
         rows = rows + self.gate_ffn.tanh() * visible.silence(fed)
         return rows if visible.rows is None else x.index_copy(0, visible.rows, rows)
+
+    @torch.no_grad()
+    def fit_norms(self, x: Tensor) -> None:
+        """Weigh the channels so that all leave the block's two norms equally large.
+
+        A few channels of an LM's hidden states are a hundred times larger than the others. Divided by the RMS over all
+        of them, the many that tell words apart are left with a few per cent, and what takes both words and picture,
+        such as a yes or a no, is learnt late or never.
+
+        Args:
+            x: hidden states where the block stands, [N, D]: tokens of the text that it will train on.
+        """
+        size = nn.functional.rms_norm(x.float(), x.shape[-1:]).square().mean(0).sqrt()
+        weight = (FITTED_RMS / size).clamp(max=LARGEST_NORM_WEIGHT)
+        self.input_layernorm.weight.copy_(weight)
+        self.post_attention_layernorm.weight.copy_(weight)
 
 
 class ImageAdapter(nn.Module):

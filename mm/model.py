@@ -88,6 +88,24 @@ class MultimodalModel(nn.Module):
         hidden = self._walk(tokens, positions, None, cache.visible, cache, step)
         return self.language_model.lm_head(hidden[:, -1])
 
+    @torch.no_grad()
+    def fit_norms(self, batch: Batch) -> None:
+        """Start the image adapter's norms from the hidden states of `batch`; see `CrossAttentionBlock.fit_norms`.
+
+        Rows' first tokens take no part: attention parks there, and their states are a hundred times larger.
+        """
+        positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
+        told = (positions > 0) & (positions < batch.lengths[:, None])
+        blocks = self.image_adapter.blocks
+        hooks = [
+            block.register_forward_pre_hook(lambda block, inputs: block.fit_norms(inputs[0][told])) for block in blocks
+        ]
+        try:
+            self.hidden_states(batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens [B, T] -> [B, T, D], from the frozen table and the extra rows behind it."""
         table = self.language_model.model.embed_tokens

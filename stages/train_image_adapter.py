@@ -31,6 +31,8 @@ from vision.encoder import EncoderLayer, at_tile_size
 # What may differ when an interrupted run is taken up again; `mm.training.loop` judges `training` itself.
 FREE_TO_CHANGE = ("output", "training", "validation", "validation_samples", "bundle", "device")
 
+NORM_SAMPLES = 64  # that a new adapter's norms are fitted to
+
 
 @dataclass
 class TrainImageAdapter:
@@ -78,6 +80,8 @@ def train_image_adapter(config: TrainImageAdapter) -> None:
 
     dataset = RecordDataset(config.data, processor.record_example)
     objective = NextTokenObjective()
+    if config.start_from is None and config.adapter.fit_norms:
+        model.fit_norms(objective.collate(readable_samples(dataset, NORM_SAMPLES)))
     evaluate = None
     if config.validation:
         held_out = RecordDataset([config.validation], processor.record_example)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import mm
+from mm.cross_attention import FITTED_RMS
 from mm.generation import decode_step, prefill
 from vision.tiling import Tiles
 
@@ -268,3 +269,33 @@ def test_vision_tokens_sum_their_gradient_in_fp32_under_autocast(tiny_model, mak
     with torch.autocast("cpu", dtype=torch.bfloat16):
         vision, _ = tiny_model._look(mm.collate([make_sample("i..")]), None)
     assert vision.dtype == torch.float32
+
+
+def test_fitted_norms_give_every_channel_the_same_size(tiny_config, samples):
+    with torch.inference_mode(False), torch.no_grad():
+        adapter = replace(tiny_config.image_adapter, gate_init=0.5)
+        model = mm.MultimodalModel(replace(tiny_config, image_adapter=adapter))
+        model.language_model.model.embed_tokens.weight[:, 3] *= 100  # a channel that drowns the others
+        padded = mm.collate(samples)
+        before = model(padded)
+        seen = {}
+        blocks = model.image_adapter.blocks
+        for number, block in enumerate(blocks):
+            block.register_forward_pre_hook(lambda _, inputs, number=number: seen.update({number: inputs[0]}))
+        model.fit_norms(padded)
+    told = torch.arange(padded.tokens.shape[1]) < padded.lengths[:, None]
+    told[:, 0] = False
+    for number, block in enumerate(blocks):
+        for norm in (block.input_layernorm, block.post_attention_layernorm):
+            sizes = norm(seen[number][told]).square().mean(0).sqrt()
+            torch.testing.assert_close(sizes, torch.full_like(sizes, FITTED_RMS), rtol=1e-3, atol=0)
+    torch.testing.assert_close(model(padded), before, rtol=0, atol=0)  # still the language model, to the bit
+
+
+def test_fitted_norms_see_neither_padding_nor_first_tokens(build_model, tiny_config, samples):
+    first, second = build_model(tiny_config), build_model(tiny_config)
+    with torch.no_grad():
+        first.fit_norms(mm.collate(samples))
+        second.fit_norms(mm.collate([*samples, mm.Sample([5])]))
+    for one, other in zip(first.image_adapter.blocks, second.image_adapter.blocks, strict=True):
+        torch.testing.assert_close(one.input_layernorm.weight, other.input_layernorm.weight, rtol=1e-4, atol=0)
