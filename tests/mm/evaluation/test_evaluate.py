@@ -60,15 +60,16 @@ def predictions(report) -> dict[str, str]:
     return {row["id"]: row["prediction"] for row in report.predictions}
 
 
-def test_answers_are_those_given_alone(ask, records, tiny_model, tiny_processor):
-    report = ask(records, batch_size=4)
+def test_answers_are_those_given_alone(build_model, tiny_config, records, tiny_processor):
+    model = build_model(tiny_config, seed=4)
+    report = evaluate(model, tiny_processor, records, ["vqa_accuracy"], max_new_tokens=6, batch_size=4)
     for record, row in zip(records, report.predictions, strict=True):
         prompt, reference = tiny_processor.record_prompt(record)
-        (tokens,) = mm.generate_tokens(tiny_model, [prompt], 6)
+        (tokens,) = mm.generate_tokens(model, [prompt], 6)
         assert row["prediction"] == tiny_processor.decode(tokens)
         assert row["reference"] == reference
         assert row["question"] == record.json["messages"][0]["content"][1]["text"].strip()
-    assert len(set(predictions(report).values())) > 2  # the questions do differ to this model
+    assert len(set(predictions(report).values())) > 5  # the questions do differ to this model
 
 
 @pytest.mark.parametrize("metrics", [("exact_match", "choice"), ("choice",)])
