@@ -12,6 +12,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ import mm
 from benchmarks import measure
 from benchmarks.pair import TINY, Shape, build_pair, make_samples, padding, their_images, their_inputs
 from mm.generation import prefill, stream_tokens
+from mm.training.guards import Guard
 from mm.training.loop import TrainingConfig, train_step
 from mm.training.objectives import NextTokenObjective
 from mm.training.optimizer import apply_rates, build_optimizer
@@ -216,7 +218,7 @@ def training_steps(shape: Shape, ours: mm.MultimodalModel, theirs: nn.Module, nu
     steps = {}
     for name, (module, objective, batch) in parts.items():
         optimizer = build_optimizer(module, apply_rates(module, rates[name]), config.weight_decay, config.betas)
-        steps[name] = lambda given=(module, objective, optimizer, [batch], config, "cpu"): train_step(*given)
+        steps[name] = partial(train_step, module, objective, optimizer, [batch], config, "cpu", Guard(None, 0))
 
     def in_padding(mode: str) -> Callable[[], object]:
         def run() -> object:

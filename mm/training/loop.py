@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from mm.config import usable_device
 from mm.training.checkpoints import resume, save_checkpoint
 from mm.training.data import Unreadable, step_loader
+from mm.training.guards import Guard
 from mm.training.metrics import MetricsLog
 from mm.training.optimizer import apply_rates, build_optimizer, rate_factor, set_rate_factor
 
@@ -37,6 +38,9 @@ class TrainingConfig:
         warmup_steps, final_rate_factor: linear warm-up, then a cosine down to this share of the rates.
         compute: "fp32" or "bf16" (autocast; weights, gradients and optimizer stay FP32).
         checkpoint_activations: compute layers anew in the backward pass instead of keeping their activations.
+        spike_factor: leave out a step whose gradient norm is this many times the median of recent ones; null leaves out
+            only what is not finite.
+        max_skipped: steps in a row that may be left out before the run stops.
         log_every, evaluate_every, save_every: in steps. keep: newest checkpoints that stay.
         workers: processes that read and decode; they do not change the order.
     """
@@ -52,6 +56,8 @@ class TrainingConfig:
     max_gradient_norm: float = 1.0
     compute: str = "fp32"
     checkpoint_activations: bool = False
+    spike_factor: float | None = None
+    max_skipped: int = 10
     log_every: int = 10
     evaluate_every: int = 100
     save_every: int = 100
@@ -63,11 +69,13 @@ class TrainingConfig:
         for name in ("steps", "batch_size", "log_every", "evaluate_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("warmup_steps", "final_rate_factor", "weight_decay", "workers"):
+        for name in ("warmup_steps", "final_rate_factor", "weight_decay", "max_skipped", "workers"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"training.{name} is {getattr(self, name)}; it must be 0 or more")
         if not self.max_gradient_norm > 0:
             raise ValueError(f"training.max_gradient_norm is {self.max_gradient_norm}; it must be above 0")
+        if self.spike_factor is not None and not self.spike_factor > 1:
+            raise ValueError(f"training.spike_factor is {self.spike_factor}; it must be above 1, or null")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"training.betas are {self.betas}; both must lie in [0, 1)")
         for pattern, rate in self.rates.items():
@@ -126,7 +134,7 @@ def train(
 
     Raises:
         ValueError: a configuration that does not fit the module, the machine or an earlier run in the folder, a step
-            whose records are all unreadable, or a loss or gradient that is not finite.
+            whose records are all unreadable, or too many steps in a row that must be left out.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; name a folder for the run")
@@ -150,6 +158,7 @@ def train(
         workers=config.workers,
     )
     with MetricsLog(folder, done, config.steps, name) as log, _recomputed(module, layers, config):
+        guard = Guard(config.spike_factor, config.max_skipped, **unlogged.pop("guard", {}))
         window = _Window(**unlogged)
         started = time.perf_counter()
         for step, (batches, unreadable) in zip(range(done, config.steps), loader, strict=False):
@@ -158,12 +167,14 @@ def train(
                 raise ValueError(f"none of a step's records can be read; the first: {unreadable[0].reason}")
             factor = rate_factor(step, config.steps, config.warmup_steps, config.final_rate_factor)
             set_rate_factor(optimizer, factor)
-            loss, norm = train_step(module, objective, optimizer, batches, config, device)
+            done_step = train_step(module, objective, optimizer, batches, config, device, guard)
+            if done_step.left_out:
+                print(f"left out step {step + 1}: {done_step.left_out}", file=sys.stderr)
             for bad in unreadable:
                 print(f"left out record {bad.record}: {bad.reason}", file=sys.stderr)
-            window.add(loss, norm, len(unreadable), [objective.throughput(batch) for batch in batches])
+            window.add(done_step, len(unreadable), [objective.throughput(batch) for batch in batches])
             window.clock(waited, time.perf_counter() - started)
-            log.advance(loss)
+            log.advance(done_step.loss)
             finished = step + 1
             last = finished == config.steps
             numbers: dict[str, float] = {}
@@ -178,9 +189,28 @@ def train(
             if numbers:
                 log.write(finished, numbers)
             if finished % config.save_every == 0 or last:
-                save_checkpoint(folder, module, optimizer, finished, fingerprint, config.keep, window.unlogged())
+                unlogged = window.unlogged() | {"guard": guard.state()}
+                save_checkpoint(folder, module, optimizer, finished, fingerprint, config.keep, unlogged)
             started = time.perf_counter()  # evaluations and checkpoints take no part in images per second
     module.eval()
+
+
+class Step(NamedTuple):
+    """What came of a step.
+
+    Attributes:
+        loss: mean over the step's targets. norms: of the gradient before clipping, per part of the module.
+        left_out: why the weights were left as they were; None where they were not.
+    """
+
+    loss: float
+    norms: dict[str, float]
+    left_out: str | None = None
+
+    @property
+    def norm(self) -> float:
+        """Of the whole gradient, before clipping."""
+        return math.hypot(*self.norms.values())
 
 
 def train_step(
@@ -190,12 +220,12 @@ def train_step(
     batches: list[Any],
     config: TrainingConfig,
     device: torch.device | str,
-) -> tuple[float, float]:
-    """One optimizer step over micro-batches; returns its mean loss and the gradient norm before clipping.
+    guard: Guard,
+) -> Step:
+    """One optimizer step over micro-batches, unless `guard` finds its loss or its gradient amiss.
 
     Raises:
-        ValueError: nothing to learn in the step, or a loss or gradient that is not finite; the weights are then
-            untouched.
+        ValueError: nothing to learn in the step, or more steps to leave out than the guard's patience allows.
     """
     count = sum(objective.count(batch) for batch in batches)
     if count == 0:
@@ -209,17 +239,25 @@ def train_step(
             if loss.requires_grad:  # rows without images depend on nothing that an image adapter trains
                 loss.backward()
             total += loss.item()
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = float(nn.utils.clip_grad_norm_(trained, config.max_gradient_norm))
-    if not (math.isfinite(total) and math.isfinite(norm)):
+    step = Step(total, _gradient_norms(module))
+    try:
+        reason = guard.reason_to_skip(step.loss, step.norm)
+        if reason is None:
+            trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            nn.utils.clip_grads_with_norm_(trained, config.max_gradient_norm, torch.tensor(step.norm))
+            optimizer.step()
+    finally:
         optimizer.zero_grad(set_to_none=True)
-        raise ValueError(
-            f"the loss is {total} and the gradient's norm {norm}; lower the rates or lengthen the warm-up, and start "
-            "in a new output folder"
-        )
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return total, norm
+    return step._replace(left_out=reason)
+
+
+def _gradient_norms(module: nn.Module) -> dict[str, float]:
+    """The norm of the gradient of each part of a module that trains, by the part's name."""
+    gradients: dict[str, list[Tensor]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.grad is not None:
+            gradients.setdefault(name.partition(".")[0], []).append(parameter.grad)
+    return {part: float(nn.utils.get_total_norm(given)) for part, given in gradients.items()}
 
 
 def _attention_kernels(compute: str, device_type: str) -> AbstractContextManager:
@@ -243,18 +281,27 @@ class _Window:
     """Sums between two logged steps.
 
     Args:
-        losses, norms, unreadable: of steps that an interrupted run had done and not logged.
+        losses, norms, unreadable, left_out: of steps that an interrupted run had done and not logged.
     """
 
-    def __init__(self, losses: Sequence[float] = (), norms: Sequence[float] = (), unreadable: int = 0) -> None:
-        self.losses, self.norms, self.unreadable = list(losses), list(norms), unreadable
+    def __init__(
+        self,
+        losses: Sequence[float] = (),
+        norms: Sequence[dict[str, float]] = (),
+        unreadable: int = 0,
+        left_out: int = 0,
+    ) -> None:
+        self.losses, self.norms, self.unreadable, self.left_out = list(losses), list(norms), unreadable, left_out
         self.steps, self.seconds, self.waited = 0, 0.0, 0.0  # of this process
         self.amounts: dict[str, int] = {}
 
-    def add(self, loss: float, norm: float, num_unreadable: int, throughputs: list[dict[str, int]]) -> None:
-        self.losses.append(loss)
-        self.norms.append(norm)
+    def add(self, step: Step, num_unreadable: int, throughputs: list[dict[str, int]]) -> None:
         self.unreadable += num_unreadable
+        if step.left_out:
+            self.left_out += 1
+        else:
+            self.losses.append(step.loss)
+            self.norms.append(step.norms)
         for amounts in throughputs:
             for name, amount in amounts.items():
                 self.amounts[name] = self.amounts.get(name, 0) + amount
@@ -267,18 +314,28 @@ class _Window:
 
     def unlogged(self) -> dict:
         """What a resumed run needs to report the same numbers."""
-        return {"losses": self.losses, "norms": self.norms, "unreadable": self.unreadable}
+        return {
+            "losses": self.losses,
+            "norms": self.norms,
+            "unreadable": self.unreadable,
+            "left_out": self.left_out,
+        }
 
     def numbers(self) -> dict[str, float]:
-        numbers = {
-            "loss": sum(self.losses) / len(self.losses),
-            "gradient_norm": sum(self.norms) / len(self.norms),
-            "seconds_per_step": self.seconds / self.steps,
-            "data_wait_share": self.waited / self.seconds,
-            **{f"{name}_per_second": amount / self.seconds for name, amount in self.amounts.items()},
-        }
+        """Means over the steps that counted, and amounts per second over all."""
+        numbers: dict[str, float] = {}
+        if self.losses:
+            numbers["loss"] = sum(self.losses) / len(self.losses)
+            numbers["gradient_norm"] = sum(math.hypot(*norms.values()) for norms in self.norms) / len(self.norms)
+            for part in dict.fromkeys(part for norms in self.norms for part in norms):
+                numbers[f"gradient_norm/{part}"] = sum(norms.get(part, 0) for norms in self.norms) / len(self.norms)
+        numbers["seconds_per_step"] = self.seconds / self.steps
+        numbers["data_wait_share"] = self.waited / self.seconds
+        numbers |= {f"{name}_per_second": amount / self.seconds for name, amount in self.amounts.items()}
         if self.unreadable:
             numbers["unreadable"] = self.unreadable
+        if self.left_out:
+            numbers["left_out"] = self.left_out
         return numbers
 
 

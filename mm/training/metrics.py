@@ -50,7 +50,11 @@ class MetricsLog:
         for name, value in numbers.items():
             self.board.add_scalar(name, value, step)
         if self.bar.disable:
-            telling = {name: value for name, value in numbers.items() if not name.startswith(("gate/", "rate/"))}
+            telling = {
+                name: value
+                for name, value in numbers.items()
+                if not name.startswith(("gate/", "gradient_norm/", "rate/"))
+            }
             line = "  ".join(f"{name} {value:.4g}" for name, value in telling.items())
             print(f"{self.name} step {step}/{self.num_steps}  {line}", file=sys.stderr, flush=True)
 

@@ -25,6 +25,9 @@ def test_what_is_reported(model, samples, config, run):
     assert rows[1] == {"step": 3, "eval/accuracy": 0.25} and rows[2]["eval/accuracy"] == 0.25
     for row in (rows[0], rows[2]):
         assert row["loss"] > 0 and row["gradient_norm"] > 0 and 0 <= row["data_wait_share"] <= 1
+        parts = {name: value for name, value in row.items() if name.startswith("gradient_norm/")}
+        assert parts.keys() == {"gradient_norm/vision_encoder", "gradient_norm/image_adapter"}
+        assert max(parts.values()) < row["gradient_norm"] < sum(parts.values())
         # seven samples a step, of which five hold images
         assert row["images_per_second"] * row["seconds_per_step"] == pytest.approx(7)
         assert row["tokens_per_second"] * row["seconds_per_step"] == pytest.approx(sum(len(s.tokens) for s in samples))
@@ -56,6 +59,31 @@ def test_evaluation_takes_no_part_in_the_speed(model, config, run):
 
     rows = lines(run(model, config(steps=2, evaluate_every=1), evaluate=slowly))
     assert all(row["seconds_per_step"] < 0.4 for row in rows)
+
+
+class Broken(NextTokenObjective):
+    """Gives no number in the steps named."""
+
+    def __init__(self, *steps: int) -> None:
+        self.steps, self.step = steps, 0
+
+    def loss(self, module, batch):
+        self.step += 1
+        return super().loss(module, batch) * (float("nan") if self.step in self.steps else 1)
+
+
+def test_a_step_without_a_number_is_left_out_and_named(model, config, run, capfd):
+    folder = run(model, config(steps=4, log_every=2), objective=Broken(2, 3))
+    assert [row["left_out"] for row in lines(folder)] == [1, 1]
+    assert all(row["loss"] > 0 for row in lines(folder))
+    said = capfd.readouterr().err
+    assert "left out step 2: the loss is nan" in said and "left out step 3" in said and "left out step 1" not in said
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_too_many_steps_left_out_in_a_row_stop_the_run(model, config, run):
+    with pytest.raises(ValueError, match="2 steps before it were skipped; lower the rates"):
+        run(model, config(steps=9, max_skipped=2), objective=Broken(2, 4, 5, 6))
 
 
 class Watching(NextTokenObjective):
@@ -113,6 +141,8 @@ def test_a_file_in_the_place_of_the_folder(model, config, run, tmp_path):
         ("workers", -2),
         ("max_gradient_norm", 0.0),
         ("weight_decay", -0.1),
+        ("spike_factor", 1.0),
+        ("max_skipped", -1),
         ("rates", {"*": -1e-3}),
         ("rates", {"*": float("nan")}),
         ("betas", (0.9, 1.5)),

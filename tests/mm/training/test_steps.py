@@ -12,6 +12,7 @@ import mm
 from mm.batch import IGNORED
 from mm.cross_attention import CrossAttentionBlock
 from mm.language_model import DecoderLayer
+from mm.training.guards import Guard
 from mm.training.loop import collate_step, train_step
 from mm.training.objectives import NextTokenObjective
 from mm.training.optimizer import apply_rates, build_optimizer
@@ -36,8 +37,8 @@ def gradients(model, samples, config) -> tuple[float, float, dict[str, torch.Ten
     apply_rates(model, config.rates)
     spy = Spy(model)
     batches, _ = collate_step(list(samples), NextTokenObjective(), config.micro_batch_size)
-    loss, norm = train_step(model, NextTokenObjective(), spy, batches, config, "cpu")
-    return loss, norm, spy.seen
+    step = train_step(model, NextTokenObjective(), spy, batches, config, "cpu", Guard(None, 0))
+    return step.loss, step.norm, spy.seen
 
 
 def weights_hash(*modules) -> str:
@@ -91,7 +92,7 @@ def test_the_language_model_stays_as_it_is(model, samples, config):
             frozen = name.startswith(("language_model.", "extra_embeddings"))
             assert (parameter.grad is None) == frozen, name
             assert frozen or parameter.grad.isfinite().all()
-        train_step(model, NextTokenObjective(), optimizer, batches, settings, "cpu")
+        train_step(model, NextTokenObjective(), optimizer, batches, settings, "cpu", Guard(None, 0))
     assert weights_hash(model.language_model, model.extra_embeddings) == before
     assert weights_hash(model.vision_encoder, model.image_adapter) != others
 
@@ -178,7 +179,7 @@ def test_numbers_that_are_not_finite_are_refused(model, samples, config, objecti
     before = weights_hash(model)
     batches, _ = collate_step(list(samples), objective, 3)
     with pytest.raises(ValueError, match=message):
-        train_step(model, objective, optimizer, batches, settings, "cpu")
+        train_step(model, objective, optimizer, batches, settings, "cpu", Guard(None, 0))
     assert weights_hash(model) == before and not optimizer.state
     assert all(parameter.grad is None for parameter in model.parameters())
 
