@@ -26,7 +26,8 @@ from mm.training.data import RecordDataset, Source, readable_samples
 from mm.training.loop import TrainingConfig, train
 from mm.training.objectives import NextTokenObjective
 from mm.training.optimizer import apply_rates
-from vision.encoder import EncoderLayer, at_tile_size
+from mm.training.parallel import Ranks
+from vision.encoder import EncoderLayer, VisionEncoder, at_tile_size
 
 # What may differ when an interrupted run is taken up again; `mm.training.loop` judges `training` itself.
 FREE_TO_CHANGE = ("output", "training", "validation", "validation_samples", "bundle", "device")
@@ -101,10 +102,12 @@ def train_image_adapter(config: TrainImageAdapter) -> None:
         device=device,
         evaluate=evaluate,
         layers=(DecoderLayer, EncoderLayer, CrossAttentionBlock),
+        units=(DecoderLayer, VisionEncoder, CrossAttentionBlock),  # an encoder's layers run once per number of tiles
         identity={name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE},
     )
     bundle = config.bundle or config.language_model is None
-    save(output, model, processor, language_model=config.language_model, bundle=bundle)
+    if Ranks.here().first:
+        save(output, model, processor, language_model=config.language_model, bundle=bundle)
 
 
 def starting_point(config: TrainImageAdapter) -> tuple[MultimodalModel, Processor]:

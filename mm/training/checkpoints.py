@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from mm.training.parallel import Ranks, shared_like, whole
+
 _TENSORS, _OPTIMIZER, _STATE = "trained.safetensors", "optimizer.pt", "state.json"
 
 
@@ -27,22 +29,32 @@ def save_checkpoint(
 ) -> Path:
     """Write the state after `step` steps and remove all but the `keep` newest checkpoints.
 
+    Of several ranks all must call this; the first writes, as if it had been alone, so that any number of ranks can go
+    on from it.
+
     Args:
         folder: the run folder.
         fingerprint: what a resumed run must have in common with this one.
         unlogged: numbers of the steps since the last logged one.
     """
+    trained = {n: whole(p.detach()).cpu().contiguous() for n, p in module.named_parameters() if p.requires_grad}
+    optimizer_state = optimizer.state_dict()
+    optimizer_state["state"] = {
+        number: {name: whole(value) for name, value in moments.items()}
+        for number, moments in optimizer_state["state"].items()
+    }
     place = folder / "checkpoints"
+    if not Ranks.here().first:
+        return place / f"step-{step:08d}"
     place.mkdir(parents=True, exist_ok=True)
     new = place / f".new-{step:08d}"
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
-    trained = {name: p.detach().cpu().contiguous() for name, p in module.named_parameters() if p.requires_grad}
     save_file(trained, new / _TENSORS)
     random_states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         random_states["cuda"] = torch.cuda.get_rng_state()
-    torch.save({"optimizer": optimizer.state_dict(), "random": random_states}, new / _OPTIMIZER)
+    torch.save({"optimizer": optimizer_state, "random": random_states}, new / _OPTIMIZER)
     state = {"step": step, "fingerprint": fingerprint, "unlogged": unlogged}
     (new / _STATE).write_text(json.dumps(state), encoding="utf-8")
     final = place / f"step-{step:08d}"
@@ -62,8 +74,11 @@ def resume(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, fi
     Raises:
         ValueError: the checkpoint is of a run with another configuration, named field by field, or is damaged.
     """
-    for leftover in (folder / "checkpoints").glob(".*-*"):
-        shutil.rmtree(leftover)
+    ranks = Ranks.here()
+    if ranks.first:
+        for leftover in (folder / "checkpoints").glob(".*-*"):
+            shutil.rmtree(leftover)
+    ranks.sum()  # nobody looks before that is done
     found = _checkpoints(folder)
     if not found:
         return 0, {}
@@ -86,8 +101,10 @@ def resume(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, fi
     parameters = dict(module.named_parameters())
     with torch.no_grad():
         for name, tensor in tensors.items():
-            parameters[name].copy_(tensor)
+            parameters[name].copy_(shared_like(tensor, parameters[name]))
     optimizer.load_state_dict(saved["optimizer"])
+    for parameter, moments in optimizer.state.items():
+        moments.update({name: shared_like(value, parameter) for name, value in moments.items() if name != "step"})
     torch.set_rng_state(saved["random"]["cpu"])
     if "cuda" in saved["random"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(saved["random"]["cuda"])

@@ -2,9 +2,12 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
 from typing import TypeVar
 
 from jsonargparse import ArgumentError, ArgumentParser
+
+from mm.training.parallel import joined
 
 Config = TypeVar("Config")
 
@@ -23,7 +26,8 @@ def run_stage(
     try:
         values = parser.parse_args(argv)
         built = vars(parser.instantiate(values))
-        stage(config_class(**{name: built[name] for name in config_class.__dataclass_fields__}))
+        with joined() as ranks, nullcontext() if ranks.first else redirect_stdout(None):
+            stage(config_class(**{name: built[name] for name in config_class.__dataclass_fields__}))
     except (ValueError, OSError, ArgumentError) as error:
         print(f"{name}: {one_line(error)}", file=sys.stderr)
         sys.exit(1)

@@ -4,13 +4,16 @@ The position is the number of samples consumed so far. Workers only fetch; they 
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from mm.training.objectives import Objective
+from mm.training.parallel import Ranks
 from shards.format import Record
 from shards.reader import ShardSet
 
@@ -125,11 +128,13 @@ def step_loader(
     seed: int,
     consumed: int = 0,
     workers: int = 0,
+    ranks: Ranks | None = None,
 ) -> DataLoader:
-    """A loader that gives `collate_step(samples)` of each step, from `consumed` samples on, without end."""
+    """A loader that gives `collate_step(samples)` of this rank's share of each step, from `consumed` samples of all
+    ranks on, without end."""
     return DataLoader(
         dataset,
-        batch_sampler=_Endless(len(dataset), batch_size, seed, consumed),
+        batch_sampler=_Endless(ranks or Ranks(), len(dataset), batch_size, seed, consumed),
         collate_fn=collate_step,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
@@ -138,8 +143,42 @@ def step_loader(
 
 
 class _Endless:
-    def __init__(self, *numbers: int) -> None:
-        self.numbers = numbers
+    def __init__(self, ranks: Ranks, *numbers: int) -> None:
+        self.ranks, self.numbers = ranks, numbers
 
     def __iter__(self) -> Iterator[list[int]]:
-        return steps(*self.numbers)
+        return map(self.ranks.share, steps(*self.numbers))
+
+
+class Work(NamedTuple):
+    """A rank's part of a step: micro-batches (none where nothing could be read), what could not be read, and how much
+    of what is reported per second is in it."""
+
+    batches: list[Any]
+    unreadable: list[Unreadable]
+    amounts: dict[str, int]
+
+
+def collate_step(
+    samples: list[Any], objective: Objective, micro_batch_size: int | None, idle: Any = None, share: int = 0
+) -> Work:
+    """A step's samples, or a rank's share of them, as micro-batches.
+
+    Args:
+        idle: put into each micro-batch of a rank among several, so that whatever is in it, or if nothing is, it runs
+            through the same parts as the others'. share: the most samples that any rank has.
+    """
+    unreadable = [sample for sample in samples if isinstance(sample, Unreadable)]
+    good = [sample for sample in samples if not isinstance(sample, Unreadable)]
+    size = micro_batch_size or max(1, len(good) if idle is None else share)
+    if size < len(good):
+        good.sort(key=objective.size)
+    parts = [good[start : start + size] for start in range(0, len(good), size)]
+    amounts: dict[str, int] = {}
+    for batch in map(objective.collate, parts):
+        for name, amount in objective.throughput(batch).items():
+            amounts[name] = amounts.get(name, 0) + amount
+    if idle is not None:
+        parts += [[]] * (math.ceil(share / size) - len(parts))
+        parts = [[*part, idle] for part in parts]
+    return Work(list(map(objective.collate, parts)), unreadable, amounts)

@@ -1,6 +1,7 @@
 """What stages train on: next tokens after images (the adapter), and matching pictures to texts (the encoder)."""
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import open_clip
 import torch
@@ -10,8 +11,40 @@ from torch.nn import functional as F
 from layers.feed_forward import MLP
 from mm.batch import IGNORED, Batch, Sample, collate
 from mm.model import MultimodalModel
+from mm.training.parallel import whole
 from vision.encoder import VisionEncoder, VisionEncoderConfig
 from vision.tiling import Tiles
+
+
+class Objective(Protocol):
+    """What a stage trains on. A step's loss is the sum over its micro-batches divided by the sum of their counts.
+
+    Attributes:
+        whole_passes: the module's methods, besides `forward`, that `loss` runs the whole module with.
+    """
+
+    whole_passes: tuple[str, ...]
+
+    def collate(self, samples: list) -> Any:
+        """Samples -> a micro-batch with a `to(device)` method."""
+
+    def idle(self, module: nn.Module) -> Any:
+        """A sample that runs through everything that trains and teaches nothing, for a rank that has no work."""
+
+    def size(self, sample: Any) -> int:
+        """What samples are sorted by within a step, so that micro-batches hold little padding."""
+
+    def count(self, batch: Any) -> int:
+        """What the loss is averaged over, such as target tokens."""
+
+    def loss(self, module: nn.Module, batch: Any) -> Tensor:
+        """The loss summed over what `count` counts."""
+
+    def throughput(self, batch: Any) -> dict[str, int]:
+        """Quantities to report per second, such as images and tokens."""
+
+    def observe(self, module: nn.Module) -> dict[str, float]:
+        """Values of the module worth a curve, such as gates."""
 
 
 def next_token_loss(model: MultimodalModel, batch: Batch) -> Tensor:
@@ -35,6 +68,13 @@ def next_token_loss(model: MultimodalModel, batch: Batch) -> Tensor:
 
 class NextTokenObjective:
     """Language modelling on the answers' tokens; the loss is the mean over a step's target tokens."""
+
+    whole_passes = ("hidden_states",)
+
+    def idle(self, module: MultimodalModel) -> Sample:
+        """One black tile and no target: nothing that it runs through gets a gradient other than 0 from it."""
+        image, side = module.config.image_token_id, module.config.vision_encoder.tile_size
+        return Sample([image, 0], [IGNORED, IGNORED], [Tiles(torch.zeros(1, 3, side, side, dtype=torch.uint8), (1, 1))])
 
     def collate(self, samples: list[Sample]) -> Batch:
         return collate(samples)
@@ -60,8 +100,8 @@ class NextTokenObjective:
         adapter = module.image_adapter
         values = {}
         for position, block in zip(adapter.positions, adapter.blocks, strict=True):
-            values[f"gate/attn_{position}"] = block.gate_attn.tanh().item()
-            values[f"gate/ffn_{position}"] = block.gate_ffn.tanh().item()
+            values[f"gate/attn_{position}"] = whole(block.gate_attn).tanh().item()
+            values[f"gate/ffn_{position}"] = whole(block.gate_ffn).tanh().item()
         return values
 
 
@@ -141,8 +181,18 @@ class ContrastiveModel(nn.Module):
 class ContrastiveObjective:
     """open_clip's symmetric loss over all pairs of a step."""
 
+    whole_passes = ()
+
     def __init__(self) -> None:
         self.clip_loss = open_clip.ClipLoss()
+
+    def idle(self, module: ContrastiveModel) -> Pair:
+        """There is none: a pair more is a pair to tell the others from.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("contrastive training runs in one process: start it without torchrun")
 
     def collate(self, samples: list[Pair]) -> PairBatch:
         return PairBatch([pair.tiles for pair in samples], torch.stack([pair.text for pair in samples]))

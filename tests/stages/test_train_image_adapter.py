@@ -119,6 +119,24 @@ def test_it_learns_to_name_colours_and_the_blind_control_does_not(adapter_config
     assert blind.scores["vqa_accuracy"].value < 0.5  # one colour in four is right
 
 
+@pytest.mark.slow
+def test_two_processes_train_as_one(adapter_config, tmp_path):
+    file, alone = adapter_config(training={"steps": 3, "save_every": 2})
+    main(["--config", str(file)])
+    together = tmp_path / "together"
+    stage = ["--nproc-per-node", "2", "-m", "stages.train_image_adapter", "--config", str(file)]
+    stage += ["--output", str(together), "--training.checkpoint_activations", "true"]
+    process = start("-m", "torch.distributed.run", "--standalone", *stage)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, said[-3000:]
+    assert said.count("step 3/3") == 1  # one rank reports
+    for one, two in zip(numbers(alone), numbers(together), strict=True):
+        assert one == pytest.approx(two, rel=2e-3)
+    model, processor = mm.load(together)
+    assert model.state_dict().keys() == mm.load(alone)[0].state_dict().keys()
+    assert mm.generate(model, processor, [{"role": "user", "content": "hello"}], max_new_tokens=2) is not None
+
+
 def test_micro_batches_and_recomputed_activations_train_alike(adapter_config, tmp_path):
     file, folder = adapter_config()
     main(["--config", str(file)])

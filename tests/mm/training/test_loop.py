@@ -1,6 +1,9 @@
 """A whole run of the loop: what it reports, what it leaves out, and what it leaves on disk."""
 
+import copy
 import json
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -151,3 +154,27 @@ def test_a_file_in_the_place_of_the_folder(model, config, run, tmp_path):
 def test_settings_out_of_range(field, value):
     with pytest.raises(ValueError, match=rf"training\.{field}"):
         TrainingConfig(**{"steps": 1, "batch_size": 4, field: value})
+
+
+class Ended(NextTokenObjective):
+    """Is asked to end in the middle of its third step."""
+
+    step = 0
+
+    def loss(self, module, batch):
+        self.step += 1
+        if self.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().loss(module, batch)
+
+
+def test_sigterm_ends_after_the_step_with_a_checkpoint(model, config, run, same):
+    settings = config(steps=5, save_every=100)
+    whole, ended = copy.deepcopy(model), copy.deepcopy(model)
+    run(whole, settings, folder="whole")
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as caught:
+        run(ended, settings, objective=Ended())
+    assert caught.value.code == 143 and signal.getsignal(signal.SIGTERM) is handler
+    folder = run(ended, settings)
+    assert [row["step"] for row in lines(folder)] == [1, 2, 3, 4, 5] and same(whole, ended)

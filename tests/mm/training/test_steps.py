@@ -12,8 +12,9 @@ import mm
 from mm.batch import IGNORED
 from mm.cross_attention import CrossAttentionBlock
 from mm.language_model import DecoderLayer
+from mm.training.data import collate_step
 from mm.training.guards import Guard
-from mm.training.loop import collate_step, train_step
+from mm.training.loop import train_step
 from mm.training.objectives import NextTokenObjective
 from mm.training.optimizer import apply_rates, build_optimizer
 from vision.encoder import EncoderLayer
@@ -36,7 +37,7 @@ def gradients(model, samples, config) -> tuple[float, float, dict[str, torch.Ten
     """Loss, gradient norm and gradients of one step."""
     apply_rates(model, config.rates)
     spy = Spy(model)
-    batches, _ = collate_step(list(samples), NextTokenObjective(), config.micro_batch_size)
+    batches = collate_step(list(samples), NextTokenObjective(), config.micro_batch_size).batches
     step = train_step(model, NextTokenObjective(), spy, batches, config, "cpu", Guard(None, 0))
     return step.loss, step.norm, spy.seen
 
@@ -75,7 +76,7 @@ def test_the_loss_is_the_mean_over_all_targets_of_the_step(model, samples, confi
 
 
 def test_micro_batches_hold_rows_of_similar_length(samples):
-    batches, _ = collate_step(list(samples), NextTokenObjective(), 3)
+    batches = collate_step(list(samples), NextTokenObjective(), 3).batches
     assert [batch.lengths.tolist() for batch in batches] == [[3, 3, 4], [5, 8, 12], [15]]
 
 
@@ -84,7 +85,7 @@ def test_the_language_model_stays_as_it_is(model, samples, config):
     before = weights_hash(model.language_model, model.extra_embeddings)
     others = weights_hash(model.vision_encoder, model.image_adapter)
     optimizer = build_optimizer(model, apply_rates(model, settings.rates), 0.1, (0.9, 0.95))
-    batches, _ = collate_step(list(samples), NextTokenObjective(), 3)
+    batches = collate_step(list(samples), NextTokenObjective(), 3).batches
     for _ in range(4):
         for batch in batches:
             NextTokenObjective().loss(model, batch).backward()
@@ -177,7 +178,7 @@ def test_numbers_that_are_not_finite_are_refused(model, samples, config, objecti
     settings = config(micro_batch_size=3)
     optimizer = build_optimizer(model, apply_rates(model, settings.rates), 0.1, (0.9, 0.95))
     before = weights_hash(model)
-    batches, _ = collate_step(list(samples), objective, 3)
+    batches = collate_step(list(samples), objective, 3).batches
     with pytest.raises(ValueError, match=message):
         train_step(model, objective, optimizer, batches, settings, "cpu", Guard(None, 0))
     assert weights_hash(model) == before and not optimizer.state

@@ -1,0 +1,157 @@
+"""Many processes under one stage: who reads which samples, and who holds which part of the weights.
+
+`torchrun` starts the processes; the model knows nothing of them. Its parts are sharded from outside with FSDP2
+(`fully_shard`), over all ranks or, with copies, over groups of them (HSDP). One process takes part in nothing here.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all of a run."""
+
+    rank: int = 0
+    size: int = 1
+
+    @staticmethod
+    def here() -> "Ranks":
+        """Of the process group that `joined` has set up; alone where there is none."""
+        return Ranks(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Ranks()
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes files and reports."""
+        return self.rank == 0
+
+    def share(self, items: Sequence) -> list:
+        """This rank's part of what is in order on all: every `size`-th item."""
+        return list(items[self.rank :: self.size])
+
+    def sum(self, *numbers: float) -> list[float]:
+        """The sums of each number over all ranks, the same on all."""
+        if self.size == 1:
+            return list(numbers)
+        total = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(total, group=_host_group())
+        return total.tolist()
+
+    def meet(self, seconds: float) -> None:
+        """Wait for all ranks.
+
+        Raises:
+            ValueError: some did not arrive within `seconds`, by number.
+        """
+        if self.size == 1:
+            return
+        try:
+            dist.monitored_barrier(_host_group(), timeout=timedelta(seconds=seconds), wait_all_ranks=True)
+        except RuntimeError as error:
+            raise ValueError(f"rank {self.rank} waited {seconds:g} s for others that did not come: {error}") from error
+
+    def agree(self, what: str, value: object) -> None:
+        """Make sure that a JSON-able value is the same on all ranks.
+
+        Raises:
+            ValueError: it is not; names the ranks whose value differs from rank 0's.
+        """
+        if self.size == 1:
+            return
+        digests: list[str | None] = [None] * self.size
+        digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+        dist.all_gather_object(digests, digest, group=_host_group())
+        others = [rank for rank, given in enumerate(digests) if given != digests[0]]
+        if others:
+            raise ValueError(f"ranks {', '.join(map(str, others))} have another {what} than rank 0: start all alike")
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """Join the other processes that `torchrun` has started, and leave them at the end; alone without it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield Ranks.here()
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl")
+    else:
+        dist.init_process_group("gloo")
+    try:
+        yield Ranks.here()
+    finally:
+        _host_group.cache_clear()
+        dist.destroy_process_group()
+
+
+@cache
+def _host_group() -> dist.ProcessGroup:
+    """All ranks over gloo, for numbers that lie on the host, whatever the weights travel over."""
+    return dist.new_group(backend="gloo")
+
+
+def shard(
+    module: nn.Module,
+    units: tuple[type[nn.Module], ...],
+    shard_ranks: int | None,
+    compute: str,
+    device_type: str,
+    forward_methods: Sequence[str],
+) -> None:
+    """Spread a module's parameters, frozen ones too, over the ranks, in place (FSDP2; ZeRO-3).
+
+    A rank holds its share of the FP32 weights, gradients and optimizer state. Each unit is gathered when it runs, in
+    bf16 where `compute` says so; gradients are reduced in FP32.
+
+    Args:
+        units: kinds of submodules that are gathered one at a time. Every rank must run each of them equally often.
+        shard_ranks: how many ranks share one copy; None: all of them.
+        forward_methods: what besides `forward` runs the whole module.
+
+    Raises:
+        ValueError: `shard_ranks` does not divide the number of ranks.
+    """
+    size = Ranks.here().size
+    shard_ranks = size if shard_ranks is None else shard_ranks
+    if size % shard_ranks:
+        raise ValueError(f"training.shard_ranks is {shard_ranks}; it must divide the number of ranks, {size}")
+    if shard_ranks == size:
+        mesh = init_device_mesh(device_type, (size,), mesh_dim_names=("shard",))
+    else:
+        mesh = init_device_mesh(device_type, (size // shard_ranks, shard_ranks), mesh_dim_names=("copy", "shard"))
+    low = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if compute == "bf16" else None, reduce_dtype=torch.float32)
+    for submodule in reversed(list(module.modules())):
+        if isinstance(submodule, units):
+            fully_shard(submodule, mesh=mesh, mp_policy=low)
+    # What is left, embeddings, norms and the projection, stays FP32: many blocks use the projected vision tokens, and
+    # their gradients are summed in its type.
+    fully_shard(
+        module, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32), reshard_after_forward=False
+    )
+    for name in forward_methods:
+        register_fsdp_forward_method(module, name)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor with the shares of all ranks in it; every rank must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shared_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor, the same on all ranks, as the shares that `parameter` is in."""
+    if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
+        return tensor
+    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)

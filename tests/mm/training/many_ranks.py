@@ -1,0 +1,75 @@
+"""What `torchrun` starts in the tests of parallelism: one process of several, told what to do by a pickled plan.
+
+    torchrun ... many_ranks.py FOLDER
+
+FOLDER/plan.pt holds {"model", "samples", "gradients": {name: TrainingConfig}, "runs": [(folder, TrainingConfig)]}; the
+first rank leaves FOLDER/{name}.pt with the loss, norms and whole gradients of one step, and the trained weights of each
+run in its folder.
+"""
+
+import copy
+import sys
+from pathlib import Path
+
+import torch
+
+from mm.cross_attention import CrossAttentionBlock
+from mm.language_model import DecoderLayer
+from mm.training.data import collate_step
+from mm.training.guards import Guard
+from mm.training.loop import train, train_step
+from mm.training.objectives import NextTokenObjective
+from mm.training.optimizer import apply_rates, build_optimizer
+from mm.training.parallel import joined, shard, whole
+from vision.encoder import VisionEncoder
+
+UNITS = (DecoderLayer, VisionEncoder, CrossAttentionBlock)
+
+
+class Spy(torch.optim.SGD):
+    """Takes no step; gathers the gradients it would have taken."""
+
+    def step(self) -> None:
+        self.seen = [whole(p.grad).clone() for group in self.param_groups for p in group["params"]]
+
+
+def gradients_of_a_step(model, samples, config, ranks) -> dict:
+    objective = NextTokenObjective()
+    module = copy.deepcopy(model)
+    names = list(apply_rates(module, config.rates))
+    share = -(-len(samples) // ranks.size)
+    work = collate_step(ranks.share(samples), objective, config.micro_batch_size, objective.idle(model), share)
+    shard(module, UNITS, config.shard_ranks, config.compute, "cpu", objective.whole_passes)
+    held = sum(p.to_local().numel() for p in module.parameters())
+    states = build_optimizer(module, apply_rates(module, config.rates), 0.1, (0.9, 0.95)).param_groups
+    spy = Spy([module.get_parameter(name) for name in names], lr=1.0)
+    step = train_step(module, objective, spy, work.batches, config, "cpu", Guard(None, 0))
+    frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
+    return {
+        "loss": step.loss,
+        "norms": step.norms,
+        "gradients": dict(zip(names, spy.seen, strict=True)),
+        "held": held,
+        "optimised": sum(len(group["params"]) for group in states),
+        "frozen_with_gradient": [name for name in frozen if module.get_parameter(name).grad is not None],
+        "amounts": dict(zip(work.amounts, ranks.sum(*work.amounts.values()), strict=True)),
+    }
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    with joined() as ranks:
+        plan = torch.load(folder / "plan.pt", weights_only=False)
+        for name, config in plan["gradients"].items():
+            found = gradients_of_a_step(plan["model"], plan["samples"], config, ranks)
+            if ranks.first:
+                torch.save(found, folder / f"{name}.pt")
+        for name, config in plan["runs"]:
+            model = copy.deepcopy(plan["model"])
+            train(model, NextTokenObjective(), plan["samples"], config, folder / name, "test", units=UNITS)
+            if ranks.first:
+                torch.save(model.state_dict(), folder / name / "weights.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
