@@ -12,6 +12,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 import mm
 import mm.convert.mllama
 import mm.convert.open_clip
+import stages.finetune
 import stages.pretrain_image_encoder
 import stages.train_image_adapter
 from mm.checkpoint import CONFIG_FILE, save, save_encoder
@@ -24,6 +25,7 @@ DEFAULT_MODEL = "runs/demo"
 STAGES = {
     "pretrain_image_encoder": stages.pretrain_image_encoder.main,
     "train_image_adapter": stages.train_image_adapter.main,
+    "finetune": stages.finetune.main,
 }
 
 

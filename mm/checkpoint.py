@@ -17,7 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -38,6 +38,13 @@ from vision.encoder import VisionEncoder, VisionEncoderConfig, at_tile_size
 
 FORMAT = 1
 CONFIG_FILE = "config.yaml"
+OF_ITS_OWN = (
+    "norm_eps",
+    "rotary",
+    "context",
+    "stop_tokens",
+    "tied_embeddings",
+)  # what may differ between LMs of a shape
 
 
 def load(
@@ -89,6 +96,28 @@ def assemble(
     model.language_model = language_model
     model.vision_encoder = vision_encoder
     return model
+
+
+def exchange_language_model(model: MultimodalModel, other: LanguageModel) -> None:
+    """Put another language model of the same shape in the place of the model's own (paper §7.5.1).
+
+    Angles, context and stop tokens become the other's.
+
+    Raises:
+        ValueError: another shape; names the fields that differ.
+    """
+    old, new = asdict(model.config.language_model), asdict(other.config)
+    differing = [
+        f"{name} {new[name]} in place of {old[name]}"
+        for name in old
+        if name not in OF_ITS_OWN and old[name] != new[name]
+    ]
+    if differing:
+        raise ValueError(
+            f"the language model has {', '.join(differing)}; the adapter fits one of the shape it was trained with"
+        )
+    model.language_model = other
+    model.config = replace(model.config, language_model=other.config)
 
 
 def save(

@@ -6,33 +6,21 @@ by their configuration only.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import nn
 
 import mm.convert.llama
-from mm.batch import IGNORED, Batch
 from mm.checkpoint import assemble, load, load_encoder, save
-from mm.config import usable_device
-from mm.cross_attention import CrossAttentionBlock, ImageAdapterConfig
-from mm.language_model import DecoderLayer
+from mm.cross_attention import ImageAdapterConfig
 from mm.model import MultimodalModel
 from mm.processor import Processor
+from mm.training.adapters import train_adapters
 from mm.training.command import run_stage
-from mm.training.data import RecordDataset, Source, readable_samples
-from mm.training.loop import TrainingConfig, train
-from mm.training.objectives import NextTokenObjective
-from mm.training.optimizer import apply_rates
+from mm.training.data import Source
+from mm.training.loop import TrainingConfig
 from mm.training.parallel import Ranks
-from vision.encoder import EncoderLayer, VisionEncoder, at_tile_size
-
-# What may differ when an interrupted run is taken up again; `mm.training.loop` judges `training` itself.
-FREE_TO_CHANGE = ("output", "training", "validation", "validation_samples", "bundle", "device")
-
-NORM_SAMPLES = 64  # that a new adapter's norms are fitted to
+from vision.encoder import at_tile_size
 
 
 @dataclass
@@ -70,44 +58,11 @@ class TrainImageAdapter:
 
 def train_image_adapter(config: TrainImageAdapter) -> None:
     """Train the image encoder and the cross-attention blocks of a frozen language model."""
-    device = usable_device(config.device)
     model, processor = starting_point(config)
-    released = [name for name in apply_rates(model, config.training.rates) if name.startswith("language_model.")]
-    if released:
-        raise ValueError(
-            f"training.rates give {released[0]} a rate, and this stage keeps the language model as it is: "
-            'put "language_model.*": null before the other patterns'
-        )
-
-    dataset = RecordDataset(config.data, processor.record_example)
-    objective = NextTokenObjective()
-    if config.start_from is None and config.adapter.fit_norms:
-        model.fit_norms(objective.collate(readable_samples(dataset, NORM_SAMPLES)))
-    evaluate = None
-    if config.validation:
-        held_out = RecordDataset([config.validation], processor.record_example)
-        samples = readable_samples(held_out, config.validation_samples)
-        size = config.training.micro_batch_size or config.training.batch_size
-        batches = [objective.collate(samples[i : i + size]) for i in range(0, len(samples), size)]
-        evaluate = partial(answer_accuracy, batches=batches, device=device)
-
-    output = Path(config.output)
-    train(
-        model,
-        objective,
-        dataset,
-        config.training,
-        output,
-        name="image adapter",
-        device=device,
-        evaluate=evaluate,
-        layers=(DecoderLayer, EncoderLayer, CrossAttentionBlock),
-        units=(DecoderLayer, VisionEncoder, CrossAttentionBlock),  # an encoder's layers run once per number of tiles
-        identity={name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE},
-    )
+    train_adapters(model, processor, config, "image adapter", fit_norms=config.start_from is None)
     bundle = config.bundle or config.language_model is None
     if Ranks.here().first:
-        save(output, model, processor, language_model=config.language_model, bundle=bundle)
+        save(config.output, model, processor, language_model=config.language_model, bundle=bundle)
 
 
 def starting_point(config: TrainImageAdapter) -> tuple[MultimodalModel, Processor]:
@@ -134,19 +89,6 @@ def starting_point(config: TrainImageAdapter) -> tuple[MultimodalModel, Processo
             model.vision_encoder = at_tile_size(model.vision_encoder, config.tile_size)
             model.config = replace(model.config, vision_encoder=model.vision_encoder.config)
     return model, Processor(tokenizer, model.config, config.max_tiles, config.caption_prompt, template)
-
-
-def answer_accuracy(model: nn.Module, batches: list[Batch], device: torch.device) -> dict[str, float]:
-    """Loss per target token, and the share of samples whose every target token is the likeliest one."""
-    loss, targets, right, rows = 0.0, 0, 0, 0
-    for batch in batches:
-        batch = batch.to(device)
-        logits, wanted = model(batch)[:, :-1].float(), batch.labels[:, 1:]
-        loss += float(nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum"))
-        targets += int((wanted != IGNORED).sum())
-        right += int(((logits.argmax(-1) == wanted) | (wanted == IGNORED)).all(1).sum())
-        rows += len(wanted)
-    return {"loss": loss / targets, "answer_accuracy": right / rows}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

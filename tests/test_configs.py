@@ -8,9 +8,11 @@ import yaml
 from jsonargparse import ArgumentParser
 
 import mm
+from mm.cross_attention import ImageAdapterConfig
 from mm.language_model import LanguageModelConfig
 from mm.training.objectives import ContrastiveModel
 from mm.training.optimizer import apply_rates
+from stages.finetune import Finetune
 from stages.pretrain_image_encoder import PretrainImageEncoder
 from stages.train_image_adapter import TrainImageAdapter
 from vision.encoder import VisionEncoderConfig
@@ -23,7 +25,8 @@ def test_gates_have_their_rate_alone_and_the_language_model_is_frozen(file):
     is_encoder = "text" in yaml.safe_load(file.read_text())
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action="config")
-    parser.add_class_arguments(PretrainImageEncoder if is_encoder else TrainImageAdapter)
+    stages = {"encoder.yaml": PretrainImageEncoder, "finetune.yaml": Finetune}
+    parser.add_class_arguments(stages.get(file.name, TrainImageAdapter))
     config = parser.instantiate(parser.parse_args(["--config", str(file)]))
     with torch.device("meta"):
         if is_encoder:
@@ -31,7 +34,7 @@ def test_gates_have_their_rate_alone_and_the_language_model_is_frozen(file):
         else:
             language_model = LanguageModelConfig(64, 32, 48, num_layers=8, num_heads=2, num_kv_heads=1)
             encoder = VisionEncoderConfig(num_layers=31, num_gated_layers=1)
-            model = mm.MultimodalModel(mm.ModelConfig(language_model, encoder, config.adapter))
+            model = mm.MultimodalModel(mm.ModelConfig(language_model, encoder, ImageAdapterConfig()))
     rates = apply_rates(model, config.training.rates)
     gates = [name for name in rates if name.rpartition(".")[2] in ("gate_attn", "gate_ffn")]
     assert gates and not any(name.startswith(("language_model.", "extra_embeddings")) for name in rates)

@@ -1,0 +1,94 @@
+"""What the stages around a frozen language model share: data and evaluation around the loop, and the LM left alone."""
+
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from mm.batch import IGNORED, Batch
+from mm.config import usable_device
+from mm.cross_attention import CrossAttentionBlock
+from mm.language_model import DecoderLayer
+from mm.model import MultimodalModel
+from mm.processor import Processor
+from mm.training.data import RecordDataset, Source, readable_samples
+from mm.training.loop import TrainingConfig, train
+from mm.training.objectives import NextTokenObjective
+from mm.training.optimizer import apply_rates
+from vision.encoder import EncoderLayer, VisionEncoder
+
+# What may differ when an interrupted run is taken up again; `mm.training.loop` judges `training` itself.
+FREE_TO_CHANGE = ("output", "training", "validation", "validation_samples", "bundle", "device")
+NORM_SAMPLES = 64  # that a new adapter's norms are fitted to
+
+
+class AdapterStage(Protocol):
+    """What such a stage's configuration, a dataclass, has in it."""
+
+    output: str
+    data: list[Source]
+    training: TrainingConfig
+    validation: Source | None
+    validation_samples: int
+    device: str
+
+
+def train_adapters(
+    model: MultimodalModel, processor: Processor, config: AdapterStage, name: str, fit_norms: bool = False
+) -> None:
+    """Train a model in place on records of `config.data`, its language model frozen.
+
+    Args:
+        name: of the stage, for the progress bar.
+        fit_norms: the image adapter is new: fit its norms where its own configuration asks for it.
+
+    Raises:
+        ValueError: rates that would train the language model, or as `mm.training.loop.train`.
+    """
+    device = usable_device(config.device)
+    released = [name for name in apply_rates(model, config.training.rates) if name.startswith("language_model.")]
+    if released:
+        raise ValueError(
+            f"training.rates give {released[0]} a rate, and this stage keeps the language model as it is: "
+            'put "language_model.*": null before the other patterns'
+        )
+    dataset = RecordDataset(config.data, processor.record_example)
+    objective = NextTokenObjective()
+    if fit_norms and model.config.image_adapter.fit_norms:
+        model.fit_norms(objective.collate(readable_samples(dataset, NORM_SAMPLES)))
+    evaluate = None
+    if config.validation:
+        held_out = RecordDataset([config.validation], processor.record_example)
+        samples = readable_samples(held_out, config.validation_samples)
+        size = config.training.micro_batch_size or config.training.batch_size
+        batches = [objective.collate(samples[i : i + size]) for i in range(0, len(samples), size)]
+        evaluate = partial(answer_accuracy, batches=batches, device=device)
+    train(
+        model,
+        objective,
+        dataset,
+        config.training,
+        Path(config.output),
+        name=name,
+        device=device,
+        evaluate=evaluate,
+        layers=(DecoderLayer, EncoderLayer, CrossAttentionBlock),
+        units=(DecoderLayer, VisionEncoder, CrossAttentionBlock),  # an encoder's layers run once per number of tiles
+        identity={name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE},
+    )
+
+
+def answer_accuracy(model: nn.Module, batches: list[Batch], device: torch.device) -> dict[str, float]:
+    """Loss per target token, and the share of samples whose every target token is the likeliest one."""
+    loss, targets, right, rows = 0.0, 0, 0, 0
+    for batch in batches:
+        batch = batch.to(device)
+        logits, wanted = model(batch)[:, :-1].float(), batch.labels[:, 1:]
+        loss += float(nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum"))
+        targets += int((wanted != IGNORED).sum())
+        right += int(((logits.argmax(-1) == wanted) | (wanted == IGNORED)).all(1).sum())
+        rows += len(wanted)
+    return {"loss": loss / targets, "answer_accuracy": right / rows}
