@@ -15,6 +15,7 @@ import mm.convert.open_clip
 import stages.finetune
 import stages.pretrain_image_encoder
 import stages.train_image_adapter
+from mm.averaging import average, average_best
 from mm.checkpoint import CONFIG_FILE, save, save_encoder
 from mm.evaluation.evaluate import evaluate
 from mm.training.command import one_line
@@ -89,6 +90,22 @@ def evaluate_shards(arguments: Namespace) -> int:
     if arguments.output:
         report.write(arguments.output)
     return 1 if report.failed else 0
+
+
+def average_runs(arguments: Namespace) -> int:
+    """Average runs of one model: all of them, or with --data as many of the best as score best together."""
+    _refuse_existing(arguments.output)
+    if arguments.data is None:
+        average(arguments.runs, arguments.output)
+        return 0
+    records = ShardSet(arguments.data).select(split=arguments.split)
+
+    def score(run: Path) -> float:
+        report = evaluate(*mm.load(run), records, [arguments.metric], limit=arguments.limit)
+        return report.scores[arguments.metric].value
+
+    print(average_best(arguments.runs, arguments.output, score))
+    return 0
 
 
 def convert_open_clip(arguments: Namespace) -> int:
@@ -203,6 +220,15 @@ def _parser() -> ArgumentParser:
     _model_options(one, max_new_tokens=32)
     commands.add_subcommand("evaluate", one)
 
+    one = ArgumentParser(description=average_runs.__doc__, exit_on_error=False)
+    one.add_argument("runs", nargs="+", help="run folders")
+    one.add_argument("--output", required=True, help="run folder to write")
+    one.add_argument("--data", help="a folder of shards to choose the number of runs by")
+    one.add_argument("--split", default="validation")
+    one.add_argument("--metric", default="vqa_accuracy", help="vqa_accuracy, exact_match, choice, bleu or chrf")
+    one.add_argument("--limit", type=int, help="a random subset of this size, always the same")
+    commands.add_subcommand("average", one)
+
     train = ArgumentParser(description=f"Run a training stage: {', '.join(STAGES)}.", exit_on_error=False)
     commands.add_subcommand("train", train)
     convert = ArgumentParser(description="Other people's weights, in and out.", exit_on_error=False)
@@ -228,7 +254,7 @@ def _add_conversions(parser: ArgumentParser) -> None:
         kinds.add_subcommand(name, one)
 
 
-COMMANDS = {"caption": caption, "ask": ask, "evaluate": evaluate_shards}
+COMMANDS = {"caption": caption, "ask": ask, "evaluate": evaluate_shards, "average": average_runs}
 CONVERSIONS = {
     "open-clip": convert_open_clip,
     "from-mllama": convert_from_mllama,

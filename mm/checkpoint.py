@@ -148,7 +148,7 @@ def save(
             del state["lm_head.weight"]
         parts["language_model"] = state
     with replaced_files(folder, last=CONFIG_FILE) as new:
-        hashes = _write_parts(new, parts)
+        hashes = write_parts(new, parts)
         processor.tokenizer.save_pretrained(new / "tokenizer")
         origin = None
         if not bundle:
@@ -164,14 +164,14 @@ def save(
             "language_model": origin,
             "parts": hashes,
         }
-        _write_yaml(new / CONFIG_FILE, description)
+        write_yaml(new / CONFIG_FILE, description)
 
 
 def save_encoder(folder: str | Path, encoder: VisionEncoder) -> None:
     """Write an image encoder alone, for `load_encoder` and the adapter stage."""
     with replaced_files(folder, last=CONFIG_FILE) as new:
-        hashes = _write_parts(new, {"vision_encoder": encoder.state_dict()})
-        _write_yaml(new / CONFIG_FILE, {"format": FORMAT, "vision_encoder": asdict(encoder.config), "parts": hashes})
+        hashes = write_parts(new, {"vision_encoder": encoder.state_dict()})
+        write_yaml(new / CONFIG_FILE, {"format": FORMAT, "vision_encoder": asdict(encoder.config), "parts": hashes})
 
 
 def load_encoder(folder: str | Path, tile_size: int | None = None) -> VisionEncoder:
@@ -184,7 +184,7 @@ def load_encoder(folder: str | Path, tile_size: int | None = None) -> VisionEnco
         ValueError: the folder holds no whole encoder.
     """
     folder = Path(folder)
-    description = _read_description(folder)
+    description = read_description(folder)
     values = description.get("vision_encoder") or description.get("model", {}).get("vision_encoder")
     if values is None:
         raise ValueError(f"{folder} holds no image encoder")
@@ -194,7 +194,7 @@ def load_encoder(folder: str | Path, tile_size: int | None = None) -> VisionEnco
         raise ValueError(f"{folder / CONFIG_FILE} does not describe an image encoder: {error}") from error
     with torch.device("meta"):
         encoder = VisionEncoder(stored)
-    put(encoder, _read_part(folder, "vision_encoder", description), source=folder)
+    put(encoder, read_part(folder, "vision_encoder", description), source=folder)
     return encoder if tile_size is None else at_tile_size(encoder, tile_size)
 
 
@@ -236,7 +236,7 @@ def replaced_files(folder: str | Path, last: str) -> Iterator[Path]:
 
 
 def _load_run(folder: Path, language_model: str | Path | None) -> tuple[MultimodalModel, Processor]:
-    description = _read_description(folder)
+    description = read_description(folder)
     if "model" not in description:
         raise ValueError(f"{folder} holds an image encoder alone; train an adapter on it first (mm train)")
     try:
@@ -247,13 +247,13 @@ def _load_run(folder: Path, language_model: str | Path | None) -> tuple[Multimod
         model = MultimodalModel(config)
     origin = description["language_model"]
     if origin is None:
-        put(model.language_model, _read_part(folder, "language_model", description), source=folder)
+        put(model.language_model, read_part(folder, "language_model", description), source=folder)
     else:
         model.language_model = _load_origin(folder, origin, config.language_model, language_model)
     for name in ("vision_encoder", "image_adapter"):
         if getattr(model, name) is not None:
-            put(getattr(model, name), _read_part(folder, name, description), source=folder / f"{name}.safetensors")
-    rows = _read_part(folder, "extra_embeddings", description)["extra_embeddings"]
+            put(getattr(model, name), read_part(folder, name, description), source=folder / f"{name}.safetensors")
+    rows = read_part(folder, "extra_embeddings", description)["extra_embeddings"]
     model.extra_embeddings = nn.Parameter(rows, requires_grad=False)
     tokenizer = mm.convert.llama.load_tokenizer(folder / "tokenizer")
     return model, Processor(tokenizer, config, **description["processor"])
@@ -280,7 +280,7 @@ def _load_origin(folder: Path, origin: dict, config: LanguageModelConfig, moved_
     return model
 
 
-def _write_parts(folder: Path, parts: dict[str, dict[str, Tensor]]) -> dict[str, str]:
+def write_parts(folder: Path, parts: dict[str, dict[str, Tensor]]) -> dict[str, str]:
     """Write each part's tensors to its file; return the files' SHA-256."""
     hashes = {}
     for name, state in parts.items():
@@ -290,7 +290,12 @@ def _write_parts(folder: Path, parts: dict[str, dict[str, Tensor]]) -> dict[str,
     return hashes
 
 
-def _read_part(folder: Path, name: str, description: dict) -> dict[str, Tensor]:
+def read_part(folder: Path, name: str, description: dict) -> dict[str, Tensor]:
+    """A part's tensors.
+
+    Raises:
+        ValueError: its file is missing, or is not the one that the description was written with.
+    """
     file = folder / f"{name}.safetensors"
     if not file.is_file():
         raise ValueError(f"{folder} is incomplete: {file.name} is missing; write the run anew")
@@ -302,12 +307,18 @@ def _read_part(folder: Path, name: str, description: dict) -> dict[str, Tensor]:
         raise ValueError(f"{file} cannot be read: {error}") from error
 
 
-def _write_yaml(file: Path, description: dict) -> None:
+def write_yaml(file: Path, description: dict) -> None:
+    """Write a run's description."""
     plain = json.loads(json.dumps(description))  # tuples as lists
     file.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
 
 
-def _read_description(folder: Path) -> dict:
+def read_description(folder: Path) -> dict:
+    """A run's description, or that of an encoder alone.
+
+    Raises:
+        ValueError: there is none, or it is not whole.
+    """
     file = folder / CONFIG_FILE
     if not file.is_file():
         raise ValueError(_why_not_a_model(folder))
