@@ -77,6 +77,7 @@ def train_adapters(
         evaluate=evaluate,
         layers=(DecoderLayer, EncoderLayer, CrossAttentionBlock),
         units=(DecoderLayer, VisionEncoder, CrossAttentionBlock),  # an encoder's layers run once per number of tiles
+        loads=dataset.num_tiles(processor.tile_size, processor.max_tiles),
         identity={name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE},
     )
 

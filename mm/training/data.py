@@ -16,6 +16,7 @@ from mm.training.objectives import Objective
 from mm.training.parallel import Ranks
 from shards.format import Record
 from shards.reader import ShardSet
+from vision.tiling import choose_canvas
 
 
 @dataclass
@@ -83,6 +84,33 @@ class RecordDataset(Dataset):
             reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             return Unreadable(shards.index["id"][row].as_py(), reason)
 
+    def num_tiles(self, tile_size: int, max_tiles: int) -> torch.Tensor:
+        """Tiles of each sample's first picture, int64 [len(self)], told by the index: nothing is read or decoded."""
+        known: dict[tuple[int | None, int | None], int] = {(None, None): 0}
+        counts = []
+        for shards in self.sets:
+            for size in zip(*(shards.index[side].to_pylist() for side in ("width", "height")), strict=True):
+                if size not in known:
+                    known[size] = math.prod(choose_canvas(*size, tile_size, max_tiles))
+                counts.append(known[size])
+        return torch.tensor(counts)
+
+
+def deal(loads: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Positions of a step's samples for each rank: about equal sums of loads, at most ceil(samples / ranks) each.
+
+    The heaviest goes first, to the rank that has least and may still take one. Within a rank the order stays.
+    """
+    most = math.ceil(len(loads) / num_ranks)
+    dealt: list[list[int]] = [[] for _ in range(num_ranks)]
+    sums = [0] * num_ranks
+    for position in sorted(range(len(loads)), key=lambda position: -loads[position]):
+        free = [rank for rank in range(num_ranks) if len(dealt[rank]) < most]
+        rank = min(free, key=lambda rank: (sums[rank], len(dealt[rank])))
+        dealt[rank].append(position)
+        sums[rank] += loads[position]
+    return [sorted(positions) for positions in dealt]
+
 
 def readable_samples(dataset: RecordDataset, most: int) -> list:
     """Samples to validate on: at most `most` of those that can be read, spread evenly over the dataset.
@@ -129,12 +157,17 @@ def step_loader(
     consumed: int = 0,
     workers: int = 0,
     ranks: Ranks | None = None,
+    loads: torch.Tensor | None = None,
 ) -> DataLoader:
     """A loader that gives `collate_step(samples)` of this rank's share of each step, from `consumed` samples of all
-    ranks on, without end."""
+    ranks on, without end.
+
+    Args:
+        loads: of each sample, [len(dataset)], by which a step is dealt out evenly; None: all weigh the same.
+    """
     return DataLoader(
         dataset,
-        batch_sampler=_Endless(ranks or Ranks(), len(dataset), batch_size, seed, consumed),
+        batch_sampler=_Endless(ranks or Ranks(), loads, len(dataset), batch_size, seed, consumed),
         collate_fn=collate_step,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
@@ -143,11 +176,13 @@ def step_loader(
 
 
 class _Endless:
-    def __init__(self, ranks: Ranks, *numbers: int) -> None:
-        self.ranks, self.numbers = ranks, numbers
+    def __init__(self, ranks: Ranks, loads: torch.Tensor | None, *numbers: int) -> None:
+        self.ranks, self.loads, self.numbers = ranks, loads, numbers
 
     def __iter__(self) -> Iterator[list[int]]:
-        return map(self.ranks.share, steps(*self.numbers))
+        for indices in steps(*self.numbers):
+            loads = [1] * len(indices) if self.loads is None else self.loads[indices].tolist()
+            yield [indices[position] for position in deal(loads, self.ranks.size)[self.ranks.rank]]
 
 
 class Work(NamedTuple):
@@ -174,11 +209,12 @@ def collate_step(
     if size < len(good):
         good.sort(key=objective.size)
     parts = [good[start : start + size] for start in range(0, len(good), size)]
+    batches = [objective.collate(part) for part in parts]
     amounts: dict[str, int] = {}
-    for batch in map(objective.collate, parts):
+    for batch in batches:
         for name, amount in objective.throughput(batch).items():
             amounts[name] = amounts.get(name, 0) + amount
     if idle is not None:
         parts += [[]] * (math.ceil(share / size) - len(parts))
-        parts = [[*part, idle] for part in parts]
-    return Work(list(map(objective.collate, parts)), unreadable, amounts)
+        batches = [objective.collate([*part, idle]) for part in parts]
+    return Work(batches, unreadable, amounts)

@@ -118,6 +118,7 @@ def train(
     layers: tuple[type[nn.Module], ...] = (),
     units: tuple[type[nn.Module], ...] = (),
     identity: dict | None = None,
+    loads: Tensor | None = None,
 ) -> None:
     """Train `module` in place for `config.steps` steps, from the newest checkpoint in `folder` if there is one.
 
@@ -127,6 +128,7 @@ def train(
         name: of the stage, for the progress bar.
         evaluate: called every `evaluate_every` steps and at the end; its numbers are logged under `eval/`.
         layers: kinds of submodules that `checkpoint_activations` applies to. units: those that ranks gather at a time.
+        loads: how much work each sample is, such as its tiles, [len(dataset)]; ranks get about equal sums of it.
         identity: what else, besides `config`, a resumed run must have in common with the interrupted one.
 
     Raises:
@@ -166,6 +168,7 @@ def train(
         consumed=done * config.batch_size,
         workers=config.workers,
         ranks=ranks,
+        loads=loads,
     )
     log_of = MetricsLog if ranks.first else NoLog
     with log_of(folder, done, config.steps, name) as log, _recomputed(module, layers, config), _termination() as ended:
@@ -185,7 +188,10 @@ def train(
             for bad in work.unreadable:
                 print(f"left out record {bad.record}: {bad.reason}", file=sys.stderr)
             num_unreadable, asked, *amounts = ranks.sum(len(work.unreadable), ended.asked, *work.amounts.values())
-            window.add(done_step, int(num_unreadable), dict(zip(work.amounts, amounts, strict=True)))
+            totals = dict(zip(work.amounts, amounts, strict=True))
+            window.add(done_step, int(num_unreadable), totals)
+            if ranks.size > 1 and totals["tiles"]:
+                window.imbalances.append(ranks.largest(work.amounts["tiles"]) * ranks.size / totals["tiles"] - 1)
             window.clock(waited, time.perf_counter() - started)
             log.advance(done_step.loss)
             finished = step + 1

@@ -38,10 +38,6 @@ class Ranks:
         """Whether this is the process that writes files and reports."""
         return self.rank == 0
 
-    def share(self, items: Sequence) -> list:
-        """This rank's part of what is in order on all: every `size`-th item."""
-        return list(items[self.rank :: self.size])
-
     def sum(self, *numbers: float) -> list[float]:
         """The sums of each number over all ranks, the same on all."""
         if self.size == 1:
@@ -49,6 +45,14 @@ class Ranks:
         total = torch.tensor(numbers, dtype=torch.float64)
         dist.all_reduce(total, group=_host_group())
         return total.tolist()
+
+    def largest(self, number: float) -> float:
+        """The largest that any rank has, the same on all."""
+        if self.size == 1:
+            return number
+        most = torch.tensor(number, dtype=torch.float64)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=_host_group())
+        return most.item()
 
     def meet(self, seconds: float) -> None:
         """Wait for all ranks.

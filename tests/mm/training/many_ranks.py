@@ -38,7 +38,9 @@ def gradients_of_a_step(model, samples, config, ranks) -> dict:
     module = copy.deepcopy(model)
     names = list(apply_rates(module, config.rates))
     share = -(-len(samples) // ranks.size)
-    work = collate_step(ranks.share(samples), objective, config.micro_batch_size, objective.idle(model), share)
+    work = collate_step(
+        samples[ranks.rank :: ranks.size], objective, config.micro_batch_size, objective.idle(model), share
+    )
     shard(module, UNITS, config.shard_ranks, config.compute, "cpu", objective.whole_passes)
     held = sum(p.to_local().numel() for p in module.parameters())
     states = build_optimizer(module, apply_rates(module, config.rates), 0.1, (0.9, 0.95)).param_groups

@@ -1,14 +1,17 @@
 """The order of samples is a function of (sources, seed, position): workers, restarts and luck have no say in it."""
 
+import io
 import itertools
 from collections import Counter
 from functools import partial
 
 import pytest
+import torch
 
-from mm.training.data import RecordDataset, Source, Unreadable, epoch_order, step_loader, steps
+from mm.training.data import RecordDataset, Source, Unreadable, deal, epoch_order, step_loader, steps
 from shards.format import Record
 from shards.writer import write_shards
+from vision.tiling import tile_image
 
 
 def first(count: int, *arguments, **options) -> list[list[int]]:
@@ -136,3 +139,35 @@ def test_a_record_that_the_shard_does_not_hold_is_named(tmp_path, square_record)
     tar.write_bytes(content)
     assert isinstance(dataset[1], Unreadable) and dataset[1].record == "square-0001"
     assert [dataset[0].id, dataset[2].id] == ["square-0000", "square-0002"]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
+def test_a_step_is_dealt_out_once_and_evenly(num_ranks):
+    generator = torch.Generator().manual_seed(num_ranks)
+    for _ in range(20):
+        loads = torch.randint(0, 5, (64,), generator=generator).tolist()
+        dealt = deal(loads, num_ranks)
+        assert sorted(position for positions in dealt for position in positions) == list(range(64))
+        assert max(map(len, dealt)) <= -(-64 // num_ranks)
+        sums = [sum(loads[position] for position in positions) for positions in dealt]
+        in_turn = [sum(loads[rank::num_ranks]) for rank in range(num_ranks)]
+        assert max(sums) - min(sums) <= max(4, 0.5 * (max(in_turn) - min(in_turn)))
+
+
+def test_equal_loads_keep_numbers_equal():
+    assert [len(positions) for positions in deal([1] * 7, 3)] == [3, 2, 2]
+    assert deal([5], 2) == [[0], []]
+
+
+def test_tiles_are_told_by_the_index(tmp_path, random_picture):
+    sizes = [(28, 28), (100, 28), (60, 60)]
+    records = []
+    for number, size in enumerate(sizes):
+        out = io.BytesIO()
+        random_picture(*size).save(out, format="png")
+        about = {"id": f"p{number}", "split": "train", "task": "caption", "language": "en", "caption": "noise"}
+        records.append(Record(f"p{number}", about, {"png": out.getvalue()}))
+    write_shards(records, tmp_path / "set")
+    dataset = RecordDataset([Source(str(tmp_path / "set"), repeat=2)], lambda record: record)
+    expected = [tile_image(random_picture(*size), 28, 4).num_tiles for size in sizes]
+    assert dataset.num_tiles(28, 4).tolist() == expected * 2 and len(set(expected)) > 1

@@ -16,7 +16,6 @@ from mm.training.guards import Guard
 from mm.training.loop import train, train_step
 from mm.training.objectives import NextTokenObjective
 from mm.training.optimizer import apply_rates
-from mm.training.parallel import Ranks
 
 # Sums over ranks run in another order than in one process: fp32 rounding of gradients of size 1e-3 to 1.
 CLOSE = {"rtol": 1e-3, "atol": 2e-6}
@@ -136,13 +135,3 @@ def test_ranks_that_were_started_differently_are_named(tmp_path):
     )
     done = start(tmp_path, 2, program)
     assert done.returncode != 0 and "ranks 1 have another configuration than rank 0" in done.stderr
-
-
-@pytest.mark.parametrize("size", [1, 2, 3])
-def test_shares_are_all_samples_once(size):
-    items = list(range(7))
-    shares = [Ranks(rank, size).share(items) for rank in range(size)]
-    assert (
-        sorted(item for share in shares for item in share) == items
-        and max(map(len, shares)) - min(map(len, shares)) <= 1
-    )
