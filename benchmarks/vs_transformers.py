@@ -23,8 +23,9 @@ import mm
 from benchmarks import measure
 from benchmarks.pair import TINY, Shape, build_pair, make_samples, padding, their_images, their_inputs
 from mm.generation import prefill, stream_tokens
+from mm.training.config import TrainingConfig
 from mm.training.guards import Guard
-from mm.training.loop import TrainingConfig, train_step
+from mm.training.loop import train_step
 from mm.training.objectives import NextTokenObjective
 from mm.training.optimizer import apply_rates, build_optimizer
 

@@ -17,8 +17,9 @@ from mm.checkpoint import save_encoder
 from mm.config import usable_device
 from mm.processor import record_pictures
 from mm.training.command import run_stage
+from mm.training.config import TrainingConfig
 from mm.training.data import RecordDataset, Source, readable_samples
-from mm.training.loop import TrainingConfig, train
+from mm.training.loop import train
 from mm.training.objectives import ContrastiveModel, ContrastiveObjective, Pair, TextTowerConfig, initialise_encoder
 from shards.format import Record
 from vision.encoder import EncoderLayer, VisionEncoderConfig

@@ -17,8 +17,8 @@ from mm.model import MultimodalModel
 from mm.processor import Processor
 from mm.training.adapters import train_adapters
 from mm.training.command import run_stage
+from mm.training.config import TrainingConfig
 from mm.training.data import Source
-from mm.training.loop import TrainingConfig
 from mm.training.parallel import Ranks
 from vision.encoder import at_tile_size
 

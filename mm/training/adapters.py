@@ -14,8 +14,9 @@ from mm.cross_attention import CrossAttentionBlock
 from mm.language_model import DecoderLayer
 from mm.model import MultimodalModel
 from mm.processor import Processor
+from mm.training.config import TrainingConfig
 from mm.training.data import RecordDataset, Source, readable_samples
-from mm.training.loop import TrainingConfig, train
+from mm.training.loop import train
 from mm.training.objectives import NextTokenObjective
 from mm.training.optimizer import apply_rates
 from vision.encoder import EncoderLayer, VisionEncoder

@@ -156,18 +156,18 @@ def step_loader(
     seed: int,
     consumed: int = 0,
     workers: int = 0,
-    ranks: Ranks | None = None,
+    readers: Ranks | None = None,
     loads: torch.Tensor | None = None,
 ) -> DataLoader:
-    """A loader that gives `collate_step(samples)` of this rank's share of each step, from `consumed` samples of all
-    ranks on, without end.
+    """A loader that gives `collate_step(samples)` of this reader's share of each step, from `consumed` samples of
+    all readers on, without end.
 
     Args:
         loads: of each sample, [len(dataset)], by which a step is dealt out evenly; None: all weigh the same.
     """
     return DataLoader(
         dataset,
-        batch_sampler=_Endless(ranks or Ranks(), loads, len(dataset), batch_size, seed, consumed),
+        batch_sampler=_Endless(readers or Ranks(), loads, len(dataset), batch_size, seed, consumed),
         collate_fn=collate_step,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
@@ -176,13 +176,13 @@ def step_loader(
 
 
 class _Endless:
-    def __init__(self, ranks: Ranks, loads: torch.Tensor | None, *numbers: int) -> None:
-        self.ranks, self.loads, self.numbers = ranks, loads, numbers
+    def __init__(self, readers: Ranks, loads: torch.Tensor | None, *numbers: int) -> None:
+        self.readers, self.loads, self.numbers = readers, loads, numbers
 
     def __iter__(self) -> Iterator[list[int]]:
         for indices in steps(*self.numbers):
             loads = [1] * len(indices) if self.loads is None else self.loads[indices].tolist()
-            yield [indices[position] for position in deal(loads, self.ranks.size)[self.ranks.rank]]
+            yield [indices[position] for position in deal(loads, self.readers.size)[self.readers.rank]]
 
 
 class Work(NamedTuple):

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,86 +24,13 @@ from torch.utils.data import Dataset
 
 from mm.config import usable_device
 from mm.training.checkpoints import resume, save_checkpoint
+from mm.training.config import FREE_TO_CHANGE, TrainingConfig
 from mm.training.data import collate_step, step_loader
 from mm.training.guards import Guard
 from mm.training.metrics import MetricsLog, NoLog, Step, Window
 from mm.training.objectives import Objective
 from mm.training.optimizer import apply_rates, build_optimizer, rate_factor, set_rate_factor
-from mm.training.parallel import Ranks, shard, whole
-
-# What a run that goes on may do in another way.
-FREE_TO_CHANGE = ("log_every", "evaluate_every", "save_every", "keep", "workers", "shard_ranks", "rank_timeout")
-
-
-@dataclass
-class TrainingConfig:
-    """How a stage trains.
-
-    Attributes:
-        steps: optimizer steps in all.
-        batch_size: samples per step, over all ranks. micro_batch_size: samples per forward pass of a rank; null takes
-            its whole share.
-        rates: name pattern -> learning rate; the first that fits decides, null freezes.
-        warmup_steps, final_rate_factor: linear warm-up, then a cosine down to this share of the rates.
-        compute: "fp32" or "bf16" (autocast; weights, gradients and optimizer stay FP32).
-        checkpoint_activations: compute layers anew in the backward pass instead of keeping their activations.
-        spike_factor: leave out a step whose gradient norm is this many times the median of recent ones; null leaves out
-            only what is not finite.
-        max_skipped: steps in a row that may be left out before the run stops.
-        log_every, evaluate_every, save_every: in steps. keep: newest checkpoints that stay.
-        workers: processes that read and decode, per rank; they do not change the order.
-        shard_ranks: under torchrun, how many ranks share one copy of the weights; null: all of them.
-        rank_timeout: seconds after which ranks that do not come to a step end the run, by number.
-    """
-
-    steps: int
-    batch_size: int
-    rates: dict[str, float | None] = field(default_factory=dict)
-    micro_batch_size: int | None = None
-    warmup_steps: int = 0
-    final_rate_factor: float = 0.0
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.95)
-    max_gradient_norm: float = 1.0
-    compute: str = "fp32"
-    checkpoint_activations: bool = False
-    spike_factor: float | None = None
-    max_skipped: int = 10
-    log_every: int = 10
-    evaluate_every: int = 100
-    save_every: int = 100
-    keep: int = 2
-    workers: int = 1
-    shard_ranks: int | None = None
-    rank_timeout: float = 300.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "evaluate_every", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("warmup_steps", "final_rate_factor", "weight_decay", "max_skipped", "workers"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"training.{name} is {getattr(self, name)}; it must be 0 or more")
-        for name in ("max_gradient_norm", "rank_timeout"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"training.{name} is {getattr(self, name)}; it must be above 0")
-        if self.shard_ranks is not None and self.shard_ranks < 1:
-            raise ValueError(f"training.shard_ranks is {self.shard_ranks}; it must be at least 1, or null")
-        if self.spike_factor is not None and not self.spike_factor > 1:
-            raise ValueError(f"training.spike_factor is {self.spike_factor}; it must be above 1, or null")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"training.betas are {self.betas}; both must lie in [0, 1)")
-        for pattern, rate in self.rates.items():
-            if rate is not None and not 0 <= rate < math.inf:
-                raise ValueError(f"training.rates of {pattern!r} is {rate}; it must be 0 or more, or null to freeze")
-        if self.micro_batch_size is not None and not 1 <= self.micro_batch_size <= self.batch_size:
-            raise ValueError(
-                f"training.micro_batch_size is {self.micro_batch_size}; it can be "
-                f"1 to the batch_size, {self.batch_size}"
-            )
-        if self.compute not in ("fp32", "bf16"):
-            raise ValueError(f"training.compute is {self.compute!r}; it can be fp32 or bf16")
+from mm.training.parallel import Layout, Ranks, shard, whole
 
 
 def train(
@@ -138,6 +65,8 @@ def train(
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; name a folder for the run")
     device, ranks = usable_device(device), Ranks.here()
+    layout = Layout.of(config, ranks.size)
+    readers = layout.readers(ranks.rank)
     rates = apply_rates(module, config.rates)
     rates_in_order = list(config.rates.items())  # the order decides, and a comparison of dicts would not see it
     fingerprint = {**asdict(config), "rates": rates_in_order, "samples": len(dataset), **(identity or {})}
@@ -150,7 +79,7 @@ def train(
         module = copy.deepcopy(plain)
     module.to(device).train()
     if ranks.size > 1:
-        shard(module, units, config.shard_ranks, config.compute, device.type, objective.whole_passes)
+        shard(module, units, layout, config.compute, device.type, objective.whole_passes)
     optimizer = build_optimizer(module, rates, config.weight_decay, config.betas)
     done, unlogged = resume(folder, module, optimizer, fingerprint)
     folder.mkdir(parents=True, exist_ok=True)
@@ -161,13 +90,13 @@ def train(
             objective=objective,
             micro_batch_size=config.micro_batch_size,
             idle=idle,
-            share=math.ceil(config.batch_size / ranks.size),
+            share=math.ceil(config.batch_size / readers.size),
         ),
         config.batch_size,
         config.seed,
         consumed=done * config.batch_size,
         workers=config.workers,
-        ranks=ranks,
+        readers=readers,
         loads=loads,
     )
     log_of = MetricsLog if ranks.first else NoLog
@@ -187,11 +116,12 @@ def train(
                 print(f"left out step {step + 1}: {done_step.left_out}", file=sys.stderr)
             for bad in work.unreadable:
                 print(f"left out record {bad.record}: {bad.reason}", file=sys.stderr)
-            num_unreadable, asked, *amounts = ranks.sum(len(work.unreadable), ended.asked, *work.amounts.values())
+            asked = ranks.largest(ended.asked)
+            num_unreadable, *amounts = layout.sum(len(work.unreadable), *work.amounts.values())
             totals = dict(zip(work.amounts, amounts, strict=True))
             window.add(done_step, int(num_unreadable), totals)
-            if ranks.size > 1 and totals["tiles"]:
-                window.imbalances.append(ranks.largest(work.amounts["tiles"]) * ranks.size / totals["tiles"] - 1)
+            if readers.size > 1 and totals["tiles"]:
+                window.imbalances.append(ranks.largest(work.amounts["tiles"]) * readers.size / totals["tiles"] - 1)
             window.clock(waited, time.perf_counter() - started)
             log.advance(done_step.loss)
             finished = step + 1
@@ -236,8 +166,8 @@ def train_step(
     Raises:
         ValueError: nothing to learn in the step, or more steps to leave out than the guard's patience allows.
     """
-    ranks = Ranks.here()
-    (count,) = ranks.sum(sum(objective.count(batch) for batch in batches))
+    layout = Layout.of(config, Ranks.here().size)
+    (count,) = layout.sum(sum(objective.count(batch) for batch in batches))
     if count == 0:
         raise ValueError("a step holds no targets; check the data's answers and captions")
     kind = torch.device(device).type
@@ -247,9 +177,9 @@ def train_step(
             with torch.autocast(kind, dtype=torch.bfloat16, enabled=config.compute == "bf16"):
                 loss = objective.loss(module, batch.to(device)) / count
             if loss.requires_grad:  # rows without images depend on nothing that an image adapter trains
-                (loss * ranks.size).backward()  # sharded gradients are averaged over the ranks
+                (loss * layout.num_readers).backward()  # sharded gradients are averaged over the ranks
             total += loss.item()
-    step = Step(ranks.sum(total)[0], _gradient_norms(module))
+    step = Step(layout.sum(total)[0], _gradient_norms(module))
     try:
         reason = guard.reason_to_skip(step.loss, step.norm)
         if reason is None:

@@ -20,6 +20,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from mm.training.config import TrainingConfig
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -83,6 +85,55 @@ class Ranks:
             raise ValueError(f"ranks {', '.join(map(str, others))} have another {what} than rank 0: start all alike")
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How a run's ranks are arranged: [pipeline, copies, shards, tensor], tensor ranks next to each other.
+
+    Attributes:
+        pipeline: ranks that share the layers, in order. copies: of the weights (HSDP). shards: ranks that share one
+            copy (FSDP). tensor: ranks that share each product.
+    """
+
+    pipeline: int = 1
+    copies: int = 1
+    shards: int = 1
+    tensor: int = 1
+
+    @staticmethod
+    def of(config: TrainingConfig, size: int) -> "Layout":
+        """Of so many ranks, as a configuration arranges them.
+
+        Raises:
+            ValueError: the numbers of the configuration do not divide the number of ranks.
+        """
+        if size % (config.tensor_ranks * config.pipeline_ranks):
+            raise ValueError(
+                f"training.tensor_ranks is {config.tensor_ranks} and training.pipeline_ranks {config.pipeline_ranks}; "
+                f"their product must divide the number of ranks, {size}"
+            )
+        readers = size // (config.tensor_ranks * config.pipeline_ranks)
+        shards = readers if config.shard_ranks is None else config.shard_ranks
+        if readers % shards:
+            raise ValueError(
+                f"training.shard_ranks is {shards}; it must divide the number of ranks that read different samples, "
+                f"{readers}"
+            )
+        return Layout(config.pipeline_ranks, readers // shards, shards, config.tensor_ranks)
+
+    @property
+    def num_readers(self) -> int:
+        """Ranks that read different samples; the others read what one of them reads."""
+        return self.copies * self.shards
+
+    def readers(self, rank: int) -> Ranks:
+        """Which of the readers a rank is."""
+        return Ranks(rank // self.tensor % self.num_readers, self.num_readers)
+
+    def sum(self, *numbers: float) -> list[float]:
+        """The sums of each number over the readers, the same on all ranks."""
+        return [total / (self.tensor * self.pipeline) for total in Ranks.here().sum(*numbers)]
+
+
 @contextmanager
 def joined() -> Iterator[Ranks]:
     """Join the other processes that `torchrun` has started, and leave them at the end; alone without it."""
@@ -110,7 +161,7 @@ def _host_group() -> dist.ProcessGroup:
 def shard(
     module: nn.Module,
     units: tuple[type[nn.Module], ...],
-    shard_ranks: int | None,
+    layout: Layout,
     compute: str,
     device_type: str,
     forward_methods: Sequence[str],
@@ -122,20 +173,13 @@ def shard(
 
     Args:
         units: kinds of submodules that are gathered one at a time. Every rank must run each of them equally often.
-        shard_ranks: how many ranks share one copy; None: all of them.
+        layout: how the ranks are arranged.
         forward_methods: what besides `forward` runs the whole module.
-
-    Raises:
-        ValueError: `shard_ranks` does not divide the number of ranks.
     """
-    size = Ranks.here().size
-    shard_ranks = size if shard_ranks is None else shard_ranks
-    if size % shard_ranks:
-        raise ValueError(f"training.shard_ranks is {shard_ranks}; it must divide the number of ranks, {size}")
-    if shard_ranks == size:
-        mesh = init_device_mesh(device_type, (size,), mesh_dim_names=("shard",))
+    if layout.copies == 1:
+        mesh = init_device_mesh(device_type, (layout.shards,), mesh_dim_names=("shard",))
     else:
-        mesh = init_device_mesh(device_type, (size // shard_ranks, shard_ranks), mesh_dim_names=("copy", "shard"))
+        mesh = init_device_mesh(device_type, (layout.copies, layout.shards), mesh_dim_names=("copy", "shard"))
     low = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if compute == "bf16" else None, reduce_dtype=torch.float32)
     for submodule in reversed(list(module.modules())):
         if isinstance(submodule, units):

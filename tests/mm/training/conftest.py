@@ -8,7 +8,8 @@ import torch
 
 import mm
 from mm.batch import IGNORED
-from mm.training.loop import TrainingConfig, train
+from mm.training.config import TrainingConfig
+from mm.training.loop import train
 from mm.training.objectives import NextTokenObjective
 
 FROZEN = {"language_model.*": None, "extra_embeddings": None}

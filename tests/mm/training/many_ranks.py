@@ -20,7 +20,7 @@ from mm.training.guards import Guard
 from mm.training.loop import train, train_step
 from mm.training.objectives import NextTokenObjective
 from mm.training.optimizer import apply_rates, build_optimizer
-from mm.training.parallel import joined, shard, whole
+from mm.training.parallel import Layout, joined, shard, whole
 from vision.encoder import VisionEncoder
 
 UNITS = (DecoderLayer, VisionEncoder, CrossAttentionBlock)
@@ -41,7 +41,7 @@ def gradients_of_a_step(model, samples, config, ranks) -> dict:
     work = collate_step(
         samples[ranks.rank :: ranks.size], objective, config.micro_batch_size, objective.idle(model), share
     )
-    shard(module, UNITS, config.shard_ranks, config.compute, "cpu", objective.whole_passes)
+    shard(module, UNITS, Layout.of(config, ranks.size), config.compute, "cpu", objective.whole_passes)
     held = sum(p.to_local().numel() for p in module.parameters())
     states = build_optimizer(module, apply_rates(module, config.rates), 0.1, (0.9, 0.95)).param_groups
     spy = Spy([module.get_parameter(name) for name in names], lr=1.0)

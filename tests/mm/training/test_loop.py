@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mm.training.config import TrainingConfig
 from mm.training.data import Unreadable
-from mm.training.loop import TrainingConfig
 from mm.training.objectives import NextTokenObjective
 
 BAD = Unreadable("square-0007", "broken or truncated picture")

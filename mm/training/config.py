@@ -1,0 +1,92 @@
+"""How a stage trains: the settings that all stages have in common, checked when they are read."""
+
+import math
+from dataclasses import dataclass, field
+
+# What a run that goes on may do in another way.
+FREE_TO_CHANGE = (
+    "log_every",
+    "evaluate_every",
+    "save_every",
+    "keep",
+    "workers",
+    "shard_ranks",
+    "tensor_ranks",
+    "pipeline_ranks",
+    "rank_timeout",
+)
+
+
+@dataclass
+class TrainingConfig:
+    """How a stage trains.
+
+    Attributes:
+        steps: optimizer steps in all.
+        batch_size: samples per step, over all ranks. micro_batch_size: samples per forward pass of a rank; null takes
+            its whole share.
+        rates: name pattern -> learning rate; the first that fits decides, null freezes.
+        warmup_steps, final_rate_factor: linear warm-up, then a cosine down to this share of the rates.
+        compute: "fp32" or "bf16" (autocast; weights, gradients and optimizer stay FP32).
+        checkpoint_activations: compute layers anew in the backward pass instead of keeping their activations.
+        spike_factor: leave out a step whose gradient norm is this many times the median of recent ones; null leaves out
+            only what is not finite.
+        max_skipped: steps in a row that may be left out before the run stops.
+        log_every, evaluate_every, save_every: in steps. keep: newest checkpoints that stay.
+        workers: processes that read and decode, per rank; they do not change the order.
+        shard_ranks: under torchrun, how many ranks share one copy of the weights (FSDP); null: all that read different
+            samples. tensor_ranks: how many share each product. pipeline_ranks: how many share the layers, in order.
+        rank_timeout: seconds after which ranks that do not come to a step end the run, by number.
+    """
+
+    steps: int
+    batch_size: int
+    rates: dict[str, float | None] = field(default_factory=dict)
+    micro_batch_size: int | None = None
+    warmup_steps: int = 0
+    final_rate_factor: float = 0.0
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.95)
+    max_gradient_norm: float = 1.0
+    compute: str = "fp32"
+    checkpoint_activations: bool = False
+    spike_factor: float | None = None
+    max_skipped: int = 10
+    log_every: int = 10
+    evaluate_every: int = 100
+    save_every: int = 100
+    keep: int = 2
+    workers: int = 1
+    shard_ranks: int | None = None
+    tensor_ranks: int = 1
+    pipeline_ranks: int = 1
+    rank_timeout: float = 300.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        counts = ("steps", "batch_size", "log_every", "evaluate_every", "save_every", "keep")
+        for name in (*counts, "tensor_ranks", "pipeline_ranks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("warmup_steps", "final_rate_factor", "weight_decay", "max_skipped", "workers"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"training.{name} is {getattr(self, name)}; it must be 0 or more")
+        for name in ("max_gradient_norm", "rank_timeout"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"training.{name} is {getattr(self, name)}; it must be above 0")
+        if self.shard_ranks is not None and self.shard_ranks < 1:
+            raise ValueError(f"training.shard_ranks is {self.shard_ranks}; it must be at least 1, or null")
+        if self.spike_factor is not None and not self.spike_factor > 1:
+            raise ValueError(f"training.spike_factor is {self.spike_factor}; it must be above 1, or null")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"training.betas are {self.betas}; both must lie in [0, 1)")
+        for pattern, rate in self.rates.items():
+            if rate is not None and not 0 <= rate < math.inf:
+                raise ValueError(f"training.rates of {pattern!r} is {rate}; it must be 0 or more, or null to freeze")
+        if self.micro_batch_size is not None and not 1 <= self.micro_batch_size <= self.batch_size:
+            raise ValueError(
+                f"training.micro_batch_size is {self.micro_batch_size}; it can be "
+                f"1 to the batch_size, {self.batch_size}"
+            )
+        if self.compute not in ("fp32", "bf16"):
+            raise ValueError(f"training.compute is {self.compute!r}; it can be fp32 or bf16")
