@@ -41,6 +41,7 @@ class Batch:
         images: every image of the batch, row by row.
         images_per_row: number of images of each row.
         labels: int64 [B, T], -100 where there is no target; None where no sample had labels.
+        on_host: the batch that `to` moved to a device.
     """
 
     tokens: Tensor
@@ -48,6 +49,12 @@ class Batch:
     images: list[Tiles]
     images_per_row: list[int]
     labels: Tensor | None = None
+    on_host: "Batch | None" = field(default=None, repr=False)
+
+    @property
+    def host(self) -> "Batch":
+        """The same batch where its tokens, lengths and labels can be looked at without waiting for the device."""
+        return self.on_host or self
 
     def to(self, device: torch.device | str) -> "Batch":
         return Batch(
@@ -56,6 +63,7 @@ class Batch:
             [tiles.to(device) for tiles in self.images],
             self.images_per_row,
             None if self.labels is None else self.labels.to(device, non_blocking=True),
+            self.host,
         )
 
 
@@ -133,22 +141,31 @@ class Visibility:
         mask: bool [R, 1, T, S], for attention; None when every token that sees anything sees all there is.
     """
 
-    def __init__(self, intervals: Tensor, counts_per_row: Sequence[int]) -> None:
-        """From intervals [B, T, 2] and the number of vision tokens of each of the B rows (some are not 0)."""
+    def __init__(
+        self, intervals: Tensor, counts_per_row: Sequence[int], device: torch.device | str | None = None
+    ) -> None:
+        """From intervals [B, T, 2] and the number of vision tokens of each of the B rows (some are not 0).
+
+        Args:
+            device: where the text is. Intervals on the CPU tell what there is to do without waiting for it.
+        """
+        device = intervals.device if device is None else device
         holding = [row for row, count in enumerate(counts_per_row) if count]
         self.rows = None
         if len(holding) < len(counts_per_row):
-            self.rows = torch.tensor(holding, device=intervals.device)
-            intervals = intervals[self.rows]
+            intervals = intervals[holding]
+            self.rows = torch.tensor(holding).to(device, non_blocking=True)
         self.counts = [counts_per_row[row] for row in holding]
         self.most = max(self.counts)
         start, end = intervals[..., 0], intervals[..., 1]
         seeing = end > start
         sees_all = (start == 0) & (end == self.most)
-        self.seeing = None if bool(seeing.all()) else seeing[..., None]
+        all_see, all_alike = bool(seeing.all()), bool((sees_all | ~seeing).all())
+        start, end, seeing = (given.to(device, non_blocking=True) for given in (start, end, seeing))
+        self.seeing = None if all_see else seeing[..., None]
         self.mask = None
-        if not bool((sees_all | ~seeing).all()):
-            key = torch.arange(self.most, device=intervals.device)
+        if not all_alike:
+            key = torch.arange(self.most, device=device)
             mask = (key >= start[..., None]) & (key < end[..., None])
             # A token that sees nothing may look anywhere, so that no softmax is empty; `silence` drops the outcome.
             self.mask = (mask | ~seeing[..., None])[:, None]

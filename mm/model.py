@@ -142,21 +142,22 @@ class MultimodalModel(nn.Module):
         ends = torch.tensor([0, *counts]).cumsum(0)
         rows = torch.tensor([0, *batch.images_per_row]).cumsum(0)
         counts_per_row = ends[rows].diff().tolist()
-        intervals = visibility_intervals(self._is_image(batch), batch.images_per_row, counts)
+        host, device = batch.host, batch.tokens.device
+        intervals = visibility_intervals(self._is_image(host), batch.images_per_row, counts)
         if cache is not None:
-            last = intervals[torch.arange(len(intervals), device=intervals.device), batch.lengths - 1]
-            cache.visible = Visibility(last[:, None], counts_per_row)
+            last = intervals[torch.arange(len(intervals), device=intervals.device), host.lengths - 1]
+            cache.visible = Visibility(last[:, None], counts_per_row, device)
         projection = self.image_adapter.projection
         # Every block uses the vision tokens, so their gradient is summed here: in FP32, also where autocast gives bf16.
         vision = projection(self.vision_encoder(batch.images)).to(projection.weight.dtype)
-        return vision, Visibility(intervals, counts_per_row)
+        return vision, Visibility(intervals, counts_per_row, device)
 
     def _is_image(self, batch: Batch) -> Tensor:
         real = torch.arange(batch.tokens.shape[1], device=batch.tokens.device) < batch.lengths[:, None]
         return (batch.tokens == self.config.image_token_id) & real
 
     def _check(self, batch: Batch) -> None:
-        config = self.config
+        config, batch = self.config, batch.host
         if batch.images and self.vision_encoder is None:
             raise ValueError("the batch holds images and the model has no vision_encoder")
         if batch.tokens.shape[1] > config.language_model.context:

@@ -7,6 +7,7 @@ Source: paper §7.1 and the Llama 3.2 reference. Two ways to lay out the tiles:
 Shapes: N images of K tiles, P tokens per tile (patches and one CLS), C width.
 """
 
+import functools
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -187,8 +188,7 @@ class VisionEncoder(nn.Module):
 
     def _normalise(self, pixels: Tensor) -> Tensor:
         """uint8 [..., 3, S, S] -> CLIP-normalised, in the encoder's dtype."""
-        mean = torch.tensor(CLIP_MEAN, device=pixels.device).view(3, 1, 1)
-        std = torch.tensor(CLIP_STD, device=pixels.device).view(3, 1, 1)
+        mean, std = _clip_statistics(pixels.device)
         return ((pixels / 255.0 - mean) / std).to(self.class_embedding.dtype)
 
     def _embed(self, x: Tensor, canvas_ids: Tensor) -> Tensor:
@@ -222,7 +222,7 @@ class VisionEncoder(nn.Module):
     def _encode_group(self, images: Sequence[Tiles]) -> Tensor:
         """Images of one tile count -> [N, K * P, feature_size]."""
         pixels = torch.stack([tiles.pixels for tiles in images])
-        canvas_ids = torch.tensor([tiles.canvas_id for tiles in images], device=pixels.device)
+        canvas_ids = torch.tensor([tiles.canvas_id for tiles in images]).to(pixels.device, non_blocking=True)
         return self._transform(self._embed(self._normalise(pixels), canvas_ids), canvas_ids, mask=None)
 
     def _encode_padded(self, images: Sequence[Tiles]) -> Tensor:
@@ -233,12 +233,14 @@ class VisionEncoder(nn.Module):
         """
         device = self.class_embedding.device
         max_tiles, tokens = self.config.max_num_tiles, self.config.tokens_per_tile
-        canvas_ids = torch.tensor([tiles.canvas_id for tiles in images], device=device)
-        counts = torch.tensor([tiles.num_tiles for tiles in images], device=device)
+        canvas_ids = torch.tensor([tiles.canvas_id for tiles in images]).to(device, non_blocking=True)
+        counts = torch.tensor([tiles.num_tiles for tiles in images])
         size = self.config.tile_size
         pixels = torch.zeros(len(images), max_tiles, 3, size, size, device=device, dtype=self.class_embedding.dtype)
-        real_tiles = torch.arange(max_tiles, device=device) < counts[:, None]  # [N, max_tiles]
-        pixels[real_tiles] = self._normalise(torch.cat([tiles.pixels for tiles in images]))
+        real_tiles = torch.arange(max_tiles) < counts[:, None]  # [N, max_tiles], and where it holds:
+        real = tuple(places.to(device, non_blocking=True) for places in real_tiles.nonzero(as_tuple=True))
+        real_tiles = real_tiles.to(device, non_blocking=True)
+        pixels[real] = self._normalise(torch.cat([tiles.pixels for tiles in images]))
         x = self._embed(pixels, canvas_ids)
         padding = -tokens % TOKENS_MULTIPLE
         x = F.pad(x, (0, 0, 0, padding))
@@ -246,7 +248,7 @@ class VisionEncoder(nn.Module):
         is_pad = (~is_real).flatten(1).to(x.dtype)
         mask = (is_pad[:, :, None] @ is_pad[:, None, :] * torch.finfo(x.dtype).min)[:, None]
         features = self._transform(x, canvas_ids, mask).unflatten(1, (max_tiles, -1))[:, :, :tokens]
-        return features[real_tiles].flatten(0, 1)[None]
+        return features[real].flatten(0, 1)[None]
 
     def _check(self, images: Sequence[Tiles]) -> None:
         for index, tiles in enumerate(images):
@@ -259,6 +261,13 @@ class VisionEncoder(nn.Module):
                 raise ValueError(
                     f"image {index} has {tiles.num_tiles} tiles; the encoder takes at most {self.config.max_num_tiles}"
                 )
+
+
+@functools.lru_cache(maxsize=16)
+def _clip_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of pixels, each [3, 1, 1]; kept, since to move them is to wait for the device."""
+    with torch.inference_mode(False):
+        return tuple(torch.tensor(values, device=device).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
 
 
 def at_tile_size(encoder: VisionEncoder, tile_size: int) -> VisionEncoder:

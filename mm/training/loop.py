@@ -171,15 +171,15 @@ def train_step(
     if count == 0:
         raise ValueError("a step holds no targets; check the data's answers and captions")
     kind = torch.device(device).type
-    total = 0.0
+    losses = []
     with _attention_kernels(config.compute, kind):  # the backward pass too: it may compute activations anew
         for batch in batches:
             with torch.autocast(kind, dtype=torch.bfloat16, enabled=config.compute == "bf16"):
                 loss = objective.loss(module, batch.to(device)) / count
             if loss.requires_grad:  # rows without images depend on nothing that an image adapter trains
                 (loss * layout.num_readers).backward()  # sharded gradients are averaged over the ranks
-            total += loss.item()
-    step = Step(layout.sum(total)[0], _gradient_norms(module))
+            losses.append(loss.detach())  # read when all is under way: to read is to wait for the device
+    step = Step(layout.sum(sum(loss.item() for loss in losses))[0], _gradient_norms(module))
     try:
         reason = guard.reason_to_skip(step.loss, step.norm)
         if reason is None:

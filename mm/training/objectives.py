@@ -55,14 +55,15 @@ def next_token_loss(model: MultimodalModel, batch: Batch) -> Tensor:
     """
     if batch.labels is None:
         raise ValueError("the batch has no labels, so there is nothing to learn from it")
-    hidden = model.hidden_states(batch)[:, :-1]
-    targets = batch.labels[:, 1:]
-    wanted = targets != IGNORED
-    targets = targets[wanted]
+    hidden = model.hidden_states(batch)
+    labels = batch.host.labels[:, 1:]
+    wanted = (labels != IGNORED).nonzero(as_tuple=True)
+    targets = labels[wanted]
     vocab = model.config.language_model.vocab_size
     if targets.numel() and int(targets.max()) >= vocab:
         raise ValueError(f"label {int(targets.max())} is not in the vocabulary of {vocab}: image tokens are no targets")
-    logits = model.language_model.lm_head(hidden[wanted])
+    rows, columns, targets = (given.to(hidden.device, non_blocking=True) for given in (*wanted, targets))
+    logits = model.language_model.lm_head(hidden[rows, columns])
     return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 

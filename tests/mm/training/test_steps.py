@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mm
 from mm.batch import IGNORED
@@ -189,3 +190,41 @@ def test_a_step_without_targets_is_refused(model, samples, config):
     rows = [mm.Sample(sample.tokens, [IGNORED] * len(sample.tokens), sample.images) for sample in samples]
     with pytest.raises(ValueError, match="no targets"):
         gradients(model, rows, config())
+
+
+class BlockingCopies(TorchDispatchMode):
+    """Takes down the copies between devices that wait for all work before them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        target = kwargs.get("device")
+        if func is torch.ops.aten._to_copy.default and target is not None and not kwargs.get("non_blocking"):
+            self.seen += [target] * (torch.device(target) != args[0].device)
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("padding", ["ragged", "llama32"])
+def test_a_step_asks_the_device_nothing_before_all_of_it_is_under_way(model, samples, config, padding):
+    """The meta device computes shapes alone, so that any question about a value is an error."""
+    model.vision_encoder.config = replace(model.vision_encoder.config, padding=padding)
+    settings = config(micro_batch_size=2)
+    rates = apply_rates(model, settings.rates)
+    model.to("meta")
+    done = []
+
+    class Counting(NextTokenObjective):
+        def loss(self, module, batch):
+            done.append(super().loss(module, batch.to("meta")))
+            return done[-1]
+
+    work = collate_step(list(samples), Counting(), 2)
+    optimizer = build_optimizer(model, rates, 0.1, (0.9, 0.95))
+    with pytest.raises(RuntimeError, match="item"), BlockingCopies() as copies:
+        train_step(model, Counting(), optimizer, work.batches, settings, "cpu", Guard(None, 0))
+    assert len(done) == len(work.batches) == 4 and all(loss.is_meta for loss in done)
+    assert all(parameter.grad is not None and parameter.grad.is_meta for parameter in map(model.get_parameter, rates))
+    assert copies.seen == []
