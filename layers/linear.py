@@ -25,7 +25,12 @@ class Linear(nn.Linear):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., I], weight [O, I], bias [O] -> x @ weight.T + bias, [..., O]; equal to `F.linear` to rounding."""
+    """x [..., I], weight [O, I], bias [O] -> x @ weight.T + bias, [..., O]; equal to `F.linear` to rounding.
+
+    A bf16 weight may meet an FP32 x (`mm.training.precision`): the product is in FP32, unless autocast is on.
+    """
+    if weight.dtype is torch.bfloat16 and x.dtype is torch.float32 and not torch.is_autocast_enabled(x.device.type):
+        weight = weight.float()
     if not _suits_onednn(x, weight):
         return F.linear(x, weight, bias)
     trained = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)

@@ -19,6 +19,8 @@ from mm.training.data import RecordDataset, Source, readable_samples
 from mm.training.loop import train
 from mm.training.objectives import NextTokenObjective
 from mm.training.optimizer import apply_rates
+from mm.training.parallel import Ranks
+from mm.training.precision import lossless_bf16
 from vision.encoder import EncoderLayer, VisionEncoder
 
 # What may differ when an interrupted run is taken up again; `mm.training.loop` judges `training` itself.
@@ -67,20 +69,23 @@ def train_adapters(
         size = config.training.micro_batch_size or config.training.batch_size
         batches = [objective.collate(samples[i : i + size]) for i in range(0, len(samples), size)]
         evaluate = partial(answer_accuracy, batches=batches, device=device)
-    train(
-        model,
-        objective,
-        dataset,
-        config.training,
-        Path(config.output),
-        name=name,
-        device=device,
-        evaluate=evaluate,
-        layers=(DecoderLayer, EncoderLayer, CrossAttentionBlock),
-        units=(DecoderLayer, VisionEncoder, CrossAttentionBlock),  # an encoder's layers run once per number of tiles
-        loads=dataset.num_tiles(processor.tile_size, processor.max_tiles),
-        identity={name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE},
-    )
+    # Ranks share out the language model, and gather it in bf16 as it is.
+    with lossless_bf16(model.language_model, config.training.compute == "bf16" and Ranks.here().size == 1):
+        train(
+            model,
+            objective,
+            dataset,
+            config.training,
+            Path(config.output),
+            name=name,
+            device=device,
+            evaluate=evaluate,
+            layers=(DecoderLayer, EncoderLayer, CrossAttentionBlock),
+            # An encoder's layers run once per number of tiles.
+            units=(DecoderLayer, VisionEncoder, CrossAttentionBlock),
+            loads=dataset.num_tiles(processor.tile_size, processor.max_tiles),
+            identity={name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE},
+        )
 
 
 def answer_accuracy(model: nn.Module, batches: list[Batch], device: torch.device) -> dict[str, float]:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import mm
 import mm.checkpoint
+import mm.training.adapters
 from mm.evaluation.evaluate import evaluate
 from shards.reader import ShardSet
 from shards.writer import write_shards
@@ -147,6 +148,36 @@ def test_micro_batches_and_recomputed_activations_train_alike(adapter_config, tm
     ])  # fmt: skip
     losses, others = ([row["loss"] for row in numbers(place)] for place in (folder, tmp_path / "other"))
     assert losses == pytest.approx(others, rel=1e-3) and len(losses) == 8
+
+
+def test_the_language_model_is_held_in_bf16_while_it_trains_and_written_as_it_was(
+    adapter_config, language_model_folder, tmp_path, monkeypatch
+):
+    released = tmp_path / "released"
+    shutil.copytree(language_model_folder, released)
+    state = {name: tensor.bfloat16().float() for name, tensor in load_file(released / "model.safetensors").items()}
+    save_file(state, released / "model.safetensors")
+    held = []
+    train = mm.training.adapters.train
+
+    def watched(model, *arguments, **options):
+        held.append(model.language_model.lm_head.weight.dtype)
+        train(model, *arguments, **options)
+
+    monkeypatch.setattr(mm.training.adapters, "train", watched)
+    found = {}
+    for compute in ("bf16", "fp32"):
+        file, folder = adapter_config(
+            language_model=str(released), bundle=True, training={"steps": 4, "compute": compute}
+        )
+        main(["--config", str(file)])
+        found[compute] = numbers(folder)
+        written = load_file(folder / "language_model.safetensors")
+        assert all(torch.equal(written[name], tensor) for name, tensor in state.items())
+        shutil.rmtree(folder)
+    assert held == [torch.bfloat16, torch.float32]
+    losses, others = ([row["eval/loss"] for row in rows if "eval/loss" in row] for rows in found.values())
+    assert losses == pytest.approx(others, rel=0.02) and losses
 
 
 def test_a_bundle_is_whole_by_itself(adapter_config):
