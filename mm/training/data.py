@@ -210,7 +210,7 @@ def collate_step(
         good.sort(key=objective.size)
     parts = [good[start : start + size] for start in range(0, len(good), size)]
     batches = [objective.collate(part) for part in parts]
-    amounts: dict[str, int] = {}
+    amounts = {} if idle is None else dict.fromkeys(objective.throughput(objective.collate([idle])), 0)
     for batch in batches:
         for name, amount in objective.throughput(batch).items():
             amounts[name] = amounts.get(name, 0) + amount
