@@ -21,8 +21,9 @@ from mm.training.config import TrainingConfig
 from mm.training.data import RecordDataset, Source, readable_samples
 from mm.training.loop import train
 from mm.training.objectives import ContrastiveModel, ContrastiveObjective, Pair, TextTowerConfig, initialise_encoder
+from mm.training.parallel import Ranks
 from shards.format import Record
-from vision.encoder import EncoderLayer, VisionEncoderConfig
+from vision.encoder import EncoderLayer, VisionEncoder, VisionEncoderConfig
 from vision.reading import read_picture
 from vision.tiling import tile_image
 
@@ -39,6 +40,7 @@ class PretrainImageEncoder:
         data: shards to learn from. validation: shards to report retrieval on; null reports nothing.
         max_tiles: tiles per picture at most; null takes as many as the encoder does.
         encoder: shape of the ViT. text: shape of the text tower, which is not kept.
+        loss: "clip", each picture against all texts and each text against all pictures, or "siglip", each pair apart.
     """
 
     output: str
@@ -46,6 +48,7 @@ class PretrainImageEncoder:
     training: TrainingConfig
     encoder: VisionEncoderConfig = field(default_factory=VisionEncoderConfig)
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
+    loss: str = "clip"
     validation: Source | None = None
     validation_pairs: int = 500
     max_tiles: int | None = None
@@ -56,12 +59,14 @@ def pretrain_image_encoder(config: PretrainImageEncoder) -> None:
     """Train an image encoder and a text tower by contrast; keep the encoder."""
     if config.training.micro_batch_size not in (None, config.training.batch_size):
         raise ValueError("contrastive training compares all pairs of a step: leave training.micro_batch_size out")
+    if config.training.tensor_ranks * config.training.pipeline_ranks > 1:
+        raise ValueError("both towers run whole: leave training.tensor_ranks and training.pipeline_ranks at 1")
     max_tiles = config.encoder.max_num_tiles if config.max_tiles is None else config.max_tiles
     if not 1 <= max_tiles <= config.encoder.max_num_tiles:
         raise ValueError(f"max_tiles is {max_tiles}; the encoder takes 1 to {config.encoder.max_num_tiles}")
     device = usable_device(config.device)
     torch.manual_seed(config.training.seed)
-    model = ContrastiveModel(config.encoder, config.text)
+    model = ContrastiveModel(config.encoder, config.text, config.loss)
     initialise_encoder(model.vision_encoder, config.training.seed)
 
     tokenizer = open_clip.SimpleTokenizer(context_length=config.text.context)
@@ -85,9 +90,12 @@ def pretrain_image_encoder(config: PretrainImageEncoder) -> None:
         device=device,
         evaluate=evaluate,
         layers=(EncoderLayer,),
+        units=(VisionEncoder, open_clip.transformer.ResidualAttentionBlock),
+        loads=dataset.num_tiles(config.encoder.tile_size, max_tiles),
         identity={name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE},
     )
-    save_encoder(output, model.vision_encoder)
+    if Ranks.here().first:
+        save_encoder(output, model.vision_encoder)
 
 
 def pair_of(record: Record, tokenizer: open_clip.SimpleTokenizer, tile_size: int, max_tiles: int) -> Pair:

@@ -26,26 +26,45 @@ class Source:
     Attributes:
         path: the folder.
         split, task: only these records; null takes all.
-        repeat: how often each record comes in an epoch, a whole number.
+        repeat: how often each record comes in an epoch: the weight of the source. Of 2.3 the 2 is for every record, and
+            the rest for 30% of them, drawn anew for each epoch.
     """
 
     path: str
     split: str | None = "train"
     task: str | None = None
-    repeat: int = 1
+    repeat: float = 1
 
     def open(self) -> ShardSet:
         """The records.
 
         Raises:
-            ValueError: no such folder, no records, none of the split or task, or a repeat below 1.
+            ValueError: no such folder, no records, none of the split or task, or a repeat that brings none of them.
         """
-        if self.repeat < 1:
-            raise ValueError(f"repeat of {self.path} is {self.repeat}; it must be at least 1")
+        if not 0 < self.repeat < math.inf:
+            raise ValueError(f"repeat of {self.path} is {self.repeat}; it must be above 0")
         shards = ShardSet(self.path).select(split=self.split, task=self.task)
         if not len(shards):
             raise ValueError(f"{self.path}: there are no records in it")
+        if not self.per_epoch(len(shards)):
+            raise ValueError(
+                f"repeat of {self.path} is {self.repeat}; of its {len(shards)} records none would come: it must be at "
+                f"least {1 / len(shards):.2g}"
+            )
         return shards
+
+    def per_epoch(self, num_records: int) -> int:
+        """How many samples of an epoch are of this source, if it has so many records."""
+        return round(num_records * self.repeat)
+
+
+class Draw(NamedTuple):
+    """Of the dataset's indices `first` to `first + length - 1`, which are a source's, an epoch shows only `number`."""
+
+    source: int
+    first: int
+    length: int
+    number: int
 
 
 @dataclass(frozen=True)
@@ -60,15 +79,26 @@ class RecordDataset(Dataset):
     """Records of several sources, prepared one by one; what cannot be prepared comes out as `Unreadable`.
 
     Args:
-        sources: where the records lie; a source's records come `repeat` times.
+        sources: where the records lie. A source's records are there `repeat` times, rounded up.
         prepare: Record -> sample; what it raises marks the record as unreadable.
+
+    Attributes:
+        draws: what of them an epoch leaves out.
     """
 
     def __init__(self, sources: Sequence[Source], prepare: Callable[[Record], Any]) -> None:
         if not sources:
             raise ValueError("no data: name at least one source")
         self.prepare = prepare
-        self.sets = [shards for source in sources for shards in [source.open()] * source.repeat]
+        self.sets: list[ShardSet] = []
+        self.draws: list[Draw] = []
+        for number, source in enumerate(sources):
+            shards = source.open()
+            times, rest = divmod(source.per_epoch(len(shards)), len(shards))
+            self.sets += [shards] * times
+            if rest:
+                self.draws.append(Draw(number, sum(map(len, self.sets)), len(shards), rest))
+                self.sets.append(shards)
         self.ends = torch.tensor([len(shards) for shards in self.sets]).cumsum(0)
 
     def __len__(self) -> int:
@@ -128,23 +158,42 @@ def readable_samples(dataset: RecordDataset, most: int) -> list:
     return readable
 
 
-def epoch_order(length: int, seed: int, epoch: int) -> torch.Tensor:
-    """The order of an epoch: a permutation int64 [length], the same everywhere for the same numbers."""
-    digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
+def epoch_order(length: int, seed: int, epoch: int, draws: Sequence[Draw] = ()) -> torch.Tensor:
+    """The order of an epoch: indices of a dataset of `length`, all but those that `draws` leave out, shuffled; int64.
+
+    The same everywhere for the same numbers, and of the same size in every epoch.
+    """
+    shown = torch.ones(length, dtype=torch.bool)
+    for draw in draws:
+        left_out = _permutation(draw.length, f"{seed}/{epoch}/{draw.source}")[draw.number :]
+        shown[draw.first + left_out] = False
+    indices = shown.nonzero().flatten()
+    return indices[_permutation(len(indices), f"{seed}/{epoch}")]
+
+
+def _permutation(length: int, key: str) -> torch.Tensor:
+    digest = hashlib.sha256(key.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     return torch.randperm(length, generator=generator)
 
 
-def steps(length: int, batch_size: int, seed: int, consumed: int = 0) -> Iterator[list[int]]:
-    """The indices of each step's samples, without end, from `consumed` samples on; a step may span two epochs."""
+def steps(
+    length: int, batch_size: int, seed: int, consumed: int = 0, draws: Sequence[Draw] = ()
+) -> Iterator[list[int]]:
+    """The indices of each step's samples, without end, from `consumed` samples on; a step may span two epochs.
+
+    Args:
+        length: of the dataset. draws: what an epoch leaves out of it.
+    """
+    size = length - sum(draw.length - draw.number for draw in draws)
     epoch, order = -1, None
     while True:
         indices = []
         for position in range(consumed, consumed + batch_size):
-            if position // length != epoch:
-                epoch = position // length
-                order = epoch_order(length, seed, epoch)
-            indices.append(int(order[position % length]))
+            if position // size != epoch:
+                epoch = position // size
+                order = epoch_order(length, seed, epoch, draws)
+            indices.append(int(order[position % size]))
         consumed += batch_size
         yield indices
 
@@ -165,9 +214,10 @@ def step_loader(
     Args:
         loads: of each sample, [len(dataset)], by which a step is dealt out evenly; None: all weigh the same.
     """
+    draws = dataset.draws if isinstance(dataset, RecordDataset) else ()
     return DataLoader(
         dataset,
-        batch_sampler=_Endless(readers or Ranks(), loads, len(dataset), batch_size, seed, consumed),
+        batch_sampler=_Endless(readers or Ranks(), loads, len(dataset), batch_size, seed, consumed, draws),
         collate_fn=collate_step,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
@@ -176,11 +226,11 @@ def step_loader(
 
 
 class _Endless:
-    def __init__(self, readers: Ranks, loads: torch.Tensor | None, *numbers: int) -> None:
-        self.readers, self.loads, self.numbers = readers, loads, numbers
+    def __init__(self, readers: Ranks, loads: torch.Tensor | None, *order: Any) -> None:
+        self.readers, self.loads, self.order = readers, loads, order
 
     def __iter__(self) -> Iterator[list[int]]:
-        for indices in steps(*self.numbers):
+        for indices in steps(*self.order):
             loads = [1] * len(indices) if self.loads is None else self.loads[indices].tolist()
             yield [indices[position] for position in deal(loads, self.readers.size)[self.readers.rank]]
 
@@ -210,7 +260,7 @@ def collate_step(
         good.sort(key=objective.size)
     parts = [good[start : start + size] for start in range(0, len(good), size)]
     batches = [objective.collate(part) for part in parts]
-    amounts: dict[str, int] = {}
+    amounts = {} if idle is None else dict.fromkeys(objective.throughput(objective.collate([idle])), 0)
     for batch in batches:
         for name, amount in objective.throughput(batch).items():
             amounts[name] = amounts.get(name, 0) + amount

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from layers.feed_forward import MLP
 from mm.batch import IGNORED, Batch, Sample, collate
 from mm.model import MultimodalModel
-from mm.training.parallel import whole
+from mm.training.parallel import Ranks, gathered, whole
 from vision.encoder import VisionEncoder, VisionEncoderConfig
 from vision.tiling import Tiles
 
@@ -130,21 +130,23 @@ class TextTowerConfig:
 
 @dataclass
 class Pair:
-    """A picture and its text's token ids, int64 [context]."""
+    """A picture and its text's token ids, int64 [context]; one that is not `real` is compared with nothing."""
 
     tiles: Tiles
     text: Tensor
+    real: bool = True
 
 
 @dataclass
 class PairBatch:
-    """Pairs side by side: texts int64 [N, context]."""
+    """Pairs side by side: texts int64 [N, context], real bool [N]."""
 
     images: list[Tiles]
     texts: Tensor
+    real: Tensor
 
     def to(self, device: torch.device | str) -> "PairBatch":
-        return PairBatch([tiles.to(device) for tiles in self.images], self.texts.to(device))
+        return PairBatch([tiles.to(device) for tiles in self.images], self.texts.to(device), self.real.to(device))
 
 
 class ContrastiveModel(nn.Module):
@@ -152,10 +154,15 @@ class ContrastiveModel(nn.Module):
 
     A picture's embedding is the mean over its vision tokens' final outputs, so that every token of it learns, not the
     CLS alone: the adapter attends to all of them.
+
+    Args:
+        loss: "clip" or "siglip", which starts at another scale and has a bias (as in open_clip).
     """
 
-    def __init__(self, encoder: VisionEncoderConfig, text: TextTowerConfig) -> None:
+    def __init__(self, encoder: VisionEncoderConfig, text: TextTowerConfig, loss: str = "clip") -> None:
         super().__init__()
+        if loss not in ("clip", "siglip"):
+            raise ValueError(f"loss {loss!r} is not known; it can be clip or siglip")
         self.vision_encoder = VisionEncoder(encoder)
         self.image_projection = nn.Linear(encoder.hidden_size, text.embedding_size, bias=False)
         self.text_tower = open_clip.transformer.TextTransformer(
@@ -165,7 +172,9 @@ class ContrastiveModel(nn.Module):
             layers=text.num_layers,
             output_dim=text.embedding_size,
         )
-        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        # One row each: what has no dimension cannot be sharded.
+        self.logit_scale = nn.Parameter(torch.tensor([1 / 0.07 if loss == "clip" else 10.0]).log())
+        self.logit_bias = nn.Parameter(torch.tensor([-10.0])) if loss == "siglip" else None
 
     def forward(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
         """Unit embeddings of pictures and of texts, each [N, embedding_size]."""
@@ -180,39 +189,42 @@ class ContrastiveModel(nn.Module):
 
 
 class ContrastiveObjective:
-    """open_clip's symmetric loss over all pairs of a step."""
+    """open_clip's loss over all pairs of a step, whatever ranks they lie on: SigLIP's for a model with a bias."""
 
     whole_passes = ()
 
-    def __init__(self) -> None:
-        self.clip_loss = open_clip.ClipLoss()
-
     def idle(self, module: ContrastiveModel) -> Pair:
-        """There is none: a pair more is a pair to tell the others from.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError("contrastive training runs in one process: start it without torchrun")
+        """A black tile and an empty text, which no pair is compared with: they run through both towers."""
+        side, context = module.vision_encoder.config.tile_size, module.text_tower.context_length
+        tiles = Tiles(torch.zeros(1, 3, side, side, dtype=torch.uint8), (1, 1))
+        return Pair(tiles, torch.zeros(context, dtype=torch.long), real=False)
 
     def collate(self, samples: list[Pair]) -> PairBatch:
-        return PairBatch([pair.tiles for pair in samples], torch.stack([pair.text for pair in samples]))
+        return PairBatch(
+            [pair.tiles for pair in samples],
+            torch.stack([pair.text for pair in samples]),
+            torch.tensor([pair.real for pair in samples]),
+        )
 
     def size(self, sample: Pair) -> int:
         return sample.tiles.num_tiles
 
     def count(self, batch: PairBatch) -> int:
-        return len(batch.images)
+        return int(batch.real.sum())
 
     def loss(self, module: ContrastiveModel, batch: PairBatch) -> Tensor:
-        images, texts = module(batch)
-        return self.clip_loss(images, texts, module.logit_scale.exp().clamp(max=100)) * len(batch.images)
+        """This rank's share of the loss over the pairs of all ranks, each of which works out the whole."""
+        images, texts = (gathered(embeddings[batch.real]) for embeddings in module(batch))
+        pairwise = open_clip.ClipLoss() if module.logit_bias is None else open_clip.loss.SigLipLoss()
+        loss = pairwise(images, texts, module.logit_scale.exp().clamp(max=100), module.logit_bias)
+        return loss * len(images) / Ranks.here().size
 
     def throughput(self, batch: PairBatch) -> dict[str, int]:
         return {"images": len(batch.images), "tiles": sum(tiles.num_tiles for tiles in batch.images)}
 
     def observe(self, module: ContrastiveModel) -> dict[str, float]:
-        return {"logit_scale": module.logit_scale.exp().item()}
+        values = {"logit_scale": whole(module.logit_scale).exp().item()}
+        return values if module.logit_bias is None else values | {"logit_bias": whole(module.logit_bias).item()}
 
 
 def initialise_encoder(encoder: VisionEncoder, seed: int) -> None:

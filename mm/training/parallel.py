@@ -198,6 +198,25 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def gathered(rows: Tensor) -> Tensor:
+    """The rows of all ranks, rank by rank, on every rank; ranks may have different numbers of rows [N, ...], or none.
+
+    For what all ranks then work out alike and take an equal share of, 1 / number of ranks: their gradients for a rank's
+    rows are the same, so that rank's own, so many times, is the sum of all, and none is sent.
+    """
+    ranks = Ranks.here()
+    if ranks.size == 1:
+        return rows
+    counts = [int(n) for n in ranks.sum(*(len(rows) * (rank == ranks.rank) for rank in range(ranks.size)))]
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: len(rows)] = rows.detach()
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    parts = [part[:count] for part, count in zip(parts, counts, strict=True)]
+    parts[ranks.rank] = rows + (ranks.size - 1) * (rows - rows.detach())  # the rows, with so many times the gradient
+    return torch.cat(parts)
+
+
 def shared_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """A whole tensor, the same on all ranks, as the shares that `parameter` is in."""
     if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:

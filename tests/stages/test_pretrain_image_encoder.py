@@ -1,6 +1,9 @@
 """The encoder stage: pictures and texts find each other, the encoder is kept, an interrupted run goes on."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,6 +79,28 @@ def test_interrupted_is_uninterrupted(encoder_config, tmp_path, monkeypatch):
     assert last[0].read_bytes() == last[1].read_bytes()
 
 
+@pytest.mark.slow
+def test_two_processes_train_as_one(encoder_config, tmp_path):
+    file, alone = encoder_config(training={"steps": 3, "evaluate_every": 2, "save_every": 2})
+    stage.main(["--config", str(file)])
+    together = tmp_path / "together"
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "stages.pretrain_image_encoder", "--config", str(file), "--output", str(together)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("step 3/3") == 1  # one rank reports
+    for one, two in zip(numbers(alone), numbers(together), strict=True):
+        assert two.pop("tile_imbalance", 0) == 0  # one tile each
+        found, expected = two.pop("eval/retrieval", 0), one.pop("eval/retrieval", 0)
+        assert found == pytest.approx(expected, abs=0.07)  # of 32 pictures two may lie between texts
+        assert one == pytest.approx(two, rel=2e-3)
+    one, other = (load_encoder(folder).state_dict() for folder in (alone, together))
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():  # Adam's first steps go by a gradient's sign, of whatever size: 3 steps of 0.002
+        assert (tensor - other[name]).abs().mean() < 2e-4, name
+
+
 def test_the_seed_decides(encoder_config, tmp_path):
     file, folder = encoder_config(training={"steps": 2})
     stage.main(["--config", str(file)])
@@ -114,6 +139,8 @@ def test_a_record_without_text_is_left_out(encoder_config, square_record, tmp_pa
     ("changes", "said"),
     [
         ({"training": {"micro_batch_size": 8}}, "leave training.micro_batch_size out"),
+        ({"training": {"tensor_ranks": 2}}, "leave training.tensor_ranks and training.pipeline_ranks at 1"),
+        ({"loss": "triplet"}, "loss 'triplet' is not known; it can be clip or siglip"),
         ({"training": {"rates": {"*": None}}}, "freezes every parameter"),
         ({"encoder": {"num_heads": 5}}, "hidden_size 32 is not a multiple of num_heads 5"),
         ({"encoder": {"tap_points": [3]}}, "tap_points [3] are outside 0..2"),

@@ -10,7 +10,7 @@ import mm
 from mm.batch import IGNORED
 from mm.training.config import TrainingConfig
 from mm.training.loop import train
-from mm.training.objectives import NextTokenObjective
+from mm.training.objectives import ContrastiveModel, NextTokenObjective, Pair, TextTowerConfig
 
 FROZEN = {"language_model.*": None, "extra_embeddings": None}
 
@@ -41,6 +41,30 @@ def samples(make_sample) -> list[mm.Sample]:
         labels = [t if n >= first and t < vocab else IGNORED for n, t in enumerate(sample.tokens)]
         rows.append(mm.Sample(sample.tokens, labels, sample.images))
     return rows
+
+
+@pytest.fixture
+def contrastive_model(tiny_config):
+    """contrastive_model(loss="clip") -> a tiny image encoder and text tower, fresh."""
+
+    def build(loss: str = "clip") -> ContrastiveModel:
+        torch.manual_seed(0)
+        return ContrastiveModel(tiny_config.vision_encoder, TextTowerConfig(32, 1, 2, 8, embedding_size=16), loss)
+
+    return build
+
+
+@pytest.fixture
+def make_pairs(random_tiles):
+    """make_pairs(number) -> pictures of one, two and four tiles with texts at random."""
+
+    def pairs(number: int) -> list[Pair]:
+        texts = torch.randint(1, 400, (number, 8), generator=torch.Generator().manual_seed(0))
+        texts[:, -1] = 49407  # the end of a text, where open_clip's tower reads it off
+        grids = ((1, 1), (1, 2), (1, 1), (2, 2))
+        return [Pair(random_tiles(n, grids[n % 4]), text) for n, text in enumerate(texts)]
+
+    return pairs
 
 
 @pytest.fixture

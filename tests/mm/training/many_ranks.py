@@ -2,28 +2,24 @@
 
     torchrun ... many_ranks.py FOLDER
 
-FOLDER/plan.pt holds {"model", "samples", "gradients": {name: TrainingConfig}, "runs": [(folder, TrainingConfig)]}; the
-first rank leaves FOLDER/{name}.pt with the loss, norms and whole gradients of one step, and the trained weights of each
-run in its folder.
+FOLDER/plan.pt holds {"samples", "objective", "units", "gradients": {name: (model, TrainingConfig)},
+"runs": [(folder, model, TrainingConfig, checkpoint of an earlier run that it goes on from, or None)]}. The first rank
+leaves FOLDER/{name}.pt with the loss, norms and whole gradients of one step, and the trained weights of each run in its
+folder.
 """
 
 import copy
+import shutil
 import sys
 from pathlib import Path
 
 import torch
 
-from mm.cross_attention import CrossAttentionBlock
-from mm.language_model import DecoderLayer
 from mm.training.data import collate_step
 from mm.training.guards import Guard
 from mm.training.loop import train, train_step
-from mm.training.objectives import NextTokenObjective
 from mm.training.optimizer import apply_rates, build_optimizer
 from mm.training.parallel import Layout, joined, shard, whole
-from vision.encoder import VisionEncoder
-
-UNITS = (DecoderLayer, VisionEncoder, CrossAttentionBlock)
 
 
 class Spy(torch.optim.SGD):
@@ -33,15 +29,14 @@ class Spy(torch.optim.SGD):
         self.seen = [whole(p.grad).clone() for group in self.param_groups for p in group["params"]]
 
 
-def gradients_of_a_step(model, samples, config, ranks) -> dict:
-    objective = NextTokenObjective()
+def gradients_of_a_step(model, samples, objective, units, config, ranks) -> dict:
     module = copy.deepcopy(model)
     names = list(apply_rates(module, config.rates))
     share = -(-len(samples) // ranks.size)
     work = collate_step(
         samples[ranks.rank :: ranks.size], objective, config.micro_batch_size, objective.idle(model), share
     )
-    shard(module, UNITS, Layout.of(config, ranks.size), config.compute, "cpu", objective.whole_passes)
+    shard(module, units, Layout.of(config, ranks.size), config.compute, "cpu", objective.whole_passes)
     held = sum(p.to_local().numel() for p in module.parameters())
     states = build_optimizer(module, apply_rates(module, config.rates), 0.1, (0.9, 0.95)).param_groups
     spy = Spy([module.get_parameter(name) for name in names], lr=1.0)
@@ -62,13 +57,16 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     with joined() as ranks:
         plan = torch.load(folder / "plan.pt", weights_only=False)
-        for name, config in plan["gradients"].items():
-            found = gradients_of_a_step(plan["model"], plan["samples"], config, ranks)
+        samples, objective, units = plan["samples"], plan["objective"], plan["units"]
+        for name, (model, config) in plan["gradients"].items():
+            found = gradients_of_a_step(model, samples, objective, units, config, ranks)
             if ranks.first:
                 torch.save(found, folder / f"{name}.pt")
-        for name, config in plan["runs"]:
-            model = copy.deepcopy(plan["model"])
-            train(model, NextTokenObjective(), plan["samples"], config, folder / name, "test", units=UNITS)
+        for name, model, config, earlier in plan["runs"]:
+            if earlier and ranks.first:
+                shutil.copytree(folder / earlier, folder / name / "checkpoints" / Path(earlier).name)
+            model = copy.deepcopy(model)
+            train(model, objective, samples, config, folder / name, "test", units=units)
             if ranks.first:
                 torch.save(model.state_dict(), folder / name / "weights.pt")
 

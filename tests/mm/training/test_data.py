@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mm.training.data import RecordDataset, Source, Unreadable, deal, epoch_order, step_loader, steps
+from mm.training.parallel import Ranks
 from shards.format import Record
 from shards.writer import write_shards
 from vision.tiling import tile_image
@@ -77,12 +78,71 @@ def test_a_source_repeats(squares):
     assert all((count == 3) == (name >= "square-2000") for name, count in shown.items())
 
 
+@pytest.fixture
+def weighed(squares):
+    """32 records of which 0.3 come in an epoch, and 16 that come 2.5 times."""
+    sources = [
+        Source(str(squares), split="test", repeat=0.3),
+        Source(str(squares), split="validation", task="vqa", repeat=2.5),
+    ]
+    return RecordDataset(sources, name_of)
+
+
+EPOCH = 10 + 2 * 16 + 8  # round(0.3 * 32), and 2.5 * 16
+
+
+def test_a_source_comes_in_the_share_that_it_is_given(weighed):
+    epochs, per_epoch = 60, []
+    flat = itertools.chain.from_iterable(first(epochs, len(weighed), EPOCH, 3, draws=weighed.draws))
+    shown = [weighed[index].id for index in flat]
+    for epoch in range(epochs):
+        per_epoch.append(Counter(shown[epoch * EPOCH : (epoch + 1) * EPOCH]))
+        part = {name: count for name, count in per_epoch[-1].items() if name >= "square-2000"}
+        rest = {name: count for name, count in per_epoch[-1].items() if name < "square-2000"}
+        assert Counter(part.values()) == {1: 10} and Counter(rest.values()) == {2: 8, 3: 8}
+    drawn = [frozenset(name for name in epoch if name >= "square-2000") for epoch in per_epoch]
+    assert len(set(drawn)) == epochs  # another part every time
+    often = Counter(itertools.chain(*drawn))
+    # 60 draws of 10 in 32: 18.75 of each, with a standard deviation of 3.6
+    assert len(often) == 32 and min(often.values()) > 5 and max(often.values()) < 34
+
+
+def test_what_is_drawn_depends_on_seed_epoch_and_source_alone(weighed, squares):
+    def drawn(dataset, epoch: int, seed: int = 3) -> set[str]:
+        return {dataset[index].id for index in epoch_order(len(dataset), seed, epoch, dataset.draws)}
+
+    assert drawn(weighed, 7) == drawn(weighed, 7)
+    assert drawn(weighed, 7) != drawn(weighed, 8) and drawn(weighed, 7) != drawn(weighed, 7, seed=4)
+    half = Source(str(squares), split="test", repeat=0.5)
+    one, other = (epoch_order(64, 3, 7, [draw]) for draw in RecordDataset([half, half], name_of).draws)
+    assert set(one[one < 32].tolist()) != set((other[other >= 32] - 32).tolist())  # two sources are drawn apart
+
+
+def test_shares_are_the_same_for_any_workers_ranks_and_restarts(weighed):
+    whole = loaded(weighed, 25)  # 125 samples: two and a half epochs
+    assert loaded(weighed, 25, workers=2) == whole
+    assert loaded(weighed, 12, consumed=65) == whole[13:]  # from the middle of the second epoch
+    shares = []
+    for rank in range(2):
+        loader = step_loader(weighed, names, 5, 0, readers=Ranks(rank, 2))
+        shares.append([step for _, step in zip(range(25), loader, strict=False)])
+    assert [sorted(one + two) for one, two in zip(*shares, strict=True)] == [sorted(step) for step in whole]
+
+
+def test_a_whole_repeat_is_a_source_named_so_often(squares):
+    twice = RecordDataset([Source(str(squares), split="test", repeat=2.0)], name_of)
+    named = RecordDataset([Source(str(squares), split="test")] * 2, name_of)
+    assert loaded(twice, 20) == loaded(named, 20) and not twice.draws
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
         ({"split": "training"}, "no records of split 'training'; there are: test, train, validation"),
         ({"task": "asr"}, "no records of task 'asr'"),
-        ({"repeat": 0}, "repeat .* is 0; it must be at least 1"),
+        ({"repeat": 0}, "repeat .* is 0; it must be above 0"),
+        ({"repeat": float("nan")}, "repeat .* is nan; it must be above 0"),
+        ({"repeat": 0.001}, "of its 192 records none would come: it must be at least 0.0052"),
         ({"path": "nowhere"}, "nowhere: no such folder"),
     ],
 )
@@ -168,6 +228,6 @@ def test_tiles_are_told_by_the_index(tmp_path, random_picture):
         about = {"id": f"p{number}", "split": "train", "task": "caption", "language": "en", "caption": "noise"}
         records.append(Record(f"p{number}", about, {"png": out.getvalue()}))
     write_shards(records, tmp_path / "set")
-    dataset = RecordDataset([Source(str(tmp_path / "set"), repeat=2)], lambda record: record)
+    dataset = RecordDataset([Source(str(tmp_path / "set"), repeat=1.4)], lambda record: record)
     expected = [tile_image(random_picture(*size), 28, 4).num_tiles for size in sizes]
     assert dataset.num_tiles(28, 4).tolist() == expected * 2 and len(set(expected)) > 1

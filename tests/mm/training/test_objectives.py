@@ -9,11 +9,8 @@ from torch.nn import functional as F
 import mm
 from mm.batch import IGNORED
 from mm.training.objectives import (
-    ContrastiveModel,
     ContrastiveObjective,
     NextTokenObjective,
-    Pair,
-    TextTowerConfig,
     initialise_encoder,
     next_token_loss,
 )
@@ -21,17 +18,13 @@ from vision.encoder import VisionEncoder
 
 
 @pytest.fixture
-def contrastive(tiny_config):
-    torch.manual_seed(0)
-    return ContrastiveModel(tiny_config.vision_encoder, TextTowerConfig(32, 1, 2, context=8, embedding_size=16)).eval()
+def contrastive(contrastive_model):
+    return contrastive_model().eval()
 
 
 @pytest.fixture
-def pairs(random_tiles):
-    texts = torch.randint(1, 400, (4, 8), generator=torch.Generator().manual_seed(0))
-    texts[:, -1] = 49407  # the end of a text, where open_clip's tower reads it off
-    grids = ((1, 1), (1, 2), (1, 1), (2, 2))
-    return [Pair(random_tiles(n, grid), text) for n, (grid, text) in enumerate(zip(grids, texts, strict=True))]
+def pairs(make_pairs):
+    return make_pairs(4)
 
 
 def test_targets_are_the_next_tokens_and_only_those_with_a_label(tiny_model, samples):
@@ -65,6 +58,36 @@ def test_the_contrastive_loss_is_the_formula(contrastive, pairs):
     own = torch.arange(4)
     assert torch.allclose(loss, (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2, rtol=1e-5)
     assert torch.allclose(images.norm(dim=-1), torch.ones(4)) and torch.allclose(texts.norm(dim=-1), torch.ones(4))
+
+
+def test_siglip_is_the_formula(contrastive_model, pairs):
+    """Each picture and text apart: do they belong together? Zhai et al. 2023, algorithm 1."""
+    objective, module = ContrastiveObjective(), contrastive_model("siglip").eval()
+    assert module.logit_scale.exp().item() == pytest.approx(10) and module.logit_bias.item() == -10
+    batch = objective.collate(pairs)
+    with torch.no_grad():
+        module.logit_bias.fill_(-3.0)
+        loss = objective.loss(module, batch) / objective.count(batch)
+        images, texts = module(batch)
+    expected = F.binary_cross_entropy_with_logits(10 * images @ texts.T - 3, torch.eye(4), reduction="sum") / 4
+    assert torch.allclose(loss, expected, rtol=1e-5)
+    assert objective.observe(module).keys() == {"logit_scale", "logit_bias"}
+
+
+def test_an_idle_pair_is_compared_with_nothing(contrastive, pairs):
+    """It runs through both towers and changes neither the loss nor any gradient."""
+    objective = ContrastiveObjective()
+    found = []
+    for samples in (pairs, [*pairs, objective.idle(contrastive)]):
+        contrastive.zero_grad()
+        batch = objective.collate(samples)
+        loss = objective.loss(contrastive, batch)
+        loss.backward()
+        found.append((objective.count(batch), loss, {n: p.grad.clone() for n, p in contrastive.named_parameters()}))
+    (count, loss, gradients), (other_count, other_loss, others) = found
+    assert count == other_count == 4 and torch.allclose(loss, other_loss, rtol=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-6, msg=name)  # fp32 sums of other shapes
 
 
 def test_the_scale_of_the_logits_is_bounded(contrastive, pairs):

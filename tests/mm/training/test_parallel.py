@@ -1,25 +1,34 @@
 """Several processes train as one does: FSDP2 and HSDP over gloo, with ranks that have no picture, or nothing at all."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
+from torch.nn import functional as F
 
 import mm
 from mm.batch import IGNORED
-from mm.training.data import collate_step
+from mm.cross_attention import CrossAttentionBlock
+from mm.language_model import DecoderLayer
+from mm.training.data import Unreadable, collate_step
 from mm.training.guards import Guard
 from mm.training.loop import train, train_step
-from mm.training.objectives import NextTokenObjective
+from mm.training.objectives import ContrastiveObjective, NextTokenObjective
 from mm.training.optimizer import apply_rates
+from vision.encoder import VisionEncoder
 
 # Sums over ranks run in another order than in one process: fp32 rounding of gradients of size 1e-3 to 1.
 CLOSE = {"rtol": 1e-3, "atol": 2e-6}
 PROGRAM = Path(__file__).with_name("many_ranks.py")
+UNITS = (DecoderLayer, VisionEncoder, CrossAttentionBlock)
+TOWERS = (VisionEncoder, open_clip.transformer.ResidualAttentionBlock)
 
 
 def start(folder: Path, size: int, program: Path = PROGRAM) -> subprocess.CompletedProcess:
@@ -28,10 +37,10 @@ def start(folder: Path, size: int, program: Path = PROGRAM) -> subprocess.Comple
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=120)
 
 
-def carry_out(folder: Path, size: int, model, samples, gradients=None, runs=()) -> None:
+def carry_out(folder: Path, size: int, samples, gradients=None, runs=(), objective=None, units=UNITS) -> None:
     folder.mkdir(exist_ok=True)
-    plan = {"model": model, "samples": samples, "gradients": gradients or {}, "runs": list(runs)}
-    torch.save(plan, folder / "plan.pt")
+    plan = {"samples": samples, "gradients": gradients or {}, "runs": list(runs), "units": units}
+    torch.save(plan | {"objective": objective or NextTokenObjective()}, folder / "plan.pt")
     done = start(folder, size)
     assert done.returncode == 0, done.stderr[-4000:]
 
@@ -44,8 +53,18 @@ def uneven(samples) -> list[mm.Sample]:
     return [seeing[0], text[0], seeing[1], silent, seeing[2], text[1], seeing[3]]
 
 
-def alone(model, samples, config) -> dict:
+def opened(model):
+    """With gates that let everything behind them learn."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.rpartition(".")[2] in ("gate", "gate_attn", "gate_ffn"):
+                parameter.fill_(0.8)
+    return model
+
+
+def alone(model, samples, config, objective=None) -> dict:
     """One step of one process over all samples."""
+    objective = objective or NextTokenObjective()
     apply_rates(model, config.rates)
 
     class Spy(torch.optim.SGD):
@@ -53,8 +72,8 @@ def alone(model, samples, config) -> dict:
             self.seen = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
     spy = Spy([p for p in model.parameters() if p.requires_grad], lr=1.0)
-    batches = collate_step(list(samples), NextTokenObjective(), None).batches
-    step = train_step(model, NextTokenObjective(), spy, batches, config, "cpu", Guard(None, 0))
+    batches = collate_step(list(samples), objective, None).batches
+    step = train_step(model, objective, spy, batches, config, "cpu", Guard(None, 0))
     return {"loss": step.loss, "norms": step.norms, "gradients": spy.seen}
 
 
@@ -65,7 +84,7 @@ def test_gradients_are_those_of_one_process(model, uneven, config, tmp_path, siz
     cases = {"sharded": settings, "micro": config(max_gradient_norm=1e9, micro_batch_size=1)}
     if size == 4:
         cases["copies"] = config(max_gradient_norm=1e9, shard_ranks=2)
-    carry_out(tmp_path, size, model, uneven, gradients=cases)
+    carry_out(tmp_path, size, uneven, gradients={name: (model, case) for name, case in cases.items()})
     expected = alone(model, uneven, settings)
     total = sum(p.numel() for p in model.parameters())
     for name, case in cases.items():
@@ -89,7 +108,7 @@ def test_runs_are_those_of_one_process_and_go_on_with_any_number_of_ranks(model,
     lone = mm.MultimodalModel(model.config)
     lone.load_state_dict(model.state_dict())
     train(lone, NextTokenObjective(), uneven, whole, once, "test")
-    carry_out(tmp_path / "four", 4, model, uneven, runs=[("run", whole)])
+    carry_out(tmp_path / "four", 4, uneven, runs=[("run", model, whole, None)])
     expected, found = lone.state_dict(), torch.load(tmp_path / "four" / "run" / "weights.pt")
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
@@ -100,12 +119,54 @@ def test_runs_are_those_of_one_process_and_go_on_with_any_number_of_ranks(model,
         folder = tmp_path / f"from-{size}"
         saved = Path("run", "checkpoints", "step-00000004")
         shutil.copytree(tmp_path / "four" / saved, folder / saved)
-        carry_out(folder, size, model, uneven, runs=[("run", whole)])
+        carry_out(folder, size, uneven, runs=[("run", model, whole, None)])
         steps = [line.split('"step": ')[1].split(",")[0] for line in (folder / "run" / "metrics.jsonl").open()]
         assert steps == ["5", "6"]
         resumed = torch.load(folder / "run" / "weights.pt")
         for name, tensor in found.items():
             torch.testing.assert_close(resumed[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+def test_contrastive_gradients_are_those_of_one_process(contrastive_model, make_pairs, config, tmp_path, size):
+    """Every picture meets every text, though two ranks have four and two pairs, and the last of four has none."""
+    bad = Unreadable("square-0007", "broken or truncated picture")
+    pairs = make_pairs(6)
+    dealt = [*pairs[:3], bad, *pairs[3:], bad]
+    settings = config(max_gradient_norm=1e9, rates={"*": 1e-3})
+    models = {loss: opened(contrastive_model(loss)) for loss in ("clip", "siglip")}
+    cases = {loss: (model, settings) for loss, model in models.items()}
+    cases["bf16"] = (models["clip"], replace(settings, compute="bf16"))
+    runs = []
+    if size == 4:
+        cases["copies"] = (models["clip"], replace(settings, shard_ranks=2))
+        training = config(steps=6, batch_size=8, save_every=2, rates={"*": 1e-3})
+        saved = "run/checkpoints/step-00000004"
+        runs = [("run", models["clip"], training, None), ("again", models["clip"], training, saved)]
+    carry_out(tmp_path, size, dealt, cases, runs, ContrastiveObjective(), TOWERS)
+    for name, (model, case) in cases.items():
+        found = torch.load(tmp_path / f"{name}.pt")
+        expected = alone(model, pairs, replace(case, shard_ranks=None), ContrastiveObjective())
+        assert found["gradients"].keys() == expected["gradients"].keys()
+        assert found["held"] < 1.2 * sum(p.numel() for p in model.parameters()) / (case.shard_ranks or size)
+        assert found["amounts"] == {"images": 6, "tiles": sum(pair.tiles.num_tiles for pair in pairs)}
+        if case.compute == "bf16":  # 8 bits, and sharded layers pass on bf16 where autocast leaves FP32
+            assert {gradient.dtype for gradient in found["gradients"].values()} == {torch.float32}
+            one, other = (torch.cat([g.flatten() for g in step["gradients"].values()]) for step in (found, expected))
+            assert F.cosine_similarity(one, other, dim=0) > 0.99
+            continue
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5), name
+        assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4), name
+        for parameter, gradient in expected["gradients"].items():
+            torch.testing.assert_close(found["gradients"][parameter], gradient, **CLOSE, msg=f"{name} {parameter}")
+        assert found["gradients"]["logit_scale"].abs() > 1e-4  # there is something to compare
+    if runs:  # interrupted after the fourth step, and taken up again by as many ranks
+        one, other = (torch.load(tmp_path / folder / "weights.pt") for folder in ("run", "again"))
+        assert all(torch.equal(one[name], other[name]) for name in one)
+        lines = [(tmp_path / folder / "metrics.jsonl").read_text().splitlines() for folder in ("run", "again")]
+        losses = [[json.loads(line)["loss"] for line in rows] for rows in lines]
+        assert losses[1] == losses[0][4:] and losses[0][0] == pytest.approx(expected["loss"], rel=1e-4)
 
 
 @pytest.mark.slow
