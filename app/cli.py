@@ -14,6 +14,7 @@ import mm.convert.mllama
 import mm.convert.open_clip
 import stages.finetune
 import stages.pretrain_image_encoder
+import stages.sweep
 import stages.train_image_adapter
 from mm.averaging import average, average_best
 from mm.checkpoint import CONFIG_FILE, save, save_encoder
@@ -35,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["train"]:
         sys.exit(_train(arguments[1:]))
+    if arguments[:1] == ["sweep"]:
+        sys.exit(stages.sweep.main(arguments[1:]))
     sys.exit(_run(arguments))
 
 
@@ -231,6 +234,8 @@ def _parser() -> ArgumentParser:
 
     train = ArgumentParser(description=f"Run a training stage: {', '.join(STAGES)}.", exit_on_error=False)
     commands.add_subcommand("train", train)
+    sweep = ArgumentParser(description="Finetune many times and average the best runs.", exit_on_error=False)
+    commands.add_subcommand("sweep", sweep)
     convert = ArgumentParser(description="Other people's weights, in and out.", exit_on_error=False)
     commands.add_subcommand("convert", convert)  # before its own subcommands, as jsonargparse wants it
     _add_conversions(convert)

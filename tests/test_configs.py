@@ -14,6 +14,7 @@ from mm.training.objectives import ContrastiveModel
 from mm.training.optimizer import apply_rates
 from stages.finetune import Finetune
 from stages.pretrain_image_encoder import PretrainImageEncoder
+from stages.sweep import Sweep
 from stages.train_image_adapter import TrainImageAdapter
 from vision.encoder import VisionEncoderConfig
 
@@ -25,9 +26,10 @@ def test_gates_have_their_rate_alone_and_the_language_model_is_frozen(file):
     is_encoder = "text" in yaml.safe_load(file.read_text())
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action="config")
-    stages = {"encoder.yaml": PretrainImageEncoder, "finetune.yaml": Finetune}
+    stages = {"encoder.yaml": PretrainImageEncoder, "finetune.yaml": Finetune, "sweep.yaml": Sweep}
     parser.add_class_arguments(stages.get(file.name, TrainImageAdapter))
     config = parser.instantiate(parser.parse_args(["--config", str(file)]))
+    config = config.base if file.name == "sweep.yaml" else config
     with torch.device("meta"):
         if is_encoder:
             model = ContrastiveModel(config.encoder, config.text)

@@ -41,6 +41,10 @@ def home(tmp_path, monkeypatch, tiny_model, tiny_processor, tokenizer):
         about = {"id": key, "split": "test", "task": "vqa", "language": "en", "messages": turns}
         records.append(Record(key, about, {"png": picture}))
     write_shards(records, "data/demo/easy_vqa")
+    for name in ("conversations", "mine-questions"):
+        for number, record in enumerate(records):
+            record.json["split"] = "validation" if number == 0 else "train"
+        write_shards(records, f"data/{name}")
 
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2,
@@ -49,6 +53,7 @@ def home(tmp_path, monkeypatch, tiny_model, tiny_processor, tokenizer):
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained("models/language-model")
     tokenizer.save_pretrained("models/language-model")
+    shutil.copytree("models/language-model", "models/instruct-language-model")
     tower = VisionEncoder(tiny_model.config.vision_encoder)
     tower.report = "as a real one brings it"
     monkeypatch.setattr(mm.convert.open_clip, "load", lambda name, pretrained, tile_size=None: tower)
@@ -94,7 +99,7 @@ def test_shell_blocks_and_python_blocks_run(home, capsys):
         assert ended.value.code in (0, None), f"{line}: {capsys.readouterr().err}"
     shown = capsys.readouterr().out
     assert "examples/boat.png:" in shown and "vqa_accuracy" in shown
-    assert Path("runs/mine/config.yaml").is_file()
+    assert Path("runs/mine/config.yaml").is_file() and Path("runs/mine-sweep/best/config.yaml").is_file()
     for name in ("config.json", "tokenizer.json"):
         assert (Path("Llama-3.2-11B-Vision-Instruct-tuned") / name).is_file()
 

@@ -1,0 +1,238 @@
+"""The sweep: every combination is a run, what is done stays done, and the best are averaged by what they score."""
+
+import copy
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+from safetensors.torch import load_file
+
+import app.cli
+import mm
+import stages.finetune
+import stages.sweep
+from mm.checkpoint import save
+from mm.evaluation.evaluate import Report, evaluate
+from mm.evaluation.metrics import Score
+from mm.training.objectives import NextTokenObjective
+from shards.reader import ShardSet
+from stages.sweep import Sweep, combinations_of
+
+RATES = {"language_model.*": None, "extra_embeddings": None, "*.gate_[af]*": 1e-2, "*": 1e-3}
+RUNS = [f"{subset}-rate{factor}-decay0" for subset in ("questions", "captions") for factor in ("1", "10")]
+
+
+class Interrupted(BaseException):
+    pass
+
+
+@pytest.fixture
+def sweep_config(run_folder, squares, tmp_path):
+    """sweep_config(**changes) -> (file, folder) of a sweep of four runs; `base` is changed field by field."""
+
+    def write(**changes):
+        base = {
+            "output": "replaced",
+            "start_from": str(run_folder),
+            "data": [{"path": str(squares)}],
+            "training": {"steps": 6, "batch_size": 4, "rates": RATES, "save_every": 2, "workers": 0},
+        }
+        values = {
+            "output": str(tmp_path / "sweep"),
+            "base": {**base, **changes.pop("base", {})},
+            "subsets": [
+                {"name": "questions", "data": [{"path": str(squares), "task": "vqa"}]},
+                {"name": "captions", "data": [{"path": str(squares), "task": "caption"}]},
+            ],
+            "rate_factors": [1, 10],
+            "weight_decays": [0],
+            "scoring": {"path": str(squares), "metric": "chrf", "limit": 6},
+            **changes,
+        }
+        file = tmp_path / "sweep.yaml"
+        file.write_text(yaml.safe_dump(values, sort_keys=False))
+        return file, tmp_path / "sweep"
+
+    return write
+
+
+@pytest.fixture
+def mm_sweep(capsys):
+    """mm_sweep(file, *options) -> (exit code, what is printed, what is said on stderr)."""
+
+    def run(file, *options):
+        with pytest.raises(SystemExit) as ended:
+            app.cli.main(["sweep", "--config", str(file), *options])
+        shown = capsys.readouterr()
+        return ended.value.code or 0, shown.out, shown.err
+
+    return run
+
+
+def parsed(file: Path) -> Sweep:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(Sweep)
+    built = vars(parser.instantiate(parser.parse_args(["--config", str(file)])))
+    return Sweep(**{name: built[name] for name in Sweep.__dataclass_fields__})
+
+
+def trained(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor
+        for part in ("vision_encoder", "image_adapter")
+        for name, tensor in load_file(folder / f"{part}.safetensors").items()
+    }
+
+
+def chrf(folder: Path, squares: Path) -> float:
+    records = ShardSet(squares).select(split="validation")
+    return evaluate(*mm.load(folder), records, ["chrf"], limit=6).scores["chrf"].value
+
+
+def test_combinations_differ_in_what_their_names_say_alone(sweep_config):
+    config = parsed(sweep_config(weight_decays=[0, 0.1])[0])
+    combinations = combinations_of(config)
+    assert len(combinations) == len({combination.run for combination in combinations}) == 8
+    first, last = asdict(combinations[0].settings), asdict(combinations[-1].settings)
+    assert Path(last["output"]).name == "captions-rate10-decay0.1"
+    assert last["training"]["rates"] == pytest.approx({**RATES, "*.gate_[af]*": 0.1, "*": 0.01})
+    assert list(last["training"]["rates"]) == list(RATES)  # the first pattern that fits decides
+    assert last["training"]["weight_decay"] == 0.1 and last["data"][0]["task"] == "caption"
+    for settings in (first, last):
+        del settings["output"], settings["data"], settings["training"]["rates"], settings["training"]["weight_decay"]
+    assert first == last
+
+
+def test_as_many_of_the_best_are_averaged_as_score_best_together(
+    sweep_config, mm_sweep, tiny_model, tiny_processor, monkeypatch
+):
+    """Runs stand in whose one gate is the rate factor; the nearer to 1.9, the better: (1 + 3) / 2 is best."""
+    gate = "image_adapter.blocks.0.gate_attn"
+
+    def finetune(settings):
+        model = copy.deepcopy(tiny_model)
+        with torch.no_grad():
+            model.get_parameter(gate).fill_(1000 * settings.training.rates["*"])
+        save(settings.output, model, tiny_processor, bundle=True)
+
+    def scored(model, processor, records, metrics, limit):
+        return Report({"chrf": Score("chrf", 9 - abs(model.get_parameter(gate).item() - 1.9), 0.5, limit)}, [], [])
+
+    monkeypatch.setattr(stages.sweep, "finetune", finetune)
+    monkeypatch.setattr(stages.sweep, "evaluate", scored)
+    file, folder = sweep_config(rate_factors=[9, 3, 1], subsets=[{"name": "all", "data": [{"path": "anywhere"}]}])
+    assert mm_sweep(file)[0] == 0
+    summary = json.loads((folder / "sweep.json").read_text())
+    assert [row["rate_factor"] for row in summary["runs"]] == [1, 3, 9] and summary["num_averaged"] == 2
+    assert [row["score"] for row in summary["averages"]] == pytest.approx([8.1, 8.9, 9 - (13 / 3 - 1.9)])
+    assert mm.load(folder / "best")[0].get_parameter(gate).item() == 2
+    assert "| 2 | chrf 8.9 ± 0.5 (6 samples) |" in (folder / "sweep.md").read_text()
+
+
+@pytest.mark.slow
+def test_an_interrupted_sweep_goes_on_and_the_best_are_averaged(
+    sweep_config, mm_sweep, squares, tmp_path, monkeypatch, capsys
+):
+    file, folder = sweep_config()
+    genuine, calls = NextTokenObjective.loss, []
+
+    def interrupt(self, module, batch):
+        calls.append(batch)
+        if len(calls) == 6 + 6 + 4:
+            raise Interrupted
+        return genuine(self, module, batch)
+
+    monkeypatch.setattr(NextTokenObjective, "loss", interrupt)
+    with pytest.raises(Interrupted):
+        app.cli.main(["sweep", "--config", str(file)])
+    finished = {name: (folder / name / "config.yaml").stat().st_mtime_ns for name in RUNS[:2]}
+    assert not (folder / "sweep.json").exists() and not (folder / RUNS[2] / "config.yaml").exists()
+    capsys.readouterr()
+
+    code, out, _ = mm_sweep(file)
+    assert code == 0 and len(calls) == 6 + 6 + 4 + (6 - 2) + 6  # the third run went on from its step 2
+    assert {name: (folder / name / "config.yaml").stat().st_mtime_ns for name in RUNS[:2]} == finished
+    stages.finetune.main(["--config", str(folder / RUNS[2] / "finetune.yaml"), "--output", str(tmp_path / "alone")])
+    alone = trained(tmp_path / "alone")
+    assert all(torch.equal(alone[name], tensor) for name, tensor in trained(folder / RUNS[2]).items())
+
+    summary = json.loads((folder / "sweep.json").read_text())
+    rows = summary["runs"]
+    assert sorted(row["run"] for row in rows) == sorted(RUNS) and summary["failed"] == []
+    assert all(row["score"] == chrf(folder / row["run"], squares) for row in rows)
+    scores = [row["score"] for row in rows]
+    assert scores == sorted(scores, reverse=True) and len(set(scores)) > 1
+    for row in rows:
+        assert row["run"] == f"{row['subset']}-rate{row['rate_factor']:g}-decay{row['weight_decay']:g}"
+
+    averages = [row["score"] for row in summary["averages"]]
+    taken = averages.index(max(averages)) + 1
+    assert [row["num_runs"] for row in summary["averages"]] == [1, 2, 3, 4] and averages[0] == scores[0]
+    assert summary["num_averaged"] == taken and chrf(folder / "best", squares) == max(averages)
+    best, states = trained(folder / "best"), [trained(folder / row["run"]) for row in rows[:taken]]
+    for name, tensor in best.items():
+        torch.testing.assert_close(tensor, sum(state[name] for state in states) / taken)
+    markdown = (folder / "sweep.md").read_text()
+    assert markdown.strip() == out.strip() and all(f"| {name} |" in markdown for name in RUNS)
+    assert f"best {taken}, chosen on split validation" in markdown
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_done(sweep_config, mm_sweep, squares, tmp_path):
+    subsets = [
+        {"name": "absent", "data": [{"path": str(tmp_path / "nowhere")}]},
+        {"name": "questions", "data": [{"path": str(squares), "task": "vqa"}]},
+    ]
+    once = {"rate_factors": [1], "scoring": {"path": str(squares), "limit": 2}}
+    training = {"steps": 1, "batch_size": 2, "rates": RATES, "workers": 0}
+    file, folder = sweep_config(subsets=subsets, **once, base={"training": training})
+    code, out, err = mm_sweep(file)
+    summary = json.loads((folder / "sweep.json").read_text())
+    assert code == 1 and err.splitlines()[-1].startswith("sweep: 1 of 2 runs failed: absent-rate1-decay0: ")
+    assert [row["run"] for row in summary["runs"]] == ["questions-rate1-decay0"] and summary["num_averaged"] == 1
+    assert summary["failed"][0]["run"] == "absent-rate1-decay0" and "nowhere" in summary["failed"][0]["reason"]
+    assert "nowhere" in out and (folder / "best" / "config.yaml").is_file()
+
+    file, _ = sweep_config(subsets=subsets[1:], **once, base={"training": {**training, "steps": 2, "log_every": 1}})
+    code, out, err = mm_sweep(file)
+    assert code == 1 and "all 1 runs failed" in err and "holds a run with another training.steps;" in err
+    file, _ = sweep_config(subsets=subsets[1:], **once, base={"training": {**training, "log_every": 1}})
+    assert mm_sweep(file)[0] == 0  # how often it reports makes it no other run
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"subsets": []}, "subsets is empty"),
+        ({"rate_factors": []}, "rate_factors is empty"),
+        ({"weight_decays": []}, "weight_decays is empty"),
+        ({"rate_factors": [1, 2, 1.0]}, "questions-rate1-decay0: there twice"),
+        ({"weight_decays": [0.1, 0.1]}, "there twice"),
+        ({"rate_factors": [0]}, "rate_factors has 0"),
+        ({"weight_decays": [-1]}, "training.weight_decay is -1"),
+        ({"subsets": [{"name": "a", "data": []}]}, "subset a has no data"),
+        ({"subsets": [{"name": "../a", "data": [{"path": "x"}]}]}, "subset '../a'"),
+        ({"subsets": [{"name": "a", "data": [{"path": "x"}]}] * 2}, "a-rate1-decay0"),
+        ({"base": {"data": []}}, "base.data is empty"),
+        ({"base": {"data": None}}, "base"),
+        ({"scoring": {"path": "nowhere"}}, "nowhere"),
+        ({"scoring": {"path": "nowhere", "metric": "beauty"}}, "scoring.metric is 'beauty'"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(sweep_config, mm_sweep, changes, said):
+    file, folder = sweep_config(**changes)
+    code, _, err = mm_sweep(file)
+    assert code == 1 and said in err and err.count("\n") == 1 and err.startswith("sweep: ")
+    assert not folder.exists()
+
+
+def test_several_processes_are_refused(sweep_config, monkeypatch):
+    monkeypatch.setattr(stages.sweep.Ranks, "here", lambda: stages.sweep.Ranks(0, 2))
+    file, folder = sweep_config()
+    with pytest.raises(ValueError, match="a sweep is one process"):
+        stages.sweep.sweep(parsed(file))
+    assert not folder.exists()
