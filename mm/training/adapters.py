@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mm.batch import IGNORED, Batch
-from mm.config import usable_device
+from mm.config import ModelConfig, usable_device
 from mm.cross_attention import CrossAttentionBlock
 from mm.language_model import DecoderLayer
 from mm.model import MultimodalModel
@@ -20,6 +20,7 @@ from mm.training.loop import train
 from mm.training.objectives import NextTokenObjective
 from mm.training.optimizer import apply_rates
 from mm.training.parallel import Ranks
+from mm.training.planner import text_token_cost
 from mm.training.precision import lossless_bf16
 from vision.encoder import EncoderLayer, VisionEncoder
 
@@ -83,9 +84,16 @@ def train_adapters(
             layers=(DecoderLayer, EncoderLayer, CrossAttentionBlock),
             # An encoder's layers run once per number of tiles.
             units=(DecoderLayer, VisionEncoder, CrossAttentionBlock),
-            loads=dataset.num_tiles(processor.tile_size, processor.max_tiles),
+            loads=loads_of(dataset, model.config, processor.max_tiles),
             identity={name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE},
         )
+
+
+def loads_of(dataset: RecordDataset, config: ModelConfig, max_tiles: int) -> torch.Tensor:
+    """The work in each sample as far as the index tells, in vision tokens, int64 [len(dataset)]."""
+    encoder = config.vision_encoder
+    vision = dataset.num_tiles(encoder.tile_size, max_tiles) * encoder.tokens_per_tile
+    return vision + (dataset.num_tokens() * text_token_cost(config)).round().long()
 
 
 def answer_accuracy(model: nn.Module, batches: list[Batch], device: torch.device) -> dict[str, float]:

@@ -55,7 +55,7 @@ def train(
         name: of the stage, for the progress bar.
         evaluate: called every `evaluate_every` steps and at the end; its numbers are logged under `eval/`.
         layers: kinds of submodules that `checkpoint_activations` applies to. units: those that ranks gather at a time.
-        loads: how much work each sample is, such as its tiles, [len(dataset)]; ranks get about equal sums of it.
+        loads: how much work each sample is, such as its tokens, [len(dataset)]; ranks get about equal sums of it.
         identity: what else, besides `config`, a resumed run must have in common with the interrupted one.
 
     Raises:
@@ -120,8 +120,10 @@ def train(
             num_unreadable, *amounts = layout.sum(len(work.unreadable), *work.amounts.values())
             totals = dict(zip(work.amounts, amounts, strict=True))
             window.add(done_step, int(num_unreadable), totals)
-            if readers.size > 1 and totals["tiles"]:
-                window.imbalances.append(ranks.largest(work.amounts["tiles"]) * readers.size / totals["tiles"] - 1)
+            for imbalance, amount in (("tile_imbalance", "tiles"), ("token_imbalance", "tokens")):
+                if readers.size > 1 and totals.get(amount):
+                    excess = ranks.largest(work.amounts[amount]) * readers.size / totals[amount] - 1
+                    window.imbalances.setdefault(imbalance, []).append(excess)
             window.clock(waited, time.perf_counter() - started)
             log.advance(done_step.loss)
             finished = step + 1

@@ -48,7 +48,8 @@ class Window:
         self.losses, self.norms, self.unreadable, self.left_out = list(losses), list(norms), unreadable, left_out
         self.steps, self.seconds, self.waited = 0, 0.0, 0.0  # of this process
         self.amounts: dict[str, float] = {}
-        self.imbalances: list[float] = []  # by how much the rank with most tiles had more than the mean
+        # By how much the rank with most tiles, or tokens, had more than the mean.
+        self.imbalances: dict[str, list[float]] = {}
 
     def add(self, step: Step, num_unreadable: int, amounts: dict[str, float]) -> None:
         self.unreadable += num_unreadable
@@ -86,8 +87,7 @@ class Window:
         numbers["seconds_per_step"] = self.seconds / self.steps
         numbers["data_wait_share"] = self.waited / self.seconds
         numbers |= {f"{name}_per_second": amount / self.seconds for name, amount in self.amounts.items()}
-        if self.imbalances:
-            numbers["tile_imbalance"] = sum(self.imbalances) / len(self.imbalances)
+        numbers |= {name: sum(values) / len(values) for name, values in self.imbalances.items()}
         if self.unreadable:
             numbers["unreadable"] = self.unreadable
         if self.left_out:

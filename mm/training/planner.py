@@ -80,6 +80,16 @@ def training_flops(config: ModelConfig, rows: Sequence[Row], encoder_trains: boo
     return _flops(config, rows, encoder=encoder_trains, adapter=True)
 
 
+def text_token_cost(config: ModelConfig) -> float:
+    """What one more text token costs a training step with images, in vision tokens: those that an encoder gives out."""
+
+    def flops(tokens: int, tiles: int) -> int:
+        return training_flops(config, [Row(tokens, tokens, (tiles,))]).total
+
+    vision_token = (flops(64, 2) - flops(64, 1)) / config.vision_encoder.tokens_per_tile
+    return (flops(128, 1) - flops(64, 1)) / 64 / vision_token
+
+
 def state_bytes(counts: Mapping[str, Parameters], shard_ranks: int = 1) -> dict[str, float]:
     """Bytes per rank of FP32 weights, gradients and AdamW's two moments, sharded evenly (FSDP).
 

@@ -132,7 +132,7 @@ def test_two_processes_train_as_one(adapter_config, tmp_path):
     assert process.returncode == 0, said[-3000:]
     assert said.count("step 3/3") == 1  # one rank reports
     for one, two in zip(numbers(alone), numbers(together), strict=True):
-        assert two.pop("tile_imbalance") < 0.5
+        assert two.pop("tile_imbalance") < 0.5 and two.pop("token_imbalance") < 0.5
         assert one == pytest.approx(two, rel=2e-3)
     model, processor = mm.load(together)
     assert model.state_dict().keys() == mm.load(alone)[0].state_dict().keys()

@@ -8,8 +8,10 @@ from functools import partial
 import pytest
 import torch
 
+from mm.training.adapters import loads_of
 from mm.training.data import RecordDataset, Source, Unreadable, deal, epoch_order, step_loader, steps
 from mm.training.parallel import Ranks
+from mm.training.planner import text_token_cost
 from shards.format import Record
 from shards.writer import write_shards
 from vision.tiling import tile_image
@@ -219,15 +221,21 @@ def test_equal_loads_keep_numbers_equal():
     assert deal([5], 2) == [[0], []]
 
 
-def test_tiles_are_told_by_the_index(tmp_path, random_picture):
-    sizes = [(28, 28), (100, 28), (60, 60)]
+def test_work_is_told_by_the_index(tmp_path, random_picture, square_record, tiny_config):
+    """Tiles, a caption's characters by four, and nothing of what messages say; in vision tokens all together."""
+    sizes, captions = [(28, 28), (100, 28), (60, 60)], ["noise of any colour", "noise", "so much noise " * 20]
     records = []
-    for number, size in enumerate(sizes):
+    for number, (size, caption) in enumerate(zip(sizes, captions, strict=True)):
         out = io.BytesIO()
         random_picture(*size).save(out, format="png")
-        about = {"id": f"p{number}", "split": "train", "task": "caption", "language": "en", "caption": "noise"}
+        about = {"id": f"p{number}", "split": "train", "task": "caption", "language": "en", "caption": caption}
         records.append(Record(f"p{number}", about, {"png": out.getvalue()}))
-    write_shards(records, tmp_path / "set")
+    write_shards([*records, square_record(1)], tmp_path / "set")
     dataset = RecordDataset([Source(str(tmp_path / "set"), repeat=1.4)], lambda record: record)
-    expected = [tile_image(random_picture(*size), 28, 4).num_tiles for size in sizes]
-    assert dataset.num_tiles(28, 4).tolist() == expected * 2 and len(set(expected)) > 1
+    tiles = [*(tile_image(random_picture(*size), 28, 4).num_tiles for size in sizes), 1]
+    tokens = [*(len(caption) / 4 for caption in captions), 0]
+    assert dataset.num_tiles(28, 4).tolist() == tiles * 2 and len(set(tiles)) > 1
+    assert dataset.num_tokens().tolist() == tokens * 2
+    cost = text_token_cost(tiny_config)
+    expected = [5 * count + cost * length for count, length in zip(tiles, tokens, strict=True)]  # 4 patches and a CLS
+    assert loads_of(dataset, tiny_config, 4).tolist() == pytest.approx(expected * 2, abs=0.5)

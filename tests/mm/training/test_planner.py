@@ -12,7 +12,7 @@ import mm
 from mm.batch import IGNORED
 from mm.training.objectives import next_token_loss
 from mm.training.optimizer import apply_rates
-from mm.training.planner import Row, forward_flops, parameters, state_bytes, training_flops
+from mm.training.planner import Row, forward_flops, parameters, state_bytes, text_token_cost, training_flops
 
 FROZEN = {"language_model.*": None, "extra_embeddings": None}
 BATCHES = {
@@ -63,6 +63,20 @@ def test_operations_are_those_that_pytorch_counts(build_model, wide_config, rand
     training = counted(lambda: next_token_loss(model, batch).backward())
     assert training_flops(wide_config, rows, encoder_trains).total == pytest.approx(training, rel=0.02)
     assert training > 1.5 * forward
+
+
+def test_a_text_token_costs_so_many_vision_tokens(build_model, wide_config, random_tiles):
+    """One more tile, and sixty more tokens, counted by PyTorch."""
+    model = copy.deepcopy(build_model(wide_config))
+    apply_rates(model, {**FROZEN, "*": 1e-3})
+
+    def operations(tokens: int, tiles: int) -> int:
+        batch = mm.collate(samples_of([Row(tokens, tokens, (tiles,))], wide_config, random_tiles))
+        return counted(lambda: next_token_loss(model, batch).backward())
+
+    tile, text = operations(64, 2) - operations(64, 1), operations(124, 1) - operations(64, 1)
+    expected = (text / 60) / (tile / wide_config.vision_encoder.tokens_per_tile)
+    assert text_token_cost(wide_config) == pytest.approx(expected, rel=0.03)
 
 
 def test_text_alone_costs_the_language_model_once(build_model, wide_config, random_tiles):
