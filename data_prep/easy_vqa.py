@@ -1,4 +1,4 @@
-"""easy-VQA (questions about one coloured shape, 64 x 64 px) -> shard records, one for each question.
+"""easy-VQA (questions about one coloured shape, 64 x 64 px) -> shard records: questions, captions or conversations.
 
 The set: `{train,test}/images/{n}.png` and `{train,test}/questions.json`, a list of [question, answer, n].
 """
@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from data_prep.conversations import REQUEST, conversations
 from data_prep.splits import split_of
 from shards.format import Record, make_id
 from vision.reading import read_picture
@@ -37,7 +38,7 @@ def to_samples(folder: str | Path, dropped: list[tuple[str, str]] | None = None)
             record_id = make_id(f"easy-vqa/{part}/{number}")
             content = {
                 "id": record_id,
-                "split": "test" if part == "test" else split_of(name, validation=VALIDATION_SHARE, test=0.0),
+                "split": _split(name),
                 "task": "vqa",
                 "language": "en",
                 "messages": [
@@ -59,24 +60,50 @@ def to_captions(folder: str | Path, dropped: list[tuple[str, str]] | None = None
     Args and errors: as `to_samples`.
     """
     folder, dropped = Path(folder), [] if dropped is None else dropped
-    seen: dict[int, dict[str, str]] = {}
-    for _, answer, image in _questions(folder / "train" / "questions.json"):
-        if answer not in ("yes", "no"):
-            seen.setdefault(image, {})["shape" if answer in SHAPES else "color"] = answer
-    for image, answers in seen.items():
-        name = f"train/images/{image}.png"
-        picture = _read(folder, name, dropped) if len(answers) == 2 else None
+    for image, turns in _by_picture(folder, "train").items():
+        name, caption = f"train/images/{image}.png", _caption(turns)
+        picture = None if caption is None else _read(folder, name, dropped)
         if picture is None:
             continue
         record_id = make_id(f"easy-vqa/caption/{image}")
-        content = {
-            "id": record_id,
-            "split": split_of(name, validation=VALIDATION_SHARE, test=0.0),
-            "task": "caption",
-            "language": "en",
-            "caption": f"a {answers['color']} {answers['shape']}",
-        }
+        content = {"id": record_id, "split": _split(name), "task": "caption", "language": "en", "caption": caption}
         yield Record(record_id, content, {"png": picture})
+
+
+def to_conversations(folder: str | Path, dropped: list[tuple[str, str]] | None = None) -> Iterator[Record]:
+    """Yields conversations of several turns about one picture, with all its questions and its caption among them.
+
+    Splits are those of `to_samples`.
+
+    Args and errors: as `to_samples`.
+    """
+    folder, dropped = Path(folder), [] if dropped is None else dropped
+    for part in ("train", "test"):
+        for image, turns in _by_picture(folder, part).items():
+            name, caption = f"{part}/images/{image}.png", _caption(turns)
+            picture = _read(folder, name, dropped)
+            if picture is None:
+                continue
+            described = [] if caption is None else [(REQUEST, caption)]
+            yield from conversations(f"easy-vqa/{name}", _split(name), {"png": picture}, [*turns, *described])
+
+
+def _split(name: str) -> str:
+    return "test" if name.startswith("test/") else split_of(name, validation=VALIDATION_SHARE, test=0.0)
+
+
+def _by_picture(folder: Path, part: str) -> dict[int, list[tuple[str, str]]]:
+    """(question, answer) of each picture, by its number."""
+    turns: dict[int, list[tuple[str, str]]] = {}
+    for question, answer, image in _questions(folder / part / "questions.json"):
+        turns.setdefault(image, []).append((question, answer))
+    return turns
+
+
+def _caption(turns: list[tuple[str, str]]) -> str | None:
+    """ "a blue circle", where the answers name both colour and shape."""
+    named = {"shape" if answer in SHAPES else "color": answer for _, answer in turns if answer not in ("yes", "no")}
+    return f"a {named['color']} {named['shape']}" if len(named) == 2 else None
 
 
 def _questions(path: Path) -> list[tuple[str, str, int]]:

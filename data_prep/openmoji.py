@@ -12,7 +12,7 @@ from data_prep.sources import to_png
 from data_prep.splits import join_concepts, split_of
 from shards.format import Record, image_id, make_id
 
-PICTURE_SIZE = 128  # px, the long side
+PICTURE_SIZE = 128  # px, the long side; whatever size is asked for, pictures are compared at this one
 VALIDATION_SHARE, TEST_SHARE = 0.02, 0.08  # of the concepts
 
 _SKIN_TONE = re.compile(r"(?:medium-light|medium-dark|light|medium|dark) skin tone")
@@ -21,7 +21,9 @@ _SKIN_TONE = re.compile(r"(?:medium-light|medium-dark|light|medium|dark) skin to
 _VARIANT = re.compile(r"\b(?:(?:wo)?m[ae]n|persons?|people|boys?|girls?|child(?:ren)?|and|facing right)\b")
 
 
-def to_samples(folder: str | Path, dropped: list[tuple[str, str]] | None = None) -> Iterator[Record]:
+def to_samples(
+    folder: str | Path, dropped: list[tuple[str, str]] | None = None, picture_size: int = PICTURE_SIZE
+) -> Iterator[Record]:
     """Yields one captioned record per drawing; all variants of a concept are in the same split.
 
     Of names that have the very same picture only the shortest is used: the others claim what the picture does not show
@@ -30,6 +32,7 @@ def to_samples(folder: str | Path, dropped: list[tuple[str, str]] | None = None)
     Args:
         folder: holds `color/svg` and `data/openmoji.json`.
         dropped: gets (file, reason) for each drawing left out.
+        picture_size: of the long side, in pixels; records and splits are the same at every size.
 
     Raises:
         ValueError: the list of drawings is missing or not as described above.
@@ -57,7 +60,8 @@ def to_samples(folder: str | Path, dropped: list[tuple[str, str]] | None = None)
             "language": "en",
             "caption": caption_of(annotation),
         }
-        yield Record(record_id, content, {"png": png})
+        shown = png if picture_size == PICTURE_SIZE else to_png(folder / name, picture_size)
+        yield Record(record_id, content, {"png": shown})
 
 
 def caption_of(annotation: str) -> str:

@@ -16,7 +16,9 @@ PICTURE_SIZE = 128  # px, the long side
 VALIDATION_SHARE, TEST_SHARE = 0.02, 0.08  # of the concepts
 
 
-def to_samples(folder: str | Path, dropped: list[tuple[str, str]] | None = None) -> Iterator[Record]:
+def to_samples(
+    folder: str | Path, dropped: list[tuple[str, str]] | None = None, picture_size: int = PICTURE_SIZE
+) -> Iterator[Record]:
     """Yields one captioned record per stamp; stamps with the same sentence, mirrored ones too, are in the same split.
 
     Of a stamp that is there as SVG and as PNG the SVG is used, as the program does; the PNG where the SVG is of no use.
@@ -24,6 +26,7 @@ def to_samples(folder: str | Path, dropped: list[tuple[str, str]] | None = None)
     Args:
         folder: holds `stamps`.
         dropped: gets (file, reason) for each picture left out.
+        picture_size: of the long side at most (of an SVG's exactly), in pixels.
 
     Raises:
         ValueError: there are no stamps in the folder.
@@ -43,7 +46,7 @@ def to_samples(folder: str | Path, dropped: list[tuple[str, str]] | None = None)
             dropped.append((_name(stem, folder), str(error)))
     concepts = join_concepts((concept_of(caption), _name(_plain(stem), folder)) for stem, caption in captions.items())
     for stem, caption in captions.items():
-        picture = _first_readable(stamps[stem], folder, dropped)
+        picture = _first_readable(stamps[stem], folder, picture_size, dropped)
         if picture is None:
             continue
         record_id = make_id(f"tuxpaint/{_name(stem, folder)}")
@@ -61,10 +64,10 @@ def _name(path: Path, folder: Path) -> str:
     return path.relative_to(folder).as_posix()
 
 
-def _first_readable(paths: list[Path], folder: Path, dropped: list[tuple[str, str]]) -> bytes | None:
+def _first_readable(paths: list[Path], folder: Path, size: int, dropped: list[tuple[str, str]]) -> bytes | None:
     for path in paths:
         try:
-            return to_png(path, PICTURE_SIZE)
+            return to_png(path, size)
         except ValueError as error:
             dropped.append((_name(path, folder), str(error)))
     return None

@@ -3,7 +3,8 @@ import json
 import pytest
 from PIL import Image
 
-from data_prep.easy_vqa import to_captions, to_samples
+from data_prep.conversations import REQUEST
+from data_prep.easy_vqa import to_captions, to_conversations, to_samples
 from shards.format import check_record
 
 
@@ -62,11 +63,31 @@ def test_captions_come_from_the_answers_of_training_pictures_alone(folder):
     assert record.json["split"] == asked.json["split"]
 
 
+def test_conversations_hold_all_that_is_known_of_a_picture(folder):
+    questions = [[f"what {thing}?", answer, 0] for thing, answer in (("color", "blue"), ("shape", "circle"))]
+    questions += [[f"is it {number}?", "no", 0] for number in range(6)]
+    (folder / "test" / "questions.json").write_text(json.dumps(questions))
+    chats, turns = list(to_conversations(folder)), {}
+    for chat in chats:
+        check_record(chat)
+        said = [message["content"][-1]["text"] for message in chat.json["messages"]]
+        turns.setdefault(chat.media["png"], []).extend(zip(said[::2], said[1::2], strict=True))
+    expected = [(question, answer) for question, answer, _ in questions] + [(REQUEST, "a blue circle")]
+    assert sorted(turns[(folder / "test" / "images" / "0.png").read_bytes()]) == sorted(expected)
+    assert sorted(turns[(folder / "train" / "images" / "0.png").read_bytes()]) == [
+        ("what is 0?", "red"),
+        ("what is 1?", "yes"),
+    ]
+    splits = {record.media["png"]: record.json["split"] for record in to_samples(folder)}
+    assert {chat.json["split"] for chat in chats} == {"train", "validation", "test"}
+    assert all(splits[chat.media["png"]] == chat.json["split"] for chat in chats)
+
+
 def test_a_broken_picture_is_reported_once_and_the_rest_is_done(folder):
     (folder / "train" / "images" / "3.png").write_bytes(b"")
     (folder / "train" / "images" / "4.png").unlink()
     dropped = []
-    assert len(list(to_samples(folder, dropped))) == 406
+    assert len(list(to_samples(folder, dropped))) == 406 and len(list(to_conversations(folder))) == 203
     assert [name for name, _ in dropped] == ["train/images/3.png", "train/images/4.png"]
     assert "empty" in dropped[0][1] and "no such file" in dropped[1][1]
 

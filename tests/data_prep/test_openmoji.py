@@ -37,6 +37,15 @@ def test_records(make_set):
         assert picture.size == (128, 128) and picture.mode == "RGB" and picture.getpixel((127, 127)) == (255, 255, 255)
 
 
+def test_larger_pictures_of_the_same_records(make_set):
+    """Drawings that are equal at 128 px stay one, though more pixels might tell them apart."""
+    near = drawing("red").replace('r="30"', 'r="30.001"')
+    folder = make_set([("flag: Chad", drawing("red")), ("heart", drawing("blue")), ("round flag: Chad", near)])
+    small, large = list(to_samples(folder)), list(to_samples(folder, picture_size=192))
+    assert [record.json for record in small] == [record.json for record in large] and len(small) == 2
+    assert {Image.open(io.BytesIO(record.media["png"])).size for record in large} == {(192, 192)}
+
+
 def test_captions_read_well():
     assert caption_of("man cook: dark skin tone") == "man cook, dark skin tone"
     assert caption_of("flag: Chad") == "flag of Chad"

@@ -38,6 +38,9 @@ def test_pictures_are_shrunk_never_enlarged_and_transparency_is_white(stamp):
         check_record(record)
     cow = Image.open(io.BytesIO(records["A cow – “moo”."].media["png"]))
     assert cow.size == (128, 96) and cow.mode == "RGB"
+    larger = {record.json["caption"]: record for record in to_samples(folder, picture_size=200)}
+    sizes = [Image.open(io.BytesIO(larger[name].media["png"])).size for name in ("A cow – “moo”.", "A cat.")]
+    assert sizes == [(200, 150), (60, 20)]
     assert cow.getpixel((10, 50)) == (0, 0, 200) and cow.getpixel((120, 50)) == (255, 255, 255)
     assert Image.open(io.BytesIO(records["A cat."].media["png"])).size == (60, 20)
 
