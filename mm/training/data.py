@@ -128,6 +128,23 @@ def readable_samples(dataset: RecordDataset, most: int) -> list:
     return readable
 
 
+class Position(NamedTuple):
+    """Where a run stands in its data.
+
+    Attributes:
+        seed: of the order. consumed: samples so far, of all epochs and ranks. epoch: that the next one is in.
+    """
+
+    seed: int
+    epoch: int = 0
+    consumed: int = 0
+
+    def after(self, samples: int, length: int) -> "Position":
+        """So many samples later, in a dataset of `length`."""
+        consumed = self.consumed + samples
+        return Position(self.seed, consumed // length, consumed)
+
+
 def epoch_order(length: int, seed: int, epoch: int) -> torch.Tensor:
     """The order of an epoch: a permutation int64 [length], the same everywhere for the same numbers."""
     digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
