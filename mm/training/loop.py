@@ -147,7 +147,7 @@ def train(
                 log.write(finished, numbers)
             if finished % config.save_every == 0 or last or asked:
                 unlogged = window.unlogged() | {"guard": guard.state()}
-                checkpoints.save(finished, position, unlogged)
+                window.held_up += checkpoints.save(finished, position, unlogged)
             if asked:
                 checkpoints.wait()
                 sys.exit(143)  # as a shell reports a process that SIGTERM ended

@@ -13,7 +13,7 @@ from mm.training.objectives import ContrastiveObjective
 from shards.writer import write_shards
 from stages import pretrain_image_encoder as stage
 
-TIMES = ("_per_second", "seconds_per_step", "data_wait_share")
+TIMES = ("_per_second", "_seconds", "seconds_per_step", "data_wait_share")
 
 
 class Interrupted(BaseException):

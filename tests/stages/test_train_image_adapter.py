@@ -21,7 +21,7 @@ from shards.reader import ShardSet
 from shards.writer import write_shards
 from stages.train_image_adapter import main
 
-TIMES = ("_per_second", "seconds_per_step", "data_wait_share")
+TIMES = ("_per_second", "_seconds", "seconds_per_step", "data_wait_share")
 KILLED_WHILE_WRITING = """
 import os, signal, sys
 from pathlib import Path

@@ -84,9 +84,11 @@ def test_training_goes_on_while_a_checkpoint_is_written(model, config, run, save
 
 def test_one_is_written_at_a_time_and_the_end_waits(model, config, run, slow):
     events = slow(lambda: time.sleep(0.05))
-    folder = run(model, config(**{**OFTEN, "save_every": 1, "steps": 4}))
+    folder = run(model, config(**{**OFTEN, "save_every": 1, "steps": 4, "log_every": 1}))
     written = [(what, f".new-{step:08d}") for step in range(1, 5) for what in ("begun", "written")]
     assert events == written and names(folder) == [f"step-{step:08d}" for step in range(1, 5)]
+    held_up = [json.loads(line).get("checkpoint_seconds") for line in (folder / "metrics.jsonl").open()]
+    assert held_up[0] is None and all(seconds > 0 for seconds in held_up[1:])
 
 
 class Stopped(BaseException):
