@@ -167,6 +167,33 @@ def readable_samples(dataset: RecordDataset, most: int) -> list:
     return readable
 
 
+class Position(NamedTuple):
+    """Where a run stands in its data.
+
+    Attributes:
+        seed: of the order. consumed: samples so far, of all epochs and ranks. epoch: that the next one is in.
+    """
+
+    seed: int
+    epoch: int = 0
+    consumed: int = 0
+
+    def after(self, samples: int, dataset: Dataset) -> "Position":
+        """So many samples later."""
+        consumed = self.consumed + samples
+        return Position(self.seed, consumed // epoch_size(len(dataset), draws_of(dataset)), consumed)
+
+
+def draws_of(dataset: Dataset) -> Sequence[Draw]:
+    """What an epoch leaves out of a dataset: nothing, unless its sources are weighed."""
+    return dataset.draws if isinstance(dataset, RecordDataset) else ()
+
+
+def epoch_size(length: int, draws: Sequence[Draw]) -> int:
+    """Samples of an epoch over a dataset of `length`."""
+    return length - sum(draw.length - draw.number for draw in draws)
+
+
 def epoch_order(length: int, seed: int, epoch: int, draws: Sequence[Draw] = ()) -> torch.Tensor:
     """The order of an epoch: indices of a dataset of `length`, all but those that `draws` leave out, shuffled; int64.
 
@@ -194,7 +221,7 @@ def steps(
     Args:
         length: of the dataset. draws: what an epoch leaves out of it.
     """
-    size = length - sum(draw.length - draw.number for draw in draws)
+    size = epoch_size(length, draws)
     epoch, order = -1, None
     while True:
         indices = []
@@ -223,7 +250,7 @@ def step_loader(
     Args:
         loads: of each sample, [len(dataset)], by which a step is dealt out evenly; None: all weigh the same.
     """
-    draws = dataset.draws if isinstance(dataset, RecordDataset) else ()
+    draws = draws_of(dataset)
     return DataLoader(
         dataset,
         batch_sampler=_Endless(readers or Ranks(), loads, len(dataset), batch_size, seed, consumed, draws),

@@ -23,9 +23,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 
 from mm.config import usable_device
-from mm.training.checkpoints import resume, save_checkpoint
+from mm.training.checkpoints import Checkpoints
 from mm.training.config import FREE_TO_CHANGE, TrainingConfig
-from mm.training.data import collate_step, step_loader
+from mm.training.data import Position, collate_step, step_loader
 from mm.training.guards import Guard
 from mm.training.metrics import MetricsLog, NoLog, Step, Window
 from mm.training.objectives import Objective
@@ -81,7 +81,8 @@ def train(
     if ranks.size > 1:
         shard(module, units, layout, config.compute, device.type, objective.whole_passes)
     optimizer = build_optimizer(module, rates, config.weight_decay, config.betas)
-    done, unlogged = resume(folder, module, optimizer, fingerprint)
+    checkpoints = Checkpoints(folder, config.keep, fingerprint, module, optimizer)
+    done, position, unlogged = checkpoints.resume() or (0, Position(config.seed), {})
     folder.mkdir(parents=True, exist_ok=True)
     loader = step_loader(
         dataset,
@@ -93,14 +94,19 @@ def train(
             share=math.ceil(config.batch_size / readers.size),
         ),
         config.batch_size,
-        config.seed,
-        consumed=done * config.batch_size,
+        position.seed,
+        position.consumed,
         workers=config.workers,
         readers=readers,
         loads=loads,
     )
     log_of = MetricsLog if ranks.first else NoLog
-    with log_of(folder, done, config.steps, name) as log, _recomputed(module, layers, config), _termination() as ended:
+    with (
+        log_of(folder, done, config.steps, name) as log,
+        _recomputed(module, layers, config),
+        _termination() as ended,
+        checkpoints,
+    ):
         guard = Guard(config.spike_factor, config.max_skipped, **unlogged.pop("guard", {}))
         window = Window(**unlogged)
         started = time.perf_counter()
@@ -126,6 +132,7 @@ def train(
                     window.imbalances.setdefault(imbalance, []).append(excess)
             window.clock(waited, time.perf_counter() - started)
             log.advance(done_step.loss)
+            position = position.after(config.batch_size, dataset)
             finished = step + 1
             last = finished == config.steps
             asked = bool(asked) and not last
@@ -142,8 +149,9 @@ def train(
                 log.write(finished, numbers)
             if finished % config.save_every == 0 or last or asked:
                 unlogged = window.unlogged() | {"guard": guard.state()}
-                save_checkpoint(folder, module, optimizer, finished, fingerprint, config.keep, unlogged)
+                window.held_up += checkpoints.save(finished, position, unlogged)
             if asked:
+                checkpoints.wait()
                 sys.exit(143)  # as a shell reports a process that SIGTERM ended
             started = time.perf_counter()  # evaluations and checkpoints take no part in images per second
     if module is not plain:

@@ -47,6 +47,7 @@ class Window:
     ) -> None:
         self.losses, self.norms, self.unreadable, self.left_out = list(losses), list(norms), unreadable, left_out
         self.steps, self.seconds, self.waited = 0, 0.0, 0.0  # of this process
+        self.held_up = 0.0  # seconds, beside those, by checkpoints
         self.amounts: dict[str, float] = {}
         # By how much the rank with most tiles, or tokens, had more than the mean.
         self.imbalances: dict[str, list[float]] = {}
@@ -87,6 +88,8 @@ class Window:
         numbers["seconds_per_step"] = self.seconds / self.steps
         numbers["data_wait_share"] = self.waited / self.seconds
         numbers |= {f"{name}_per_second": amount / self.seconds for name, amount in self.amounts.items()}
+        if self.held_up:
+            numbers["checkpoint_seconds"] = self.held_up
         numbers |= {name: sum(values) / len(values) for name, values in self.imbalances.items()}
         if self.unreadable:
             numbers["unreadable"] = self.unreadable

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import mm
 from mm.batch import IGNORED
@@ -99,3 +100,20 @@ def same():
         return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
     return compare
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """saved(checkpoint) -> its tensors, whole, by name."""
+
+    def flat(values: dict, before: str = "") -> dict[str, torch.Tensor]:
+        found = {}
+        for name, value in values.items():
+            found |= flat(value, f"{before}{name}.") if isinstance(value, dict) else {before + name: value}
+        return found
+
+    def read(checkpoint: Path) -> dict[str, torch.Tensor]:
+        dcp_to_torch_save(checkpoint, tmp_path / "whole.pt")
+        return flat(torch.load(tmp_path / "whole.pt", weights_only=True))
+
+    return read

@@ -2,19 +2,18 @@
 
 import copy
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch.distributed.checkpoint import FileSystemWriter
 
-from mm.training import checkpoints
-from mm.training.checkpoints import save_checkpoint
 from mm.training.objectives import NextTokenObjective
 
 OFTEN = {"steps": 10, "batch_size": 3, "save_every": 3, "log_every": 2, "warmup_steps": 3}
-TIMES = ("_per_second", "seconds_per_step", "data_wait_share")
+TIMES = ("_per_second", "_seconds", "seconds_per_step", "data_wait_share")
 
 
 class Interrupted(BaseException):
@@ -50,29 +49,12 @@ def numbers(folder: Path) -> list[dict]:
     return [{name: value for name, value in row.items() if not name.endswith(TIMES)} for row in rows]
 
 
-def last_state(folder: Path) -> tuple[dict, dict]:
-    newest = sorted((folder / "checkpoints").glob("step-*"))[-1]
-    optimizer = torch.load(newest / "optimizer.pt", weights_only=True)
-    return json.loads((newest / "state.json").read_text()), optimizer
-
-
-def assert_equal(one, other) -> None:
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other)
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_equal(one[key], other[key])
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other)
-        for a, b in zip(one, other, strict=True):
-            assert_equal(a, b)
-    else:
-        assert one == other
+def newest(folder: Path) -> Path:
+    return sorted((folder / "checkpoints").glob("step-*"))[-1]
 
 
 @pytest.mark.parametrize("stop_at", [2, 4, 6, 9])  # before the first checkpoint, just after it, between, at the last
-def test_interrupted_is_uninterrupted(model, config, train, same, stop_at):
+def test_interrupted_is_uninterrupted(model, config, train, same, saved, stop_at):
     settings = config(**OFTEN)
     other = copy.deepcopy(model)
     whole = train(model, settings, "whole")
@@ -81,8 +63,10 @@ def test_interrupted_is_uninterrupted(model, config, train, same, stop_at):
     parts = train(other, settings, "parts")
     assert same(model, other)
     assert numbers(parts) == numbers(whole) and len(numbers(whole)) == 5
-    for one, two in zip(last_state(parts), last_state(whole), strict=True):
-        assert_equal(one, two)
+    one, two = saved(newest(parts)), saved(newest(whole))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    one, two = (json.loads((newest(folder) / "state.json").read_text()) for folder in (parts, whole))
+    assert one == two
 
 
 def test_interrupted_again_and_again(model, config, train, same):
@@ -115,32 +99,38 @@ def test_lines_beyond_the_checkpoint_go(model, config, train):
     assert numbers(folder) == [{"step": 2, "loss": 1.0}]
 
 
-@pytest.mark.parametrize("operation", ["save_file", "rename", "rmtree"])
-def test_interrupted_while_a_checkpoint_is_written(model, config, train, same, monkeypatch, operation):
+@pytest.mark.parametrize(
+    ("owner", "operation", "call"),
+    [
+        (FileSystemWriter, "write_data", 2),
+        (Path, "rename", 3),  # of the list of the second's tensors
+        (Path, "rename", 4),  # of the second
+        (Path, "rename", 5),  # of the first, which is to go
+        (shutil, "rmtree", 1),
+    ],
+)
+def test_interrupted_while_a_checkpoint_is_written(model, config, train, same, monkeypatch, owner, operation, call):
     """In the middle of its files, before it gets its name, and while an older one is removed."""
     settings = config(**{**OFTEN, "save_every": 2, "keep": 1})
     other = copy.deepcopy(model)
     train(model, settings, "whole")
-    calls = []
+    calls, genuine = [], getattr(owner, operation)
 
-    def interrupt(genuine):
-        def do(*arguments, **options):
-            calls.append(arguments)
-            if len(calls) < {"save_file": 3, "rename": 3, "rmtree": 8}[operation]:
-                return genuine(*arguments, **options)
-            if operation == "save_file":
-                Path(arguments[1]).write_bytes(b"half of it")
-            if operation == "rmtree":
-                (Path(arguments[0]) / "optimizer.pt").unlink(missing_ok=True)
-            raise Interrupted
-
-        return do
+    def interrupt(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) != call:
+            return genuine(*arguments, **options)
+        if operation == "write_data":
+            (arguments[0].path / "__0_0.distcp").write_bytes(b"half of it")
+        if operation == "rmtree":
+            (Path(arguments[0]) / "__0_0.distcp").unlink()
+        raise Interrupted
 
     with monkeypatch.context() as patched:
-        owner = {"save_file": checkpoints, "rename": Path, "rmtree": checkpoints.shutil}[operation]
-        patched.setattr(owner, operation, interrupt(getattr(owner, operation)))
-        with pytest.raises(Interrupted):
+        patched.setattr(owner, operation, interrupt)
+        with pytest.raises(OSError, match=r"step-00000004 could not be written \(rank 0: Interrupted"):
             train(copy.deepcopy(other), settings, "parts")
+    assert len(calls) >= call
     place = train(other, settings, "parts") / "checkpoints"
     assert same(model, other)
     assert [entry.name for entry in place.iterdir()] == ["step-00000010"]  # and nothing half-written
@@ -185,34 +175,28 @@ def test_how_often_may_change(model, config, train):
     train(model, config(**{**OFTEN, "save_every": 1, "keep": 5, "log_every": 1, "evaluate_every": 2, "workers": 1}))
 
 
-@pytest.mark.parametrize("file", ["trained.safetensors", "optimizer.pt", "state.json"])
+@pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", "state.json"])
 def test_a_damaged_checkpoint_is_named_and_an_earlier_one_serves(model, config, train, same, file):
     settings = config(**OFTEN)
     other = copy.deepcopy(model)
     folder = train(copy.deepcopy(model), settings)
-    newest = folder / "checkpoints" / "step-00000010"
-    (newest / file).write_bytes((newest / file).read_bytes()[:-50])
-    with pytest.raises(ValueError, match=f"{newest.name} is damaged"):
+    last = folder / "checkpoints" / "step-00000010"
+    (last / file).write_bytes((last / file).read_bytes()[:-50])
+    with pytest.raises(ValueError, match=f"{last.name} is damaged"):
         train(copy.deepcopy(model), settings)
-    for entry in newest.iterdir():
-        entry.unlink()
-    newest.rmdir()
+    shutil.rmtree(last)
     train(model, settings)
     train(other, settings, "whole")
     assert same(model, other)
 
 
-def test_a_checkpoint_holds_what_trains_and_no_more(model, config, train):
+def test_a_checkpoint_holds_what_trains_and_no_more(model, config, train, saved):
     folder = train(model, config(**OFTEN))
-    size = (folder / "checkpoints" / "step-00000010" / "trained.safetensors").stat().st_size
-    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    assert trained < size < trained + 20_000
-
-
-def test_an_interrupted_write_of_the_same_step_is_no_obstacle(tmp_path):
-    module = nn.Linear(2, 2)
-    optimizer = torch.optim.AdamW(module.parameters())
-    (tmp_path / "checkpoints" / ".new-00000005").mkdir(parents=True)
-    (tmp_path / "checkpoints" / ".new-00000005" / "junk").write_text("")
-    final = save_checkpoint(tmp_path, module, optimizer, 5, {}, keep=1, unlogged={})
-    assert sorted(entry.name for entry in final.iterdir()) == ["optimizer.pt", "state.json", "trained.safetensors"]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    moments = {f"optimizer.{name}.{kind}" for name in trained for kind in ("exp_avg", "exp_avg_sq", "step")}
+    tensors = saved(newest(folder))
+    assert {name for name in tensors if not name.startswith("random.")} == {f"model.{n}" for n in trained} | moments
+    assert all(torch.equal(tensors[f"model.{name}"], p) for name, p in trained.items())
+    size = sum(file.stat().st_size for file in newest(folder).iterdir())
+    held = sum(tensor.nbytes for tensor in tensors.values())
+    assert held < size < held + 2_000 * len(tensors)  # each brings a header
