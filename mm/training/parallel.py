@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from mm.training.config import TrainingConfig
 
@@ -215,10 +215,3 @@ def gathered(rows: Tensor) -> Tensor:
     parts = [part[:count] for part, count in zip(parts, counts, strict=True)]
     parts[ranks.rank] = rows + (ranks.size - 1) * (rows - rows.detach())  # the rows, with so many times the gradient
     return torch.cat(parts)
-
-
-def shared_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor, the same on all ranks, as the shares that `parameter` is in."""
-    if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
-        return tensor
-    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
