@@ -56,6 +56,11 @@ def pretrain_image_encoder(config: PretrainImageEncoder) -> None:
     """Train an image encoder and a text tower by contrast; keep the encoder."""
     if config.training.micro_batch_size not in (None, config.training.batch_size):
         raise ValueError("contrastive training compares all pairs of a step: leave training.micro_batch_size out")
+    if config.training.tensor_ranks > 1:
+        raise ValueError(
+            f"training.tensor_ranks is {config.training.tensor_ranks}; contrastive training compares pairs of all ranks, "
+            "and these would read the same: leave it at 1"
+        )
     max_tiles = config.encoder.max_num_tiles if config.max_tiles is None else config.max_tiles
     if not 1 <= max_tiles <= config.encoder.max_num_tiles:
         raise ValueError(f"max_tiles is {max_tiles}; the encoder takes 1 to {config.encoder.max_num_tiles}")
