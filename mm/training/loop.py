@@ -30,7 +30,8 @@ from mm.training.guards import Guard
 from mm.training.metrics import MetricsLog, NoLog, Step, Window
 from mm.training.objectives import Objective
 from mm.training.optimizer import apply_rates, build_optimizer, rate_factor, set_rate_factor
-from mm.training.parallel import Layout, Ranks, shard, whole
+from mm.training.parallel import Layout, Ranks, mesh_of, shard, total_norm, whole
+from mm.training.tensor_parallel import complete_gradients
 
 
 def train(
@@ -74,7 +75,7 @@ def train(
         del fingerprint[irrelevant]
     ranks.agree("configuration", fingerprint)
     torch.manual_seed(config.seed)
-    plain, idle = module, objective.idle(module) if ranks.size > 1 else None
+    plain, idle = module, objective.idle(module) if ranks.size > layout.tensor else None
     if ranks.size > 1:
         module = copy.deepcopy(plain)
     module.to(device).train()
@@ -189,6 +190,8 @@ def train_step(
             if loss.requires_grad:  # rows without images depend on nothing that an image adapter trains
                 (loss * layout.num_readers).backward()  # sharded gradients are averaged over the ranks
             losses.append(loss.detach())  # read when all is under way: to read is to wait for the device
+    if layout.tensor > 1:
+        complete_gradients(module, mesh_of(layout, kind)["tensor"].get_group())
     step = Step(layout.sum(sum(loss.item() for loss in losses))[0], _gradient_norms(module))
     try:
         reason = guard.reason_to_skip(step.loss, step.norm)
@@ -209,7 +212,7 @@ def _gradient_norms(module: nn.Module) -> dict[str, float]:
     for name, parameter in module.named_parameters():
         if parameter.grad is not None:
             gradients.setdefault(name.partition(".")[0], []).append(parameter.grad)
-    return {part: float(whole(nn.utils.get_total_norm(given))) for part, given in gradients.items()}
+    return {part: total_norm(given) for part, given in gradients.items()}
 
 
 def _attention_kernels(compute: str, device_type: str) -> AbstractContextManager:

@@ -6,6 +6,8 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 
 def apply_rates(module: nn.Module, rates: Mapping[str, float | None]) -> dict[str, float]:
@@ -38,14 +40,19 @@ def apply_rates(module: nn.Module, rates: Mapping[str, float | None]) -> dict[st
 def build_optimizer(
     module: nn.Module, rates: Mapping[str, float], weight_decay: float, betas: tuple[float, float]
 ) -> torch.optim.AdamW:
-    """AdamW over the parameters in `rates`; weight decay on matrices only, never on norms, biases and gates."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    """AdamW over the parameters in `rates`; weight decay on matrices only, never on norms, biases and gates.
+
+    Parameters that are spread over ranks in different ways get groups of their own: the fused step takes one mesh.
+    """
+    groups: dict[tuple[float, float, DeviceMesh | None], list[nn.Parameter]] = {}
     parameters = dict(module.named_parameters())
     for name, rate in rates.items():
-        decay = weight_decay if parameters[name].dim() > 1 else 0.0
-        groups.setdefault((rate, decay), []).append(parameters[name])
+        parameter = parameters[name]
+        decay = weight_decay if parameter.dim() > 1 else 0.0
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        groups.setdefault((rate, decay, mesh), []).append(parameter)
     return torch.optim.AdamW(
-        [{"params": group, "lr": rate, "base_lr": rate, "weight_decay": d} for (rate, d), group in groups.items()],
+        [{"params": group, "lr": rate, "base_lr": rate, "weight_decay": d} for (rate, d, _), group in groups.items()],
         betas=tuple(betas),
         eps=1e-8,
         fused=True,

@@ -6,6 +6,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,11 +17,12 @@ from functools import cache
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from mm.training.config import TrainingConfig
+from mm.training.tensor_parallel import split_products
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,7 @@ def joined() -> Iterator[Ranks]:
         yield Ranks.here()
     finally:
         _host_group.cache_clear()
+        mesh_of.cache_clear()
         dist.destroy_process_group()
 
 
@@ -156,6 +159,13 @@ def joined() -> Iterator[Ranks]:
 def _host_group() -> dist.ProcessGroup:
     """All ranks over gloo, for numbers that lie on the host, whatever the weights travel over."""
     return dist.new_group(backend="gloo")
+
+
+@cache
+def mesh_of(layout: Layout, device_type: str) -> DeviceMesh:
+    """The process groups of a layout, dimensions "pipeline", "copy", "shard" and "tensor"."""
+    sizes = (layout.pipeline, layout.copies, layout.shards, layout.tensor)
+    return init_device_mesh(device_type, sizes, mesh_dim_names=("pipeline", "copy", "shard", "tensor"))
 
 
 def shard(
@@ -169,17 +179,21 @@ def shard(
     """Spread a module's parameters, frozen ones too, over the ranks, in place (FSDP2; ZeRO-3).
 
     A rank holds its share of the FP32 weights, gradients and optimizer state. Each unit is gathered when it runs, in
-    bf16 where `compute` says so; gradients are reduced in FP32.
+    bf16 where `compute` says so; gradients are reduced in FP32. Ranks that share products gather their own parts only;
+    one copy that is not shared out any further is handled in the same way, for the same precision.
 
     Args:
         units: kinds of submodules that are gathered one at a time. Every rank must run each of them equally often.
         layout: how the ranks are arranged.
         forward_methods: what besides `forward` runs the whole module.
+
+    Raises:
+        ValueError: heads or channels that the tensor ranks do not divide.
     """
-    if layout.copies == 1:
-        mesh = init_device_mesh(device_type, (layout.shards,), mesh_dim_names=("shard",))
-    else:
-        mesh = init_device_mesh(device_type, (layout.copies, layout.shards), mesh_dim_names=("copy", "shard"))
+    ranks = mesh_of(layout, device_type)
+    if layout.tensor > 1:
+        split_products(module, ranks["tensor"])
+    mesh = ranks["shard" if layout.copies == 1 else ("copy", "shard")]
     low = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if compute == "bf16" else None, reduce_dtype=torch.float32)
     for submodule in reversed(list(module.modules())):
         if isinstance(submodule, units):
@@ -215,3 +229,22 @@ def gathered(rows: Tensor) -> Tensor:
     parts = [part[:count] for part, count in zip(parts, counts, strict=True)]
     parts[ranks.rank] = rows + (ranks.size - 1) * (rows - rows.detach())  # the rows, with so many times the gradient
     return torch.cat(parts)
+
+
+def total_norm(tensors: list[Tensor]) -> float:
+    """Of tensors taken as one vector, whatever each is spread over; every rank that has shares of them must ask."""
+    spread: dict[tuple, list[Tensor]] = {}
+    for tensor in tensors:
+        place: tuple = ()
+        if isinstance(tensor, DTensor):
+            place = (tensor.device_mesh, tuple(placement.is_replicate() for placement in tensor.placements))
+            tensor = tensor.to_local()
+        spread.setdefault(place, []).append(tensor)
+    squares = 0.0
+    for place, given in spread.items():
+        square = nn.utils.get_total_norm(given).square()
+        if place:
+            mesh, copied = place
+            square = DTensor.from_local(square, mesh, [Replicate() if alike else Partial() for alike in copied])
+        squares += whole(square).item()
+    return math.sqrt(squares)

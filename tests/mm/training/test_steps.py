@@ -149,6 +149,23 @@ def test_bf16_compute_keeps_fp32_weights_and_gradients(model, samples, config):
     assert F.cosine_similarity(flat, flat_full, dim=0) > 0.99
 
 
+def test_the_gradient_of_the_vision_tokens_is_summed_in_fp32_when_blocks_compute_in_bf16(model, samples, config):
+    seen = []
+
+    def keep(block, inputs):
+        inputs[2].retain_grad()
+        seen.append(inputs[2])
+
+    for block in model.image_adapter.blocks:
+        block.register_forward_pre_hook(keep)
+    gradients(model, samples, config(compute="bf16"))
+    vision = seen[0]
+    assert len(seen) == 3 and all(tokens is vision for tokens in seen)
+    assert vision.dtype == vision.grad.dtype == torch.float32
+    # Each block's part has come through bf16; their sum has not.
+    assert (vision.grad != vision.grad.bfloat16()).float().mean() > 0.5
+
+
 def test_gradients_are_clipped_to_the_norm(model, samples, config):
     _, norm, whole = gradients(model, samples, config(max_gradient_norm=1e9))
     _, same_norm, clipped = gradients(model, samples, config(max_gradient_norm=norm / 4))
