@@ -55,8 +55,12 @@ def next_token_loss(model: MultimodalModel, batch: Batch) -> Tensor:
     """
     if batch.labels is None:
         raise ValueError("the batch has no labels, so there is nothing to learn from it")
-    hidden = model.hidden_states(batch)[:, :-1]
-    targets = batch.labels[:, 1:]
+    return loss_of_hidden_states(model, model.hidden_states(batch), batch)
+
+
+def loss_of_hidden_states(model: MultimodalModel, hidden: Tensor, batch: Batch) -> Tensor:
+    """As `next_token_loss`, from the normalised hidden states of the batch's tokens, [B, T, D]."""
+    hidden, targets = hidden[:, :-1], batch.labels[:, 1:]
     wanted = targets != IGNORED
     targets = targets[wanted]
     vocab = model.config.language_model.vocab_size
@@ -97,9 +101,8 @@ class NextTokenObjective:
 
     def observe(self, module: MultimodalModel) -> dict[str, float]:
         """tanh of every gate of the adapter's blocks, under the block's position."""
-        adapter = module.image_adapter
         values = {}
-        for position, block in zip(adapter.positions, adapter.blocks, strict=True):
+        for position, block in module.image_adapter.by_position().items():
             values[f"gate/attn_{position}"] = whole(block.gate_attn).tanh().item()
             values[f"gate/ffn_{position}"] = whole(block.gate_ffn).tanh().item()
         return values
