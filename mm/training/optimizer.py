@@ -38,12 +38,13 @@ def apply_rates(module: nn.Module, rates: Mapping[str, float | None]) -> dict[st
 def build_optimizer(
     module: nn.Module, rates: Mapping[str, float], weight_decay: float, betas: tuple[float, float]
 ) -> torch.optim.AdamW:
-    """AdamW over the parameters in `rates`; weight decay on matrices only, never on norms, biases and gates."""
+    """AdamW over those parameters in `rates` that the module holds (a pipeline's stage holds some, or none); weight
+    decay on matrices only, never on norms, biases and gates."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    parameters = dict(module.named_parameters())
-    for name, rate in rates.items():
-        decay = weight_decay if parameters[name].dim() > 1 else 0.0
-        groups.setdefault((rate, decay), []).append(parameters[name])
+    for name, parameter in module.named_parameters():
+        if name in rates:
+            groups.setdefault((rates[name], weight_decay if parameter.dim() > 1 else 0.0), []).append(parameter)
+    groups = groups or {(0.0, 0.0): []}  # AdamW takes an empty group, but not no group
     return torch.optim.AdamW(
         [{"params": group, "lr": rate, "base_lr": rate, "weight_decay": d} for (rate, d), group in groups.items()],
         betas=tuple(betas),

@@ -16,7 +16,7 @@ from functools import cache
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -149,6 +149,7 @@ def joined() -> Iterator[Ranks]:
         yield Ranks.here()
     finally:
         _host_group.cache_clear()
+        mesh_of.cache_clear()
         dist.destroy_process_group()
 
 
@@ -156,6 +157,13 @@ def joined() -> Iterator[Ranks]:
 def _host_group() -> dist.ProcessGroup:
     """All ranks over gloo, for numbers that lie on the host, whatever the weights travel over."""
     return dist.new_group(backend="gloo")
+
+
+@cache
+def mesh_of(layout: Layout, device_type: str) -> DeviceMesh:
+    """The process groups of a layout, dimensions "pipeline", "copy", "shard" and "tensor"."""
+    sizes = (layout.pipeline, layout.copies, layout.shards, layout.tensor)
+    return init_device_mesh(device_type, sizes, mesh_dim_names=("pipeline", "copy", "shard", "tensor"))
 
 
 def shard(
@@ -166,7 +174,8 @@ def shard(
     device_type: str,
     forward_methods: Sequence[str],
 ) -> None:
-    """Spread a module's parameters, frozen ones too, over the ranks, in place (FSDP2; ZeRO-3).
+    """Spread the parameters of a module (or of a pipeline's stage), frozen ones too, over its ranks, in place (FSDP2;
+    ZeRO-3).
 
     A rank holds its share of the FP32 weights, gradients and optimizer state. Each unit is gathered when it runs, in
     bf16 where `compute` says so; gradients are reduced in FP32.
@@ -176,10 +185,7 @@ def shard(
         layout: how the ranks are arranged.
         forward_methods: what besides `forward` runs the whole module.
     """
-    if layout.copies == 1:
-        mesh = init_device_mesh(device_type, (layout.shards,), mesh_dim_names=("shard",))
-    else:
-        mesh = init_device_mesh(device_type, (layout.copies, layout.shards), mesh_dim_names=("copy", "shard"))
+    mesh = mesh_of(layout, device_type)["shard" if layout.copies == 1 else ("copy", "shard")]
     low = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if compute == "bf16" else None, reduce_dtype=torch.float32)
     for submodule in reversed(list(module.modules())):
         if isinstance(submodule, units):
