@@ -127,5 +127,6 @@ class ImageAdapter(nn.Module):
         )
 
     def by_position(self) -> dict[int, CrossAttentionBlock]:
-        """Each block under the number of LM layers completed before it."""
-        return dict(zip(self.positions, self.blocks, strict=True))
+        """Each block that is held here (a pipeline's ranks hold some each) under the number of LM layers before it."""
+        pairs = zip(self.positions, self.blocks, strict=True)
+        return {position: block for position, block in pairs if isinstance(block, CrossAttentionBlock)}

@@ -78,15 +78,16 @@ class MultimodalModel(nn.Module):
         self._check(batch)
         vision, visible = self._look(batch, cache)
         positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-        return self._walk(batch.tokens, positions, vision, visible, cache)
+        x = self._walk(self.embed(batch.tokens), positions, vision, visible, cache)
+        return self.language_model.model.norm(x)
 
     def decode(self, tokens: Tensor, positions: Tensor, step: DecodeStep, cache: Cache) -> Tensor:
         """Logits [B, V] after one more token per row, [B, 1], at `positions` ([1] or [B, 1]).
 
         New tokens go on seeing what the last token of their row's prompt saw.
         """
-        hidden = self._walk(tokens, positions, None, cache.visible, cache, step)
-        return self.language_model.lm_head(hidden[:, -1])
+        x = self._walk(self.embed(tokens), positions, None, cache.visible, cache, step)
+        return self.language_model.lm_head(self.language_model.model.norm(x)[:, -1])
 
     @torch.no_grad()
     def fit_norms(self, batch: Batch) -> None:
@@ -115,24 +116,26 @@ class MultimodalModel(nn.Module):
 
     def _walk(
         self,
-        tokens: Tensor,
+        x: Tensor,
         positions: Tensor,
         vision: Tensor | None,
         visible: Visibility | None,
         cache: Cache | None = None,
         step: DecodeStep | None = None,
+        layers: range | None = None,
     ) -> Tensor:
-        """Tokens [B, T] through every layer and block -> [B, T, D]."""
+        """Embedded tokens [B, T, D] through every layer and block, or through a range of layers and the blocks that are
+        held there -> [B, T, D]."""
         decoder = self.language_model.model
+        layers = layers or range(len(decoder.layers))
         blocks = self.image_adapter.by_position() if visible is not None else {}
-        x = self.embed(tokens)
         rotary = self.language_model.angles(positions, x.dtype)
-        for depth in range(len(decoder.layers) + 1):
+        for depth in range(layers.start, layers.stop + 1):
             if depth in blocks:
                 x = blocks[depth](x, visible, vision, cache.vision[depth] if cache else None)
-            if depth < len(decoder.layers):
+            if depth < layers.stop:
                 x = decoder.layers[depth](x, rotary, cache.layers[depth] if cache else None, step)
-        return decoder.norm(x)
+        return x
 
     def _look(self, batch: Batch, cache: Cache | None) -> tuple[Tensor | None, Visibility | None]:
         """The batch's projected vision tokens [sum of S, D] and who sees them; (None, None) without images."""

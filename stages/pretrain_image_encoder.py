@@ -59,16 +59,8 @@ def pretrain_image_encoder(config: PretrainImageEncoder) -> None:
     """Train an image encoder and a text tower by contrast; keep the encoder."""
     if config.training.micro_batch_size not in (None, config.training.batch_size):
         raise ValueError("contrastive training compares all pairs of a step: leave training.micro_batch_size out")
-<<<<<<< HEAD
     if config.training.tensor_ranks * config.training.pipeline_ranks > 1:
         raise ValueError("both towers run whole: leave training.tensor_ranks and training.pipeline_ranks at 1")
-=======
-    if config.training.tensor_ranks > 1:
-        raise ValueError(
-            f"training.tensor_ranks is {config.training.tensor_ranks}; contrastive training compares pairs of all ranks, "
-            "and these would read the same: leave it at 1"
-        )
->>>>>>> 48772ddd2e821097e08a2260956285fb4a2e3eff
     max_tiles = config.encoder.max_num_tiles if config.max_tiles is None else config.max_tiles
     if not 1 <= max_tiles <= config.encoder.max_num_tiles:
         raise ValueError(f"max_tiles is {max_tiles}; the encoder takes 1 to {config.encoder.max_num_tiles}")

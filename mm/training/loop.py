@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -31,6 +31,7 @@ from mm.training.metrics import MetricsLog, NoLog, Step, Window
 from mm.training.objectives import Objective
 from mm.training.optimizer import apply_rates, build_optimizer, rate_factor, set_rate_factor
 from mm.training.parallel import Layout, Ranks, mesh_of, shard, total_norm, whole
+from mm.training.pipeline import Stage, cut, refuse_what_stages_cannot
 from mm.training.tensor_parallel import complete_gradients
 
 
@@ -75,11 +76,14 @@ def train(
         del fingerprint[irrelevant]
     ranks.agree("configuration", fingerprint)
     torch.manual_seed(config.seed)
-    plain, idle = module, objective.idle(module) if ranks.size > layout.tensor else None
-    if ranks.size > 1:
+    plain, idle = module, objective.idle(module) if layout.num_readers * layout.pipeline > 1 else None
+    if layout.pipeline > 1:
+        refuse_what_stages_cannot(config, folder, validates=evaluate is not None)
+        module = cut(plain, config, layout, device.type)
+    elif ranks.size > 1:
         module = copy.deepcopy(plain)
     module.to(device).train()
-    if ranks.size > 1:
+    if layout.num_readers * layout.tensor > 1:
         shard(module, units, layout, config.compute, device.type, objective.whole_passes)
     optimizer = build_optimizer(module, rates, config.weight_decay, config.betas)
     checkpoints = Checkpoints(folder, config.keep, fingerprint, module, optimizer)
@@ -139,7 +143,10 @@ def train(
             asked = bool(asked) and not last
             numbers: dict[str, float] = {}
             if finished % config.log_every == 0 or last:
-                numbers |= window.numbers() | {"rate/factor": factor} | objective.observe(module)
+                observed = objective.observe(module)
+                if isinstance(module, Stage):
+                    observed = module.joined_values(observed)
+                numbers |= window.numbers() | {"rate/factor": factor} | observed
                 window = Window()
             if evaluate is not None and (finished % config.evaluate_every == 0 or last):
                 module.eval()
@@ -148,7 +155,7 @@ def train(
                 module.train()
             if numbers:
                 log.write(finished, numbers)
-            if finished % config.save_every == 0 or last or asked:
+            if layout.pipeline == 1 and (finished % config.save_every == 0 or last or asked):
                 unlogged = window.unlogged() | {"guard": guard.state()}
                 window.held_up += checkpoints.save(finished, position, unlogged)
             if asked:
@@ -159,7 +166,11 @@ def train(
         with torch.no_grad():
             parameters = dict(plain.named_parameters())
             for parameter_name in rates:
-                parameters[parameter_name].copy_(whole(module.get_parameter(parameter_name)))
+                goal = parameters[parameter_name]
+                if isinstance(module, Stage):
+                    goal.copy_(module.whole(parameter_name, like=goal))
+                else:
+                    goal.copy_(whole(module.get_parameter(parameter_name)))
     plain.eval()
 
 
@@ -184,15 +195,22 @@ def train_step(
     kind = torch.device(device).type
     losses = []
     with _attention_kernels(config.compute, kind):  # the backward pass too: it may compute activations anew
-        for batch in batches:
-            with torch.autocast(kind, dtype=torch.bfloat16, enabled=config.compute == "bf16"):
-                loss = objective.loss(module, batch.to(device)) / count
-            if loss.requires_grad:  # rows without images depend on nothing that an image adapter trains
-                (loss * layout.num_readers).backward()  # sharded gradients are averaged over the ranks
-            losses.append(loss.detach())  # read when all is under way: to read is to wait for the device
+        if isinstance(module, Stage):
+            losses = [module.learn(batches, scale=layout.num_readers / count) / layout.num_readers]
+        else:
+            for batch in batches:
+                with torch.autocast(kind, dtype=torch.bfloat16, enabled=config.compute == "bf16"):
+                    loss = objective.loss(module, batch.to(device)) / count
+                if loss.requires_grad:  # rows without images depend on nothing that an image adapter trains
+                    (loss * layout.num_readers).backward()  # sharded gradients are averaged over the ranks
+                losses.append(loss.detach())  # read when all is under way: to read is to wait for the device
     if layout.tensor > 1:
         complete_gradients(module, mesh_of(layout, kind)["tensor"].get_group())
-    step = Step(layout.sum(sum(loss.item() for loss in losses))[0], _gradient_norms(module))
+    if isinstance(module, Stage):
+        norms = module.joined_norms(_gradient_norms(module.owned()))
+    else:
+        norms = _gradient_norms(module.named_parameters())
+    step = Step(layout.sum(sum(float(loss) for loss in losses))[0], norms)
     try:
         reason = guard.reason_to_skip(step.loss, step.norm)
         if reason is None:
@@ -206,10 +224,10 @@ def train_step(
     return step._replace(left_out=reason)
 
 
-def _gradient_norms(module: nn.Module) -> dict[str, float]:
+def _gradient_norms(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, float]:
     """The norm of the gradient of each part of a module that trains, by the part's name."""
     gradients: dict[str, list[Tensor]] = {}
-    for name, parameter in module.named_parameters():
+    for name, parameter in parameters:
         if parameter.grad is not None:
             gradients.setdefault(name.partition(".")[0], []).append(parameter.grad)
     return {part: total_norm(given) for part, given in gradients.items()}

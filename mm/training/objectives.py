@@ -55,7 +55,11 @@ def next_token_loss(model: MultimodalModel, batch: Batch) -> Tensor:
     """
     if batch.labels is None:
         raise ValueError("the batch has no labels, so there is nothing to learn from it")
-    hidden = model.hidden_states(batch)
+    return loss_of_hidden_states(model, model.hidden_states(batch), batch)
+
+
+def loss_of_hidden_states(model: MultimodalModel, hidden: Tensor, batch: Batch) -> Tensor:
+    """As `next_token_loss`, from the normalised hidden states of the batch's tokens, [B, T, D]."""
     labels = batch.host.labels[:, 1:]
     wanted = (labels != IGNORED).nonzero(as_tuple=True)
     targets = labels[wanted]
@@ -98,9 +102,8 @@ class NextTokenObjective:
 
     def observe(self, module: MultimodalModel) -> dict[str, float]:
         """tanh of every gate of the adapter's blocks, under the block's position."""
-        adapter = module.image_adapter
         values = {}
-        for position, block in zip(adapter.positions, adapter.blocks, strict=True):
+        for position, block in module.image_adapter.by_position().items():
             values[f"gate/attn_{position}"] = whole(block.gate_attn).tanh().item()
             values[f"gate/ffn_{position}"] = whole(block.gate_ffn).tanh().item()
         return values

@@ -40,17 +40,18 @@ def apply_rates(module: nn.Module, rates: Mapping[str, float | None]) -> dict[st
 def build_optimizer(
     module: nn.Module, rates: Mapping[str, float], weight_decay: float, betas: tuple[float, float]
 ) -> torch.optim.AdamW:
-    """AdamW over the parameters in `rates`; weight decay on matrices only, never on norms, biases and gates.
+    """AdamW over those parameters in `rates` that the module holds (a pipeline's stage holds some, or none); weight
+    decay on matrices only, never on norms, biases and gates.
 
     Parameters that are spread over ranks in different ways get groups of their own: the fused step takes one mesh.
     """
     groups: dict[tuple[float, float, DeviceMesh | None], list[nn.Parameter]] = {}
-    parameters = dict(module.named_parameters())
-    for name, rate in rates.items():
-        parameter = parameters[name]
-        decay = weight_decay if parameter.dim() > 1 else 0.0
-        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-        groups.setdefault((rate, decay, mesh), []).append(parameter)
+    for name, parameter in module.named_parameters():
+        if name in rates:
+            decay = weight_decay if parameter.dim() > 1 else 0.0
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            groups.setdefault((rates[name], decay, mesh), []).append(parameter)
+    groups = groups or {(0.0, 0.0, None): []}  # AdamW takes an empty group, but not no group
     return torch.optim.AdamW(
         [{"params": group, "lr": rate, "base_lr": rate, "weight_decay": d} for (rate, d, _), group in groups.items()],
         betas=tuple(betas),

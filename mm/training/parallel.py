@@ -176,7 +176,8 @@ def shard(
     device_type: str,
     forward_methods: Sequence[str],
 ) -> None:
-    """Spread a module's parameters, frozen ones too, over the ranks, in place (FSDP2; ZeRO-3).
+    """Spread the parameters of a module (or of a pipeline's stage), frozen ones too, over its ranks, in place (FSDP2;
+    ZeRO-3).
 
     A rank holds its share of the FP32 weights, gradients and optimizer state. Each unit is gathered when it runs, in
     bf16 where `compute` says so; gradients are reduced in FP32. Ranks that share products gather their own parts only;

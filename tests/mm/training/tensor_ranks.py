@@ -28,7 +28,7 @@ from mm.training.guards import Guard
 from mm.training.loop import train, train_step
 from mm.training.objectives import NextTokenObjective
 from mm.training.optimizer import apply_rates, build_optimizer
-from mm.training.parallel import Layout, joined, mesh_of, shard, shared_like, whole
+from mm.training.parallel import Layout, joined, mesh_of, shard, whole
 from mm.training.tensor_parallel import split_products
 from vision.encoder import EncoderLayer, VisionEncoder
 
@@ -56,7 +56,6 @@ def one_step(model, samples, config, ranks) -> dict:
     shard(module, UNITS, layout, config.compute, "cpu", objective.whole_passes)
     layers = [layer for layer in module.modules() if isinstance(layer, DecoderLayer)]
     held = sum(p.to_local().numel() for layer in layers for p in layer.parameters())
-    copied = [n for n, p in module.named_parameters() if not same_again(p)]
     build_optimizer(module, apply_rates(module, config.rates), 0.1, (0.9, 0.95))
     spy = Spy([module.get_parameter(name) for name in names], lr=1.0)
     tokens, types = watch_tokens(module), watch_types(module)
@@ -70,14 +69,7 @@ def one_step(model, samples, config, ranks) -> dict:
         "layer_types": types,
         "held_of_layers": held,
         "tokens": tokens,
-        "not_the_same_again": copied,
     }
-
-
-def same_again(parameter: nn.Parameter) -> bool:
-    """Whether a tensor that is made whole and shared out once more is what it was."""
-    again = shared_like(whole(parameter.detach()), parameter)
-    return torch.equal(again.to_local(), parameter.to_local()) and again.placements == parameter.placements
 
 
 def watch_tokens(module: nn.Module) -> set[tuple[int, int, int]]:

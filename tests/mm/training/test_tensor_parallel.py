@@ -127,7 +127,6 @@ def test_gradients_are_those_of_one_process(models, uneven, config, tmp_path, si
         else:
             assert_same_step(found, expected, name)
             assert found["gradients"]["image_adapter.blocks.0.gate_attn"].abs() > 1e-4  # there is something to compare
-        assert found["not_the_same_again"] == []
 
         ranks = case.tensor_ranks
         whole = sum(p.numel() for p in model.language_model.model.layers.parameters())

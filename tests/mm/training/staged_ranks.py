@@ -1,0 +1,84 @@
+"""What `torchrun` starts in the tests of pipelines: one process of several, told what to do by a pickled plan.
+
+    torchrun ... staged_ranks.py FOLDER
+
+FOLDER/plan.pt holds {"samples", "steps": {name: (model, TrainingConfig)}, "runs": {name: (model, TrainingConfig)}}. The
+first rank leaves FOLDER/{name}.pt with what each rank found in one step, and the trained weights of each run in its
+folder.
+"""
+
+import copy
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from mm.cross_attention import CrossAttentionBlock
+from mm.language_model import DecoderLayer
+from mm.training.data import collate_step
+from mm.training.guards import Guard
+from mm.training.loop import train, train_step
+from mm.training.objectives import NextTokenObjective
+from mm.training.optimizer import apply_rates
+from mm.training.parallel import Layout, joined, shard, whole
+from mm.training.pipeline import cut
+from vision.encoder import EncoderLayer, VisionEncoder
+
+UNITS = (DecoderLayer, VisionEncoder, CrossAttentionBlock)
+LAYERS = (DecoderLayer, EncoderLayer, CrossAttentionBlock)
+
+
+class Spy(torch.optim.SGD):
+    """Takes no step; gathers the gradients it would have taken."""
+
+    def __init__(self, module) -> None:
+        self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        super().__init__([{"params": list(self.trained.values())}], lr=1.0)
+
+    def step(self) -> None:
+        self.seen = {name: whole(p.grad).clone() for name, p in self.trained.items() if p.grad is not None}
+
+
+def one_step(model, samples, config, ranks) -> dict:
+    """Of a step in which each pipeline takes its share of the samples."""
+    objective, layout = NextTokenObjective(), Layout.of(config, ranks.size)
+    readers = layout.readers(ranks.rank)
+    apply_rates(model, config.rates)
+    share = math.ceil(len(samples) / readers.size)
+    mine = samples[readers.rank :: readers.size]
+    work = collate_step(mine, objective, config.micro_batch_size, objective.idle(model), share)
+    stage = cut(model, config, layout, "cpu")
+    if readers.size > 1:
+        shard(stage, UNITS, layout, config.compute, "cpu", objective.whole_passes)
+    spy = Spy(stage)
+    step = train_step(stage, objective, spy, work.batches, config, "cpu", Guard(None, 0))
+    return {
+        "shapes": [batch.tokens.shape for batch in work.batches],
+        "loss": step.loss,
+        "norms": step.norms,
+        "gradients": spy.seen,
+        "held": {name: getattr(p, "_local_tensor", p).numel() for name, p in stage.named_parameters()},
+        "frozen_with_gradient": [n for n, p in stage.named_parameters() if not p.requires_grad and p.grad is not None],
+    }
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    with joined() as ranks:
+        plan = torch.load(folder / "plan.pt", weights_only=False)
+        for name, (model, config) in plan["steps"].items():
+            found: list = [None] * ranks.size
+            dist.all_gather_object(found, one_step(copy.deepcopy(model), plan["samples"], config, ranks))
+            if ranks.first:
+                torch.save(found, folder / f"{name}.pt")
+        for name, (model, config) in plan["runs"].items():
+            objective = NextTokenObjective()
+            train(model, objective, plan["samples"], config, folder / name, "test", layers=LAYERS, units=UNITS)
+            if ranks.first:
+                torch.save(model.state_dict(), folder / name / "weights.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
