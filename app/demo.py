@@ -8,7 +8,7 @@ Each part that has been done is kept: an interrupted demo goes on where it was.
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -55,34 +55,48 @@ def demo(output: Path, steps: int | None, questions: int | None) -> dict[str, Re
     for name, number in (("steps", steps), ("questions", questions)):
         if number is not None and number < 1:
             raise ValueError(f"{name} is {number}; it must be at least 1")
-    missing = missing_programs()
-    if missing and not all((DATA / name).exists() for name in SETS):
-        raise ValueError(f"the demo needs {', '.join(missing)}")
+    prepare_all(SETS)
+    train(output, steps)
+    return show(output, questions)
+
+
+def train(output: Path, steps: int | None = None) -> None:
+    """Train the encoder, and the adapter into `output`, unless they are there; arguments as in `demo`."""
     language_model = fetch("smollm2-135m")
-    for name, (asset, to_samples) in SETS.items():
-        prepare(DATA / name, asset, to_samples)
     started = time.monotonic()
-    compute = ["--training.compute", "bf16" if multiplies_bf16() else "fp32"]
     if not (ENCODER / CONFIG_FILE).exists():
-        arguments = ["--config", ENCODER_CONFIG, "--output", str(ENCODER), *compute]
+        arguments = ["--config", ENCODER_CONFIG, "--output", str(ENCODER), *compute_options()]
         stages.pretrain_image_encoder.main(arguments)
-    arguments = ["--config", ADAPTER_CONFIG, "--output", str(output), *compute]
+    arguments = ["--config", ADAPTER_CONFIG, "--output", str(output), *compute_options()]
     arguments += ["--language_model", str(language_model), "--vision_encoder", str(ENCODER)]
     if steps is not None:
         arguments += ["--training.steps", str(steps)]
     if not (output / CONFIG_FILE).exists():
         stages.train_image_adapter.main(arguments)
         print(f"trained for {(time.monotonic() - started) / 60:.1f} minutes", file=sys.stderr)
-    return show(output, questions)
 
 
-def multiplies_bf16() -> bool:
-    """Whether this processor multiplies bf16 itself; training then takes half the time, and without it far longer."""
+def compute_options() -> list[str]:
+    """bf16 where this processor multiplies it itself: training then takes half the time, and without it far longer."""
     capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    multiplies_bf16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return ["--training.compute", "bf16" if multiplies_bf16 else "fp32"]
 
 
-def prepare(folder: Path, asset: str, to_samples) -> None:
+def prepare_all(sets: dict[str, tuple[str, Callable]]) -> None:
+    """Make the shards of each set, (asset, function of its folder), unless they are there.
+
+    Raises:
+        ValueError: a program that fetches or draws a set is missing.
+    """
+    missing = missing_programs()
+    if missing and not all((DATA / name).exists() for name in sets):
+        raise ValueError(f"the demo needs {', '.join(missing)}")
+    for name, (asset, to_samples) in sets.items():
+        prepare(DATA / name, asset, to_samples)
+
+
+def prepare(folder: Path, asset: str, to_samples: Callable) -> None:
     """Turn a fetched set into shards, once."""
     if folder.exists():
         return
@@ -94,12 +108,27 @@ def prepare(folder: Path, asset: str, to_samples) -> None:
 
 def show(output: Path, questions: int | None) -> dict[str, Report]:
     """Evaluate the run on held-out data, beside the same model with its pictures blanked, and write the page."""
-    model, processor = mm.load(output)
-    sets = {
-        "answers": ShardSet(DATA / "easy_vqa").select(split="test"),
-        "openmoji": ShardSet(DATA / "openmoji").select(split="test"),
-        "tuxpaint": ShardSet(DATA / "tuxpaint").select(split="test"),
-    }
+    sets = held_out({"answers": "easy_vqa", "openmoji": "openmoji", "tuxpaint": "tuxpaint"})
+    reports = evaluate_run(output, sets, questions, output / "evaluation")
+    write_page(output / "index.html", reports, examples(sets, reports), output / "metrics.jsonl")
+    print(f"open {output / 'index.html'}", file=sys.stderr)
+    return reports
+
+
+def held_out(folders: dict[str, str]) -> dict[str, ShardSet]:
+    """The test split of each of the folders in `DATA`, under the same name."""
+    return {name: ShardSet(DATA / folder).select(split="test") for name, folder in folders.items()}
+
+
+def evaluate_run(run: Path, sets: dict[str, ShardSet], questions: int | None, folder: Path) -> dict[str, Report]:
+    """Score a run on each set, and on each again with its pictures blanked, under name_blank.
+
+    Args:
+        sets: "answers" is asked its questions, of all others the pictures are captioned.
+        questions: how many of "answers" to ask; None takes all.
+        folder: gets each report in a folder of its name.
+    """
+    model, processor = mm.load(run)
     reports: dict[str, Report] = {}
     for name, records in sets.items():
         metrics = ["vqa_accuracy"] if name == "answers" else ["bleu", "chrf"]
@@ -115,11 +144,9 @@ def show(output: Path, questions: int | None) -> dict[str, Report]:
                 limit=questions if name == "answers" else None,
             )
             key = name + ("_blank" if blank else "")
-            report.write(output / "evaluation" / key)
+            report.write(folder / key)
             reports[key] = report
             print(f"{key}: {', '.join(map(str, scores_shown(report).values()))}", file=sys.stderr)
-    write_page(output / "index.html", reports, examples(sets, reports), output / "metrics.jsonl")
-    print(f"open {output / 'index.html'}", file=sys.stderr)
     return reports
 
 

@@ -68,8 +68,7 @@ def _scores(reports: dict[str, Report], examples: dict[str, list[Example]]) -> l
         blinds = scores_shown(reports[f"{name}_blank"])
         for metric, score in scores_shown(reports[name]).items():
             blind = blinds[metric]
-            percent = 1 if metric in ("bleu", "chrf") else 100
-            cells = (f"{s.value * percent:.1f} ± {s.interval * percent:.1f}" for s in (score, blind))
+            cells = (f"{s.value * s.scale:.1f} ± {s.interval * s.scale:.1f}" for s in (score, blind))
             numbers = "".join(f"<td class=number>{cell}</td>" for cell in cells)
             label = f"<td>{TITLES[name]}</td><td>{metric.replace('_', ' ')}</td>"
             rows.append(f"<tr>{label}{numbers}<td class=number>{score.num_samples:,}</td></tr>")

@@ -48,13 +48,15 @@ class Score:
     interval: float
     num_samples: int
 
+    @property
+    def scale(self) -> int:
+        """What value and interval are multiplied by to read from 0 to 100."""
+        return 1 if self.name in ("bleu", "chrf") else 100
+
     def __str__(self) -> str:
-        percent = 1 if self.name in ("bleu", "chrf") else 100
-        sign = "%" if percent == 100 else ""
-        return (
-            f"{self.name} {self.value * percent:.1f}{sign} ± {self.interval * percent:.1f} "
-            f"({self.num_samples:,} samples)"
-        )
+        sign = "%" if self.scale == 100 else ""
+        value, interval = self.value * self.scale, self.interval * self.scale
+        return f"{self.name} {value:.1f}{sign} ± {interval:.1f} ({self.num_samples:,} samples)"
 
 
 def average(name: str, values: Sequence[float]) -> Score:
