@@ -24,15 +24,22 @@ from layers.linear import linear
 RESULTS = Path(__file__).parent / "results"
 
 
-def seconds_of(work: Callable[[], object]) -> Callable[[], float]:
-    """`work` as a callable that returns how long it took."""
+def seconds_of(work: Callable[[], object], device: torch.device | str = "cpu") -> Callable[[], float]:
+    """`work` as a callable that returns how long it took, until the device had done it."""
 
     def timed() -> float:
+        _wait(device)
         start = time.perf_counter()
         work()
+        _wait(device)
         return time.perf_counter() - start
 
     return timed
+
+
+def _wait(device: torch.device | str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def interleave(contestants: dict[str, Callable[[], float]], repetitions: int) -> dict[str, list[float]]:
@@ -53,22 +60,27 @@ def spread(seconds: list[float]) -> dict[str, float]:
     return {"median": statistics.median(ordered), "lower_quartile": low, "upper_quartile": high}
 
 
-def matmul_ceiling(side: int = 2048, repetitions: int = 9) -> float:
-    """FLOP/s of fp32 matrix products of this side: the best repetition of the faster of PyTorch's two kernels."""
-    a, b = torch.randn(side, side), torch.randn(side, side)
-    seconds = _repeat(lambda: torch.mm(a, b), repetitions) + _repeat(lambda: linear(a, b), repetitions)
-    return 2 * side**3 / min(seconds)
+def matmul_ceiling(
+    side: int = 2048,
+    repetitions: int = 9,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> float:
+    """FLOP/s of matrix products of this side: the best repetition of the faster of two ways to compute them."""
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    products = (lambda: torch.mm(a, b), lambda: linear(a, b))  # on a CPU, PyTorch's two kernels
+    return 2 * side**3 / min(min(_repeat(product, repetitions, device)) for product in products)
 
 
-def bandwidth_ceiling(megabytes: int = 512, repetitions: int = 9) -> float:
+def bandwidth_ceiling(megabytes: int = 512, repetitions: int = 9, device: torch.device | str = "cpu") -> float:
     """Bytes per second of reading fp32 memory far larger than the caches, the best of the repetitions."""
-    x = torch.ones(megabytes * 2**20 // 4)
-    return x.numel() * 4 / min(_repeat(x.sum, repetitions))
+    x = torch.ones(megabytes * 2**20 // 4, device=device)
+    return x.numel() * 4 / min(_repeat(x.sum, repetitions, device))
 
 
-def _repeat(work: Callable[[], object], repetitions: int) -> list[float]:
+def _repeat(work: Callable[[], object], repetitions: int, device: torch.device | str) -> list[float]:
     work()
-    run = seconds_of(work)
+    run = seconds_of(work, device)
     return [run() for _ in range(repetitions)]
 
 

@@ -13,11 +13,10 @@ from transformers import MllamaConfig, MllamaForConditionalGeneration
 from transformers.utils.logging import disable_progress_bar
 
 import mm
+from benchmarks.ours import random_samples
 from mm.convert import mllama
 from vision.encoder import CLIP_MEAN, CLIP_STD
-from vision.tiling import MAX_TILES, Tiles
-
-GRIDS = {1: (1, 1), 2: (1, 2), 3: (1, 3), 4: (2, 2)}
+from vision.tiling import MAX_TILES
 
 
 @dataclass(frozen=True)
@@ -122,14 +121,7 @@ def padding(model: mm.MultimodalModel, mode: str):
 
 def make_samples(shape: Shape, num_rows: int, num_tiles: int) -> list[mm.Sample]:
     """Rows of random text behind one image of random tiles; every token but the placeholder is a target."""
-    generator = torch.Generator().manual_seed(num_rows + 10 * num_tiles)
-    samples = []
-    for _ in range(num_rows):
-        size = (num_tiles, 3, shape.tile_size, shape.tile_size)
-        pixels = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
-        text = torch.randint(3, shape.vocab_size, (shape.text_tokens - 1,), generator=generator).tolist()
-        samples.append(mm.Sample([shape.vocab_size, *text], [-100, *text], images=[Tiles(pixels, GRIDS[num_tiles])]))
-    return samples
+    return random_samples(shape.tile_size, shape.vocab_size, shape.text_tokens, num_rows, num_tiles)
 
 
 def their_images(samples: list[mm.Sample]) -> dict[str, Tensor]:

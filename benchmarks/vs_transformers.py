@@ -15,14 +15,16 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import accelerate
 import torch
 from torch import Tensor, nn
 from transformers.generation.streamers import BaseStreamer
 
 import mm
 from benchmarks import measure
+from benchmarks.ours import decoding_seconds, step_bytes
 from benchmarks.pair import TINY, Shape, build_pair, make_samples, padding, their_images, their_inputs
-from mm.generation import prefill, stream_tokens
+from mm.generation import prefill
 from mm.training.config import TrainingConfig
 from mm.training.guards import Guard
 from mm.training.loop import train_step
@@ -30,6 +32,7 @@ from mm.training.objectives import NextTokenObjective
 from mm.training.optimizer import apply_rates, build_optimizer
 
 OURS, EXACT, THEIRS = "ours", "ours, llama32", "transformers"
+ACCELERATE = "transformers, accelerate"
 LOGITS_TOLERANCE = 1e-4  # of the largest logit; fp32 sums in another order
 TRAINING_ROWS = 2
 
@@ -122,7 +125,8 @@ def decode_cases(shape: Shape, ours: mm.MultimodalModel, theirs: nn.Module, step
     """Greedy decoding after the prompt's pass, whose time is left out on both sides."""
     for num_rows, num_tiles, target in ((1, 1, 1.3), (1, 4, 1.3), (8, 1, None), (8, 4, None)):
         samples = make_samples(shape, num_rows, num_tiles)
-        read = step_bytes(shape, ours, num_rows, num_tiles, steps)
+        vision_tokens = num_tiles * ours.config.vision_encoder.tokens_per_tile
+        read = step_bytes(ours, num_rows, shape.text_tokens + steps // 2, vision_tokens)
         contestants = {
             OURS: lambda samples=samples: our_decoding(ours, samples, steps),
             "transformers, generate": lambda samples=samples: their_generate(theirs, samples, steps),
@@ -135,9 +139,7 @@ def decode_cases(shape: Shape, ours: mm.MultimodalModel, theirs: nn.Module, step
 
 def our_decoding(ours: mm.MultimodalModel, samples: list[mm.Sample], steps: int) -> float:
     with padding(ours, "ragged"):
-        times = [time.perf_counter() for _ in stream_tokens(ours, samples, steps + 1, stop_tokens=[])]
-    assert len(times) == steps + 1
-    return times[-1] - times[0]
+        return decoding_seconds(ours, samples, steps)
 
 
 @torch.inference_mode()
@@ -166,17 +168,6 @@ def their_loop(theirs: nn.Module, samples: list[mm.Sample], steps: int) -> Calla
         return time.perf_counter() - start
 
     return run
-
-
-def step_bytes(shape: Shape, ours: mm.MultimodalModel, num_rows: int, num_tiles: int, steps: int) -> int:
-    """Bytes that a decoding step must read: weights once, each row's keys and values once."""
-    unused = ("embed_tokens", "cross_attn.k_proj", "cross_attn.v_proj", "cross_attn.k_norm")  # k, v are cached
-    parts = [*ours.language_model.named_parameters(), *ours.image_adapter.blocks.named_parameters()]
-    weights = sum(weight.numel() for name, weight in parts if not any(part in name for part in unused))
-    config = ours.config.language_model
-    text = config.num_layers * (shape.text_tokens + steps // 2)
-    vision = shape.blocks * num_tiles * ours.config.vision_encoder.tokens_per_tile
-    return 4 * (weights + num_rows * (text + vision) * 2 * config.num_kv_heads * config.head_dim)
 
 
 @dataclass
@@ -211,15 +202,17 @@ def training_steps(shape: Shape, ours: mm.MultimodalModel, theirs: nn.Module, nu
         THEIRS: {**dict.fromkeys(trained, rate), "*": None},
     }
     samples = make_samples(shape, TRAINING_ROWS, num_tiles)
-    labels = torch.tensor([sample.labels for sample in samples])
+    their_batch = TheirBatch({**their_inputs(samples), "labels": torch.tensor([sample.labels for sample in samples])})
     parts = {
         OURS: (ours, NextTokenObjective(), mm.collate(samples)),
-        THEIRS: (theirs, TheirObjective(), TheirBatch({**their_inputs(samples), "labels": labels})),
+        THEIRS: (theirs, TheirObjective(), their_batch),
     }
     steps = {}
     for name, (module, objective, batch) in parts.items():
         optimizer = build_optimizer(module, apply_rates(module, rates[name]), config.weight_decay, config.betas)
         steps[name] = partial(train_step, module, objective, optimizer, [batch], config, "cpu", Guard(None, 0))
+    optimizer = build_optimizer(theirs, apply_rates(theirs, rates[THEIRS]), config.weight_decay, config.betas)
+    accelerated = accelerate_step(theirs, optimizer, their_batch, config.max_gradient_norm)
 
     def in_padding(mode: str) -> Callable[[], object]:
         def run() -> object:
@@ -228,7 +221,28 @@ def training_steps(shape: Shape, ours: mm.MultimodalModel, theirs: nn.Module, nu
 
         return run
 
-    return {OURS: in_padding("ragged"), EXACT: in_padding("llama32"), THEIRS: steps[THEIRS]}
+    return {
+        OURS: in_padding("ragged"),
+        EXACT: in_padding("llama32"),
+        THEIRS: steps[THEIRS],
+        ACCELERATE: accelerated,
+    }
+
+
+def accelerate_step(
+    theirs: nn.Module, optimizer: torch.optim.Optimizer, batch: TheirBatch, max_norm: float
+) -> Callable[[], object]:
+    """A step as a loop over `accelerate` takes it: the model's own loss, its backward pass and clipping."""
+    accelerator = accelerate.Accelerator(cpu=True)
+    module, optimizer = accelerator.prepare(theirs, optimizer)
+
+    def run() -> None:
+        accelerator.backward(module(**batch.inputs, use_cache=False).loss)
+        accelerator.clip_grad_norm_(module.parameters(), max_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
 
 
 def training_cases(shape: Shape, ours: mm.MultimodalModel, theirs: nn.Module) -> Iterator[tuple[Case, dict[str, int]]]:
@@ -238,7 +252,7 @@ def training_cases(shape: Shape, ours: mm.MultimodalModel, theirs: nn.Module) ->
         case = case_of(f"training step, {tiles(num_tiles)}", TRAINING_ROWS, "images/s", steps, target)
         peaks = {}
         for name, step in steps.items():  # the optimizer's state exists by now: counting FLOPs was a step
-            with measure.LiveBytes().exclude(theirs if name == THEIRS else ours) as live:
+            with measure.LiveBytes().exclude(theirs if name.startswith(THEIRS) else ours) as live:
                 step()
             peaks[name] = live.peak
         yield case, peaks
@@ -307,10 +321,12 @@ def main() -> None:
         rows.append(run_case(case, ceilings, repetitions))
         memory[case.name] = peaks
         print(table_row(rows[-1]), flush=True)
-    print(f"\n| peak memory, MB | {OURS} | {EXACT} | {THEIRS} |\n|---|---|---|---|")
+    contestants = (OURS, EXACT, THEIRS, ACCELERATE)
+    print(f"\n| peak memory, MB | {' | '.join(contestants)} |\n|---|---|---|---|---|")
     for name, peaks in memory.items():
-        print(f"| {name} | {' | '.join(f'{peaks[key] / 1e6:.0f}' for key in (OURS, EXACT, THEIRS))} |")
-    values = {"machine": measure.machine(), "shape": vars(shape), "repetitions": repetitions, "decode_steps": steps}
+        print(f"| {name} | {' | '.join(f'{peaks[key] / 1e6:.0f}' for key in contestants)} |")
+    values = {"machine": {**measure.machine(), "accelerate": accelerate.__version__}, "shape": vars(shape)}
+    values |= {"repetitions": repetitions, "decode_steps": steps}
     values |= {"ceilings": ceilings, "rows": rows, "peak_live_bytes": memory}
     print(f"\nwritten: {measure.write_results('vs_transformers', values, arguments.output)}")
 

@@ -29,7 +29,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     A bf16 weight may meet an FP32 x (`mm.training.precision`): the product is in FP32, unless autocast is on.
     """
-    if weight.dtype is torch.bfloat16 and x.dtype is torch.float32 and not torch.is_autocast_enabled(x.device.type):
+    if weight.dtype is torch.bfloat16 and x.dtype is torch.float32 and not _under_autocast(x.device.type):
         weight = weight.float()
     if not _suits_onednn(x, weight):
         return F.linear(x, weight, bias)
@@ -37,6 +37,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if trained and torch.is_grad_enabled():
         return _OneDnnLinear.apply(x, weight, bias)
     return _product(x, weight, bias)
+
+
+def _under_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:

@@ -108,7 +108,7 @@ def train(
     log_of = MetricsLog if ranks.first else NoLog
     with (
         log_of(folder, done, config.steps, name) as log,
-        _recomputed(module, layers, config),
+        recomputed(module, layers, config),
         _termination() as ended,
         checkpoints,
     ):
@@ -238,7 +238,7 @@ def _attention_kernels(compute: str, device_type: str) -> AbstractContextManager
     return sdpa_kernel(SDPBackend.MATH) if compute == "bf16" and device_type == "cpu" else nullcontext()
 
 
-class _recomputed:
+class recomputed:
     """While it lasts, layers of the given kinds are computed anew in the backward pass."""
 
     def __init__(self, module: nn.Module, layers: tuple[type[nn.Module], ...], config: TrainingConfig) -> None:

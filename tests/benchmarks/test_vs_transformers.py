@@ -3,11 +3,16 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from benchmarks import measure
+from benchmarks import measure, vs_transformers
+from benchmarks.pair import TINY, build_pair
+from benchmarks.vs_transformers import ACCELERATE, THEIRS, training_steps
+from mm.training.config import TrainingConfig
 
 
 @pytest.mark.slow
@@ -22,7 +27,9 @@ def test_it_runs_on_a_tiny_shape(tmp_path):
         assert f"| {row['name']} |" in done.stdout
     one_tile = next(row for row in values["rows"] if row["name"] == "training step, 1 tile")
     assert one_tile["work"]["ours"] < one_tile["work"]["ours, llama32"]  # what padding costs
-    assert all(peak > 0 for peaks in values["peak_live_bytes"].values() for peak in peaks.values())
+    for peaks in values["peak_live_bytes"].values():
+        assert peaks.keys() == one_tile["speeds"].keys() == {"ours", "ours, llama32", THEIRS, ACCELERATE}
+        assert all(peak > 0 for peak in peaks.values())
 
 
 def test_contestants_take_turns_and_the_first_round_does_not_count():
@@ -56,3 +63,32 @@ def test_fused_attention_is_counted_as_plain_attention_is():
     forward = 2 * 2 * 3 * 2 * 16 * 16 * 8
     assert measure.count_flops(lambda: attention(q, k, v)) == forward
     assert measure.count_flops(lambda: attention(q, k, v).sum().backward()) == forward * 3.5
+
+
+def test_accelerate_takes_the_step_that_the_others_take(monkeypatch):
+    """Gradients that reach the optimizer, clipped: from our loop over their model, and from a loop over accelerate."""
+    monkeypatch.setattr(vs_transformers, "TrainingConfig", partial(TrainingConfig, max_gradient_norm=0.1))
+    ours, theirs = build_pair(TINY)
+    steps = training_steps(TINY, ours.train(), theirs.train(), num_tiles=1)
+    seen = {}
+    before = {name: parameter.clone() for name, parameter in theirs.named_parameters()}
+    names = {id(parameter): name for name, parameter in theirs.named_parameters()}
+    for way in (THEIRS, ACCELERATE):
+        theirs.load_state_dict(before)
+        seen[way] = {}
+
+        def look(optimizer, *_, found=seen[way]):
+            parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+            found |= {names[id(p)]: p.grad.clone() for p in parameters if p.grad is not None}
+
+        hook = register_optimizer_step_pre_hook(look)
+        steps[way]()
+        hook.remove()
+        assert all(parameter.grad is None for parameter in theirs.parameters())
+    one, other = seen[THEIRS], seen[ACCELERATE]
+    assert one.keys() == other.keys() and len(one) > 50
+    assert not any(".self_attn." in name and "language_model" in name for name in one)
+    norm = torch.stack([gradient.norm() for gradient in one.values()]).norm()
+    assert norm == pytest.approx(0.1, rel=1e-3)
+    for name, gradient in one.items():
+        torch.testing.assert_close(gradient, other[name], rtol=1e-4, atol=1e-6, msg=name)

@@ -140,7 +140,9 @@ def test_gradients_are_those_of_one_process(models, uneven, config, tmp_path, si
 
 
 @pytest.mark.slow
-def test_runs_are_those_of_one_process_and_mistakes_are_named(models, tiny_config, build_model, uneven, config, tmp_path):
+def test_runs_are_those_of_one_process_and_mistakes_are_named(
+    models, tiny_config, build_model, uneven, config, tmp_path
+):
     model, batch = models["wide"], mm.collate(uneven)
     training = config(steps=4, batch_size=4, save_every=2, evaluate_every=4, rates={**config().rates, "*": 1e-4})
     lone = copy.deepcopy(model)
@@ -174,7 +176,7 @@ def test_runs_are_those_of_one_process_and_mistakes_are_named(models, tiny_confi
             assert found[name].sub(start[name]).abs().max() < 4.1e-4  # softmax ignores it: its gradient is rounding
         elif name != "extra_embeddings":
             moved = (tensor - start[name]).norm()
-            assert 0 < moved and (found[name] - tensor).norm() < 0.01 * moved, name
+            assert moved > 0 and (found[name] - tensor).norm() < 0.01 * moved, name
     for other in ("again", "anew"):
         assert all(torch.equal(tensor, found[name]) for name, tensor in weights(other).items()), other
     for mine, theirs in zip(lines("run"), lines("alone"), strict=True):
@@ -186,4 +188,7 @@ def test_runs_are_those_of_one_process_and_mistakes_are_named(models, tiny_confi
     said = torch.load(tmp_path / "refused.pt")
     assert said["lm"] == "training.tensor_ranks is 4; it must divide num_kv_heads of the language model, 2"
     assert said["encoder"] == "training.tensor_ranks is 4; it must divide num_heads of the image encoder, 2"
-    assert said["adapter"] == "training.tensor_ranks is 4; it must divide intermediate_size of the cross-attention blocks, 90"
+    assert (
+        said["adapter"] == "training.tensor_ranks is 4; it must divide "
+        "intermediate_size of the cross-attention blocks, 90"
+    )

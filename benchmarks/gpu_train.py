@@ -1,0 +1,225 @@
+"""The paper's 8B model on one GPU: training images/s and decoding tokens/s, against what the device can do.
+
+    python -m benchmarks.gpu_train            # for one GPU of 80 GB, in under 8 minutes
+    python -m benchmarks.gpu_train --quick    # a tiny shape on the CPU, to see that it runs; its numbers mean nothing
+
+Random weights, made on the device: speed does not depend on them. The frozen language model's matrices are bf16, the
+encoder and the adapter FP32 under bf16 autocast, as training has them. Each row is printed, and the file written anew,
+when it is measured, so that little is lost where time runs out.
+"""
+
+import argparse
+import gc
+import os
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+import mm
+from benchmarks import measure
+from benchmarks.ours import (
+    LAYERS,
+    RATES,
+    adamw,
+    decoding_seconds,
+    random_model,
+    random_samples,
+    step_bytes,
+    training_step,
+)
+from benchmarks.pair import TINY
+from mm.cross_attention import ImageAdapterConfig
+from mm.language_model import LanguageModelConfig
+from mm.training.config import TrainingConfig
+from mm.training.loop import recomputed
+from mm.training.planner import Row, training_flops
+from vision.encoder import VisionEncoderConfig
+
+TILES = 4
+IMAGES_PER_SECOND, UTILISATION = 22, 0.40  # to reach
+# By the makers' data sheets: dense bf16 FLOP/s, bytes/s of memory.
+SPECIFIED = {
+    "NVIDIA A100-SXM4-80GB": (312e12, 2.04e12),
+    "NVIDIA H100 80GB HBM3": (989e12, 3.35e12),
+    "NVIDIA H100 PCIe": (756e12, 2.0e12),
+    "NVIDIA H200": (989e12, 4.8e12),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured.
+
+    Attributes:
+        trials: whether activations are computed anew, images per pass, and passes per step. An optimizer step over one
+            pass needs no room for gradients beside activations, and is paid for by fewer images.
+        repetitions: of a step, after one that does not count.
+        matmul_side, megabytes: of the device's ceilings.
+    """
+
+    config: mm.ModelConfig
+    device: str
+    text_tokens: int
+    trials: tuple[tuple[bool, int, int], ...]
+    repetitions: int
+    decode_batches: tuple[int, ...]
+    decode_steps: int
+    matmul_side: int
+    megabytes: int
+
+
+def whole_plan() -> Plan:
+    kept = [(False, size, passes) for size, passes in ((1, 32), (2, 16), (3, 11), (4, 8), (4, 1), (5, 1))]
+    anew = [(True, size, passes) for size, passes in ((8, 4), (16, 2), (32, 1))]
+    return Plan(mm.preset("8b"), "cuda", 64, (*kept, *anew), 3, (1, 8), 64, 8192, 4096)
+
+
+def tiny_plan() -> Plan:
+    language_model = LanguageModelConfig(TINY.vocab_size, TINY.width, TINY.ffn_width, TINY.layers, 4, 2)
+    encoder = VisionEncoderConfig(
+        tile_size=TINY.tile_size,
+        hidden_size=TINY.encoder_width,
+        intermediate_size=4 * TINY.encoder_width,
+        num_layers=TINY.encoder_layers,
+        num_gated_layers=TINY.gated_layers,
+        num_heads=TINY.encoder_heads,
+        tap_points=(1, 3),
+    )
+    config = mm.ModelConfig(language_model, encoder, ImageAdapterConfig())
+    return Plan(config, "cpu", TINY.text_tokens, ((False, 1, 2), (True, 2, 1)), 1, (1, 2), 3, 64, 1)
+
+
+def training_rows(plan: Plan, model: mm.MultimodalModel, ceilings: dict[str, float | None]) -> Iterator[dict]:
+    """A row per trial, in their order."""
+    base = TrainingConfig(steps=1, batch_size=1, rates=RATES, compute="bf16")
+    optimizer = adamw(model, base)
+    for anew, size, passes in plan.trials:
+        config = replace(base, batch_size=passes * size, micro_batch_size=size, checkpoint_activations=anew)
+        seconds, peak = step_seconds(plan, model, optimizer, config)
+        row = {"activations": "computed anew" if anew else "kept", "micro_batch": size, "passes": passes}
+        if seconds is None:
+            yield {**row, "fits": False}
+            continue
+        micro_batch = [Row(plan.text_tokens, plan.text_tokens - 1, (TILES,))] * size
+        rate = training_flops(plan.config, micro_batch).total * passes / seconds
+        yield {
+            **row,
+            "fits": True,
+            "seconds": seconds,
+            "images_per_second": passes * size / seconds,
+            "flops_per_second": rate,
+            "share_of_measured": rate / ceilings["matmul"],
+            "share_of_specified": ceilings["specified_matmul"] and rate / ceilings["specified_matmul"],
+            "peak_bytes": peak,
+        }
+
+
+def step_seconds(
+    plan: Plan, model: mm.MultimodalModel, optimizer: torch.optim.Optimizer, config: TrainingConfig
+) -> tuple[float | None, int | None]:
+    """Median time of a step and the device's most allocated bytes in it; None for a step that does not fit."""
+    on_gpu = plan.device == "cuda"
+    shape = plan.config.vision_encoder.tile_size, plan.config.language_model.vocab_size, plan.text_tokens
+    samples = random_samples(*shape, config.batch_size, TILES)
+    step = measure.seconds_of(training_step(model, optimizer, samples, config, plan.device), plan.device)
+    peak = None
+    with recomputed(model, LAYERS, config):
+        try:
+            step()
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+            taken = [step() for _ in range(plan.repetitions)]
+            peak = torch.cuda.max_memory_allocated() if on_gpu else None
+        except torch.OutOfMemoryError:
+            taken = []
+    optimizer.zero_grad(set_to_none=True)
+    if on_gpu:
+        gc.collect()
+        torch.cuda.empty_cache()
+    return statistics.median(taken) if taken else None, peak
+
+
+def decoding_rows(plan: Plan, model: mm.MultimodalModel, ceilings: dict[str, float | None]) -> Iterator[dict]:
+    """A row per batch: greedy steps after a prompt with an image, whose time is left out."""
+    shape = plan.config.vision_encoder.tile_size, plan.config.language_model.vocab_size, plan.text_tokens
+    vision_tokens = TILES * plan.config.vision_encoder.tokens_per_tile
+    for size in plan.decode_batches:
+        samples = random_samples(*shape, size, TILES)
+        decoding_seconds(model, samples, plan.decode_steps)
+        taken = [decoding_seconds(model, samples, plan.decode_steps) for _ in range(plan.repetitions)]
+        seconds = statistics.median(taken) / plan.decode_steps
+        rate = step_bytes(model, size, plan.text_tokens + plan.decode_steps // 2, vision_tokens) / seconds
+        yield {
+            "batch": size,
+            "seconds": seconds,
+            "tokens_per_second": size / seconds,
+            "bytes_per_second": rate,
+            "share_of_measured": rate / ceilings["bandwidth"],
+            "share_of_specified": ceilings["specified_bandwidth"] and rate / ceilings["specified_bandwidth"],
+        }
+
+
+def share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
+
+
+def training_line(row: dict) -> str:
+    head = f"| {row['activations']} | {row['micro_batch']} | {row['passes']} | "
+    if not row["fits"]:
+        return head + "does not fit | | | | |"
+    peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.1f}"
+    shares = f"{share(row['share_of_measured'])} | {share(row['share_of_specified'])}"
+    return head + f"{row['images_per_second']:.3g} | {row['flops_per_second'] / 1e12:.3g} | {shares} | {peak} |"
+
+
+def decoding_line(row: dict) -> str:
+    shares = f"{share(row['share_of_measured'])} | {share(row['share_of_specified'])}"
+    return f"| {row['batch']} | {row['tokens_per_second']:.3g} | {row['bytes_per_second'] / 1e9:.3g} | {shares} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a tiny shape on the CPU: does it run?")
+    parser.add_argument("--output", type=Path, default=measure.RESULTS, help="folder of the JSON file")
+    arguments = parser.parse_args()
+    if not arguments.quick and not torch.cuda.is_available():
+        raise SystemExit("there is no GPU here, and this measures one; --quick runs a tiny shape on the CPU")
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when the device is first used
+    plan = tiny_plan() if arguments.quick else whole_plan()
+    name = torch.cuda.get_device_name() if plan.device == "cuda" else "cpu"
+    matmul, bandwidth = SPECIFIED.get(name, (None, None))
+    ceilings = {
+        "matmul": measure.matmul_ceiling(plan.matmul_side, 20, plan.device, torch.bfloat16),
+        "bandwidth": measure.bandwidth_ceiling(plan.megabytes, 20, plan.device),
+        "specified_matmul": matmul,
+        "specified_bandwidth": bandwidth,
+    }
+    values = {"machine": {**measure.machine(), "device": name}, "ceilings": ceilings, "training": [], "decoding": []}
+
+    def keep(kind: str, row: dict, line: str) -> None:
+        values[kind].append(row)
+        measure.write_results("gpu_train", values, arguments.output)
+        print(line, flush=True)
+
+    print(f"{name}: {ceilings['matmul'] / 1e12:.3g} TFLOP/s bf16, {ceilings['bandwidth'] / 1e9:.4g} GB/s measured\n")
+    print("| activations | micro-batch | passes | images/s | TFLOP/s | of measured | of specified | peak memory, GiB |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    model = random_model(plan.config, plan.device, frozen_in_bf16=True).train()
+    for row in training_rows(plan, model, ceilings):
+        keep("training", row, training_line(row))
+    fitting = [row for row in values["training"] if row["fits"]]
+    if fitting:
+        best = max(fitting, key=lambda row: row["images_per_second"])
+        reached = f"{best['images_per_second']:.3g} images/s at {share(best['share_of_specified'])}"
+        print(f"\nthe fastest: {reached}; to reach: {IMAGES_PER_SECOND} at {UTILISATION:.0%}\n")
+    print("| batch | tokens/s | GB/s | of measured | of specified |\n|---|---|---|---|---|", flush=True)
+    for row in decoding_rows(plan, model.to(torch.bfloat16).eval(), ceilings):
+        keep("decoding", row, decoding_line(row))
+    print(f"\nwritten: {arguments.output / 'gpu_train.json'}")
+
+
+if __name__ == "__main__":
+    main()
