@@ -4,8 +4,8 @@
 
 FOLDER/plan.pt holds {"steps": {name: (model, samples, TrainingConfig)}, "refused": {name: (model, ranks)},
 "runs": [(folder, model, samples, TrainingConfig, checkpoint of an earlier run that it goes on from, or None)]}. The
-first rank leaves FOLDER/{name}.pt with what came of one step, FOLDER/refused.pt with what was said, and the trained weights
-and the other numbers of each run in its folder.
+first rank leaves FOLDER/{name}.pt with what came of one step, FOLDER/refused.pt with what was said, and the trained
+weights and the other numbers of each run in its folder.
 """
 
 import copy
