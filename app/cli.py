@@ -174,6 +174,8 @@ def _train(arguments: list[str]) -> int:
 
 def _run(arguments: list[str]) -> int:
     try:
+        if not arguments:
+            raise ValueError(f"name a command: {', '.join([*COMMANDS, 'train', 'sweep', 'convert'])}")
         chosen = _parser().parse_args(arguments)
         command = chosen[chosen.subcommand]
         if chosen.subcommand == "convert":
