@@ -23,6 +23,8 @@ from vision.encoder import EncoderLayer, VisionEncoder
 
 # What may differ when an interrupted run is taken up again; `mm.training.loop` judges `training` itself.
 FREE_TO_CHANGE = ("output", "training", "validation", "validation_samples", "bundle", "device")
+LAYERS = (DecoderLayer, EncoderLayer, CrossAttentionBlock)  # that are computed anew, if any are
+UNITS = (DecoderLayer, VisionEncoder, CrossAttentionBlock)  # an encoder's layers run once per number of tiles
 NORM_SAMPLES = 64  # that a new adapter's norms are fitted to
 
 
@@ -76,8 +78,8 @@ def train_adapters(
         name=name,
         device=device,
         evaluate=evaluate,
-        layers=(DecoderLayer, EncoderLayer, CrossAttentionBlock),
-        units=(DecoderLayer, VisionEncoder, CrossAttentionBlock),  # an encoder's layers run once per number of tiles
+        layers=LAYERS,
+        units=UNITS,
         loads=dataset.num_tiles(processor.tile_size, processor.max_tiles),
         identity={name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE},
     )
