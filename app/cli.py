@@ -5,6 +5,7 @@ A user's mistake ends with one line and exit code 1. Where several files are giv
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
@@ -20,7 +21,9 @@ from mm.averaging import average, average_best
 from mm.checkpoint import CONFIG_FILE, save, save_encoder
 from mm.evaluation.evaluate import evaluate
 from mm.training.command import one_line
+from mm.training.planner import expected_samples, plan
 from shards.reader import ShardSet
+from stages.train_image_adapter import TrainImageAdapter
 from vision.reading import read_picture
 
 DEFAULT_MODEL = "runs/demo"
@@ -111,6 +114,20 @@ def average_runs(arguments: Namespace) -> int:
     return 0
 
 
+def plan_training(arguments: Namespace) -> int:
+    """Say what a training stage costs before it runs: parameters, operations, memory, layouts that fit the GPUs."""
+    names = TrainImageAdapter.__dataclass_fields__
+    config = TrainImageAdapter(**{name: arguments[name] for name in names})
+    if arguments.preset is None:
+        shapes = stages.train_image_adapter.shapes(config)
+    else:
+        shapes = replace(mm.preset(arguments.preset, config.tile_size or 336), image_adapter=config.adapter)
+    samples = expected_samples(shapes, config.data, config.max_tiles, arguments.text_tokens, arguments.tiles)
+    costs = plan(shapes, config.training, samples, arguments.gpus, arguments.gpu_memory, arguments.tflops)
+    print(costs.to_json() if arguments.json else costs)
+    return 0
+
+
 def convert_open_clip(arguments: Namespace) -> int:
     """Make an encoder folder of an open_clip image tower."""
     _refuse_existing(arguments.output)
@@ -176,7 +193,8 @@ def _run(arguments: list[str]) -> int:
     try:
         if not arguments:
             raise ValueError(f"name a command: {', '.join([*COMMANDS, 'train', 'sweep', 'convert'])}")
-        chosen = _parser().parse_args(arguments)
+        parser = _parser()
+        chosen = parser.instantiate(parser.parse_args(arguments))
         command = chosen[chosen.subcommand]
         if chosen.subcommand == "convert":
             return CONVERSIONS[command.subcommand](command[command.subcommand])
@@ -234,6 +252,19 @@ def _parser() -> ArgumentParser:
     one.add_argument("--limit", type=int, help="a random subset of this size, always the same")
     commands.add_subcommand("average", one)
 
+    one = ArgumentParser(description=plan_training.__doc__, exit_on_error=False)
+    one.add_argument("--config", action="config", help="the file of train_image_adapter or finetune; options override")
+    one.add_class_arguments(TrainImageAdapter, skip={"tile_size"})
+    one.add_argument("--tile-size", type=int | None, help="another tile resolution, in pixels")
+    one.add_argument("--preset", help="8b, 70b or 405b: shapes of the paper, in place of those of the file's folders")
+    one.add_argument("--gpus", type=int, default=1)
+    one.add_argument("--gpu-memory", type=float, help="GB of each; then layouts that fit are looked for")
+    one.add_argument("--tflops", type=float, help="of a GPU's matrix products; then speeds are estimated")
+    one.add_argument("--text-tokens", type=int, default=64, help="per sample")
+    one.add_argument("--tiles", type=int, help="per picture; else what the data's index tells, or 4")
+    one.add_argument("--json", action="store_true")
+    commands.add_subcommand("plan", one)
+
     train = ArgumentParser(description=f"Run a training stage: {', '.join(STAGES)}.", exit_on_error=False)
     commands.add_subcommand("train", train)
     sweep = ArgumentParser(description="Finetune many times and average the best runs.", exit_on_error=False)
@@ -261,7 +292,13 @@ def _add_conversions(parser: ArgumentParser) -> None:
         kinds.add_subcommand(name, one)
 
 
-COMMANDS = {"caption": caption, "ask": ask, "evaluate": evaluate_shards, "average": average_runs}
+COMMANDS = {
+    "caption": caption,
+    "ask": ask,
+    "evaluate": evaluate_shards,
+    "average": average_runs,
+    "plan": plan_training,
+}
 CONVERSIONS = {
     "open-clip": convert_open_clip,
     "from-mllama": convert_from_mllama,

@@ -34,8 +34,8 @@ from benchmarks.pair import TINY
 from mm.cross_attention import ImageAdapterConfig
 from mm.language_model import LanguageModelConfig
 from mm.training.config import TrainingConfig
+from mm.training.flops import Row, training_flops
 from mm.training.loop import recomputed
-from mm.training.planner import Row, training_flops
 from vision.encoder import VisionEncoderConfig
 
 TILES = 4

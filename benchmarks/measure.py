@@ -8,18 +8,15 @@ import json
 import platform
 import statistics
 import time
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import transformers
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from layers.linear import linear
+from mm.training.live_bytes import LiveBytes  # noqa: F401  benchmarks measure memory with it
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -106,42 +103,6 @@ def count_flops(work: Callable[[], object]) -> int:
     with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter:
         work()
     return counter.get_total_flops()
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors that were made since it was entered and are still alive; `peak` is the most at once.
-
-    Workspaces inside a kernel are not seen; the allocator's reserves, which make RSS vary from run to run, neither.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
-
-    def exclude(self, module: nn.Module) -> "LiveBytes":
-        """Do not count a module's parameters when an operation returns them."""
-        self._known.update(parameter.untyped_storage() for parameter in module.parameters())
-        return self
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self._add(tensor.untyped_storage())
-        return out
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._known:
-            return
-        size = storage.nbytes()
-        self._known.add(storage)
-        weakref.finalize(storage, self._drop, size)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-    def _drop(self, size: int) -> None:
-        self.now -= size
 
 
 def machine() -> dict[str, object]:

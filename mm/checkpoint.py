@@ -29,6 +29,8 @@ from torch import Tensor, nn
 import mm.convert.llama
 import mm.convert.mllama
 from mm.config import ModelConfig, from_dict, to_dict, usable_device
+from mm.convert import mllama_config
+from mm.convert.folder import read_config as folder_config
 from mm.convert.report import put
 from mm.cross_attention import ImageAdapter, ImageAdapterConfig
 from mm.language_model import LanguageModel, LanguageModelConfig
@@ -185,17 +187,35 @@ def load_encoder(folder: str | Path, tile_size: int | None = None) -> VisionEnco
     """
     folder = Path(folder)
     description = read_description(folder)
+    with torch.device("meta"):
+        encoder = VisionEncoder(read_encoder_shape(folder))
+    put(encoder, read_part(folder, "vision_encoder", description), source=folder)
+    return encoder if tile_size is None else at_tile_size(encoder, tile_size)
+
+
+def read_encoder_shape(folder: str | Path) -> VisionEncoderConfig:
+    """The configuration of the encoder that `load_encoder` would load, without its weights; raises as that does."""
+    folder = Path(folder)
+    description = read_description(folder)
     values = description.get("vision_encoder") or description.get("model", {}).get("vision_encoder")
     if values is None:
         raise ValueError(f"{folder} holds no image encoder")
     try:
-        stored = VisionEncoderConfig(**{**values, "tap_points": tuple(values["tap_points"])})
+        return VisionEncoderConfig(**{**values, "tap_points": tuple(values["tap_points"])})
     except (TypeError, KeyError) as error:
         raise ValueError(f"{folder / CONFIG_FILE} does not describe an image encoder: {error}") from error
-    with torch.device("meta"):
-        encoder = VisionEncoder(stored)
-    put(encoder, read_part(folder, "vision_encoder", description), source=folder)
-    return encoder if tile_size is None else at_tile_size(encoder, tile_size)
+
+
+def read_shape(folder: str | Path) -> ModelConfig:
+    """The configuration of the model that `load` would load, without its weights.
+
+    Raises:
+        ValueError: the folder is neither a run folder nor a Llama 3.2 Vision folder, or does not describe a model.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG_FILE).is_file() and _is_mllama(folder):
+        return mllama_config.model_config(*folder_config(folder), tap_points=None)[0]
+    return _run_config(folder, read_description(folder))
 
 
 def hash_weights(path: str | Path) -> str:
@@ -237,12 +257,7 @@ def replaced_files(folder: str | Path, last: str) -> Iterator[Path]:
 
 def _load_run(folder: Path, language_model: str | Path | None) -> tuple[MultimodalModel, Processor]:
     description = read_description(folder)
-    if "model" not in description:
-        raise ValueError(f"{folder} holds an image encoder alone; train an adapter on it first (mm train)")
-    try:
-        config = from_dict(description["model"])
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG_FILE}: {error}") from error
+    config = _run_config(folder, description)
     with torch.device("meta"):
         model = MultimodalModel(config)
     origin = description["language_model"]
@@ -257,6 +272,15 @@ def _load_run(folder: Path, language_model: str | Path | None) -> tuple[Multimod
     model.extra_embeddings = nn.Parameter(rows, requires_grad=False)
     tokenizer = mm.convert.llama.load_tokenizer(folder / "tokenizer")
     return model, Processor(tokenizer, config, **description["processor"])
+
+
+def _run_config(folder: Path, description: dict) -> ModelConfig:
+    if "model" not in description:
+        raise ValueError(f"{folder} holds an image encoder alone; train an adapter on it first (mm train)")
+    try:
+        return from_dict(description["model"])
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG_FILE}: {error}") from error
 
 
 def _load_origin(folder: Path, origin: dict, config: LanguageModelConfig, moved_to: str | Path | None) -> LanguageModel:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 import mm.convert.llama
-from mm.checkpoint import assemble, load, load_encoder, save
+from mm.checkpoint import assemble, load, load_encoder, read_encoder_shape, read_shape, save
+from mm.config import ModelConfig
 from mm.cross_attention import ImageAdapterConfig
 from mm.model import MultimodalModel
 from mm.processor import Processor
@@ -89,6 +90,23 @@ def starting_point(config: TrainImageAdapter) -> tuple[MultimodalModel, Processo
             model.vision_encoder = at_tile_size(model.vision_encoder, config.tile_size)
             model.config = replace(model.config, vision_encoder=model.vision_encoder.config)
     return model, Processor(tokenizer, model.config, config.max_tiles, config.caption_prompt, template)
+
+
+def shapes(config: TrainImageAdapter) -> ModelConfig:
+    """The configuration of what is trained from `starting_point`, or from `stages.finetune`'s, without any weights.
+
+    Raises:
+        ValueError: nothing to start from is named, or what is named does not describe a model.
+    """
+    if config.start_from is not None:
+        model = read_shape(config.start_from)
+    elif None in (config.language_model, config.vision_encoder):
+        raise ValueError("name language_model and vision_encoder, or start_from, for their shapes; or take a --preset")
+    else:
+        language_model = mm.convert.llama.read_shape(config.language_model)
+        model = ModelConfig(language_model, read_encoder_shape(config.vision_encoder), config.adapter)
+    tile_size = config.tile_size or model.vision_encoder.tile_size
+    return replace(model, vision_encoder=replace(model.vision_encoder, tile_size=tile_size))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

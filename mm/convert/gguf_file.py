@@ -77,6 +77,11 @@ def read(
     return config, *_tensors(reader, path, config, dtype), notes
 
 
+def read_shape(path: str | Path) -> LanguageModelConfig:
+    """The decoder that a file describes, without its tensors; raises as `read`."""
+    return _config(open_gguf(path), path)[0]
+
+
 def _config(reader: GGUFReader, path: str | Path) -> tuple[LanguageModelConfig, list[str]]:
     architecture = _metadata(reader, "general.architecture")
     if architecture not in ARCHITECTURES:

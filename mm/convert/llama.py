@@ -44,6 +44,19 @@ def load(path: str | Path, dtype: torch.dtype | None = None) -> LanguageModel:
     return build(config, tensors, path, ignored, notes)
 
 
+def read_shape(path: str | Path) -> LanguageModelConfig:
+    """What `load` would load, without its weights.
+
+    Raises:
+        ValueError: an architecture or setting that the decoder does not have, by name; a damaged file.
+    """
+    path = Path(path)
+    if path.is_file():
+        return gguf_file.read_shape(path)
+    values, generation = read_config(path)
+    return language_model_config(values, stop_tokens(values, generation))[0]
+
+
 def build(
     config: LanguageModelConfig, tensors: dict, source: Path, ignored: dict[str, str], notes: list[str]
 ) -> LanguageModel:

@@ -16,16 +16,18 @@ from mm.model import MultimodalModel
 from mm.processor import Processor
 from mm.training.config import TrainingConfig
 from mm.training.data import RecordDataset, Source, readable_samples
+from mm.training.flops import text_token_cost
 from mm.training.loop import train
 from mm.training.objectives import NextTokenObjective
 from mm.training.optimizer import apply_rates
 from mm.training.parallel import Ranks
-from mm.training.planner import text_token_cost
 from mm.training.precision import lossless_bf16
 from vision.encoder import EncoderLayer, VisionEncoder
 
 # What may differ when an interrupted run is taken up again; `mm.training.loop` judges `training` itself.
 FREE_TO_CHANGE = ("output", "training", "validation", "validation_samples", "bundle", "device")
+LAYERS = (DecoderLayer, EncoderLayer, CrossAttentionBlock)  # that are computed anew, if any are
+UNITS = (DecoderLayer, VisionEncoder, CrossAttentionBlock)  # an encoder's layers run once per number of tiles
 NORM_SAMPLES = 64  # that a new adapter's norms are fitted to
 
 
@@ -81,9 +83,8 @@ def train_adapters(
             name=name,
             device=device,
             evaluate=evaluate,
-            layers=(DecoderLayer, EncoderLayer, CrossAttentionBlock),
-            # An encoder's layers run once per number of tiles.
-            units=(DecoderLayer, VisionEncoder, CrossAttentionBlock),
+            layers=LAYERS,
+            units=UNITS,
             loads=loads_of(dataset, model.config, processor.max_tiles),
             identity={name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE},
         )

@@ -183,7 +183,7 @@ def test_wrong_usage(refused, run_folder, pictures, squares, tmp_path, monkeypat
     before = everything(tmp_path)
     wrong = {
         ("paint",): "invalid choice: 'paint'",
-        (): "name a command: caption, ask, evaluate, average, train, sweep, convert",
+        (): "name a command: caption, ask, evaluate, average, plan, train, sweep, convert",
         ("caption",): "images",
         ("caption", picture, "--colour", "red", *model): "--colour",
         ("caption", picture, "--max-new-tokens", "many", *model): "max_new_tokens",
@@ -286,3 +286,14 @@ def test_help_is_no_mistake(mm_command):
     for arguments in (["--help"], ["caption", "--help"], ["train", "train_image_adapter", "--help"]):
         code, out, err = mm_command(*arguments)
         assert code == 0 and "usage:" in out and err == ""
+
+
+@pytest.mark.slow
+def test_plan_says_what_fits_and_refuses_what_it_cannot_know(capsys, refused):
+    file = Path(__file__).parents[2] / "configs" / "image_adapter.yaml"
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "--config", str(file), "--preset", "8b", "--gpus", "2", "--gpu-memory", "80"])
+    said = capsys.readouterr().out
+    assert ended.value.code == 0 and "8.030B" in said and "vision_encoder" in said and "what fits 2 GPUs" in said
+    for arguments, reason in {("--preset", "9b"): "9b", ("--preset", "8b", "--gpus", "0"): "gpus is 0"}.items():
+        assert reason in refused("plan", "--config", str(file), *arguments)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import benchmarks.gpu_train as gpu_train
-from mm.training.planner import Row, training_flops
+from mm.training.flops import Row, training_flops
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import torch
 
 from mm.training.adapters import loads_of
 from mm.training.data import RecordDataset, Source, Unreadable, deal, epoch_order, step_loader, steps
+from mm.training.flops import text_token_cost
 from mm.training.parallel import Ranks
-from mm.training.planner import text_token_cost
 from shards.format import Record
 from shards.writer import write_shards
 from vision.tiling import tile_image

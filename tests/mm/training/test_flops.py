@@ -10,9 +10,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mm
 from mm.batch import IGNORED
+from mm.training.adapters import LAYERS
+from mm.training.config import TrainingConfig
+from mm.training.flops import Row, forward_flops, parameters, text_token_cost, training_flops
+from mm.training.live_bytes import LiveBytes
+from mm.training.loop import recomputed as recomputed_layers
+from mm.training.memory import ShapeModel
 from mm.training.objectives import next_token_loss
 from mm.training.optimizer import apply_rates
-from mm.training.planner import Row, forward_flops, parameters, state_bytes, text_token_cost, training_flops
 
 FROZEN = {"language_model.*": None, "extra_embeddings": None}
 BATCHES = {
@@ -94,18 +99,31 @@ def test_the_encoder_of_the_paper_costs_what_the_paper_lets_one_expect():
     assert flops.vision_encoder == pytest.approx(4.8e12, rel=0.02)
 
 
-def test_parameters_and_their_bytes(wide_config):
+def test_parameters_are_counted_by_part(wide_config):
     counts = parameters(wide_config, {**FROZEN, "vision_encoder.*": None, "*": 1e-3})
     model = mm.MultimodalModel(wide_config)
     assert counts["vision_encoder"].trained == 0 and counts["image_adapter"].frozen == 0
     assert counts["image_adapter"].trained == sum(p.numel() for p in model.image_adapter.parameters())
     total = sum(p.numel() for p in model.parameters())
     assert sum(part.trained + part.frozen for part in counts.values()) == total
-    held = state_bytes(counts, shard_ranks=4)
-    assert held == {
-        "weights": total,
-        "gradients": counts["image_adapter"].trained,
-        "optimizer": 2 * counts["image_adapter"].trained,
-    }
-    with pytest.raises(ValueError, match="shard_ranks is 0"):
-        state_bytes(counts, 0)
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("name", BATCHES)
+def test_memory_of_a_step_is_that_of_its_live_tensors(build_model, wide_config, random_tiles, name, recomputed):
+    """Within 10%: the planner runs the same step on shapes alone, here it is run on numbers and followed."""
+    rows, rates = BATCHES[name], {**FROZEN, "*": 1e-3}
+    model = copy.deepcopy(build_model(wide_config)).train()
+    apply_rates(model, rates)
+    batch = mm.collate(samples_of(rows, wide_config, random_tiles))
+    settings = TrainingConfig(steps=1, batch_size=1, rates=rates, checkpoint_activations=recomputed)
+    with recomputed_layers(model, LAYERS, settings), LiveBytes().exclude(model) as live:
+        next_token_loss(model, batch).backward()
+    planned = ShapeModel(wide_config, rates).step(rows, recomputed)
+    assert planned.peak() == pytest.approx(live.peak, rel=0.1)
+
+
+def test_recomputing_keeps_less_between_the_passes(wide_config):
+    shapes = ShapeModel(wide_config, {**FROZEN, "*": 1e-3})
+    rows = [Row(40, 20, (4,))] * 4
+    assert shapes.step(rows, True).kept < 0.6 * shapes.step(rows, False).kept
