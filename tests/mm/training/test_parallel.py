@@ -34,7 +34,7 @@ TOWERS = (VisionEncoder, open_clip.transformer.ResidualAttentionBlock)
 def start(folder: Path, size: int, program: Path = PROGRAM) -> subprocess.CompletedProcess:
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), str(program), str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
 
 
 def carry_out(folder: Path, size: int, samples, gradients=None, runs=(), objective=None, units=UNITS) -> None:
