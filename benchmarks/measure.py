@@ -8,15 +8,18 @@ import json
 import platform
 import statistics
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import transformers
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from layers.linear import linear
-from mm.training.live_bytes import LiveBytes  # noqa: F401  benchmarks measure memory with it
+from mm.training.live_bytes import LiveBytes
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -103,6 +106,37 @@ def count_flops(work: Callable[[], object]) -> int:
     with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter:
         work()
     return counter.get_total_flops()
+
+
+class ShareBytes(LiveBytes):
+    """Live bytes of one rank among several: its share of sharded tensors, and what it gathers meanwhile.
+
+    FSDP empties storages and fills them again in place, so all are looked at after every operation, which is slow.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sizes: weakref.WeakKeyDictionary[torch.UntypedStorage, list[int]] = weakref.WeakKeyDictionary()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._follow((tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage())
+        for storage, counted in self._sizes.items():
+            self._count(counted, storage.nbytes())
+        self.note()
+        return out
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        if storage not in self._sizes:
+            self._sizes[storage] = counted = [0]
+            weakref.finalize(storage, self._count, counted, 0)
+
+    def _count(self, counted: list[int], size: int) -> None:
+        """`counted` holds what a storage adds to the sum so far."""
+        self.now += size - counted[0]
+        counted[0] = size
 
 
 def machine() -> dict[str, object]:
