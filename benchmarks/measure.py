@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from layers.linear import linear
+from mm.training.flops import matmul_rate
 from mm.training.live_bytes import LiveBytes
 
 RESULTS = Path(__file__).parent / "results"
@@ -67,9 +67,7 @@ def matmul_ceiling(
     dtype: torch.dtype = torch.float32,
 ) -> float:
     """FLOP/s of matrix products of this side: the best repetition of the faster of two ways to compute them."""
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    products = (lambda: torch.mm(a, b), lambda: linear(a, b))  # on a CPU, PyTorch's two kernels
-    return 2 * side**3 / min(min(_repeat(product, repetitions, device)) for product in products)
+    return matmul_rate(str(device), "bf16" if dtype is torch.bfloat16 else "fp32", side, repetitions)
 
 
 def bandwidth_ceiling(megabytes: int = 512, repetitions: int = 9, device: torch.device | str = "cpu") -> float:

@@ -16,7 +16,7 @@ from mm.model import MultimodalModel
 from mm.processor import Processor
 from mm.training.config import TrainingConfig
 from mm.training.data import RecordDataset, Source, readable_samples
-from mm.training.flops import text_token_cost
+from mm.training.flops import batch_flops, matmul_rate, text_token_cost
 from mm.training.loop import train
 from mm.training.objectives import NextTokenObjective
 from mm.training.optimizer import apply_rates
@@ -55,14 +55,16 @@ def train_adapters(
         ValueError: rates that would train the language model, or as `mm.training.loop.train`.
     """
     device = usable_device(config.device)
-    released = [name for name in apply_rates(model, config.training.rates) if name.startswith("language_model.")]
+    rates = apply_rates(model, config.training.rates)
+    released = [name for name in rates if name.startswith("language_model.")]
     if released:
         raise ValueError(
             f"training.rates give {released[0]} a rate, and this stage keeps the language model as it is: "
             'put "language_model.*": null before the other patterns'
         )
     dataset = RecordDataset(config.data, processor.record_example)
-    objective = NextTokenObjective()
+    encoder_trains = any(name.startswith("vision_encoder.") for name in rates)
+    objective = NextTokenObjective(partial(batch_flops, config=model.config, encoder_trains=encoder_trains))
     if fit_norms and model.config.image_adapter.fit_norms:
         model.fit_norms(objective.collate(readable_samples(dataset, NORM_SAMPLES)))
     evaluate = None
@@ -86,6 +88,7 @@ def train_adapters(
             layers=LAYERS,
             units=UNITS,
             loads=loads_of(dataset, model.config, processor.max_tiles),
+            matmul_rate=matmul_rate(device.type, config.training.compute),
             identity={name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE},
         )
 

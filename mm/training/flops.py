@@ -7,12 +7,13 @@ first block 2, since nothing under them learns.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
 
 import torch
+from torch import Tensor
 
 from layers.linear import linear
 from mm.batch import IGNORED, Batch
@@ -112,19 +113,21 @@ def matmul_rate(device: str = "cpu", compute: str = "fp32", side: int | None = N
     Args:
         side: of the matrices; None takes one with which the whole lasts a fraction of a second.
     """
-    side = side or (1024 if torch.device(device).type == "cpu" else 8192)
+    on_cpu = 512 if compute == "bf16" else 768  # smaller in bf16, for which many processors have no instructions
+    side = side or (on_cpu if torch.device(device).type == "cpu" else 8192)
     dtype = torch.bfloat16 if compute == "bf16" else torch.float32
     a, b = torch.randn(2, side, side, device=device, dtype=dtype)
-    finish, seconds = torch.get_device_module(device).synchronize, []
-    for product in (torch.mm, linear):
-        for repetition in range(repetitions + 1):  # the first warms up
-            finish()
-            start = time.perf_counter()
-            product(a, b)
-            finish()
-            if repetition:
-                seconds.append(time.perf_counter() - start)
-    return 2 * side**3 / min(seconds)
+    finish = torch.get_device_module(device).synchronize
+
+    def seconds(product: Callable[[Tensor, Tensor], Tensor]) -> float:
+        finish()
+        start = time.perf_counter()
+        product(a, b)
+        finish()
+        return time.perf_counter() - start
+
+    taken = [[seconds(kernel) for _ in range(1 + repetitions)][1:] for kernel in (torch.mm, linear)]  # one warms up
+    return 2 * side**3 / min(map(min, taken))
 
 
 def text_token_cost(config: ModelConfig) -> float:

@@ -48,6 +48,7 @@ def train(
     units: tuple[type[nn.Module], ...] = (),
     identity: dict | None = None,
     loads: Tensor | None = None,
+    matmul_rate: float | None = None,
 ) -> None:
     """Train `module` in place for `config.steps` steps, from the newest checkpoint in `folder` if there is one.
 
@@ -58,6 +59,7 @@ def train(
         evaluate: called every `evaluate_every` steps and at the end; its numbers are logged under `eval/`.
         layers: kinds of submodules that `checkpoint_activations` applies to. units: those that ranks gather at a time.
         loads: how much work each sample is, such as its tokens, [len(dataset)]; ranks get about equal sums of it.
+        matmul_rate: FLOP/s of a rank's device at best; the objective's "flops" are reported as a share of it, "mfu".
         identity: what else, besides `config`, a resumed run must have in common with the interrupted one.
 
     Raises:
@@ -147,6 +149,8 @@ def train(
                 if isinstance(module, Stage):
                     observed = module.joined_values(observed)
                 numbers |= window.numbers() | {"rate/factor": factor} | observed
+                if matmul_rate is not None:
+                    numbers["mfu"] = numbers["flops_per_second"] / (matmul_rate * ranks.size)
                 window = Window()
             if evaluate is not None and (finished % config.evaluate_every == 0 or last):
                 module.eval()

@@ -1,5 +1,6 @@
 """What stages train on: next tokens after images (the adapter), and matching pictures to texts (the encoder)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -41,7 +42,7 @@ class Objective(Protocol):
         """The loss summed over what `count` counts."""
 
     def throughput(self, batch: Any) -> dict[str, int]:
-        """Quantities to report per second, such as images and tokens."""
+        """Quantities to report per second, such as images and tokens; "flops" are the operations of both passes."""
 
     def observe(self, module: nn.Module) -> dict[str, float]:
         """Values of the module worth a curve, such as gates."""
@@ -72,9 +73,17 @@ def loss_of_hidden_states(model: MultimodalModel, hidden: Tensor, batch: Batch) 
 
 
 class NextTokenObjective:
-    """Language modelling on the answers' tokens; the loss is the mean over a step's target tokens."""
+    """Language modelling on the answers' tokens; the loss is the mean over a step's target tokens.
+
+    Args:
+        flops: operations that training on a batch takes, to be reported; None reports none.
+    """
 
     whole_passes = ("hidden_states",)
+    flops: Callable[[Batch], int] | None = None
+
+    def __init__(self, flops: Callable[[Batch], int] | None = None) -> None:
+        self.flops = flops
 
     def idle(self, module: MultimodalModel) -> Sample:
         """One black tile and no target: nothing that it runs through gets a gradient other than 0 from it."""
@@ -94,11 +103,12 @@ class NextTokenObjective:
         return next_token_loss(module, batch)
 
     def throughput(self, batch: Batch) -> dict[str, int]:
-        return {
+        counts = {
             "images": len(batch.images),
             "tiles": sum(tiles.num_tiles for tiles in batch.images),
             "tokens": int(batch.lengths.sum()),
         }
+        return counts if self.flops is None else {**counts, "flops": self.flops(batch)}
 
     def observe(self, module: MultimodalModel) -> dict[str, float]:
         """tanh of every gate of the adapter's blocks, under the block's position."""

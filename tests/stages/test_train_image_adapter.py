@@ -22,7 +22,7 @@ from shards.reader import ShardSet
 from shards.writer import write_shards
 from stages.train_image_adapter import main
 
-TIMES = ("_per_second", "_seconds", "seconds_per_step", "data_wait_share")
+TIMES = ("_per_second", "_seconds", "seconds_per_step", "data_wait_share", "mfu")
 KILLED_WHILE_WRITING = """
 import os, signal, sys
 from pathlib import Path
@@ -106,6 +106,8 @@ def test_it_learns_to_name_colours_and_the_blind_control_does_not(adapter_config
     file, folder = adapter_config(training={**training, "rates": rates}, data=[{"path": str(squares), "task": "vqa"}])
     main(["--config", str(file)])
     rows = numbers(folder)
+    reported = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["mfu"] > 0 for row in reported if "loss" in row)
     assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]  # as sure as a random output layer lets it be
     assert rows[-1]["eval/answer_accuracy"] > 0.85
     gates = [value for name, value in rows[-1].items() if name.startswith("gate/")]

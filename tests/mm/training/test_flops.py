@@ -1,6 +1,7 @@
 """The planner's numbers against PyTorch's own counter of operations, and against the model itself."""
 
 import copy
+import time
 from dataclasses import replace
 
 import pytest
@@ -12,10 +13,16 @@ import mm
 from mm.batch import IGNORED
 from mm.training.adapters import LAYERS
 from mm.training.config import TrainingConfig
-from mm.training.flops import Row, forward_flops, parameters, text_token_cost, training_flops
-from mm.training.live_bytes import LiveBytes
+from mm.training.flops import (
+    Row,
+    batch_flops,
+    forward_flops,
+    matmul_rate,
+    parameters,
+    text_token_cost,
+    training_flops,
+)
 from mm.training.loop import recomputed as recomputed_layers
-from mm.training.memory import ShapeModel
 from mm.training.objectives import next_token_loss
 from mm.training.optimizer import apply_rates
 
@@ -84,6 +91,46 @@ def test_a_text_token_costs_so_many_vision_tokens(build_model, wide_config, rand
     assert text_token_cost(wide_config) == pytest.approx(expected, rel=0.03)
 
 
+def test_an_encoder_that_pads_computes_its_padding(build_model, wide_config, random_tiles):
+    """At tiles of 56 px: 17 tokens become 24, and 1 tile 4."""
+    encoder = replace(wide_config.vision_encoder, tile_size=56, padding="llama32")
+    config = replace(wide_config, vision_encoder=encoder)
+    rows = BATCHES["ragged"]
+    model = copy.deepcopy(build_model(config))
+    apply_rates(model, {**FROZEN, "*": 1e-3})
+    training = counted(lambda: next_token_loss(model, mm.collate(samples_of(rows, config, random_tiles))).backward())
+    assert training_flops(config, rows).total == pytest.approx(training, rel=0.02)
+
+
+@pytest.mark.parametrize("encoder_trains", [True, False])
+def test_layers_that_are_computed_anew_are_counted_once_more(build_model, wide_config, random_tiles, encoder_trains):
+    rows = BATCHES["text beside"]
+    model = copy.deepcopy(build_model(wide_config))
+    apply_rates(model, {**FROZEN, "vision_encoder.*": 1e-3 if encoder_trains else None, "*": 1e-3})
+    batch = mm.collate(samples_of(rows, wide_config, random_tiles))
+    with recomputed_layers(model, LAYERS, TrainingConfig(1, 1, checkpoint_activations=True)):
+        training = counted(lambda: next_token_loss(model, batch).backward())
+    expected = training_flops(wide_config, rows, encoder_trains, recomputed=True).total
+    assert expected == pytest.approx(training, rel=0.02)
+    assert expected > 1.1 * training_flops(wide_config, rows, encoder_trains).total
+
+
+def test_a_batch_tells_what_its_rows_hold(wide_config, random_tiles):
+    for rows in BATCHES.values():
+        batch = mm.collate(samples_of(rows, wide_config, random_tiles))
+        for encoder_trains in (True, False):
+            expected = training_flops(wide_config, rows, encoder_trains).total
+            assert batch_flops(batch, wide_config, encoder_trains) == expected
+
+
+def test_the_rate_is_that_of_the_fastest_product(monkeypatch):
+    """A clock in whole seconds: each product takes 5, those that warm up 1, and the last 2."""
+    ticks = iter([tick for last in (1, 5, 5, 5, 5, 1, 5, 5, 5, 2) for tick in (0, last)])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
+    assert matmul_rate.__wrapped__(side=16) == 2 * 16**3 / 2
+    assert next(ticks, None) is None
+
+
 def test_text_alone_costs_the_language_model_once(build_model, wide_config, random_tiles):
     rows = [Row(10, 4)]
     model = build_model(wide_config)
@@ -106,24 +153,3 @@ def test_parameters_are_counted_by_part(wide_config):
     assert counts["image_adapter"].trained == sum(p.numel() for p in model.image_adapter.parameters())
     total = sum(p.numel() for p in model.parameters())
     assert sum(part.trained + part.frozen for part in counts.values()) == total
-
-
-@pytest.mark.parametrize("recomputed", [False, True])
-@pytest.mark.parametrize("name", BATCHES)
-def test_memory_of_a_step_is_that_of_its_live_tensors(build_model, wide_config, random_tiles, name, recomputed):
-    """Within 10%: the planner runs the same step on shapes alone, here it is run on numbers and followed."""
-    rows, rates = BATCHES[name], {**FROZEN, "*": 1e-3}
-    model = copy.deepcopy(build_model(wide_config)).train()
-    apply_rates(model, rates)
-    batch = mm.collate(samples_of(rows, wide_config, random_tiles))
-    settings = TrainingConfig(steps=1, batch_size=1, rates=rates, checkpoint_activations=recomputed)
-    with recomputed_layers(model, LAYERS, settings), LiveBytes().exclude(model) as live:
-        next_token_loss(model, batch).backward()
-    planned = ShapeModel(wide_config, rates).step(rows, recomputed)
-    assert planned.peak() == pytest.approx(live.peak, rel=0.1)
-
-
-def test_recomputing_keeps_less_between_the_passes(wide_config):
-    shapes = ShapeModel(wide_config, {**FROZEN, "*": 1e-3})
-    rows = [Row(40, 20, (4,))] * 4
-    assert shapes.step(rows, True).kept < 0.6 * shapes.step(rows, False).kept

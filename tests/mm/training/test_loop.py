@@ -41,6 +41,15 @@ def test_what_is_reported(model, samples, config, run):
     assert rows[2]["gate/attn_4"] == model.image_adapter.blocks[1].gate_attn.tanh().item()
 
 
+def test_utilisation_is_of_what_the_device_gives_at_best(model, samples, config, run):
+    """Operations as the objective counts them, of every micro-batch."""
+    objective = NextTokenObjective(lambda batch: 1000 * len(batch.lengths))
+    folder = run(model, config(micro_batch_size=3), objective=objective, matmul_rate=1e6)
+    for row in lines(folder):
+        assert row["mfu"] * 1e6 * row["seconds_per_step"] == pytest.approx(1000 * len(samples))
+    assert "mfu" not in lines(run(model, config(), folder="uncounted"))[0]
+
+
 def test_tensorboard_has_the_same_numbers(model, config, run):
     folder = run(model, config())
     board = EventAccumulator(str(folder / "tensorboard")).Reload()

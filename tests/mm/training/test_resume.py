@@ -13,7 +13,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 from mm.training.objectives import NextTokenObjective
 
 OFTEN = {"steps": 10, "batch_size": 3, "save_every": 3, "log_every": 2, "warmup_steps": 3}
-TIMES = ("_per_second", "_seconds", "seconds_per_step", "data_wait_share")
+TIMES = ("_per_second", "_seconds", "seconds_per_step", "data_wait_share", "mfu")
 
 
 class Interrupted(BaseException):
