@@ -182,6 +182,7 @@ class _StandIn(torch.autograd.Function):
         if ctx.layer not in ctx.ledger.learnt:  # an encoder's layers run once per number of tiles
             ctx.ledger.learnt.add(ctx.layer)
             ctx.ledger.finished += ctx.held.gradients
+            ctx.ledger.note()
         inputs = zip(ctx.saved_tensors, ctx.needs_input_grad[4:], strict=True)
         return None, None, None, None, *(torch.empty_like(tensor) if needed else None for tensor, needed in inputs)
 

@@ -108,9 +108,10 @@ class ShapeModel:
         self.model, self.compute, self.sharded = model.train(), compute, sharded
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.held, self.learning = self._sizes(tensor_ranks)
-        units = self._units()
+        units, lossless = self._units(), self._lossless()
+        self.halved = sum(model.get_parameter(name).numel() for name in lossless)
         for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-            low = sharded and compute == "bf16" and name.startswith(units)
+            low = name in lossless or (sharded and compute == "bf16" and name.startswith(units))
             split = 1 if name == "language_model.lm_head.weight" else tensor_ranks  # every rank gets all logits
             with self.fake:
                 data = torch.empty(
@@ -137,11 +138,14 @@ class ShapeModel:
     def state_bytes(self, shard_ranks: int = 1) -> dict[str, float]:
         """What a rank holds whatever the batch.
 
+        All is FP32 but what `mm.training.precision.lossless_bf16` keeps in bf16: the language model is taken to be one
+        that was released in it.
+
         Gathered is at a time: the root (embeddings, norms, projection) from its first use to its last; the unit that
         runs and the next; gradients that a unit sends off, in FP32, and those of all the encoder's layers, which are
         one unit.
         """
-        weights, learnt = 4 * sum(self.held.values()), 4 * sum(self.learning.values())
+        weights, learnt = 4 * sum(self.held.values()) - 2 * self.halved, 4 * sum(self.learning.values())
         gathered = 0
         if self.sharded:
             wide = 2 if self.compute == "bf16" else 4
@@ -154,6 +158,15 @@ class ShapeModel:
             "optimizer": 2 * learnt / shard_ranks,
             "gathered": gathered,
         }
+
+    def _lossless(self) -> set[str]:
+        """Matrices that one process keeps in bf16, see `mm.training.precision.lossless_bf16`."""
+        if self.sharded or self.compute != "bf16":
+            return set()
+        lm, tied = self.model.language_model, self.model.config.language_model.tied_embeddings
+        linears = {f"language_model.{name}" for name, part in lm.named_modules() if isinstance(part, nn.Linear)}
+        names = {f"{name}.weight" for name in linears if not (tied and name == "language_model.lm_head")}
+        return {name for name in names if not self.model.get_parameter(name).requires_grad}
 
     def _units(self) -> tuple[str, ...]:
         return tuple(f"{name}." for name, module in self.model.named_modules() if isinstance(module, UNITS))

@@ -17,6 +17,7 @@ from mm.training.data import RecordDataset, Source
 from mm.training.flops import Flops, Parameters, Row, parameters, training_flops
 from mm.training.memory import RankBytes, ShapeModel, StepBytes
 from mm.training.parallel import Layout
+from mm.training.pipeline import stages_of
 from shards.format import INDEX_NAME
 
 TILES = 4  # of a picture, where no index tells: the largest canvas
@@ -172,13 +173,14 @@ class Arrangements:
         lm, encoder, adapter = self.config.language_model, self.config.vision_encoder, self.config.image_adapter
         shared = (lm.num_heads, lm.num_kv_heads, lm.intermediate_size, encoder.num_heads, encoder.intermediate_size)
         shared += (adapter.intermediate_size or lm.intermediate_size,)
+        most_stages = max(1, sum(position > 0 for position in self._positions()))
         for pipeline in _divisors(self.gpus):
             for tensor in _divisors(self.gpus // pipeline):
                 if tensor > MOST_TENSOR_RANKS or any(number % tensor for number in shared):
                     continue
                 readers = self.gpus // pipeline // tensor
                 micro_batches = math.ceil(self.training.batch_size / readers)
-                if readers <= self.training.batch_size and pipeline <= min(len(self._units()), micro_batches):
+                if readers <= self.training.batch_size and pipeline <= min(most_stages, micro_batches):
                     yield pipeline, tensor
 
     def _layouts(self, pipeline: int, tensor: int) -> list[Layout]:
@@ -215,23 +217,18 @@ class Arrangements:
         """The first stage, which has most micro-batches in flight, and the last, which has the logits."""
         products = layout.pipeline, layout.tensor
         if products not in self._models:
-            units, num_layers = self._units(), self.config.language_model.num_layers
-            least, over = divmod(len(units), layout.pipeline)
-            stages = [range(num_layers)]
-            if layout.pipeline > 1:
-                stages = [range(units[least + (over > 0) - 1]), range(units[-least - 1], num_layers)]
+            num_layers = self.config.language_model.num_layers
+            stages = stages_of(self._positions(), num_layers, layout.pipeline)
             self._models[products] = [
                 ShapeModel(
                     self.config, self.training.rates, self.training.compute, self.gpus > 1, layout.tensor, layers
                 )
-                for layers in stages
+                for layers in dict.fromkeys((stages[0], stages[-1]))
             ]
         return self._models[products]
 
-    def _units(self) -> list[int]:
-        """Where a pipeline can be cut: layers completed before each block that has any before it."""
-        positions = self.config.image_adapter.block_positions(self.config.language_model.num_layers)
-        return [position for position in positions if position]
+    def _positions(self) -> tuple[int, ...]:
+        return self.config.image_adapter.block_positions(self.config.language_model.num_layers)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from transformers import MllamaConfig, MllamaForConditionalGeneration
 
 import mm
 from app.cli import main
-from mm.checkpoint import load_encoder
+from mm.checkpoint import load_encoder, read_shape
 from shards.reader import ShardSet
 
 
@@ -153,6 +153,7 @@ def test_a_stage_by_its_name(mm_command, squares, language_model_folder, encoder
 
 def test_llama_vision_in_and_out_again(mm_command, mllama_folder, pictures, tmp_path):
     picture, length = pictures / "wide.png", ("--max-new-tokens", 4)
+    assert read_shape(mllama_folder) == mm.load(mllama_folder)[0].config
     direct = mm_command("caption", picture, "--model", mllama_folder, *length)
     code, report, _ = mm_command("convert", "from-mllama", mllama_folder, tmp_path / "run")
     assert code == 0 and "tensors loaded" in report
@@ -289,11 +290,44 @@ def test_help_is_no_mistake(mm_command):
 
 
 @pytest.mark.slow
-def test_plan_says_what_fits_and_refuses_what_it_cannot_know(capsys, refused):
-    file = Path(__file__).parents[2] / "configs" / "image_adapter.yaml"
-    with pytest.raises(SystemExit) as ended:
-        main(["plan", "--config", str(file), "--preset", "8b", "--gpus", "2", "--gpu-memory", "80"])
-    said = capsys.readouterr().out
-    assert ended.value.code == 0 and "8.030B" in said and "vision_encoder" in said and "what fits 2 GPUs" in said
-    for arguments, reason in {("--preset", "9b"): "9b", ("--preset", "8b", "--gpus", "0"): "gpus is 0"}.items():
-        assert reason in refused("plan", "--config", str(file), *arguments)
+def test_a_plan_needs_no_weights(mm_command, squares, language_model_folder, encoder_folder, run_folder, tmp_path):
+    """Of folders without their weights, named one by one or as a run to go on from."""
+    for source in (language_model_folder, encoder_folder, run_folder):
+        target = tmp_path / source.name
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors"))
+    folders = [str(tmp_path / folder.name) for folder in (language_model_folder, encoder_folder, run_folder)]
+    rates = {"language_model.*": None, "extra_embeddings": None, "*": 0.001}
+    common = {"output": "out", "data": [{"path": str(squares)}]}
+    common |= {"training": {"steps": 5, "batch_size": 4, "rates": rates}}
+    new = {"language_model": folders[0], "vision_encoder": folders[1], "adapter": {"positions": [2, 4, 6]}, **common}
+    plans = []
+    for values in (new, {"start_from": folders[2], **common}):
+        (tmp_path / "plan.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+        command = ("plan", "--config", tmp_path / "plan.yaml", "--training.batch_size", 8, "--text-tokens", 12)
+        code, out, _ = mm_command(*command, "--json")
+        plans.append(json.loads(out))
+        assert code == 0
+        shown = mm_command(*command, "--gpus", 2, "--gpu-memory", 1, "--tflops", 1)[1]
+        assert "a step: 8 samples of 12 text tokens and 1 tiles (as the index tells), fp32" in shown
+        assert "what fits 2 GPUs of 1 GB" in shown and "images/s, at most" in shown
+    model, _ = mm.load(run_folder)
+    totals = [[one["held"]["total"] for one in plan.pop("configured")] for plan in plans]
+    assert totals[0] == pytest.approx(totals[1], rel=1e-3)  # rotary frequencies, made by the first of two, stay for all
+    assert plans[0] == plans[1] and plans[0]["batch_size"] == 8
+    for part in ("vision_encoder", "image_adapter"):
+        counted = sum(parameter.numel() for parameter in getattr(model, part).parameters())
+        assert plans[0]["parameters"][part] == {"trained": counted, "frozen": 0}
+
+
+def test_plans_that_cannot_be(refused):
+    preset = ("plan", "--config", Path(__file__).parents[2] / "configs" / "image_adapter.yaml", "--preset", "8b")
+    wrong = {
+        ("--preset", "9b"): "there is no preset '9b'",
+        ("--gpus", "0"): "gpus is 0",
+        ("--tile-size", "300"): "tile_size 300 is not a multiple of patch_size 14",
+        ("--tiles", "5"): "tiles is 5; it can be 1 to 4",
+    }
+    for arguments, reason in wrong.items():
+        assert reason in refused(*preset, *arguments)
+    assert "models/language-model" in refused(*preset[:3])  # named in the file, and not there
+    assert "output" in refused("plan", "--preset", "8b")

@@ -96,6 +96,7 @@ def random_model(randomise, kind=transformers.LlamaConfig, **settings):
 
 def assert_same_logits(path, theirs, largest_difference):
     ours = llama.load(path)
+    assert llama.read_shape(path) == ours.config
     tokens = torch.randint(0, VOCAB, (2, 40), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         assert largest_difference(ours(tokens), theirs(tokens).logits) < 1e-4  # fp32 rounding of logits around 20
