@@ -46,13 +46,13 @@ def _under_autocast(device_type: str) -> bool:
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
         ONEDNN
+        and not torch.compiler.is_compiling()  # first: what else is asked would hold for these sizes alone
         and x.dtype is weight.dtype is torch.float32
         and x.is_cpu
         and type(x) is Tensor
         and type(weight) in (nn.Parameter, Tensor)  # a sharded parameter is another type
         and x.numel() * weight.shape[0] >= WORTHWHILE
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
     )
 
 

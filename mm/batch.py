@@ -136,7 +136,8 @@ class Visibility:
 
     Attributes:
         rows: int64 [R], the rows that hold images; None when all do.
-        counts: vision tokens of each of those rows.
+        num_rows: R. most: S.
+        places: int64, where each packed vision token comes among the R * S of padded rows; None when none is padded.
         seeing: bool [R, T, 1], False for tokens that see nothing; None when all see something.
         mask: bool [R, 1, T, S], for attention; None when every token that sees anything sees all there is.
     """
@@ -155,8 +156,12 @@ class Visibility:
         if len(holding) < len(counts_per_row):
             intervals = intervals[holding]
             self.rows = torch.tensor(holding).to(device, non_blocking=True)
-        self.counts = [counts_per_row[row] for row in holding]
-        self.most = max(self.counts)
+        counts = [counts_per_row[row] for row in holding]
+        self.num_rows, self.most = len(counts), max(counts)
+        self.places = None
+        if min(counts) < self.most:
+            places = torch.cat([torch.arange(count) + row * self.most for row, count in enumerate(counts)])
+            self.places = places.to(device, non_blocking=True)
         start, end = intervals[..., 0], intervals[..., 1]
         seeing = end > start
         sees_all = (start == 0) & (end == self.most)
@@ -175,7 +180,11 @@ class Visibility:
         return x if self.seeing is None else torch.where(self.seeing, x, 0.0)
 
     def pad(self, packed: Tensor) -> Tensor:
-        """Vision tokens of all rows [sum of counts, ...] -> [R, S, ...], zeros behind shorter rows."""
-        if all(count == self.most for count in self.counts):
-            return packed.unflatten(0, (len(self.counts), self.most))
-        return torch.nn.utils.rnn.pad_sequence(packed.split(self.counts), batch_first=True)
+        """Vision tokens of all rows, packed, [sum of S, ...] -> [R, S, ...], zeros behind shorter rows.
+
+        By places in a tensor, not by a list of counts: code compiled for one batch then serves others.
+        """
+        if self.places is not None:
+            padded = packed.new_zeros(self.num_rows * self.most, *packed.shape[1:])
+            packed = padded.index_copy_(0, self.places, packed)
+        return packed.unflatten(0, (self.num_rows, self.most))
