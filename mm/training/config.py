@@ -29,6 +29,8 @@ class TrainingConfig:
         warmup_steps, final_rate_factor: linear warm-up, then a cosine down to this share of the rates.
         compute: "fp32" or "bf16" (autocast; weights, gradients and optimizer stay FP32).
         checkpoint_activations: compute layers anew in the backward pass instead of keeping their activations.
+        compile: run layers through `torch.compile`, which needs a C++ compiler. Rounding then goes by what sizes come
+            first: a run that is taken up again ends as the uninterrupted one to rounding, not bit for bit.
         spike_factor: leave out a step whose gradient norm is this many times the median of recent ones; null leaves out
             only what is not finite.
         max_skipped: steps in a row that may be left out before the run stops.
@@ -50,6 +52,7 @@ class TrainingConfig:
     max_gradient_norm: float = 1.0
     compute: str = "fp32"
     checkpoint_activations: bool = False
+    compile: bool = False
     spike_factor: float | None = None
     max_skipped: int = 10
     log_every: int = 10
@@ -74,6 +77,11 @@ class TrainingConfig:
         for name in ("max_gradient_norm", "rank_timeout"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"training.{name} is {getattr(self, name)}; it must be above 0")
+        if self.compile and self.tensor_ranks * self.pipeline_ranks > 1:
+            raise ValueError(
+                "training.compile is for whole layers on ranks that run all of them: leave training.tensor_ranks and "
+                "training.pipeline_ranks at 1"
+            )
         if self.shard_ranks is not None and self.shard_ranks < 1:
             raise ValueError(f"training.shard_ranks is {self.shard_ranks}; it must be at least 1, or null")
         if self.spike_factor is not None and not self.spike_factor > 1:

@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 
 from mm.config import usable_device
 from mm.training.checkpoints import Checkpoints
+from mm.training.compiling import compiled, require_compiler
 from mm.training.config import FREE_TO_CHANGE, TrainingConfig
 from mm.training.data import Position, collate_step, step_loader
 from mm.training.guards import Guard
@@ -57,7 +58,8 @@ def train(
     Args:
         name: of the stage, for the progress bar.
         evaluate: called every `evaluate_every` steps and at the end; its numbers are logged under `eval/`.
-        layers: kinds of submodules that `checkpoint_activations` applies to. units: those that ranks gather at a time.
+        layers: kinds of submodules that `checkpoint_activations` and `compile` apply to. units: those that ranks gather
+            at a time.
         loads: how much work each sample is, such as its tokens, [len(dataset)]; ranks get about equal sums of it.
         matmul_rate: FLOP/s of a rank's device at best; the objective's "flops" are reported as a share of it, "mfu".
         identity: what else, besides `config`, a resumed run must have in common with the interrupted one.
@@ -68,6 +70,8 @@ def train(
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; name a folder for the run")
+    if config.compile:
+        require_compiler()
     device, ranks = usable_device(device), Ranks.here()
     layout = Layout.of(config, ranks.size)
     readers = layout.readers(ranks.rank)
@@ -110,7 +114,8 @@ def train(
     log_of = MetricsLog if ranks.first else NoLog
     with (
         log_of(folder, done, config.steps, name) as log,
-        recomputed(module, layers, config),
+        compiled(module, layers, config.compile),
+        recomputed(module, layers, config),  # around what is compiled
         _termination() as ended,
         checkpoints,
     ):

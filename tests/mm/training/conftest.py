@@ -1,6 +1,7 @@
 """What the tests of training share: a tiny model to train, samples with targets, and how to train on them."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import mm
 from mm.batch import IGNORED
+from mm.cross_attention import ImageAdapterConfig
 from mm.training.config import TrainingConfig
 from mm.training.loop import train
 from mm.training.objectives import ContrastiveModel, NextTokenObjective, Pair, TextTowerConfig
@@ -20,6 +22,18 @@ FROZEN = {"language_model.*": None, "extra_embeddings": None}
 def model(tiny_model) -> mm.MultimodalModel:
     """A copy of the tiny model, to be trained."""
     return copy.deepcopy(tiny_model)
+
+
+@pytest.fixture
+def shallow_model(build_model, tiny_config) -> mm.MultimodalModel:
+    """One layer of each kind, to be trained: to compile one takes seconds, and half a minute for machine code."""
+    config = replace(
+        tiny_config,
+        language_model=replace(tiny_config.language_model, num_layers=1),
+        vision_encoder=replace(tiny_config.vision_encoder, num_layers=1, num_gated_layers=0),
+        image_adapter=ImageAdapterConfig(positions=(0,)),
+    )
+    return build_model(config)
 
 
 @pytest.fixture(scope="session")

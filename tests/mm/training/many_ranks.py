@@ -11,13 +11,16 @@ folder.
 import copy
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from mm.training.adapters import LAYERS
+from mm.training.compiling import compiled
 from mm.training.data import collate_step
 from mm.training.guards import Guard
-from mm.training.loop import train, train_step
+from mm.training.loop import recomputed, train, train_step
 from mm.training.optimizer import apply_rates, build_optimizer
 from mm.training.parallel import Layout, joined, shard, whole
 
@@ -40,7 +43,8 @@ def gradients_of_a_step(model, samples, objective, units, config, ranks) -> dict
     held = sum(p.to_local().numel() for p in module.parameters())
     states = build_optimizer(module, apply_rates(module, config.rates), 0.1, (0.9, 0.95)).param_groups
     spy = Spy([module.get_parameter(name) for name in names], lr=1.0)
-    step = train_step(module, objective, spy, work.batches, config, "cpu", Guard(None, 0))
+    with compiled(module, LAYERS, config.compile), recomputed(module, LAYERS, config):
+        step = train_step(module, objective, spy, work.batches, config, "cpu", Guard(None, 0))
     frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
     return {
         "loss": step.loss,
@@ -55,6 +59,7 @@ def gradients_of_a_step(model, samples, objective, units, config, ranks) -> dict
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    torch.compile = partial(torch.compile, backend="aot_eager")  # all of it but machine code, which takes minutes
     with joined() as ranks:
         plan = torch.load(folder / "plan.pt", weights_only=False)
         samples, objective, units = plan["samples"], plan["objective"], plan["units"]

@@ -1,0 +1,136 @@
+"""Compiled layers learn what others learn, for sizes of any kind, and are left as they were found."""
+
+import copy
+import os
+import random
+import shutil
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import mm
+from mm.batch import IGNORED
+from mm.training import loop
+from mm.training.adapters import LAYERS
+from mm.training.compiling import compiled
+from mm.training.config import TrainingConfig
+from mm.training.data import collate_step
+from mm.training.guards import Guard
+from mm.training.loop import recomputed, train_step
+from mm.training.objectives import NextTokenObjective
+from mm.training.optimizer import apply_rates
+
+
+class Spy(torch.optim.SGD):
+    """Takes down the gradients and leaves the weights alone."""
+
+    def step(self) -> None:
+        self.seen = [p.grad.clone() for group in self.param_groups for p in group["params"]]
+
+
+def gradients(model, samples, config) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of one step."""
+    names = list(apply_rates(model, config.rates))
+    spy = Spy([model.get_parameter(name) for name in names], lr=1.0)
+    batches = collate_step(list(samples), NextTokenObjective(), None).batches
+    with compiled(model, LAYERS, config.compile), recomputed(model, LAYERS, config):
+        step = train_step(model, NextTokenObjective(), spy, batches, config, "cpu", Guard(None, 0))
+    return step.loss, dict(zip(names, spy.seen, strict=True))
+
+
+ONE_TILE, ANY = ((1, 1),), ((1, 1), (1, 2), (2, 2))
+
+
+@pytest.fixture
+def ragged(tiny_config, random_tiles):
+    """ragged(draw, grids) -> three to eight rows of any length; all but the last hold an image of one of the grids."""
+
+    def rows(draw: random.Random, grids: tuple[tuple[int, int], ...]) -> list[mm.Sample]:
+        image, made = tiny_config.image_token_id, []
+        for last in [False] * draw.randint(2, 7) + [True]:
+            text = [draw.randrange(3, 300) for _ in range(draw.randint(3, 30))]
+            chosen = [] if last else [draw.choice(grids)]
+            tokens = [image] * len(chosen) + text
+            made.append(
+                mm.Sample(tokens, [IGNORED, *tokens[1:]], [random_tiles(draw.randrange(99), g) for g in chosen])
+            )
+        return made
+
+    return rows
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="there is no C++ compiler")
+def test_compiled_layers_have_the_gradients_of_others(shallow_model, config, ragged):
+    settings, samples = config(max_gradient_norm=1e9), ragged(random.Random(0), ONE_TILE)
+    loss, exact = gradients(shallow_model, samples, settings)
+    for again in (False, True):
+        changes = {"compile": True, "checkpoint_activations": again}
+        found, seen = gradients(shallow_model, samples, replace(settings, **changes))
+        assert found == pytest.approx(loss, rel=1e-5)
+        assert seen.keys() == exact.keys()
+        for name, gradient in exact.items():  # fp32 sums in another order, through three layers and back
+            torch.testing.assert_close(seen[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+        assert exact["image_adapter.blocks.0.gate_attn"].abs() > 1e-4  # there is something to compare
+    found, seen = gradients(shallow_model, samples, replace(settings, compile=True, compute="bf16"))
+    assert found != loss and found == pytest.approx(loss, rel=0.02)  # bf16 has 8 bits, and was used
+    assert {gradient.dtype for gradient in seen.values()} == {torch.float32}
+    one, other = (torch.cat([given[name].flatten() for name in exact]) for given in (seen, exact))
+    assert F.cosine_similarity(one, other, dim=0) > 0.99
+    assert not [layer for layer in shallow_model.modules() if "forward" in vars(layer)]  # left as it was found
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """In place of machine code, PyTorch's own operations as they were traced; gives the number of graphs so far."""
+    monkeypatch.setattr(loop, "require_compiler", lambda: None)
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters["stats"]
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    yield lambda: counters["unique_graphs"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_other_sizes_need_no_other_code(shallow_model, config, traced, ragged):
+    draw = random.Random(0)
+    graphs = []
+    for _ in range(40):
+        gradients(shallow_model, ragged(draw, ANY), config(compile=True))
+        graphs.append(traced())
+    # The language model's layer; the block, for images of one size or several; the encoder's layer, for one image of so
+    # many tiles or several, of one tile or several. Forty steps of sizes of their own need no more.
+    assert 3 <= graphs[0] <= graphs[-1] <= 8
+
+
+@pytest.mark.slow
+def test_a_run_compiles_and_leaves_the_layers_as_they_were(model, config, run, traced, same):
+    other = copy.deepcopy(model)
+    settings = config(steps=2, checkpoint_activations=True)
+    run(model, settings, layers=LAYERS)
+    assert traced() == 0
+    run(other, replace(settings, compile=True), "compiled", layers=LAYERS)
+    assert traced() > 0
+    assert not [layer for layer in other.modules() if "forward" in vars(layer)]
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+    assert same(model.language_model, other.language_model)
+    with pytest.raises(ValueError, match="another compile;"):  # it rounds in another way
+        run(other, settings, "compiled", layers=LAYERS)
+
+
+def test_without_a_compiler_it_is_said_and_nothing_is_left(model, config, run, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match="needs a C\\+\\+ compiler, and no-such-compiler is not to be found") as caught:
+        run(model, config(compile=True))
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("ranks", [{"tensor_ranks": 2}, {"pipeline_ranks": 2}])
+def test_ranks_that_share_layers_are_refused(ranks):
+    with pytest.raises(ValueError, match=r"training\.compile is for whole layers"):
+        TrainingConfig(steps=1, batch_size=4, compile=True, **ranks)
