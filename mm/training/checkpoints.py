@@ -1,9 +1,10 @@
 """Training checkpoints: everything that an interrupted run needs to go on as if it had not been.
 
 A checkpoint is a folder `checkpoints/step-00000100` in the format of `torch.distributed.checkpoint`: each rank writes
-its shares, under the parameters' names, so that ranks in any other number and arrangement find theirs; `state.json`
-holds the rest. It is written beside the training under another name, renamed when all ranks have written and the disk
-has it, and renamed again before it is removed, so that a folder of that name is always whole.
+its shares, under the names that parameters have in the whole model, so that ranks in any other number and arrangement
+find theirs; what several ranks hold, one of them writes. `state.json` holds the rest. It is written beside the training
+under another name, renamed when all ranks have written and the disk has it, and renamed again before it is removed, so
+that a folder of that name is always whole.
 """
 
 import json

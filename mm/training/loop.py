@@ -84,7 +84,7 @@ def train(
     torch.manual_seed(config.seed)
     plain, idle = module, objective.idle(module) if layout.num_readers * layout.pipeline > 1 else None
     if layout.pipeline > 1:
-        refuse_what_stages_cannot(config, folder, validates=evaluate is not None)
+        refuse_what_stages_cannot(config, validates=evaluate is not None)
         module = cut(plain, config, layout, device.type)
     elif ranks.size > 1:
         module = copy.deepcopy(plain)
@@ -164,7 +164,7 @@ def train(
                 module.train()
             if numbers:
                 log.write(finished, numbers)
-            if layout.pipeline == 1 and (finished % config.save_every == 0 or last or asked):
+            if finished % config.save_every == 0 or last or asked:
                 unlogged = window.unlogged() | {"guard": guard.state()}
                 window.held_up += checkpoints.save(finished, position, unlogged)
             if asked:

@@ -10,7 +10,6 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -84,25 +83,17 @@ def cut(model: nn.Module, config: TrainingConfig, layout: Layout, device_type: s
     return stage
 
 
-def refuse_what_stages_cannot(config: TrainingConfig, folder: Path, validates: bool) -> None:
-    """Make sure that a run does without what would have to run or write the whole model.
+def refuse_what_stages_cannot(config: TrainingConfig, validates: bool) -> None:
+    """Make sure that a run does without what would have to run the whole model.
 
     Raises:
-        ValueError: it validates, writes checkpoints on the way, or would go on from one.
+        ValueError: it validates.
     """
-    ranks = f"training.pipeline_ranks is {config.pipeline_ranks}"
     if validates:
         raise ValueError(
-            f"{ranks}, and validation runs the whole model: leave `validation` out, and score the run when it has "
-            "ended, with `mm evaluate`"
+            f"training.pipeline_ranks is {config.pipeline_ranks}, and validation runs the whole model: leave "
+            "`validation` out, and score the run when it has ended, with `mm evaluate`"
         )
-    if config.save_every < config.steps:
-        raise ValueError(
-            f"{ranks}, and a pipeline writes no checkpoints: set training.save_every, which is {config.save_every}, to "
-            f"the steps, {config.steps}"
-        )
-    if any((folder / "checkpoints").glob("step-*")):
-        raise ValueError(f"{ranks}, and {folder} holds checkpoints, which a pipeline does not go on from: set it to 1")
 
 
 class Stage(MultimodalModel):

@@ -2,18 +2,23 @@
 
     torchrun ... staged_ranks.py FOLDER
 
-FOLDER/plan.pt holds {"samples", "steps": {name: (model, TrainingConfig)}, "runs": {name: (model, TrainingConfig)}}. The
+FOLDER/plan.pt holds {"samples", "steps": {name: (model, TrainingConfig)}, "runs": [(folder, model, TrainingConfig,
+checkpoint of an earlier run that it goes on from, or None, step in which the last rank is told to end, or None)]}. The
 first rank leaves FOLDER/{name}.pt with what each rank found in one step, and the trained weights of each run in its
 folder.
 """
 
 import copy
 import math
+import os
+import shutil
+import signal
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.utils.data import Dataset
 
 from mm.cross_attention import CrossAttentionBlock
 from mm.language_model import DecoderLayer
@@ -22,7 +27,7 @@ from mm.training.guards import Guard
 from mm.training.loop import train, train_step
 from mm.training.objectives import NextTokenObjective
 from mm.training.optimizer import apply_rates
-from mm.training.parallel import Layout, joined, shard, whole
+from mm.training.parallel import Layout, Ranks, joined, shard, whole
 from mm.training.pipeline import cut
 from vision.encoder import EncoderLayer, VisionEncoder
 
@@ -64,6 +69,35 @@ def one_step(model, samples, config, ranks) -> dict:
     }
 
 
+class Ending(Dataset):
+    """Samples; when those of the given step are asked for, the last rank is told to end. Each rank draws at random."""
+
+    def __init__(self, samples: list, at: int | None, ranks: Ranks) -> None:
+        self.samples, self.at, self.ranks, self.steps = samples, at, ranks, 0
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitems__(self, indices: list[int]) -> list:
+        self.steps += 1
+        torch.rand(1 + self.ranks.rank)
+        if self.steps == self.at and self.ranks.rank == self.ranks.size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return [self.samples[index] for index in indices]
+
+
+def run(model, samples, config, folder: Path, ended_in: int | None, ranks: Ranks) -> None:
+    model, dataset = copy.deepcopy(model), Ending(samples, ended_in, ranks)
+    code = 0
+    try:
+        train(model, NextTokenObjective(), dataset, config, folder, "test", layers=LAYERS, units=UNITS)
+    except SystemExit as end:
+        code = end.code
+    assert code == (143 if ended_in else 0)
+    if ranks.first:
+        torch.save(model.state_dict(), folder / "weights.pt")
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     with joined() as ranks:
@@ -73,11 +107,10 @@ def main(folder: Path) -> None:
             dist.all_gather_object(found, one_step(copy.deepcopy(model), plan["samples"], config, ranks))
             if ranks.first:
                 torch.save(found, folder / f"{name}.pt")
-        for name, (model, config) in plan["runs"].items():
-            objective = NextTokenObjective()
-            train(model, objective, plan["samples"], config, folder / name, "test", layers=LAYERS, units=UNITS)
-            if ranks.first:
-                torch.save(model.state_dict(), folder / name / "weights.pt")
+        for name, model, config, earlier, ended_in in plan["runs"]:
+            if earlier and ranks.first:
+                shutil.copytree(folder / earlier, folder / name / "checkpoints" / Path(earlier).name)
+            run(model, plan["samples"], config, folder / name, ended_in, ranks)
 
 
 if __name__ == "__main__":

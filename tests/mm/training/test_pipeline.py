@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import FileSystemReader
 
 import mm
 from mm.batch import IGNORED
@@ -31,9 +33,9 @@ PAPER = tuple(range(4, 125, 4))  # the blocks of 405B
 FROZEN = {"language_model.*": None, "extra_embeddings": None}
 
 
-def carry_out(folder: Path, size: int, samples, steps=None, runs=None) -> None:
+def carry_out(folder: Path, size: int, samples, steps, runs) -> None:
     folder.mkdir(exist_ok=True)
-    torch.save({"samples": samples, "steps": steps or {}, "runs": runs or {}}, folder / "plan.pt")
+    torch.save({"samples": samples, "steps": steps, "runs": runs}, folder / "plan.pt")
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), str(PROGRAM), str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
     done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
@@ -168,7 +170,7 @@ def test_padding_to_the_largest_batch_changes_nothing(model, uneven):
             torch.testing.assert_close(same_gradients[name], gradient, rtol=1e-3, atol=4e-5, msg=name)
 
 
-def test_what_a_pipeline_cannot_do_is_said(model, config, tmp_path):
+def test_what_a_pipeline_cannot_do_is_said(model, config):
     settings, two = config(pipeline_ranks=2), Layout(pipeline=2)
     with pytest.raises(ValueError, match=r"pipeline_ranks is 4; .* has 3 of them .* at most 3 ranks"):
         stages_of((2, 4, 6), 6, 4)
@@ -184,13 +186,8 @@ def test_what_a_pipeline_cannot_do_is_said(model, config, tmp_path):
         with pytest.raises(ValueError, match="only a language model with an image adapter is cut"):
             cut(other, settings, two, "cpu")
     with pytest.raises(ValueError, match="leave `validation` out"):
-        refuse_what_stages_cannot(settings, tmp_path, validates=True)
-    with pytest.raises(ValueError, match="save_every, which is 2, to the steps, 3"):
-        refuse_what_stages_cannot(replace(settings, save_every=2), tmp_path, validates=False)
-    refuse_what_stages_cannot(settings, tmp_path, validates=False)
-    (tmp_path / "checkpoints" / "step-00000002").mkdir(parents=True)
-    with pytest.raises(ValueError, match="holds checkpoints"):
-        refuse_what_stages_cannot(settings, tmp_path, validates=False)
+        refuse_what_stages_cannot(settings, validates=True)
+    refuse_what_stages_cannot(settings, validates=False)
 
 
 def test_what_is_wrong_with_a_sample_is_said_as_by_the_whole_model(model, make_sample, tmp_path):
@@ -211,7 +208,10 @@ def test_what_is_wrong_with_a_sample_is_said_as_by_the_whole_model(model, make_s
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_steps_and_runs_are_those_of_one_process(build_model, tiny_config, tiny_model, uneven, config, tmp_path, size):
-    """Pipelines of 2 and 3 ranks, and with 4 ranks of 2, each stage sharded over 2 or in 2 copies."""
+    """Pipelines of 2 and 3 ranks, and with 4 ranks of 2, each stage sharded over 2 or in 2 copies.
+
+    Runs are interrupted and go on, with as many ranks in the same layout and in others.
+    """
 
     def settings(**changes):
         pipeline_ranks = 3 if size == 3 else 2
@@ -229,44 +229,86 @@ def test_steps_and_runs_are_those_of_one_process(build_model, tiny_config, tiny_
     if size == 4:
         steps["copies"] = (tiny_model, settings(shard_ranks=1))
         steps["bf16"] = (tiny_model, settings(compute="bf16"))
-    long = {"steps": 4, "batch_size": 6, "rates": {**FROZEN, "*": 1e-4}, "micro_batch_size": 1}
-    runs = {"run": (tiny_model, settings(**long, max_gradient_norm=1.0, checkpoint_activations=True))}
+    long = {"steps": 4, "batch_size": 6, "save_every": 2, "rates": {**FROZEN, "*": 1e-4}, "micro_batch_size": 1}
+    staged = settings(**long, max_gradient_norm=1.0, checkpoint_activations=True)
+    whole, second = replace(staged, pipeline_ranks=1), "checkpoints/step-00000002"
+    lone = copy.deepcopy(tiny_model)
+    train(lone, NextTokenObjective(), uneven, whole, tmp_path / "alone", "test")
+    runs = [
+        ("run", tiny_model, staged, None, None),
+        ("ended", tiny_model, staged, None, 3),
+        ("ended", tiny_model, staged, None, None),
+        ("from one process", tiny_model, staged, f"alone/{second}", None),
+    ]
+    if size == 4:
+        runs += [
+            ("sharded", tiny_model, whole, None, None),
+            ("to shards", tiny_model, whole, f"run/{second}", None),
+            ("from shards", tiny_model, staged, f"sharded/{second}", None),
+        ]
     carry_out(tmp_path, size, uneven, steps, runs)
 
     for name, (model, case) in steps.items():
-        found, expected = torch.load(tmp_path / f"{name}.pt"), alone(model, uneven, replace(case, compute="fp32"))
-        near = {"rel": 0.02} if case.compute == "bf16" else {"rel": 1e-4}
-        for rank in found:
-            assert len({shape for shape in rank["shapes"]}) > 1, name  # there was something to pad
-            assert rank["loss"] == pytest.approx(expected["loss"], **near), name
-            assert (rank["loss"], rank["norms"]) == (found[0]["loss"], found[0]["norms"])  # all judge alike
-            assert rank["norms"] == pytest.approx(expected["norms"], **near), name
-            assert rank["frozen_with_gradient"] == []
-        assert {n for rank in found for n in rank["gradients"]} == expected["gradients"].keys()
-        if case.compute == "fp32":
-            for rank in found:
-                for parameter, gradient in rank["gradients"].items():
-                    whole = expected["gradients"][parameter]
-                    torch.testing.assert_close(gradient, whole, **CLOSE, msg=f"{name} {parameter}")
-        readers = size // case.pipeline_ranks
-        wholes = [count(stage) for stage in stages(model, case.pipeline_ranks)]
-        for number, rank in enumerate(found):
-            assert sum(rank["held"].values()) < 1.1 * wholes[number // readers] / (case.shard_ranks or readers), name
-    gate = expected["gradients"]["image_adapter.blocks.2.gate_attn"]
-    assert gate.abs() > 1e-4  # there is something to compare
+        assert_same_step(torch.load(tmp_path / f"{name}.pt"), model, uneven, case, name)
 
-    model, case = runs["run"]
-    lone = copy.deepcopy(model)
-    train(lone, NextTokenObjective(), uneven, replace(case, pipeline_ranks=1), tmp_path / "alone", "test")
-    weights = torch.load(tmp_path / "run" / "weights.pt")
-    for name, tensor in lone.state_dict().items():
-        torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
-        if name.startswith("language_model."):
-            assert torch.equal(weights[name], model.state_dict()[name])
-        else:
-            assert name == "extra_embeddings" or not torch.equal(weights[name], model.state_dict()[name]), name
-    for line, other in zip(*((tmp_path / folder / "metrics.jsonl").open() for folder in ("run", "alone")), strict=True):
-        one, two = json.loads(line), json.loads(other)
+    for name, *_ in runs:
+        assert_same_weights(torch.load(tmp_path / name / "weights.pt"), lone, tiny_model, name)
+    going_on = copy.deepcopy(tiny_model)
+    shutil.copytree(tmp_path / "run" / second, tmp_path / "to one process" / second)
+    train(going_on, NextTokenObjective(), uneven, whole, tmp_path / "to one process", "test")
+    assert_same_weights(going_on.state_dict(), lone, tiny_model, "to one process")
+    assert [row["step"] for row in lines(tmp_path / "to one process")] == [3, 4]
+    for one, two in zip(lines(tmp_path / "run"), lines(tmp_path / "alone"), strict=True):
         assert {n for n in one if "gate/" in n} == {n for n in two if "gate/" in n}
         for name in ("loss", "gradient_norm", "gate/attn_2", "gate/ffn_6"):
             assert one[name] == pytest.approx(two[name], rel=1e-3), name
+
+    checkpoints = {name: sorted((tmp_path / name / "checkpoints").iterdir()) for name in ("run", "ended")}
+    assert [[path.name for path in paths] for paths in checkpoints.values()] == [
+        ["step-00000002", "step-00000004"],
+        ["step-00000003", "step-00000004"],
+    ]
+    last, same = (paths[-1] for paths in checkpoints.values())
+    for file in (*(f"__{rank}_0.distcp" for rank in range(size)), "state.json"):
+        assert (last / file).read_bytes() == (same / file).read_bytes(), file
+    stored = FileSystemReader(last).read_metadata().storage_data.values()
+    assert sum(one.length for one in stored) == sum(file.stat().st_size for file in last.glob("*.distcp"))  # all once
+
+
+def assert_same_step(found: list[dict], model, samples, case, name: str) -> None:
+    """What the ranks found is what one process finds."""
+    expected = alone(model, samples, replace(case, compute="fp32"))
+    near = {"rel": 0.02} if case.compute == "bf16" else {"rel": 1e-4}
+    for rank in found:
+        assert len({shape for shape in rank["shapes"]}) > 1, name  # there was something to pad
+        assert rank["loss"] == pytest.approx(expected["loss"], **near), name
+        assert (rank["loss"], rank["norms"]) == (found[0]["loss"], found[0]["norms"])  # all judge alike
+        assert rank["norms"] == pytest.approx(expected["norms"], **near), name
+        assert rank["frozen_with_gradient"] == []
+    assert {n for rank in found for n in rank["gradients"]} == expected["gradients"].keys()
+    if case.compute == "fp32":
+        for rank in found:
+            for parameter, gradient in rank["gradients"].items():
+                whole = expected["gradients"][parameter]
+                torch.testing.assert_close(gradient, whole, **CLOSE, msg=f"{name} {parameter}")
+    readers = len(found) // case.pipeline_ranks
+    wholes = [count(stage) for stage in stages(model, case.pipeline_ranks)]
+    for number, rank in enumerate(found):
+        assert sum(rank["held"].values()) < 1.1 * wholes[number // readers] / (case.shard_ranks or readers), name
+    gate = expected["gradients"]["image_adapter.blocks.2.gate_attn"]
+    assert gate.abs() > 1e-4  # there is something to compare
+
+
+def assert_same_weights(found: dict, lone, start, name: str) -> None:
+    """Trained to where one process came, from where both started; the language model as it was."""
+    for parameter, tensor in lone.state_dict().items():
+        before = start.state_dict()[parameter]
+        if parameter.startswith(("language_model.", "extra_embeddings")):
+            assert torch.equal(found[parameter], before), f"{name} {parameter}"
+        else:
+            moved = (tensor - before).norm()
+            assert moved > 0 and (found[parameter] - tensor).norm() < 0.01 * moved, f"{name} {parameter}"
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").open()]
