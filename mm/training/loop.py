@@ -159,7 +159,8 @@ def train(
                 window = Window()
             if evaluate is not None and (finished % config.evaluate_every == 0 or last):
                 module.eval()
-                with torch.no_grad():
+                low = config.compute == "bf16" and module is not plain  # ranks gather layers in bf16
+                with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=low):
                     numbers |= {f"eval/{key}": value for key, value in evaluate(module).items()}
                 module.train()
             if numbers:

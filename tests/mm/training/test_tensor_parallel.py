@@ -156,6 +156,8 @@ def test_runs_are_those_of_one_process_and_mistakes_are_named(
         ("run", model, uneven, shared, None),
         ("again", model, uneven, shared, "run/checkpoints/step-00000002"),
         ("anew", model, uneven, replace(shared, checkpoint_activations=True), None),
+        ("bf16", model, uneven, replace(shared, compute="bf16"), None),
+        ("fsdp_bf16", model, uneven, replace(training, compute="bf16"), None),
     ]
     narrow = replace(models["four"].config, image_adapter=replace(tiny_config.image_adapter, intermediate_size=90))
     few = replace(narrow, vision_encoder=tiny_config.vision_encoder)
@@ -182,6 +184,8 @@ def test_runs_are_those_of_one_process_and_mistakes_are_named(
     for mine, theirs in zip(lines("run"), lines("alone"), strict=True):
         shown = [name for name in theirs if name.startswith(("loss", "gradient_norm", "gate/", "eval/"))]
         assert {name: mine[name] for name in shown} == pytest.approx({name: theirs[name] for name in shown}, rel=1e-3)
+    for low in ("bf16", "fsdp_bf16"):
+        assert lines(low)[-1]["eval/loss"] == pytest.approx(lines("alone")[-1]["eval/loss"], rel=0.02)
     last = lines("run")[-1]
     assert last["eval/same"] == 1 and last["eval/number"] > 50
 
