@@ -1,12 +1,13 @@
 """What the stages around a frozen language model share: data and evaluation around the loop, and the LM left alone."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mm.batch import IGNORED, Batch
 from mm.config import ModelConfig, usable_device
@@ -100,8 +101,12 @@ def loads_of(dataset: RecordDataset, config: ModelConfig, max_tiles: int) -> tor
     return vision + (dataset.num_tokens() * text_token_cost(config)).round().long()
 
 
-def answer_accuracy(model: nn.Module, batches: list[Batch], device: torch.device) -> dict[str, float]:
-    """Loss per target token, and the share of samples whose every target token is the likeliest one."""
+def answer_accuracy(model: Callable[[Batch], Tensor], batches: list[Batch], device: torch.device) -> dict[str, float]:
+    """Loss per target token, and the share of samples whose every target token is the likeliest one.
+
+    Args:
+        model: gives a batch's logits, [B, T, V].
+    """
     loss, targets, right, rows = 0.0, 0, 0, 0
     for batch in batches:
         batch = batch.to(device)

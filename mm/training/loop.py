@@ -32,7 +32,7 @@ from mm.training.metrics import MetricsLog, NoLog, Step, Window
 from mm.training.objectives import Objective
 from mm.training.optimizer import apply_rates, build_optimizer, rate_factor, set_rate_factor
 from mm.training.parallel import Layout, Ranks, mesh_of, shard, total_norm, whole
-from mm.training.pipeline import Stage, cut, refuse_what_stages_cannot
+from mm.training.pipeline import Stage, cut
 from mm.training.tensor_parallel import complete_gradients
 
 
@@ -44,7 +44,7 @@ def train(
     folder: Path,
     name: str,
     device: torch.device | str = "cpu",
-    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+    evaluate: Callable[[Callable], dict[str, float]] | None = None,
     layers: tuple[type[nn.Module], ...] = (),
     units: tuple[type[nn.Module], ...] = (),
     identity: dict | None = None,
@@ -57,7 +57,8 @@ def train(
 
     Args:
         name: of the stage, for the progress bar.
-        evaluate: called every `evaluate_every` steps and at the end; its numbers are logged under `eval/`.
+        evaluate: called every `evaluate_every` steps and at the end with the module, or with what gives the same for a
+            batch where the module is cut into stages; its numbers are logged under `eval/`.
         layers: kinds of submodules that `checkpoint_activations` and `compile` apply to. units: those that ranks gather
             at a time.
         loads: how much work each sample is, such as its tokens, [len(dataset)]; ranks get about equal sums of it.
@@ -84,7 +85,6 @@ def train(
     torch.manual_seed(config.seed)
     plain, idle = module, objective.idle(module) if layout.num_readers * layout.pipeline > 1 else None
     if layout.pipeline > 1:
-        refuse_what_stages_cannot(config, validates=evaluate is not None)
         module = cut(plain, config, layout, device.type)
     elif ranks.size > 1:
         module = copy.deepcopy(plain)
@@ -161,7 +161,8 @@ def train(
                 module.eval()
                 low = config.compute == "bf16" and module is not plain  # ranks gather layers in bf16
                 with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=low):
-                    numbers |= {f"eval/{key}": value for key, value in evaluate(module).items()}
+                    found = evaluate(module.logits if isinstance(module, Stage) else module)
+                    numbers |= {f"eval/{key}": value for key, value in found.items()}
                 module.train()
             if numbers:
                 log.write(finished, numbers)

@@ -19,7 +19,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from mm.batch import IGNORED, Batch
+from mm.batch import IGNORED, Batch, Visibility
 from mm.model import MultimodalModel
 from mm.training.config import TrainingConfig
 from mm.training.objectives import loss_of_hidden_states
@@ -83,19 +83,6 @@ def cut(model: nn.Module, config: TrainingConfig, layout: Layout, device_type: s
     return stage
 
 
-def refuse_what_stages_cannot(config: TrainingConfig, validates: bool) -> None:
-    """Make sure that a run does without what would have to run the whole model.
-
-    Raises:
-        ValueError: it validates.
-    """
-    if validates:
-        raise ValueError(
-            f"training.pipeline_ranks is {config.pipeline_ranks}, and validation runs the whole model: leave "
-            "`validation` out, and score the run when it has ended, with `mm evaluate`"
-        )
-
-
 class Stage(MultimodalModel):
     """What one rank of a pipeline holds of a model, under the names that it has there.
 
@@ -134,19 +121,40 @@ class Stage(MultimodalModel):
         """Of the step's micro-batch `index`, the hidden states [B, T, D] for the next stage; at the last, the loss.
 
         Args:
-            received: the hidden states [B, T, D] from the stage before, FP32 whatever computed them; none at the first.
+            received: the hidden states [B, T, D] from the stage before; none at the first.
         """
         device = self.extra_embeddings.device
         batch = self.batches[int(index)].to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.compute == "bf16"):
-            vision, visible = self._look(batch, None)
-            positions = torch.arange(batch.tokens.shape[1], device=device)
             x = received[0] if received else self.embed(batch.tokens)
-            x = self._walk(x, positions, vision, visible, layers=self.layers)
-            if self.rank < self.size - 1:
-                return x.float()
-            x = self.language_model.model.norm(x)
-            return loss_of_hidden_states(self, x, batch) * self.scale
+            x = self._run(x, *self._look(batch, None))
+            return x if self.rank < self.size - 1 else loss_of_hidden_states(self, x, batch) * self.scale
+
+    @torch.no_grad()
+    def hidden_states(self, batch: Batch, cache: None = None) -> Tensor:
+        """As the whole model's, on all ranks, which call this alike: they encode the images at the same time, and run
+        their layers one after another.
+        """
+        self._check(batch)
+        seen = self._look(batch, None)
+        shape = (*batch.tokens.shape, self.config.language_model.hidden_size)
+        x = self.embed(batch.tokens) if self.rank == 0 else torch.empty(shape, device=batch.tokens.device)
+        for rank in range(self.size):
+            if rank == self.rank:
+                x = self._run(x, *seen).contiguous()
+            dist.broadcast(x, group=self.group, group_src=rank)
+        return x
+
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> Tensor:
+        """What the whole model gives for a batch, [B, T, V], on all ranks, which call this alike; without gradient."""
+        hidden, last = self.hidden_states(batch), self.size - 1
+        if self.rank == last:
+            logits = self.language_model.lm_head(hidden).float().contiguous()
+        else:
+            logits = hidden.new_empty(*hidden.shape[:2], self.config.language_model.vocab_size)
+        dist.broadcast(logits, group=self.group, group_src=last)
+        return logits
 
     def learn(self, batches: Sequence[Batch], scale: float) -> float:
         """The gradients of a step: forward and backward passes of its micro-batches, by all ranks of the pipeline.
@@ -213,6 +221,13 @@ class Stage(MultimodalModel):
             tensor = torch.empty_like(like, device=self.extra_embeddings.device)
         dist.broadcast(tensor, group=self.group, group_src=holders[0])
         return tensor
+
+    def _run(self, x: Tensor, vision: Tensor | None, visible: Visibility | None) -> Tensor:
+        """Hidden states [B, T, D] through this rank's layers and blocks, at the last through the final norm too; FP32,
+        whatever computed them."""
+        positions = torch.arange(x.shape[1], device=x.device)
+        x = self._walk(x, positions, vision, visible, layers=self.layers).float()
+        return x if self.rank < self.size - 1 else self.language_model.model.norm(x)
 
     def _sum_replicas(self) -> None:
         """Add up the gradients of what several stages hold, each of which has seen its own blocks' part."""

@@ -14,14 +14,17 @@ import os
 import shutil
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset
 
+from mm.batch import collate
 from mm.cross_attention import CrossAttentionBlock
 from mm.language_model import DecoderLayer
+from mm.training.adapters import answer_accuracy
 from mm.training.data import collate_step
 from mm.training.guards import Guard
 from mm.training.loop import train, train_step
@@ -90,7 +93,9 @@ def run(model, samples, config, folder: Path, ended_in: int | None, ranks: Ranks
     model, dataset = copy.deepcopy(model), Ending(samples, ended_in, ranks)
     code = 0
     try:
-        train(model, NextTokenObjective(), dataset, config, folder, "test", layers=LAYERS, units=UNITS)
+        evaluate = partial(answer_accuracy, batches=[collate(samples)], device=torch.device("cpu"))
+        options = {"evaluate": evaluate, "layers": LAYERS, "units": UNITS}
+        train(model, NextTokenObjective(), dataset, config, folder, "test", **options)
     except SystemExit as end:
         code = end.code
     assert code == (143 if ended_in else 0)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,13 +19,14 @@ import mm
 from mm.batch import IGNORED
 from mm.config import preset
 from mm.cross_attention import ImageAdapterConfig
+from mm.training.adapters import answer_accuracy
 from mm.training.data import collate_step
 from mm.training.guards import Guard
 from mm.training.loop import train, train_step
 from mm.training.objectives import ContrastiveModel, NextTokenObjective, TextTowerConfig, next_token_loss
 from mm.training.optimizer import apply_rates
 from mm.training.parallel import Layout
-from mm.training.pipeline import Stage, alike, cut, refuse_what_stages_cannot, stages_of
+from mm.training.pipeline import Stage, alike, cut, stages_of
 
 # Sums over micro-batches and ranks run in another order than in one pass: fp32 rounding of gradients of size 1e-3 to 1.
 CLOSE = {"rtol": 1e-3, "atol": 2e-6}
@@ -185,9 +187,6 @@ def test_what_a_pipeline_cannot_do_is_said(model, config):
     for other in (bare, contrastive):
         with pytest.raises(ValueError, match="only a language model with an image adapter is cut"):
             cut(other, settings, two, "cpu")
-    with pytest.raises(ValueError, match="leave `validation` out"):
-        refuse_what_stages_cannot(settings, validates=True)
-    refuse_what_stages_cannot(settings, validates=False)
 
 
 def test_what_is_wrong_with_a_sample_is_said_as_by_the_whole_model(model, make_sample, tmp_path):
@@ -230,10 +229,11 @@ def test_steps_and_runs_are_those_of_one_process(build_model, tiny_config, tiny_
         steps["copies"] = (tiny_model, settings(shard_ranks=1))
         steps["bf16"] = (tiny_model, settings(compute="bf16"))
     long = {"steps": 4, "batch_size": 6, "save_every": 2, "rates": {**FROZEN, "*": 1e-4}, "micro_batch_size": 1}
-    staged = settings(**long, max_gradient_norm=1.0, checkpoint_activations=True)
+    staged = settings(**long, max_gradient_norm=1.0, checkpoint_activations=True, evaluate_every=3)
     whole, second = replace(staged, pipeline_ranks=1), "checkpoints/step-00000002"
     lone = copy.deepcopy(tiny_model)
-    train(lone, NextTokenObjective(), uneven, whole, tmp_path / "alone", "test")
+    evaluate = partial(answer_accuracy, batches=[mm.collate(uneven)], device=torch.device("cpu"))
+    train(lone, NextTokenObjective(), uneven, whole, tmp_path / "alone", "test", evaluate=evaluate)
     runs = [
         ("run", tiny_model, staged, None, None),
         ("ended", tiny_model, staged, None, 3),
@@ -245,14 +245,19 @@ def test_steps_and_runs_are_those_of_one_process(build_model, tiny_config, tiny_
             ("sharded", tiny_model, whole, None, None),
             ("to shards", tiny_model, whole, f"run/{second}", None),
             ("from shards", tiny_model, staged, f"sharded/{second}", None),
+            ("bf16 run", tiny_model, replace(staged, compute="bf16"), None, None),
         ]
     carry_out(tmp_path, size, uneven, steps, runs)
 
     for name, (model, case) in steps.items():
         assert_same_step(torch.load(tmp_path / f"{name}.pt"), model, uneven, case, name)
 
-    for name, *_ in runs:
-        assert_same_weights(torch.load(tmp_path / name / "weights.pt"), lone, tiny_model, name)
+    validated = lines(tmp_path / "alone")[-1]["eval/loss"]
+    for name, _, case, *_ in runs:
+        if case.compute == "bf16":
+            assert lines(tmp_path / name)[-1]["eval/loss"] == pytest.approx(validated, rel=0.02)
+        else:
+            assert_same_weights(torch.load(tmp_path / name / "weights.pt"), lone, tiny_model, name)
     going_on = copy.deepcopy(tiny_model)
     shutil.copytree(tmp_path / "run" / second, tmp_path / "to one process" / second)
     train(going_on, NextTokenObjective(), uneven, whole, tmp_path / "to one process", "test")
@@ -262,6 +267,9 @@ def test_steps_and_runs_are_those_of_one_process(build_model, tiny_config, tiny_
         assert {n for n in one if "gate/" in n} == {n for n in two if "gate/" in n}
         for name in ("loss", "gradient_norm", "gate/attn_2", "gate/ffn_6"):
             assert one[name] == pytest.approx(two[name], rel=1e-3), name
+        assert {n for n in one if "eval/" in n} == {n for n in two if "eval/" in n}
+        for name in (n for n in one if "eval/" in n):
+            assert one[name] == pytest.approx(two[name], rel=1e-4), name
 
     checkpoints = {name: sorted((tmp_path / name / "checkpoints").iterdir()) for name in ("run", "ended")}
     assert [[path.name for path in paths] for paths in checkpoints.values()] == [
