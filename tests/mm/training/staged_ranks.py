@@ -58,7 +58,7 @@ def one_step(model, samples, config, ranks) -> dict:
     mine = samples[readers.rank :: readers.size]
     work = collate_step(mine, objective, config.micro_batch_size, objective.idle(model), share)
     stage = cut(model, config, layout, "cpu")
-    if readers.size > 1:
+    if readers.size * layout.tensor > 1:
         shard(stage, UNITS, layout, config.compute, "cpu", objective.whole_passes)
     spy = Spy(stage)
     step = train_step(stage, objective, spy, work.batches, config, "cpu", Guard(None, 0))

@@ -40,7 +40,7 @@ def carry_out(folder: Path, size: int, samples, steps, runs) -> None:
     torch.save({"samples": samples, "steps": steps, "runs": runs}, folder / "plan.pt")
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), str(PROGRAM), str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-6000:]
 
 
@@ -207,7 +207,8 @@ def test_what_is_wrong_with_a_sample_is_said_as_by_the_whole_model(model, make_s
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_steps_and_runs_are_those_of_one_process(build_model, tiny_config, tiny_model, uneven, config, tmp_path, size):
-    """Pipelines of 2 and 3 ranks, and with 4 ranks of 2, each stage sharded over 2 or in 2 copies.
+    """Pipelines of 2 and 3 ranks, and with 4 ranks of 2, each stage sharded over 2, in 2 copies, or with each product
+    shared by 2.
 
     Runs are interrupted and go on, with as many ranks in the same layout and in others.
     """
@@ -228,6 +229,8 @@ def test_steps_and_runs_are_those_of_one_process(build_model, tiny_config, tiny_
     if size == 4:
         steps["copies"] = (tiny_model, settings(shard_ranks=1))
         steps["bf16"] = (tiny_model, settings(compute="bf16"))
+        steps["tensor"] = (tiny_model, settings(tensor_ranks=2))
+        steps["tensor bf16"] = (tiny_model, settings(tensor_ranks=2, compute="bf16"))
     long = {"steps": 4, "batch_size": 6, "save_every": 2, "rates": {**FROZEN, "*": 1e-4}, "micro_batch_size": 1}
     staged = settings(**long, max_gradient_norm=1.0, checkpoint_activations=True, evaluate_every=3)
     whole, second = replace(staged, pipeline_ranks=1), "checkpoints/step-00000002"
@@ -238,13 +241,15 @@ def test_steps_and_runs_are_those_of_one_process(build_model, tiny_config, tiny_
         ("run", tiny_model, staged, None, None),
         ("ended", tiny_model, staged, None, 3),
         ("ended", tiny_model, staged, None, None),
-        ("from one process", tiny_model, staged, f"alone/{second}", None),
     ]
+    if size == 2:
+        runs += [("from one process", tiny_model, staged, f"alone/{second}", None)]
     if size == 4:
         runs += [
             ("sharded", tiny_model, whole, None, None),
             ("to shards", tiny_model, whole, f"run/{second}", None),
             ("from shards", tiny_model, staged, f"sharded/{second}", None),
+            ("to tensor ranks", tiny_model, replace(staged, tensor_ranks=2), f"run/{second}", None),
             ("bf16 run", tiny_model, replace(staged, compute="bf16"), None, None),
         ]
     carry_out(tmp_path, size, uneven, steps, runs)
@@ -285,7 +290,7 @@ def test_steps_and_runs_are_those_of_one_process(build_model, tiny_config, tiny_
 
 def assert_same_step(found: list[dict], model, samples, case, name: str) -> None:
     """What the ranks found is what one process finds."""
-    expected = alone(model, samples, replace(case, compute="fp32"))
+    expected = alone(model, samples, replace(case, compute="fp32", tensor_ranks=1))
     near = {"rel": 0.02} if case.compute == "bf16" else {"rel": 1e-4}
     for rank in found:
         assert len({shape for shape in rank["shapes"]}) > 1, name  # there was something to pad
@@ -299,10 +304,12 @@ def assert_same_step(found: list[dict], model, samples, case, name: str) -> None
             for parameter, gradient in rank["gradients"].items():
                 whole = expected["gradients"][parameter]
                 torch.testing.assert_close(gradient, whole, **CLOSE, msg=f"{name} {parameter}")
-    readers = len(found) // case.pipeline_ranks
+    ranks = len(found) // case.pipeline_ranks
     wholes = [count(stage) for stage in stages(model, case.pipeline_ranks)]
+    shards = case.shard_ranks or ranks // case.tensor_ranks
     for number, rank in enumerate(found):
-        assert sum(rank["held"].values()) < 1.1 * wholes[number // readers] / (case.shard_ranks or readers), name
+        share = 1.1 / shards if case.tensor_ranks == 1 else 0.7  # embeddings and the projection stand on both
+        assert sum(rank["held"].values()) < share * wholes[number // ranks], name
     gate = expected["gradients"]["image_adapter.blocks.2.gate_attn"]
     assert gate.abs() > 1e-4  # there is something to compare
 
