@@ -144,9 +144,13 @@ class CrossAttention(nn.Module):
         self.k_norm = nn.RMSNorm(head_dim, eps=norm_eps)
 
     def keys_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens [..., D] -> keys and values, each [..., G, head_dim]."""
-        k = _normalised(self.k_norm, self.k_proj(tokens).unflatten(-1, (-1, self.head_dim)))
-        return k, self.v_proj(tokens).unflatten(-1, (-1, self.head_dim))
+        """tokens [..., D] -> keys and values, each [..., G, head_dim].
+
+        Tokens may be of higher precision than the weights; the two products' shares of their gradient are summed in it.
+        """
+        k = self.k_proj(tokens.to(self.k_proj.weight.dtype)).unflatten(-1, (-1, self.head_dim))
+        v = self.v_proj(tokens.to(self.v_proj.weight.dtype)).unflatten(-1, (-1, self.head_dim))
+        return _normalised(self.k_norm, k), v
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """x [B, T, D], k and v [B, G, S, head_dim], mask as in `grouped_attention` -> [B, T, D]."""

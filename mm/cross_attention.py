@@ -78,12 +78,14 @@ class CrossAttentionBlock(nn.Module):
     def forward(
         self, x: Tensor, visible: Visibility, vision: Tensor | None = None, cache: VisionCache | None = None
     ) -> Tensor:
-        """x [B, T, D] -> [B, T, D]; rows without images come out as they went in.
+        """x [B, T, D] -> [B, T, D], in the weights' precision; rows without images come out as they went in.
 
         Args:
-            vision: projected vision tokens of all images, packed row by row, [sum of S, D]; None: from the cache.
+            vision: projected vision tokens of all images, packed row by row, [sum of S, D]; None: from the cache. Their
+                precision may be higher: it is the one that their gradient is summed in.
             cache: filled where `vision` is given, read where it is not.
         """
+        x = x.to(self.input_layernorm.weight.dtype)
         if vision is not None:
             k, v = (visible.pad(packed).transpose(1, 2) for packed in self.cross_attn.keys_values(vision))
             if cache is not None:

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from mm.batch import IGNORED, Batch, Sample, collate
 from mm.config import ModelConfig
+from mm.cross_attention import CrossAttentionBlock
 from mm.model import MultimodalModel
 from mm.training.adapters import LAYERS, UNITS
 from mm.training.flops import Row
@@ -200,8 +201,9 @@ class ShapeModel:
             if parameter.requires_grad and not name.startswith(around)
         ]
         if self.sharded and self.compute == "bf16":
-            units = (module for module in model.modules() if isinstance(module, UNITS))
-            hooks += [unit.register_forward_pre_hook(_lowered) for unit in units]
+            units = [module for module in model.modules() if isinstance(module, UNITS)]
+            rounded = (unit for unit in units if not isinstance(unit, CrossAttentionBlock))  # as by `parallel.shard`
+            hooks += [unit.register_forward_pre_hook(_lowered) for unit in rounded]
         if not self.first:  # hidden states from the stage before need a gradient; the table's extra rows stand for them
             model.extra_embeddings.requires_grad_()
         with warnings.catch_warnings(), ledger.exclude(model), ledger.standing_in(list(layers.values()), recomputed):

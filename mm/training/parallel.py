@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cache
 
@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
+from mm.cross_attention import CrossAttentionBlock
 from mm.training.config import TrainingConfig
 from mm.training.tensor_parallel import split_products
 
@@ -198,8 +199,10 @@ def shard(
     low = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if compute == "bf16" else None, reduce_dtype=torch.float32)
     for submodule in reversed(list(module.modules())):
         if isinstance(submodule, units):
-            fully_shard(submodule, mesh=mesh, mp_policy=low)
-    # What is left, embeddings, norms and the projection, stays FP32: many blocks use the projected vision tokens, and
+            # A block takes the vision tokens as they are and rounds them for each of its products, see below.
+            rounded = not isinstance(submodule, CrossAttentionBlock)
+            fully_shard(submodule, mesh=mesh, mp_policy=replace(low, cast_forward_inputs=rounded))
+    # What is left, embeddings, norms and the projection, stays FP32: many products use the projected vision tokens, and
     # their gradients are summed in its type.
     fully_shard(
         module, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32), reshard_after_forward=False

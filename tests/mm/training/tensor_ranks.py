@@ -58,7 +58,7 @@ def one_step(model, samples, config, ranks) -> dict:
     held = sum(p.to_local().numel() for layer in layers for p in layer.parameters())
     build_optimizer(module, apply_rates(module, config.rates), 0.1, (0.9, 0.95))
     spy = Spy([module.get_parameter(name) for name in names], lr=1.0)
-    tokens, types = watch_tokens(module), watch_types(module)
+    tokens, types, vision = watch_tokens(module), watch_types(module), watch_vision(module)
     step = train_step(module, objective, spy, work.batches, config, "cpu", Guard(None, 0))
     return {
         "loss": step.loss,
@@ -67,6 +67,7 @@ def one_step(model, samples, config, ranks) -> dict:
         "gradient_types": spy.types,
         "master_types": {p.dtype for p in module.parameters()},
         "layer_types": types,
+        "vision": [(x.grad.dtype, whole(x.grad.float())) for x in vision] if config.compute == "bf16" else [],
         "held_of_layers": held,
         "tokens": tokens,
     }
@@ -88,6 +89,21 @@ def watch_types(module: nn.Module) -> set[torch.dtype]:
     seen = set()
     for layer in (layer for layer in module.modules() if isinstance(layer, (DecoderLayer, CrossAttentionBlock))):
         layer.mlp.up_proj.register_forward_hook(lambda product, *_: seen.add(product.weight.dtype))
+    return seen
+
+
+def watch_vision(module: nn.Module) -> list[torch.Tensor]:
+    """Gets, block by block, the vision tokens that come to it, and what it computes its keys and its values of."""
+    seen = []
+
+    def keep(_, inputs: tuple) -> None:
+        inputs[-1].retain_grad()
+        seen.append(inputs[-1])
+
+    for block in module.image_adapter.blocks:
+        block.register_forward_pre_hook(lambda _, inputs: keep(_, inputs[:3]), prepend=True)  # before FSDP's own
+        for product in (block.cross_attn.k_proj, block.cross_attn.v_proj):
+            product.register_forward_pre_hook(keep)
     return seen
 
 

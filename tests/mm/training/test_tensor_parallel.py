@@ -92,9 +92,21 @@ def assert_close_in_bf16(found: dict, expected: dict) -> None:
     """Both compute in bf16, whose 8 bits are rounded at other places; all that is kept is FP32."""
     assert found["master_types"] == found["gradient_types"] == {torch.float32}
     assert found["layer_types"] == {torch.bfloat16}
+    assert_vision_gradient_is_summed_in_fp32(found["vision"])
     assert found["loss"] == pytest.approx(expected["loss"], rel=0.02)
     one, other = (torch.cat([g.flatten() for g in step["gradients"].values()]) for step in (found, expected))
     assert F.cosine_similarity(one, other, dim=0) > 0.99
+
+
+def assert_vision_gradient_is_summed_in_fp32(found: list[tuple[torch.dtype, torch.Tensor]]) -> None:
+    """What comes from each product of each block has been rounded to bf16; their sum has not."""
+    tokens = found[::3]
+    parts = [part for number, part in enumerate(found) if number % 3]
+    assert {kind for kind, _ in tokens} == {torch.float32} and {kind for kind, _ in parts} == {torch.bfloat16}
+    (_, whole), rounding = tokens[0], 1e-5
+    torch.testing.assert_close(
+        sum(part for _, part in parts), whole, rtol=rounding, atol=rounding * float(whole.abs().max())
+    )
 
 
 @pytest.mark.slow
