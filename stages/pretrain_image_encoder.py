@@ -19,6 +19,7 @@ from mm.processor import record_pictures
 from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
 from mm.training.data import RecordDataset, Source, readable_samples
+from mm.training.flops import contrastive_flops, matmul_rate
 from mm.training.loop import train
 from mm.training.objectives import ContrastiveModel, ContrastiveObjective, Pair, TextTowerConfig, initialise_encoder
 from mm.training.parallel import Ranks
@@ -72,7 +73,7 @@ def pretrain_image_encoder(config: PretrainImageEncoder) -> None:
     tokenizer = open_clip.SimpleTokenizer(context_length=config.text.context)
     prepare = partial(pair_of, tokenizer=tokenizer, tile_size=config.encoder.tile_size, max_tiles=max_tiles)
     dataset = RecordDataset(config.data, prepare)
-    objective = ContrastiveObjective()
+    objective = ContrastiveObjective(partial(contrastive_flops, encoder=config.encoder, text=config.text))
     evaluate = None
     if config.validation:
         held_out = RecordDataset([config.validation], prepare)
@@ -92,6 +93,7 @@ def pretrain_image_encoder(config: PretrainImageEncoder) -> None:
         layers=(EncoderLayer,),
         units=(VisionEncoder, open_clip.transformer.ResidualAttentionBlock),
         loads=dataset.num_tiles(config.encoder.tile_size, max_tiles),
+        matmul_rate=matmul_rate(device.type, config.training.compute),
         identity={name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE},
     )
     if Ranks.here().first:

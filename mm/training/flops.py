@@ -19,8 +19,9 @@ from layers.linear import linear
 from mm.batch import IGNORED, Batch
 from mm.config import ModelConfig
 from mm.model import MultimodalModel
+from mm.training.objectives import PairBatch, TextTowerConfig
 from mm.training.optimizer import apply_rates
-from vision.encoder import TOKENS_MULTIPLE
+from vision.encoder import TOKENS_MULTIPLE, VisionEncoderConfig
 
 PARTS = ("language_model", "extra_embeddings", "vision_encoder", "image_adapter")
 
@@ -104,6 +105,14 @@ def batch_flops(batch: Batch, config: ModelConfig, encoder_trains: bool) -> int:
     return training_flops(config, rows, encoder_trains).total
 
 
+def contrastive_flops(batch: PairBatch, encoder: VisionEncoderConfig, text: TextTowerConfig) -> int:
+    """Of a forward and a backward pass over pairs, as if both towers trained; comparing the pairs is not counted."""
+    images = sum(_encoder_flops(encoder, tiles.num_tiles, trained=True, again=0) for tiles in batch.images)
+    layer = 24 * text.context * text.hidden_size**2 + 4 * text.context**2 * text.hidden_size
+    projections = 2 * (encoder.hidden_size + text.hidden_size) * text.embedding_size
+    return images + 3 * len(batch.images) * (text.num_layers * layer + projections)
+
+
 @cache
 def matmul_rate(device: str = "cpu", compute: str = "fp32", side: int | None = None, repetitions: int = 4) -> float:
     """FLOP/s of matrix products on a device at best, in the type that `compute` ("fp32" or "bf16") stands for.
@@ -165,7 +174,7 @@ def _flops(
         return Flops(language_model=language)
 
     trains = backward and bool(encoder)
-    seen = sum(_encoder_flops(config, tiles, trains, again) for row in seeing for tiles in row.tiles)
+    seen = sum(_encoder_flops(config.vision_encoder, tiles, trains, again) for row in seeing for tiles in row.tiles)
     per_tile = config.vision_encoder.tokens_per_tile
     vision = sum(per_tile * sum(row.tiles) for row in seeing)
     widest = max(per_tile * sum(row.tiles) for row in seeing)
@@ -182,9 +191,8 @@ def _flops(
     return Flops(seen, blocks, language)
 
 
-def _encoder_flops(config: ModelConfig, tiles: int, trained: bool, again: int) -> int:
+def _encoder_flops(encoder: VisionEncoderConfig, tiles: int, trained: bool, again: int) -> int:
     """Of one image."""
-    encoder = config.vision_encoder
     per_tile = encoder.tokens_per_tile
     if encoder.padding == "llama32":
         tiles, per_tile = encoder.max_num_tiles, per_tile + -per_tile % TOKENS_MULTIPLE

@@ -202,9 +202,16 @@ class ContrastiveModel(nn.Module):
 
 
 class ContrastiveObjective:
-    """open_clip's loss over all pairs of a step, whatever ranks they lie on: SigLIP's for a model with a bias."""
+    """open_clip's loss over all pairs of a step, whatever ranks they lie on: SigLIP's for a model with a bias.
+
+    Args:
+        flops: operations that training on a batch takes, to be reported; None reports none.
+    """
 
     whole_passes = ()
+
+    def __init__(self, flops: Callable[[PairBatch], int] | None = None) -> None:
+        self.flops = flops
 
     def idle(self, module: ContrastiveModel) -> Pair:
         """A black tile and an empty text, which no pair is compared with: they run through both towers."""
@@ -233,7 +240,8 @@ class ContrastiveObjective:
         return loss * len(images) / Ranks.here().size
 
     def throughput(self, batch: PairBatch) -> dict[str, int]:
-        return {"images": len(batch.images), "tiles": sum(tiles.num_tiles for tiles in batch.images)}
+        counts = {"images": len(batch.images), "tiles": sum(tiles.num_tiles for tiles in batch.images)}
+        return counts if self.flops is None else {**counts, "flops": self.flops(batch)}
 
     def observe(self, module: ContrastiveModel) -> dict[str, float]:
         values = {"logit_scale": whole(module.logit_scale).exp().item()}

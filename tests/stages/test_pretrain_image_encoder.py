@@ -16,7 +16,7 @@ from mm.training.objectives import ContrastiveObjective
 from shards.writer import write_shards
 from stages import pretrain_image_encoder as stage
 
-TIMES = ("_per_second", "_seconds", "seconds_per_step", "data_wait_share")
+TIMES = ("_per_second", "_seconds", "seconds_per_step", "data_wait_share", "mfu")
 
 
 class Interrupted(BaseException):
@@ -50,6 +50,8 @@ def test_pictures_find_their_texts(encoder_config, squares):
     )
     stage.main(["--config", str(file)])
     rows = numbers(folder)
+    reported = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["mfu"] > 0 for row in reported if "loss" in row)
     assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
     assert rows[-1]["eval/retrieval"] > 0.8
     assert load_encoder(folder).config.tile_size == 28

@@ -16,6 +16,7 @@ from mm.training.config import TrainingConfig
 from mm.training.flops import (
     Row,
     batch_flops,
+    contrastive_flops,
     forward_flops,
     matmul_rate,
     parameters,
@@ -23,7 +24,7 @@ from mm.training.flops import (
     training_flops,
 )
 from mm.training.loop import recomputed as recomputed_layers
-from mm.training.objectives import next_token_loss
+from mm.training.objectives import ContrastiveModel, ContrastiveObjective, TextTowerConfig, next_token_loss
 from mm.training.optimizer import apply_rates
 
 FROZEN = {"language_model.*": None, "extra_embeddings": None}
@@ -121,6 +122,14 @@ def test_a_batch_tells_what_its_rows_hold(wide_config, random_tiles):
         for encoder_trains in (True, False):
             expected = training_flops(wide_config, rows, encoder_trains).total
             assert batch_flops(batch, wide_config, encoder_trains) == expected
+
+
+def test_operations_on_pairs_are_those_that_pytorch_counts(tiny_config, make_pairs):
+    objective, text = ContrastiveObjective(), TextTowerConfig(64, 2, 4, 8, embedding_size=48)
+    model = ContrastiveModel(tiny_config.vision_encoder, text)
+    batch = objective.collate(make_pairs(4))
+    training = counted(lambda: objective.loss(model, batch).backward())
+    assert contrastive_flops(batch, tiny_config.vision_encoder, text) == pytest.approx(training, rel=0.02)
 
 
 def test_the_rate_is_that_of_the_fastest_product(monkeypatch):
