@@ -132,7 +132,7 @@ def train(
             done_step = train_step(module, objective, optimizer, work.batches, config, device, guard)
             if done_step.left_out and ranks.first:
                 print(f"left out step {step + 1}: {done_step.left_out}", file=sys.stderr)
-            for bad in work.unreadable:
+            for bad in work.unreadable if layout.leads(ranks.rank) else ():
                 print(f"left out record {bad.record}: {bad.reason}", file=sys.stderr)
             asked = ranks.largest(ended.asked)
             num_unreadable, *amounts = layout.sum(len(work.unreadable), *work.amounts.values())

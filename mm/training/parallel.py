@@ -132,6 +132,10 @@ class Layout:
         """Which of the readers a rank is."""
         return Ranks(rank // self.tensor % self.num_readers, self.num_readers)
 
+    def leads(self, rank: int) -> bool:
+        """Whether a rank is the first of those that read the same samples."""
+        return rank % self.tensor == 0 and rank < self.tensor * self.num_readers
+
     def sum(self, *numbers: float) -> list[float]:
         """The sums of each number over the readers, the same on all ranks."""
         return [total / (self.tensor * self.pipeline) for total in Ranks.here().sum(*numbers)]

@@ -2,10 +2,10 @@
 
     torchrun ... staged_ranks.py FOLDER
 
-FOLDER/plan.pt holds {"samples", "steps": {name: (model, TrainingConfig)}, "runs": [(folder, model, TrainingConfig,
-checkpoint of an earlier run that it goes on from, or None, step in which the last rank is told to end, or None)]}. The
-first rank leaves FOLDER/{name}.pt with what each rank found in one step, and the trained weights of each run in its
-folder.
+FOLDER/plan.pt holds {"samples", "steps": {name: (model, TrainingConfig)}, "records", "runs": [(folder, model,
+TrainingConfig, checkpoint of an earlier run that it goes on from, or None, step in which the last rank is told to end,
+or None)]}. The first rank leaves FOLDER/{name}.pt with what each rank found in one step over the samples, and in the
+folder of each run over the records its trained weights.
 """
 
 import copy
@@ -73,27 +73,27 @@ def one_step(model, samples, config, ranks) -> dict:
 
 
 class Ending(Dataset):
-    """Samples; when those of the given step are asked for, the last rank is told to end. Each rank draws at random."""
+    """Records; when those of the given step are asked for, the last rank is told to end. Each rank draws at random."""
 
-    def __init__(self, samples: list, at: int | None, ranks: Ranks) -> None:
-        self.samples, self.at, self.ranks, self.steps = samples, at, ranks, 0
+    def __init__(self, records: list, at: int | None, ranks: Ranks) -> None:
+        self.records, self.at, self.ranks, self.steps = records, at, ranks, 0
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.records)
 
     def __getitems__(self, indices: list[int]) -> list:
         self.steps += 1
         torch.rand(1 + self.ranks.rank)
         if self.steps == self.at and self.ranks.rank == self.ranks.size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return [self.samples[index] for index in indices]
+        return [self.records[index] for index in indices]
 
 
-def run(model, samples, config, folder: Path, ended_in: int | None, ranks: Ranks) -> None:
-    model, dataset = copy.deepcopy(model), Ending(samples, ended_in, ranks)
+def run(model, plan: dict, config, folder: Path, ended_in: int | None, ranks: Ranks) -> None:
+    model, dataset = copy.deepcopy(model), Ending(plan["records"], ended_in, ranks)
     code = 0
     try:
-        evaluate = partial(answer_accuracy, batches=[collate(samples)], device=torch.device("cpu"))
+        evaluate = partial(answer_accuracy, batches=[collate(plan["samples"])], device=torch.device("cpu"))
         options = {"evaluate": evaluate, "layers": LAYERS, "units": UNITS}
         train(model, NextTokenObjective(), dataset, config, folder, "test", **options)
     except SystemExit as end:
@@ -115,7 +115,7 @@ def main(folder: Path) -> None:
         for name, model, config, earlier, ended_in in plan["runs"]:
             if earlier and ranks.first:
                 shutil.copytree(folder / earlier, folder / name / "checkpoints" / Path(earlier).name)
-            run(model, plan["samples"], config, folder / name, ended_in, ranks)
+            run(model, plan, config, folder / name, ended_in, ranks)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from mm.batch import IGNORED
 from mm.config import preset
 from mm.cross_attention import ImageAdapterConfig
 from mm.training.adapters import answer_accuracy
-from mm.training.data import collate_step
+from mm.training.data import Unreadable, collate_step
 from mm.training.guards import Guard
 from mm.training.loop import train, train_step
 from mm.training.objectives import ContrastiveModel, NextTokenObjective, TextTowerConfig, next_token_loss
@@ -35,13 +35,15 @@ PAPER = tuple(range(4, 125, 4))  # the blocks of 405B
 FROZEN = {"language_model.*": None, "extra_embeddings": None}
 
 
-def carry_out(folder: Path, size: int, samples, steps, runs) -> None:
+def carry_out(folder: Path, size: int, **plan) -> str:
+    """What was said meanwhile."""
     folder.mkdir(exist_ok=True)
-    torch.save({"samples": samples, "steps": steps, "runs": runs}, folder / "plan.pt")
+    torch.save(plan, folder / "plan.pt")
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), str(PROGRAM), str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
     done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-6000:]
+    return done.stderr
 
 
 @pytest.fixture
@@ -218,8 +220,8 @@ def test_steps_and_runs_are_those_of_one_process(build_model, tiny_config, tiny_
         return config(**{"max_gradient_norm": 1e9, "micro_batch_size": 2, "pipeline_ranks": pipeline_ranks, **changes})
 
     steps = {"plain": (tiny_model, settings()), "clipped": (tiny_model, settings(max_gradient_norm=0.1))}
+    released = replace(tiny_config, image_adapter=ImageAdapterConfig(positions=(0, 3, 5)))
     if size == 2:
-        released = replace(tiny_config, image_adapter=ImageAdapterConfig(positions=(0, 3, 5)))
         steps["released"] = (build_model(released), settings(micro_batch_size=3))
     if size == 3:
         frozen = dict.fromkeys(("vision_encoder.*", "image_adapter.projection.*", "image_adapter.blocks.0.*"))
@@ -228,15 +230,15 @@ def test_steps_and_runs_are_those_of_one_process(build_model, tiny_config, tiny_
         steps["tied"] = (build_model(tied), settings(micro_batch_size=1))
     if size == 4:
         steps["copies"] = (tiny_model, settings(shard_ranks=1))
-        steps["bf16"] = (tiny_model, settings(compute="bf16"))
+        steps["bf16"] = (build_model(released), settings(compute="bf16"))
         steps["tensor"] = (tiny_model, settings(tensor_ranks=2))
         steps["tensor bf16"] = (tiny_model, settings(tensor_ranks=2, compute="bf16"))
     long = {"steps": 4, "batch_size": 6, "save_every": 2, "rates": {**FROZEN, "*": 1e-4}, "micro_batch_size": 1}
     staged = settings(**long, max_gradient_norm=1.0, checkpoint_activations=True, evaluate_every=3)
     whole, second = replace(staged, pipeline_ranks=1), "checkpoints/step-00000002"
-    lone = copy.deepcopy(tiny_model)
+    records, lone = [*uneven, Unreadable("square-0007", "broken picture")], copy.deepcopy(tiny_model)
     evaluate = partial(answer_accuracy, batches=[mm.collate(uneven)], device=torch.device("cpu"))
-    train(lone, NextTokenObjective(), uneven, whole, tmp_path / "alone", "test", evaluate=evaluate)
+    train(lone, NextTokenObjective(), records, whole, tmp_path / "alone", "test", evaluate=evaluate)
     runs = [
         ("run", tiny_model, staged, None, None),
         ("ended", tiny_model, staged, None, 3),
@@ -252,7 +254,7 @@ def test_steps_and_runs_are_those_of_one_process(build_model, tiny_config, tiny_
             ("to tensor ranks", tiny_model, replace(staged, tensor_ranks=2), f"run/{second}", None),
             ("bf16 run", tiny_model, replace(staged, compute="bf16"), None, None),
         ]
-    carry_out(tmp_path, size, uneven, steps, runs)
+    said = carry_out(tmp_path, size, samples=uneven, steps=steps, records=records, runs=runs)
 
     for name, (model, case) in steps.items():
         assert_same_step(torch.load(tmp_path / f"{name}.pt"), model, uneven, case, name)
@@ -265,7 +267,7 @@ def test_steps_and_runs_are_those_of_one_process(build_model, tiny_config, tiny_
             assert_same_weights(torch.load(tmp_path / name / "weights.pt"), lone, tiny_model, name)
     going_on = copy.deepcopy(tiny_model)
     shutil.copytree(tmp_path / "run" / second, tmp_path / "to one process" / second)
-    train(going_on, NextTokenObjective(), uneven, whole, tmp_path / "to one process", "test")
+    train(going_on, NextTokenObjective(), records, whole, tmp_path / "to one process", "test")
     assert_same_weights(going_on.state_dict(), lone, tiny_model, "to one process")
     assert [row["step"] for row in lines(tmp_path / "to one process")] == [3, 4]
     for one, two in zip(lines(tmp_path / "run"), lines(tmp_path / "alone"), strict=True):
@@ -275,6 +277,9 @@ def test_steps_and_runs_are_those_of_one_process(build_model, tiny_config, tiny_
         assert {n for n in one if "eval/" in n} == {n for n in two if "eval/" in n}
         for name in (n for n in one if "eval/" in n):
             assert one[name] == pytest.approx(two[name], rel=1e-4), name
+
+    reported = sum(row.get("unreadable", 0) for name in {name for name, *_ in runs} for row in lines(tmp_path / name))
+    assert said.count("left out record square-0007: broken picture") == reported > 0  # by one rank each time
 
     checkpoints = {name: sorted((tmp_path / name / "checkpoints").iterdir()) for name in ("run", "ended")}
     assert [[path.name for path in paths] for paths in checkpoints.values()] == [
