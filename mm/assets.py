@@ -91,6 +91,26 @@ ASSETS = {
             license="GPL-2",
             digest="10c6b40a42237d40257496eb7e6f4a80c143badd4bfcc03c012bc0bcfb6fcae7",
         ),
+        Asset(
+            name="openclipart-svg",
+            package="openclipart-svg 1:0.18+dfsg-19 (Debian)",
+            command=("apt-get", "download", "--quiet", "openclipart-svg"),
+            archive="*.deb",
+            used=r"usr/share/openclipart/(svg/.+\.svg)",
+            license_file="usr/share/doc/openclipart-svg/copyright",
+            license="public domain",
+            digest="67ba7bb983040cec2ab708645596b824c555425c4681efce53a2fd56ee074958",
+        ),
+        Asset(
+            name="wordnet-base",
+            package="wordnet-base 1:3.0-37 (Debian)",
+            command=("apt-get", "download", "--quiet", "wordnet-base"),
+            archive="*.deb",
+            used=r"usr/share/wordnet/(data\.(?:noun|verb|adj|adv))",
+            license_file="usr/share/doc/wordnet-base/copyright",
+            license="WordNet 3.0",
+            digest="9cc872d6e0eb695faa50e7f4db97b4792254d0c3aedeab41b4c487c6bbf6d274",
+        ),
     )
 }
 _PROVIDERS = {"npm": "npm", "apt-get": "apt", "dpkg-deb": "dpkg"}  # program -> the Debian package that brings it
