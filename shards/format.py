@@ -26,7 +26,7 @@ INDEX_SCHEMA = pa.schema(
         ("split", pa.string()),
         ("task", pa.string()),
         ("caption", pa.string()),
-        ("image_id", pa.string()),  # the same for records about the same picture, see image_id()
+        ("image_id", pa.string()),  # the same for records about the same picture: the json's, else image_id() of it
         ("width", pa.int32()),  # of the first picture, in pixels
         ("height", pa.int32()),
         ("num_frames", pa.int32()),  # from the record's json, where a preparation step stated it
@@ -110,7 +110,7 @@ def index_row(record: Record, shard: str | None, offset: int | None, size: int) 
         "split": record.json.get("split"),
         "task": record.json.get("task"),
         "caption": caption,
-        "image_id": image_id(record.media[pictures[0]]) if pictures else None,
+        "image_id": record.json.get("image_id") or (image_id(record.media[pictures[0]]) if pictures else None),
         "width": width,
         "height": height,
         "num_frames": record.json.get("num_frames"),
