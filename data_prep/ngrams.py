@@ -1,0 +1,68 @@
+"""The n-grams of a good text, and which of them a caption contains: words and pairs of neighbouring words."""
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+_WORD = re.compile(r"\w+")
+
+
+def words_of(text: str) -> list[str]:
+    """NFKC, casefolded, whole words."""
+    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+
+
+def read_texts(path: Path) -> Iterator[str]:
+    """The texts of a source of vocabulary: each line of a file, or the glosses of a folder of WordNet's `data.*` files.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    files = [path] if path.is_file() else sorted(path.glob("data.*"))
+    if not files:
+        raise ValueError(f"{path}: neither a text file nor a folder of WordNet's data.* files")
+    for file in files:
+        for line in file.read_text(encoding="utf-8").splitlines():
+            if path.is_file():
+                yield line
+            elif " | " in line and not line.startswith("  "):  # the licence stands at the top, indented
+                yield line.partition(" | ")[2]
+
+
+class Vocabulary:
+    """N-grams with a number each, in alphabetical order.
+
+    Attributes:
+        ngrams: one or two words each, a blank between them.
+        digest: of all of them.
+    """
+
+    def __init__(self, ngrams: set[str]):
+        self.ngrams = sorted(ngrams)
+        self.digest = hashlib.sha256("\n".join(self.ngrams).encode()).hexdigest()[:16]
+        self._numbers = {ngram: number for number, ngram in enumerate(self.ngrams)}
+
+    def __reduce__(self):
+        return Vocabulary, (set(self.ngrams),)
+
+    @classmethod
+    def of_texts(cls, texts: Iterator[str]) -> "Vocabulary":
+        """Every word and every pair of neighbours; no pair reaches over a full stop, a semicolon or a bracket."""
+        found: set[str] = set()
+        for text in texts:
+            for clause in re.split(r"[.;:()\"!?]+", text):
+                words = words_of(clause)
+                found.update(words)
+                found.update(map(" ".join, pairwise(words)))
+        return cls(found)
+
+    def numbers_in(self, caption: str) -> list[int]:
+        """The numbers of the n-grams that a caption contains, each once, in order."""
+        words, get = words_of(caption), self._numbers.get
+        found = {get(word) for word in words}
+        found.update(map(get, map(" ".join, pairwise(words))))
+        found.discard(None)
+        return sorted(found)
