@@ -39,7 +39,7 @@ def to_samples(
     """
     folder, dropped = Path(folder), [] if dropped is None else dropped
     drawings = []  # (annotation, file, PNG): some 25 MB, since a name's split depends on all names of the same picture
-    for annotation, name in _annotations(folder):
+    for annotation, name in read_annotations(folder):
         try:
             drawings.append((annotation, name, to_png(folder / name, PICTURE_SIZE)))
         except ValueError as error:
@@ -79,7 +79,7 @@ def concept_of(annotation: str) -> str:
     return without or text
 
 
-def _annotations(folder: Path) -> list[tuple[str, str]]:
+def read_annotations(folder: Path) -> list[tuple[str, str]]:
     """(annotation, file) of each drawing, in the set's order."""
     path = folder / "data" / "openmoji.json"
     try:

@@ -1,0 +1,171 @@
+"""From a raw pool to shards: the configuration of a run, and its walk from one stage to the next.
+
+The folder of a run: `parts` and `set`, what was measured (kept, so that an interrupted or repeated run goes on where it
+was); `ledger.parquet`, what became of every pair; `sources.parquet`, where each lay; `shards`; `measured.yaml` and
+`decided.yaml`, the settings of the run and those of the last decision.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from data_prep.caption_rules import CaptionRules
+from data_prep.deciding import decide
+from data_prep.hash_lists import HashLists, HashListsConfig, read_lists
+from data_prep.image_rules import ImageRules
+from data_prep.ledger import LEDGER_NAME, write_ledger
+from data_prep.measuring import measure_all
+from data_prep.merging import merge
+from data_prep.ngrams import Vocabulary, read_texts
+from data_prep.pool import Source, parts_of
+from data_prep.readable import Readable
+from data_prep.resampling import Resampling, ResamplingConfig
+from data_prep.steps import Step
+from data_prep.writing import WriteConfig, write
+
+MEASURED, DECIDED = "measured.yaml", "decided.yaml"
+
+Locate = Callable[[str], Path]  # what a configuration names -> where it lies on this machine
+
+
+@dataclass(frozen=True)
+class Curate:
+    """A run of the curation; a step that is null is left out.
+
+    Attributes:
+        output: folder of the run.
+        sources: the pool.
+        seed: of the resampling.
+        workers: processes; the result is the same for any number.
+        svg_size: pixels, the long side that SVG files are drawn with.
+    """
+
+    output: str
+    sources: tuple[Source, ...]
+    hash_lists: HashListsConfig | None = None
+    caption_rules: CaptionRules | None = None
+    image_rules: ImageRules | None = None
+    resampling: ResamplingConfig | None = None
+    write: WriteConfig = field(default_factory=WriteConfig)
+    seed: int = 0
+    workers: int = 1
+    svg_size: int = 672
+
+    def __post_init__(self):
+        if not self.sources:
+            raise ValueError("sources is empty; name at least one place to take pairs from")
+        names = [source.path for source in self.sources]
+        if len(set(names)) < len(names):
+            raise ValueError(f"a source is named twice: {', '.join(names)}")
+        if self.workers < 1:
+            raise ValueError(f"workers is {self.workers}; at least 1 is needed")
+
+
+def steps_of(config: Curate, locate: Locate) -> list[Step]:
+    """The steps of a run, in the order in which they decide."""
+    steps: list[Step] = []
+    if config.hash_lists is not None:
+        lists = read_lists([locate(path) for path in config.hash_lists.lists])
+        steps.append(HashLists(lists, config.hash_lists.max_distance))
+    steps.append(Readable())
+    steps += [step for step in (config.caption_rules, config.image_rules) if step is not None]
+    if config.resampling is not None:
+        vocabulary = Vocabulary.of_texts(read_texts(locate(config.resampling.text)))
+        steps.append(Resampling(config.resampling, vocabulary, config.seed))
+    return steps
+
+
+def run(config: Curate, locate: Locate = Path) -> int:
+    """Reads, measures, decides and writes; what an earlier run of the same folder has done is not done again.
+
+    Returns:
+        how many pairs are kept.
+
+    Raises:
+        ValueError: something that the configuration names is not there, or not what it should be; nothing is kept.
+    """
+    work = Path(config.output)
+    steps = steps_of(config, locate)
+    parts = [part for source in config.sources for part in parts_of(source, locate(source.path))]
+    work.mkdir(parents=True, exist_ok=True)
+    measured = measure_all(parts, steps, config.svg_size, work / "parts", config.workers)
+    merge(measured, steps, work / "set")
+    _copy(work / "set" / "sources.parquet", work / "sources.parquet")
+    _save(config, work / MEASURED)
+    _decide(work, config, steps)
+    return write_kept(work, locate)
+
+
+def rethreshold(work: Path, config: Curate, locate: Locate = Path) -> None:
+    """Decides anew about the pairs of a finished run, from what is stored of them; `write_kept` then writes.
+
+    Args:
+        config: that of the run, other thresholds aside.
+
+    Raises:
+        ValueError: the settings ask for what the run has not stored; names the setting and its floor.
+    """
+    measured, _ = read_run(work)
+    changed = [name for name in ("sources", "svg_size") if getattr(config, name) != getattr(measured, name)]
+    if changed:
+        raise ValueError(f"{', '.join(changed)} cannot be changed without `mm data run`: the pool is read by it")
+    old = {step.name: step for step in steps_of(measured, locate)}
+    steps = steps_of(config, locate)
+    for step in steps:
+        if step.name not in old:
+            raise ValueError(f"{step.name} was not part of the run; `mm data run` measures what it needs")
+        step.refuse(old[step.name])
+    _decide(work, config, steps)
+
+
+def write_kept(work: Path, locate: Locate = Path) -> int:
+    """Writes the shards of what the ledger of a run keeps, and says how many pairs that is."""
+    _, config = read_run(work)
+    sources = {source.path: (source, locate(source.path)) for source in config.sources}
+    return write(work, sources, steps_of(config, locate), config.write, config.svg_size, config.workers)
+
+
+def read_run(work: Path) -> tuple[Curate, Curate]:
+    """The settings that a run was measured with, and those that it was decided with last.
+
+    Raises:
+        ValueError: there is no finished run in the folder.
+    """
+    if not (work / DECIDED).is_file():
+        raise ValueError(f"{work}: no finished run of `mm data run` lies there")
+    return read_config(work / MEASURED), read_config(work / DECIDED)
+
+
+def read_config(path: Path, changes: Sequence[str] = ()) -> Curate:
+    """The settings of a YAML file, changed by options such as `--image_rules.min_short_side 64`.
+
+    Raises:
+        jsonargparse.ArgumentError: they are not as `Curate` has them.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(Curate)
+    built = parser.instantiate(parser.parse_args(["--config", str(path), *changes]))
+    return Curate(**{name: built[name] for name in Curate.__dataclass_fields__})
+
+
+def _decide(work: Path, config: Curate, steps: Sequence[Step]) -> None:
+    write_ledger(decide(work / "set", steps, asdict(config.write)), work / LEDGER_NAME)
+    _save(config, work / DECIDED)
+
+
+def _save(config: Curate, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _copy(source: Path, target: Path) -> None:
+    temporary = target.with_name(f".{target.name}.new")
+    shutil.copyfile(source, temporary)
+    temporary.replace(target)

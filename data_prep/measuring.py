@@ -1,0 +1,241 @@
+"""Parts of the pool -> parts of the stored set: every pair gets its ids, every step its say about what it shows.
+
+A picture is decoded once, for all steps. Each part becomes a folder of three tables, which appears when it is complete:
+`pairs` (what is known of an id), `pictures` (of an image_id) and `sources` (where each lay, repeats included).
+"""
+
+import hashlib
+import shutil
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_prep.pool import BrokenFile, Part, RawPair
+from data_prep.steps import Step, settings_hash
+from vision.reading import MAX_PIXELS, read_picture
+
+BATCH = 64  # pairs whose pictures are in memory at once
+MAX_CAPTION_BYTES = 2**16  # longer ones are no captions
+DECIMALS = 6  # of every stored score
+
+PAIRS = pa.schema([("id", pa.string()), ("image_id", pa.string()), ("caption", pa.string()), ("problem", pa.string())])
+PICTURES = pa.schema(
+    [
+        ("image_id", pa.string()),  # SHA-256 of the source's bytes
+        ("picture_problem", pa.string()),
+        ("width", pa.int32()),  # as read: of an SVG, as rendered
+        ("height", pa.int32()),
+    ]
+)
+SOURCES = pa.schema(
+    [
+        ("id", pa.string()),
+        ("image_id", pa.string()),
+        ("source", pa.string()),  # as the configuration names it
+        ("path", pa.string()),  # the file in it
+        ("place", pa.int64()),  # offset or row in the file
+        ("size", pa.int64()),  # of the picture, in bytes
+        ("key", pa.string()),  # the source's own
+    ]
+)
+
+
+def picture_id(picture: bytes) -> str:
+    """SHA-256 of a picture's source bytes, 64 hexadecimal digits."""
+    return hashlib.sha256(picture).hexdigest()
+
+
+def pair_id(image_id: str, caption: bytes) -> str:
+    """First 32 hexadecimal digits of SHA-256(image_id, NUL, the caption as read)."""
+    return hashlib.sha256(image_id.encode() + b"\0" + caption).hexdigest()[:32]
+
+
+def file_id(path: str) -> str:
+    """The id under which the ledger keeps a file that could not be read."""
+    return hashlib.sha256(b"file\0" + path.encode()).hexdigest()[:32]
+
+
+def measure_all(parts: Sequence[Part], steps: Sequence[Step], svg_size: int, folder: Path, workers: int) -> list[Path]:
+    """Measures every part that has not been measured yet, and gives the folders of all of them.
+
+    Args:
+        folder: holds a folder per part, named by what it depends on; it may be there from an earlier, broken run.
+        workers: processes; 1: this one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    measure = partial(measure_part, steps=tuple(steps), svg_size=svg_size, folder=folder)
+    if workers == 1:
+        return [measure(part) for part in parts]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        return list(pool.map(measure, parts))
+
+
+def measure_part(part: Part, steps: Sequence[Step], svg_size: int, folder: Path) -> Path:
+    """Measures one part, unless that has been done; all of it or nothing."""
+    target = folder / part_name(part, steps, svg_size)
+    if target.exists():
+        return target
+    tables = _Tables(steps)
+    reading = part.read()
+    while batch := list(islice(reading, BATCH)):
+        for broken in (raw for raw in batch if isinstance(raw, BrokenFile)):
+            tables.add_broken(part, broken)
+        raws = [raw for raw in batch if isinstance(raw, RawPair)]
+        if raws:
+            tables.add(part, raws, svg_size)
+    temporary = folder / f".{target.name}.{time.monotonic_ns()}"
+    temporary.mkdir()
+    try:
+        tables.write(temporary)
+        temporary.rename(target)
+    except OSError:
+        if not target.exists():  # it does where another process was faster
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def part_name(part: Part, steps: Sequence[Step], svg_size: int) -> str:
+    measured = {step.name: step.measured_by() for step in steps}
+    about = {**asdict(part), "folder": str(part.folder.absolute()), "measured": measured, "svg_size": svg_size}
+    return settings_hash(about)
+
+
+class _Tables:
+    """What has been learnt of a part so far."""
+
+    def __init__(self, steps: Sequence[Step]):
+        self.steps = steps
+        self.pairs: list[dict] = []
+        self.pictures: dict[str, dict] = {}
+        self.sources: list[dict] = []
+        self.hidden: set[str] = set()  # pictures that nobody is to see
+
+    def add_broken(self, part: Part, broken: BrokenFile) -> None:
+        row = {"id": file_id(broken.path), "image_id": None}
+        self.pairs.append({**row, "caption": None, "problem": f"{broken.problem}"})
+        about = {"source": part.source.path, "path": broken.path, "place": None, "size": None}
+        self.sources.append({**row, **about, "key": broken.path})
+
+    def add(self, part: Part, raws: Sequence[RawPair], svg_size: int) -> None:
+        rows, shown = [], {}
+        for raw in raws:
+            image_id = picture_id(raw.picture or b"")
+            row = {"id": pair_id(image_id, raw.caption or b""), "image_id": image_id}
+            about = {"source": part.source.path, "path": raw.path, "place": raw.place, "key": raw.key}
+            self.sources.append({**row, **about, "size": len(raw.picture or b"")})
+            rows.append({**row, **_read_caption(raw)})
+            shown.setdefault(image_id, raw.picture)
+        shown = self._measure_pictures(shown, svg_size)
+        for row in rows:
+            if row["image_id"] in self.hidden:
+                row["caption"] = None
+        whole = [row for row in rows if row["image_id"] in shown and row["problem"] is None]
+        for over in ("captions", "pairs"):
+            self._measure_rows(whole, over, shown)
+        self.pairs += rows
+
+    def _measure_pictures(self, found: dict[str, bytes | None], svg_size: int) -> dict:
+        """The pictures that may be looked at, decoded (only where a step over pairs needs those seen before)."""
+        again = any(step.over == "pairs" for step in self.steps)
+        shown = {}
+        for image_id, data in found.items():
+            known = self.pictures.get(image_id)
+            if known is not None and (known["picture_problem"] or image_id in self.hidden):
+                continue
+            if known is not None and not again:
+                shown[image_id] = None
+                continue
+            try:
+                shown[image_id] = read_picture(data or b"", MAX_PIXELS, svg_size=svg_size, svg_fonts=False)
+            except ValueError as error:
+                reason = str(error).removeprefix("picture: ")
+                self.pictures[image_id] = {"image_id": image_id, "picture_problem": f"unreadable picture: {reason}"}
+        new = {image_id: picture for image_id, picture in shown.items() if image_id not in self.pictures}
+        for image_id, picture in new.items():
+            row = {"image_id": image_id, "picture_problem": None, "width": picture.width, "height": picture.height}
+            self.pictures[image_id] = row
+        for step in (step for step in self.steps if step.over == "pictures" and new):
+            batch = {
+                "image_id": list(new),
+                "picture": list(new.values()),
+                "width": [picture.width for picture in new.values()],
+                "height": [picture.height for picture in new.values()],
+            }
+            measured = step.measure(batch)
+            for number, image_id in enumerate(list(new)):
+                self.pictures[image_id] |= {name: values[number] for name, values in measured.items()}
+            passes = step.passes(measured)
+            if passes is not None:
+                hidden = {image_id for image_id, passed in zip(list(new), passes, strict=True) if not passed}
+                self.hidden |= hidden
+                new = {image_id: picture for image_id, picture in new.items() if image_id not in hidden}
+        return {image_id: picture for image_id, picture in shown.items() if image_id not in self.hidden}
+
+    def _measure_rows(self, rows: list[dict], over: str, shown: dict) -> None:
+        for step in (step for step in self.steps if step.over == over and rows):
+            if over == "captions":
+                captions = list(dict.fromkeys(row["caption"] for row in rows))
+                place = {caption: number for number, caption in enumerate(captions)}
+                measured = step.measure({"caption": captions})
+                numbers = [place[row["caption"]] for row in rows]
+            else:
+                batch = {name: [row[name] for row in rows] for name in ("id", "image_id", "caption")}
+                measured = step.measure({**batch, "picture": [shown[row["image_id"]] for row in rows]})
+                numbers = range(len(rows))
+            for row, number in zip(rows, numbers, strict=True):
+                row |= {name: values[number] for name, values in measured.items()}
+
+    def write(self, folder: Path) -> None:
+        of_pictures = [step for step in self.steps if step.over == "pictures"]
+        of_pairs = [step for step in self.steps if step.over in ("captions", "pairs")]
+        _write(self.pairs, with_columns(PAIRS, of_pairs), "id", folder / "pairs.parquet")
+        pictures = list(self.pictures.values())
+        _write(pictures, with_columns(PICTURES, of_pictures), "image_id", folder / "pictures.parquet")
+        _write(self.sources, SOURCES, "id", folder / "sources.parquet")
+
+
+def with_columns(schema: pa.Schema, steps: Iterable[Step]) -> pa.Schema:
+    """A schema with the columns that steps add."""
+    for step in steps:
+        for name, kind in step.adds.items():
+            schema = schema.append(pa.field(name, kind))
+    return schema
+
+
+def _read_caption(raw: RawPair) -> dict:
+    """The caption as text, or what is wrong with the pair."""
+    text, problem = None, raw.problem
+    if not (raw.caption or b"").strip():
+        problem = problem or "the caption is empty or missing"
+    elif len(raw.caption) > MAX_CAPTION_BYTES:
+        problem = problem or f"the caption is over the limit of {MAX_CAPTION_BYTES:,} bytes"
+    elif b"\0" in raw.caption:
+        problem = problem or "the caption holds NUL characters"
+    else:
+        try:
+            text = raw.caption.decode()
+        except UnicodeDecodeError:
+            problem = problem or "the caption is not UTF-8"
+    return {"caption": text, "problem": problem}
+
+
+def _write(rows: list[dict], schema: pa.Schema, key: str, path: Path) -> None:
+    table = pa.table([_column(rows, field) for field in schema], schema=schema)
+    pq.write_table(table.sort_by(key), path, compression="zstd")
+
+
+def _column(rows: list[dict], field: pa.Field) -> pa.Array:
+    values = [row.get(field.name) for row in rows]
+    if pa.types.is_floating(field.type):
+        values = [None if value is None else round(float(value), DECIMALS) for value in values]
+    return pa.array(values, field.type)

@@ -1,0 +1,182 @@
+"""Kept pairs -> shards: each picture is found again in the pool, checked, and written as JPEG, PNG or WebP."""
+
+import hashlib
+import io
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from PIL import Image
+
+from data_prep.deciding import Stored
+from data_prep.ledger import LEDGER_NAME, kept_ids
+from data_prep.measuring import picture_id
+from data_prep.pool import Source, picture_bytes
+from data_prep.splits import split_of
+from data_prep.steps import Step
+from shards.format import Record
+from shards.writer import ShardWriter
+from vision.reading import MAX_PIXELS, read_picture
+
+CHUNK = 32  # pairs that a worker prepares at once
+AS_THEY_ARE = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+NOTE = "curation.txt"  # beside the tars: what they were written from
+
+
+@dataclass(frozen=True)
+class WriteConfig:
+    """How kept pairs are written.
+
+    Attributes:
+        max_side: pixels; larger pictures are shrunk to it. None: pictures stay as large as they are.
+        samples_per_shard: records per tar.
+        validation, test: shares of the pictures that are held out.
+    """
+
+    max_side: int | None = None
+    samples_per_shard: int = 2000
+    validation: float = 0.0
+    test: float = 0.0
+
+
+def write(
+    work: Path,
+    sources: dict[str, tuple[Source, Path]],
+    steps: Sequence[Step],
+    config: WriteConfig,
+    svg_size: int,
+    workers: int,
+) -> int:
+    """Writes what the ledger keeps to `work/shards`, unless just that stands there, and says how many pairs it is.
+
+    Args:
+        work: the folder of the run.
+        sources: as the stored set names them -> the source and its local place.
+        steps: their floating-point columns become columns of the index.
+
+    Raises:
+        ValueError: the pool is not what it was when it was read; nothing is kept.
+    """
+    ids = kept_ids(pq.read_table(work / LEDGER_NAME, columns=["id", "decision"]))
+    ledger = hashlib.sha256((work / LEDGER_NAME).read_bytes()).hexdigest()
+    note = f"ledger {ledger}\n" + "".join(f"{name} {value}\n" for name, value in asdict(config).items())
+    folder = work / "shards"
+    if not len(ids):
+        raise ValueError(f"{work}: no pair is kept, so there is nothing to write; see `mm data stats`")
+    if (folder / NOTE).is_file() and (folder / NOTE).read_text() == note:
+        return len(ids)
+    files = {NOTE: note, **_licenses(sources)}
+    make = partial(_records, sources=sources, config=config, svg_size=svg_size)
+    chunks = _chunks(_rows(work / "set", ids, steps))
+    with ShardWriter(folder, config.samples_per_shard, overwrite=True, files=files) as writer:
+        if workers == 1:
+            for chunk in chunks:
+                for record in make(chunk):
+                    writer.add(record)
+        else:
+            with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+                waiting = []
+                for chunk in chunks:
+                    waiting.append(pool.submit(make, chunk))
+                    if len(waiting) > 4 * workers:
+                        for record in waiting.pop(0).result():
+                            writer.add(record)
+                for done in waiting:
+                    for record in done.result():
+                        writer.add(record)
+    return len(ids)
+
+
+def _rows(set_folder: Path, ids: pa.Array, steps: Sequence[Step]) -> Iterator[dict]:
+    """What is known of each kept pair, and the first of its places, those of one file together."""
+    stored = Stored(set_folder)
+    rows = pc.index_in(
+        ids, value_set=pq.read_table(set_folder / "pairs.parquet", columns=["id"])["id"].combine_chunks()
+    )
+    scores = [name for step in steps for name, kind in step.adds.items() if pa.types.is_floating(kind)]
+    named = [name for step in steps for name in step.adds if name in ("language", "mended")]
+    known = stored.read(["image_id", "caption", *named, *scores], rows.to_numpy())
+    places = pq.read_table(set_folder / "sources.parquet", filters=pc.field("id").isin(ids))  # in order of (id, source)
+    first = np.unique(places["id"].to_numpy(), return_index=True)[1]
+    places = places.take(pa.array(first)).drop_columns(["id", "image_id", "key"])
+    for name in places.column_names:
+        known = known.append_column(name, places[name])
+    known = known.append_column("scores", pa.array([scores] * known.num_rows))
+    known = known.sort_by([("source", "ascending"), ("path", "ascending"), ("place", "ascending")])
+    for batch in known.to_batches(max_chunksize=1024):
+        yield from batch.to_pylist()
+
+
+def _chunks(rows: Iterator[dict]) -> Iterator[list[dict]]:
+    while chunk := list(islice(rows, CHUNK)):
+        yield chunk
+
+
+def _records(
+    rows: list[dict], sources: dict[str, tuple[Source, Path]], config: WriteConfig, svg_size: int
+) -> list[Record]:
+    return [_record(row, *sources[row["source"]], config, svg_size) for row in rows]
+
+
+def _record(row: dict, source: Source, folder: Path, config: WriteConfig, svg_size: int) -> Record:
+    try:
+        data = picture_bytes(source, folder, row["path"], row["place"], row["size"])
+    except OSError as error:
+        raise ValueError(f"{row['path']}: {error.strerror}; it was there when the pool was read") from None
+    if picture_id(data) != row["image_id"]:
+        raise ValueError(f"{row['path']}: has changed since the pool was read; `mm data run` reads it again")
+    suffix, data = to_write(data, config.max_side, svg_size)
+    content = {
+        "id": row["id"],
+        "split": split_of(row["image_id"], config.validation, config.test),
+        "task": "caption",
+        "language": row.get("language") or "und",
+        "caption": row.get("mended") or row["caption"],
+        "image_id": row["image_id"],
+    }
+    scores = {name: row[name] for name in row["scores"] if row[name] is not None}
+    return Record(row["id"], content, {suffix: data}, scores)
+
+
+def to_write(data: bytes, max_side: int | None, svg_size: int) -> tuple[str, bytes]:
+    """(suffix, bytes) of a picture: the source's own where its format is one of the shard's and it is small enough."""
+    own = _format_of(data)
+    picture = read_picture(data, MAX_PIXELS, svg_size=svg_size, svg_fonts=False)
+    large = max_side is not None and max(picture.size) > max_side
+    if own in AS_THEY_ARE and not large:
+        return AS_THEY_ARE[own], data
+    if large:
+        scale = max_side / max(picture.size)
+        shape = [max(1, round(side * scale)) for side in picture.size]
+        picture = picture.resize(shape, Image.Resampling.LANCZOS)
+    out = io.BytesIO()
+    if own == "JPEG":
+        picture.save(out, "JPEG", quality=95, subsampling=0)
+        return "jpg", out.getvalue()
+    picture.save(out, "PNG")
+    return "png", out.getvalue()
+
+
+def _format_of(data: bytes) -> str | None:
+    for mark, name in ((b"\xff\xd8\xff", "JPEG"), (b"\x89PNG\r\n", "PNG")):
+        if data.startswith(mark):
+            return name
+    return "WEBP" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
+
+
+def _licenses(sources: dict[str, tuple[Source, Path]]) -> dict[str, str]:
+    """The licences that lie beside the sources, as one file."""
+    texts = []
+    for name, (_, folder) in sorted(sources.items()):
+        path = folder / "LICENSE"
+        if path.is_file():
+            texts.append(f"==== {name} ====\n\n{path.read_text(encoding='utf-8', errors='replace')}")
+    return {"LICENSE": "\n".join(texts)} if texts else {}

@@ -1,0 +1,159 @@
+"""A small pool of every sort of pair, good and bad, to be written as folders, tars or parquet files."""
+
+import io
+import tarfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from data_prep.caption_rules import CaptionRules
+from data_prep.curation import Curate
+from data_prep.image_rules import ImageRules
+from data_prep.pool import Source
+from data_prep.resampling import ResamplingConfig
+from data_prep.writing import WriteConfig
+
+NOUNS = ("dog", "cat", "boat", "tree", "house", "bird", "fish", "flower", "car", "mountain")
+
+
+def make_noise(seed: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
+    small = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
+
+
+def encoded(picture: Image.Image, form: str = "PNG") -> bytes:
+    out = io.BytesIO()
+    picture.save(out, form)
+    return out.getvalue()
+
+
+def make_good_pairs(count: int = 40) -> dict[str, tuple[str, bytes, bytes]]:
+    """key -> (suffix, picture, caption): JPEG, PNG, GIF and SVG in turn, a dog in every second caption."""
+    pairs = {}
+    for number in range(count):
+        noun = "dog" if number % 2 else NOUNS[number % len(NOUNS)]
+        caption = f"A picture of a {noun} in front of the old wall number {number}".encode()
+        suffix = ("jpg", "png", "gif", "svg")[number % 4]
+        if suffix == "svg":
+            body = f'<rect width="9" height="9" fill="#abc"/><circle cx="4" cy="4" r="{1 + number / 20}"/>'
+            picture = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9">{body}</svg>'.encode()
+        else:
+            picture = encoded(make_noise(number), {"jpg": "JPEG"}.get(suffix, suffix.upper()))
+        pairs[f"good{number:03d}"] = (suffix, picture, caption)
+    return pairs
+
+
+def bomb() -> bytes:
+    """A PNG whose header claims 60,000 x 60,000 pixels."""
+    data = bytearray(encoded(make_noise(1)))
+    data[16:24] = (60000).to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    return bytes(data)
+
+
+BAD = {
+    "cut": ("jpg", encoded(make_noise(900), "JPEG")[:300], b"A dog in front of a very old wall"),
+    "zero": ("png", b"", b"A zero byte dog in front of a very old wall"),
+    "bomb": ("png", bomb(), b"A bomb of a dog in front of a very old wall"),
+    "silent": ("png", encoded(make_noise(901)), b"  \n"),
+    "long": ("png", encoded(make_noise(902)), b"dog " * 20_000),
+    "nul": ("png", encoded(make_noise(903)), b"A dog\0in front of a very old wall"),
+    "latin": ("png", encoded(make_noise(904)), b"A dog in front of a caf\xe9 in the old town"),
+}
+
+
+def write_folder(folder: Path, pairs: dict, name: str) -> None:
+    for key, (suffix, picture, caption) in pairs.items():
+        (folder / f"{key}.{suffix}").write_bytes(picture)
+        (folder / f"{key}.txt").write_bytes(caption)
+
+
+def write_tar(folder: Path, pairs: dict, name: str) -> None:
+    with tarfile.open(folder / f"{name}.tar", "w") as tar:
+        for key, (suffix, picture, caption) in pairs.items():
+            add(tar, f"{key}.{suffix}", picture)
+            add(tar, f"{key}.txt", caption)
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def write_parquet(folder: Path, pairs: dict, name: str) -> None:
+    pictures = pa.array([{"bytes": picture, "path": key} for key, (_, picture, _) in pairs.items()])
+    captions = pa.array([caption for _, _, caption in pairs.values()], pa.binary())
+    pq.write_table(pa.table({"image": pictures, "caption": captions}), folder / f"{name}.parquet", row_group_size=7)
+
+
+@pytest.fixture(scope="session")
+def good_pairs() -> Callable[[int], dict]:
+    """good_pairs(count) -> pairs that no rule but the resampling drops."""
+    return make_good_pairs
+
+
+@pytest.fixture(scope="session")
+def bad_pairs() -> dict:
+    """Pairs that cannot be read, by what is wrong with them."""
+    return BAD
+
+
+@pytest.fixture(scope="session")
+def noise() -> Callable:
+    """noise(seed, size) -> a picture of coloured blots."""
+    return make_noise
+
+
+@pytest.fixture(scope="session")
+def encode() -> Callable:
+    """encode(picture, form) -> the bytes of a file."""
+    return encoded
+
+
+@pytest.fixture
+def pool(tmp_path) -> Callable[..., Path]:
+    """pool(kind, name, pairs, files=1) -> a folder that holds the pairs, as tars or parquet in so many files."""
+
+    def write(kind: str, name: str, pairs: dict, files: int = 1) -> Path:
+        folder = tmp_path / "pools" / name
+        folder.mkdir(parents=True)
+        for number in range(files):
+            some = dict(list(pairs.items())[number::files])
+            {"folder": write_folder, "tars": write_tar, "parquet": write_parquet}[kind](folder, some, f"{number:02d}")
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    """A good text, to take n-grams from."""
+    path = tmp_path / "text.txt"
+    path.write_text("a picture of an old wall\n" + "\n".join(f"a {noun} in the garden" for noun in NOUNS))
+    return path
+
+
+@pytest.fixture
+def curate(tmp_path, text) -> Callable[..., Curate]:
+    """curate(source folder, kind, output, **changes) -> a run's configuration, with all rules that need no model."""
+
+    def config(source: Path, kind: str, output: str, **changes) -> Curate:
+        settings = {
+            "output": str(tmp_path / output),
+            "sources": (Source(str(source), kind),),
+            "caption_rules": CaptionRules(),
+            "image_rules": ImageRules(),
+            "resampling": ResamplingConfig(str(text), threshold=0.3),
+            "write": WriteConfig(samples_per_shard=10),
+            "svg_size": 64,
+        }
+        return Curate(**{**settings, **changes})
+
+    return config
