@@ -10,6 +10,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+import app.data
 import mm
 import mm.convert.mllama
 import mm.convert.open_clip
@@ -39,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["train"]:
         sys.exit(_train(arguments[1:]))
+    if arguments[:1] == ["data"]:
+        sys.exit(app.data.main(arguments[1:]))
     if arguments[:1] == ["sweep"]:
         sys.exit(stages.sweep.main(arguments[1:]))
     sys.exit(_run(arguments))
@@ -192,7 +195,7 @@ def _train(arguments: list[str]) -> int:
 def _run(arguments: list[str]) -> int:
     try:
         if not arguments:
-            raise ValueError(f"name a command: {', '.join([*COMMANDS, 'train', 'sweep', 'convert'])}")
+            raise ValueError(f"name a command: {', '.join([*COMMANDS, 'train', 'data', 'sweep', 'convert'])}")
         parser = _parser()
         chosen = parser.instantiate(parser.parse_args(arguments))
         command = chosen[chosen.subcommand]
@@ -267,6 +270,8 @@ def _parser() -> ArgumentParser:
 
     train = ArgumentParser(description=f"Run a training stage: {', '.join(STAGES)}.", exit_on_error=False)
     commands.add_subcommand("train", train)
+    data = ArgumentParser(description=f"Curate raw pairs: {', '.join(app.data.COMMANDS)}.", exit_on_error=False)
+    commands.add_subcommand("data", data)
     sweep = ArgumentParser(description="Finetune many times and average the best runs.", exit_on_error=False)
     commands.add_subcommand("sweep", sweep)
     convert = ArgumentParser(description="Other people's weights, in and out.", exit_on_error=False)

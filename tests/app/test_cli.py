@@ -184,7 +184,7 @@ def test_wrong_usage(refused, run_folder, pictures, squares, tmp_path, monkeypat
     before = everything(tmp_path)
     wrong = {
         ("paint",): "invalid choice: 'paint'",
-        (): "name a command: caption, ask, evaluate, average, plan, train, sweep, convert",
+        (): "name a command: caption, ask, evaluate, average, plan, train, data, sweep, convert",
         ("caption",): "images",
         ("caption", picture, "--colour", "red", *model): "--colour",
         ("caption", picture, "--max-new-tokens", "many", *model): "max_new_tokens",

@@ -1,0 +1,99 @@
+"""`mm data`: a pool to shards and questions about it, by the command alone."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+import app.data
+from app.cli import main
+from shards.reader import ShardSet
+
+
+@pytest.fixture
+def mm_data(capsys):
+    """mm_data(*arguments) -> (exit code, what is printed, what is said on stderr)."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main(["data", *map(str, arguments)])
+        shown = capsys.readouterr()
+        return ended.value.code, shown.out, shown.err
+
+    return run
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    """A folder with a pool of eight pairs, one of them in German, under the name of an asset."""
+    monkeypatch.chdir(tmp_path)
+    pool = tmp_path / "cache" / "pool"
+    pool.mkdir(parents=True)
+    for number in range(8):
+        pixels = np.random.default_rng(number).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        out = io.BytesIO()
+        Image.fromarray(pixels).save(out, "PNG")
+        (pool / f"{number}.png").write_bytes(out.getvalue())
+        german = "Ein Hund liegt auf der alten Mauer im Garten"
+        (pool / f"{number}.txt").write_text(german if number == 7 else f"A dog lies on the old wall number {number}")
+    (pool / "LICENSE").write_text("free for all")
+    (tmp_path / "words.txt").write_text("the old dog lies on a wall")
+    monkeypatch.setattr(app.data, "fetch", lambda name: tmp_path / "cache" / name)
+    config = {
+        "output": "work",
+        "sources": [{"path": "asset:pool", "kind": "folder"}],
+        "caption_rules": {},
+        "image_rules": {},
+        "resampling": {"text": "words.txt", "threshold": 100},
+    }
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path
+
+
+def test_from_a_pool_to_shards_and_back_to_a_pair(home, mm_data):
+    code, out, err = mm_data("run", "--config", "config.yaml", "--write.samples_per_shard", 3)
+    assert (code, err) == (0, "") and "7 pairs in work/shards" in out and "another language" in out
+    shards = ShardSet("work/shards")
+    assert len(shards) == 7 and len(list(Path("work/shards").glob("*.tar"))) == 3
+    assert "free for all" in Path("work/shards/LICENSE").read_text()
+    assert all(row["caption"].startswith("A dog") for row in shards.index.to_pylist())
+    code, out, _ = mm_data("why", "7.png", "--work", "work")
+    assert code == 0 and "dropped" in out and "another language" in out and "Ein Hund" in out
+    assert mm_data("stats", "--work", "work")[1].count("\n") == 2
+
+    code, out, _ = mm_data("rethreshold", "--work", "work", "--image_rules.min_short_side", 41)
+    assert code == 0 and "short side too short" in out and "mm data write" in out
+    assert len(ShardSet("work/shards")) == 7
+    code, _, err = mm_data("write", "--work", "work")
+    assert code == 1 and "no pair is kept" in err and len(ShardSet("work/shards")) == 7
+    changes = (
+        "--image_rules.min_short_side",
+        3,
+        "--caption_rules.min_language_score",
+        0,
+        "--resampling.keep_unmatched",
+        "true",
+    )
+    assert mm_data("rethreshold", "--work", "work", *changes)[0] == 0
+    code, out, _ = mm_data("write", "--work", "work")
+    assert code == 0 and "8 pairs" in out and len(ShardSet("work/shards")) == 8
+
+
+def test_mistakes_are_one_line(home, mm_data):
+    for arguments, words in (
+        ((), "name a command: run, why"),
+        (("fly",), "name a command"),
+        (("run",), "usage: mm data run --config FILE"),
+        (("run", "--config", "absent.yaml"), "absent.yaml"),
+        (("run", "--config", "config.yaml", "--sources", '[{"path": "gone", "kind": "tars"}]'), "gone: no such file"),
+        (("run", "--config", "config.yaml", "--image_rules.tallness", 3), "tallness"),
+        (("why", "x"), "no finished run"),
+        (("stats", "--work", "nowhere"), "nowhere: no finished run"),
+        (("rethreshold", "--image_rules.min_short_side", 3), "no finished run"),
+    ):
+        code, out, err = mm_data(*arguments)
+        assert (code, out) == (1, "") and words in err and err.count("\n") == 1, arguments
+    assert not Path("work").exists()
