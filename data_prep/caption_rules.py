@@ -13,17 +13,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_prep.steps import Columns, Rule, Step, as_numpy, first_failing, verdicts
+from data_prep.steps import Columns, Rule, Step, as_numpy, at_least, at_most, first_failing, verdicts
 
 BOILER_PLATE = (
     r"click (?:here|to|for)",
-    r"all rights reserved|copyright|©",
+    r"all rights reserved|copyright (?:\(c\)|©|\d|by)|©",
     r"(?:image|photo|picture) (?:not (?:found|available)|unavailable|may contain)",
     r"(?:stock|royalty[- ]free) (?:photo|image|picture|illustration|vector)s?",
-    r"(?:free )?(?:shipping|download)\b",
+    r"free (?:shipping|download)|download (?:now|here|free)",
     r"^(?:untitled|no title|unnamed|image|photo|picture|img|icon|clip ?art|new document)\W*\d*$",
     r"^part of (?:the|a) .* collection",
 )
+
+SHORT = 5  # words: a caption of fewer is judged more mildly
 
 _URL = re.compile(r"https?://|www\.\w|\b[\w-]+\.(?:com|org|net|info|html?|php)\b", re.IGNORECASE)
 _FILE_NAME = re.compile(
@@ -77,29 +79,27 @@ class CaptionRules(Step):
         rows = [self._measure(caption) for caption in batch["caption"]]
         return {name: [row[name] for row in rows] for name in self.adds}
 
-    def decide(self, pairs: pa.Table, state: Path) -> pa.Table:
+    def rules(self, pairs: pa.Table, state: Path) -> list[Rule]:
         score, words, symbols, repeated = (
             as_numpy(pairs[name]) for name in ("language_score", "words", "symbols", "repeated")
         )
-        short = words < SHORT
-        rules = [
+        short, mild = words < SHORT, self.min_short_language_score
+        flaws = [
             Rule(f"the caption is {flaw}", pc.fill_null(pc.equal(pairs["flaw"], flaw), False).to_numpy())
             for flaw in ("a file name", "boiler-plate", "a URL")
         ]
-        rules += [
-            Rule("too many symbols", symbols > self.max_symbols, symbols, self.max_symbols),
-            Rule("too few words", words < self.min_words, words, self.min_words),
-            Rule("too many words", words > self.max_words, words, self.max_words),
-            Rule("repeats itself", ~short & (repeated > self.max_repeated), repeated, self.max_repeated),
-            Rule("another language", ~short & (score < self.min_language_score), score, self.min_language_score),
-            Rule(
-                "another language (a short caption)",
-                short & (score < self.min_short_language_score),
-                score,
-                self.min_short_language_score,
-            ),
+        return [
+            *flaws,
+            at_most("max_symbols", self.max_symbols, symbols, "too many symbols"),
+            at_least("min_words", self.min_words, words, "too few words"),
+            at_most("max_words", self.max_words, words, "too many words"),
+            at_most("max_repeated", self.max_repeated, repeated, "repeats itself", among=~short),
+            at_least("min_language_score", self.min_language_score, score, "another language", among=~short),
+            at_least("min_short_language_score", mild, score, "another language (a short caption)", among=short),
         ]
-        dropped = first_failing(rules)
+
+    def decide(self, pairs: pa.Table, state: Path) -> pa.Table:
+        dropped = first_failing(self.rules(pairs, state))
         mended = np.setdiff1d(np.flatnonzero(pairs["mended"].is_valid().to_numpy()), dropped["row"].to_numpy())
         return pa.concat_tables([dropped, verdicts(mended, "capitals or blanks mended", decision="change")])
 
@@ -118,15 +118,27 @@ class CaptionRules(Step):
         }
 
 
-SHORT = 5  # words: a caption of fewer is judged more mildly
-
-
 def language_of(caption: str, languages: tuple[str, ...]) -> tuple[str | None, float]:
-    """The likeliest language of a caption, and the score (0 to 1) of the likeliest of the wanted ones."""
-    text = " ".join(caption.split())
-    found = _detector().detect(text.lower() if text.isupper() else text, model="lite", k=200)
-    scores = {one["lang"]: one["score"] for one in found}
-    return (found[0]["lang"] if found else None), max((scores.get(name, 0.0) for name in languages), default=0.0)
+    """The likeliest language of a caption, and the score (0 to 1) of the likeliest of the wanted ones.
+
+    A caption of fewer than SHORT words says little: its score is the mean of that of the caption and that of its bare
+    words in lower case. Of Tux Paint's sentences of that length (1,821 in English, 38,745 in others), where 90% of the
+    English ones pass so do 11% of the others; by the score of the caption alone it would be 19%.
+    """
+    text, words = " ".join(caption.split()), re.findall(r"\w+", caption)
+    found = _scores(text.lower() if text.isupper() else text)
+    likeliest, score = max(found, key=found.get, default=None), _of_any(languages, found)
+    if len(words) < SHORT:
+        score = (score + _of_any(languages, _scores(" ".join(words).lower()))) / 2
+    return likeliest, score
+
+
+def _scores(text: str) -> dict[str, float]:
+    return {one["lang"]: one["score"] for one in _detector().detect(text, model="lite", k=200)}
+
+
+def _of_any(languages: tuple[str, ...], scores: dict[str, float]) -> float:
+    return max((scores.get(name, 0.0) for name in languages), default=0.0)
 
 
 def symbol_share(caption: str) -> float:
