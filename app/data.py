@@ -9,7 +9,8 @@ from pathlib import Path
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from data_prep.curation import DECIDED, read_config, read_run, rethreshold, run, write_kept
+from data_prep.curation import DECIDED, read_config, read_run, rethreshold, run, steps_of, write_kept
+from data_prep.forecast import SHARES, forecast, solve_threshold
 from data_prep.ledger import stats, why
 from mm.assets import fetch
 from mm.training.command import one_line
@@ -77,6 +78,28 @@ def write_shards(argv: list[str]) -> None:
     print(f"{write_kept(work, locate)} pairs in {work / 'shards'}")
 
 
+def forecast_run(argv: list[str]) -> None:
+    """Say what other thresholds would keep: [--work FOLDER] [--pairs N] [--times X]"""
+    parser = _parser()
+    parser.add_argument(
+        "--pairs", type=int, help="solve the resampling's threshold for so many pairs of the whole pool"
+    )
+    parser.add_argument(
+        "--times", type=float, default=1.0, help="how many times larger the whole pool is than this one"
+    )
+    arguments = parser.parse_args(argv)
+    work = _work(arguments)
+    steps = steps_of(read_run(work)[1], locate)
+    if arguments.pairs is not None:
+        threshold = solve_threshold(work / "set", steps, arguments.pairs, arguments.times)
+        print(f"resampling.threshold: {threshold:.6g} keeps {arguments.pairs:,} pairs")
+        return
+    print(f"{'threshold':44}{'in force':>10}{'pairs':>10}{'kept':>10}  keeping{''.join(f'{s:>9.0%}' for s in SHARES)}")
+    for one in forecast(work / "set", steps):
+        at = "".join(f"{value:9.3g}" for _, value in one.keeping)
+        print(f"{one.option:44}{one.threshold:10.4g}{one.pairs:10,}{one.kept:10,}         {at}")
+
+
 def locate(name: str) -> Path:
     """The local place of what a configuration names: a path, or asset:NAME, which is fetched where it is missing."""
     kind, _, asset = name.partition(":")
@@ -105,4 +128,5 @@ COMMANDS = {
     "stats": show_stats,
     "rethreshold": decide_anew,
     "write": write_shards,
+    "forecast": forecast_run,
 }

@@ -1,8 +1,8 @@
 """From a raw pool to shards: the configuration of a run, and its walk from one stage to the next.
 
 The folder of a run: `parts` and `set`, what was measured (kept, so that an interrupted or repeated run goes on where it
-was); `ledger.parquet`, what became of every pair; `sources.parquet`, where each lay; `shards`; `measured.yaml` and
-`decided.yaml`, the settings of the run and those of the last decision.
+was); `ledger.parquet`, what became of every pair; `sources.parquet`, where each lay; `shards`; `report.html`;
+`measured.yaml` and `decided.yaml`, the settings of the run and those of the last decision.
 """
 
 import json
@@ -24,6 +24,7 @@ from data_prep.merging import merge
 from data_prep.ngrams import Vocabulary, read_texts
 from data_prep.pool import Source, parts_of
 from data_prep.readable import Readable
+from data_prep.report import write_report
 from data_prep.resampling import Resampling, ResamplingConfig
 from data_prep.steps import Step
 from data_prep.writing import WriteConfig, write
@@ -124,10 +125,13 @@ def rethreshold(work: Path, config: Curate, locate: Locate = Path) -> None:
 
 
 def write_kept(work: Path, locate: Locate = Path) -> int:
-    """Writes the shards of what the ledger of a run keeps, and says how many pairs that is."""
+    """Writes the shards of what the ledger of a run keeps, and the report, and says how many pairs are kept."""
     _, config = read_run(work)
     sources = {source.path: (source, locate(source.path)) for source in config.sources}
-    return write(work, sources, steps_of(config, locate), config.write, config.svg_size, config.workers)
+    steps = steps_of(config, locate)
+    count = write(work, sources, steps, config.write, config.svg_size, config.workers)
+    write_report(work, steps, sources, config.svg_size)
+    return count
 
 
 def read_run(work: Path) -> tuple[Curate, Curate]:

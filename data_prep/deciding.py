@@ -4,7 +4,7 @@ Nothing is read but stored columns, so it takes seconds and can be done again wi
 steps read, for every pair (see each step's `reads`), and the ids, about 100 bytes a pair.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_prep.ledger import LAST_STEP, LEDGER
-from data_prep.steps import STAYS, Step, settings_hash
+from data_prep.steps import STAYS, Step, no_verdicts, settings_hash
 
 
 def decide(set_folder: Path, steps: Sequence[Step], last_settings: dict) -> list[pa.Table]:
@@ -24,15 +24,11 @@ def decide(set_folder: Path, steps: Sequence[Step], last_settings: dict) -> list
         steps: in the order in which they decide.
         last_settings: of the writing, for the rows of kept pairs.
     """
-    stored = Stored(set_folder)
-    left = np.arange(stored.num_pairs)
     rows = []
-    for step in steps:
-        pairs = stored.read(step.reads, left)
-        said = step.decide(pairs, set_folder / step.name)
-        rows.append(_ledger_rows(said, pairs["id"], step.name, settings_hash(step.settings())))
-        left = np.delete(left, said.filter(~_stays())["row"].to_numpy())
-    ids = stored.read((), left)["id"]
+    for step, pairs, said in walk(set_folder, steps):
+        if step is not None:
+            rows.append(_ledger_rows(said, pairs["id"], step.name, settings_hash(step.settings())))
+    ids = pairs["id"]
     kept = {
         "id": ids,
         "step": [LAST_STEP] * len(ids),
@@ -44,6 +40,18 @@ def decide(set_folder: Path, steps: Sequence[Step], last_settings: dict) -> list
     in_the_end = pc.is_in(said["id"], ids)  # what a step did to a pair that a later one dropped came to nothing
     about_kept = said.filter(in_the_end).filter(_stays())
     return [said.filter(~_stays()), about_kept, _as_ledger(kept, len(ids))]
+
+
+def walk(set_folder: Path, steps: Sequence[Step]) -> Iterator[tuple[Step | None, pa.Table, pa.Table]]:
+    """Yields (step, the pairs that are left when it comes, its VERDICTS); last (None, the pairs kept, none)."""
+    stored = Stored(set_folder)
+    left = np.arange(stored.num_pairs)
+    for step in steps:
+        pairs = stored.read(step.reads, left)
+        said = step.decide(pairs, set_folder / step.name)
+        yield step, pairs, said
+        left = np.delete(left, said.filter(~_stays())["row"].to_numpy())
+    yield None, stored.read((), left), no_verdicts()
 
 
 def _stays() -> pc.Expression:

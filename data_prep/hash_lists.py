@@ -58,7 +58,7 @@ class HashLists(Step):
         near = as_numpy(pairs["hash_distance"]) <= self.max_distance
         rows = np.flatnonzero(near & pairs["hash_list"].is_valid().to_numpy())
         names = pairs["hash_list"].take(pa.array(rows)).to_pylist()
-        return verdicts(rows, [f"matches the list: {name}" for name in names], decision="quarantine")
+        return verdicts(rows, [f"matches the list {name}" for name in names], decision="quarantine")
 
     def refuse(self, measured: Step) -> None:
         if self.max_distance < measured.max_distance:

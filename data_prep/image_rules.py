@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from data_prep.steps import Columns, Rule, Step, as_numpy, first_failing
+from data_prep.steps import Columns, Rule, Step, as_numpy, at_least, at_most
 
 SIDE = 64  # px; a picture is looked at in this size
 
@@ -37,17 +37,15 @@ class ImageRules(Step):
         seen = [np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BOX)) for picture in batch["picture"]]
         return {"contrast": [contrast(pixels) for pixels in seen], "plain": [plain_share(pixels) for pixels in seen]}
 
-    def decide(self, pairs: pa.Table, state: Path) -> pa.Table:
+    def rules(self, pairs: pa.Table, state: Path) -> list[Rule]:
         width, height, contrast, plain = (as_numpy(pairs[name]) for name in self.reads)
         short, ratio = np.minimum(width, height), np.maximum(width, height) / np.maximum(np.minimum(width, height), 1)
-        return first_failing(
-            [
-                Rule("short side too short", short < self.min_short_side, short, self.min_short_side),
-                Rule("too long and thin", ratio > self.max_aspect_ratio, ratio, self.max_aspect_ratio),
-                Rule("blank or nearly so", contrast < self.min_contrast, contrast, self.min_contrast),
-                Rule("nearly all of one colour", plain > self.max_plain, plain, self.max_plain),
-            ]
-        )
+        return [
+            at_least("min_short_side", self.min_short_side, short, "short side too short"),
+            at_most("max_aspect_ratio", self.max_aspect_ratio, ratio, "too long and thin"),
+            at_least("min_contrast", self.min_contrast, contrast, "blank or nearly so"),
+            at_most("max_plain", self.max_plain, plain, "nearly all of one colour"),
+        ]
 
 
 def contrast(pixels: np.ndarray) -> float:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.pool import BrokenFile, Part, RawPair
-from data_prep.steps import Step, settings_hash
+from data_prep.steps import STORED, Step, settings_hash
 from vision.reading import MAX_PIXELS, read_picture
 
 BATCH = 64  # pairs whose pictures are in memory at once
@@ -106,7 +106,13 @@ def measure_part(part: Part, steps: Sequence[Step], svg_size: int, folder: Path)
 
 def part_name(part: Part, steps: Sequence[Step], svg_size: int) -> str:
     measured = {step.name: step.measured_by() for step in steps}
-    about = {**asdict(part), "folder": str(part.folder.absolute()), "measured": measured, "svg_size": svg_size}
+    about = {
+        **asdict(part),
+        "folder": str(part.folder.absolute()),
+        "measured": measured,
+        "svg_size": svg_size,
+        "stored": STORED,
+    }
     return settings_hash(about)
 
 

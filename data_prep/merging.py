@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_prep.measuring import PAIRS, PICTURES, SOURCES, with_columns
-from data_prep.steps import Step, settings_hash
+from data_prep.steps import STORED, Step, settings_hash
 
 ROWS_PER_PIECE = 50_000  # on average, before repeats collapse
 MADE_OF = "made_of.txt"
@@ -32,7 +32,9 @@ def merge(parts: Sequence[Path], steps: Sequence[Step], target: Path) -> None:
             and a file that says what it was made of.
     """
     names = sorted(path.name for path in parts)
-    made_of = settings_hash({"parts": names, "steps": {step.name: step.measured_by() for step in steps}})
+    made_of = settings_hash(
+        {"parts": names, "steps": {step.name: step.measured_by() for step in steps}, "stored": STORED}
+    )
     if (target / MADE_OF).is_file() and (target / MADE_OF).read_text() == made_of:
         return
     temporary = target.with_name(f".{target.name}.{time.monotonic_ns()}")

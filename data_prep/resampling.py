@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_prep.ngrams import Vocabulary
-from data_prep.steps import Columns, Step, verdicts
+from data_prep.steps import Columns, Rule, Step
 
 
 @dataclass(frozen=True)
@@ -64,22 +64,20 @@ class Resampling(Step):
     def merge(self, stored: Path, state: Path) -> None:
         (state / "vocabulary.txt").write_text("\n".join(self.vocabulary.ngrams), encoding="utf-8")
 
-    def decide(self, pairs: pa.Table, state: Path) -> pa.Table:
+    def rules(self, pairs: pa.Table, state: Path) -> list[Rule]:
         lists = pairs["ngrams"].combine_chunks()
         least = critical_thresholds(pairs["id"].to_pylist(), lists, self.vocabulary.ngrams, self.seed)
         unmatched = np.isinf(least)
-        threshold = self.config.threshold
+        threshold, wanted = self.config.threshold, self.config.pairs
         if threshold is None:
-            threshold = threshold_for(
-                least[~unmatched], self.config.pairs - self.config.keep_unmatched * unmatched.sum()
-            )
-        dropped = np.flatnonzero(~unmatched & (least >= threshold))
-        tables = [
-            verdicts(dropped, "every n-gram is common, none was drawn", values=least[dropped], threshold=threshold)
+            threshold = threshold_for(least[~unmatched], wanted - self.config.keep_unmatched * unmatched.sum())
+        least[unmatched] = np.nan
+        no_match = unmatched & (not self.config.keep_unmatched)
+        reason = "every n-gram is common, none was drawn"
+        return [
+            Rule("no n-gram of the text is in the caption", no_match),
+            Rule(reason, least >= threshold, "threshold", least, threshold, at_least=False),
         ]
-        if not self.config.keep_unmatched:
-            tables.append(verdicts(np.flatnonzero(unmatched), "no n-gram of the text is in the caption"))
-        return pa.concat_tables(tables)
 
 
 def frequencies(lists: pa.ListArray, size: int) -> np.ndarray:

@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+STORED = 1  # raised when the same settings come to store something else: what was stored before is made anew
+
 Columns = dict[str, list]  # a batch: column name -> one value per row
 
 STAYS = ("change", "note")  # it is written otherwise than it was read; there is something to know about it
@@ -74,7 +76,11 @@ class Step:
 
     def decide(self, pairs: pa.Table, state: Path) -> pa.Table:
         """VERDICTS over the pairs that no earlier step took out: the columns `reads` and `id`, in the order of ids."""
-        return no_verdicts()
+        return first_failing(self.rules(pairs, state))
+
+    def rules(self, pairs: pa.Table, state: Path) -> list["Rule"]:
+        """The rules that `decide` goes by, in their order; forecasts and the report show what their thresholds do."""
+        return []
 
     def refuse(self, measured: "Step") -> None:
         """Raises ValueError where these settings ask for what a run with those of `measured` has not stored."""
@@ -103,12 +109,35 @@ def no_verdicts() -> pa.Table:
 
 @dataclasses.dataclass
 class Rule:
-    """One reason to drop: of which rows it is true, and the values that were held against a threshold."""
+    """One reason to drop.
+
+    Attributes:
+        reason: as in the ledger.
+        fails: of which rows it is true.
+        option: the setting that holds the threshold, where there is one.
+        values: what is held against the threshold, float64; NaN where the rule does not look.
+        threshold: the setting.
+        at_least: values below the threshold fail, otherwise those above it.
+    """
 
     reason: str
     fails: np.ndarray
+    option: str | None = None
     values: np.ndarray | None = None
     threshold: float | None = None
+    at_least: bool = True
+
+
+def at_least(option: str, threshold: float, values: np.ndarray, reason: str, among: np.ndarray | None = None) -> Rule:
+    """The rule that values be at least the threshold, for some of the rows or for all of them."""
+    values = values.astype(np.float64) if among is None else np.where(among, values, np.nan)
+    return Rule(reason, values < threshold, option, values, threshold)
+
+
+def at_most(option: str, threshold: float, values: np.ndarray, reason: str, among: np.ndarray | None = None) -> Rule:
+    """The rule that values be at most the threshold."""
+    values = values.astype(np.float64) if among is None else np.where(among, values, np.nan)
+    return Rule(reason, values > threshold, option, values, threshold, at_least=False)
 
 
 def first_failing(rules: Sequence[Rule]) -> pa.Table:
@@ -117,7 +146,7 @@ def first_failing(rules: Sequence[Rule]) -> pa.Table:
     for rule in rules:
         rows = np.flatnonzero(rule.fails & ~seen)
         seen[rows] = True
-        values = None if rule.values is None else rule.values[rows].astype(np.float64)
+        values = None if rule.values is None else rule.values[rows]
         tables.append(verdicts(rows, rule.reason, values=values, threshold=rule.threshold))
     return pa.concat_tables(tables)
 

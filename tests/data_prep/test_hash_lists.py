@@ -78,7 +78,7 @@ def test_matches_are_quarantined_before_all_else_and_nothing_is_told(pool, curat
     ids = {pair_id(picture_id(pair[1]), pair[2]) for pair in (secret, pairs["good001"])}
     rows = [row for row in ledger if row["id"] in ids]
     assert {(row["step"], row["decision"], row["reason"]) for row in rows} == {
-        ("hash_lists", "quarantine", "matches the list: harm")
+        ("hash_lists", "quarantine", "matches the list harm")
     }
     assert len(rows) == 2 and all(row["value"] is None for row in rows)
     assert not ids & set(ShardSet(work / "shards").index["id"].to_pylist())

@@ -1,0 +1,192 @@
+"""The report of a run: one HTML file that opens without a server, with what was removed and what is at the border.
+
+Pictures of quarantined pairs are in none of it: hash lists come first, and everything here looks at what they leave.
+"""
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from data_prep.deciding import walk
+from data_prep.ledger import stats
+from data_prep.pool import Source, picture_bytes
+from data_prep.resampling import Resampling, frequencies
+from data_prep.steps import Rule, Step
+from vision.reading import read_picture
+
+REPORT_NAME = "report.html"
+BINS = 40
+AT_THE_BORDER = 6  # pairs shown on either side of a threshold
+THUMBNAIL = 96  # px
+NGRAMS = 20
+
+_STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse } td, th { padding: .15rem .7rem .15rem 0; text-align: left; vertical-align: top }
+td.n { text-align: right; font-variant-numeric: tabular-nums } .bar { background: #4a7fb5; height: .9rem }
+.border { display: flex; flex-wrap: wrap; gap: .6rem } figure { width: 8.5rem; margin: 0; font-size: .8rem }
+figure img { max-width: 96px; max-height: 96px; border: 1px solid #ccc; display: block }
+h3 { margin: 1.6rem 0 .3rem } .dropped { color: #a33 } .kept { color: #276 }
+@media (prefers-color-scheme: dark) { body { background: #1a1a1a; color: #ddd } }
+"""
+
+
+@dataclass
+class _Dial:
+    """A rule's threshold, and the pairs nearest to it: (id, value), nearest first."""
+
+    title: str
+    rule: Rule
+    dropped: list[tuple[str, float]]
+    kept: list[tuple[str, float]]
+
+
+def write_report(work: Path, steps: Sequence[Step], sources: dict[str, tuple[Source, Path]], svg_size: int) -> None:
+    """Writes `work/report.html` about the run's last decision.
+
+    Args:
+        sources: as the stored set names them -> the source and its local place.
+    """
+    funnel, dials, ngrams = [], [], []
+    for step, pairs, _ in walk(work / "set", steps):
+        funnel.append((step.name if step is not None else "kept", pairs.num_rows))
+        if step is None:
+            break
+        dials += [_dial(step, rule, pairs) for rule in step.rules(pairs, work / "set" / step.name) if rule.option]
+        if isinstance(step, Resampling):
+            ngrams = _most_thinned(step, pairs, step.rules(pairs, work / "set" / step.name))
+    dials = [dial for dial in dials if np.isfinite(dial.rule.values).any()]
+    shown = _Pictures(work / "set", sources, svg_size, {pair for dial in dials for pair, _ in dial.dropped + dial.kept})
+    parts = [
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(work.name)}: curation</title>",
+        f"<style>{_STYLE}</style><h1>{funnel[0][1]:,} pairs, {funnel[-1][1]:,} kept</h1>",
+        _funnel(funnel),
+        "<h2>What became of them</h2>",
+        _reasons(stats(work)),
+        "<h2>Thresholds</h2>",
+        *(_section(dial, shown) for dial in dials),
+        _ngram_table(ngrams),
+    ]
+    temporary = work / f".{REPORT_NAME}.new"
+    temporary.write_text("\n".join(parts), encoding="utf-8")
+    temporary.replace(work / REPORT_NAME)
+
+
+def _dial(step: Step, rule: Rule, pairs: pa.Table) -> _Dial:
+    rows = np.flatnonzero(np.isfinite(rule.values))
+    rows = rows[np.argsort(np.abs(rule.values[rows] - rule.threshold), kind="stable")]
+
+    def nearest(chosen: np.ndarray) -> list[tuple[str, float]]:
+        return [(pairs["id"][int(row)].as_py(), float(rule.values[row])) for row in chosen[:AT_THE_BORDER]]
+
+    dropped, kept = nearest(rows[rule.fails[rows]]), nearest(rows[~rule.fails[rows]])
+    return _Dial(f"{step.name}.{rule.option}: {rule.reason}", rule, dropped, kept)
+
+
+def _most_thinned(step: Resampling, pairs: pa.Table, rules: list[Rule]) -> list[tuple[str, int, int]]:
+    """(n-gram, captions with it before, after) of those that lose most captions."""
+    lists, size = pairs["ngrams"].combine_chunks(), len(step.vocabulary.ngrams)
+    stays = ~np.logical_or.reduce([rule.fails for rule in rules])
+    before, after = frequencies(lists, size), frequencies(lists.filter(pa.array(stays)), size)
+    most = np.argsort(after - before, kind="stable")[:NGRAMS]
+    return [(step.vocabulary.ngrams[n], int(before[n]), int(after[n])) for n in most if before[n] > after[n]]
+
+
+class _Pictures:
+    """Thumbnails and captions of some pairs."""
+
+    def __init__(self, folder: Path, sources: dict[str, tuple[Source, Path]], svg_size: int, ids: set[str]):
+        wanted = pc.field("id").isin(sorted(ids))
+        self._captions = {
+            row["id"]: row["caption"]
+            for row in pq.read_table(folder / "pairs.parquet", columns=["id", "caption"], filters=wanted).to_pylist()
+        }
+        self._places = {
+            row["id"]: row for row in pq.read_table(folder / "sources.parquet", filters=wanted).to_pylist()[::-1]
+        }
+        self._sources, self._svg_size = sources, svg_size
+
+    def figure(self, pair: str, value: float) -> str:
+        caption = html.escape((self._captions.get(pair) or "")[:120])
+        return f"<figure>{self._image(pair)}<b>{value:.4g}</b> {caption}<br><small>{pair[:12]}</small></figure>"
+
+    def _image(self, pair: str) -> str:
+        row = self._places[pair]
+        source, folder = self._sources[row["source"]]
+        try:
+            data = picture_bytes(source, folder, row["path"], row["place"], row["size"])
+            picture = read_picture(data, svg_size=min(self._svg_size, THUMBNAIL), svg_fonts=False)
+        except (ValueError, OSError):  # the pool has changed since
+            return ""
+        picture.thumbnail((THUMBNAIL, THUMBNAIL))
+        out = io.BytesIO()
+        picture.save(out, "WEBP", quality=70)
+        return f"<img alt='' src='data:image/webp;base64,{base64.b64encode(out.getvalue()).decode()}'>"
+
+
+def _funnel(funnel: list[tuple[str, int]]) -> str:
+    whole = max(funnel[0][1], 1)
+    rows = [
+        f"<tr><td>{'before ' * (name != 'kept')}{html.escape(name)}<td class=n>{count:,}<td class=n>{count / whole:.1%}"
+        f"<td style='width:30rem'><div class=bar style='width:{100 * count / whole:.2f}%'></div>"
+        for name, count in funnel
+    ]
+    return f"<table>{''.join(rows)}</table>"
+
+
+def _reasons(rows: list[tuple[str, str, str, int]]) -> str:
+    lines = [
+        f"<tr><td class=n>{count:,}<td>{html.escape(step)}<td>{decision}<td>{html.escape(reason)}"
+        for step, decision, reason, count in rows
+    ]
+    return f"<table><tr><th>pairs<th>step<th>decision<th>reason</tr>{''.join(lines)}</table>"
+
+
+def _section(dial: _Dial, shown: _Pictures) -> str:
+    sides = [
+        f"<p class={name}>{name}, nearest to the threshold</p><div class=border>"
+        f"{''.join(shown.figure(*pair) for pair in pairs)}</div>"
+        for name, pairs in (("dropped", dial.dropped), ("kept", dial.kept))
+        if pairs
+    ]
+    return f"<h3>{html.escape(dial.title)}</h3>{_histogram(dial.rule)}{''.join(sides)}"
+
+
+def _histogram(rule: Rule) -> str:
+    """Counts on a logarithmic scale, since most pairs lie far from any threshold; the threshold is the red line."""
+    values = rule.values[np.isfinite(rule.values)]
+    low, high = min(values.min(), rule.threshold), max(values.max(), rule.threshold)
+    high = high if high > low else low + 1
+    counts, _ = np.histogram(values, BINS, (low, high))
+    width, height = 640, 120
+    tallest = np.log1p(counts.max())
+    bars = []
+    for number, count in enumerate(counts):
+        x, tall, wide = width * number / BINS, height * np.log1p(count) / tallest, width / BINS - 1
+        if count:
+            place = f"x={x:.1f} y={height - tall:.1f} width={wide:.1f} height={tall:.1f}"
+            bars.append(f"<rect {place}><title>{count:,}</title></rect>")
+    x = width * (rule.threshold - low) / (high - low)
+    return (
+        f"<svg viewBox='-4 -4 {width + 8} {height + 24}' width={width} role=img><g fill=#4a7fb5>{''.join(bars)}</g>"
+        f"<line x1={x:.1f} x2={x:.1f} y1=-4 y2={height} stroke=#c33 stroke-width=2 />"
+        f"<g fill=currentColor font-size=12><text y={height + 16}>{low:.4g}</text>"
+        f"<text x={width} y={height + 16} text-anchor=end>{high:.4g}</text>"
+        f"<text x={x:.1f} y={height + 16} text-anchor=middle fill=#c33>{rule.threshold:.4g}</text></g></svg>"
+    )
+
+
+def _ngram_table(ngrams: list[tuple[str, int, int]]) -> str:
+    if not ngrams:
+        return ""
+    rows = [f"<tr><td>{html.escape(name)}<td class=n>{before:,}<td class=n>{after:,}" for name, before, after in ngrams]
+    head = "<tr><th>n-gram<th>captions before<th>after</tr>"
+    return f"<h2>N-grams that lost most captions</h2><table>{head}{''.join(rows)}</table>"
