@@ -102,6 +102,7 @@ def test_the_same_pairs_give_the_same_bytes(pool, curate, good_pairs, bad_pairs,
     assert outcome(other.output) == expected
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(pool, curate, good_pairs, tmp_path):
     folder = pool("tars", "a", good_pairs(24), files=3)
     whole = curate(folder, "tars", "whole")
