@@ -8,11 +8,9 @@ import hashlib
 import shutil
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,6 +18,7 @@ import pyarrow.parquet as pq
 
 from data_prep.pool import BrokenFile, Part, RawPair
 from data_prep.steps import STORED, Step, settings_hash
+from data_prep.workers import processes
 from vision.reading import MAX_PIXELS, read_picture
 
 BATCH = 64  # pairs whose pictures are in memory at once
@@ -74,7 +73,7 @@ def measure_all(parts: Sequence[Part], steps: Sequence[Step], svg_size: int, fol
     measure = partial(measure_part, steps=tuple(steps), svg_size=svg_size, folder=folder)
     if workers == 1:
         return [measure(part) for part in parts]
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with processes(workers) as pool:
         return list(pool.map(measure, parts))
 
 

@@ -3,11 +3,9 @@
 import hashlib
 import io
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +20,7 @@ from data_prep.measuring import picture_id
 from data_prep.pool import Source, picture_bytes
 from data_prep.splits import split_of
 from data_prep.steps import Step
+from data_prep.workers import processes
 from shards.format import Record
 from shards.writer import ShardWriter
 from vision.reading import MAX_PIXELS, read_picture
@@ -82,7 +81,7 @@ def write(
                 for record in make(chunk):
                     writer.add(record)
         else:
-            with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            with processes(workers) as pool:
                 waiting = []
                 for chunk in chunks:
                     waiting.append(pool.submit(make, chunk))
