@@ -15,8 +15,8 @@ from layers.linear import Linear
 from mm.batch import Visibility
 from mm.language_model import LanguageModelConfig
 
-FITTED_RMS = 3.0  # of a channel: through freshly drawn matrices that brings SwiGLU into its curved range
-LARGEST_NORM_WEIGHT = 60.0  # of a fitted norm: a channel that says next to nothing is not blown up further
+FITTED_RMS = 1.0  # of what tells states apart; at 3, other tokens drive SwiGLU so far that the first losses are 5
+LARGEST_FACTOR = 60.0  # what says next to nothing, or never differs, is not blown up further
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class ImageAdapterConfig:
         intermediate_size: width of the blocks' feed-forward; None is the LM's own.
         gate_init: start of every gate. A new adapter leaves the LM as it is, one way or the other: gates at 0 (paper),
             or gates open and the branches' last matrices at 0, which then learn at once (ours).
-        fit_norms: start the blocks' input norms from what the LM's hidden states measure (`fit_norms`), not at 1.
+        fit_inputs: start the blocks from what the LM's hidden states measure before answers (`fit_inputs`).
     """
 
     positions: tuple[int, ...] | None = None
     intermediate_size: int | None = None
     gate_init: float = 0.0
-    fit_norms: bool = False
+    fit_inputs: bool = False
 
     def block_positions(self, num_layers: int) -> tuple[int, ...]:
         """The positions in a language model of `num_layers`, ascending."""
@@ -100,20 +100,28 @@ class CrossAttentionBlock(nn.Module):
         return rows if visible.rows is None else x.index_copy(0, visible.rows, rows)
 
     @torch.no_grad()
-    def fit_norms(self, x: Tensor) -> None:
-        """Weigh the channels so that all leave the block's two norms equally large.
+    def fit_inputs(self, x: Tensor) -> None:
+        """Start the norms and the feed-forward from the hidden states that they will read.
 
-        A few channels of an LM's hidden states are a hundred times larger than the others. Divided by the RMS over all
-        of them, the many that tell words apart are left with a few per cent, and what takes both words and picture,
-        such as a yes or a no, is learnt late or never.
+        Before an answer, nearly all of a language model's state is the same whatever was asked, and a few channels are
+        a hundred times larger than the others: what tells questions apart has about one per cent of it. An answer that
+        takes question and picture together, such as a yes or a no, is then learnt late or never. So the channels are
+        weighed until all are equally large, and the feed-forward's first matrices drop the direction of the mean and
+        grow until what is left drives SwiGLU as far as a whole state would.
 
         Args:
-            x: hidden states where the block stands, [N, D]: tokens of the text that it will train on.
+            x: hidden states where the block stands, [N, D], of the tokens before an answer.
         """
-        size = nn.functional.rms_norm(x.float(), x.shape[-1:]).square().mean(0).sqrt()
-        weight = (FITTED_RMS / size).clamp(max=LARGEST_NORM_WEIGHT)
-        self.input_layernorm.weight.copy_(weight)
-        self.post_attention_layernorm.weight.copy_(weight)
+        normed = nn.functional.rms_norm(x.float(), x.shape[-1:])
+        weight = (1 / normed.square().mean(0).sqrt()).clamp(max=LARGEST_FACTOR)
+        for norm in (self.input_layernorm, self.post_attention_layernorm):
+            norm.weight.copy_(weight)
+        mean = (normed * weight).mean(0)
+        spread = (normed * weight - mean).square().mean().sqrt()
+        direction = mean / mean.norm()
+        for matrix in (self.mlp.gate_proj.weight, self.mlp.up_proj.weight):
+            centred = matrix - torch.outer(matrix @ direction, direction)
+            matrix.copy_(centred * (FITTED_RMS / spread.clamp(min=1 / LARGEST_FACTOR)))
 
 
 class ImageAdapter(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from layers.attention import DecodeStep, KeyValueCache
-from mm.batch import Batch, Visibility, visibility_intervals
+from mm.batch import IGNORED, Batch, Visibility, visibility_intervals
 from mm.config import NUM_EXTRA_TOKENS, ModelConfig
 from mm.cross_attention import ImageAdapter, VisionCache
 from mm.language_model import LanguageModel
@@ -90,16 +90,21 @@ class MultimodalModel(nn.Module):
         return self.language_model.lm_head(self.language_model.model.norm(x)[:, -1])
 
     @torch.no_grad()
-    def fit_norms(self, batch: Batch) -> None:
-        """Start the image adapter's norms from the hidden states of `batch`; see `CrossAttentionBlock.fit_norms`.
+    def fit_inputs(self, batch: Batch) -> None:
+        """Start the image adapter from the hidden states before the answers of `batch`; see
+        `CrossAttentionBlock.fit_inputs`.
 
-        Rows' first tokens take no part: attention parks there, and their states are a hundred times larger.
+        Raises:
+            ValueError: a batch without targets.
         """
-        positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-        told = (positions > 0) & (positions < batch.lengths[:, None])
+        if batch.labels is None:
+            raise ValueError("fit_inputs is given samples without targets; it needs the tokens before some answers")
+        targets = batch.labels != IGNORED
+        asked = nn.functional.pad(targets[:, 1:] & ~targets[:, :-1], (0, 1))  # the next token begins an answer
         blocks = self.image_adapter.blocks
         hooks = [
-            block.register_forward_pre_hook(lambda block, inputs: block.fit_norms(inputs[0][told])) for block in blocks
+            block.register_forward_pre_hook(lambda block, inputs: block.fit_inputs(inputs[0][asked]))
+            for block in blocks
         ]
         try:
             self.hidden_states(batch)

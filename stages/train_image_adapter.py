@@ -60,7 +60,7 @@ class TrainImageAdapter:
 def train_image_adapter(config: TrainImageAdapter) -> None:
     """Train the image encoder and the cross-attention blocks of a frozen language model."""
     model, processor = starting_point(config)
-    train_adapters(model, processor, config, "image adapter", fit_norms=config.start_from is None)
+    train_adapters(model, processor, config, "image adapter", new=config.start_from is None)
     bundle = config.bundle or config.language_model is None
     if Ranks.here().first:
         save(config.output, model, processor, language_model=config.language_model, bundle=bundle)

@@ -29,7 +29,7 @@ from vision.encoder import EncoderLayer, VisionEncoder
 FREE_TO_CHANGE = ("output", "training", "validation", "validation_samples", "bundle", "device")
 LAYERS = (DecoderLayer, EncoderLayer, CrossAttentionBlock)  # that are computed anew, if any are
 UNITS = (DecoderLayer, VisionEncoder, CrossAttentionBlock)  # an encoder's layers run once per number of tiles
-NORM_SAMPLES = 64  # that a new adapter's norms are fitted to
+FITTED_SAMPLES = 192  # that a new adapter is fitted to
 
 
 class AdapterStage(Protocol):
@@ -44,13 +44,13 @@ class AdapterStage(Protocol):
 
 
 def train_adapters(
-    model: MultimodalModel, processor: Processor, config: AdapterStage, name: str, fit_norms: bool = False
+    model: MultimodalModel, processor: Processor, config: AdapterStage, name: str, new: bool = False
 ) -> None:
     """Train a model in place on records of `config.data`, its language model frozen.
 
     Args:
         name: of the stage, for the progress bar.
-        fit_norms: the image adapter is new: fit its norms where its own configuration asks for it.
+        new: the image adapter is untrained: fit it to the samples where its own configuration asks for that.
 
     Raises:
         ValueError: rates that would train the language model, or as `mm.training.loop.train`.
@@ -66,8 +66,8 @@ def train_adapters(
     dataset = RecordDataset(config.data, processor.record_example)
     encoder_trains = any(name.startswith("vision_encoder.") for name in rates)
     objective = NextTokenObjective(partial(batch_flops, config=model.config, encoder_trains=encoder_trains))
-    if fit_norms and model.config.image_adapter.fit_norms:
-        model.fit_norms(objective.collate(readable_samples(dataset, NORM_SAMPLES)))
+    if new and model.config.image_adapter.fit_inputs:
+        model.fit_inputs(objective.collate(readable_samples(dataset, FITTED_SAMPLES)))
     evaluate = None
     if config.validation:
         held_out = RecordDataset([config.validation], processor.record_example)

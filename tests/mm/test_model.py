@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import mm
+from mm.batch import IGNORED
 from mm.cross_attention import FITTED_RMS
 from mm.generation import decode_step, prefill
 from vision.tiling import Tiles
@@ -271,31 +272,48 @@ def test_vision_tokens_sum_their_gradient_in_fp32_under_autocast(tiny_model, mak
     assert vision.dtype == torch.float32
 
 
-def test_fitted_norms_give_every_channel_the_same_size(tiny_config, samples):
+def test_a_fitted_block_reads_what_differs_before_answers(tiny_config, samples):
     with torch.inference_mode(False), torch.no_grad():
         adapter = replace(tiny_config.image_adapter, gate_init=0.5)
         model = mm.MultimodalModel(replace(tiny_config, image_adapter=adapter))
         model.language_model.model.embed_tokens.weight[:, 3] *= 100  # a channel that drowns the others
-        padded = mm.collate(samples)
-        before = model(padded)
+        model.language_model.model.embed_tokens.weight[:, 5] += 9  # and one that is always the same
+        batch = answered(samples)
+        before = model(batch)
         seen = {}
         blocks = model.image_adapter.blocks
         for number, block in enumerate(blocks):
             block.register_forward_pre_hook(lambda _, inputs, number=number: seen.update({number: inputs[0]}))
-        model.fit_norms(padded)
-    told = torch.arange(padded.tokens.shape[1]) < padded.lengths[:, None]
-    told[:, 0] = False
+        model.fit_inputs(batch)
     for number, block in enumerate(blocks):
+        asked = seen[number][torch.arange(len(batch.lengths)), batch.lengths - 3]  # the last two tokens are the answer
         for norm in (block.input_layernorm, block.post_attention_layernorm):
-            sizes = norm(seen[number][told]).square().mean(0).sqrt()
-            torch.testing.assert_close(sizes, torch.full_like(sizes, FITTED_RMS), rtol=1e-3, atol=0)
-    torch.testing.assert_close(model(padded), before, rtol=0, atol=0)  # still the language model, to the bit
+            sizes = norm(asked).square().mean(0).sqrt()
+            torch.testing.assert_close(sizes, torch.ones_like(sizes), rtol=1e-3, atol=0)
+        read = block.post_attention_layernorm(asked)
+        spread = (read - read.mean(0)).square().mean().sqrt()
+        for matrix in (block.mlp.gate_proj.weight, block.mlp.up_proj.weight):
+            torch.testing.assert_close(matrix @ read.mean(0), torch.zeros(len(matrix)), rtol=0, atol=1e-4)
+            size = matrix.square().mean().sqrt() * spread * (3 * matrix.shape[1]) ** 0.5  # drawn from +-1 / sqrt(D)
+            assert 0.8 * FITTED_RMS < size < 1.2 * FITTED_RMS
+    torch.testing.assert_close(model(batch), before, rtol=0, atol=0)  # still the language model, to the bit
 
 
-def test_fitted_norms_see_neither_padding_nor_first_tokens(build_model, tiny_config, samples):
+def test_fitting_reads_neither_padding_nor_other_tokens(build_model, tiny_config, samples):
     first, second = build_model(tiny_config), build_model(tiny_config)
     with torch.no_grad():
-        first.fit_norms(mm.collate(samples))
-        second.fit_norms(mm.collate([*samples, mm.Sample([5])]))
+        first.fit_inputs(answered(samples))
+        second.fit_inputs(answered([*samples, mm.Sample([5] * 40)], unanswered=1))
     for one, other in zip(first.image_adapter.blocks, second.image_adapter.blocks, strict=True):
-        torch.testing.assert_close(one.input_layernorm.weight, other.input_layernorm.weight, rtol=1e-4, atol=0)
+        torch.testing.assert_close(one.mlp.up_proj.weight, other.mlp.up_proj.weight, rtol=1e-3, atol=1e-5)
+    with pytest.raises(ValueError, match="without targets"):
+        first.fit_inputs(mm.collate(samples))
+
+
+def answered(samples, unanswered=0):
+    """The samples of some length, their last two tokens the answer, but for the last `unanswered`."""
+    samples = [sample for sample in samples if len(sample.tokens) > 2]
+    labels = [[IGNORED] * (len(sample.tokens) - 2) + sample.tokens[-2:] for sample in samples]
+    for row in labels[len(samples) - unanswered :]:
+        row[:] = [IGNORED] * len(row)
+    return mm.collate([replace(sample, labels=row) for sample, row in zip(samples, labels, strict=True)])

@@ -200,12 +200,12 @@ def test_it_goes_on_from_an_earlier_run_and_from_lower_precision(adapter_config,
         assert {tensor.dtype for tensor in trained} == {torch.float32}
 
 
-def test_norms_are_fitted_to_the_language_model_where_asked(adapter_config):
+def test_a_new_adapter_is_fitted_to_the_language_model_where_asked(adapter_config):
     weights = {}
-    for fit_norms in (False, True):
-        file, folder = adapter_config(adapter={"fit_norms": fit_norms}, training={"steps": 1})
+    for fit_inputs in (False, True):
+        file, folder = adapter_config(adapter={"fit_inputs": fit_inputs}, training={"steps": 1})
         main(["--config", str(file)])
-        weights[fit_norms] = mm.load(folder)[0].image_adapter.blocks[0].input_layernorm.weight
+        weights[fit_inputs] = mm.load(folder)[0].image_adapter.blocks[0].input_layernorm.weight
         shutil.rmtree(folder)
     assert (weights[False] - 1).abs().max() < 0.1  # one step from ones
     assert weights[True].std() > 0.1
