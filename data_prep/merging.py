@@ -32,9 +32,8 @@ def merge(parts: Sequence[Path], steps: Sequence[Step], target: Path) -> None:
             and a file that says what it was made of.
     """
     names = sorted(path.name for path in parts)
-    made_of = settings_hash(
-        {"parts": names, "steps": {step.name: step.measured_by() for step in steps}, "stored": STORED}
-    )
+    about = {step.name: {**step.measured_by(), **step.merged_by()} for step in steps}
+    made_of = settings_hash({"parts": names, "steps": about, "stored": STORED})
     if (target / MADE_OF).is_file() and (target / MADE_OF).read_text() == made_of:
         return
     temporary = target.with_name(f".{target.name}.{time.monotonic_ns()}")

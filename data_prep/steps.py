@@ -59,6 +59,10 @@ class Step:
         """The part of the settings that `measure` and `merge` depend on: where it differs, they are done anew."""
         return {}
 
+    def merged_by(self) -> dict:
+        """What `merge` depends on besides: where it differs, that alone is done anew."""
+        return {}
+
     def measure(self, batch: Columns) -> Columns:
         """`adds` for each row of the batch: a pure function of each row alone, whatever the batch."""
         return {}
@@ -84,8 +88,9 @@ class Step:
 
     def refuse(self, measured: "Step") -> None:
         """Raises ValueError where these settings ask for what a run with those of `measured` has not stored."""
-        if self.measured_by() != measured.measured_by():
-            names = [name for name, value in self.measured_by().items() if measured.measured_by().get(name) != value]
+        old = {**measured.measured_by(), **measured.merged_by()}
+        names = [name for name, value in {**self.measured_by(), **self.merged_by()}.items() if old.get(name) != value]
+        if names:
             raise ValueError(
                 f"{self.name}: {', '.join(names)} cannot be changed without `mm data run`, which measures by it"
             )
