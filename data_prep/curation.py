@@ -16,11 +16,13 @@ from jsonargparse import ArgumentParser
 
 from data_prep.caption_rules import CaptionRules
 from data_prep.deciding import decide
+from data_prep.embedders import SSCD, LowFrequencies
 from data_prep.hash_lists import HashLists, HashListsConfig, read_lists
 from data_prep.image_rules import ImageRules
 from data_prep.ledger import LEDGER_NAME, write_ledger
 from data_prep.measuring import measure_all
 from data_prep.merging import merge
+from data_prep.near_duplicates import NearDuplicates, NearDuplicatesConfig
 from data_prep.ngrams import Vocabulary, read_texts
 from data_prep.pool import Source, parts_of
 from data_prep.readable import Readable
@@ -51,6 +53,7 @@ class Curate:
     hash_lists: HashListsConfig | None = None
     caption_rules: CaptionRules | None = None
     image_rules: ImageRules | None = None
+    near_duplicates: NearDuplicatesConfig | None = None
     resampling: ResamplingConfig | None = None
     write: WriteConfig = field(default_factory=WriteConfig)
     seed: int = 0
@@ -75,6 +78,10 @@ def steps_of(config: Curate, locate: Locate) -> list[Step]:
         steps.append(HashLists(lists, config.hash_lists.max_distance))
     steps.append(Readable())
     steps += [step for step in (config.caption_rules, config.image_rules) if step is not None]
+    if config.near_duplicates is not None:
+        weights = config.near_duplicates.sscd
+        embedder = LowFrequencies() if weights is None else SSCD.of_file(locate(weights))
+        steps.append(NearDuplicates(config.near_duplicates, embedder))
     if config.resampling is not None:
         vocabulary = Vocabulary.of_texts(read_texts(locate(config.resampling.text)))
         steps.append(Resampling(config.resampling, vocabulary, config.seed))

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from data_prep.deciding import walk
 from data_prep.ledger import stats
+from data_prep.near_duplicates import NearDuplicates, describe
 from data_prep.pool import Source, picture_bytes
 from data_prep.resampling import Resampling, frequencies
 from data_prep.steps import Rule, Step
@@ -55,12 +56,14 @@ def write_report(work: Path, steps: Sequence[Step], sources: dict[str, tuple[Sou
     Args:
         sources: as the stored set names them -> the source and its local place.
     """
-    funnel, dials, ngrams = [], [], []
-    for step, pairs, _ in walk(work / "set", steps):
+    funnel, dials, ngrams, duplicates = [], [], [], []
+    for step, pairs, said in walk(work / "set", steps):
         funnel.append((step.name if step is not None else "kept", pairs.num_rows))
         if step is None:
             break
         dials += [_dial(step, rule, pairs) for rule in step.rules(pairs, work / "set" / step.name) if rule.option]
+        if isinstance(step, NearDuplicates):
+            duplicates = describe(said, work / "set" / step.name)
         if isinstance(step, Resampling):
             ngrams = _most_thinned(step, pairs, step.rules(pairs, work / "set" / step.name))
     dials = [dial for dial in dials if np.isfinite(dial.rule.values).any()]
@@ -73,6 +76,7 @@ def write_report(work: Path, steps: Sequence[Step], sources: dict[str, tuple[Sou
         _reasons(stats(work)),
         "<h2>Thresholds</h2>",
         *(_section(dial, shown) for dial in dials),
+        _sentences("Near duplicates", duplicates),
         _ngram_table(ngrams),
     ]
     temporary = work / f".{REPORT_NAME}.new"
@@ -182,6 +186,10 @@ def _histogram(rule: Rule) -> str:
         f"<text x={width} y={height + 16} text-anchor=end>{high:.4g}</text>"
         f"<text x={x:.1f} y={height + 16} text-anchor=middle fill=#c33>{rule.threshold:.4g}</text></g></svg>"
     )
+
+
+def _sentences(title: str, lines: list[str]) -> str:
+    return f"<h2>{title}</h2><p>{'<br>'.join(map(html.escape, lines))}</p>" if lines else ""
 
 
 def _ngram_table(ngrams: list[tuple[str, int, int]]) -> str:
