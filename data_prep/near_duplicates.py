@@ -252,10 +252,12 @@ def describe(said: pa.Table, state: Path) -> list[str]:
     ]
     gone = said.filter(pc.field("decision") == "drop")
     if gone.num_rows:
-        sizes = gone.group_by("component_id").aggregate([("survivor_id", "count_distinct"), ([], "count_all")])
-        pairs = np.sort(sizes["count_all"].to_numpy() + sizes["survivor_id_count_distinct"].to_numpy())[::-1]
+        sizes = gone["component_id"].value_counts().field("counts").to_numpy()
+        largest = ", ".join(f"{size:,}" for size in np.sort(sizes)[::-1][:10])
+        stay = pc.count_distinct(gone["survivor_id"]).as_py()
         lines += [
-            f"{len(pairs):,} components; pairs in the largest: {', '.join(f'{size:,}' for size in pairs[:10])}",
+            f"{gone.num_rows:,} pairs go for {stay:,} that stay, in {len(sizes):,} components; "
+            f"of the largest go {largest}",
             f"smallest similarity to the pair that stays: {pc.min(gone['similarity']).as_py():.4f}",
         ]
     return lines

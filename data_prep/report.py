@@ -28,6 +28,7 @@ BINS = 40
 AT_THE_BORDER = 6  # pairs shown on either side of a threshold
 THUMBNAIL = 96  # px
 NGRAMS = 20
+TWINS = 12  # near duplicates shown beside what stays for them
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -56,18 +57,19 @@ def write_report(work: Path, steps: Sequence[Step], sources: dict[str, tuple[Sou
     Args:
         sources: as the stored set names them -> the source and its local place.
     """
-    funnel, dials, ngrams, duplicates = [], [], [], []
+    funnel, dials, ngrams, duplicates, twins = [], [], [], [], []
     for step, pairs, said in walk(work / "set", steps):
         funnel.append((step.name if step is not None else "kept", pairs.num_rows))
         if step is None:
             break
         dials += [_dial(step, rule, pairs) for rule in step.rules(pairs, work / "set" / step.name) if rule.option]
         if isinstance(step, NearDuplicates):
-            duplicates = describe(said, work / "set" / step.name)
+            duplicates, twins = describe(said, work / "set" / step.name), _least_alike(pairs, said)
         if isinstance(step, Resampling):
             ngrams = _most_thinned(step, pairs, step.rules(pairs, work / "set" / step.name))
     dials = [dial for dial in dials if np.isfinite(dial.rule.values).any()]
-    shown = _Pictures(work / "set", sources, svg_size, {pair for dial in dials for pair, _ in dial.dropped + dial.kept})
+    ids = {pair for dial in dials for pair, _ in dial.dropped + dial.kept} | {pair for two in twins for pair in two[:2]}
+    shown = _Pictures(work / "set", sources, svg_size, ids)
     parts = [
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(work.name)}: curation</title>",
         f"<style>{_STYLE}</style><h1>{funnel[0][1]:,} pairs, {funnel[-1][1]:,} kept</h1>",
@@ -76,7 +78,7 @@ def write_report(work: Path, steps: Sequence[Step], sources: dict[str, tuple[Sou
         _reasons(stats(work)),
         "<h2>Thresholds</h2>",
         *(_section(dial, shown) for dial in dials),
-        _sentences("Near duplicates", duplicates),
+        _twins(duplicates, twins, shown),
         _ngram_table(ngrams),
     ]
     temporary = work / f".{REPORT_NAME}.new"
@@ -188,8 +190,23 @@ def _histogram(rule: Rule) -> str:
     )
 
 
-def _sentences(title: str, lines: list[str]) -> str:
-    return f"<h2>{title}</h2><p>{'<br>'.join(map(html.escape, lines))}</p>" if lines else ""
+def _least_alike(pairs: pa.Table, said: pa.Table) -> list[tuple[str, str, float]]:
+    """(pair that goes, pair that stays for it, their similarity), those least alike first."""
+    gone = said.filter(pc.field("decision") == "drop").sort_by([("similarity", "ascending"), ("row", "ascending")])
+    gone = gone.slice(0, TWINS)
+    ids = pairs["id"].take(gone["row"]).to_pylist()
+    return list(zip(ids, gone["survivor_id"].to_pylist(), gone["similarity"].to_pylist(), strict=True))
+
+
+def _twins(lines: list[str], twins: list[tuple[str, str, float]], shown: _Pictures) -> str:
+    if not lines:
+        return ""
+    both = [
+        f"<div class=border>{shown.figure(gone, similarity)}{shown.figure(stays, 1.0)}</div>"
+        for gone, stays, similarity in twins
+    ]
+    head = "<h2>Near duplicates</h2><p>" + "<br>".join(map(html.escape, lines))
+    return f"{head}<p>Least alike: what goes, and what stays for it.</p><div class=border>{''.join(both)}</div>"
 
 
 def _ngram_table(ngrams: list[tuple[str, int, int]]) -> str:
