@@ -47,7 +47,7 @@ class NearDuplicatesConfig:
     sscd: str | None = None
     threshold: float | None = None
     floor: float | None = None
-    num_probes: int = 64
+    num_probes: int = 32
     max_component: int = 100
 
     def __post_init__(self):
