@@ -22,6 +22,7 @@ from mm.training.data import RecordDataset, Source, readable_samples
 from mm.training.flops import contrastive_flops, matmul_rate
 from mm.training.loop import train
 from mm.training.objectives import ContrastiveModel, ContrastiveObjective, Pair, TextTowerConfig, initialise_encoder
+from mm.training.optimizer import apply_rates
 from mm.training.parallel import Ranks
 from shards.format import Record
 from vision.encoder import EncoderLayer, VisionEncoder, VisionEncoderConfig
@@ -73,7 +74,9 @@ def pretrain_image_encoder(config: PretrainImageEncoder) -> None:
     tokenizer = open_clip.SimpleTokenizer(context_length=config.text.context)
     prepare = partial(pair_of, tokenizer=tokenizer, tile_size=config.encoder.tile_size, max_tiles=max_tiles)
     dataset = RecordDataset(config.data, prepare)
-    objective = ContrastiveObjective(partial(contrastive_flops, encoder=config.encoder, text=config.text))
+    trained = apply_rates(model, config.training.rates)
+    flops = partial(contrastive_flops, encoder=config.encoder, text=config.text, trained=trained)
+    objective = ContrastiveObjective(flops)
     evaluate = None
     if config.validation:
         held_out = RecordDataset([config.validation], prepare)

@@ -17,7 +17,7 @@ from mm.model import MultimodalModel
 from mm.processor import Processor
 from mm.training.config import TrainingConfig
 from mm.training.data import RecordDataset, Source, readable_samples
-from mm.training.flops import batch_flops, matmul_rate, text_token_cost
+from mm.training.flops import Learning, batch_flops, matmul_rate, text_token_cost
 from mm.training.loop import train
 from mm.training.objectives import NextTokenObjective
 from mm.training.optimizer import apply_rates
@@ -64,8 +64,8 @@ def train_adapters(
             'put "language_model.*": null before the other patterns'
         )
     dataset = RecordDataset(config.data, processor.record_example)
-    encoder_trains = any(name.startswith("vision_encoder.") for name in rates)
-    objective = NextTokenObjective(partial(batch_flops, config=model.config, encoder_trains=encoder_trains))
+    learning = Learning.of(rates, model.config)
+    objective = NextTokenObjective(partial(batch_flops, config=model.config, learning=learning))
     if new and model.config.image_adapter.fit_inputs:
         model.fit_inputs(objective.collate(readable_samples(dataset, FITTED_SAMPLES)))
     evaluate = None

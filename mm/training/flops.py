@@ -3,11 +3,11 @@
 Matrix products are counted, 2 operations per multiplication and addition, as `torch.utils.flop_counter` does:
 normalisations and activations are below 1%. A product y = W x costs once more where x needs a gradient and once more
 where W trains; so a frozen layer costs 4 operations per parameter and token, a trained one 6, and layers below the
-first block 2, since nothing under them learns.
+first that learns 2, since no gradient goes there.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -40,6 +40,41 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Learning:
+    """Which weights learn, as far as the number of operations goes by it; the language model's never do.
+
+    Attributes:
+        encoder, projection: whether any of their weights learn.
+        blocks: of each cross-attention block, whether any weights of its attention, and of its feed-forward, learn;
+            the norm before them and the gate behind them are taken to learn with them.
+    """
+
+    encoder: bool
+    projection: bool
+    blocks: tuple[tuple[bool, bool], ...]
+
+    @classmethod
+    def of(cls, names: Collection[str], config: ModelConfig) -> "Learning":
+        """Args: names: of the parameters that train."""
+
+        def any_under(*prefixes: str) -> bool:
+            return any(name.startswith(prefixes) for name in names)
+
+        blocks = []
+        for number in range(_num_blocks(config)):
+            block = f"image_adapter.blocks.{number}."
+            attention = any_under(*(block + part for part in ("input_layernorm.", "cross_attn.", "gate_attn")))
+            feed_forward = any_under(*(block + part for part in ("post_attention_layernorm.", "mlp.", "gate_ffn")))
+            blocks.append((attention, feed_forward))
+        return cls(any_under("vision_encoder."), any_under("image_adapter.projection."), tuple(blocks))
+
+    @classmethod
+    def all(cls, config: ModelConfig, encoder: bool = True) -> "Learning":
+        """The whole image adapter, with the encoder or without it."""
+        return cls(encoder, True, ((True, True),) * _num_blocks(config))
+
+
+@dataclass(frozen=True)
 class Flops:
     """Operations of a pass, by part; "image_adapter" holds the projection and the blocks."""
 
@@ -60,8 +95,8 @@ class Parameters:
     frozen: int
 
 
-def parameters(config: ModelConfig, rates: Mapping[str, float | None]) -> dict[str, Parameters]:
-    """Trained and frozen parameters of each part, by the names that `rates` give.
+def parameters(config: ModelConfig, rates: Mapping[str, float | None]) -> tuple[dict[str, Parameters], Learning]:
+    """Trained and frozen parameters of each part, and what learns, by the names that `rates` give.
 
     Raises:
         ValueError: rates that do not fit the model, see `mm.training.optimizer.apply_rates`.
@@ -72,7 +107,7 @@ def parameters(config: ModelConfig, rates: Mapping[str, float | None]) -> dict[s
     counts = {part: [0, 0] for part in PARTS}
     for name, parameter in model.named_parameters():
         counts[name.partition(".")[0]][name not in trained] += parameter.numel()
-    return {part: Parameters(*pair) for part, pair in counts.items() if any(pair)}
+    return {part: Parameters(*pair) for part, pair in counts.items() if any(pair)}, Learning.of(trained, config)
 
 
 def forward_flops(config: ModelConfig, rows: Sequence[Row]) -> Flops:
@@ -80,21 +115,22 @@ def forward_flops(config: ModelConfig, rows: Sequence[Row]) -> Flops:
 
     Rows are padded to the longest, in text for all and in vision tokens for those with images.
     """
-    return _flops(config, rows, encoder=None, adapter=None)
+    return _flops(config, rows, Learning(False, False, ((False, False),) * _num_blocks(config)))
 
 
 def training_flops(
-    config: ModelConfig, rows: Sequence[Row], encoder_trains: bool = True, recomputed: bool = False
+    config: ModelConfig, rows: Sequence[Row], learning: Learning | None = None, recomputed: bool = False
 ) -> Flops:
-    """Of a forward and a backward pass: image adapter trained, language model frozen.
+    """Of a forward and a backward pass.
 
     Args:
+        learning: None: the encoder and the whole image adapter learn.
         recomputed: count too what `checkpoint_activations` adds: layers with a backward pass run forward once more.
     """
-    return _flops(config, rows, encoder=encoder_trains, adapter=True, again=int(recomputed))
+    return _flops(config, rows, Learning.all(config) if learning is None else learning, again=int(recomputed))
 
 
-def batch_flops(batch: Batch, config: ModelConfig, encoder_trains: bool) -> int:
+def batch_flops(batch: Batch, config: ModelConfig, learning: Learning) -> int:
     """`training_flops` of what a batch holds."""
     targets = (batch.labels[:, 1:] != IGNORED).sum(1).tolist()
     tiles = iter(batch.images)
@@ -102,15 +138,23 @@ def batch_flops(batch: Batch, config: ModelConfig, encoder_trains: bool) -> int:
         Row(tokens, wanted, tuple(image.num_tiles for image in islice(tiles, number)))
         for tokens, wanted, number in zip(batch.lengths.tolist(), targets, batch.images_per_row, strict=True)
     ]
-    return training_flops(config, rows, encoder_trains).total
+    return training_flops(config, rows, learning).total
 
 
-def contrastive_flops(batch: PairBatch, encoder: VisionEncoderConfig, text: TextTowerConfig) -> int:
-    """Of a forward and a backward pass over pairs, as if both towers trained; comparing the pairs is not counted."""
-    images = sum(_encoder_flops(encoder, tiles.num_tiles, trained=True, again=0) for tiles in batch.images)
+def contrastive_flops(
+    batch: PairBatch, encoder: VisionEncoderConfig, text: TextTowerConfig, trained: Collection[str]
+) -> int:
+    """Of a forward and a backward pass over pairs; comparing the pairs is not counted.
+
+    Args:
+        trained: names of the parameters that train; of a tower that learns, all are taken to.
+    """
+    seeing, reading = (any(name.startswith(tower) for name in trained) for tower in ("vision_encoder.", "text_tower."))
+    images = sum(_encoder_flops(encoder, tiles.num_tiles, seeing, again=0) for tiles in batch.images)
+    images += len(batch.images) * 2 * encoder.hidden_size * text.embedding_size * (1 + 2 * seeing)
     layer = 24 * text.context * text.hidden_size**2 + 4 * text.context**2 * text.hidden_size
-    projections = 2 * (encoder.hidden_size + text.hidden_size) * text.embedding_size
-    return images + 3 * len(batch.images) * (text.num_layers * layer + projections)
+    tower = text.num_layers * layer + 2 * text.hidden_size * text.embedding_size
+    return images + len(batch.images) * tower * (1 + 2 * reading)
 
 
 @cache
@@ -149,46 +193,66 @@ def text_token_cost(config: ModelConfig) -> float:
     return (flops(128, 1) - flops(64, 1)) / 64 / vision_token
 
 
-def _flops(
-    config: ModelConfig, rows: Sequence[Row], encoder: bool | None, adapter: bool | None, again: int = 0
-) -> Flops:
-    """`encoder`, `adapter`: whether they train; None for `adapter`: forward only. `again`: forward passes more."""
-    backward = adapter is not None
-    lm, positions = config.language_model, ()
-    if config.image_adapter is not None:
-        positions = config.image_adapter.block_positions(lm.num_layers)
-    text = len(rows) * max(row.tokens for row in rows)
-    seeing = [row for row in rows if row.tiles]
-    first = positions[0] if seeing and positions else lm.num_layers + 1
+def _num_blocks(config: ModelConfig) -> int:
+    return (
+        0
+        if config.image_adapter is None
+        else len(config.image_adapter.block_positions(config.language_model.num_layers))
+    )
 
+
+def _flops(config: ModelConfig, rows: Sequence[Row], learning: Learning, again: int = 0) -> Flops:
+    """`again`: forward passes more, of what has a backward pass."""
+    seeing = [row for row in rows if row.tiles]
+    seen, blocks, first = 0, 0, None  # first: LM layers below the first gradient
+    if seeing:
+        seen = sum(
+            _encoder_flops(config.vision_encoder, tiles, learning.encoder, again)
+            for row in seeing
+            for tiles in row.tiles
+        )
+        blocks, first = _adapter_flops(config, rows, learning, again)
+    lm = config.language_model
+    text, longest = len(rows) * max(row.tokens for row in rows), max(row.tokens for row in rows)
     query, key = lm.num_heads * lm.head_dim, lm.num_kv_heads * lm.head_dim
     products = 2 * lm.hidden_size * (2 * query + 2 * key + 3 * lm.intermediate_size) * text
-    attention = 4 * text * max(row.tokens for row in rows) * query
-    above = max(0, lm.num_layers - first)
-    below = lm.num_layers - above
-    language = below * (products + attention)
-    language += above * (products * (1 + backward + again) + attention * (1 + 2 * backward + again))
+    attention = 4 * text * longest * query
     head = 2 * lm.hidden_size * lm.vocab_size * sum(row.targets for row in rows)
-    language += head * (1 + (backward and first <= lm.num_layers))
-    if not seeing:
-        return Flops(language_model=language)
-
-    trains = backward and bool(encoder)
-    seen = sum(_encoder_flops(config.vision_encoder, tiles, trains, again) for row in seeing for tiles in row.tiles)
-    per_tile = config.vision_encoder.tokens_per_tile
-    vision = sum(per_tile * sum(row.tiles) for row in seeing)
-    widest = max(per_tile * sum(row.tiles) for row in seeing)
-    tokens = len(seeing) * max(row.tokens for row in rows)
-    blocks = 2 * config.vision_encoder.feature_size * lm.hidden_size * vision * (1 + backward + trains)
-    width = config.image_adapter.intermediate_size or lm.intermediate_size
-    passes = 1 + 2 * backward + again
-    for number in range(len(positions)):
-        into = passes - (backward and number == 0)  # below the first block nothing takes a gradient
-        blocks += 2 * tokens * lm.hidden_size * query * (into + passes)
-        blocks += 4 * vision * lm.hidden_size * key * passes
-        blocks += 4 * tokens * widest * query * passes
-        blocks += 6 * tokens * lm.hidden_size * width * passes
+    language = lm.num_layers * (products + attention) + head
+    if first is not None:
+        language += (lm.num_layers - first) * (products * (1 + again) + attention * (2 + again)) + head
     return Flops(seen, blocks, language)
+
+
+def _adapter_flops(config: ModelConfig, rows: Sequence[Row], learning: Learning, again: int) -> tuple[int, int | None]:
+    """Of the projection and the blocks, which rows without images pass by; and the number of LM layers below the first
+    gradient."""
+    lm, encoder = config.language_model, config.vision_encoder
+    vision = encoder.tokens_per_tile * sum(sum(row.tiles) for row in rows)
+    widest = encoder.tokens_per_tile * max(sum(row.tiles) for row in rows)
+    tokens = sum(bool(row.tiles) for row in rows) * max(row.tokens for row in rows)
+    query, key = lm.num_heads * lm.head_dim, lm.num_kv_heads * lm.head_dim
+    to_query, to_keys_values = 2 * tokens * lm.hidden_size * query, 4 * vision * lm.hidden_size * key
+    product = 2 * tokens * widest * query  # of queries and keys, or of weights and values
+    fed = 6 * tokens * lm.hidden_size * (config.image_adapter.intermediate_size or lm.intermediate_size)
+
+    into_vision = learning.encoder or learning.projection
+    flops = 2 * encoder.feature_size * lm.hidden_size * vision * (1 + learning.encoder + learning.projection)
+    into_text, first = False, None
+    for position, (attention, feed_forward) in zip(
+        config.image_adapter.block_positions(lm.num_layers), learning.blocks, strict=True
+    ):
+        queries, keys = into_text or attention, into_vision or attention  # whether a gradient goes there
+        into_text = queries or keys
+        flops += to_query * (2 + queries + into_text + 2 * attention)  # with the projection of what was attended to
+        flops += to_keys_values * (1 + into_vision + attention)
+        flops += product * (2 + into_text + queries + 2 * keys)
+        into_text = into_text or feed_forward
+        flops += fed * (1 + into_text + feed_forward)
+        if into_text:
+            flops += again * (2 * to_query + to_keys_values + 2 * product + fed)
+            first = position if first is None else first
+    return flops, first
 
 
 def _encoder_flops(encoder: VisionEncoderConfig, tiles: int, trained: bool, again: int) -> int:

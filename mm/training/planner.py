@@ -14,7 +14,7 @@ from pathlib import Path
 from mm.config import ModelConfig
 from mm.training.config import TrainingConfig
 from mm.training.data import RecordDataset, Source
-from mm.training.flops import Flops, Parameters, Row, parameters, training_flops
+from mm.training.flops import Flops, Learning, Parameters, Row, parameters, training_flops
 from mm.training.memory import RankBytes, ShapeModel, StepBytes
 from mm.training.parallel import Layout
 from mm.training.pipeline import stages_of
@@ -52,10 +52,10 @@ class Samples:
     def row(self, tiles: int) -> Row:
         return Row(self.tokens, self.tokens - 1, (tiles,) if tiles else ())
 
-    def flops(self, config: ModelConfig, encoder_trains: bool, recomputed: bool = False) -> Flops:
+    def flops(self, config: ModelConfig, learning: Learning, recomputed: bool = False) -> Flops:
         """`training_flops` of a sample, on average."""
         costs = [
-            (share, training_flops(config, [self.row(tiles)], encoder_trains, recomputed))
+            (share, training_flops(config, [self.row(tiles)], learning, recomputed))
             for tiles, share in self.tiles.items()
         ]
         return Flops(*(round(sum(share * vars(cost)[part] for share, cost in costs)) for part in vars(Flops())))
@@ -116,8 +116,7 @@ class Arrangements:
         self, config: ModelConfig, training: TrainingConfig, samples: Samples, gpus: int, rate: float | None
     ) -> None:
         self.config, self.training, self.samples, self.gpus, self.rate = config, training, samples, gpus, rate
-        self.parameters = parameters(config, training.rates)
-        self.encoder_trains = self.parameters["vision_encoder"].trained > 0
+        self.parameters, self.learning = parameters(config, training.rates)
         self._models: dict[tuple[int, int], list[ShapeModel]] = {}
         self._steps: dict[tuple[ShapeModel, int, bool], StepBytes] = {}
 
@@ -136,7 +135,7 @@ class Arrangements:
         speed = None
         if self.rate is not None:
             waiting = (micro_batches + layout.pipeline - 1) / micro_batches  # a pipeline fills and drains
-            flops = self.samples.flops(self.config, self.encoder_trains, recomputed).total
+            flops = self.samples.flops(self.config, self.learning, recomputed).total
             speed = self.gpus * self.rate / flops / waiting
         return Arrangement(layout, size, recomputed, max(held, key=lambda one: one.total), speed)
 
@@ -366,8 +365,8 @@ def plan(
         training.compute,
         samples,
         ways.parameters,
-        samples.flops(config, ways.encoder_trains),
-        samples.flops(config, ways.encoder_trains, recomputed=True),
+        samples.flops(config, ways.learning),
+        samples.flops(config, ways.learning, recomputed=True),
         [ways.of(layout, size, recomputed) for recomputed in (own, not own)],
         found,
         least,

@@ -14,6 +14,7 @@ from mm.batch import IGNORED
 from mm.training.adapters import LAYERS
 from mm.training.config import TrainingConfig
 from mm.training.flops import (
+    Learning,
     Row,
     batch_flops,
     contrastive_flops,
@@ -64,18 +65,44 @@ def counted(work) -> int:
 
 
 @pytest.mark.parametrize("name", BATCHES)
-@pytest.mark.parametrize("encoder_trains", [True, False])
-def test_operations_are_those_that_pytorch_counts(build_model, wide_config, random_tiles, name, encoder_trains):
+@pytest.mark.parametrize("encoder", [True, False])
+def test_operations_are_those_that_pytorch_counts(build_model, wide_config, random_tiles, name, encoder):
     rows = BATCHES[name]
     model = copy.deepcopy(build_model(wide_config))
-    apply_rates(model, {**FROZEN, "vision_encoder.*": 1e-3 if encoder_trains else None, "*": 1e-3})
+    apply_rates(model, {**FROZEN, "vision_encoder.*": 1e-3 if encoder else None, "*": 1e-3})
     batch = mm.collate(samples_of(rows, wide_config, random_tiles))
     with torch.no_grad():
         forward = counted(lambda: next_token_loss(model, batch))
     assert forward_flops(wide_config, rows).total == pytest.approx(forward, rel=0.02)
     training = counted(lambda: next_token_loss(model, batch).backward())
-    assert training_flops(wide_config, rows, encoder_trains).total == pytest.approx(training, rel=0.02)
+    learning = Learning.all(wide_config, encoder)
+    assert training_flops(wide_config, rows, learning).total == pytest.approx(training, rel=0.02)
     assert training > 1.5 * forward
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        ["image_adapter.blocks.1.mlp.*", "image_adapter.blocks.1.post_attention_layernorm.*"],
+        ["image_adapter.blocks.0.mlp.*", "image_adapter.blocks.0.post_attention_layernorm.*"],
+        ["image_adapter.blocks.1.cross_attn.*"],
+        ["image_adapter.blocks.0.cross_attn.*", "image_adapter.blocks.1.mlp.*"],
+        ["image_adapter.projection.*"],
+        ["image_adapter.projection.*", "image_adapter.blocks.1.*"],
+        ["vision_encoder.*"],
+    ],
+)
+def test_what_is_frozen_costs_less(build_model, wide_config, random_tiles, patterns, recomputed):
+    rows = BATCHES["several images"]
+    model = copy.deepcopy(build_model(wide_config))
+    trained = apply_rates(model, {**dict.fromkeys(patterns, 1e-3), "*": None})
+    batch = mm.collate(samples_of(rows, wide_config, random_tiles))
+    with recomputed_layers(model, LAYERS, TrainingConfig(1, 1, checkpoint_activations=recomputed)):
+        training = counted(lambda: next_token_loss(model, batch).backward())
+    learning = Learning.of(trained, wide_config)
+    assert training_flops(wide_config, rows, learning, recomputed).total == pytest.approx(training, rel=0.02)
+    assert training < training_flops(wide_config, rows, recomputed=recomputed).total
 
 
 def test_a_text_token_costs_so_many_vision_tokens(build_model, wide_config, random_tiles):
@@ -103,33 +130,37 @@ def test_an_encoder_that_pads_computes_its_padding(build_model, wide_config, ran
     assert training_flops(config, rows).total == pytest.approx(training, rel=0.02)
 
 
-@pytest.mark.parametrize("encoder_trains", [True, False])
-def test_layers_that_are_computed_anew_are_counted_once_more(build_model, wide_config, random_tiles, encoder_trains):
+@pytest.mark.parametrize("encoder", [True, False])
+def test_layers_that_are_computed_anew_are_counted_once_more(build_model, wide_config, random_tiles, encoder):
     rows = BATCHES["text beside"]
     model = copy.deepcopy(build_model(wide_config))
-    apply_rates(model, {**FROZEN, "vision_encoder.*": 1e-3 if encoder_trains else None, "*": 1e-3})
+    apply_rates(model, {**FROZEN, "vision_encoder.*": 1e-3 if encoder else None, "*": 1e-3})
     batch = mm.collate(samples_of(rows, wide_config, random_tiles))
     with recomputed_layers(model, LAYERS, TrainingConfig(1, 1, checkpoint_activations=True)):
         training = counted(lambda: next_token_loss(model, batch).backward())
-    expected = training_flops(wide_config, rows, encoder_trains, recomputed=True).total
+    learning = Learning.all(wide_config, encoder)
+    expected = training_flops(wide_config, rows, learning, recomputed=True).total
     assert expected == pytest.approx(training, rel=0.02)
-    assert expected > 1.1 * training_flops(wide_config, rows, encoder_trains).total
+    assert expected > 1.1 * training_flops(wide_config, rows, learning).total
 
 
 def test_a_batch_tells_what_its_rows_hold(wide_config, random_tiles):
     for rows in BATCHES.values():
         batch = mm.collate(samples_of(rows, wide_config, random_tiles))
-        for encoder_trains in (True, False):
-            expected = training_flops(wide_config, rows, encoder_trains).total
-            assert batch_flops(batch, wide_config, encoder_trains) == expected
+        for learning in (Learning.all(wide_config), Learning.all(wide_config, encoder=False)):
+            expected = training_flops(wide_config, rows, learning).total
+            assert batch_flops(batch, wide_config, learning) == expected
 
 
-def test_operations_on_pairs_are_those_that_pytorch_counts(tiny_config, make_pairs):
+@pytest.mark.parametrize("frozen", [(), ("vision_encoder.",), ("text_tower.",)])
+def test_operations_on_pairs_are_those_that_pytorch_counts(tiny_config, make_pairs, frozen):
     objective, text = ContrastiveObjective(), TextTowerConfig(64, 2, 4, 8, embedding_size=48)
     model = ContrastiveModel(tiny_config.vision_encoder, text)
+    trained = apply_rates(model, {**{f"{tower}*": None for tower in frozen}, "*": 1e-3})
     batch = objective.collate(make_pairs(4))
     training = counted(lambda: objective.loss(model, batch).backward())
-    assert contrastive_flops(batch, tiny_config.vision_encoder, text) == pytest.approx(training, rel=0.02)
+    expected = contrastive_flops(batch, tiny_config.vision_encoder, text, trained)
+    assert expected == pytest.approx(training, rel=0.02)
 
 
 def test_the_rate_is_that_of_the_fastest_product(monkeypatch):
@@ -156,7 +187,8 @@ def test_the_encoder_of_the_paper_costs_what_the_paper_lets_one_expect():
 
 
 def test_parameters_are_counted_by_part(wide_config):
-    counts = parameters(wide_config, {**FROZEN, "vision_encoder.*": None, "*": 1e-3})
+    counts, learning = parameters(wide_config, {**FROZEN, "vision_encoder.*": None, "*": 1e-3})
+    assert learning == Learning.all(wide_config, encoder=False)
     model = mm.MultimodalModel(wide_config)
     assert counts["vision_encoder"].trained == 0 and counts["image_adapter"].frozen == 0
     assert counts["image_adapter"].trained == sum(p.numel() for p in model.image_adapter.parameters())
