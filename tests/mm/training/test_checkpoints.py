@@ -21,6 +21,7 @@ from mm.training.checkpoints import Checkpoints
 from mm.training.data import Position, steps
 from mm.training.loop import train
 from mm.training.objectives import NextTokenObjective
+from tests.mm.training.launch import launch
 
 PROGRAM = Path(__file__).with_name("checkpoint_ranks.py")
 specification = importlib.util.spec_from_file_location("checkpoint_ranks", PROGRAM)
@@ -199,17 +200,10 @@ def test_the_saved_position_says_what_comes_next(model, samples, config, run, tm
     assert moved.steps == [order[11:16], order[16:21]]
 
 
-def start(folder: Path, size: int, **plan) -> subprocess.Popen:
+def planned(folder: Path, **plan) -> Path:
     folder.mkdir(exist_ok=True)
     torch.save({"layouts": False, "full": False, "runs": [], **plan}, folder / "plan.pt")
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), str(PROGRAM), str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    return subprocess.Popen([sys.executable, *command], env=environment, stderr=subprocess.PIPE, text=True)
-
-
-def finished(process: subprocess.Popen) -> None:
-    _, said = process.communicate(timeout=180)
-    assert process.returncode == 0, said[-4000:]
+    return folder
 
 
 @pytest.mark.slow
@@ -218,9 +212,11 @@ def test_any_number_and_layout_of_ranks_goes_on(model, samples, config, tmp_path
     folder = tmp_path / "ranks"
     settings = config(steps=6, batch_size=5, save_every=100, evaluate_every=2)
     plan = {"model": model, "samples": samples}
-    finished(start(folder, 4, layouts=True, runs=[("run", settings, 2)], **plan))
+    done = launch(PROGRAM, planned(folder, layouts=True, runs=[("run", settings, 2)], **plan), 4)
+    assert done.returncode == 0, done.said[-4000:]
     assert names(folder / "run") == ["step-00000002"]
-    finished(start(folder, 2, full=True, runs=[("run", settings, 2)], **plan))
+    done = launch(PROGRAM, planned(folder, full=True, runs=[("run", settings, 2)], **plan), 2)
+    assert done.returncode == 0, done.said[-4000:]
     assert names(folder / "run") == ["step-00000002", "step-00000004"]
     last = checkpoint_ranks.Noted(samples)
     train(model, NextTokenObjective(), last, settings, folder / "run", "test")
@@ -254,8 +250,10 @@ def test_two_ranks_interrupted_are_uninterrupted(model, samples, config, tmp_pat
     settings = config(steps=6, batch_size=5, save_every=100, evaluate_every=2)
     endless = replace(settings, steps=10_000, save_every=10_000)
     runs = [("whole", settings, None), ("parts", settings, 4), ("parts", settings, None), ("told", endless, None)]
-    folder = tmp_path / "ranks"
-    process = start(folder, 2, model=model, samples=samples, runs=runs)
+    folder = planned(tmp_path / "ranks", model=model, samples=samples, runs=runs)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(PROGRAM), str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    process = subprocess.Popen([sys.executable, *command], env=environment, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not (folder / "told" / "metrics.jsonl").exists():
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)

@@ -1,10 +1,7 @@
 """Several processes train as one does: FSDP2 and HSDP over gloo, with ranks that have no picture, or nothing at all."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +19,7 @@ from mm.training.guards import Guard
 from mm.training.loop import train, train_step
 from mm.training.objectives import ContrastiveObjective, NextTokenObjective
 from mm.training.optimizer import apply_rates
+from tests.mm.training.launch import launch
 from vision.encoder import VisionEncoder
 
 # Sums over ranks run in another order than in one process: fp32 rounding of gradients of size 1e-3 to 1.
@@ -31,18 +29,12 @@ UNITS = (DecoderLayer, VisionEncoder, CrossAttentionBlock)
 TOWERS = (VisionEncoder, open_clip.transformer.ResidualAttentionBlock)
 
 
-def start(folder: Path, size: int, program: Path = PROGRAM) -> subprocess.CompletedProcess:
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), str(program), str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
-
-
 def carry_out(folder: Path, size: int, samples, gradients=None, runs=(), objective=None, units=UNITS) -> None:
     folder.mkdir(exist_ok=True)
     plan = {"samples": samples, "gradients": gradients or {}, "runs": list(runs), "units": units}
     torch.save(plan | {"objective": objective or NextTokenObjective()}, folder / "plan.pt")
-    done = start(folder, size)
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = launch(PROGRAM, folder, size)
+    assert done.returncode == 0, done.said[-4000:]
 
 
 @pytest.fixture
@@ -196,8 +188,8 @@ def test_a_rank_that_does_not_come_is_named_in_seconds(tmp_path):
         "    else:\n"
         "        ranks.meet(2)\n"
     )
-    done = start(tmp_path, 2, program)
-    assert done.returncode != 0 and "rank 0 waited 2 s" in done.stderr and "1" in done.stderr.split("failed")[1][:200]
+    done = launch(program, tmp_path, 2)
+    assert done.returncode != 0 and "rank 0 waited 2 s" in done.said and "1" in done.said.split("failed")[1][:200]
 
 
 @pytest.mark.slow
@@ -208,5 +200,5 @@ def test_ranks_that_were_started_differently_are_named(tmp_path):
         "with joined() as ranks:\n"
         "    ranks.agree('configuration', {'rates': ranks.rank == 1})\n"
     )
-    done = start(tmp_path, 2, program)
-    assert done.returncode != 0 and "ranks 1 have another configuration than rank 0" in done.stderr
+    done = launch(program, tmp_path, 2)
+    assert done.returncode != 0 and "ranks 1 have another configuration than rank 0" in done.said

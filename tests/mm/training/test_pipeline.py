@@ -2,10 +2,7 @@
 
 import copy
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +24,7 @@ from mm.training.objectives import ContrastiveModel, NextTokenObjective, TextTow
 from mm.training.optimizer import apply_rates
 from mm.training.parallel import Layout
 from mm.training.pipeline import Stage, alike, cut, stages_of
+from tests.mm.training.launch import launch
 
 # Sums over micro-batches and ranks run in another order than in one pass: fp32 rounding of gradients of size 1e-3 to 1.
 CLOSE = {"rtol": 1e-3, "atol": 2e-6}
@@ -39,11 +37,9 @@ def carry_out(folder: Path, size: int, **plan) -> str:
     """What was said meanwhile."""
     folder.mkdir(exist_ok=True)
     torch.save(plan, folder / "plan.pt")
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), str(PROGRAM), str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-6000:]
-    return done.stderr
+    done = launch(PROGRAM, folder, size)
+    assert done.returncode == 0, done.said[-6000:]
+    return done.said
 
 
 @pytest.fixture

@@ -119,7 +119,9 @@ def test_tiles_are_those_that_the_index_tells(tiny_config, squares, tmp_path):
 def test_samples_without_a_picture_cost_their_text(tiny_config):
     mixed = Samples(12, {0: 0.5, 4: 0.5}, assumed=False)
     text, seeing = (training_flops(tiny_config, [Row(12, 11, tiles)]) for tiles in ((), (4,)))
-    assert mixed.flops(tiny_config, Learning.all(tiny_config)).total == pytest.approx((text.total + seeing.total) / 2, abs=2)
+    assert mixed.flops(tiny_config, Learning.all(tiny_config)).total == pytest.approx(
+        (text.total + seeing.total) / 2, abs=2
+    )
     assert mixed.largest == Row(12, 11, (4,)) and mixed.images == 0.5
 
 

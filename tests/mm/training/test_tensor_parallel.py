@@ -3,9 +3,6 @@ split; over gloo."""
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +18,7 @@ from mm.training.guards import Guard
 from mm.training.loop import train, train_step
 from mm.training.objectives import NextTokenObjective
 from mm.training.optimizer import apply_rates
+from tests.mm.training.launch import launch
 
 # Sums over ranks run in another order than in one process: fp32 rounding of gradients of size 1e-3 to 1.
 CLOSE = {"rtol": 1e-3, "atol": 2e-6}
@@ -30,10 +28,8 @@ PROGRAM = Path(__file__).with_name("tensor_ranks.py")
 def carry_out(folder: Path, size: int, steps=None, refused=None, runs=()) -> None:
     folder.mkdir(exist_ok=True)
     torch.save({"steps": steps or {}, "refused": refused or {}, "runs": list(runs)}, folder / "plan.pt")
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), str(PROGRAM), str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = launch(PROGRAM, folder, size)
+    assert done.returncode == 0, done.said[-4000:]
 
 
 @pytest.fixture
