@@ -32,7 +32,6 @@ from shards.writer import write_shards
 
 SETS = {
     "easy_vqa": ("easy-vqa", data_prep.easy_vqa.to_samples),
-    "easy_vqa_balanced": ("easy-vqa", data_prep.easy_vqa.to_balanced),
     "easy_vqa_captions": ("easy-vqa", data_prep.easy_vqa.to_captions),
     "openmoji": ("openmoji", data_prep.openmoji.to_samples),
     "tuxpaint": ("tuxpaint-stamps", data_prep.tuxpaint.to_samples),

@@ -35,35 +35,21 @@ def to_samples(folder: str | Path, dropped: list[tuple[str, str]] | None = None)
                 pictures[image] = _read(folder, name, dropped)
             if pictures[image] is None:
                 continue
-            yield _asked(make_id(f"easy-vqa/{part}/{number}"), _split(name), question, answer, pictures[image])
-
-
-def to_balanced(folder: str | Path, dropped: list[tuple[str, str]] | None = None) -> Iterator[Record]:
-    """Yields yes/no questions on training pictures, of each wording as many to be answered yes as no.
-
-    In the whole set a wording gives 85% of these answers away; here, who does not look gets half of them right.
-    Splits are those of `to_samples`; which questions stay is drawn by the hash of their place in the set.
-
-    Args and errors: as `to_samples`.
-    """
-    folder, dropped = Path(folder), [] if dropped is None else dropped
-    by_wording: dict[tuple[str, str], dict[str, list[tuple[str, int]]]] = {}
-    for number, (question, answer, image) in enumerate(_questions(folder / "train" / "questions.json")):
-        if answer in ("yes", "no"):
-            wording = by_wording.setdefault((_split(f"train/images/{image}.png"), question), {"yes": [], "no": []})
-            wording[answer].append((make_id(f"easy-vqa/balanced/{number}"), image))
-    chosen = {}
-    for (split, question), answered in by_wording.items():
-        count = min(map(len, answered.values()))
-        for answer, asked in answered.items():
-            for record_id, image in sorted(asked)[:count]:
-                chosen[record_id] = (split, question, answer, image)
-    pictures: dict[int, bytes | None] = {}
-    for record_id, (split, question, answer, image) in sorted(chosen.items()):
-        if image not in pictures:
-            pictures[image] = _read(folder, f"train/images/{image}.png", dropped)
-        if pictures[image] is not None:
-            yield _asked(record_id, split, question, answer, pictures[image])
+            record_id = make_id(f"easy-vqa/{part}/{number}")
+            content = {
+                "id": record_id,
+                "split": _split(name),
+                "task": "vqa",
+                "language": "en",
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [{"type": "image", "image": "png"}, {"type": "text", "text": question}],
+                    },
+                    {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+                ],
+            }
+            yield Record(record_id, content, {"png": pictures[image]})
 
 
 def to_captions(folder: str | Path, dropped: list[tuple[str, str]] | None = None) -> Iterator[Record]:
@@ -100,16 +86,6 @@ def to_conversations(folder: str | Path, dropped: list[tuple[str, str]] | None =
                 continue
             described = [] if caption is None else [(REQUEST, caption)]
             yield from conversations(f"easy-vqa/{name}", _split(name), {"png": picture}, [*turns, *described])
-
-
-def _asked(record_id: str, split: str, question: str, answer: str, picture: bytes) -> Record:
-    asked = [{"type": "image", "image": "png"}, {"type": "text", "text": question}]
-    messages = [
-        {"role": "user", "content": asked},
-        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-    ]
-    content = {"id": record_id, "split": split, "task": "vqa", "language": "en", "messages": messages}
-    return Record(record_id, content, {"png": picture})
 
 
 def _split(name: str) -> str:

@@ -16,7 +16,6 @@ from mm.batch import Visibility
 from mm.language_model import LanguageModelConfig
 
 FITTED_RMS = 1.0  # of what tells states apart; at 3, other tokens drive SwiGLU so far that the first losses are 5
-RENEWED_RMS = 3.0  # the same where one feed-forward starts anew above blocks that stay as they are: it learns sooner
 LARGEST_FACTOR = 60.0  # what says next to nothing, or never differs, is not blown up further
 
 
@@ -113,41 +112,16 @@ class CrossAttentionBlock(nn.Module):
         Args:
             x: hidden states where the block stands, [N, D], of the tokens before an answer.
         """
-        self.input_layernorm.weight.copy_(_equal_channels(x))
-        self._fit_feed_forward(x, FITTED_RMS)
-
-    @torch.no_grad()
-    def renew_feed_forward(self, x: Tensor) -> None:
-        """Start a trained block's feed-forward anew: its last matrix at 0, its first ones at random and fitted.
-
-        Its gate stays as it is. What was learnt while all below went on learning is hardly left again for something
-        better.
-
-        Args:
-            x: hidden states that the feed-forward reads, [N, D], of the tokens before an answer.
-        """
-        for matrix in (self.mlp.gate_proj, self.mlp.up_proj):
-            matrix.reset_parameters()
-        nn.init.zeros_(self.mlp.down_proj.weight)
-        self._fit_feed_forward(x, RENEWED_RMS)
-
-    def _fit_feed_forward(self, x: Tensor, size: float) -> None:
-        """Let `size` be the RMS, over tokens and channels, of what tells the states x [N, D] apart."""
-        weight = _equal_channels(x)
-        self.post_attention_layernorm.weight.copy_(weight)
-        read = nn.functional.rms_norm(x.float(), x.shape[-1:], weight)
-        mean = read.mean(0)
-        spread = (read - mean).square().mean().sqrt()
+        normed = nn.functional.rms_norm(x.float(), x.shape[-1:])
+        weight = (1 / normed.square().mean(0).sqrt()).clamp(max=LARGEST_FACTOR)
+        for norm in (self.input_layernorm, self.post_attention_layernorm):
+            norm.weight.copy_(weight)
+        mean = (normed * weight).mean(0)
+        spread = (normed * weight - mean).square().mean().sqrt()
         direction = mean / mean.norm()
         for matrix in (self.mlp.gate_proj.weight, self.mlp.up_proj.weight):
             centred = matrix - torch.outer(matrix @ direction, direction)
-            matrix.copy_(centred * (size / spread.clamp(min=1 / LARGEST_FACTOR)))
-
-
-def _equal_channels(x: Tensor) -> Tensor:
-    """Weights of an RMS norm, [D], that give each channel of x, [N, D], an RMS of 1."""
-    normed = nn.functional.rms_norm(x.float(), x.shape[-1:])
-    return (1 / normed.square().mean(0).sqrt()).clamp(max=LARGEST_FACTOR)
+            matrix.copy_(centred * (FITTED_RMS / spread.clamp(min=1 / LARGEST_FACTOR)))
 
 
 class ImageAdapter(nn.Module):

@@ -6,9 +6,6 @@
 Shapes: B rows, T text tokens, V vocabulary, D width of the language model, S vision tokens.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 
@@ -100,30 +97,20 @@ class MultimodalModel(nn.Module):
         Raises:
             ValueError: a batch without targets.
         """
-        asked = _before_answers(batch)
-        with _reading(self.image_adapter.blocks, lambda block, x: block.fit_inputs(x[asked])):
+        if batch.labels is None:
+            raise ValueError("fit_inputs is given samples without targets; it needs the tokens before some answers")
+        targets = batch.labels != IGNORED
+        asked = nn.functional.pad(targets[:, 1:] & ~targets[:, :-1], (0, 1))  # the next token begins an answer
+        blocks = self.image_adapter.blocks
+        hooks = [
+            block.register_forward_pre_hook(lambda block, inputs: block.fit_inputs(inputs[0][asked]))
+            for block in blocks
+        ]
+        try:
             self.hidden_states(batch)
-
-    @torch.no_grad()
-    def renew_feed_forwards(self, batch: Batch, numbers: Collection[int]) -> None:
-        """Start the feed-forwards of some cross-attention blocks anew; see `CrossAttentionBlock.renew_feed_forward`.
-
-        Args:
-            batch: samples with targets. numbers: of the blocks, from 0.
-
-        Raises:
-            ValueError: no such block, or a batch without pictures or targets.
-        """
-        blocks = self.image_adapter.blocks if self.image_adapter else ()
-        unknown = [number for number in numbers if not 0 <= number < len(blocks)]
-        if unknown:
-            raise ValueError(f"there is no cross-attention block {unknown[0]}; the model has {len(blocks)}, from 0")
-        if not batch.images:
-            raise ValueError("none of the samples that the new feed-forward would be fitted to has a picture")
-        asked = _before_answers(batch)[torch.tensor(batch.images_per_row, device=batch.tokens.device) > 0]
-        chosen = {blocks[number].post_attention_layernorm: blocks[number] for number in numbers}
-        with _reading(chosen, lambda norm, x: chosen[norm].renew_feed_forward(x[asked])):
-            self.hidden_states(batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens [B, T] -> [B, T, D], from the frozen table and the extra rows behind it."""
@@ -197,22 +184,3 @@ class MultimodalModel(nn.Module):
                     f"row {row} has {found} image tokens (id {config.image_token_id}) and {given} images; "
                     "put one token where each image stands"
                 )
-
-
-def _before_answers(batch: Batch) -> Tensor:
-    """Which tokens are followed by the beginning of an answer, bool [B, T]."""
-    if batch.labels is None:
-        raise ValueError("the samples have no targets; the tokens before some answers are needed")
-    targets = batch.labels != IGNORED
-    return nn.functional.pad(targets[:, 1:] & ~targets[:, :-1], (0, 1))
-
-
-@contextmanager
-def _reading(modules: Iterable[nn.Module], read: Callable[[nn.Module, Tensor], None]) -> Iterator[None]:
-    """Before each of the modules runs, hand it and its first input to `read`."""
-    hooks = [module.register_forward_pre_hook(lambda module, inputs: read(module, inputs[0])) for module in modules]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

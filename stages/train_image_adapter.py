@@ -34,7 +34,6 @@ class TrainImageAdapter:
         vision_encoder: a folder of `pretrain_image_encoder`, of `mm convert open-clip`, or an earlier run's.
         start_from: an earlier run or a Llama 3.2 Vision folder, in place of the two above: its encoder and its adapter
             train on (annealing), and its language model is copied into the new run.
-        renew_feed_forward: with start_from, numbers of the cross-attention blocks whose feed-forward starts anew.
         data: shards to learn from. validation: shards to report loss and accuracy on; null reports nothing.
         tile_size: another tile resolution than the encoder's; null keeps it.
         caption_prompt, chat_template, max_tiles: see `mm.processor.Processor`.
@@ -47,7 +46,6 @@ class TrainImageAdapter:
     language_model: str | None = None
     vision_encoder: str | None = None
     start_from: str | None = None
-    renew_feed_forward: tuple[int, ...] = ()
     adapter: ImageAdapterConfig = field(default_factory=ImageAdapterConfig)
     validation: Source | None = None
     validation_samples: int = 256
@@ -62,8 +60,7 @@ class TrainImageAdapter:
 def train_image_adapter(config: TrainImageAdapter) -> None:
     """Train the image encoder and the cross-attention blocks of a frozen language model."""
     model, processor = starting_point(config)
-    new = config.start_from is None
-    train_adapters(model, processor, config, "image adapter", new=new, renewed=config.renew_feed_forward)
+    train_adapters(model, processor, config, "image adapter", new=config.start_from is None)
     bundle = config.bundle or config.language_model is None
     if Ranks.here().first:
         save(config.output, model, processor, language_model=config.language_model, bundle=bundle)
@@ -77,8 +74,6 @@ def starting_point(config: TrainImageAdapter) -> tuple[MultimodalModel, Processo
             raise ValueError(
                 "name language_model and vision_encoder for a new adapter, or start_from for an earlier one"
             )
-        if config.renew_feed_forward:
-            raise ValueError("renew_feed_forward is for an earlier adapter, start_from: leave it out for a new one")
         language_model = mm.convert.llama.load(config.language_model, dtype=torch.float32)
         print(language_model.report)
         encoder = load_encoder(config.vision_encoder, tile_size=config.tile_size).float()

@@ -1,6 +1,6 @@
 """What the stages around a frozen language model share: data and evaluation around the loop, and the LM left alone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -44,19 +44,13 @@ class AdapterStage(Protocol):
 
 
 def train_adapters(
-    model: MultimodalModel,
-    processor: Processor,
-    config: AdapterStage,
-    name: str,
-    new: bool = False,
-    renewed: Sequence[int] = (),
+    model: MultimodalModel, processor: Processor, config: AdapterStage, name: str, new: bool = False
 ) -> None:
     """Train a model in place on records of `config.data`, its language model frozen.
 
     Args:
         name: of the stage, for the progress bar.
         new: the image adapter is untrained: fit it to the samples where its own configuration asks for that.
-        renewed: cross-attention blocks whose feed-forward starts anew, fitted to the samples.
 
     Raises:
         ValueError: rates that would train the language model, or as `mm.training.loop.train`.
@@ -74,9 +68,6 @@ def train_adapters(
     objective = NextTokenObjective(partial(batch_flops, config=model.config, learning=learning))
     if new and model.config.image_adapter.fit_inputs:
         model.fit_inputs(objective.collate(readable_samples(dataset, FITTED_SAMPLES)))
-    if renewed:
-        torch.manual_seed(config.training.seed)
-        model.renew_feed_forwards(objective.collate(readable_samples(dataset, FITTED_SAMPLES)), renewed)
     evaluate = None
     if config.validation:
         held_out = RecordDataset([config.validation], processor.record_example)

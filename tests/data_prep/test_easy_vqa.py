@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from data_prep.conversations import REQUEST
-from data_prep.easy_vqa import to_balanced, to_captions, to_conversations, to_samples
+from data_prep.easy_vqa import to_captions, to_conversations, to_samples
 from shards.format import check_record
 
 
@@ -45,21 +45,6 @@ def test_validation_is_some_training_pictures_with_all_their_questions(folder):
     splits = [record.json["split"] for record in to_samples(folder)]
     assert splits.count("test") == 10 and 0 < splits.count("validation") < 20
     assert splits == [record.json["split"] for record in to_samples(folder)]
-
-
-def test_of_each_wording_as_many_are_answered_yes_as_no(folder):
-    questions = [["is it red?", "yes" if i % 4 == 0 else "no", i] for i in range(200)]
-    questions += [["is it blue?", "no", i] for i in range(200)] + [["what is it?", "red", 7]]
-    (folder / "train" / "questions.json").write_text(json.dumps(questions))
-    records = list(to_balanced(folder))
-    for record in records:
-        check_record(record)
-    for split in ("train", "validation"):
-        rows = [question_and_answer(record) for record in records if record.json["split"] == split]
-        assert rows.count(("is it red?", "yes")) == rows.count(("is it red?", "no")) == len(rows) // 2
-    assert 90 < len(records) <= 100 and len({record.id for record in records}) == len(records)
-    splits = {record.media["png"]: record.json["split"] for record in to_samples(folder)}
-    assert all(splits[record.media["png"]] == record.json["split"] for record in records)
 
 
 def test_captions_come_from_the_answers_of_training_pictures_alone(folder):

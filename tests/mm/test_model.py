@@ -4,7 +4,6 @@ Equal to the bit where the same arithmetic runs on the same tensors; elsewhere w
 since fp32 sums taken in another order differ by about 1e-6 each.
 """
 
-import copy
 from dataclasses import replace
 
 import pytest
@@ -308,7 +307,7 @@ def test_fitting_reads_neither_padding_nor_other_tokens(build_model, tiny_config
     for one, other in zip(first.image_adapter.blocks, second.image_adapter.blocks, strict=True):
         torch.testing.assert_close(one.input_layernorm.weight, other.input_layernorm.weight, rtol=1e-4, atol=0)
         torch.testing.assert_close(one.mlp.up_proj.weight, other.mlp.up_proj.weight, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="have no targets"):
+    with pytest.raises(ValueError, match="without targets"):
         first.fit_inputs(mm.collate(samples))
 
 
@@ -318,35 +317,6 @@ def test_fitting_to_states_that_do_not_differ_blows_nothing_up(tiny_config):
         block = model.image_adapter.blocks[0]
         block.fit_inputs(torch.randn(1, tiny_config.language_model.hidden_size).expand(4, -1))
     assert all(weight.isfinite().all() and weight.abs().max() < 100 for weight in block.parameters())
-
-
-def test_a_renewed_feed_forward_adds_nothing_and_reads_what_differs(build_model, tiny_config, samples):
-    batch = answered([*samples, mm.Sample([5, 6, 7, 8])])  # among them a row without images
-    read = []
-    with torch.inference_mode(False), torch.no_grad():
-        before, model, silent = (copy.deepcopy(build_model(tiny_config)) for _ in range(3))
-        model.renew_feed_forwards(batch, [1])
-        silent.image_adapter.blocks[1].mlp.down_proj.weight.zero_()
-        torch.testing.assert_close(model(batch), silent(batch), rtol=0, atol=0)
-        block = model.image_adapter.blocks[1]
-        block.mlp.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
-        model(batch)
-    was = before.state_dict()
-    changed = {name for name, value in model.state_dict().items() if not value.equal(was[name])}
-    matrices = {f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
-    assert {name.rpartition("blocks.1.")[2] for name in changed} == {"post_attention_layernorm.weight", *matrices}
-    lengths = batch.host.lengths[torch.tensor(batch.images_per_row) > 0]
-    asked = read[0][torch.arange(len(lengths)), lengths - 3]  # the last two tokens are the answer
-    torch.testing.assert_close(asked.square().mean(0), torch.ones(asked.shape[1]), rtol=1e-3, atol=0)
-    torch.testing.assert_close(block.mlp.up_proj(asked.mean(0)), torch.zeros(96), rtol=0, atol=1e-4)
-
-
-def test_what_cannot_be_renewed_is_refused(build_model, tiny_config, samples):
-    model = build_model(tiny_config)
-    with pytest.raises(ValueError, match="no cross-attention block 3; the model has 3, from 0"):
-        model.renew_feed_forwards(answered(samples), [3])
-    with pytest.raises(ValueError, match="has a picture"):
-        model.renew_feed_forwards(answered([mm.Sample([5, 6, 7, 8])]), [0])
 
 
 def answered(samples, unanswered=0):

@@ -211,20 +211,6 @@ def test_a_new_adapter_is_fitted_to_the_language_model_where_asked(adapter_confi
     assert weights[True].std() > 0.1
 
 
-def test_the_feed_forward_of_a_block_starts_anew_above_an_earlier_run(adapter_config, run_folder, tmp_path):
-    earlier = mm.load(run_folder)[0].state_dict()
-    rates = {"image_adapter.blocks.1.mlp.*": 1e-3, "*": None}
-    named = {"start_from": str(run_folder), "language_model": None, "vision_encoder": None, "renew_feed_forward": [1]}
-    changes = {"adapter": {"positions": None}, "training": {"steps": 1, "rates": rates, "warmup_steps": 0}}
-    file, folder = adapter_config(**named, **changes)
-    main(["--config", str(file)])
-    renewed = mm.load(folder)[0]
-    for name, value in renewed.state_dict().items():
-        if not name.startswith(("image_adapter.blocks.1.mlp.", "image_adapter.blocks.1.post_attention_layernorm.")):
-            assert value.equal(earlier[name]), name
-    assert 0 < renewed.image_adapter.blocks[1].mlp.down_proj.weight.abs().max() < 2e-3  # one step from 0
-
-
 def test_another_tile_size(adapter_config):
     file, folder = adapter_config(tile_size=56, training={"steps": 1})
     main(["--config", str(file)])
@@ -346,7 +332,6 @@ def test_it_goes_on_from_an_earlier_model_at_another_resolution(adapter_config, 
             ["--start_from", "somewhere", "--language_model", "null", "--vision_encoder", "null"],
             "brings its own adapter",
         ),
-        (["--renew_feed_forward", "[1]"], "renew_feed_forward is for an earlier adapter"),
     ],
 )
 def test_a_start_is_named_in_one_way(adapter_config, capsys, options, message):
