@@ -58,7 +58,7 @@ class OcrConfig:
 
     template: str = '{caption} Text in the picture: "{text}"'
     separator: str = " "
-    min_score: float = 0.8
+    min_score: float = 0.9
 
     def __post_init__(self):
         try:
