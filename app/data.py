@@ -9,6 +9,8 @@ from pathlib import Path
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from app.clip_scorer import OpenClip
+from data_prep.clip_score import ClipScoreConfig
 from data_prep.curation import DECIDED, read_config, read_run, rethreshold, run, steps_of, write_kept
 from data_prep.forecast import SHARES, forecast, solve_threshold
 from data_prep.ledger import stats, why
@@ -43,7 +45,7 @@ def run_config(argv: list[str]) -> None:
     if argv[:1] != ["--config"] or len(argv) < 2:
         raise ValueError("usage: mm data run --config FILE [--OPTION VALUE ...]")
     config = read_config(Path(argv[1]), argv[2:])
-    count = run(config, locate)
+    count = run(config, locate, load_scorer)
     _print_stats(Path(config.output))
     print(f"{count} pairs in {Path(config.output) / 'shards'}")
 
@@ -67,7 +69,7 @@ def decide_anew(argv: list[str]) -> None:
     if changes[:1] == ["--work"] and len(changes) > 1:
         work, changes = changes[1], changes[2:]
     read_run(Path(work))
-    rethreshold(Path(work), read_config(Path(work) / DECIDED, changes), locate)
+    rethreshold(Path(work), read_config(Path(work) / DECIDED, changes), locate, load_scorer)
     _print_stats(Path(work))
     print(f"`mm data write --work {work}` writes the shards")
 
@@ -75,7 +77,7 @@ def decide_anew(argv: list[str]) -> None:
 def write_shards(argv: list[str]) -> None:
     """Write the shards of what was decided last: [--work FOLDER]"""
     work = _work(_parser().parse_args(argv))
-    print(f"{write_kept(work, locate)} pairs in {work / 'shards'}")
+    print(f"{write_kept(work, locate, load_scorer)} pairs in {work / 'shards'}")
 
 
 def forecast_run(argv: list[str]) -> None:
@@ -89,7 +91,7 @@ def forecast_run(argv: list[str]) -> None:
     )
     arguments = parser.parse_args(argv)
     work = _work(arguments)
-    steps = steps_of(read_run(work)[1], locate)
+    steps = steps_of(read_run(work)[1], locate, load_scorer)
     if arguments.pairs is not None:
         threshold = solve_threshold(work / "set", steps, arguments.pairs, arguments.times)
         print(f"resampling.threshold: {threshold:.6g} keeps {arguments.pairs:,} pairs")
@@ -104,6 +106,11 @@ def locate(name: str) -> Path:
     """The local place of what a configuration names: a path, or asset:NAME, which is fetched where it is missing."""
     kind, _, asset = name.partition(":")
     return fetch(asset) if kind == "asset" else Path(name)
+
+
+def load_scorer(config: ClipScoreConfig) -> OpenClip:
+    """The model that judges how well captions fit their pictures."""
+    return OpenClip.of_file(config.model, locate(config.pretrained))
 
 
 def _parser() -> ArgumentParser:

@@ -15,8 +15,10 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from data_prep.caption_rules import CaptionRules
+from data_prep.clip_score import ClipScore, ClipScoreConfig, PairScorer
 from data_prep.deciding import decide
 from data_prep.embedders import SSCD, LowFrequencies
+from data_prep.faces import CenterFace, Faces, FacesConfig
 from data_prep.hash_lists import HashLists, HashListsConfig, read_lists
 from data_prep.image_rules import ImageRules
 from data_prep.ledger import LEDGER_NAME, write_ledger
@@ -24,6 +26,8 @@ from data_prep.measuring import measure_all
 from data_prep.merging import merge
 from data_prep.near_duplicates import NearDuplicates, NearDuplicatesConfig
 from data_prep.ngrams import Vocabulary, read_texts
+from data_prep.nsfw import Nsfw, NsfwConfig, OpenNsfw
+from data_prep.ocr import Ocr, OcrConfig, RapidOcr
 from data_prep.pool import Source, parts_of
 from data_prep.readable import Readable
 from data_prep.report import write_report
@@ -34,6 +38,7 @@ from data_prep.writing import WriteConfig, write
 MEASURED, DECIDED = "measured.yaml", "decided.yaml"
 
 Locate = Callable[[str], Path]  # what a configuration names -> where it lies on this machine
+LoadScorer = Callable[[ClipScoreConfig], PairScorer]  # None where a caller knows no model
 
 
 @dataclass(frozen=True)
@@ -51,10 +56,14 @@ class Curate:
     output: str
     sources: tuple[Source, ...]
     hash_lists: HashListsConfig | None = None
+    nsfw: NsfwConfig | None = None
     caption_rules: CaptionRules | None = None
     image_rules: ImageRules | None = None
+    clip_score: ClipScoreConfig | None = None
     near_duplicates: NearDuplicatesConfig | None = None
     resampling: ResamplingConfig | None = None
+    faces: FacesConfig | None = None
+    ocr: OcrConfig | None = None
     write: WriteConfig = field(default_factory=WriteConfig)
     seed: int = 0
     workers: int = 1
@@ -70,25 +79,35 @@ class Curate:
             raise ValueError(f"workers is {self.workers}; at least 1 is needed")
 
 
-def steps_of(config: Curate, locate: Locate) -> list[Step]:
-    """The steps of a run, in the order in which they decide."""
+def steps_of(config: Curate, locate: Locate, load_scorer: LoadScorer | None = None) -> list[Step]:
+    """The steps of a run, in the order in which they decide: first what decides who may see a picture."""
     steps: list[Step] = []
     if config.hash_lists is not None:
         lists = read_lists([locate(path) for path in config.hash_lists.lists])
         steps.append(HashLists(lists, config.hash_lists.max_distance))
+    if config.nsfw is not None:
+        steps.append(Nsfw(config.nsfw, OpenNsfw.of_package()))
     steps.append(Readable())
     steps += [step for step in (config.caption_rules, config.image_rules) if step is not None]
+    if config.clip_score is not None:
+        if load_scorer is None:
+            raise ValueError("clip_score needs a model, which `mm data` loads; from Python, pass load_scorer")
+        steps.append(ClipScore(config.clip_score, load_scorer(config.clip_score)))
     if config.near_duplicates is not None:
         weights = config.near_duplicates.sscd
         embedder = LowFrequencies() if weights is None else SSCD.of_file(locate(weights))
-        steps.append(NearDuplicates(config.near_duplicates, embedder))
+        steps.append(NearDuplicates(config.near_duplicates, embedder, config.clip_score is not None))
     if config.resampling is not None:
         vocabulary = Vocabulary.of_texts(read_texts(locate(config.resampling.text)))
         steps.append(Resampling(config.resampling, vocabulary, config.seed))
+    if config.faces is not None:
+        steps.append(Faces(config.faces, CenterFace.of_file(locate(config.faces.model), config.faces.max_side)))
+    if config.ocr is not None:
+        steps.append(Ocr(config.ocr, RapidOcr.of_package()))
     return steps
 
 
-def run(config: Curate, locate: Locate = Path) -> int:
+def run(config: Curate, locate: Locate = Path, load_scorer: LoadScorer | None = None) -> int:
     """Reads, measures, decides and writes; what an earlier run of the same folder has done is not done again.
 
     Returns:
@@ -98,7 +117,7 @@ def run(config: Curate, locate: Locate = Path) -> int:
         ValueError: something that the configuration names is not there, or not what it should be; nothing is kept.
     """
     work = Path(config.output)
-    steps = steps_of(config, locate)
+    steps = steps_of(config, locate, load_scorer)
     parts = [part for source in config.sources for part in parts_of(source, locate(source.path))]
     work.mkdir(parents=True, exist_ok=True)
     measured = measure_all(parts, steps, config.svg_size, work / "parts", config.workers)
@@ -106,10 +125,10 @@ def run(config: Curate, locate: Locate = Path) -> int:
     _copy(work / "set" / "sources.parquet", work / "sources.parquet")
     _save(config, work / MEASURED)
     _decide(work, config, steps)
-    return write_kept(work, locate)
+    return write_kept(work, locate, load_scorer)
 
 
-def rethreshold(work: Path, config: Curate, locate: Locate = Path) -> None:
+def rethreshold(work: Path, config: Curate, locate: Locate = Path, load_scorer: LoadScorer | None = None) -> None:
     """Decides anew about the pairs of a finished run, from what is stored of them; `write_kept` then writes.
 
     Args:
@@ -122,20 +141,22 @@ def rethreshold(work: Path, config: Curate, locate: Locate = Path) -> None:
     changed = [name for name in ("sources", "svg_size") if getattr(config, name) != getattr(measured, name)]
     if changed:
         raise ValueError(f"{', '.join(changed)} cannot be changed without `mm data run`: the pool is read by it")
-    old = {step.name: step for step in steps_of(measured, locate)}
-    steps = steps_of(config, locate)
+    old = {step.name: step for step in steps_of(measured, locate, load_scorer)}
+    steps = steps_of(config, locate, load_scorer)
     for step in steps:
+        if step.name not in old and step.over is None:
+            continue
         if step.name not in old:
             raise ValueError(f"{step.name} was not part of the run; `mm data run` measures what it needs")
         step.refuse(old[step.name])
     _decide(work, config, steps)
 
 
-def write_kept(work: Path, locate: Locate = Path) -> int:
+def write_kept(work: Path, locate: Locate = Path, load_scorer: LoadScorer | None = None) -> int:
     """Writes the shards of what the ledger of a run keeps, and the report, and says how many pairs are kept."""
     _, config = read_run(work)
     sources = {source.path: (source, locate(source.path)) for source in config.sources}
-    steps = steps_of(config, locate)
+    steps = steps_of(config, locate, load_scorer)
     count = write(work, sources, steps, config.write, config.svg_size, config.workers)
     write_report(work, steps, sources, config.svg_size)
     return count
@@ -166,7 +187,8 @@ def read_config(path: Path, changes: Sequence[str] = ()) -> Curate:
 
 
 def _decide(work: Path, config: Curate, steps: Sequence[Step]) -> None:
-    write_ledger(decide(work / "set", steps, asdict(config.write)), work / LEDGER_NAME)
+    finishing = {step.name: step.settings() for step in steps if step.finishes is not None}
+    write_ledger(decide(work / "set", steps, {**asdict(config.write), **finishing}), work / LEDGER_NAME)
     _save(config, work / DECIDED)
 
 

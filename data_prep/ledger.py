@@ -8,6 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from shards.format import INDEX_NAME
+
 LEDGER = pa.schema(
     [
         ("id", pa.string()),
@@ -57,7 +59,8 @@ def why(work: Path, pair: str) -> str:
     (pair,) = ids
     rows = pq.read_table(work / LEDGER_NAME, filters=pc.field("id") == pair).to_pylist()
     if any(row["decision"] == "quarantine" for row in rows):
-        return f"{pair}: quarantined by {rows[0]['step']}: {rows[0]['reason']}"
+        score = f" ({rows[0]['value']:g}, threshold {rows[0]['threshold']:g})" if rows[0]["value"] is not None else ""
+        return f"{pair}: quarantined by {rows[0]['step']}: {rows[0]['reason']}{score}"
     lines = [f"{pair}: {'kept' if any(row['decision'] == 'keep' for row in rows) else 'dropped'}"]
     lines += [f"  {_line(row)}" for row in rows]
     about = pq.read_table(set_folder / "pairs.parquet", filters=pc.field("id") == pair).to_pylist()[0]
@@ -67,6 +70,7 @@ def why(work: Path, pair: str) -> str:
             about |= row
     lines.append("known of it:")
     lines += [f"  {name}: {_short(value)}" for name, value in about.items() if value is not None and name != "id"]
+    lines += _as_written(work / "shards" / INDEX_NAME, pair)
     lines.append("it lies in:")
     for row in pq.read_table(set_folder / "sources.parquet", filters=pc.field("id") == pair).to_pylist():
         lines.append(f"  {row['source']}: {row['key'] or ''} ({row['path']}, byte or row {row['place']})")
@@ -93,6 +97,17 @@ def _ids_of(set_folder: Path, pair: str) -> list[str]:
         if len(found):
             break
     return found.unique().to_pylist()
+
+
+def _as_written(index: Path, pair: str) -> list[str]:
+    """How the pair stands in the shards that were written last, where it does."""
+    found = pq.read_table(index, filters=pc.field("id") == pair).to_pylist() if index.is_file() else []
+    names = ("shard", "caption", "ocr_text", "ocr_boxes", "faces")
+    return [
+        line
+        for row in found
+        for line in ("as written last:", *(f"  {name}: {_short(row[name])}" for name in names if row.get(name)))
+    ]
 
 
 def _line(row: dict) -> str:

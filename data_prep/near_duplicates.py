@@ -62,11 +62,15 @@ class NearDuplicatesConfig:
 class NearDuplicates(Step):
     config: NearDuplicatesConfig
     embedder: ImageEmbedder
+    clip_scored: bool = False  # there are CLIP scores to go by
 
     name = "near_duplicates"
     over = "pictures"
     adds = {"embedding": pa.binary()}  # noqa: RUF012 (float16 [dim]; null: the picture is near-uniform)
-    reads = ("image_id", "width", "height", "caption")
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ("image_id", "width", "height", "caption", *(("clip_score",) if self.clip_scored else ()))
 
     def __post_init__(self):
         if not 0 < self.floor <= 1 or self.threshold > 1:
@@ -84,7 +88,7 @@ class NearDuplicates(Step):
         return self.embedder.floor if self.config.floor is None else self.config.floor
 
     def settings(self) -> dict:
-        own = {"threshold": self.threshold, "max_component": self.config.max_component}
+        own = {"threshold": self.threshold, "max_component": self.config.max_component, "clip_scored": self.clip_scored}
         return {**own, **self.measured_by(), **self.merged_by()}
 
     def measured_by(self) -> dict:

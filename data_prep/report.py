@@ -93,6 +93,7 @@ def _dial(step: Step, rule: Rule, pairs: pa.Table) -> _Dial:
     def nearest(chosen: np.ndarray) -> list[tuple[str, float]]:
         return [(pairs["id"][int(row)].as_py(), float(rule.values[row])) for row in chosen[:AT_THE_BORDER]]
 
+    rows = rows[: len(rows) * rule.shown]
     dropped, kept = nearest(rows[rule.fails[rows]]), nearest(rows[~rule.fails[rows]])
     return _Dial(f"{step.name}.{rule.option}: {rule.reason}", rule, dropped, kept)
 

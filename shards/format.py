@@ -46,13 +46,13 @@ class Record:
             Evaluation also reads `"answers"`, further references, and `"choices"`, answers to choose from.
         media: member suffix without the leading dot (`"png"`, `"0.jpg"`, `"clip.mp4"`, `"flac"`) -> the file's bytes.
             Messages name their media by this suffix: `{"type": "image", "image": "0.jpg"}`.
-        scores: extra columns of the index; not kept in the tar.
+        scores: extra columns of the index, not kept in the tar: numbers; texts or lists of lists of numbers as well.
     """
 
     id: str
     json: dict
     media: dict[str, bytes] = field(default_factory=dict)
-    scores: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, float | str | list[list[float]]] = field(default_factory=dict)
 
 
 def make_id(source: str) -> str:
@@ -121,10 +121,16 @@ def index_row(record: Record, shard: str | None, offset: int | None, size: int) 
 
 
 def index_table(rows: list[dict]) -> pa.Table:
-    """Rows of `index_row` -> the index, one float64 column more per score (null where a record has none)."""
-    scores = sorted({name for row in rows for name in row} - set(INDEX_SCHEMA.names))
-    schema = pa.schema([*INDEX_SCHEMA, *(pa.field(name, pa.float64()) for name in scores)])
+    """Rows of `index_row` -> the index, one column more per score (null where a record has none)."""
+    kinds = {name: _kind_of(value) for row in rows for name, value in row.items() if name not in INDEX_SCHEMA.names}
+    schema = pa.schema([*INDEX_SCHEMA, *(pa.field(name, kinds[name]) for name in sorted(kinds))])
     return pa.Table.from_pylist(rows, schema=schema)
+
+
+def _kind_of(score: float | str | list) -> pa.DataType:
+    if isinstance(score, str):
+        return pa.string()
+    return pa.list_(pa.list_(pa.float64())) if isinstance(score, list) else pa.float64()
 
 
 def _without_number(suffix: str) -> str:

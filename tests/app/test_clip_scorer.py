@@ -1,0 +1,56 @@
+"""The CLIP score's model: any open_clip checkpoint, and the cosine that open_clip itself gives."""
+
+import json
+
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from app.clip_scorer import OpenClip
+
+CONFIG = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny model under open_clip's names, its file of random weights."""
+    folder = tmp_path_factory.mktemp("open_clip")
+    (folder / "tiny-scorer.json").write_text(json.dumps(CONFIG))
+    open_clip.add_model_config(folder)
+    torch.manual_seed(0)
+    torch.save(open_clip.create_model("tiny-scorer").state_dict(), folder / "tiny.pt")
+    return folder / "tiny.pt"
+
+
+def test_scores_are_open_clips_own_cosines(checkpoint, random_picture):
+    captions = ["a dog on a wall", "two cats", "a dog on a wall"]
+    scorer, picture = OpenClip.of_file("tiny-scorer", checkpoint), random_picture(50, 40)
+    found = scorer.score(picture, captions)
+    model, _, preprocess = open_clip.create_model_and_transforms("tiny-scorer", str(checkpoint))
+    with torch.inference_mode():
+        seen = model.eval().encode_image(torch.stack([preprocess(picture)] * 3))
+        said = model.encode_text(open_clip.get_tokenizer("tiny-scorer")(captions))
+        expected = torch.nn.functional.cosine_similarity(seen, said)
+    assert found == pytest.approx(expected.tolist(), abs=1e-5)
+    assert found[0] == found[2] != found[1] and abs(found[0]) > 1e-3
+    assert scorer.score(picture, captions[1:2]) == found[1:2]  # whatever comes with it
+    assert scorer.score(Image.new("RGB", (3, 200)), captions[:1]) != found[:1]
+
+
+def test_what_cannot_be_loaded_is_said(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="open_clip has no 'ViT-B32'; it has ViT-B-32"):
+        OpenClip.of_file("ViT-B32", checkpoint)
+    with pytest.raises(ValueError, match=r"absent.pt: the weights"):
+        OpenClip.of_file("tiny-scorer", tmp_path / "absent.pt")
+    (tmp_path / "broken.pt").write_bytes(b"no weights")
+    scorer = OpenClip.of_file("tiny-scorer", tmp_path / "broken.pt")
+    with pytest.raises(ValueError, match=r"cannot load tiny-scorer with weights .*broken.pt"):
+        scorer.score(Image.new("RGB", (9, 9)), ["a"])
+    (tmp_path / "broken.pt").write_bytes(b"other weights")
+    with pytest.raises(ValueError, match="has changed since"):
+        scorer.score(Image.new("RGB", (9, 9)), ["a"])
