@@ -1,8 +1,9 @@
 """From a raw pool to shards: the configuration of a run, and its walk from one stage to the next.
 
 The folder of a run: `parts` and `set`, what was measured (kept, so that an interrupted or repeated run goes on where it
-was); `ledger.parquet`, what became of every pair; `sources.parquet`, where each lay; `shards`; `report.html`;
-`measured.yaml` and `decided.yaml`, the settings of the run and those of the last decision.
+was); `canaries`, planted copies and what found them; `ledger.parquet`, what became of every pair; `sources.parquet`,
+where each lay; `shards`; `report.html`; `measured.yaml` and `decided.yaml`, the settings of the run and those of the
+last decision.
 """
 
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 import yaml
 from jsonargparse import ArgumentParser
 
+from data_prep.canaries import CanariesConfig, plant
 from data_prep.caption_rules import CaptionRules
 from data_prep.deciding import decide
 from data_prep.embedders import SSCD, LowFrequencies
@@ -46,6 +48,7 @@ class Curate:
         seed: of the resampling.
         workers: processes; the result is the same for any number.
         svg_size: pixels, the long side that SVG files are drawn with.
+        canaries: edited copies that are planted to measure how many near duplicates the run finds.
     """
 
     output: str
@@ -59,6 +62,7 @@ class Curate:
     seed: int = 0
     workers: int = 1
     svg_size: int = 672
+    canaries: CanariesConfig | None = None
 
     def __post_init__(self):
         if not self.sources:
@@ -68,6 +72,8 @@ class Curate:
             raise ValueError(f"a source is named twice: {', '.join(names)}")
         if self.workers < 1:
             raise ValueError(f"workers is {self.workers}; at least 1 is needed")
+        if self.canaries is not None and self.near_duplicates is None:
+            raise ValueError("canaries are planted for near_duplicates, which is null; give both or none")
 
 
 def steps_of(config: Curate, locate: Locate) -> list[Step]:
@@ -104,6 +110,7 @@ def run(config: Curate, locate: Locate = Path) -> int:
     measured = measure_all(parts, steps, config.svg_size, work / "parts", config.workers)
     merge(measured, steps, work / "set")
     _copy(work / "set" / "sources.parquet", work / "sources.parquet")
+    _plant(work, config, steps, locate)
     _save(config, work / MEASURED)
     _decide(work, config, steps)
     return write_kept(work, locate)
@@ -119,7 +126,7 @@ def rethreshold(work: Path, config: Curate, locate: Locate = Path) -> None:
         ValueError: the settings ask for what the run has not stored; names the setting and its floor.
     """
     measured, _ = read_run(work)
-    changed = [name for name in ("sources", "svg_size") if getattr(config, name) != getattr(measured, name)]
+    changed = [name for name in ("sources", "svg_size", "canaries") if getattr(config, name) != getattr(measured, name)]
     if changed:
         raise ValueError(f"{', '.join(changed)} cannot be changed without `mm data run`: the pool is read by it")
     old = {step.name: step for step in steps_of(measured, locate)}
@@ -168,6 +175,13 @@ def read_config(path: Path, changes: Sequence[str] = ()) -> Curate:
 def _decide(work: Path, config: Curate, steps: Sequence[Step]) -> None:
     write_ledger(decide(work / "set", steps, asdict(config.write)), work / LEDGER_NAME)
     _save(config, work / DECIDED)
+
+
+def _plant(work: Path, config: Curate, steps: Sequence[Step], locate: Locate) -> None:
+    sources = {source.path: (source, locate(source.path)) for source in config.sources}
+    for step in steps:
+        if isinstance(step, NearDuplicates) and config.canaries is not None:
+            plant(work, step, sources, config.canaries, config.svg_size, config.workers)
 
 
 def _save(config: Curate, path: Path) -> None:
