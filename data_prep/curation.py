@@ -17,6 +17,7 @@ from jsonargparse import ArgumentParser
 
 from data_prep.canaries import CanariesConfig, plant
 from data_prep.caption_rules import CaptionRules
+from data_prep.concepts import Concepts
 from data_prep.deciding import decide
 from data_prep.embedders import SSCD, LowFrequencies
 from data_prep.hash_lists import HashLists, HashListsConfig, read_lists
@@ -26,7 +27,7 @@ from data_prep.measuring import measure_all
 from data_prep.merging import merge
 from data_prep.near_duplicates import NearDuplicates, NearDuplicatesConfig
 from data_prep.ngrams import Vocabulary, read_texts
-from data_prep.pool import Source, parts_of
+from data_prep.pool import Source, parts_of, root_of
 from data_prep.readable import Readable
 from data_prep.report import write_report
 from data_prep.resampling import Resampling, ResamplingConfig
@@ -83,6 +84,9 @@ def steps_of(config: Curate, locate: Locate) -> list[Step]:
         lists = read_lists([locate(path) for path in config.hash_lists.lists])
         steps.append(HashLists(lists, config.hash_lists.max_distance))
     steps.append(Readable())
+    if config.write.split_by == "concept":
+        captions = {source.path: source.captions for source in config.sources}
+        steps.append(Concepts(captions, {path: root_of(locate(path)) for path in captions}))
     steps += [step for step in (config.caption_rules, config.image_rules) if step is not None]
     if config.near_duplicates is not None:
         weights = config.near_duplicates.sscd
