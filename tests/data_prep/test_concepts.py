@@ -77,9 +77,9 @@ def tuxpaint(tmp_path, noise) -> Path:
 
 @pytest.fixture
 def demo(tmp_path):
-    """demo(number of the source, its folder, **changes) -> the demo's configuration for one of its sources."""
+    """demo(number of the source, its folder) -> the demo's configuration for that source alone."""
 
-    def config(number: int, folder: Path, **changes):
+    def config(number: int, folder: Path):
         shipped = read_config(CONFIG)
         settings = {
             "sources": shipped.sources[number : number + 1],
