@@ -81,12 +81,8 @@ def demo(tmp_path):
 
     def config(number: int, folder: Path):
         shipped = read_config(CONFIG)
-        settings = {
-            "sources": shipped.sources[number : number + 1],
-            "workers": 1,
-            "output": str(tmp_path / folder.name),
-        }
-        return replace(shipped, **{**settings, "output": f"{tmp_path}/run-{folder.name}", **changes})
+        sources, output = shipped.sources[number : number + 1], f"{tmp_path}/run-{folder.name}"
+        return replace(shipped, sources=sources, workers=1, output=output)
 
     return config
 
