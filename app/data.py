@@ -4,20 +4,24 @@ The rooms below know no models and no assets: here `asset:NAME` becomes a place 
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from app.clip_scorer import OpenClip
+from data_prep.canaries import ABOUT, measure_canaries, rows_of, thresholds_beside
 from data_prep.clip_score import ClipScoreConfig
 from data_prep.curation import DECIDED, read_config, read_run, rethreshold, run, steps_of, write_kept
 from data_prep.forecast import SHARES, forecast, solve_threshold
+from data_prep.language_confusion import confusions
 from data_prep.ledger import stats, why
+from data_prep.near_duplicates import NearDuplicates
 from mm.assets import fetch
 from mm.training.command import one_line
 
 DEFAULT_WORK = "runs/data/sample"
+SHORT_FORMS = {"--clip-score": "--clip_score.threshold", "--duplicates": "--near_duplicates.threshold"}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -59,13 +63,18 @@ def explain(argv: list[str]) -> None:
 
 
 def show_stats(argv: list[str]) -> None:
-    """Count what became of the pairs, by step and reason: [--work FOLDER]"""
-    _print_stats(_work(_parser().parse_args(argv)))
+    """Count what became of the pairs, by step and reason, and the canaries that were found: [--work FOLDER]"""
+    work = _work(_parser().parse_args(argv))
+    _print_stats(work)
+    _print_canaries(work, in_force_only=True)
 
 
 def decide_anew(argv: list[str]) -> None:
-    """Decide with other thresholds from what is stored: [--work FOLDER] --STEP.OPTION VALUE ..."""
-    work, changes = DEFAULT_WORK, list(argv)
+    """Decide with other thresholds from what is stored: [--work FOLDER] --STEP.OPTION VALUE ...
+
+    `--clip-score X` is short for --clip_score.threshold, `--duplicates X` for --near_duplicates.threshold.
+    """
+    work, changes = DEFAULT_WORK, [_in_full(word) for word in argv]
     if changes[:1] == ["--work"] and len(changes) > 1:
         work, changes = changes[1], changes[2:]
     read_run(Path(work))
@@ -100,6 +109,25 @@ def forecast_run(argv: list[str]) -> None:
     for one in forecast(work / "set", steps):
         at = "".join(f"{value:9.3g}" for _, value in one.keeping)
         print(f"{one.option:44}{one.threshold:10.4g}{one.pairs:10,}{one.kept:10,}         {at}")
+    _print_canaries(work)
+
+
+def show_languages(argv: list[str]) -> None:
+    """Say how often the language of captions is taken rightly, on labelled lines that were held out: [--work FOLDER]"""
+    work = _work(_parser().parse_args(argv))
+    _, config = read_run(work)
+    rules = config.caption_rules
+    found = confusions(work / "set", rules, config.sources) if rules is not None else []
+    if not found:
+        raise ValueError(f"{work}: has no captions whose language is known; those of asset:tuxpaint-stamps are")
+    for one in found:
+        print(f"{one.length}, score at least {one.threshold:.4g}{'kept':>12}{'dropped':>10}")
+        print(f"{'in ' + ', '.join(rules.languages):42}{one.wanted_kept:10,}{one.wanted_dropped:10,}")
+        print(f"{'in other languages':42}{one.others_kept:10,}{one.others_dropped:10,}")
+        worst = ", ".join(f"{name} {kept} of {lines}" for name, lines, kept in one.languages[:10] if kept)
+        print(f"most kept of: {worst or 'none'}")
+        at = ", ".join(f"{score:.3g} keeps {share:.0%}" for share, score in one.choices)
+        print(f"of the wanted ones in the other half: {at}\n")
 
 
 def locate(name: str) -> Path:
@@ -129,6 +157,30 @@ def _print_stats(work: Path) -> None:
         print(f"{count:9,}  {step:16} {decision:10} {reason}")
 
 
+def _in_full(word: str) -> str:
+    """An option of `rethreshold` that has a short form, in its long one."""
+    name, sign, value = word.partition("=")
+    return SHORT_FORMS.get(name, name) + sign + value
+
+
+def _print_canaries(work: Path, in_force_only: bool = False) -> None:
+    """What the threshold of near duplicates, or each of several, does to the canaries of a run, if it has any."""
+    for step in steps_of(read_run(work)[1], locate, load_scorer):
+        if isinstance(step, NearDuplicates):
+            measured = measure_canaries(work, [step.threshold] if in_force_only else thresholds_beside(step))
+            if measured:
+                print(
+                    f"\n{ABOUT}\n{'canaries joined at a threshold of':44}"
+                    + _row(f"{m.threshold:.4g}" for m in measured)
+                )
+            for name, shares in rows_of(measured):
+                print(f"{name:44}" + _row(f"{share:.1%}" for share in shares))
+
+
+def _row(cells: Iterable[str]) -> str:
+    return "".join(f"{cell:>8}" for cell in cells)
+
+
 COMMANDS = {
     "run": run_config,
     "why": explain,
@@ -136,4 +188,5 @@ COMMANDS = {
     "rethreshold": decide_anew,
     "write": write_shards,
     "forecast": forecast_run,
+    "languages": show_languages,
 }

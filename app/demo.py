@@ -8,35 +8,34 @@ Each part that has been done is kept: an interrupted demo goes on where it was.
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
 
 import data_prep.easy_vqa
-import data_prep.openmoji
-import data_prep.tuxpaint
 import mm
 import stages.pretrain_image_encoder
 import stages.train_image_adapter
 from app.page import Example, scores_shown, write_page
+from data_prep.concepts import count_concepts
+from data_prep.curation import read_config, run
+from data_prep.ledger import dropped_pairs
 from data_prep.sources import license_text
 from mm.assets import fetch, missing_programs
 from mm.checkpoint import CONFIG_FILE
 from mm.evaluation.evaluate import Report, evaluate
 from mm.processor import record_pictures
 from mm.training.command import one_line
+from shards.format import Record
 from shards.reader import ShardSet
 from shards.writer import write_shards
 
-SETS = {
-    "easy_vqa": ("easy-vqa", data_prep.easy_vqa.to_samples),
-    "easy_vqa_captions": ("easy-vqa", data_prep.easy_vqa.to_captions),
-    "openmoji": ("openmoji", data_prep.openmoji.to_samples),
-    "tuxpaint": ("tuxpaint-stamps", data_prep.tuxpaint.to_samples),
-}
-DATA, ENCODER = Path("data/demo"), Path("runs/demo-encoder")
+DATA, ENCODER, CURATED = Path("data/demo"), Path("runs/demo-encoder"), Path("runs/data/demo")
+CURATION = "configs/data/demo.yaml"
 ENCODER_CONFIG, ADAPTER_CONFIG = "configs/demo/encoder.yaml", "configs/demo/adapter.yaml"
 PICTURES_SHOWN = 24
 
@@ -106,6 +105,23 @@ def prepare(folder: Path, asset: str, to_samples: Callable) -> None:
     print(f"{folder}: {count} samples, {len(dropped)} left out", file=sys.stderr)
 
 
+def curated(asset: str, folder: Path, dropped: list[tuple[str, str]]) -> Iterator[Record]:
+    """Yields the captioned records that the curation of the demo keeps of one of its sources.
+
+    Args:
+        folder: of the asset.
+        dropped: gets (id, reason) for each pair left out.
+    """
+    config = read_config(Path(CURATION))
+    sources = tuple(source for source in config.sources if source.path == f"asset:{asset}")
+    work = CURATED / asset
+    run(replace(config, sources=sources, output=str(work)), lambda _: folder)
+    dropped += dropped_pairs(work)
+    kept, known = count_concepts(work)
+    print(f"{asset}: {kept} of {known} concepts stay; see {work / 'report.html'}", file=sys.stderr)
+    yield from ShardSet(work / "shards")
+
+
 def show(output: Path, questions: int | None) -> dict[str, Report]:
     """Evaluate the run on held-out data, beside the same model with its pictures blanked, and write the page."""
     sets = held_out({"answers": "easy_vqa", "openmoji": "openmoji", "tuxpaint": "tuxpaint"})
@@ -168,6 +184,14 @@ def examples(sets: dict[str, ShardSet], reports: dict[str, Report]) -> dict[str,
             for row in rows
         ]
     return shown
+
+
+SETS = {
+    "easy_vqa": ("easy-vqa", data_prep.easy_vqa.to_samples),
+    "easy_vqa_captions": ("easy-vqa", data_prep.easy_vqa.to_captions),
+    "openmoji": ("openmoji", partial(curated, "openmoji")),
+    "tuxpaint": ("tuxpaint-stamps", partial(curated, "tuxpaint-stamps")),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

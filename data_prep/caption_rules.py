@@ -122,8 +122,9 @@ def language_of(caption: str, languages: tuple[str, ...]) -> tuple[str | None, f
     """The likeliest language of a caption, and the score (0 to 1) of the likeliest of the wanted ones.
 
     A caption of fewer than SHORT words says little: its score is the mean of that of the caption and that of its bare
-    words in lower case. Of Tux Paint's sentences of that length, where 90% of the 1,821 English ones pass so do 11% of
-    6,000 others; by the score of the caption alone it would be 19%. The score was chosen on these same lines.
+    words in lower case. With the default thresholds, on the half of Tux Paint's distinct lines that no threshold was
+    chosen on (`mm data languages`): of the short ones 90% of 337 English ones pass, and 12% of 18,904 others; of the
+    longer ones 95% of 105, and 1.5% of 5,374.
     """
     text, words = " ".join(caption.split()), re.findall(r"\w+", caption)
     found = _scores(text.lower() if text.isupper() else text)

@@ -67,6 +67,17 @@ def tuxpaint(folder: Path) -> Captions:
     return captions
 
 
+def tuxpaint_english(folder: Path) -> Captions:
+    """The first line of the stamp's text alone (key `{name}#en`)."""
+    every = tuxpaint(folder)
+
+    def captions(name: str, picture: bytes) -> list[tuple[str, bytes | None]]:
+        found = every(name, picture)
+        return [one for one in found if one[0].endswith("#en")] or [(name, None)]
+
+    return captions
+
+
 def _labelled(name: str, line: bytes, first: bool) -> tuple[str, bytes]:
     translation = _TRANSLATION.match(line)
     if translation:
@@ -79,4 +90,5 @@ CAPTIONS: dict[str, Callable[[Path], Captions]] = {
     "title": svg_title,
     "openmoji": openmoji,
     "tuxpaint": tuxpaint,
+    "tuxpaint_english": tuxpaint_english,
 }

@@ -1,8 +1,9 @@
 """From a raw pool to shards: the configuration of a run, and its walk from one stage to the next.
 
 The folder of a run: `parts` and `set`, what was measured (kept, so that an interrupted or repeated run goes on where it
-was); `ledger.parquet`, what became of every pair; `sources.parquet`, where each lay; `shards`; `report.html`;
-`measured.yaml` and `decided.yaml`, the settings of the run and those of the last decision.
+was); `canaries`, planted copies and what found them; `ledger.parquet`, what became of every pair; `sources.parquet`,
+where each lay; `shards`; `report.html`; `measured.yaml` and `decided.yaml`, the settings of the run and those of the
+last decision.
 """
 
 import json
@@ -14,8 +15,10 @@ from pathlib import Path
 import yaml
 from jsonargparse import ArgumentParser
 
+from data_prep.canaries import CanariesConfig, plant
 from data_prep.caption_rules import CaptionRules
 from data_prep.clip_score import ClipScore, ClipScoreConfig, PairScorer
+from data_prep.concepts import Concepts
 from data_prep.deciding import decide
 from data_prep.embedders import SSCD, LowFrequencies
 from data_prep.faces import CenterFace, Faces, FacesConfig
@@ -28,7 +31,7 @@ from data_prep.near_duplicates import NearDuplicates, NearDuplicatesConfig
 from data_prep.ngrams import Vocabulary, read_texts
 from data_prep.nsfw import Nsfw, NsfwConfig, OpenNsfw
 from data_prep.ocr import Ocr, OcrConfig, RapidOcr
-from data_prep.pool import Source, parts_of
+from data_prep.pool import Source, parts_of, root_of
 from data_prep.readable import Readable
 from data_prep.report import write_report
 from data_prep.resampling import Resampling, ResamplingConfig
@@ -51,6 +54,7 @@ class Curate:
         seed: of the resampling.
         workers: processes; the result is the same for any number.
         svg_size: pixels, the long side that SVG files are drawn with.
+        canaries: edited copies that are planted to measure how many near duplicates the run finds.
     """
 
     output: str
@@ -68,6 +72,7 @@ class Curate:
     seed: int = 0
     workers: int = 1
     svg_size: int = 672
+    canaries: CanariesConfig | None = None
 
     def __post_init__(self):
         if not self.sources:
@@ -77,6 +82,8 @@ class Curate:
             raise ValueError(f"a source is named twice: {', '.join(names)}")
         if self.workers < 1:
             raise ValueError(f"workers is {self.workers}; at least 1 is needed")
+        if self.canaries is not None and self.near_duplicates is None:
+            raise ValueError("canaries are planted for near_duplicates, which is null; give both or none")
 
 
 def steps_of(config: Curate, locate: Locate, load_scorer: LoadScorer | None = None) -> list[Step]:
@@ -88,6 +95,9 @@ def steps_of(config: Curate, locate: Locate, load_scorer: LoadScorer | None = No
     if config.nsfw is not None:
         steps.append(Nsfw(config.nsfw, OpenNsfw.of_package()))
     steps.append(Readable())
+    if config.write.split_by == "concept":
+        captions = {source.path: source.captions for source in config.sources}
+        steps.append(Concepts(captions, {path: root_of(locate(path)) for path in captions}))
     steps += [step for step in (config.caption_rules, config.image_rules) if step is not None]
     if config.clip_score is not None:
         if load_scorer is None:
@@ -123,6 +133,7 @@ def run(config: Curate, locate: Locate = Path, load_scorer: LoadScorer | None = 
     measured = measure_all(parts, steps, config.svg_size, work / "parts", config.workers)
     merge(measured, steps, work / "set")
     _copy(work / "set" / "sources.parquet", work / "sources.parquet")
+    _plant(work, config, steps, locate)
     _save(config, work / MEASURED)
     _decide(work, config, steps)
     return write_kept(work, locate, load_scorer)
@@ -138,7 +149,7 @@ def rethreshold(work: Path, config: Curate, locate: Locate = Path, load_scorer: 
         ValueError: the settings ask for what the run has not stored; names the setting and its floor.
     """
     measured, _ = read_run(work)
-    changed = [name for name in ("sources", "svg_size") if getattr(config, name) != getattr(measured, name)]
+    changed = [name for name in ("sources", "svg_size", "canaries") if getattr(config, name) != getattr(measured, name)]
     if changed:
         raise ValueError(f"{', '.join(changed)} cannot be changed without `mm data run`: the pool is read by it")
     old = {step.name: step for step in steps_of(measured, locate, load_scorer)}
@@ -190,6 +201,13 @@ def _decide(work: Path, config: Curate, steps: Sequence[Step]) -> None:
     finishing = {step.name: step.settings() for step in steps if step.finishes is not None}
     write_ledger(decide(work / "set", steps, {**asdict(config.write), **finishing}), work / LEDGER_NAME)
     _save(config, work / DECIDED)
+
+
+def _plant(work: Path, config: Curate, steps: Sequence[Step], locate: Locate) -> None:
+    sources = {source.path: (source, locate(source.path)) for source in config.sources}
+    for step in steps:
+        if isinstance(step, NearDuplicates) and config.canaries is not None:
+            plant(work, step, sources, config.canaries, config.svg_size, config.workers)
 
 
 def _save(config: Curate, path: Path) -> None:

@@ -41,6 +41,12 @@ def kept_ids(ledger: pa.Table) -> pa.Array:
     return ledger.filter(pc.field("decision") == "keep")["id"].combine_chunks()
 
 
+def dropped_pairs(work: Path) -> list[tuple[str, str]]:
+    """(id, step and reason) of every pair that a run drops."""
+    rows = pq.read_table(work / LEDGER_NAME, filters=pc.field("decision") == "drop").to_pylist()
+    return [(row["id"], f"{row['step']}: {row['reason']}") for row in rows]
+
+
 def why(work: Path, pair: str) -> str:
     """What became of one pair, in words.
 

@@ -14,6 +14,7 @@ refuse it would keep a thousand copies of one picture.)
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -42,6 +43,7 @@ class NearDuplicatesConfig:
         floor: edges below are not stored, so no threshold can be; null: the embedder's own.
         num_probes: clusters in which each picture's neighbours are searched; more find more, in more time.
         max_component: pictures that differ; in larger ones each that goes must itself be near the one that stays.
+        prefer: of pairs that are alike in the rest, which caption stays: "longest" says most; "shortest" claims least.
     """
 
     sscd: str | None = None
@@ -49,6 +51,7 @@ class NearDuplicatesConfig:
     floor: float | None = None
     num_probes: int = 32
     max_component: int = 100
+    prefer: Literal["longest", "shortest"] = "longest"
 
     def __post_init__(self):
         if self.num_probes < 1 or self.max_component < 1:
@@ -88,7 +91,8 @@ class NearDuplicates(Step):
         return self.embedder.floor if self.config.floor is None else self.config.floor
 
     def settings(self) -> dict:
-        own = {"threshold": self.threshold, "max_component": self.config.max_component, "clip_scored": self.clip_scored}
+        own = {name: getattr(self, name) for name in ("threshold", "clip_scored")}
+        own |= {name: getattr(self.config, name) for name in ("max_component", "prefer")}
         return {**own, **self.measured_by(), **self.merged_by()}
 
     def measured_by(self) -> dict:
@@ -122,7 +126,7 @@ class NearDuplicates(Step):
         (state / SEARCH).write_text(json.dumps({"pictures": len(image_ids), **search.as_json()}))
 
     def decide(self, pairs: pa.Table, state: Path) -> pa.Table:
-        groups = _Groups(pairs, state)
+        groups = _Groups(best_first(pairs, self.config.prefer), pairs, state)
         stays = groups.stays(self.threshold, self.config.max_component)
         rows = np.flatnonzero(stays != np.arange(pairs.num_rows))
         said = verdicts(rows, REASON, values=groups.absorbed_at[rows], threshold=self.threshold)
@@ -139,7 +143,7 @@ class NearDuplicates(Step):
 
     def rules(self, pairs: pa.Table, state: Path) -> list[Rule]:
         """The similarity at which a pair would be absorbed by a better one is held against the threshold."""
-        groups = _Groups(pairs, state)
+        groups = _Groups(best_first(pairs, self.config.prefer), pairs, state)
         goes = groups.stays(self.threshold, self.config.max_component) != np.arange(pairs.num_rows)
         return [Rule(REASON, goes, "threshold", groups.absorbed_at, self.threshold, at_least=False)]
 
@@ -169,12 +173,13 @@ class NearDuplicates(Step):
         return table["image_id"], np.concatenate(rows)
 
 
-def best_first(pairs: pa.Table) -> np.ndarray:
+def best_first(pairs: pa.Table, prefer: str = "longest") -> np.ndarray:
     """The rows in the order in which one would keep them, int64 [rows]: resolution, CLIP score, caption length, id."""
     pixels = as_numpy(pairs["width"]).astype(np.int64) * as_numpy(pairs["height"])
     clip = as_numpy(pairs["clip_score"]) if "clip_score" in pairs.column_names else np.zeros(len(pixels))
     length = pc.utf8_length(pairs["caption"]).fill_null(0).to_numpy()
-    return np.lexsort((np.arange(len(pixels)), -length, -clip, -pixels))  # the last key counts first
+    length = -length if prefer == "longest" else length
+    return np.lexsort((np.arange(len(pixels)), length, -clip, -pixels))  # the last key counts first
 
 
 class _Groups:
@@ -185,7 +190,7 @@ class _Groups:
         set_aside: rows whose picture has no vector.
     """
 
-    def __init__(self, pairs: pa.Table, state: Path):
+    def __init__(self, order: np.ndarray, pairs: pa.Table, state: Path):
         stored = pq.read_table(state / NODES)
         places = pc.index_in(pairs["image_id"], value_set=stored["image_id"].combine_chunks())
         known = places.is_valid().to_numpy()
@@ -195,7 +200,6 @@ class _Groups:
         nodes[~known] = -1 - pictures[~known]
         self.set_aside = np.flatnonzero(~known)
         self._vectors = np.load(state / VECTORS, mmap_mode="r")
-        order = best_first(pairs)
         self._names, first, inverse = np.unique(nodes[order], return_index=True, return_inverse=True)
         self._number = np.empty(len(first), np.int64)  # of a name: its place among the nodes, best first
         self._number[np.argsort(first)] = np.arange(len(first))

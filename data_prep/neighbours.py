@@ -7,6 +7,8 @@ the same vectors give the same pairs.
 Memory: two copies of the vectors in half precision (2 KB a vector of 512), and about 50 bytes for each pair found.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -59,8 +61,7 @@ def near_pairs(vectors: np.ndarray, floor: float, num_probes: int) -> tuple[np.n
         what was done.
     """
     count = len(vectors)
-    clusters = max(1, min(round(4 * np.sqrt(count)), count // VECTORS_PER_CLUSTER))
-    probes = min(num_probes, clusters)
+    clusters, probes = _clusters(count, num_probes)
     if count < 2:
         none = np.zeros(0, np.int64)
         return none, none, np.zeros(0), Search(count, clusters, probes, 0, 0, 0, 0)
@@ -86,36 +87,90 @@ def cosine(vectors: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.concatenate(values).round(DECIMALS)
 
 
+def near_planted(
+    vectors: np.ndarray, planted: np.ndarray, floor: float, num_probes: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The pairs of a planted vector and another one that `near_pairs` would find if the former were among the latter.
+
+    Clusters are those of the others, and each side is compared with the nearest clusters of the other side.
+
+    Args:
+        vectors, planted: float16 [N, D] and [M, D].
+
+    Returns:
+        numbers of the planted, numbers of the others: int64 [pairs]; similarity: float64 [pairs].
+    """
+    count = len(vectors)
+    clusters, probes = _clusters(count, num_probes)
+    keys = np.zeros(0, np.int64)  # planted * N + other
+    if count and len(planted):
+        with _one_thread() as faiss:
+            index = _trained(faiss, vectors, clusters, probes)
+            of_planted = faiss.clone_index(index)
+            _fill(index, vectors)
+            _fill(of_planted, planted)
+            one = [mine * count + theirs for mine, theirs in _found(index, planted, floor - SLACK)]
+            other = [mine * count + theirs for theirs, mine in _found(of_planted, vectors, floor - SLACK)]
+            keys = np.unique(np.concatenate([*one, *other]))
+    mine, theirs = np.divmod(keys, max(count, 1))
+    similarity = cosine(np.concatenate([vectors, planted]), theirs, count + mine)
+    near = similarity >= floor
+    return mine[near], theirs[near], similarity[near]
+
+
+def _clusters(count: int, num_probes: int) -> tuple[int, int]:
+    """How many clusters, and in how many of them each vector's neighbours are searched."""
+    clusters = max(1, min(round(4 * np.sqrt(count)), count // VECTORS_PER_CLUSTER))
+    return clusters, min(num_probes, clusters)
+
+
 def _candidates(vectors: np.ndarray, clusters: int, probes: int, radius: float) -> np.ndarray:
     """Keys a * N + b, a < b, ascending, of the pairs found above a similarity in half precision."""
+    with _one_thread() as faiss:
+        index = _trained(faiss, vectors, clusters, probes)
+        _fill(index, vectors)
+        return np.unique(
+            np.concatenate([_keys(one, other, len(vectors)) for one, other in _found(index, vectors, radius)])
+        )
+
+
+@contextmanager
+def _one_thread():
     try:
         import faiss
     except ImportError:
         raise ValueError("near duplicates need the package faiss-cpu: pip install 'mm-adapters[data]'") from None
-    count, dim = vectors.shape
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     try:
-        by_inner_product = faiss.METRIC_INNER_PRODUCT
-        middles = faiss.IndexFlatIP(dim)
-        halves = faiss.ScalarQuantizer.QT_fp16
-        index = faiss.IndexIVFScalarQuantizer(middles, dim, clusters, halves, by_inner_product, False)
-        index.cp.seed, index.cp.niter, index.nprobe = SEED, ROUNDS, probes
-        index.cp.max_points_per_centroid = 2 * VECTORS_PER_CLUSTER
-        step = max(1, count // (2 * VECTORS_PER_CLUSTER * clusters))
-        index.train(vectors[::step].astype(np.float32))
-        blocks = range(0, count, QUERIES)
-        for start in blocks:
-            index.add(vectors[start : start + QUERIES].astype(np.float32))
-        found = []
-        for start in blocks:
-            limits, _, others = index.range_search(vectors[start : start + QUERIES].astype(np.float32), radius)
-            found.append(
-                _keys(np.repeat(start + np.arange(len(limits) - 1), np.diff(limits.astype(np.int64))), others, count)
-            )
-        return np.unique(np.concatenate(found))
+        yield faiss
     finally:
         faiss.omp_set_num_threads(threads)
+
+
+def _trained(faiss, vectors: np.ndarray, clusters: int, probes: int):
+    """An empty index whose clusters are those of the vectors."""
+    count, dim = vectors.shape
+    middles = faiss.IndexFlatIP(dim)
+    halves = faiss.ScalarQuantizer.QT_fp16
+    index = faiss.IndexIVFScalarQuantizer(middles, dim, clusters, halves, faiss.METRIC_INNER_PRODUCT, False)
+    index.cp.seed, index.cp.niter, index.nprobe = SEED, ROUNDS, probes
+    index.cp.max_points_per_centroid = 2 * VECTORS_PER_CLUSTER
+    step = max(1, count // (2 * VECTORS_PER_CLUSTER * clusters))
+    index.train(vectors[::step].astype(np.float32))
+    return index
+
+
+def _fill(index, vectors: np.ndarray) -> None:
+    for start in range(0, len(vectors), QUERIES):
+        index.add(vectors[start : start + QUERIES].astype(np.float32))
+
+
+def _found(index, queries: np.ndarray, radius: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(numbers of queries, numbers of what the index found for them), block by block."""
+    for start in range(0, len(queries), QUERIES):
+        limits, _, others = index.range_search(queries[start : start + QUERIES].astype(np.float32), radius)
+        yield np.repeat(start + np.arange(len(limits) - 1), np.diff(limits.astype(np.int64))), others
 
 
 def _exact_keys(vectors: np.ndarray, sample: np.ndarray, floor: float) -> np.ndarray:

@@ -30,14 +30,15 @@ class Source:
         path: a folder (of tars, of parquet files, of pictures), or one tar or parquet file; or `asset:NAME`.
         kind: what lies there.
         captions: where a folder's captions are: "text", a .txt file beside each picture; "title", in the SVG itself;
-            "openmoji" and "tuxpaint", as those two sets have them (Tux Paint: every language, each a pair of its own).
+            "openmoji" and "tuxpaint", as those two sets have them (Tux Paint: every language, each a pair of its own);
+            "tuxpaint_english", of these only the English one.
         picture_column: of parquet tables; bytes, or a struct with a field `bytes`.
         caption_column: of parquet tables.
     """
 
     path: str
     kind: Literal["tars", "parquet", "folder"]
-    captions: Literal["text", "title", "openmoji", "tuxpaint"] = "text"
+    captions: Literal["text", "title", "openmoji", "tuxpaint", "tuxpaint_english"] = "text"
     picture_column: str = "image"
     caption_column: str = "caption"
 

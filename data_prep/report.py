@@ -15,10 +15,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from data_prep.canaries import measure_canaries, thresholds_beside
+from data_prep.caption_rules import CaptionRules
 from data_prep.deciding import walk
+from data_prep.language_confusion import confusions
 from data_prep.ledger import stats
 from data_prep.near_duplicates import NearDuplicates, describe
 from data_prep.pool import Source, picture_bytes
+from data_prep.report_duplicates import canaries_html, components, components_html, confusions_html
 from data_prep.resampling import Resampling, frequencies
 from data_prep.steps import Rule, Step
 from vision.reading import read_picture
@@ -57,7 +61,7 @@ def write_report(work: Path, steps: Sequence[Step], sources: dict[str, tuple[Sou
     Args:
         sources: as the stored set names them -> the source and its local place.
     """
-    funnel, dials, ngrams, duplicates, twins = [], [], [], [], []
+    funnel, dials, ngrams, duplicates, twins, groups, tables = [], [], [], [], [], [], []
     for step, pairs, said in walk(work / "set", steps):
         funnel.append((step.name if step is not None else "kept", pairs.num_rows))
         if step is None:
@@ -65,10 +69,15 @@ def write_report(work: Path, steps: Sequence[Step], sources: dict[str, tuple[Sou
         dials += [_dial(step, rule, pairs) for rule in step.rules(pairs, work / "set" / step.name) if rule.option]
         if isinstance(step, NearDuplicates):
             duplicates, twins = describe(said, work / "set" / step.name), _least_alike(pairs, said)
+            groups = components(pairs, said)
+            tables.append(canaries_html(measure_canaries(work, thresholds_beside(step)), step.threshold))
+        if isinstance(step, CaptionRules):
+            tables.append(confusions_html(confusions(work / "set", step, [source for source, _ in sources.values()])))
         if isinstance(step, Resampling):
             ngrams = _most_thinned(step, pairs, step.rules(pairs, work / "set" / step.name))
     dials = [dial for dial in dials if np.isfinite(dial.rule.values).any()]
     ids = {pair for dial in dials for pair, _ in dial.dropped + dial.kept} | {pair for two in twins for pair in two[:2]}
+    ids |= {pair for group in groups for pair in group.ids}
     shown = _Pictures(work / "set", sources, svg_size, ids)
     parts = [
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(work.name)}: curation</title>",
@@ -79,6 +88,8 @@ def write_report(work: Path, steps: Sequence[Step], sources: dict[str, tuple[Sou
         "<h2>Thresholds</h2>",
         *(_section(dial, shown) for dial in dials),
         _twins(duplicates, twins, shown),
+        components_html(groups, shown.figure),
+        *tables,
         _ngram_table(ngrams),
     ]
     temporary = work / f".{REPORT_NAME}.new"

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
+from data_prep.concepts import concepts_of
 from data_prep.deciding import Stored
 from data_prep.ledger import LEDGER_NAME, kept_ids
 from data_prep.measuring import picture_id
@@ -37,13 +39,15 @@ class WriteConfig:
     Attributes:
         max_side: pixels; larger pictures are shrunk to it. None: pictures stay as large as they are.
         samples_per_shard: records per tar.
-        validation, test: shares of the pictures that are held out.
+        validation, test: shares of the pictures, or concepts, that are held out.
+        split_by: what no two splits share: "picture", one file; "concept", what a caption names (see concepts.py).
     """
 
     max_side: int | None = None
     samples_per_shard: int = 2000
     validation: float = 0.0
     test: float = 0.0
+    split_by: Literal["picture", "concept"] = "picture"
 
 
 def write(
@@ -75,7 +79,7 @@ def write(
     files = {NOTE: note, **_licenses(sources)}
     finishing = [step for step in steps if step.finishes is not None]
     make = partial(_records, sources=sources, finishing=finishing, config=config, svg_size=svg_size)
-    chunks = _chunks(_rows(work / "set", ids, steps))
+    chunks = _chunks(_rows(work / "set", ids, steps, config.split_by))
     with ShardWriter(folder, config.samples_per_shard, overwrite=True, files=files) as writer:
         if workers == 1:
             for chunk in chunks:
@@ -95,7 +99,7 @@ def write(
     return len(ids)
 
 
-def _rows(set_folder: Path, ids: pa.Array, steps: Sequence[Step]) -> Iterator[dict]:
+def _rows(set_folder: Path, ids: pa.Array, steps: Sequence[Step], split_by: str) -> Iterator[dict]:
     """What is known of each kept pair, and the first of its places, those of one file together."""
     stored = Stored(set_folder)
     rows = pc.index_in(
@@ -110,6 +114,8 @@ def _rows(set_folder: Path, ids: pa.Array, steps: Sequence[Step]) -> Iterator[di
     places = places.take(pa.array(first)).drop_columns(["id", "image_id", "key"])
     for name in places.column_names:
         known = known.append_column(name, places[name])
+    by = known["image_id"] if split_by == "picture" else concepts_of(set_folder, known["id"])
+    known = known.append_column("split_by", by)
     known = known.append_column("scores", pa.array([scores] * known.num_rows))
     known = known.sort_by([("source", "ascending"), ("path", "ascending"), ("place", "ascending")])
     for batch in known.to_batches(max_chunksize=1024):
@@ -148,7 +154,7 @@ def _record(
     suffix, data = to_write(data, draft.picture, draft.picture is not picture, config.max_side)
     content = {
         "id": row["id"],
-        "split": split_of(row["image_id"], config.validation, config.test),
+        "split": split_of(row["split_by"], config.validation, config.test),
         "task": "caption",
         "language": row.get("language") or "und",
         "caption": draft.caption,

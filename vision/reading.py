@@ -25,6 +25,7 @@ MAX_SVG_ELEMENTS = 500_000  # after every reference is followed: ten levels of t
 
 # Formats that Pillow decodes by itself; EPS is left out on purpose (it would start Ghostscript on the file's program).
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO")
+_EMBEDDED_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # those that the SVG renderer decodes
 _warnings_lock = threading.Lock()
 
 
@@ -80,10 +81,10 @@ def _read_file(path: Path) -> bytes:
 # ---------------------------------------------------------------------------------------------------- raster pictures
 
 
-def _open(data: bytes, max_pixels: int) -> Image.Image:
+def _open(data: bytes, max_pixels: int, formats: tuple[str, ...] = _FORMATS) -> Image.Image:
     """Parses the header only, and refuses pictures over the limit."""
     Image.init()
-    formats = [name for name in _FORMATS if name in Image.OPEN]
+    formats = [name for name in formats if name in Image.OPEN]
     # Pillow warns of large pictures and odd metadata; our own limit and errors stand in for it. The filter list is
     # global to the process, hence the lock.
     with _warnings_lock, warnings.catch_warnings():
@@ -200,8 +201,10 @@ def _check_svg(text: str, max_pixels: int) -> bool:
     references: list[tuple[int, str]] = []  # (element, id that it draws)
     ids: dict[str, int] = {}
     open_elements: list[int] = []
+    embedded = 0  # pixels
 
     def start(name: str, attributes: dict[str, str]) -> None:
+        nonlocal embedded
         index, local = len(names), name.rpartition(":")[2]
         if not names and local != "svg":
             raise ValueError(f"not a picture: its first element is <{local}>, not <svg>")
@@ -218,7 +221,9 @@ def _check_svg(text: str, max_pixels: int) -> bool:
         ids.setdefault(attributes.get("id", ""), index)
         for key, value in attributes.items():
             if key.rpartition(":")[2] == "href" and local != "a":
-                _check_link(value.strip(), local, max_pixels)
+                embedded += _check_link(value.strip(), local, max_pixels)
+                if embedded > max_pixels:
+                    raise ValueError(f"SVG holds pictures of {embedded:,} pixels, over the limit of {max_pixels:,}")
                 references.extend((index, value.strip()[1:]) for _ in range(local == "use"))
             references.extend((index, target) for target in re.findall(r"url\(\s*[\"']?#([^\"')\s]+)", value))
 
@@ -235,16 +240,28 @@ def _check_svg(text: str, max_pixels: int) -> bool:
     return "text" in names
 
 
-def _check_link(link: str, element: str, max_pixels: int) -> None:
-    """A link may name a part of the same file or carry a raster picture within itself; nothing else."""
+def _check_link(link: str, element: str, max_pixels: int) -> int:
+    """A link may name a part of the same file or carry a raster picture within itself; nothing else.
+
+    Some programs write pictures without their type ("data:;base64,..."): the renderer then goes by how the bytes begin,
+    and takes what it does not know for another SVG, so only what it does know may be there.
+
+    Returns:
+        pixels of the picture within; 0 where there is none.
+    """
     if link.startswith("#") or not link:
-        return
-    embedded = re.match(r"data:image/(?:png|jpe?g|gif|webp)\s*(;[^,]*)?,", link)
+        return 0
+    embedded = re.match(r"data:(?:image/(?:png|jpe?g|gif|webp))?\s*(;[^,]*)?,", link)
     if not embedded:
         raise ValueError(f"SVG wants to load {link[:60]!r} in <{element}>: only raster data within the file is allowed")
-    payload = link[embedded.end() :]
-    is_base64 = "base64" in (embedded.group(1) or "")
-    _open(base64.b64decode(payload) if is_base64 else urllib.parse.unquote_to_bytes(payload), max_pixels)
+    data = urllib.parse.unquote_to_bytes(link[embedded.end() :])
+    if (embedded.group(1) or "").rstrip().lower().endswith(";base64"):
+        try:
+            data = base64.b64decode(b"".join(data.split()), validate=True)
+        except ValueError:
+            raise ValueError(f"SVG has broken base64 data in <{element}>") from None
+    width, height = _open(data, max_pixels, _EMBEDDED_FORMATS).size
+    return width * height
 
 
 def _check_expansion(

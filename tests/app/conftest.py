@@ -15,6 +15,7 @@ ENCODER = {
 }
 TEXT = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "context": 12, "embedding_size": 16}
 TRAINING = {"batch_size": 8, "log_every": 1, "evaluate_every": 2, "save_every": 1, "workers": 0}
+ROOT = Path(__file__).parent.parent.parent
 COLOURS = ("red", "green", "blue", "black")
 
 
@@ -38,7 +39,9 @@ def openmoji(folder: Path) -> None:
     (folder / "data").mkdir()
     rows = [{"hexcode": f"{number:X}", "annotation": f"thing <{number}>"} for number in range(60)]
     for number, row in enumerate(rows):
-        body = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"><circle r="{1 + number / 10}"/></svg>'
+        y, x = divmod(number, 8)
+        shape = f'<circle cx="{x + 1}" cy="{y + 1}" r="1" fill="{COLOURS[number % 4]}"/>'
+        body = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9">{shape}</svg>'
         (folder / "color" / "svg" / f"{row['hexcode']}.svg").write_text(body)
     (folder / "data" / "openmoji.json").write_text(json.dumps(rows))
 
@@ -46,7 +49,9 @@ def openmoji(folder: Path) -> None:
 def tuxpaint(folder: Path) -> None:
     (folder / "stamps").mkdir(parents=True)
     for number in range(60):
-        Image.new("RGB", (20, 30), (4 * number, 0, 0)).save(folder / "stamps" / f"stamp{number}.png")
+        picture, (y, x) = Image.new("RGB", (20, 30), "white"), divmod(number, 6)
+        ImageDraw.Draw(picture).rectangle((3 * x, 2 * y, 3 * x + 4, 2 * y + 8), fill=COLOURS[number % 4])
+        picture.save(folder / "stamps" / f"stamp{number}.png")
         (folder / "stamps" / f"stamp{number}.txt").write_text(f"A stamp of & number {number}.\n")
 
 
@@ -70,6 +75,9 @@ def home(tmp_path, monkeypatch, language_model_folder) -> Path:
     adapter = {"data": sets, "validation": {**sets[0], "split": "validation"}, "adapter": {"positions": [2, 6]}}
     rates = {"language_model.*": None, "extra_embeddings": None, "*": 0.001}
     (tmp_path / "configs" / "demo").mkdir(parents=True)
+    (tmp_path / "configs" / "data").mkdir()
+    curation = (ROOT / app.demo.CURATION).read_text().replace("workers: 2", "workers: 1")
+    (tmp_path / app.demo.CURATION).write_text(curation)
     for name, values, more in (
         ("encoder", encoder, {"steps": 3, "rates": {"*": 0.001}}),
         ("adapter", adapter, {"steps": 4, "rates": rates}),

@@ -224,6 +224,34 @@ def test_svg_loads_nothing_from_outside(attribute, scheme, tmp_path):
     assert read_picture(svg(link), svg_size=10).getpixel((5, 5)) == (0, 255, 0)
 
 
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "WEBP"])
+def test_svg_draws_pictures_that_lie_within_it_with_or_without_their_type(form):
+    embedded = base64.encodebytes(encode(Image.new("RGB", (4, 4), (0, 0, 254)), form)).decode()  # in lines
+    for kind in (f"image/{form.lower()}", ""):
+        got = read_picture(svg(f'<image href="data:{kind};base64,{embedded}" width="10" height="10"/>'), svg_size=10)
+        assert max(abs(a - b) for a, b in zip(got.getpixel((5, 5)), (0, 0, 254), strict=True)) < 8
+
+
+def test_svg_may_hold_nothing_but_small_raster_pictures():
+    red = Image.new("RGB", (40, 40), "red")
+
+    def image(data, kind=""):
+        return f'<image href="data:{kind};base64,{base64.b64encode(data).decode()}" width="10" height="10"/>'
+
+    inner = svg('<image href="file:///etc/hostname" width="10" height="10"/>')
+    # what the renderer does not know as a picture it would read as another SVG, which nobody has checked
+    for data in (inner, gzip.compress(inner), encode(red, "TGA"), encode(red, "BMP"), b""):
+        with pytest.raises(ValueError, match="not a picture in a known format"):
+            read_picture(svg(image(data)), svg_size=10)
+    one = image(encode(red))
+    assert read_picture(svg(one * 2), max_pixels=3200, svg_size=10).getpixel((5, 5)) == (255, 0, 0)
+    with pytest.raises(ValueError, match="holds pictures of 4,800 pixels, over the limit of 3,200"):
+        read_picture(svg(one * 3), max_pixels=3200, svg_size=10)
+    for broken in (one.replace("base64,", "base64,!"), one.replace(";base64", ";base64;x")):
+        with pytest.raises(ValueError, match=r"broken base64|known format"):
+            read_picture(svg(broken), svg_size=10)
+
+
 def test_svg_bombs_are_refused():
     def chain(link):
         return "".join(link(i) for i in range(9))
