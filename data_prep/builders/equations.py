@@ -74,8 +74,8 @@ def _equation(chance: random.Random) -> str:
     return f"{_sum(chance, 2)} {chance.choice(RELATIONS)} {_sum(chance, 2)}"
 
 
-def _sum(chance: random.Random, depth: int) -> str:
-    terms = [_term(chance, depth) for _ in range(chance.choice((1, 2, 2, 3)))]
+def _sum(chance: random.Random, depth: int, least: int = 1) -> str:
+    terms = [_term(chance, depth) for _ in range(max(least, chance.choice((1, 2, 2, 3))))]
     return terms[0] + "".join(f" {chance.choice('+-')} {term}" for term in terms[1:])
 
 
@@ -92,9 +92,9 @@ def _term(chance: random.Random, depth: int, index: str | None = None) -> str:
     if shape == 2:
         return rf"{chance.choice(FUNCTIONS)}\left({_sum(chance, depth - 1)}\right)"
     if shape == 3:
-        return rf"\left({_sum(chance, depth - 1)}\right)^{{{_power(chance)}}}"
+        return rf"\left({_sum(chance, depth - 1, least=2)}\right)^{{{_power(chance)}}}"
     if shape == 4:
-        return rf"e^{{{chance.choice(('', '-'))}{_spaced(_symbol(chance, index))}}}"
+        return rf"e^{{{chance.choice(('', '-'))}{_symbol(chance, index)}}}"
     if shape == 5:
         return f"{chance.randint(2, 12)} {_symbol(chance, index)}^{{{_power(chance)}}}"
     return f"{_symbol(chance, index)} {_symbol(chance, None)}"
