@@ -34,6 +34,8 @@ class Charts(Drawn):
         shape = chance.choice(("bars", "bars", "bars to the right", "lines", "lines", "pie"))
         if shape == "lines":
             topic = chance.choice([one for one in TOPICS if one.ordered])
+        if shape == "pie":
+            topic = chance.choice([one for one in TOPICS if one.unit not in ("%", "°C", "EUR")])  # what makes a whole
         draw = {"bars": _bars, "bars to the right": _bars_to_the_right, "lines": _lines, "pie": _pie}[shape]
         with canvas(chance.choice(FAMILIES), chance.choice((9, 10, 11))):
             from matplotlib.figure import Figure
