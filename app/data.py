@@ -9,6 +9,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from app.data_build import build_set
 from data_prep.curation import DECIDED, read_config, read_run, rethreshold, run, steps_of, write_kept
 from data_prep.forecast import SHARES, forecast, solve_threshold
 from data_prep.ledger import stats, why
@@ -100,6 +101,11 @@ def forecast_run(argv: list[str]) -> None:
         print(f"{one.option:44}{one.threshold:10.4g}{one.pairs:10,}{one.kept:10,}         {at}")
 
 
+def build_one(argv: list[str]) -> None:
+    """Build a set of annealing, or mix one of several: NAME --config FILE [--OPTION VALUE ...]"""
+    build_set(argv, locate)
+
+
 def locate(name: str) -> Path:
     """The local place of what a configuration names: a path, or asset:NAME, which is fetched where it is missing."""
     kind, _, asset = name.partition(":")
@@ -129,4 +135,5 @@ COMMANDS = {
     "rethreshold": decide_anew,
     "write": write_shards,
     "forecast": forecast_run,
+    "build": build_one,
 }
