@@ -19,7 +19,7 @@ from vision.reading import read_picture
 PROGRAM = "chromium"
 TIMEOUT = 120  # seconds for one page
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; font-src data:; script-src 'nonce-mm'"
-FOUND = "mm-elements"  # id of the element that the script leaves its findings in
+FOUND = "mm-elements"  # id of the element, in the page's unseen head, that the script leaves its findings in
 # What is drawn of each element within the window: its place and its own code.
 SCRIPT = """
 const found = [];
@@ -32,7 +32,7 @@ for (const element of document.body.querySelectorAll('*')) {
 const kept = document.createElement('pre');
 kept.id = 'mm-elements';
 kept.textContent = JSON.stringify(found);
-document.documentElement.replaceChildren(kept);
+document.head.append(kept);
 """
 
 Element = tuple[tuple[float, float, float, float], str]  # xmin, ymin, xmax, ymax in pixels; its code
@@ -63,10 +63,10 @@ def screenshot(page: str, width: int, height: int) -> tuple[Image.Image, list[El
     """
     size = f"--window-size={width},{height}"
     with tempfile.TemporaryDirectory() as folder:
-        _run(Path(folder), _guarded(page), size, "--hide-scrollbars", "--screenshot=out.png")
-        picture = read_picture(_read(Path(folder) / "out.png"))
         script = f'<script nonce="mm">addEventListener("load", () => {{{SCRIPT}}});</script>'
-        dom = _run(Path(folder), _guarded(page, script), size, "--hide-scrollbars", "--dump-dom")
+        options = (size, "--hide-scrollbars", "--dump-dom", "--screenshot=out.png")
+        dom = _run(Path(folder), _guarded(page, script), *options)
+        picture = read_picture(_read(Path(folder) / "out.png"))
     found = re.search(rf'<pre id="{FOUND}">(.*?)</pre>', dom, re.DOTALL)
     if found is None:
         raise ValueError(f"{PROGRAM} did not say where the page's elements are")
@@ -100,10 +100,10 @@ def _run(folder: Path, page: str, *options: str) -> str:
     command = [
         PROGRAM, "--headless", "--disable-gpu", "--no-first-run", "--disable-extensions", "--disable-dev-shm-usage",
         "--disable-background-networking", "--host-resolver-rules=MAP * ~NOTFOUND", "--force-device-scale-factor=1",
-        "--font-render-hinting=none", "--disable-lcd-text", f"--user-data-dir={folder / 'profile'}",
+        "--font-render-hinting=none", "--disable-lcd-text", "--disable-component-update", f"--user-data-dir={folder / 'profile'}",
     ]  # fmt: skip
     if os.geteuid() == 0:  # as root it refuses to start with its sandbox
-        command.append("--no-sandbox")
+        command += ["--no-sandbox", "--no-zygote"]
     try:
         done = subprocess.run(
             [*command, *options, (folder / "page.html").as_uri()], cwd=folder, capture_output=True, timeout=TIMEOUT
