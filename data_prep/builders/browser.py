@@ -71,9 +71,7 @@ def screenshot(page: str, width: int, height: int) -> tuple[Image.Image, list[El
     if found is None:
         raise ValueError(f"{PROGRAM} did not say where the page's elements are")
     elements = json.loads(html.unescape(found.group(1)))
-    inside = [
-        (tuple(box), code) for box, code in elements if box[2] <= picture.width and box[3] <= picture.height
-    ]
+    inside = [(tuple(box), code) for box, code in elements if box[2] <= picture.width and box[3] <= picture.height]
     return picture, inside
 
 

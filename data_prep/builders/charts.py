@@ -115,7 +115,9 @@ def _figures(
     return names, series, [[step * chance.randint(lowest, high) for _ in names] for _ in series], step
 
 
-def _frame(axes, topic: Topic, series: list[str], figures: list[list[float]], step: float, axis: str, grid: bool) -> str:
+def _frame(
+    axes, topic: Topic, series: list[str], figures: list[list[float]], step: float, axis: str, grid: bool
+) -> str:
     """Title, legend, labels, and a grid on whose lines all figures lie."""
     from matplotlib.ticker import MultipleLocator
 

@@ -41,7 +41,9 @@ def cutouts_of(
                 found = captions(file, (folder / file).read_bytes() if source.captions == "title" else b"")
                 label = _label(next((text for key, text in found if "#" not in key or key.endswith("#en")), None))
                 if not 1 <= len(label.split()) <= MOST_WORDS:
-                    left_out.append(LeftOut(f"{source.path}/{file}", f"no name of 1 to {MOST_WORDS} words: {label[:80]!r}"))
+                    left_out.append(
+                        LeftOut(f"{source.path}/{file}", f"no name of 1 to {MOST_WORDS} words: {label[:80]!r}")
+                    )
                 elif without is not None and re.search(without, label):
                     left_out.append(LeftOut(f"{source.path}/{file}", f"{label!r} is not wanted"))
                 elif label in named:
@@ -107,6 +109,4 @@ def _background(chance: random.Random, side: int) -> Image.Image:
 
 
 def _touch(one: tuple, other: tuple) -> bool:
-    return (
-        one[0] < other[2] + GAP and other[0] < one[2] + GAP and one[1] < other[3] + GAP and other[1] < one[3] + GAP
-    )
+    return one[0] < other[2] + GAP and other[0] < one[2] + GAP and one[1] < other[3] + GAP and other[1] < one[3] + GAP

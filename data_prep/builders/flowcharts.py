@@ -14,7 +14,9 @@ QUESTIONS = (
     "Turn the flowchart into mermaid code.",
     "Give the mermaid source of this diagram.",
 )
-VERBS = tuple("Archive Check Close Copy Count Label Measure Open Pack Print Record Repair Send Sign Sort Store Test".split())
+VERBS = tuple(
+    "Archive Check Close Copy Count Label Measure Open Pack Print Record Repair Send Sign Sort Store Test".split()
+)
 THINGS = tuple(
     "account answer bill box contract file form invoice key letter list log machine order parcel part photo plan receipt "
     "record report request result sample shelf ticket tool".split()
@@ -121,7 +123,9 @@ def _picture(chance: random.Random, chart: Chart) -> Image.Image:
     return picture.resize(size, Image.Resampling.LANCZOS)
 
 
-def _node(pen: ImageDraw.ImageDraw, node: Node, middle: tuple, fill: str, line: str, letters: ImageFont.ImageFont) -> None:
+def _node(
+    pen: ImageDraw.ImageDraw, node: Node, middle: tuple, fill: str, line: str, letters: ImageFont.ImageFont
+) -> None:
     x, y = middle[0] * SCALE, middle[1] * SCALE
     across, up = WIDTH * SCALE // 2, _half_height(node) * SCALE
     if node.shape == "question":
@@ -138,7 +142,13 @@ def _node(pen: ImageDraw.ImageDraw, node: Node, middle: tuple, fill: str, line: 
 
 
 def _edge(
-    pen: ImageDraw.ImageDraw, chart: Chart, middles: list, ends: tuple, words: str, line: str, letters: ImageFont.ImageFont
+    pen: ImageDraw.ImageDraw,
+    chart: Chart,
+    middles: list,
+    ends: tuple,
+    words: str,
+    line: str,
+    letters: ImageFont.ImageFont,
 ) -> None:
     """From below a node to the top of the next, from its right to what lies aside, and from aside down or up to the way."""
     start, end = (chart.nodes[number] for number in ends)

@@ -62,7 +62,9 @@ def _table(chance: random.Random) -> str:
         f"<tr><td>{name}</td><td>{chance.choice(CITIES)}</td><td>{chance.randint(1, 99)}</td></tr>"
         for name in chance.sample(PEOPLE, chance.randint(2, 5))
     )
-    return f"<table><tr><th>Name</th><th>City</th><th>{chance.choice(('Orders', 'Age', 'Room'))}</th></tr>{rows}</table>"
+    return (
+        f"<table><tr><th>Name</th><th>City</th><th>{chance.choice(('Orders', 'Age', 'Room'))}</th></tr>{rows}</table>"
+    )
 
 
 def _form(chance: random.Random) -> str:

@@ -101,7 +101,12 @@ class Screenshots(Builder):
         for number, text in enumerate(order[: self.boxes]):
             shown = picture.copy()
             left, top, right, bottom = wanted[text]
-            corners = (max(0, left - 3), max(0, top - 3), min(picture.width - 1, right + 2), min(picture.height - 1, bottom + 2))
+            corners = (
+                max(0, left - 3),
+                max(0, top - 3),
+                min(picture.width - 1, right + 2),
+                min(picture.height - 1, bottom + 2),
+            )
             ImageDraw.Draw(shown).rectangle(corners, outline=COLOUR, width=3)
             turn = (chance.choice(QUESTIONS), text)
             made.append(conversation(f"{source}/{number}", split, "screenshot", {"png": png(shown)}, [turn]))

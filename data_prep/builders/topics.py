@@ -16,7 +16,9 @@ CITIES = tuple(
     "Prague Quito Riga Seville Tallinn Vienna Warsaw Zagreb".split()
 )
 FRUIT = tuple("Apples Bananas Cherries Figs Grapes Lemons Mangoes Melons Oranges Peaches Pears Plums".split())
-GOODS = tuple("Bags Belts Books Chairs Clocks Desks Gloves Hats Kettles Lamps Mugs Pens Shelves Shoes Tents Toys".split())
+GOODS = tuple(
+    "Bags Belts Books Chairs Clocks Desks Gloves Hats Kettles Lamps Mugs Pens Shelves Shoes Tents Toys".split()
+)
 ANIMALS = tuple("Badger Beaver Deer Eagle Fox Hare Heron Lynx Otter Owl Rabbit Seal Stork Wolf".split())
 SPORTS = tuple("Archery Boxing Chess Cycling Fencing Football Hockey Judo Rowing Rugby Sailing Skiing Tennis".split())
 PEOPLE = tuple(

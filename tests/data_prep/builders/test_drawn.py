@@ -36,8 +36,11 @@ def test_charts_ask_for_figures_that_can_be_read():
         if "Share (%)" in head:
             assert figures.sum() == 100 and (figures > 0).all()
         else:  # all on lines of a grid of no more than some twenty
-            step = min(step for step in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if 
-                       (figures.max() - min(0, figures.min())) / step <= 20)
+            step = min(
+                step
+                for step in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
+                if (figures.max() - min(0, figures.min())) / step <= 20
+            )
             assert np.allclose(figures / step, np.round(figures / step)), (figures, step)
 
 

@@ -27,7 +27,10 @@ def where(picture, label):
     """The box, as shares, of the pixels that have a disc's colour."""
     colour = np.array(ImageColor.getrgb(label.split()[0]))
     found = (np.abs(np.asarray(picture, int) - colour).max(-1) < 12).nonzero()
-    (top, left), (bottom, right) = (np.array([axis.min() for axis in found]), np.array([axis.max() + 1 for axis in found]))
+    (top, left), (bottom, right) = (
+        np.array([axis.min() for axis in found]),
+        np.array([axis.max() + 1 for axis in found]),
+    )
     return np.array([left, top, right, bottom]) / picture.width
 
 
