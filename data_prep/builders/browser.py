@@ -98,7 +98,8 @@ def _run(folder: Path, page: str, *options: str) -> str:
     command = [
         PROGRAM, "--headless", "--disable-gpu", "--no-first-run", "--disable-extensions", "--disable-dev-shm-usage",
         "--disable-background-networking", "--host-resolver-rules=MAP * ~NOTFOUND", "--force-device-scale-factor=1",
-        "--font-render-hinting=none", "--disable-lcd-text", "--disable-component-update", f"--user-data-dir={folder / 'profile'}",
+        "--font-render-hinting=none", "--disable-lcd-text", "--disable-component-update",
+        f"--user-data-dir={folder / 'profile'}",
     ]  # fmt: skip
     if os.geteuid() == 0:  # as root it refuses to start with its sandbox
         command += ["--no-sandbox", "--no-zygote"]

@@ -1,7 +1,7 @@
 """The frame of all builders: from a builder's settings to a folder of shards, all of it or nothing.
 
-A builder turns each of its tasks (a number, a page, a row of a table) into records, without regard to the others; so the
-shards are the same bytes for any number of processes, and each time.
+A builder turns each of its tasks (a number, a page, a row of a table) into records, without regard to the others; so
+the shards are the same bytes for any number of processes, and each time.
 """
 
 import io
@@ -123,7 +123,7 @@ def build(builder: Builder, locate: Locate = Path) -> Built:
     """Writes a builder's set to its output folder.
 
     Raises:
-        ValueError: the folder exists, there is nothing to build, or what the builder itself refuses; nothing is written.
+        ValueError: the folder exists, there is nothing to build, or what the builder refuses; nothing is written.
     """
     writer = ShardWriter(builder.output, builder.samples_per_shard, builder.overwrite)
     tasks, left_out = builder.tasks(locate), []

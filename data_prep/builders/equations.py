@@ -8,15 +8,16 @@ from PIL import Image
 
 from data_prep.builders.building import Drawn
 from data_prep.builders.plotting import canvas, drawn
+from data_prep.builders.topics import words
 
 QUESTIONS = (
     "Write the equation in LaTeX.",
     "Give the LaTeX of what is written here.",
     "Transcribe the formula as LaTeX.",
 )
-LATIN = tuple("a b c d f g h k m n p q r s t u v w x y z".split())
-GREEK = tuple(
-    r"\alpha \beta \gamma \delta \epsilon \eta \theta \lambda \mu \nu \xi \pi \rho \sigma \tau \phi \chi \psi \omega".split()
+LATIN = words("a b c d f g h k m n p q r s t u v w x y z")
+GREEK = words(
+    r"\alpha \beta \gamma \delta \epsilon \eta \theta \lambda \mu \nu \xi \pi \rho \sigma \tau \phi \chi \psi \omega"
 )
 FUNCTIONS = (r"\sin", r"\cos", r"\tan", r"\ln", r"\exp", r"\log")
 RELATIONS = ("=", "=", "=", r"\leq", r"\geq", r"\approx", "<", r"\neq")

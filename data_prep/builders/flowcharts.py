@@ -8,20 +8,19 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data_prep.builders.building import Drawn
 from data_prep.builders.plotting import FONT_FILES, font
+from data_prep.builders.topics import words
 
 QUESTIONS = (
     "Write this flowchart as a mermaid diagram.",
     "Turn the flowchart into mermaid code.",
     "Give the mermaid source of this diagram.",
 )
-VERBS = tuple(
-    "Archive Check Close Copy Count Label Measure Open Pack Print Record Repair Send Sign Sort Store Test".split()
-)
-THINGS = tuple(
+VERBS = words("Archive Check Close Copy Count Label Measure Open Pack Print Record Repair Send Sign Sort Store Test")
+THINGS = words(
     "account answer bill box contract file form invoice key letter list log machine order parcel part photo plan receipt "
-    "record report request result sample shelf ticket tool".split()
+    "record report request result sample shelf ticket tool"
 )
-STATES = tuple("complete correct late full known new paid ready signed valid".split())
+STATES = words("complete correct late full known new paid ready signed valid")
 FILLS = ("#ffffff", "#e3f2fd", "#fff8e1", "#e8f5e9", "#fce4ec", "#ede7f6")
 SCALE = 2  # drawn so much larger, and shrunk, for smooth slopes
 WIDTH, HEIGHT, DIAMOND = 176, 44, 84  # pixels of a box, and the height of a question's
@@ -64,8 +63,8 @@ def mermaid(chart: Chart) -> str:
     for number, node in enumerate(chart.nodes):
         before, behind = around[node.shape]
         lines.append(f"    {_name(number)}{before}{node.text}{behind}")
-    for start, end, words in chart.edges:
-        lines.append(f"    {_name(start)} -->{f'|{words}|' if words else ''} {_name(end)}")
+    for start, end, label in chart.edges:
+        lines.append(f"    {_name(start)} -->{f'|{label}|' if label else ''} {_name(end)}")
     return "\n".join(lines)
 
 
@@ -77,13 +76,13 @@ def _chart(chance: random.Random) -> Chart:
     chart = Chart()
     texts = iter(chance.sample([f"{verb} the {thing}" for verb in VERBS for thing in THINGS], 12))
     asked = iter(chance.sample([f"Is the {thing} {state}?" for thing in THINGS for state in STATES], 6))
-    before, row, words = chart.add("Start", "end", 0, 0), 1, ""
+    before, row, label = chart.add("Start", "end", 0, 0), 1, ""
     steps: list[int] = []  # on the way so far, with the row of each free for an edge from the right
     waiting: list[int] = []  # aside, to be led back to whatever follows
     for _ in range(chance.randint(2, 5)):
         if row > 1 and not waiting and chance.random() < 0.5:
             question = chart.add(next(asked), "question", 0, row)
-            chart.edges.append((before, question, words))
+            chart.edges.append((before, question, label))
             on, aside = chance.choice((("yes", "no"), ("no", "yes")))
             step = chart.add(next(texts), "step", 1, row)
             chart.edges.append((question, step, aside))
@@ -91,17 +90,17 @@ def _chart(chance: random.Random) -> Chart:
                 chart.edges.append((step, steps[-1], ""))
             else:
                 waiting.append(step)
-            before, words = question, on
+            before, label = question, on
         else:
             step = chart.add(next(texts), "step", 0, row)
-            chart.edges.append((before, step, words))
+            chart.edges.append((before, step, label))
             chart.edges += [(one, step, "") for one in waiting]
             waiting.clear()
             steps.append(step)
-            before, words = step, ""
+            before, label = step, ""
         row += 1
     last = chart.add("End", "end", 0, row)
-    chart.edges.append((before, last, words))
+    chart.edges.append((before, last, label))
     chart.edges += [(one, last, "") for one in waiting]
     return chart
 
@@ -116,8 +115,8 @@ def _picture(chance: random.Random, chart: Chart) -> Image.Image:
     middles = [
         (margin + WIDTH // 2 + COLUMN * node.column, margin + DIAMOND // 2 + ROW * node.row) for node in chart.nodes
     ]
-    for start, end, words in chart.edges:
-        _edge(pen, chart, middles, (start, end), words, lines, letters)
+    for start, end, label in chart.edges:
+        _edge(pen, chart, middles, (start, end), label, lines, letters)
     for node, middle in zip(chart.nodes, middles, strict=True):
         _node(pen, node, middle, fill, lines, letters)
     return picture.resize(size, Image.Resampling.LANCZOS)
@@ -136,8 +135,8 @@ def _node(
         pen.rounded_rectangle((x - across, y - up, x + across, y + up), radius, fill, line, 2 * SCALE)
     text = node.text
     if node.shape == "question":  # a diamond has room for two short lines
-        words = text.split()
-        text = f"{' '.join(words[:3])}\n{' '.join(words[3:])}"
+        parts = text.split()
+        text = f"{' '.join(parts[:3])}\n{' '.join(parts[3:])}"
     pen.multiline_text((x, y), text, fill="black", font=letters, anchor="mm", align="center")
 
 
@@ -146,11 +145,11 @@ def _edge(
     chart: Chart,
     middles: list,
     ends: tuple,
-    words: str,
+    label: str,
     line: str,
     letters: ImageFont.ImageFont,
 ) -> None:
-    """From below a node to the top of the next, from its right to what lies aside, and from aside down or up to the way."""
+    """From below a node to the top of the next, from its right to what is aside, and from there to the way."""
     start, end = (chart.nodes[number] for number in ends)
     (x0, y0), (x1, y1) = (middles[number] for number in ends)
     if start.column == end.column:
@@ -166,8 +165,8 @@ def _edge(
     points = [(x * SCALE, y * SCALE) for x, y in points]
     pen.line(points, fill=line, width=2 * SCALE)
     _head(pen, points[-2], points[-1], line)
-    if words:
-        pen.text((place[0] * SCALE, place[1] * SCALE), words, fill="black", font=letters, anchor=anchor)
+    if label:
+        pen.text((place[0] * SCALE, place[1] * SCALE), label, fill="black", font=letters, anchor=anchor)
 
 
 def _head(pen: ImageDraw.ImageDraw, before: tuple, tip: tuple, line: str) -> None:

@@ -36,8 +36,8 @@ class Questions(Builder):
     Attributes:
         table: a file .jsonl, .csv, .tsv or .parquet; a row is a question about a picture.
         pictures: the folder that the pictures' names begin at; null: the table's own.
-        picture_column, question_column, answer_column: an answer may be a list of several people's: the most frequent is
-            learnt.
+        picture_column, question_column, answer_column: an answer may be a list of several people's: the most frequent
+            is learnt.
         prompt: what is said in the place of {question}, such as "Answer with a single word or phrase. {question}".
         max_side: pixels; larger pictures are shrunk to it. null: they stay as large as they are.
         validation, test: shares of the pictures that are held out.

@@ -3,27 +3,31 @@
 import random
 from dataclasses import dataclass
 
+
+def words(text: str) -> tuple[str, ...]:
+    """Names, of one word each."""
+    return tuple(text.split())
+
+
 YEARS = tuple(str(year) for year in range(1998, 2026))
-MONTHS = tuple("January February March April May June July August September October November December".split())
-DAYS = tuple("Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split())
+MONTHS = words("January February March April May June July August September October November December")
+DAYS = words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 QUARTERS = ("Q1", "Q2", "Q3", "Q4")
-COUNTRIES = tuple(
+COUNTRIES = words(
     "Argentina Australia Brazil Canada Chile Denmark Egypt Finland France Germany Ghana Greece India Indonesia Italy Japan "
-    "Kenya Mexico Morocco Norway Peru Poland Portugal Spain Sweden Thailand Turkey Vietnam".split()
+    "Kenya Mexico Morocco Norway Peru Poland Portugal Spain Sweden Thailand Turkey Vietnam"
 )
-CITIES = tuple(
+CITIES = words(
     "Accra Athens Bergen Boston Cairo Dublin Geneva Hanoi Helsinki Kyoto Lima Lisbon Madrid Milan Nairobi Oslo Porto "
-    "Prague Quito Riga Seville Tallinn Vienna Warsaw Zagreb".split()
+    "Prague Quito Riga Seville Tallinn Vienna Warsaw Zagreb"
 )
-FRUIT = tuple("Apples Bananas Cherries Figs Grapes Lemons Mangoes Melons Oranges Peaches Pears Plums".split())
-GOODS = tuple(
-    "Bags Belts Books Chairs Clocks Desks Gloves Hats Kettles Lamps Mugs Pens Shelves Shoes Tents Toys".split()
-)
-ANIMALS = tuple("Badger Beaver Deer Eagle Fox Hare Heron Lynx Otter Owl Rabbit Seal Stork Wolf".split())
-SPORTS = tuple("Archery Boxing Chess Cycling Fencing Football Hockey Judo Rowing Rugby Sailing Skiing Tennis".split())
-PEOPLE = tuple(
+FRUIT = words("Apples Bananas Cherries Figs Grapes Lemons Mangoes Melons Oranges Peaches Pears Plums")
+GOODS = words("Bags Belts Books Chairs Clocks Desks Gloves Hats Kettles Lamps Mugs Pens Shelves Shoes Tents Toys")
+ANIMALS = words("Badger Beaver Deer Eagle Fox Hare Heron Lynx Otter Owl Rabbit Seal Stork Wolf")
+SPORTS = words("Archery Boxing Chess Cycling Fencing Football Hockey Judo Rowing Rugby Sailing Skiing Tennis")
+PEOPLE = words(
     "Adams Baker Chen Costa Diaz Evans Fischer Garcia Haddad Ivanov Jensen Kim Lopez Mensah Novak Okafor Park Quinn Rossi "
-    "Silva Tanaka Umar Virtanen Weber Yilmaz Zhang".split()
+    "Silva Tanaka Umar Virtanen Weber Yilmaz Zhang"
 )
 DEPARTMENTS = ("Design", "Finance", "Legal", "Logistics", "Marketing", "Production", "Research", "Sales", "Support")
 SOURCES = ("Biomass", "Coal", "Gas", "Hydro", "Nuclear", "Oil", "Solar", "Wind")

@@ -40,7 +40,7 @@ def test_what_is_left_out_is_listed_and_nothing_is_written_after_an_error(tmp_pa
     assert yaml.safe_load((tmp_path / "set" / "built.yaml").read_text())["broken"] == 100
     with pytest.raises(ValueError, match="40 is broken"):
         build(Numbers(output=str(tmp_path / "other"), broken=40))
-    with pytest.raises(ValueError, match="not one record.*17: zero"):
+    with pytest.raises(ValueError, match=r"not one record.*17: zero"):
         build(NoNumbers(output=str(tmp_path / "other")))
     with pytest.raises(ValueError, match="exists already"):
         build(Numbers(output=str(tmp_path / "set")))

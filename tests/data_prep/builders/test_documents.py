@@ -121,6 +121,6 @@ def test_refusals(documents, tmp_path):
         build(documents(kinds=("html",)))
     (tmp_path / "files" / "b.txt").unlink()
     (tmp_path / "files" / "below" / "a.pdf").write_bytes(b"%PDF")
-    with pytest.raises(ValueError, match="not one record.*a.pdf"):
+    with pytest.raises(ValueError, match=r"not one record.*a.pdf"):
         build(documents())
     assert not (tmp_path / "set").exists()

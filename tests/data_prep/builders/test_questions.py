@@ -87,9 +87,9 @@ def test_refusals(questions, tmp_path):
         build(questions([]))
     with pytest.raises(ValueError, match=r"first row lacks.*it has image, question, answer"):
         build(questions(picture_column="picture"))
-    with pytest.raises(ValueError, match="not one record.*gone"):
+    with pytest.raises(ValueError, match=r"not one record.*gone"):
         build(questions([{**ROWS[0], "image": "gone"}]))
-    with pytest.raises(ValueError, match="lacks {question}"):
+    with pytest.raises(ValueError, match=r"lacks {question}"):
         questions(prompt="Answer!")
     with pytest.raises(ValueError, match="no such file"):
         build(replace(questions(), table=str(tmp_path / "gone.csv")))

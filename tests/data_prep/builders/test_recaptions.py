@@ -59,6 +59,6 @@ def test_refusals(source, tmp_path):
     write_shards([Record("a", about)], tmp_path / "no_pictures")
     with pytest.raises(ValueError, match="holds no pictures"):
         build(Recaptions(source=str(tmp_path / "no_pictures"), **changes))
-    with pytest.raises(ValueError, match="not one record"):
+    with pytest.raises(ValueError, match=r"not one record"):
         build(Recaptions(source=source, min_words=99, **changes))
     assert not (tmp_path / "set").exists()

@@ -114,7 +114,7 @@ def test_refusals(chromium, pages, tmp_path):
             settings(pages, tmp_path, **changes)
     with pytest.raises(ValueError, match=r"no \.html files"):
         build(settings(tmp_path / "programs", tmp_path))
-    with pytest.raises(ValueError, match="not one record"):
+    with pytest.raises(ValueError, match=r"not one record"):
         build(settings(pages, tmp_path, max_chars=3))
 
 
