@@ -17,8 +17,8 @@ QUESTIONS = (
 )
 VERBS = words("Archive Check Close Copy Count Label Measure Open Pack Print Record Repair Send Sign Sort Store Test")
 THINGS = words(
-    "account answer bill box contract file form invoice key letter list log machine order parcel part photo plan receipt "
-    "record report request result sample shelf ticket tool"
+    "account answer bill box contract file form invoice key letter list log machine order parcel part "
+    "photo plan receipt record report request result sample shelf ticket tool"
 )
 STATES = words("complete correct late full known new paid ready signed valid")
 FILLS = ("#ffffff", "#e3f2fd", "#fff8e1", "#e8f5e9", "#fce4ec", "#ede7f6")

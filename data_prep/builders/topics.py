@@ -14,8 +14,9 @@ MONTHS = words("January February March April May June July August September Octo
 DAYS = words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 QUARTERS = ("Q1", "Q2", "Q3", "Q4")
 COUNTRIES = words(
-    "Argentina Australia Brazil Canada Chile Denmark Egypt Finland France Germany Ghana Greece India Indonesia Italy Japan "
-    "Kenya Mexico Morocco Norway Peru Poland Portugal Spain Sweden Thailand Turkey Vietnam"
+    "Argentina Australia Brazil Canada Chile Denmark Egypt Finland France Germany Ghana Greece India "
+    "Indonesia Italy Japan Kenya Mexico Morocco Norway Peru Poland Portugal Spain Sweden Thailand Turkey "
+    "Vietnam"
 )
 CITIES = words(
     "Accra Athens Bergen Boston Cairo Dublin Geneva Hanoi Helsinki Kyoto Lima Lisbon Madrid Milan Nairobi Oslo Porto "
@@ -26,8 +27,8 @@ GOODS = words("Bags Belts Books Chairs Clocks Desks Gloves Hats Kettles Lamps Mu
 ANIMALS = words("Badger Beaver Deer Eagle Fox Hare Heron Lynx Otter Owl Rabbit Seal Stork Wolf")
 SPORTS = words("Archery Boxing Chess Cycling Fencing Football Hockey Judo Rowing Rugby Sailing Skiing Tennis")
 PEOPLE = words(
-    "Adams Baker Chen Costa Diaz Evans Fischer Garcia Haddad Ivanov Jensen Kim Lopez Mensah Novak Okafor Park Quinn Rossi "
-    "Silva Tanaka Umar Virtanen Weber Yilmaz Zhang"
+    "Adams Baker Chen Costa Diaz Evans Fischer Garcia Haddad Ivanov Jensen Kim Lopez Mensah Novak Okafor "
+    "Park Quinn Rossi Silva Tanaka Umar Virtanen Weber Yilmaz Zhang"
 )
 DEPARTMENTS = ("Design", "Finance", "Legal", "Logistics", "Marketing", "Production", "Research", "Sales", "Support")
 SOURCES = ("Biomass", "Coal", "Gas", "Hydro", "Nuclear", "Oil", "Solar", "Wind")
