@@ -17,7 +17,7 @@ from PIL import Image
 from vision.reading import read_picture
 
 PROGRAM = "chromium"
-TIMEOUT = 120  # seconds for one page
+TIMEOUT = 300  # seconds for one page
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; font-src data:; script-src 'nonce-mm'"
 FOUND = "mm-elements"  # id of the element, in the page's unseen head, that the script leaves its findings in
 # What is drawn of each element within the window: its place and its own code.
@@ -48,7 +48,8 @@ def print_pdf(page: str) -> bytes:
     """A page as a PDF.
 
     Raises:
-        ValueError: the program is missing, fails or takes over 2 minutes.
+        ValueError: the program is missing or fails.
+        TimeoutError: it takes over 5 minutes. That is the machine's fault and not the page's, which must not be left out.
     """
     with tempfile.TemporaryDirectory() as folder:
         _run(Path(folder), _guarded(page), "--no-pdf-header-footer", "--print-to-pdf=out.pdf")
@@ -108,7 +109,7 @@ def _run(folder: Path, page: str, *options: str) -> str:
             [*command, *options, (folder / "page.html").as_uri()], cwd=folder, capture_output=True, timeout=TIMEOUT
         )
     except subprocess.TimeoutExpired:
-        raise ValueError(f"{PROGRAM} took over {TIMEOUT} seconds for the page") from None
+        raise TimeoutError(f"{PROGRAM} took over {TIMEOUT} seconds for a page; try again with fewer workers") from None
     if done.returncode != 0:
         words = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no word of why"]
         raise ValueError(f"{PROGRAM} failed with {done.returncode}: {words[0][:200]}")

@@ -103,6 +103,8 @@ class Documents(Builder):
                 if task.path.suffix.lower() == ".html":
                     data = print_pdf(data.decode("utf-8", errors="replace"))
                 pages = _rendered(data, task.pages, self.long_side)
+        except TimeoutError:
+            raise
         except (OSError, ValueError) as error:
             return [LeftOut(task.name, str(error))]
         return [self._record(task, number, picture, text) for number, picture, text in pages]

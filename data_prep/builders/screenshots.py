@@ -81,8 +81,11 @@ class Screenshots(Builder):
         chance = random.Random(source)
         try:
             code = page_of(chance) if task.path is None else task.path.read_text(encoding="utf-8", errors="replace")
+        except OSError as error:
+            return [LeftOut(task.name, error.strerror or str(error))]
+        try:
             picture, elements = screenshot(without_scripts(code), self.width, self.height)
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             return [LeftOut(task.name, str(error))]
         if picture.convert("L").getextrema()[0] == 255:
             return [LeftOut(task.name, "shows nothing but white")]

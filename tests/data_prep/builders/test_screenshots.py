@@ -96,6 +96,13 @@ def test_without_the_program(monkeypatch, pages, tmp_path):
     assert not (tmp_path / "set").exists()
 
 
+def test_a_slow_machine_leaves_no_page_out(chromium, pages, tmp_path, monkeypatch):
+    monkeypatch.setattr("data_prep.builders.browser.TIMEOUT", 0.001)
+    with pytest.raises(TimeoutError, match="fewer workers"):
+        build(settings(pages, tmp_path))
+    assert not (tmp_path / "set").exists()
+
+
 def test_html_is_printed_for_documents(chromium, pages, tmp_path):
     (tmp_path / "printed.pdf").write_bytes(b"no PDF")
     with pytest.raises(ValueError, match=r"not one record.*a\.html: cannot be opened as PDF"):
