@@ -49,7 +49,7 @@ def print_pdf(page: str) -> bytes:
 
     Raises:
         ValueError: the program is missing or fails.
-        TimeoutError: it takes over 5 minutes. That is the machine's fault and not the page's, which must not be left out.
+        TimeoutError: it takes over 5 minutes: the machine's fault, for which no page may be left out.
     """
     with tempfile.TemporaryDirectory() as folder:
         _run(Path(folder), _guarded(page), "--no-pdf-header-footer", "--print-to-pdf=out.pdf")
