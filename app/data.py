@@ -10,6 +10,7 @@ from pathlib import Path
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from app.clip_scorer import OpenClip
+from app.data_build import build_set
 from data_prep.canaries import ABOUT, measure_canaries, rows_of, thresholds_beside
 from data_prep.clip_score import ClipScoreConfig
 from data_prep.curation import DECIDED, read_config, read_run, rethreshold, run, steps_of, write_kept
@@ -130,6 +131,11 @@ def show_languages(argv: list[str]) -> None:
         print(f"of the wanted ones in the other half: {at}\n")
 
 
+def build_one(argv: list[str]) -> None:
+    """Build a set of annealing, or mix one of several: NAME --config FILE [--OPTION VALUE ...]"""
+    build_set(argv, locate)
+
+
 def locate(name: str) -> Path:
     """The local place of what a configuration names: a path, or asset:NAME, which is fetched where it is missing."""
     kind, _, asset = name.partition(":")
@@ -189,4 +195,5 @@ COMMANDS = {
     "write": write_shards,
     "forecast": forecast_run,
     "languages": show_languages,
+    "build": build_one,
 }

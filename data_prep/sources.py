@@ -1,6 +1,7 @@
 """Files of a source set -> what goes into a shard: its pictures as PNG, its licence beside them."""
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 
 from PIL import Image
@@ -34,3 +35,17 @@ def license_text(folder: str | Path) -> str:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; a set's licence must lie beside it to go into its shards")
     return path.read_text(encoding="utf-8")
+
+
+def licenses_beside(folders: Mapping[str, Path]) -> dict[str, str]:
+    """The licences that lie in the sources' folders, as one file LICENSE; nothing where there is none.
+
+    Args:
+        folders: name of a source -> its folder.
+    """
+    texts = []
+    for name, folder in sorted(folders.items()):
+        path = folder / "LICENSE"
+        if path.is_file():
+            texts.append(f"==== {name} ====\n\n{path.read_text(encoding='utf-8', errors='replace')}")
+    return {"LICENSE": "\n".join(texts)} if texts else {}

@@ -20,6 +20,7 @@ from data_prep.deciding import Stored
 from data_prep.ledger import LEDGER_NAME, kept_ids
 from data_prep.measuring import picture_id
 from data_prep.pool import Source, picture_bytes
+from data_prep.sources import licenses_beside
 from data_prep.splits import split_of
 from data_prep.steps import Draft, Step
 from data_prep.workers import processes
@@ -76,7 +77,7 @@ def write(
         raise ValueError(f"{work}: no pair is kept, so there is nothing to write; see `mm data stats`")
     if (folder / NOTE).is_file() and (folder / NOTE).read_text() == note:
         return len(ids)
-    files = {NOTE: note, **_licenses(sources)}
+    files = {NOTE: note, **licenses_beside({name: folder for name, (_, folder) in sources.items()})}
     finishing = [step for step in steps if step.finishes is not None]
     make = partial(_records, sources=sources, finishing=finishing, config=config, svg_size=svg_size)
     chunks = _chunks(_rows(work / "set", ids, steps, config.split_by))
@@ -191,13 +192,3 @@ def _format_of(data: bytes) -> str | None:
         if data.startswith(mark):
             return name
     return "WEBP" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
-
-
-def _licenses(sources: dict[str, tuple[Source, Path]]) -> dict[str, str]:
-    """The licences that lie beside the sources, as one file."""
-    texts = []
-    for name, (_, folder) in sorted(sources.items()):
-        path = folder / "LICENSE"
-        if path.is_file():
-            texts.append(f"==== {name} ====\n\n{path.read_text(encoding='utf-8', errors='replace')}")
-    return {"LICENSE": "\n".join(texts)} if texts else {}

@@ -49,6 +49,16 @@ def read_picture(
     Raises:
         ValueError: a missing, empty, truncated, too large or unreadable file; names it and says why.
     """
+    return to_rgb(_read(source, max_pixels, svg_size, svg_fonts))
+
+
+def read_cutout(source: str | Path | bytes, max_pixels: int = MAX_PIXELS, svg_size: int = 672) -> Image.Image:
+    """Reads a picture file with its transparency, as RGBA; an SVG without its text. Else as `read_picture`."""
+    return _read(source, max_pixels, svg_size, svg_fonts=False).convert("RGBA")
+
+
+def _read(source: str | Path | bytes, max_pixels: int, svg_size: int, svg_fonts: bool) -> Image.Image:
+    """Decoded, in the mode that the file has."""
     name = "picture" if isinstance(source, bytes) else str(source)
     data = source if isinstance(source, bytes) else _read_file(Path(source))
     if not data:
@@ -113,7 +123,7 @@ def _decode(data: bytes, max_pixels: int) -> Image.Image:
             picture = ImageOps.exif_transpose(picture)
         except Exception:  # unreadable metadata: the picture is taken as it stands
             picture = picture.copy()
-    return to_rgb(picture)
+    return picture
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
@@ -180,7 +190,6 @@ def _render_svg(data: bytes, max_pixels: int, svg_size: int, svg_fonts: bool) ->
     # Width and height together are a box to fit into. Fonts are searched for (slow) only where there is text.
     png = resvg_py.svg_to_bytes(
         svg_string=text,
-        background="#ffffff",
         width=svg_size,
         height=svg_size,
         dpi=96.0,
