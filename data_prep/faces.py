@@ -221,7 +221,7 @@ def _load(model: Path, sha256: str):
         raise ValueError(f"{model}: is another network than CenterFace; `asset:centerface` is the one to use")
     del network.graph.input[:]  # weights listed as inputs could be replaced, and nothing is folded into them then
     network.graph.input.extend(inputs)
-    for value in (*inputs, *network.graph.output):
+    for value in (*network.graph.input, *network.graph.output):
         for axis in (0, 2, 3):
             value.type.tensor_type.shape.dim[axis].dim_param = f"{value.name}_{axis}"
     options = onnxruntime.SessionOptions()

@@ -32,7 +32,7 @@ def scripted(monkeypatch):
     monkeypatch.setattr(data_prep.curation.OpenNsfw, "of_package", RednessClassifier)
     monkeypatch.setattr(data_prep.curation.CenterFace, "of_file", lambda *_: MiddleFace())
     monkeypatch.setattr(data_prep.curation.RapidOcr, "of_package", SizeReader)
-    return lambda _: ScriptedScorer()
+    return lambda config: ScriptedScorer(config.pretrained)
 
 
 def redness(pair) -> float:
@@ -62,7 +62,7 @@ def test_pairs_under_the_clip_score_go_and_deciding_anew_needs_no_model(pool, cu
     assert (about.option, about.pairs, about.kept) == ("clip_score.threshold", 20, 10)
     assert "clip_score.threshold" in (work / "report.html").read_text()
     with pytest.raises(ValueError, match="clip_score: scorer cannot be changed without `mm data run`"):
-        rethreshold(work, config, Path, lambda _: ScriptedScorer("another"))
+        rethreshold(work, replace(config, clip_score=replace(CLIP, pretrained="another")), Path, scripted)
     with pytest.raises(ValueError, match="clip_score needs a model"):
         run(config)
 
