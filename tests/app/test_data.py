@@ -82,6 +82,29 @@ def test_from_a_pool_to_shards_and_back_to_a_pair(home, mm_data):
     assert code == 0 and "8 pairs" in out and len(ShardSet("work/shards")) == 8
 
 
+def test_canaries_short_forms_and_languages(home, mm_data):
+    config = yaml.safe_load(Path("config.yaml").read_text())
+    config |= {"near_duplicates": {"threshold": 0.9}, "canaries": {"pictures": 3}}
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    assert mm_data("run", "--config", "config.yaml")[0] == 0
+    code, out, _ = mm_data("stats", "--work", "work")
+    lines = {line[:44].strip(): line[44:].split() for line in out.splitlines()}
+    assert code == 0 and lines["canaries joined at a threshold of"] == ["0.9"]
+    assert lines["copy: half size"] == ["100.0%"] and lines["precision"] == ["100.0%"]
+    code, out, _ = mm_data("forecast", "--work", "work")
+    assert code == 0 and "0.7    0.75     0.8    0.85     0.9    0.95" in out and "copy: half size" in out
+    for changes in (["--duplicates", "0.8"], ["--duplicates=0.8"]):
+        assert mm_data("rethreshold", "--work", "work", *changes)[0] == 0
+        assert yaml.safe_load(Path("work/decided.yaml").read_text())["near_duplicates"]["threshold"] == 0.8
+        assert mm_data("rethreshold", "--work", "work", "--near_duplicates.threshold", "0.9")[0] == 0
+    code, _, err = mm_data("rethreshold", "--work", "work", "--duplicates", "0.5")
+    assert code == 1 and "below 0.7, the floor" in err
+    code, _, err = mm_data("rethreshold", "--work", "work", "--canaries.pictures", "4")
+    assert code == 1 and "canaries cannot be changed" in err
+    code, _, err = mm_data("languages", "--work", "work")
+    assert code == 1 and "no captions whose language is known" in err
+
+
 def test_mistakes_are_one_line(home, mm_data):
     for arguments, words in (
         ((), "name a command: run, why"),

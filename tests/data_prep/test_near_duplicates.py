@@ -1,4 +1,5 @@
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -171,8 +172,14 @@ def test_copies_go_and_the_best_of_each_stays(pool, curate, duplicates):
         and "recall 1.0000" in report
         and "10 pairs go for 3 that stay, in 3 components; of the largest go 4, 3, 3" in report
     )
-    twins = report[report.index("Least alike") :]
+    twins, components = report[report.index("Least alike") :].split("<h3>Components</h3>")
     assert twins.count("<figure>") == 2 * len(stay) and all(pair[:12] in twins for pair in said)
+    least = [min(said[ids[key]]["similarity"] for key in stay if key[-1] == str(number)) for number in range(3)]
+    sizes = re.findall(r"(\d) pairs; smallest similarity to the pair that stays: ([\d.]+)", components)
+    assert [size for size, _ in sizes] == ["5", "4", "4"] and {low for _, low in sizes} == {
+        f"{low:.4f}" for low in least
+    }
+    assert components.count("stays<figure>") == 3 and components.count("<figure>") == 3 + len(stay)
 
 
 @pytest.mark.slow
