@@ -61,7 +61,7 @@ def test_each_page_with_its_text(documents, records_of, turns_of, picture_of, tm
         assert max(picture.size) == 400
         dark = np.asarray(picture.convert("L")) < 128
         rows = np.flatnonzero(dark.any(1))
-        assert dark.any() and rows[0] > 5 and len(rows) / picture.height > 0.02 * text.count("\n")
+        assert len(rows) > text.count("\n") and rows[0] > 5
     assert found[texts[2]].size == (300, 400)
     left_out = (tmp_path / "set" / "left_out.tsv").read_text()
     assert left_out == "below/a.pdf, page 2\thas 0 characters of text, not 20 to 6000\n"
