@@ -49,24 +49,27 @@ def read_picture(
     Raises:
         ValueError: a missing, empty, truncated, too large or unreadable file; names it and says why.
     """
-    return to_rgb(_read(source, max_pixels, svg_size, svg_fonts))
+    return _read(source, max_pixels, svg_size, svg_fonts, cutout=False)
 
 
 def read_cutout(source: str | Path | bytes, max_pixels: int = MAX_PIXELS, svg_size: int = 672) -> Image.Image:
     """Reads a picture file with its transparency, as RGBA; an SVG without its text. Else as `read_picture`."""
-    return _read(source, max_pixels, svg_size, svg_fonts=False).convert("RGBA")
+    return _read(source, max_pixels, svg_size, svg_fonts=False, cutout=True)
 
 
-def _read(source: str | Path | bytes, max_pixels: int, svg_size: int, svg_fonts: bool) -> Image.Image:
-    """Decoded, in the mode that the file has."""
+def _read(source: str | Path | bytes, max_pixels: int, svg_size: int, svg_fonts: bool, cutout: bool) -> Image.Image:
     name = "picture" if isinstance(source, bytes) else str(source)
     data = source if isinstance(source, bytes) else _read_file(Path(source))
     if not data:
         raise ValueError(f"{name}: the file is empty (0 bytes)")
     try:
         if _looks_like_svg(data):
-            return _render_svg(data, max_pixels, svg_size, svg_fonts)
-        return _decode(data, max_pixels)
+            picture = _render_svg(data, max_pixels, svg_size, svg_fonts, background=None if cutout else "#ffffff")
+        else:
+            picture = _decode(data, max_pixels)
+        if cutout and picture.has_transparency_data:
+            return picture.convert("RGBA")
+        return to_rgb(picture).convert("RGBA") if cutout else to_rgb(picture)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     except MemoryError as error:
@@ -178,7 +181,7 @@ def _svg_text(data: bytes) -> str:
         raise ValueError(f"SVG is not in the text encoding it declares ({error})") from None
 
 
-def _render_svg(data: bytes, max_pixels: int, svg_size: int, svg_fonts: bool) -> Image.Image:
+def _render_svg(data: bytes, max_pixels: int, svg_size: int, svg_fonts: bool, background: str | None) -> Image.Image:
     if not 1 <= svg_size**2 <= max_pixels:
         raise ValueError(f"svg_size {svg_size} is not within 1 and {int(max_pixels**0.5)}, the side of max_pixels")
     text = _svg_text(data)
@@ -190,6 +193,7 @@ def _render_svg(data: bytes, max_pixels: int, svg_size: int, svg_fonts: bool) ->
     # Width and height together are a box to fit into. Fonts are searched for (slow) only where there is text.
     png = resvg_py.svg_to_bytes(
         svg_string=text,
+        background=background,
         width=svg_size,
         height=svg_size,
         dpi=96.0,

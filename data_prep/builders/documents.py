@@ -147,9 +147,11 @@ def set_text(data: bytes, digest: str, long_side: int) -> list[tuple[int, Image.
     for line in text.expandtabs().replace("\f", "\n").splitlines():
         lines += textwrap.wrap(line, COLUMNS, replace_whitespace=False, drop_whitespace=False) or [""]
     size = long_side / (LINES + 8)  # pixels from line to line
-    letters = font(FONT_FILES[int(digest[:8], 16) % len(FONT_FILES)], max(6, round(size * 0.72)))
-    widest = max((letters.getlength(line) for line in lines), default=0)
-    margin = 4 * size
+    file, height, margin = FONT_FILES[int(digest[:8], 16) % len(FONT_FILES)], max(6, round(size * 0.72)), 4 * size
+    widest = max((font(file, height).getlength(line) for line in lines), default=0)
+    if widest > long_side - 2 * margin:
+        height = max(1, int(height * (long_side - 2 * margin) / widest))
+    letters = font(file, height)
     shape = (min(long_side, max(round(widest + 2 * margin), round(long_side * 0.7))), long_side)
     pages = []
     for number, start in enumerate(range(0, len(lines), LINES)):

@@ -121,5 +121,5 @@ class Screenshots(Builder):
 
 def tidy(html: str) -> str:
     """An element's code without what says nothing of what is seen: ids, data, and spaces between lines."""
-    html = re.sub(r"\s(?:id|data-[\w-]+|tabindex|aria-[\w-]+)=\"[^\"]*\"", "", html)
+    html = re.sub(r"\s(?:id|data-[\w-]+|tabindex|accesskey|rel|aria-[\w-]+)=\"[^\"]*\"", "", html)
     return re.sub(r"\s+", " ", html).strip()

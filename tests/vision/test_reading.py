@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vision.reading import MAX_SVG_DEPTH, read_picture
+from vision.reading import MAX_SVG_DEPTH, read_cutout, read_picture
 
 SVG = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
 
@@ -302,3 +302,19 @@ def test_without_the_renderer_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", absent)
     with pytest.raises(ValueError, match=r"mm-adapters\[demo\]"):
         read_picture(svg(""))
+
+
+def test_a_cutout_keeps_what_shines_through():
+    circle = b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8"><rect width="4" height="8" fill="#f00"/></svg>'
+    out = io.BytesIO()
+    half = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    half.paste((255, 0, 0, 255), (0, 0, 4, 8))
+    half.save(out, "PNG")
+    for data in (circle, out.getvalue()):
+        picture = read_cutout(data, svg_size=8)
+        assert picture.mode == "RGBA" and picture.getpixel((1, 4)) == (255, 0, 0, 255)
+        assert picture.getpixel((6, 4))[3] == 0 and read_picture(data, svg_size=8).getpixel((6, 4)) == (255, 255, 255)
+    Image.new("RGB", (3, 3), "blue").save(out := io.BytesIO(), "PNG")
+    assert read_cutout(out.getvalue()).getpixel((1, 1)) == (0, 0, 255, 255)
+    with pytest.raises(ValueError, match="empty"):
+        read_cutout(b"")
