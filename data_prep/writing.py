@@ -152,7 +152,7 @@ def _record(
     draft = Draft(picture, row.get("mended") or row["caption"], scores)
     for step in finishing:
         step.finish(row, draft)
-    suffix, data = to_write(data, draft.picture, draft.picture is not picture, config.max_side)
+    suffix, data = to_write(data, draft.picture, config.max_side, changed=draft.picture is not picture)
     content = {
         "id": row["id"],
         "split": split_of(row["split_by"], config.validation, config.test),
@@ -164,7 +164,7 @@ def _record(
     return Record(row["id"], content, {suffix: data}, draft.columns)
 
 
-def to_write(data: bytes, picture: Image.Image, changed: bool, max_side: int | None) -> tuple[str, bytes]:
+def to_write(data: bytes, picture: Image.Image, max_side: int | None, changed: bool = False) -> tuple[str, bytes]:
     """(suffix, bytes) of a picture: the source's own where its format is one of the shard's and it is small enough.
 
     Args:

@@ -18,6 +18,7 @@ from data_prep.sources import licenses_beside
 from data_prep.splits import split_of
 from data_prep.writing import to_write
 from shards.format import Record
+from vision.reading import read_picture
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Questions(Builder):
     def records(self, task: Asked) -> list[Record | LeftOut]:
         try:
             data = task.path.read_bytes()
-            suffix, data = to_write(data, self.max_side, svg_size=672)
+            suffix, data = to_write(data, read_picture(data, svg_size=672, svg_fonts=False), self.max_side)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             return [LeftOut(task.name, f"its picture: {reason}")]
