@@ -67,15 +67,14 @@ def ragged(tiny_config, random_tiles):
 def test_compiled_layers_have_the_gradients_of_others(shallow_model, config, ragged):
     settings, samples = config(max_gradient_norm=1e9), ragged(random.Random(0), ONE_TILE)
     loss, exact = gradients(shallow_model, samples, settings)
-    for again in (False, True):
-        changes = {"compile": True, "checkpoint_activations": again}
-        found, seen = gradients(shallow_model, samples, replace(settings, **changes))
-        assert found == pytest.approx(loss, rel=1e-5)
-        assert seen.keys() == exact.keys()
-        for name, gradient in exact.items():  # fp32 sums in another order, through three layers and back
-            torch.testing.assert_close(seen[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
-        assert exact["image_adapter.blocks.0.gate_attn"].abs() > 1e-4  # there is something to compare
-    found, seen = gradients(shallow_model, samples, replace(settings, compile=True, compute="bf16"))
+    found, seen = gradients(shallow_model, samples, replace(settings, compile=True))
+    assert found == pytest.approx(loss, rel=1e-5)
+    assert seen.keys() == exact.keys()
+    for name, gradient in exact.items():  # fp32 sums in another order, through three layers and back
+        torch.testing.assert_close(seen[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+    assert exact["image_adapter.blocks.0.gate_attn"].abs() > 1e-4  # there is something to compare
+    changes = {"compile": True, "compute": "bf16", "checkpoint_activations": True}
+    found, seen = gradients(shallow_model, samples, replace(settings, **changes))
     assert found != loss and found == pytest.approx(loss, rel=0.02)  # bf16 has 8 bits, and was used
     assert {gradient.dtype for gradient in seen.values()} == {torch.float32}
     one, other = (torch.cat([given[name].flatten() for name in exact]) for given in (seen, exact))

@@ -69,8 +69,10 @@ def test_evaluation_takes_no_part_in_the_speed(model, config, run):
         time.sleep(0.5)
         return {}
 
+    started = time.monotonic()
     rows = lines(run(model, config(steps=2, evaluate_every=1), evaluate=slowly))
-    assert all(row["seconds_per_step"] < 0.4 for row in rows)
+    seconds = time.monotonic() - started
+    assert len(rows) == 2 and sum(row["seconds_per_step"] for row in rows) < seconds - 2 * 0.5
 
 
 class Broken(NextTokenObjective):
