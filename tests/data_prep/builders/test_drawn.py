@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.mathtext import MathTextParser
 
-from data_prep.builders.charts import Charts
+from data_prep.builders.charts import LINES, STEPS, Charts
 from data_prep.builders.equations import Equations
 from data_prep.builders.flowcharts import Flowcharts
 from data_prep.builders.tables import Tables, latex_table
@@ -36,12 +36,11 @@ def test_charts_ask_for_figures_that_can_be_read():
         if "Share (%)" in head:
             assert figures.sum() == 100 and (figures > 0).all()
         else:  # all on lines of a grid of no more than some twenty
-            step = min(
-                step
-                for step in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
-                if (figures.max() - min(0, figures.min())) / step <= 20
-            )
-            assert np.allclose(figures / step, np.round(figures / step)), (figures, step)
+            assert any(
+                (figures.max() - min(0, figures.min())) / step <= LINES
+                and np.allclose(figures / step, np.round(figures / step))
+                for step in STEPS
+            ), figures
 
 
 def test_equations_are_what_mathtext_reads():

@@ -53,8 +53,8 @@ def pages(tmp_path):
     return folder
 
 
-def settings(pages, tmp_path, **changes):
-    return Screenshots(**{"output": str(tmp_path / "set"), "pages": str(pages), "boxes": 2, **changes})
+def settings(folder, tmp_path, **changes):
+    return Screenshots(**{"output": str(tmp_path / "set"), "pages": str(folder), "boxes": 2, **changes})
 
 
 def test_a_box_is_drawn_around_the_element_whose_code_is_asked_for(
