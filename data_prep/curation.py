@@ -29,6 +29,7 @@ from data_prep.readable import Readable
 from data_prep.report import write_report
 from data_prep.resampling import Resampling, ResamplingConfig
 from data_prep.steps import Step
+from data_prep.workers import Engine
 from data_prep.writing import WriteConfig, write
 
 MEASURED, DECIDED = "measured.yaml", "decided.yaml"
@@ -45,6 +46,7 @@ class Curate:
         sources: the pool.
         seed: of the resampling.
         workers: processes; the result is the same for any number.
+        engine: whose: of this machine, or of Ray, on one machine or a cluster that sees the same folders.
         svg_size: pixels, the long side that SVG files are drawn with.
     """
 
@@ -58,6 +60,7 @@ class Curate:
     write: WriteConfig = field(default_factory=WriteConfig)
     seed: int = 0
     workers: int = 1
+    engine: Engine = "in_process"
     svg_size: int = 672
 
     def __post_init__(self):
@@ -99,9 +102,9 @@ def run(config: Curate, locate: Locate = Path) -> int:
     """
     work = Path(config.output)
     steps = steps_of(config, locate)
-    parts = [part for source in config.sources for part in parts_of(source, locate(source.path))]
+    parts = [part for source in config.sources for part in parts_of(source, locate(source.path).absolute())]
     work.mkdir(parents=True, exist_ok=True)
-    measured = measure_all(parts, steps, config.svg_size, work / "parts", config.workers)
+    measured = measure_all(parts, steps, config.svg_size, work / "parts", config.workers, config.engine)
     merge(measured, steps, work / "set")
     _copy(work / "set" / "sources.parquet", work / "sources.parquet")
     _save(config, work / MEASURED)
@@ -134,9 +137,9 @@ def rethreshold(work: Path, config: Curate, locate: Locate = Path) -> None:
 def write_kept(work: Path, locate: Locate = Path) -> int:
     """Writes the shards of what the ledger of a run keeps, and the report, and says how many pairs are kept."""
     _, config = read_run(work)
-    sources = {source.path: (source, locate(source.path)) for source in config.sources}
+    sources = {source.path: (source, locate(source.path).absolute()) for source in config.sources}
     steps = steps_of(config, locate)
-    count = write(work, sources, steps, config.write, config.svg_size, config.workers)
+    count = write(work, sources, steps, config.write, config.svg_size, config.workers, config.engine)
     write_report(work, steps, sources, config.svg_size)
     return count
 

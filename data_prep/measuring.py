@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from data_prep.pool import BrokenFile, Part, RawPair
 from data_prep.steps import STORED, Step, settings_hash
-from data_prep.workers import processes
+from data_prep.workers import Engine, in_order
 from vision.reading import MAX_PIXELS, read_picture
 
 BATCH = 64  # pairs whose pictures are in memory at once
@@ -62,19 +62,22 @@ def file_id(path: str) -> str:
     return hashlib.sha256(b"file\0" + path.encode()).hexdigest()[:32]
 
 
-def measure_all(parts: Sequence[Part], steps: Sequence[Step], svg_size: int, folder: Path, workers: int) -> list[Path]:
+def measure_all(
+    parts: Sequence[Part], steps: Sequence[Step], svg_size: int, folder: Path, workers: int, engine: Engine
+) -> list[Path]:
     """Measures every part that has not been measured yet, and gives the folders of all of them.
 
     Args:
         folder: holds a folder per part, named by what it depends on; it may be there from an earlier, broken run.
-        workers: processes; 1: this one.
+        workers, engine: see workers.in_order.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    measure = partial(measure_part, steps=tuple(steps), svg_size=svg_size, folder=folder)
-    if workers == 1:
-        return [measure(part) for part in parts]
-    with processes(workers) as pool:
-        return list(pool.map(measure, parts))
+    done = [folder / part_name(part, steps, svg_size) for part in parts]
+    measure = partial(measure_part, steps=tuple(steps), svg_size=svg_size, folder=folder.absolute())
+    missing = [part for part, target in zip(parts, done, strict=True) if not target.exists()]
+    for _ in in_order(measure, missing, workers, engine) if missing else ():
+        pass
+    return done
 
 
 def measure_part(part: Part, steps: Sequence[Step], svg_size: int, folder: Path) -> Path:

@@ -20,7 +20,7 @@ from data_prep.measuring import picture_id
 from data_prep.pool import Source, picture_bytes
 from data_prep.splits import split_of
 from data_prep.steps import Step
-from data_prep.workers import processes
+from data_prep.workers import Engine, in_order
 from shards.format import Record
 from shards.writer import ShardWriter
 from vision.reading import MAX_PIXELS, read_picture
@@ -53,6 +53,7 @@ def write(
     config: WriteConfig,
     svg_size: int,
     workers: int,
+    engine: Engine = "in_process",
 ) -> int:
     """Writes what the ledger keeps to `work/shards`, unless just that stands there, and says how many pairs it is.
 
@@ -60,6 +61,7 @@ def write(
         work: the folder of the run.
         sources: as the stored set names them -> the source and its local place.
         steps: their floating-point columns become columns of the index.
+        workers, engine: see workers.in_order.
 
     Raises:
         ValueError: the pool is not what it was when it was read; nothing is kept.
@@ -76,21 +78,9 @@ def write(
     make = partial(_records, sources=sources, config=config, svg_size=svg_size)
     chunks = _chunks(_rows(work / "set", ids, steps))
     with ShardWriter(folder, config.samples_per_shard, overwrite=True, files=files) as writer:
-        if workers == 1:
-            for chunk in chunks:
-                for record in make(chunk):
-                    writer.add(record)
-        else:
-            with processes(workers) as pool:
-                waiting = []
-                for chunk in chunks:
-                    waiting.append(pool.submit(make, chunk))
-                    if len(waiting) > 4 * workers:
-                        for record in waiting.pop(0).result():
-                            writer.add(record)
-                for done in waiting:
-                    for record in done.result():
-                        writer.add(record)
+        for records in in_order(make, chunks, workers, engine):
+            for record in records:
+                writer.add(record)
     return len(ids)
 
 
