@@ -1,20 +1,23 @@
 """Vectors -> all pairs of them that are alike: k-means clusters them, and each is compared with its nearest clusters.
 
 Which pairs are looked at is approximate, and how many that misses is measured; the similarity of those found is exact:
-computed anew in double precision, in one order. Clustering and searching run on one thread and from one seed, so that
-the same vectors give the same pairs.
+computed anew in double precision, in one order. Clusters come of one thread and one seed, and pairs are looked for well
+below the threshold, so that the same vectors give the same pairs.
 
-Memory: two copies of the vectors in half precision (2 KB a vector of 512), and about 50 bytes for each pair found.
+Memory: 30 bytes a vector and about 50 for each pair found. The vectors, and 4 bytes a vector for each cluster that it
+looks into, may lie on disk.
 """
 
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from data_prep.cluster_search import alike, nearest_clusters
+
 SEED = 1
 ROUNDS = 10  # of k-means
 VECTORS_PER_CLUSTER = 40  # at least: fewer say too little of where its middle is
-QUERIES = 256  # searched at once
 SAMPLE = 256  # vectors whose neighbours are searched exactly as well
 SLACK = 2e-3  # by which a similarity in half precision may be off
 DECIMALS = 6  # of a similarity, so that sums in another order come to the same
@@ -59,12 +62,11 @@ def near_pairs(vectors: np.ndarray, floor: float, num_probes: int) -> tuple[np.n
         what was done.
     """
     count = len(vectors)
-    clusters = max(1, min(round(4 * np.sqrt(count)), count // VECTORS_PER_CLUSTER))
-    probes = min(num_probes, clusters)
+    clusters, probes = num_clusters(count, num_probes)
     if count < 2:
         none = np.zeros(0, np.int64)
         return none, none, np.zeros(0), Search(count, clusters, probes, 0, 0, 0, 0)
-    keys = _candidates(vectors, clusters, probes, floor - SLACK)
+    keys = candidates(vectors, train(vectors, clusters), probes, floor - SLACK)
     a, b = np.divmod(keys, count)
     similarity = cosine(vectors, a, b)
     near = similarity >= floor
@@ -86,34 +88,44 @@ def cosine(vectors: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.concatenate(values).round(DECIMALS)
 
 
-def _candidates(vectors: np.ndarray, clusters: int, probes: int, radius: float) -> np.ndarray:
+def num_clusters(count: int, num_probes: int) -> tuple[int, int]:
+    """How many clusters for so many vectors, and in how many of them each one's neighbours are searched."""
+    clusters = max(1, min(round(4 * np.sqrt(count)), count // VECTORS_PER_CLUSTER))
+    return clusters, min(num_probes, clusters)
+
+
+def train(vectors: np.ndarray, clusters: int):
+    """The middles of clusters, a flat FAISS index: k-means on at most 80 vectors a cluster, on one thread."""
+    with _one_thread() as faiss:
+        count, dim = vectors.shape
+        middles = faiss.IndexFlatIP(dim)
+        index = faiss.IndexIVFFlat(middles, dim, clusters, faiss.METRIC_INNER_PRODUCT, False)
+        index.cp.seed, index.cp.niter = SEED, ROUNDS
+        index.cp.max_points_per_centroid = 2 * VECTORS_PER_CLUSTER
+        step = max(1, count // (2 * VECTORS_PER_CLUSTER * clusters))
+        index.train(vectors[::step].astype(np.float32))
+        return middles
+
+
+def candidates(vectors: np.ndarray, middles, probes: int, radius: float) -> np.ndarray:
     """Keys a * N + b, a < b, ascending, of the pairs found above a similarity in half precision."""
+    with _one_thread():
+        nearest = nearest_clusters(middles, vectors, probes)
+    pairs = alike(vectors, nearest, vectors, nearest[:, 0].copy(), middles.ntotal, radius)
+    keys = (_keys(one, other, len(vectors)) for one, other in pairs)
+    return np.unique(np.concatenate([np.zeros(0, np.int64), *keys]))
+
+
+@contextmanager
+def _one_thread():
     try:
         import faiss
     except ImportError:
         raise ValueError("near duplicates need the package faiss-cpu: pip install 'mm-adapters[data]'") from None
-    count, dim = vectors.shape
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     try:
-        by_inner_product = faiss.METRIC_INNER_PRODUCT
-        middles = faiss.IndexFlatIP(dim)
-        halves = faiss.ScalarQuantizer.QT_fp16
-        index = faiss.IndexIVFScalarQuantizer(middles, dim, clusters, halves, by_inner_product, False)
-        index.cp.seed, index.cp.niter, index.nprobe = SEED, ROUNDS, probes
-        index.cp.max_points_per_centroid = 2 * VECTORS_PER_CLUSTER
-        step = max(1, count // (2 * VECTORS_PER_CLUSTER * clusters))
-        index.train(vectors[::step].astype(np.float32))
-        blocks = range(0, count, QUERIES)
-        for start in blocks:
-            index.add(vectors[start : start + QUERIES].astype(np.float32))
-        found = []
-        for start in blocks:
-            limits, _, others = index.range_search(vectors[start : start + QUERIES].astype(np.float32), radius)
-            found.append(
-                _keys(np.repeat(start + np.arange(len(limits) - 1), np.diff(limits.astype(np.int64))), others, count)
-            )
-        return np.unique(np.concatenate(found))
+        yield faiss
     finally:
         faiss.omp_set_num_threads(threads)
 
