@@ -3,6 +3,7 @@
 The rooms below know no models and no assets: here `asset:NAME` becomes a place on this machine.
 """
 
+import errno
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
         COMMANDS[argv[0]](list(argv[1:]))
         return 0
     except (ValueError, OSError, ArgumentError) as error:
-        print(f"mm data: {one_line(error)}", file=sys.stderr)
+        print(f"mm data: {one_line(error)}{_after(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("mm data: interrupted; the same command goes on where it was", file=sys.stderr)
@@ -104,6 +105,13 @@ def locate(name: str) -> Path:
     """The local place of what a configuration names: a path, or asset:NAME, which is fetched where it is missing."""
     kind, _, asset = name.partition(":")
     return fetch(asset) if kind == "asset" else Path(name)
+
+
+def _after(error: Exception) -> str:
+    """What is to be done where nothing more can be written."""
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "; what stood there before still does: make room, and the same command goes on where it was"
+    return ""
 
 
 def _parser() -> ArgumentParser:

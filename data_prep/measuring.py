@@ -76,6 +76,8 @@ def measure_all(
         workers, engine: see workers.in_order.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for left_over in folder.glob(".*"):  # by a run that was killed
+        shutil.rmtree(left_over, ignore_errors=True)
     done = [folder / part_name(part, steps, svg_size) for part in parts]
     measure = partial(measure_part, steps=tuple(steps), svg_size=svg_size, folder=folder.absolute())
     missing = [part for part, target in zip(parts, done, strict=True) if not target.exists()]

@@ -22,9 +22,9 @@ import pyarrow.parquet as pq
 from data_prep.measuring import PAIRS, PICTURES, SOURCES, with_columns
 from data_prep.steps import STORED, Step, settings_hash
 
-ROWS_PER_PIECE = 50_000  # at most; before repeats collapse
-ROWS_PER_GROUP = 50_000  # of the files that are written
-BATCH = 20_000  # rows dealt out at once
+ROWS_PER_PIECE = 20_000  # at most; before repeats collapse
+ROWS_PER_GROUP = 20_000  # of the files that are written
+BATCH = 5_000  # rows dealt out at once
 MAX_DIGITS = 32  # of an id: rows that have all of them in common are one pair
 MADE_OF = "made_of.txt"
 
@@ -43,6 +43,8 @@ def merge(parts: Sequence[Path], steps: Sequence[Step], target: Path) -> None:
     made_of = settings_hash({"parts": names, "steps": about, "stored": STORED})
     if (target / MADE_OF).is_file() and (target / MADE_OF).read_text() == made_of:
         return
+    for left_over in target.parent.glob(f".{target.name}.*"):  # by a run that was killed
+        shutil.rmtree(left_over, ignore_errors=True)
     temporary = target.with_name(f".{target.name}.{time.monotonic_ns()}")
     temporary.mkdir(parents=True)
     try:
