@@ -3,6 +3,7 @@
 The rooms below know no models and no assets: here `asset:NAME` becomes a place on this machine.
 """
 
+import errno
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -38,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
         COMMANDS[argv[0]](list(argv[1:]))
         return 0
     except (ValueError, OSError, ArgumentError) as error:
-        print(f"mm data: {one_line(error)}", file=sys.stderr)
+        print(f"mm data: {one_line(error)}{_after(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("mm data: interrupted; the same command goes on where it was", file=sys.stderr)
@@ -145,6 +146,13 @@ def locate(name: str) -> Path:
 def load_scorer(config: ClipScoreConfig) -> OpenClip:
     """The model that judges how well captions fit their pictures."""
     return OpenClip.of_file(config.model, locate(config.pretrained))
+
+
+def _after(error: Exception) -> str:
+    """What is to be done where nothing more can be written."""
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "; what stood there before still does: make room, and the same command goes on where it was"
+    return ""
 
 
 def _parser() -> ArgumentParser:

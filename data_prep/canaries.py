@@ -27,7 +27,7 @@ from data_prep.near_duplicates import EDGES, NODES, VECTORS, NearDuplicates
 from data_prep.neighbours import cosine, near_planted
 from data_prep.pool import Source, picture_bytes
 from data_prep.steps import settings_hash
-from data_prep.workers import processes
+from data_prep.workers import Engine, in_order
 from vision.reading import MAX_PIXELS, read_picture
 
 FOLDER, PLANTED, JOINED, MADE_OF = "canaries", "planted.parquet", "joined.parquet", "made_of.txt"
@@ -119,7 +119,13 @@ class Measured:
 
 
 def plant(
-    work: Path, step: NearDuplicates, sources: Places, config: CanariesConfig, svg_size: int, workers: int
+    work: Path,
+    step: NearDuplicates,
+    sources: Places,
+    config: CanariesConfig,
+    svg_size: int,
+    workers: int,
+    engine: Engine = "in_process",
 ) -> None:
     """Makes the canaries of a stored set and searches them, unless just that has been done: `work/canaries`.
 
@@ -141,12 +147,8 @@ def plant(
     make = partial(_canaries_of, step=step, sources=sources, svg_size=svg_size)
     rows = _rows(work / "set", chosen)
     jobs = [(row, rows[number - 1]) for number, row in enumerate(rows)]  # each borrows the colours of the one before
-    if workers == 1:
-        made = [make(*job) for job in jobs]
-    else:
-        with processes(workers) as pool:
-            made = list(pool.map(make, *zip(*jobs, strict=True), chunksize=4)) if jobs else []
-    planted, joined = _search([canary for some in made for canary in some], nodes, state, step)
+    made = [canary for some in in_order(make, jobs, workers, engine) for canary in some]
+    planted, joined = _search(made, nodes, state, step)
     temporary = target.with_name(f".{FOLDER}.{monotonic_ns()}")
     temporary.mkdir()
     pq.write_table(planted, temporary / PLANTED, compression="zstd")
@@ -305,7 +307,8 @@ def _rows(set_folder: Path, chosen: Sequence[str]) -> list[dict]:
     return [first[image_id] for image_id in chosen]
 
 
-def _canaries_of(row: dict, other: dict, step: NearDuplicates, sources: Places, svg_size: int) -> list[_Canary]:
+def _canaries_of(job: tuple[dict, dict], step: NearDuplicates, sources: Places, svg_size: int) -> list[_Canary]:
+    row, other = job
     picture = _picture(row, sources, svg_size)
     copies = [(name, edit(picture)) for name, edit in COPIES.items()]
     made = [_Canary("copy", name, row["image_id"], row["image_id"], _embedding(data, step)) for name, data in copies]

@@ -36,6 +36,7 @@ from data_prep.readable import Readable
 from data_prep.report import write_report
 from data_prep.resampling import Resampling, ResamplingConfig
 from data_prep.steps import Step
+from data_prep.workers import Engine
 from data_prep.writing import WriteConfig, write
 
 MEASURED, DECIDED = "measured.yaml", "decided.yaml"
@@ -53,6 +54,7 @@ class Curate:
         sources: the pool.
         seed: of the resampling.
         workers: processes; the result is the same for any number.
+        engine: whose: of this machine, or of Ray, on one machine or a cluster that sees the same folders.
         svg_size: pixels, the long side that SVG files are drawn with.
         canaries: edited copies that are planted to measure how many near duplicates the run finds.
     """
@@ -71,6 +73,7 @@ class Curate:
     write: WriteConfig = field(default_factory=WriteConfig)
     seed: int = 0
     workers: int = 1
+    engine: Engine = "in_process"
     svg_size: int = 672
     canaries: CanariesConfig | None = None
 
@@ -128,9 +131,9 @@ def run(config: Curate, locate: Locate = Path, load_scorer: LoadScorer | None = 
     """
     work = Path(config.output)
     steps = steps_of(config, locate, load_scorer)
-    parts = [part for source in config.sources for part in parts_of(source, locate(source.path))]
+    parts = [part for source in config.sources for part in parts_of(source, locate(source.path).absolute())]
     work.mkdir(parents=True, exist_ok=True)
-    measured = measure_all(parts, steps, config.svg_size, work / "parts", config.workers)
+    measured = measure_all(parts, steps, config.svg_size, work / "parts", config.workers, config.engine)
     merge(measured, steps, work / "set")
     _copy(work / "set" / "sources.parquet", work / "sources.parquet")
     _plant(work, config, steps, locate)
@@ -166,9 +169,9 @@ def rethreshold(work: Path, config: Curate, locate: Locate = Path, load_scorer: 
 def write_kept(work: Path, locate: Locate = Path, load_scorer: LoadScorer | None = None) -> int:
     """Writes the shards of what the ledger of a run keeps, and the report, and says how many pairs are kept."""
     _, config = read_run(work)
-    sources = {source.path: (source, locate(source.path)) for source in config.sources}
+    sources = {source.path: (source, locate(source.path).absolute()) for source in config.sources}
     steps = steps_of(config, locate, load_scorer)
-    count = write(work, sources, steps, config.write, config.svg_size, config.workers)
+    count = write(work, sources, steps, config.write, config.svg_size, config.workers, config.engine)
     write_report(work, steps, sources, config.svg_size)
     return count
 
@@ -207,7 +210,7 @@ def _plant(work: Path, config: Curate, steps: Sequence[Step], locate: Locate) ->
     sources = {source.path: (source, locate(source.path)) for source in config.sources}
     for step in steps:
         if isinstance(step, NearDuplicates) and config.canaries is not None:
-            plant(work, step, sources, config.canaries, config.svg_size, config.workers)
+            plant(work, step, sources, config.canaries, config.svg_size, config.workers, config.engine)
 
 
 def _save(config: Curate, path: Path) -> None:

@@ -1,13 +1,16 @@
 """Parts of the pool -> parts of the stored set: every pair gets its ids, every step its say about what it shows.
 
 A picture is decoded once, for all steps. Each part becomes a folder of three tables, which appears when it is complete:
-`pairs` (what is known of an id), `pictures` (of an image_id) and `sources` (where each lay, repeats included).
+`pairs` (what is known of an id), `pictures` (of an image_id) and `sources` (where each lay, repeats included). Memory
+does not grow with the part: what is known is written out and forgotten every few thousand pairs, and a picture that
+comes again after that is measured again, with the same result.
 """
 
 import hashlib
 import shutil
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
@@ -18,10 +21,11 @@ import pyarrow.parquet as pq
 
 from data_prep.pool import BrokenFile, Part, RawPair
 from data_prep.steps import STORED, Step, settings_hash
-from data_prep.workers import processes
+from data_prep.workers import Engine, in_order
 from vision.reading import MAX_PIXELS, read_picture
 
 BATCH = 64  # pairs whose pictures are in memory at once
+REMEMBERED = 4096  # pairs at least, before they are written out
 MAX_CAPTION_BYTES = 2**16  # longer ones are no captions
 DECIMALS = 6  # of every stored score
 
@@ -62,19 +66,24 @@ def file_id(path: str) -> str:
     return hashlib.sha256(b"file\0" + path.encode()).hexdigest()[:32]
 
 
-def measure_all(parts: Sequence[Part], steps: Sequence[Step], svg_size: int, folder: Path, workers: int) -> list[Path]:
+def measure_all(
+    parts: Sequence[Part], steps: Sequence[Step], svg_size: int, folder: Path, workers: int, engine: Engine
+) -> list[Path]:
     """Measures every part that has not been measured yet, and gives the folders of all of them.
 
     Args:
         folder: holds a folder per part, named by what it depends on; it may be there from an earlier, broken run.
-        workers: processes; 1: this one.
+        workers, engine: see workers.in_order.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    measure = partial(measure_part, steps=tuple(steps), svg_size=svg_size, folder=folder)
-    if workers == 1:
-        return [measure(part) for part in parts]
-    with processes(workers) as pool:
-        return list(pool.map(measure, parts))
+    for left_over in folder.glob(".*"):  # by a run that was killed
+        shutil.rmtree(left_over, ignore_errors=True)
+    done = [folder / part_name(part, steps, svg_size) for part in parts]
+    measure = partial(measure_part, steps=tuple(steps), svg_size=svg_size, folder=folder.absolute())
+    missing = [part for part, target in zip(parts, done, strict=True) if not target.exists()]
+    for _ in in_order(measure, missing, workers, engine) if missing else ():
+        pass
+    return done
 
 
 def measure_part(part: Part, steps: Sequence[Step], svg_size: int, folder: Path) -> Path:
@@ -82,18 +91,10 @@ def measure_part(part: Part, steps: Sequence[Step], svg_size: int, folder: Path)
     target = folder / part_name(part, steps, svg_size)
     if target.exists():
         return target
-    tables = _Tables(steps)
-    reading = part.read()
-    while batch := list(islice(reading, BATCH)):
-        for broken in (raw for raw in batch if isinstance(raw, BrokenFile)):
-            tables.add_broken(part, broken)
-        raws = [raw for raw in batch if isinstance(raw, RawPair)]
-        if raws:
-            tables.add(part, raws, svg_size)
     temporary = folder / f".{target.name}.{time.monotonic_ns()}"
     temporary.mkdir()
     try:
-        tables.write(temporary)
+        _measure_into(temporary, part, steps, svg_size)
         temporary.rename(target)
     except OSError:
         if not target.exists():  # it does where another process was faster
@@ -101,6 +102,22 @@ def measure_part(part: Part, steps: Sequence[Step], svg_size: int, folder: Path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+def _measure_into(folder: Path, part: Part, steps: Sequence[Step], svg_size: int) -> None:
+    tables = _Tables(steps)
+    with _PartWriter(folder, steps) as writer:
+        reading = part.read()
+        while batch := list(islice(reading, BATCH)):
+            for broken in (raw for raw in batch if isinstance(raw, BrokenFile)):
+                tables.add_broken(part, broken)
+            raws = [raw for raw in batch if isinstance(raw, RawPair)]
+            if raws:
+                tables.add(part, raws, svg_size)
+            if len(tables.pairs) >= REMEMBERED:
+                writer.write(tables)
+                tables = _Tables(steps)
+        writer.write(tables)
 
 
 def part_name(part: Part, steps: Sequence[Step], svg_size: int) -> str:
@@ -200,13 +217,35 @@ class _Tables:
             for row, number in zip(rows, numbers, strict=True):
                 row |= {name: values[number] for name, values in measured.items()}
 
-    def write(self, folder: Path) -> None:
-        of_pictures = [step for step in self.steps if step.over == "pictures"]
-        of_pairs = [step for step in self.steps if step.over in ("captions", "pairs")]
-        _write(self.pairs, with_columns(PAIRS, of_pairs), "id", folder / "pairs.parquet")
-        pictures = list(self.pictures.values())
-        _write(pictures, with_columns(PICTURES, of_pictures), "image_id", folder / "pictures.parquet")
-        _write(self.sources, SOURCES, "id", folder / "sources.parquet")
+
+class _PartWriter:
+    """The three tables of a part, on disk."""
+
+    def __init__(self, folder: Path, steps: Sequence[Step]):
+        of_pairs = [step for step in steps if step.over in ("captions", "pairs")]
+        of_pictures = [step for step in steps if step.over == "pictures"]
+        schemas = {
+            "pairs": with_columns(PAIRS, of_pairs),
+            "pictures": with_columns(PICTURES, of_pictures),
+            "sources": SOURCES,
+        }
+        self._files = ExitStack()
+        self._writers = {
+            name: self._files.enter_context(pq.ParquetWriter(folder / f"{name}.parquet", schema, compression="zstd"))
+            for name, schema in schemas.items()
+        }
+
+    def __enter__(self) -> "_PartWriter":
+        return self
+
+    def __exit__(self, *raised) -> None:
+        self._files.__exit__(*raised)
+
+    def write(self, tables: _Tables) -> None:
+        rows_of = {"pairs": tables.pairs, "pictures": list(tables.pictures.values()), "sources": tables.sources}
+        for name, writer in self._writers.items():
+            schema = writer.schema
+            writer.write_table(pa.table([_column(rows_of[name], field) for field in schema], schema=schema))
 
 
 def with_columns(schema: pa.Schema, steps: Iterable[Step]) -> pa.Schema:
@@ -232,11 +271,6 @@ def _read_caption(raw: RawPair) -> dict:
         except UnicodeDecodeError:
             problem = problem or "the caption is not UTF-8"
     return {"caption": text, "problem": problem}
-
-
-def _write(rows: list[dict], schema: pa.Schema, key: str, path: Path) -> None:
-    table = pa.table([_column(rows, field) for field in schema], schema=schema)
-    pq.write_table(table.sort_by(key), path, compression="zstd")
 
 
 def _column(rows: list[dict], field: pa.Field) -> pa.Array:

@@ -11,7 +11,9 @@ it, and no two that stay are. (A higher threshold within such a component would 
 refuse it would keep a thousand copies of one picture.)
 """
 
+import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -112,18 +114,23 @@ class NearDuplicates(Step):
         edges.parquet: a, b (nodes, a < b), similarity; no edges below the floor.
         search.json: what the search did, its recall against an exact one among it.
         """
-        image_ids, vectors = self._stored_vectors(stored / "pictures.parquet")
-        # nodes are in the order of their first picture
-        _, first, node = np.unique(vectors.view(f"V{vectors.itemsize * self.embedder.dim}"), True, True)
-        order = np.argsort(first)
-        place = np.empty(len(order), np.int64)
-        place[order] = np.arange(len(order))
-        vectors, node = vectors[first[order]], place[node.reshape(-1)]
+        node, first = self._nodes(stored / "pictures.parquet")
+        shape = (int(first.sum()), self.embedder.dim)
+        vectors = np.lib.format.open_memmap(state / VECTORS, "w+", np.float16, shape) if len(first) else None
+        schema, rows, start = pa.schema([("image_id", pa.string()), ("node", pa.int64())]), 0, 0
+        with pq.ParquetWriter(state / NODES, schema) as writer:
+            for image_ids, some in self._stored_vectors(stored / "pictures.parquet"):
+                here = slice(rows, rows := rows + len(some))
+                writer.write_table(pa.table([image_ids, pa.array(node[here])], schema=schema))
+                new = some[first[here]]
+                vectors[start : start + len(new)] = new
+                start += len(new)
+        if vectors is None:
+            vectors = np.zeros((0, self.embedder.dim), np.float16)
+            np.save(state / VECTORS, vectors)
         a, b, similarity, search = near_pairs(vectors, self.floor, self.config.num_probes)
-        pq.write_table(pa.table({"image_id": image_ids, "node": pa.array(node, pa.int64())}), state / NODES)
         pq.write_table(pa.table({"a": a, "b": b, "similarity": similarity}), state / EDGES, compression="zstd")
-        np.save(state / VECTORS, vectors)
-        (state / SEARCH).write_text(json.dumps({"pictures": len(image_ids), **search.as_json()}))
+        (state / SEARCH).write_text(json.dumps({"pictures": rows, **search.as_json()}))
 
     def decide(self, pairs: pa.Table, state: Path) -> pa.Table:
         groups = _Groups(best_first(pairs, self.config.prefer), pairs, state)
@@ -163,14 +170,27 @@ class NearDuplicates(Step):
             return None
         return self.embedder.embed(picture).astype(np.float16).tobytes()
 
-    def _stored_vectors(self, path: Path) -> tuple[pa.ChunkedArray, np.ndarray]:
+    def _nodes(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
+        """Of each picture with a vector: its node, int64, and whether it is its first. 16 bytes tell vectors."""
+        digests = [np.zeros(0, "V16")]
+        for _, vectors in self._stored_vectors(path):
+            data = b"".join(hashlib.blake2b(vector.tobytes(), digest_size=16).digest() for vector in vectors)
+            digests.append(np.frombuffer(data, "V16"))
+        _, first, inverse = np.unique(np.concatenate(digests), return_index=True, return_inverse=True)
+        order = np.argsort(first)  # nodes are in the order of their first picture
+        place = np.empty(len(order), np.int64)
+        place[order] = np.arange(len(order))
+        is_first = np.zeros(len(inverse), bool)
+        is_first[first] = True
+        return place[inverse.reshape(-1)], is_first
+
+    def _stored_vectors(self, path: Path) -> Iterator[tuple[pa.Array, np.ndarray]]:
         """(image_id, float16 [pictures, dim]) of the pictures that have a vector, in the order of image_id."""
-        table = pq.read_table(path, columns=["image_id", "embedding"], filters=pc.field("embedding").is_valid())
-        rows = [np.zeros((0, self.embedder.dim), np.float16)]
-        for batch in table.to_batches(10_000):
-            data = b"".join(batch["embedding"].to_pylist())
-            rows.append(np.frombuffer(data, np.float16).reshape(-1, self.embedder.dim))
-        return table["image_id"], np.concatenate(rows)
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(10_000, columns=["image_id", "embedding"]):
+                batch = batch.filter(batch["embedding"].is_valid())
+                data = b"".join(batch["embedding"].to_pylist())
+                yield batch["image_id"], np.frombuffer(data, np.float16).reshape(-1, self.embedder.dim)
 
 
 def best_first(pairs: pa.Table, prefer: str = "longest") -> np.ndarray:

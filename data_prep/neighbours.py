@@ -1,22 +1,23 @@
 """Vectors -> all pairs of them that are alike: k-means clusters them, and each is compared with its nearest clusters.
 
 Which pairs are looked at is approximate, and how many that misses is measured; the similarity of those found is exact:
-computed anew in double precision, in one order. Clustering and searching run on one thread and from one seed, so that
-the same vectors give the same pairs.
+computed anew in double precision, in one order. Clusters come of one thread and one seed, and pairs are looked for well
+below the threshold, so that the same vectors give the same pairs.
 
-Memory: two copies of the vectors in half precision (2 KB a vector of 512), and about 50 bytes for each pair found.
+Memory: 30 bytes a vector and about 50 for each pair found. The vectors, and 4 bytes a vector for each cluster that it
+looks into, may lie on disk.
 """
 
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from data_prep.cluster_search import alike, nearest_clusters
+
 SEED = 1
 ROUNDS = 10  # of k-means
 VECTORS_PER_CLUSTER = 40  # at least: fewer say too little of where its middle is
-QUERIES = 256  # searched at once
 SAMPLE = 256  # vectors whose neighbours are searched exactly as well
 SLACK = 2e-3  # by which a similarity in half precision may be off
 DECIMALS = 6  # of a similarity, so that sums in another order come to the same
@@ -61,11 +62,11 @@ def near_pairs(vectors: np.ndarray, floor: float, num_probes: int) -> tuple[np.n
         what was done.
     """
     count = len(vectors)
-    clusters, probes = _clusters(count, num_probes)
+    clusters, probes = num_clusters(count, num_probes)
     if count < 2:
         none = np.zeros(0, np.int64)
         return none, none, np.zeros(0), Search(count, clusters, probes, 0, 0, 0, 0)
-    keys = _candidates(vectors, clusters, probes, floor - SLACK)
+    keys = candidates(vectors, train(vectors, clusters), probes, floor - SLACK)
     a, b = np.divmod(keys, count)
     similarity = cosine(vectors, a, b)
     near = similarity >= floor
@@ -76,12 +77,16 @@ def near_pairs(vectors: np.ndarray, floor: float, num_probes: int) -> tuple[np.n
     return a, b, similarity, Search(count, clusters, probes, len(a), len(sample), len(exact), found)
 
 
-def cosine(vectors: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The cosine of pairs of vectors, float64 [pairs], rounded; each in the same way, whatever the others are."""
-    values = [np.zeros(0)]
+def cosine(vectors: np.ndarray, a: np.ndarray, b: np.ndarray, others: np.ndarray | None = None) -> np.ndarray:
+    """The cosine of pairs of vectors, float64 [pairs], rounded; each in the same way, whatever the others are.
+
+    Args:
+        others: the vectors that `b` numbers; None: `vectors` too.
+    """
+    values, others = [np.zeros(0)], vectors if others is None else others
     for start in range(0, len(a), 4096):
         one = vectors[a[start : start + 4096]].astype(np.float64)
-        other = vectors[b[start : start + 4096]].astype(np.float64)
+        other = others[b[start : start + 4096]].astype(np.float64)
         lengths = np.sqrt((one * one).sum(1) * (other * other).sum(1))
         values.append((one * other).sum(1) / np.maximum(lengths, 1e-12))
     return np.concatenate(values).round(DECIMALS)
@@ -101,37 +106,50 @@ def near_planted(
         numbers of the planted, numbers of the others: int64 [pairs]; similarity: float64 [pairs].
     """
     count = len(vectors)
-    clusters, probes = _clusters(count, num_probes)
-    keys = np.zeros(0, np.int64)  # planted * N + other
+    clusters, probes = num_clusters(count, num_probes)
+    keys = [np.zeros(0, np.int64)]  # planted * N + other
     if count and len(planted):
-        with _one_thread() as faiss:
-            index = _trained(faiss, vectors, clusters, probes)
-            of_planted = faiss.clone_index(index)
-            _fill(index, vectors)
-            _fill(of_planted, planted)
-            one = [mine * count + theirs for mine, theirs in _found(index, planted, floor - SLACK)]
-            other = [mine * count + theirs for theirs, mine in _found(of_planted, vectors, floor - SLACK)]
-            keys = np.unique(np.concatenate([*one, *other]))
-    mine, theirs = np.divmod(keys, max(count, 1))
-    similarity = cosine(np.concatenate([vectors, planted]), theirs, count + mine)
+        middles = train(vectors, clusters)
+        with _one_thread():
+            of_vectors, of_planted = (nearest_clusters(middles, some, probes) for some in (vectors, planted))
+        radius = floor - SLACK
+        home, planted_home = of_vectors[:, 0].copy(), of_planted[:, 0].copy()
+        for mine, theirs in alike(planted, of_planted, vectors, home, middles.ntotal, radius):
+            keys.append(mine * count + theirs)
+        for theirs, mine in alike(vectors, of_vectors, planted, planted_home, middles.ntotal, radius):
+            keys.append(mine * count + theirs)
+    mine, theirs = np.divmod(np.unique(np.concatenate(keys)), max(count, 1))
+    similarity = cosine(vectors, theirs, mine, planted)
     near = similarity >= floor
     return mine[near], theirs[near], similarity[near]
 
 
-def _clusters(count: int, num_probes: int) -> tuple[int, int]:
-    """How many clusters, and in how many of them each vector's neighbours are searched."""
+def num_clusters(count: int, num_probes: int) -> tuple[int, int]:
+    """How many clusters for so many vectors, and in how many of them each one's neighbours are searched."""
     clusters = max(1, min(round(4 * np.sqrt(count)), count // VECTORS_PER_CLUSTER))
     return clusters, min(num_probes, clusters)
 
 
-def _candidates(vectors: np.ndarray, clusters: int, probes: int, radius: float) -> np.ndarray:
-    """Keys a * N + b, a < b, ascending, of the pairs found above a similarity in half precision."""
+def train(vectors: np.ndarray, clusters: int):
+    """The middles of clusters, a flat FAISS index: k-means on at most 80 vectors a cluster, on one thread."""
     with _one_thread() as faiss:
-        index = _trained(faiss, vectors, clusters, probes)
-        _fill(index, vectors)
-        return np.unique(
-            np.concatenate([_keys(one, other, len(vectors)) for one, other in _found(index, vectors, radius)])
-        )
+        count, dim = vectors.shape
+        middles = faiss.IndexFlatIP(dim)
+        index = faiss.IndexIVFFlat(middles, dim, clusters, faiss.METRIC_INNER_PRODUCT, False)
+        index.cp.seed, index.cp.niter = SEED, ROUNDS
+        index.cp.max_points_per_centroid = 2 * VECTORS_PER_CLUSTER
+        step = max(1, count // (2 * VECTORS_PER_CLUSTER * clusters))
+        index.train(vectors[::step].astype(np.float32))
+        return middles
+
+
+def candidates(vectors: np.ndarray, middles, probes: int, radius: float) -> np.ndarray:
+    """Keys a * N + b, a < b, ascending, of the pairs found above a similarity in half precision."""
+    with _one_thread():
+        nearest = nearest_clusters(middles, vectors, probes)
+    pairs = alike(vectors, nearest, vectors, nearest[:, 0].copy(), middles.ntotal, radius)
+    keys = (_keys(one, other, len(vectors)) for one, other in pairs)
+    return np.unique(np.concatenate([np.zeros(0, np.int64), *keys]))
 
 
 @contextmanager
@@ -146,31 +164,6 @@ def _one_thread():
         yield faiss
     finally:
         faiss.omp_set_num_threads(threads)
-
-
-def _trained(faiss, vectors: np.ndarray, clusters: int, probes: int):
-    """An empty index whose clusters are those of the vectors."""
-    count, dim = vectors.shape
-    middles = faiss.IndexFlatIP(dim)
-    halves = faiss.ScalarQuantizer.QT_fp16
-    index = faiss.IndexIVFScalarQuantizer(middles, dim, clusters, halves, faiss.METRIC_INNER_PRODUCT, False)
-    index.cp.seed, index.cp.niter, index.nprobe = SEED, ROUNDS, probes
-    index.cp.max_points_per_centroid = 2 * VECTORS_PER_CLUSTER
-    step = max(1, count // (2 * VECTORS_PER_CLUSTER * clusters))
-    index.train(vectors[::step].astype(np.float32))
-    return index
-
-
-def _fill(index, vectors: np.ndarray) -> None:
-    for start in range(0, len(vectors), QUERIES):
-        index.add(vectors[start : start + QUERIES].astype(np.float32))
-
-
-def _found(index, queries: np.ndarray, radius: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(numbers of queries, numbers of what the index found for them), block by block."""
-    for start in range(0, len(queries), QUERIES):
-        limits, _, others = index.range_search(queries[start : start + QUERIES].astype(np.float32), radius)
-        yield np.repeat(start + np.arange(len(limits) - 1), np.diff(limits.astype(np.int64))), others
 
 
 def _exact_keys(vectors: np.ndarray, sample: np.ndarray, floor: float) -> np.ndarray:

@@ -4,6 +4,7 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Iterator
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
@@ -43,7 +44,6 @@ class Vocabulary:
     def __init__(self, ngrams: set[str]):
         self.ngrams = sorted(ngrams)
         self.digest = hashlib.sha256("\n".join(self.ngrams).encode()).hexdigest()[:16]
-        self._numbers = {ngram: number for number, ngram in enumerate(self.ngrams)}
 
     def __reduce__(self):
         return Vocabulary, (set(self.ngrams),)
@@ -59,10 +59,16 @@ class Vocabulary:
                 found.update(map(" ".join, pairwise(words)))
         return cls(found)
 
+    @cached_property
+    def _automaton(self):
+        """Finds all n-grams in one pass over a caption; each stands between blanks, so that words are whole."""
+        try:
+            import ahocorasick_rs
+        except ImportError:
+            raise ValueError("resampling needs the package ahocorasick-rs: pip install 'mm-adapters[data]'") from None
+        return ahocorasick_rs.AhoCorasick([f" {ngram} " for ngram in self.ngrams], store_patterns=False)
+
     def numbers_in(self, caption: str) -> list[int]:
         """The numbers of the n-grams that a caption contains, each once, in order."""
-        words, get = words_of(caption), self._numbers.get
-        found = {get(word) for word in words}
-        found.update(map(get, map(" ".join, pairwise(words))))
-        found.discard(None)
-        return sorted(found)
+        text = f" {' '.join(words_of(caption))} "
+        return sorted({number for number, *_ in self._automaton.find_matches_as_indexes(text, overlapping=True)})

@@ -1,7 +1,11 @@
-"""Kept pairs -> shards: each picture is found again in the pool, checked, and written as JPEG, PNG or WebP."""
+"""Kept pairs -> shards: each picture is found again in the pool, checked, and written as JPEG, PNG or WebP.
+
+In memory: what is known of every kept pair, its caption and place among it, about 600 bytes, and the writer's 300.
+"""
 
 import hashlib
 import io
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,7 +27,7 @@ from data_prep.pool import Source, picture_bytes
 from data_prep.sources import licenses_beside
 from data_prep.splits import split_of
 from data_prep.steps import Draft, Step
-from data_prep.workers import processes
+from data_prep.workers import Engine, in_order
 from shards.format import Record
 from shards.writer import ShardWriter
 from vision.reading import MAX_PIXELS, read_picture
@@ -58,6 +62,7 @@ def write(
     config: WriteConfig,
     svg_size: int,
     workers: int,
+    engine: Engine = "in_process",
 ) -> int:
     """Writes what the ledger keeps to `work/shards`, unless just that stands there, and says how many pairs it is.
 
@@ -65,38 +70,30 @@ def write(
         work: the folder of the run.
         sources: as the stored set names them -> the source and its local place.
         steps: their floating-point columns become columns of the index; some finish what is written.
+        workers, engine: see workers.in_order.
 
     Raises:
         ValueError: the pool is not what it was when it was read; nothing is kept.
     """
     ids = kept_ids(pq.read_table(work / LEDGER_NAME, columns=["id", "decision"]))
-    ledger = hashlib.sha256((work / LEDGER_NAME).read_bytes()).hexdigest()
+    with open(work / LEDGER_NAME, "rb") as file:
+        ledger = hashlib.file_digest(file, "sha256").hexdigest()
     note = f"ledger {ledger}\n" + "".join(f"{name} {value}\n" for name, value in asdict(config).items())
     folder = work / "shards"
     if not len(ids):
         raise ValueError(f"{work}: no pair is kept, so there is nothing to write; see `mm data stats`")
     if (folder / NOTE).is_file() and (folder / NOTE).read_text() == note:
         return len(ids)
+    for left_over in work.glob(f".{folder.name}.*"):  # by a run that was killed
+        shutil.rmtree(left_over, ignore_errors=True)
     files = {NOTE: note, **licenses_beside({name: folder for name, (_, folder) in sources.items()})}
     finishing = [step for step in steps if step.finishes is not None]
     make = partial(_records, sources=sources, finishing=finishing, config=config, svg_size=svg_size)
     chunks = _chunks(_rows(work / "set", ids, steps, config.split_by))
     with ShardWriter(folder, config.samples_per_shard, overwrite=True, files=files) as writer:
-        if workers == 1:
-            for chunk in chunks:
-                for record in make(chunk):
-                    writer.add(record)
-        else:
-            with processes(workers) as pool:
-                waiting = []
-                for chunk in chunks:
-                    waiting.append(pool.submit(make, chunk))
-                    if len(waiting) > 4 * workers:
-                        for record in waiting.pop(0).result():
-                            writer.add(record)
-                for done in waiting:
-                    for record in done.result():
-                        writer.add(record)
+        for records in in_order(make, chunks, workers, engine):
+            for record in records:
+                writer.add(record)
     return len(ids)
 
 
@@ -117,10 +114,9 @@ def _rows(set_folder: Path, ids: pa.Array, steps: Sequence[Step], split_by: str)
         known = known.append_column(name, places[name])
     by = known["image_id"] if split_by == "picture" else concepts_of(set_folder, known["id"])
     known = known.append_column("split_by", by)
-    known = known.append_column("scores", pa.array([scores] * known.num_rows))
     known = known.sort_by([("source", "ascending"), ("path", "ascending"), ("place", "ascending")])
     for batch in known.to_batches(max_chunksize=1024):
-        yield from batch.to_pylist()
+        yield from ({**row, "scores": scores} for row in batch.to_pylist())
 
 
 def _chunks(rows: Iterator[dict]) -> Iterator[list[dict]]:

@@ -6,11 +6,15 @@ import secrets
 import shutil
 import tarfile
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shards.format import INDEX_NAME, Record, check_record, index_row, index_table, member_order
+from shards.format import INDEX_NAME, INDEX_SCHEMA, Record, check_record, index_row, index_table, member_order
+
+INDEX_GROUP = 20_000  # rows of the index in memory at once, and in a row group
 
 
 class ShardWriter:
@@ -18,7 +22,7 @@ class ShardWriter:
 
     The set appears under its name only when the block ends well; after an exception nothing is left behind. The same
     records give the same bytes in whatever order they are added: records are spooled to disk and put in the order of
-    their ids at the end, so a set may be larger than memory.
+    their ids at the end, and so are their rows of the index; memory holds the id and three numbers of each, 300 bytes.
 
     Args:
         folder: where the set goes. Its parent is created when missing.
@@ -44,7 +48,7 @@ class ShardWriter:
             raise ValueError(f"{self.folder} exists already; choose another folder, or replace it with overwrite=True")
         self.samples_per_shard = samples_per_shard
         self.files = files or {}
-        self.rows: list[dict] = []  # index rows; "offset" is the place in the spool until the shards are written
+        self.rows: list[tuple[str, int, int, int]] = []  # (id, place in the spool, bytes, bytes of the index row after)
 
     def __enter__(self) -> "ShardWriter":
         self.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -56,8 +60,10 @@ class ShardWriter:
     def add(self, record: Record) -> None:
         check_record(record)
         data = _tar_members(record)
-        self.rows.append(index_row(record, shard=None, offset=self._spool.tell(), size=len(data)))
+        row = json.dumps(index_row(record, shard=None, offset=None, size=len(data)), default=float).encode()
+        self.rows.append((record.id, self._spool.tell(), len(data), len(row)))
         self._spool.write(data)
+        self._spool.write(row)
 
     def __exit__(self, kind, value, traceback) -> None:
         try:
@@ -65,27 +71,56 @@ class ShardWriter:
                 self._write_shards()
                 self._publish()
         finally:
-            self._spool.close()
-            shutil.rmtree(self._temporary, ignore_errors=True)
+            try:
+                self._spool.close()  # on a full disk that fails, too
+            finally:
+                shutil.rmtree(self._temporary, ignore_errors=True)
 
     def _write_shards(self) -> None:
         if not self.rows:
             raise ValueError(f"{self.folder}: no records to write")
-        self.rows.sort(key=lambda row: row["id"])
-        for row, following in zip(self.rows, self.rows[1:], strict=False):
-            if row["id"] == following["id"]:
-                raise ValueError(f"record id {row['id']} is used twice; ids must be unique in a set")
+        self.rows.sort()
+        for row, following in pairwise(self.rows):
+            if row[0] == following[0]:
+                raise ValueError(f"record id {row[0]} is used twice; ids must be unique in a set")
+        index, waiting = [], []
         for start in range(0, len(self.rows), self.samples_per_shard):
             name = f"{start // self.samples_per_shard:06d}.tar"
             with open(self._temporary / name, "wb") as tar:
-                for row in self.rows[start : start + self.samples_per_shard]:
-                    self._spool.seek(row["offset"])
-                    row["shard"], row["offset"] = name, tar.tell()
-                    tar.write(self._spool.read(row["size"]))
+                for _, place, size, row_size in self.rows[start : start + self.samples_per_shard]:
+                    self._spool.seek(place)
+                    offset = tar.tell()
+                    tar.write(self._spool.read(size))
+                    waiting.append({**json.loads(self._spool.read(row_size)), "shard": name, "offset": offset})
+                    if len(waiting) == INDEX_GROUP:
+                        index.append(self._keep_index(waiting, len(index)))
+                        waiting = []
                 tar.write(bytes(2 * tarfile.BLOCKSIZE))  # the end of a tar
-        pq.write_table(index_table(self.rows), self._temporary / INDEX_NAME, compression="zstd")
+        if waiting:
+            index.append(self._keep_index(waiting, len(index)))
+        self._write_index(index)
         for name, text in self.files.items():
             (self._temporary / name).write_text(text, encoding="utf-8")
+
+    def _keep_index(self, rows: list[dict], number: int) -> Path:
+        """Rows of the index as a file for the meantime: which scores there are is known when all rows are."""
+        path = self._temporary / f"index{number}"
+        pq.write_table(index_table(rows), path, compression="zstd")
+        return path
+
+    def _write_index(self, groups: list[Path]) -> None:
+        schema = pa.unify_schemas([pq.read_schema(path) for path in groups])
+        scores = sorted(schema.names[len(INDEX_SCHEMA) :])
+        schema = pa.schema([*INDEX_SCHEMA, *(schema.field(name) for name in scores)])
+        with pq.ParquetWriter(self._temporary / INDEX_NAME, schema, compression="zstd") as writer:
+            for path in groups:
+                table = pq.read_table(path)
+                columns = [
+                    table[field.name] if field.name in table.column_names else pa.nulls(len(table), field.type)
+                    for field in schema
+                ]
+                writer.write_table(pa.table(columns, schema=schema))
+                path.unlink()
 
     def _publish(self) -> None:
         self._spool.close()

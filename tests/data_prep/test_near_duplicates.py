@@ -253,3 +253,13 @@ def test_the_forecast_counts_what_a_threshold_keeps(pool, curate, duplicates):
     step = NearDuplicates(config.near_duplicates, LowFrequencies())
     (told,) = forecast(Path(config.output) / "set", [step])
     assert told.option == "near_duplicates.threshold" and told.pairs - told.kept == len(verdicts_of(config.output))
+
+
+def test_few_clusters_in_memory_at_once_find_the_same(monkeypatch):
+    vectors = planted(500, 3, noise=0.6)
+    whole = near_pairs(vectors, 0.6, 8)
+    monkeypatch.setattr("data_prep.cluster_search.ENTRIES", 50)
+    monkeypatch.setattr("data_prep.cluster_search.QUERIES", 7)
+    for one, other in zip(whole[:3], near_pairs(vectors, 0.6, 8)[:3], strict=True):
+        assert np.array_equal(one, other)
+    assert len(whole[0]) > 100

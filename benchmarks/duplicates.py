@@ -1,0 +1,170 @@
+"""Near duplicates in a made-up set whose duplicates are known: what is found, and what is taken for one and is none.
+
+    python -m benchmarks.duplicates                    # 20,000 pictures, beside imagededup where it is installed
+    python -m benchmarks.duplicates --pictures 1000
+
+Half of the pictures are scenes and edited copies of them; half are hard negatives: one template with another number,
+plain colours, logos on white, pages of a document. Precision and recall are over pairs of pictures; survivors are those
+that stay of each true component, 1 at best. imagededup's CNN class is given our embedder as its model.
+"""
+
+import argparse
+import tarfile
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from itertools import combinations, product
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from benchmarks.measure import machine, write_results
+from benchmarks.pictures import known_graph
+from data_prep.curation import Curate, run
+from data_prep.embedders import LowFrequencies
+from data_prep.near_duplicates import EDGES, NODES, NearDuplicatesConfig
+from data_prep.pool import Source
+
+INSTALL = "pip install --no-deps imagededup==0.3.3.post2 scikit-learn joblib cloudpickle threadpoolctl narwhals"
+HASH_DISTANCE = 10  # imagededup's own default for hashes of 64 bits
+Pairs = set[tuple[str, str]]
+
+
+def make(folder: Path, count: int) -> tuple[dict[str, int], dict[str, str]]:
+    """Writes the pictures as files and as a tar; name -> component, name -> kind."""
+    component_of, kind_of = {}, {}
+    (folder / "files").mkdir()
+    (folder / "tars").mkdir()
+    with tarfile.open(folder / "tars" / "all.tar", "w") as tar:
+        for number, (kind, component, data) in enumerate(known_graph(count)):
+            name = f"{number:06d}.jpg"
+            path = folder / "files" / name
+            path.write_bytes(data)
+            component_of[name], kind_of[name] = component, kind
+            tar.add(path, name)
+            text = tarfile.TarInfo(f"{number:06d}.txt")
+            (folder / "caption").write_text(f"picture number {number}")
+            text.size = (folder / "caption").stat().st_size
+            with open(folder / "caption", "rb") as caption:
+                tar.addfile(text, caption)
+    return component_of, kind_of
+
+
+def ours(folder: Path) -> tuple[Pairs, set[str]]:
+    """(pairs above the threshold, pictures that stay) of a run of the curation."""
+    config = Curate(
+        str(folder / "run"),
+        (Source(str(folder / "tars"), "tars"),),
+        near_duplicates=NearDuplicatesConfig(),
+    )
+    run(config)
+    state = folder / "run" / "set" / "near_duplicates"
+    sources = pq.read_table(folder / "run" / "sources.parquet").to_pylist()
+    names, ids = defaultdict(list), {row["id"]: f"{row['key']}.jpg" for row in sources}
+    for row in sources:
+        names[row["image_id"]].append(f"{row['key']}.jpg")
+    nodes = defaultdict(list)
+    for row in pq.read_table(state / NODES).to_pylist():
+        nodes[row["node"]] += names[row["image_id"]]
+    same = {pair for some in names.values() for pair in combinations(sorted(some), 2)}
+    pairs = same | {pair for some in nodes.values() for pair in combinations(sorted(some), 2)}
+    edges = pq.read_table(state / EDGES, filters=[("similarity", ">=", LowFrequencies.threshold)]).to_pylist()
+    for edge in edges:
+        pairs |= {tuple(sorted(pair)) for pair in product(nodes[edge["a"]], nodes[edge["b"]])}
+    kept = pq.read_table(folder / "run" / "ledger.parquet", filters=[("decision", "==", "keep")])["id"].to_pylist()
+    return pairs, {ids[pair] for pair in kept}
+
+
+def imagededup_hash(folder: Path) -> tuple[Pairs, set[str]]:
+    from imagededup.methods import PHash
+
+    found = PHash(verbose=False).find_duplicates(
+        image_dir=str(folder / "files"), max_distance_threshold=HASH_DISTANCE, num_enc_workers=0, num_dist_workers=0
+    )
+    return _of_map(found)
+
+
+def imagededup_cnn(folder: Path) -> tuple[Pairs, set[str]]:
+    import torch
+    from imagededup.methods import CNN
+    from imagededup.utils import CustomModel
+
+    embedder = LowFrequencies()
+    model = CustomModel(
+        name=embedder.id,
+        model=torch.nn.Identity(),
+        transform=lambda picture: torch.from_numpy(embedder.embed(picture.convert("RGB"))),
+    )
+    found = CNN(verbose=False, model_config=model).find_duplicates(
+        image_dir=str(folder / "files"), min_similarity_threshold=embedder.threshold, num_enc_workers=0
+    )
+    return _of_map(found)
+
+
+def _of_map(found: dict[str, list[str]]) -> tuple[Pairs, set[str]]:
+    """What is near what -> pairs, and what stays where each takes all that is near it, as imagededup removes them."""
+    pairs = {tuple(sorted((one, other))) for one, others in found.items() for other in others}
+    gone: set[str] = set()
+    for one in found:
+        if one not in gone:
+            gone.update(found[one])
+    return pairs, set(found) - gone
+
+
+def judge(pairs: Pairs, kept: Iterable[str], component_of: dict[str, int], kind_of: dict[str, str]) -> dict:
+    sizes = Counter(component_of.values())
+    true = sum(size * (size - 1) // 2 for size in sizes.values())
+    right = sum(component_of[one] == component_of[other] for one, other in pairs)
+    wrong = Counter(kind_of[one] for one, other in pairs if component_of[one] != component_of[other])
+    stays = Counter(component_of[name] for name in kept)
+    copied = [component for component, size in sizes.items() if size > 1]
+    return {
+        "pairs_found": len(pairs),
+        "true_pairs": true,
+        "precision": right / len(pairs) if pairs else None,
+        "recall": right / true if true else None,
+        "survivors_per_component": sum(stays[component] for component in copied) / max(1, len(copied)),
+        "components_lost": sum(stays[component] == 0 for component in sizes),
+        "components": len(sizes),
+        "wrong_pairs_by_kind": dict(sorted(wrong.items())),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pictures", type=int, default=20_000)
+    arguments = parser.parse_args()
+    contestants = {"ours, no weights": ours}
+    try:
+        import imagededup  # noqa: F401
+    except ImportError:
+        print(f"imagededup is not installed, so only ours is measured; to compare: {INSTALL}")
+    else:
+        contestants |= {"imagededup, PHash": imagededup_hash, "imagededup, CNN, our embedder": imagededup_cnn}
+    rows = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        component_of, kind_of = make(folder, arguments.pictures)
+        print(
+            "| | precision | recall | survivors per component | components lost | seconds |\n|---|---|---|---|---|---|"
+        )
+        for name, find in contestants.items():
+            begun = time.perf_counter()
+            found = find(folder)
+            seconds = time.perf_counter() - begun
+            rows[name] = {**judge(*found, component_of, kind_of), "seconds": seconds}
+            row = rows[name]
+            print(
+                f"| {name} | {row['precision'] or 0:.4f} | {row['recall'] or 0:.4f} "
+                f"| {row['survivors_per_component']:.3f} | {row['components_lost']:,} of {row['components']:,} "
+                f"| {seconds:.0f} |",
+                flush=True,
+            )
+            print(f"|  wrong pairs: {row['wrong_pairs_by_kind']} | | | | | |")
+    values = {"machine": machine(), "pictures": arguments.pictures, "kinds": Counter(kind_of.values()), "rows": rows}
+    print(f"\nwritten: {write_results('duplicates', values)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Resampling by n-grams: does it keep what it should, and how fast are n-grams found in captions?
+
+    python -m benchmarks.resampling                       # the real pool; fetches its pictures' captions and WordNet
+    python -m benchmarks.resampling --captions 2000 --entries 20000 --seeds 5 --repetitions 1
+
+Kept shares are held against the exact expectation for every n-gram (a pair is drawn anew with each seed), as a
+chi-square. Speeds are of one core, vocabulary ready, captions read: ours, the same words and pairs looked up in a
+dictionary, `pyahocorasick`, and a plain loop.
+"""
+
+import argparse
+import re
+import unicodedata
+from collections.abc import Callable, Iterator
+from itertools import islice, pairwise
+
+import numpy as np
+import pyarrow as pa
+
+from app.data import locate
+from benchmarks.measure import interleave, machine, seconds_of, spread, write_results
+from data_prep.ngrams import Vocabulary, read_texts, words_of
+from data_prep.pool import RawPair, Source, parts_of
+from data_prep.resampling import critical_thresholds, frequencies, keep_probabilities
+
+SOURCES = (
+    Source("asset:openmoji", "folder", captions="openmoji"),
+    Source("asset:tuxpaint-stamps", "folder", captions="tuxpaint"),
+    Source("asset:openclipart-svg", "folder", captions="title"),
+)
+PLAIN = 20  # captions that the plain loop is timed with: it looks for every entry in each
+FEW = 5  # n-grams that fewer expected losses than this come to say nothing in a chi-square
+
+
+def read_captions(limit: int | None) -> list[str]:
+    """Captions of the real pool, each pair's own, as read."""
+    parts = (part for source in SOURCES for part in parts_of(source, locate(source.path)))
+    raws = (raw for part in parts for raw in part.read() if isinstance(raw, RawPair) and raw.caption)
+    return list(islice((raw.caption.decode(errors="replace") for raw in raws), limit))
+
+
+def kept_shares(captions: list[str], vocabulary: Vocabulary, threshold: float, seeds: int) -> dict:
+    """Over n-grams: captions with it that were kept, of what was expected, in units of the deviation expected."""
+    lists = pa.array([vocabulary.numbers_in(caption) for caption in captions], pa.list_(pa.int32()))
+    ids = [f"{number:032x}" for number in range(len(captions))]
+    counts = frequencies(lists, len(vocabulary.ngrams))
+    probability = keep_probabilities(lists, counts, threshold)
+    kept = np.zeros(len(captions))
+    for seed in range(seeds):
+        kept += critical_thresholds(ids, lists, vocabulary.ngrams, seed) < threshold
+    rows, ngrams = np.repeat(np.arange(len(lists)), np.diff(lists.offsets.to_numpy())), lists.values.to_numpy()
+    expected, drawn, variance = (
+        np.bincount(ngrams, values[rows], len(vocabulary.ngrams))
+        for values in (seeds * probability, kept, seeds * probability * (1 - probability))
+    )
+    sure = np.flatnonzero((variance == 0) & (counts > 0))
+    unsure = np.flatnonzero(variance > FEW)
+    order = unsure[np.argsort(-counts[unsure])]
+    deviation = (drawn - expected)[order] / np.sqrt(variance[order])
+    # n-grams share captions, so theirs are not independent; pairs are
+    mixed = (probability > 0) & (probability < 1)
+    each = ((kept - seeds * probability)[mixed] ** 2 / (seeds * probability * (1 - probability))[mixed]).sum()
+    return {
+        "captions": len(captions),
+        "matched": int((np.diff(lists.offsets.to_numpy()) > 0).sum()),
+        "seeds": seeds,
+        "threshold": threshold,
+        "kept": float(kept.sum() / seeds),
+        "expected": float(probability.sum()),
+        "sure_ngrams_as_expected": bool(np.array_equal(drawn[sure], expected[sure])),
+        "ngrams": len(order),
+        "rms_deviation_of_ngrams": float(np.sqrt((deviation**2).mean())) if len(order) else None,
+        "largest_deviation": float(np.abs(deviation).max()) if len(order) else None,
+        "chi_square": float(each),
+        "degrees_of_freedom": int(mixed.sum()),
+        "standard_deviations": float((each - mixed.sum()) / np.sqrt(2 * max(mixed.sum(), 1))),
+        "most_thinned": [
+            {
+                "ngram": vocabulary.ngrams[number],
+                "captions": int(counts[number]),
+                "share": float(drawn[number] / seeds / counts[number]),
+                "expected": float(expected[number] / seeds / counts[number]),
+            }
+            for number in order[:10]
+        ],
+    }
+
+
+def vocabulary_of(texts: Iterator[str], entries: int) -> Vocabulary:
+    """The n-grams of the texts; made-up pairs of their words where they are too few."""
+    ngrams = Vocabulary.of_texts(texts).ngrams
+    words = [ngram for ngram in ngrams if " " not in ngram]
+    generator, found = np.random.default_rng(0), set(islice(ngrams, entries))
+    while len(found) < entries:
+        one, other = generator.integers(0, len(words), 2)
+        found.add(f"{words[one]} {words[other]}")
+    return Vocabulary(found)
+
+
+def finders(vocabulary: Vocabulary) -> dict[str, Callable[[str], list[int]]]:
+    """Ways to find the numbers of a caption's n-grams, in order."""
+    try:
+        import ahocorasick
+    except ImportError:
+        raise SystemExit("this benchmark compares with pyahocorasick: pip install pyahocorasick==2.3.1") from None
+    automaton = ahocorasick.Automaton()
+    numbers = {ngram: number for number, ngram in enumerate(vocabulary.ngrams)}
+    for ngram, number in numbers.items():
+        automaton.add_word(f" {ngram} ", number)
+    automaton.make_automaton()
+    get = numbers.get
+
+    def plain(caption: str) -> list[int]:
+        text = " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", caption).casefold()))
+        return [number for number, ngram in enumerate(vocabulary.ngrams) if f" {ngram} " in f" {text} "]
+
+    def with_c(caption: str) -> list[int]:
+        return sorted({number for _, number in automaton.iter(f" {' '.join(words_of(caption))} ")})
+
+    def with_dictionary(caption: str) -> list[int]:
+        words = words_of(caption)
+        found = {get(word) for word in words}
+        found.update(map(get, map(" ".join, pairwise(words))))
+        found.discard(None)
+        return sorted(found)
+
+    return {
+        "ours": vocabulary.numbers_in,
+        "dictionary": with_dictionary,
+        "pyahocorasick": with_c,
+        "plain loop": plain,
+    }
+
+
+def speeds(captions: list[str], vocabulary: Vocabulary, repetitions: int) -> dict[str, dict]:
+    found = finders(vocabulary)
+    some = captions[:: max(1, len(captions) // PLAIN)][:PLAIN]
+    for name, find in found.items():
+        for caption in some if name == "plain loop" else captions[:2000]:
+            assert find(caption) == found["ours"](caption), (name, caption)
+    amounts = {name: some if name == "plain loop" else captions for name in found}
+    timed = {
+        name: seconds_of(lambda find=find, name=name: [find(caption) for caption in amounts[name]])
+        for name, find in found.items()
+    }
+    taken = interleave(timed, repetitions)
+    return {
+        name: {"seconds": spread(seconds), "captions_per_s": len(amounts[name]) / spread(seconds)["median"]}
+        for name, seconds in taken.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--captions", type=int, help="of the pool; all of them unless given")
+    parser.add_argument("--entries", type=int, default=500_000, help="n-grams of the vocabulary that is timed")
+    parser.add_argument("--threshold", type=float, default=50.0)
+    parser.add_argument("--seeds", type=int, default=40)
+    parser.add_argument("--repetitions", type=int, default=5)
+    arguments = parser.parse_args()
+    captions, text = read_captions(arguments.captions), locate("asset:wordnet-base")
+    shares = kept_shares(captions, Vocabulary.of_texts(read_texts(text)), arguments.threshold, arguments.seeds)
+    print(
+        f"{shares['captions']:,} captions, {shares['matched']:,} with an n-gram; kept {shares['kept']:,.1f} of "
+        f"{shares['expected']:,.1f} expected at T = {shares['threshold']:g}, mean of {shares['seeds']} seeds\n"
+        f"chi-square over pairs {shares['chi_square']:,.0f}, {shares['degrees_of_freedom']:,} degrees of freedom: "
+        f"{shares['standard_deviations']:+.1f} standard deviations; rare n-grams kept for certain: "
+        f"{shares['sure_ngrams_as_expected']}; {shares['ngrams']:,} n-grams: root mean square deviation "
+        f"{shares['rms_deviation_of_ngrams'] or 0:.2f}, largest {shares['largest_deviation'] or 0:.1f}\n"
+    )
+    print("| n-gram | captions | kept | expected |\n|---|---|---|---|")
+    for row in shares["most_thinned"]:
+        print(f"| {row['ngram']} | {row['captions']:,} | {row['share']:.4f} | {row['expected']:.4f} |")
+    vocabulary = vocabulary_of(read_texts(text), arguments.entries)
+    rates = speeds(captions, vocabulary, arguments.repetitions)
+    print(f"\n| {arguments.entries:,} entries, one core | captions/s | ours, times |\n|---|---|---|")
+    for name, row in rates.items():
+        faster = rates["ours"]["captions_per_s"] / row["captions_per_s"]
+        print(f"| {name} | {row['captions_per_s']:,.0f} | {faster:.2f} |")
+    values = {"machine": machine(), "entries": arguments.entries, "kept": shares, "speeds": rates}
+    print(f"\nwritten: {write_results('resampling', values)}")
+
+
+if __name__ == "__main__":
+    main()
