@@ -3,7 +3,7 @@
 RapidOCR finds and reads it with PP-OCRv6, whose weights come in its wheel: Latin letters and Chinese characters.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -54,11 +54,13 @@ class OcrConfig:
         template: of the written caption where there is text; {caption} and {text} (all lines) stand in it.
         separator: between lines.
         min_score: lines that the reader is less sure of are left out.
+        min_letters: lines with fewer letters and digits are left out: in drawings a circle is soon an O, a prune a 6.
     """
 
     template: str = '{caption} Text in the picture: "{text}"'
     separator: str = " "
     min_score: float = 0.9
+    min_letters: int = 2
 
     def __post_init__(self):
         try:
@@ -100,12 +102,11 @@ class Ocr(Step):
     finishes = ()
 
     def settings(self) -> dict:
-        names = ("template", "separator", "min_score")
-        return {**{name: getattr(self.config, name) for name in names}, "reader": self.reader.id}
+        return {**asdict(self.config), "reader": self.reader.id}
 
     def finish(self, row: dict, draft: Draft) -> None:
         """Columns: ocr_text, line by line; ocr_boxes, corners in shares of width and height; ocr_score, the lowest."""
-        lines = [line for line in self.reader.read(draft.picture) if line.text and line.score >= self.config.min_score]
+        lines = [line for line in self.reader.read(draft.picture) if self._counts(line)]
         sides = draft.picture.size * 4
         draft.columns["ocr_text"] = "\n".join(line.text for line in lines)
         draft.columns["ocr_boxes"] = [
@@ -115,6 +116,10 @@ class Ocr(Step):
             draft.columns["ocr_score"] = round(min(line.score for line in lines), DECIMALS)
             text = self.config.separator.join(line.text for line in lines)
             draft.caption = self.config.template.format(caption=draft.caption, text=text)
+
+    def _counts(self, line: Line) -> bool:
+        letters = sum(character.isalnum() for character in line.text)
+        return line.score >= self.config.min_score and letters >= self.config.min_letters
 
 
 @cache

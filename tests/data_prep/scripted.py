@@ -42,10 +42,11 @@ class MiddleFace:
 
 @dataclass(frozen=True)
 class SizeReader:
-    """Reads the width of every picture, surely, and its height, hardly."""
+    """Reads the width of every picture and an O, surely, and its height, hardly."""
 
     id: str = "size"
 
     def read(self, picture: Image.Image) -> list[Line]:
         corners = (0.0, 0.0, picture.width / 2, 0.0, picture.width / 2, picture.height / 4, 0.0, picture.height / 4)
-        return [Line(f"{picture.width} {{px}}", 0.9, corners), Line(str(picture.height), 0.3, corners)]
+        sure = [Line(f"{picture.width} {{px}}", 0.9, corners), Line("O", 1.0, corners)]
+        return [*sure, Line(str(picture.height), 0.3, corners)]
