@@ -90,7 +90,7 @@ def test_canaries_short_forms_and_languages(home, mm_data):
     code, out, _ = mm_data("stats", "--work", "work")
     lines = {line[:44].strip(): line[44:].split() for line in out.splitlines()}
     assert code == 0 and lines["canaries joined at a threshold of"] == ["0.9"]
-    assert lines["copy: half size"] == ["100.0%"] and lines["precision"] == ["100.0%"]
+    assert lines["copy: brighter by 15%"] == ["100.0%"] and lines["precision"] == ["100.0%"]
     code, out, _ = mm_data("forecast", "--work", "work")
     assert code == 0 and "0.7    0.75     0.8    0.85     0.9    0.95" in out and "copy: half size" in out
     for changes in (["--duplicates", "0.8"], ["--duplicates=0.8"]):

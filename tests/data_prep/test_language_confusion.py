@@ -37,7 +37,7 @@ def test_lines_that_were_held_out_are_counted_once_by_length_and_language(stored
     for number in range(400):
         language = ("en", "en_GB", "de", "pt_BR")[number % 4]
         caption, words = f"line {number}", 3 if number % 3 else 7
-        score = float(np.random.default_rng(number).random().round(3))
+        score = round(np.random.default_rng(number).random(), 3)
         rows.append(("stamps", f"a{number}.png#{language}", caption, score, words))
         rows.append(("stamps", f"a{number}_mirror.png#{language}", caption, score, words))  # the same line again
         rows.append(("other", f"b{number}", f"{caption} of an unknown language", score, words))
