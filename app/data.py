@@ -42,7 +42,8 @@ def main(argv: Sequence[str]) -> int:
         print(f"mm data: {one_line(error)}{_after(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("mm data: interrupted; the same command goes on where it was", file=sys.stderr)
+        again = "starts over; nothing was written" if argv[0] == "build" else "goes on where it was"
+        print(f"mm data: interrupted; the same command {again}", file=sys.stderr)
         return 130
 
 

@@ -59,15 +59,14 @@ def read_builder(name: str, argv: list[str]) -> Builder:
     parser = ArgumentParser(prog=f"mm data build {name}", exit_on_error=False)
     parser.add_argument("--config", action="config", help="a YAML file; options that follow override it")
     captions = builder_class is Recaptions
-    parser.add_class_arguments(builder_class, skip={"describe"} if captions else None)
+    parser.add_class_arguments(builder_class, skip={"describe", "max_new_tokens"} if captions else None)
     if captions:
         parser.add_argument("--device", default="cpu", help="such as cpu or cuda")
         parser.add_argument("--max-new-tokens", type=int, default=64, help="longest caption, in tokens")
     values = vars(parser.instantiate(parser.parse_args(argv)))
     values.pop("config")
     if captions:
-        device, longest = values.pop("device"), values.pop("max_new_tokens")
-        values["describe"] = partial(describe, values["model"], device, longest)
+        values["describe"] = partial(describe, values["model"], values.pop("device"), values["max_new_tokens"])
     return builder_class(**values)
 
 

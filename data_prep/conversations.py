@@ -13,28 +13,37 @@ MAX_TURNS = 4  # questions per conversation; more of them and the earlier answer
 REQUEST = "Describe the picture."  # as a caption is asked for where it is evaluated
 
 
+Turn = tuple[str, str]  # question, answer
+
+
 def conversations(
-    source: str, split: str, media: dict[str, bytes], turns: Sequence[tuple[str, str]]
+    source: str, split: str, media: dict[str, bytes], turns: Sequence[Turn], language: str = "en"
 ) -> Iterator[Record]:
     """Yields conversations of up to MAX_TURNS turns about one picture, about equally long, in an order drawn once.
 
     Args:
         source: what names the picture in its set; ids and order follow from it.
         media: the picture under its member's suffix. It is shown in the first turn.
-        turns: (question, answer); one that is there twice is asked once.
+        turns: one that is there twice is asked once.
+        language: of the answers; "und" where it is not known.
     """
     order = sorted(dict.fromkeys(turns), key=lambda turn: _hash(f"{source}/{turn[0]}/{turn[1]}"))
     number = -(-len(order) // MAX_TURNS)
     (suffix,) = picture_suffixes(media)
     for start in range(number):
-        messages = []
-        for question, answer in order[start::number]:
-            shown = [] if messages else [{"type": "image", "image": suffix}]
-            messages.append({"role": "user", "content": [*shown, {"type": "text", "text": question}]})
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         record_id = make_id(f"{source}/conversation/{start}")
-        content = {"id": record_id, "split": split, "task": "chat", "language": "en", "messages": messages}
-        yield Record(record_id, content, media)
+        content = {"id": record_id, "split": split, "task": "chat", "language": language}
+        yield Record(record_id, {**content, "messages": messages_of(suffix, order[start::number])}, media)
+
+
+def messages_of(suffix: str, turns: Sequence[Turn]) -> list[dict]:
+    """Questions and answers as a record's messages; the first question shows the picture of that member suffix."""
+    messages = []
+    for question, answer in turns:
+        shown = [] if messages else [{"type": "image", "image": suffix}]
+        messages.append({"role": "user", "content": [*shown, {"type": "text", "text": question}]})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return messages
 
 
 def caption_conversations(records: Iterable[Record]) -> Iterator[Record]:

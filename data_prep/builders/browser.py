@@ -7,6 +7,7 @@ import html
 import json
 import os
 import re
+import secrets
 import shutil
 import subprocess
 import tempfile
@@ -18,7 +19,7 @@ from vision.reading import read_picture
 
 PROGRAM = "chromium"
 TIMEOUT = 300  # seconds for one page
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; font-src data:; script-src 'nonce-mm'"
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; font-src data:; script-src 'nonce-{nonce}'"
 FOUND = "mm-elements"  # id of the element, in the page's unseen head, that the script leaves its findings in
 # What is drawn of each element within the window: its place and its own code.
 SCRIPT = """
@@ -64,9 +65,8 @@ def screenshot(page: str, width: int, height: int) -> tuple[Image.Image, list[El
     """
     size = f"--window-size={width},{height}"
     with tempfile.TemporaryDirectory() as folder:
-        script = f'<script nonce="mm">addEventListener("load", () => {{{SCRIPT}}});</script>'
         options = (size, "--hide-scrollbars", "--dump-dom", "--screenshot=out.png")
-        dom = _run(Path(folder), _guarded(page, script), *options)
+        dom = _run(Path(folder), _guarded(page, SCRIPT), *options)
         picture = read_picture(_read(Path(folder) / "out.png"))
     found = re.search(rf'<pre id="{FOUND}">(.*?)</pre>', dom, re.DOTALL)
     if found is None:
@@ -77,7 +77,10 @@ def screenshot(page: str, width: int, height: int) -> tuple[Image.Image, list[El
 
 
 def without_scripts(page: str) -> str:
-    """A page less its scripts, comments, and handlers of events."""
+    """A page less its scripts, comments, and handlers of events, as far as they are written plainly.
+
+    What a page hides from it is in its code still, yet is not run: the policy of `_guarded` sees to that.
+    """
     page = re.sub(r"<!--.*?-->", "", page, flags=re.DOTALL)
     page = re.sub(r"<(script|noscript|iframe|object)\b.*?</\1\s*>", "", page, flags=re.DOTALL | re.IGNORECASE)
     page = re.sub(r"<(script|iframe|object|embed|base)\b[^>]*>", "", page, flags=re.IGNORECASE)
@@ -85,8 +88,14 @@ def without_scripts(page: str) -> str:
 
 
 def _guarded(page: str, script: str = "") -> str:
-    """The page under a policy that forbids scripts other than ours and everything from outside."""
-    policy = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">{script}'
+    """The page under a policy that forbids scripts other than ours and everything from outside.
+
+    Ours is run when the page is there; a word that no page can know lets it pass.
+    """
+    nonce = secrets.token_hex()
+    policy = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY.format(nonce=nonce)}">'
+    if script:
+        policy += f'<script nonce="{nonce}">addEventListener("load", () => {{{script}}});</script>'
     page = without_scripts(page)
     doctype = re.match(r"\s*<!doctype[^>]*>", page, re.IGNORECASE)
     at = doctype.end() if doctype else 0

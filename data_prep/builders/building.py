@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import yaml
 from PIL import Image
 
+from data_prep.conversations import Turn, messages_of
 from data_prep.splits import split_of
 from data_prep.workers import in_order
 from shards.format import Record, make_id
@@ -26,7 +27,6 @@ SETTINGS, LEFT_OUT = "built.yaml", "left_out.tsv"  # beside the tars: what they 
 CHUNK = 16  # tasks that a worker does at once
 
 Locate = Callable[[str], Path]  # what a configuration names -> where it lies on this machine
-Turn = tuple[str, str]  # question, answer
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def build(builder: Builder, locate: Locate = Path) -> Built:
         if not writer.rows:
             first = f"; the first of {len(left_out)}: {left_out[0].name}: {left_out[0].reason}" if left_out else ""
             raise ValueError(f"{builder.output}: not one record could be built{first}")
-        lines = sorted(f"{one.name}\t{' '.join(one.reason.split())}\n" for one in left_out)
+        lines = sorted(writable(f"{one.name}\t{' '.join(one.reason.split())}\n") for one in left_out)
         writer.files[LEFT_OUT] = "".join(lines)
         writer.files[SETTINGS] = yaml.safe_dump(
             {"builder": type(builder).__name__.lower(), **_plain(builder.settings())}, sort_keys=False
@@ -149,22 +149,25 @@ def build(builder: Builder, locate: Locate = Path) -> Built:
     return Built(len(writer.rows), left_out, Path(builder.output))
 
 
-def conversation(source: str, split: str, task: str, media: dict[str, bytes], turns: Sequence[Turn]) -> Record:
+def conversation(
+    source: str, split: str, task: str, media: dict[str, bytes], turns: Sequence[Turn], language: str = "en"
+) -> Record:
     """A record in which questions about one picture are asked and answered; the first shows it.
 
     Args:
         source: what names the record; its id follows from it.
         media: the picture under its suffix.
+        language: of the answers; "und" where it is not known.
     """
     (suffix,) = media
-    messages = []
-    for question, answer in turns:
-        shown = [] if messages else [{"type": "image", "image": suffix}]
-        messages.append({"role": "user", "content": [*shown, {"type": "text", "text": question}]})
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     record_id = make_id(source)
-    content = {"id": record_id, "split": split, "task": task, "language": "en", "messages": messages}
-    return Record(record_id, content, media)
+    content = {"id": record_id, "split": split, "task": task, "language": language}
+    return Record(record_id, {**content, "messages": messages_of(suffix, turns)}, media)
+
+
+def writable(name: str) -> str:
+    """A file's name as text that can be written: bytes of it that are no UTF-8 become `\\udcXX`, in plain signs."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def png(picture: Image.Image) -> bytes:

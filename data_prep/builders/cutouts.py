@@ -1,5 +1,6 @@
 """Pictures with transparency and a name each -> scenes in which it is known where each lies."""
 
+import hashlib
 import random
 import re
 from collections.abc import Sequence
@@ -28,17 +29,22 @@ class Cutout:
 def cutouts_of(
     sources: Sequence[tuple[Source, Path]], without: str | None = None
 ) -> tuple[list[Cutout], list[LeftOut]]:
-    """The things of folders, one for each name, ordered by it; and what has no short name, or one that is not wanted.
+    """The things of folders, one for each name and each file's content, ordered by name; and what is left out.
+
+    Files without a short name, or with one that is not wanted, are left out, and copies of a file under other names:
+    two names of one picture would make each of them a wrong answer now and then.
 
     A name is in small letters, without article: "A red apple." is "red apple". Of a Tux Paint stamp the English one.
     """
     named: dict[str, Path] = {}
+    labels: dict[bytes, str] = {}  # a file's digest -> its name
     left_out = []
     for source, folder in sources:
         captions = CAPTIONS[source.captions](folder)
         for part in parts_of(source, folder):
             for file in part.files:
-                found = captions(file, (folder / file).read_bytes() if source.captions == "title" else b"")
+                data = (folder / file).read_bytes()
+                found = captions(file, data)
                 label = _label(next((text for key, text in found if "#" not in key or key.endswith("#en")), None))
                 if not 1 <= len(label.split()) <= MOST_WORDS:
                     left_out.append(
@@ -48,6 +54,8 @@ def cutouts_of(
                     left_out.append(LeftOut(f"{source.path}/{file}", f"{label!r} is not wanted"))
                 elif label in named:
                     left_out.append(LeftOut(f"{source.path}/{file}", f"another one is called {label!r} too"))
+                elif (same := labels.setdefault(hashlib.sha256(data).digest(), label)) != label:
+                    left_out.append(LeftOut(f"{source.path}/{file}", f"the same file is called {same!r}"))
                 else:
                     named[label] = folder / file
     return [Cutout(label, path) for label, path in sorted(named.items())], left_out

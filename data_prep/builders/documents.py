@@ -5,20 +5,22 @@ import re
 import textwrap
 import unicodedata
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
 from data_prep.builders.browser import print_pdf, require
-from data_prep.builders.building import Builder, LeftOut, Locate, check_shares, conversation, png
-from data_prep.builders.plotting import FONT_FILES, font
+from data_prep.builders.building import Builder, LeftOut, Locate, check_shares, conversation, png, writable
+from data_prep.builders.plotting import FONT_FILES, font, signs_of
 from data_prep.sources import licenses_beside
 from data_prep.splits import split_of
 from shards.format import Record
 
 QUESTION = "Write down the text of this page."
 MOST_GARBAGE = 0.05  # share of characters that no font's table gives a meaning to
+MOST_UNDRAWN = 0.01  # share of a text file's characters, of a page, that stay unseen or are not drawn as they are read
 COLUMNS, LINES = 84, 58  # of a page of a text file
 
 
@@ -30,6 +32,16 @@ class Pages:
     path: Path
     digest: str
     pages: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page of a file, by its number from 0: its picture and text, or the problem for which it has none."""
+
+    number: int
+    picture: Image.Image | None = None
+    text: str = ""
+    problem: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +80,15 @@ class Documents(Builder):
         files = sorted(path for path in folder.rglob("*") if path.suffix[1:].lower() in self.kinds and path.is_file())
         if not files:
             raise ValueError(f"{self.folder}: there are no files of {', '.join(self.kinds)} in it")
-        if any(path.suffix.lower() == ".html" for path in files):
+        kinds = {path.suffix[1:].lower() for path in files}
+        if kinds & {"pdf", "html"}:
+            _pdfium()
+        if "html" in kinds:
             require()
         tasks: list[Pages | LeftOut] = []
         seen: dict[str, str] = {}
         for path in files:
-            name = path.relative_to(folder).as_posix()
+            name = writable(path.relative_to(folder).as_posix())
             try:
                 data = path.read_bytes()
                 digest = hashlib.sha256(data).hexdigest()
@@ -107,21 +122,23 @@ class Documents(Builder):
             raise
         except (OSError, ValueError) as error:
             return [LeftOut(task.name, str(error))]
-        return [self._record(task, number, picture, text) for number, picture, text in pages]
+        return [self._record(task, page) for page in pages]
 
     def files(self, locate: Locate) -> dict[str, str]:
         return licenses_beside({self.folder: locate(self.folder)})
 
-    def _record(self, task: Pages, number: int, picture: Image.Image, text: str) -> Record | LeftOut:
-        name = f"{task.name}, page {number + 1}"
+    def _record(self, task: Pages, page: Page) -> Record | LeftOut:
+        name, text = f"{task.name}, page {page.number + 1}", page.text
+        if page.picture is None:
+            return LeftOut(name, page.problem or "cannot be drawn")
         garbage = sum(unicodedata.category(sign) in ("Co", "Cn") or sign == "\ufffd" for sign in text)
         if not self.min_chars <= len(text) <= self.max_chars:
             return LeftOut(name, f"has {len(text)} characters of text, not {self.min_chars} to {self.max_chars}")
         if garbage > MOST_GARBAGE * len(text):
             return LeftOut(name, f"{garbage} of {len(text)} characters of its text mean nothing")
         split = split_of(task.digest, self.validation, self.test)
-        source = f"document/{task.digest}/{number}"
-        return conversation(source, split, "document", {"png": png(picture)}, [(QUESTION, text)])
+        source = f"document/{task.digest}/{page.number}"
+        return conversation(source, split, "document", {"png": png(page.picture)}, [(QUESTION, text)], language="und")
 
 
 def page_text(text: str) -> str:
@@ -133,8 +150,11 @@ def page_text(text: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
 
 
-def set_text(data: bytes, digest: str, long_side: int) -> list[tuple[int, Image.Image, str]]:
-    """A text file as pages of LINES lines: (number, picture, text). The font follows from the digest.
+def set_text(data: bytes, digest: str, long_side: int) -> list[Page]:
+    """A text file as pages of LINES lines. The font follows from the digest.
+
+    A page has a problem in place of a picture where over 1% of its characters cannot be drawn: the font lacks them, or
+    they are not read from left to right, or lie over others, which the plain layout does not know.
 
     Raises:
         ValueError: it is not UTF-8.
@@ -144,7 +164,8 @@ def set_text(data: bytes, digest: str, long_side: int) -> list[tuple[int, Image.
     except UnicodeDecodeError as error:
         raise ValueError(f"is not UTF-8 ({error.reason} at byte {error.start})") from None
     lines: list[str] = []
-    for line in text.expandtabs().replace("\f", "\n").splitlines():
+    for line in unicodedata.normalize("NFC", text).expandtabs().splitlines():
+        line = "".join(sign for sign in line if unicodedata.category(sign) not in ("Cc", "Cf"))
         lines += textwrap.wrap(line, COLUMNS, replace_whitespace=False, drop_whitespace=False) or [""]
     size = long_side / (LINES + 8)  # pixels from line to line
     file, height, margin = FONT_FILES[int(digest[:8], 16) % len(FONT_FILES)], max(6, round(size * 0.72)), 4 * size
@@ -155,41 +176,64 @@ def set_text(data: bytes, digest: str, long_side: int) -> list[tuple[int, Image.
     shape = (min(long_side, max(round(widest + 2 * margin), round(long_side * 0.7))), long_side)
     pages = []
     for number, start in enumerate(range(0, len(lines), LINES)):
+        shown = lines[start : start + LINES]
+        text = page_text("\n".join(shown))
+        undrawn = sum(not _is_drawn(sign, file) for sign in text)
+        if undrawn > MOST_UNDRAWN * len(text):
+            problem = f"{undrawn} of {len(text)} characters cannot be drawn with {file}: HTML and PDF bring their fonts"
+            pages.append(Page(number, problem=problem))
+            continue
         picture = Image.new("L", shape, "white")
         pen = ImageDraw.Draw(picture)
-        shown = lines[start : start + LINES]
         for place, line in enumerate(shown):
             pen.text((margin, margin + place * size), line, fill="black", font=letters)
-        pages.append((number, picture, page_text("\n".join(shown))))
+        pages.append(Page(number, picture, text))
     return pages
 
 
-def _rendered(data: bytes, wanted: Sequence[int] | None, long_side: int) -> list[tuple[int, Image.Image, str]]:
-    """(number, RGB picture, text) of a PDF's pages."""
+def _is_drawn(sign: str, file: str) -> bool:
+    if sign == "\n":
+        return True
+    in_order = unicodedata.bidirectional(sign) not in ("R", "AL", "AN")
+    return ord(sign) in signs_of(file) and in_order and unicodedata.category(sign) not in ("Mn", "Me")
+
+
+def _rendered(data: bytes, wanted: Sequence[int] | None, long_side: int) -> list[Page]:
+    """A PDF's pages, RGB; one that is broken, or of an odd shape, does not harm the others."""
+    pdfium = _pdfium()
     pages = []
     with _opened(data) as document:
         for number in range(len(document)) if wanted is None else wanted:
-            page = document[number]
-            width, height = page.get_size()
-            if not (0 < width < 20 * height and 0 < height < 20 * width):
-                raise ValueError(f"page {number + 1} measures {width:.0f} x {height:.0f} points")
-            picture = page.render(scale=long_side / max(width, height), draw_annots=False).to_pil().convert("RGB")
-            textpage = page.get_textpage()
-            text = textpage.get_text_range()
-            pages.append((number, picture, page_text(text)))
-            textpage.close()
-            page.close()
+            try:
+                pages.append(_rendered_page(document, number, long_side))
+            except pdfium.PdfiumError as error:
+                pages.append(Page(number, problem=f"cannot be read ({error})"))
     return pages
 
 
-def _opened(data: bytes):
-    """A PDF, to be closed."""
+def _rendered_page(document, number: int, long_side: int) -> Page:
+    page = document[number]
+    with closing(page):
+        width, height = page.get_size()
+        if not (0 < width < 20 * height and 0 < height < 20 * width):
+            return Page(number, problem=f"measures {width:.0f} x {height:.0f} points")
+        picture = page.render(scale=long_side / max(width, height), draw_annots=False).to_pil().convert("RGB")
+        with closing(page.get_textpage()) as textpage:
+            return Page(number, picture, page_text(textpage.get_text_range()))
+
+
+def _pdfium():
     try:
         import pypdfium2
     except ImportError:
         raise ValueError("PDF needs the package pypdfium2: pip install 'mm-adapters[data]'") from None
+    return pypdfium2
+
+
+def _opened(data: bytes):
+    """A PDF, to be closed."""
+    pdfium = _pdfium()
     try:
-        document = pypdfium2.PdfDocument(data)
-    except pypdfium2.PdfiumError as error:
+        return pdfium.PdfDocument(data)
+    except pdfium.PdfiumError as error:
         raise ValueError(f"cannot be opened as PDF ({error}); it may be broken, or need a password") from None
-    return document

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from data_prep.builders.building import Builder, LeftOut, Locate, Turn, check_shares, conversation, png
+from data_prep.builders.building import Builder, LeftOut, Locate, check_shares, conversation, png
 from data_prep.builders.cutouts import Cutout, compose, cutouts_of
 from data_prep.builders.questions import read_table
+from data_prep.conversations import Turn
 from data_prep.pool import Source
 from data_prep.sources import licenses_beside
 from data_prep.splits import split_of
@@ -150,7 +151,10 @@ class Grounding(Builder):
         for number, row in enumerate(read_table(table), 1):
             try:
                 box = tuple(float(row[name]) for name in ("xmin", "ymin", "xmax", "ymax"))
-                pictures.setdefault(str(row["image"]), []).append((str(row["label"]), box))
+                image, label = ("" if row[name] is None else str(row[name]).strip() for name in ("image", "label"))
+                if not image or not label:
+                    raise ValueError("an empty cell")
+                pictures.setdefault(image, []).append((label, box))
             except (KeyError, TypeError, ValueError) as error:
                 left_out.append(LeftOut(f"{table.name}:{number}", f"no image, label and box ({error!r})"))
         for name, boxes in sorted(pictures.items()):

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -69,13 +70,20 @@ class Mix(Builder):
             raise ValueError("a source is named twice; give it one weight")
 
     def shares(self) -> list[int]:
-        """Records to draw from each source: budget x weight, rounded so that the sum is the budget."""
-        whole = math.fsum(source.weight for source in self.sources)
-        exact = [self.budget * source.weight / whole for source in self.sources]
-        shares = [math.floor(share) for share in exact]
-        by_rest = sorted(range(len(exact)), key=lambda number: (shares[number] - exact[number], number))
-        for number in by_rest[: self.budget - sum(shares)]:
-            shares[number] += 1
+        """Records to draw from each source: budget x weight, rounded so that the sum is the budget.
+
+        By Webster's method, a larger budget takes from none: each further record goes to the source whose share, with
+        half a record more, is the smallest in proportion to its weight.
+        """
+        half, weights = Fraction(1, 2), [Fraction(source.weight) for source in self.sources]
+        shares = [math.floor(self.budget * weight / sum(weights) + half) for weight in weights]
+        while (over := sum(shares) - self.budget) != 0:  # by no more than half of the sources
+            step = 1 if over < 0 else -1
+            order = [
+                (step * (share + step * half) / weight, step * number)
+                for number, (share, weight) in enumerate(zip(shares, weights, strict=True))
+            ]
+            shares[order.index(min(order))] += step
         return shares
 
     def tasks(self, locate: Locate) -> Sequence[Drawing]:

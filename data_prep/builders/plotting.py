@@ -42,6 +42,15 @@ def font(file: str, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
 
 
+@lru_cache(maxsize=8)
+def signs_of(file: str) -> frozenset[int]:
+    """The code points that one of matplotlib's font files has a glyph for."""
+    path = Path(_matplotlib().get_data_path()) / "fonts" / "ttf" / file
+    from matplotlib.ft2font import FT2Font
+
+    return frozenset(FT2Font(path).get_charmap())
+
+
 def _matplotlib():
     try:
         import matplotlib

@@ -12,8 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.builders.building import Builder, LeftOut, Locate, Turn, check_shares
-from data_prep.conversations import conversations
+from data_prep.builders.building import Builder, LeftOut, Locate, check_shares
+from data_prep.conversations import Turn, conversations
 from data_prep.sources import licenses_beside
 from data_prep.splits import split_of
 from data_prep.writing import to_write
@@ -87,7 +87,7 @@ class Questions(Builder):
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             return [LeftOut(task.name, f"its picture: {reason}")]
         split = split_of(hashlib.sha256(data).hexdigest(), self.validation, self.test)  # copies are on one side
-        return list(conversations(f"questions/{task.name}", split, {suffix: data}, task.turns))
+        return list(conversations(f"questions/{task.name}", split, {suffix: data}, task.turns, language="und"))
 
     def files(self, locate: Locate) -> dict[str, str]:
         return licenses_beside({self.table: locate(self.table).parent})

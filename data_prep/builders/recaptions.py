@@ -24,7 +24,7 @@ class Recaptions(Builder):
 
     Attributes:
         source: a folder of shards; of each picture the first record counts.
-        model: names what captions, for the note beside the shards.
+        model, max_new_tokens: what captions, and the longest caption in tokens, for the note beside the shards.
         describe: a picture's bytes -> its caption. With several workers it must be picklable.
         min_words: shorter captions are left out.
         max_repeats: captions that say a word more often than this are left out: they go round in a circle.
@@ -33,6 +33,7 @@ class Recaptions(Builder):
 
     source: str
     model: str
+    max_new_tokens: int
     describe: Callable[[bytes], str]
     min_words: int = 3
     max_repeats: int = 6
@@ -70,7 +71,7 @@ class Recaptions(Builder):
             "id": record_id,
             "split": record.json.get("split") or "train",
             "task": "caption",
-            "language": "en",
+            "language": "und",
             "caption": caption,
             "recaptioned": record.id,
             **{name: record.json[name] for name in ("image_id",) if name in record.json},

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import ImageDraw
 
 from data_prep.builders.browser import require, screenshot, without_scripts
-from data_prep.builders.building import Builder, LeftOut, Locate, check_shares, conversation, png
+from data_prep.builders.building import Builder, LeftOut, Locate, check_shares, conversation, png, writable
 from data_prep.builders.pages import page_of
 from data_prep.sources import licenses_beside
 from data_prep.splits import split_of
@@ -74,7 +74,7 @@ class Screenshots(Builder):
         files = sorted(path for kind in ("html", "htm") for path in folder.rglob(f"*.{kind}") if path.is_file())
         if not files:
             raise ValueError(f"{self.pages}: there are no .html files in it")
-        return [Page(path.relative_to(folder).as_posix(), path) for path in files[: self.count]]
+        return [Page(writable(path.relative_to(folder).as_posix()), path) for path in files[: self.count]]
 
     def records(self, task: Page) -> list[Record | LeftOut]:
         source = f"screenshot/{self.seed}/{task.name}"

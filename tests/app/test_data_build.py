@@ -44,7 +44,8 @@ def home(tmp_path, monkeypatch):
     (cutouts / "data").mkdir()
     rows = [{"hexcode": f"{n}", "annotation": f"thing {n}"} for n in range(12)]
     for row in rows:
-        svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"><circle cx="4" cy="4" r="3"/></svg>'
+        circle = f'<circle cx="4" cy="4" r="3" fill="#00{row["hexcode"]:0>2}00"/>'
+        svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9">{circle}</svg>'
         (cutouts / "color" / "svg" / f"{row['hexcode']}.svg").write_text(svg)
     (cutouts / "data" / "openmoji.json").write_text(json.dumps(rows))
     (cutouts / "LICENSE").write_text("free for all")
@@ -99,7 +100,8 @@ def test_mixed_and_recaptioned_sets_are_trained_on(home, mm_build, squares, run_
     model = mm.load(run_folder)[0]
     sample = processor.caption_prompt_for(record.media["png"])
     said = processor.decode(mm.generate_tokens(model, [sample], 5)[0])
-    assert record.json["caption"] == " ".join(said.split())
+    assert record.json["caption"] == " ".join(said.split()) and record.json["language"] == "und"
+    assert yaml.safe_load(Path("data/recaptioned/built.yaml").read_text())["max_new_tokens"] == 5
 
     sources = [{"path": "data/recaptioned", "weight": 1}, {"path": str(squares), "weight": 3}]
     sources.append({"path": "data/questions", "weight": 1})
@@ -137,3 +139,12 @@ def test_mistakes_are_one_line(home, mm_build):
         code, out, err = mm_build(*arguments)
         assert (code, out) == (1, "") and words in err and err.count("\n") == 1, arguments
     assert not Path("x").exists()
+
+
+def test_an_interrupted_build_starts_over(home, mm_build, monkeypatch):
+    def interrupted(argv, locate):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(app.data, "build_set", interrupted)
+    code, out, err = mm_build("charts", "--output", "x")
+    assert (code, out) == (130, "") and "starts over" in err and "goes on" not in err

@@ -1,9 +1,11 @@
+import os
 from dataclasses import dataclass, replace
 
 import pytest
 import yaml
 
 from data_prep.builders.building import Builder, LeftOut, build
+from data_prep.builders.documents import Documents
 from data_prep.builders.flowcharts import Flowcharts
 from data_prep.builders.tables import Tables
 from shards.format import Record
@@ -52,6 +54,20 @@ def test_what_is_left_out_is_listed_and_nothing_is_written_after_an_error(tmp_pa
 class NoNumbers(Numbers):
     def records(self, task):
         return super().records(task) if task % 3 == 0 else []
+
+
+def test_a_file_name_that_is_no_utf8_harms_nothing(tmp_path):
+    files, odd = tmp_path / "files", os.fsdecode(b"caf\xe9")
+    files.mkdir()
+    for name, text in (
+        (f"{odd}.txt", "A text of some length. " * 9),
+        (f"{odd}-short.txt", "short"),
+        ("a.txt", "b " * 60),
+    ):
+        (files / name).write_text(text)
+    built = build(Documents(output=str(tmp_path / "set"), folder=str(files), long_side=200))
+    assert built.records == 2
+    assert (tmp_path / "set" / "left_out.tsv").read_text().startswith("caf\\udce9-short.txt, page 1\thas 5 char")
 
 
 def test_the_same_bytes_with_any_number_of_workers_and_twice(tmp_path, bytes_of):

@@ -1,4 +1,6 @@
 import shutil
+import sys
+import unicodedata
 
 import numpy as np
 import pytest
@@ -52,7 +54,7 @@ def test_each_page_with_its_text(documents, records_of, turns_of, picture_of, tm
     found = {}
     for record in records_of(documents()):
         ((question, text),) = turns_of(record)
-        assert question == QUESTION and record.json["task"] == "document"
+        assert question == QUESTION and record.json["task"] == "document" and record.json["language"] == "und"
         found[text] = picture_of(record)
     texts = sorted(found)
     assert texts[0].startswith("Line 0: The quick") and texts[1].startswith("Line 58: The") and len(texts) == 4
@@ -104,8 +106,52 @@ def test_text_of_a_page_in_plain_signs():
 def test_no_line_of_a_text_file_is_cut_off():
     for font_number in range(3):
         pages = set_text(("W" * 200 + "\n" + "word " * 60).encode(), f"{font_number:08x}", 600)
-        for _, picture, _ in pages:
-            assert min(picture.crop((picture.width - 8, 0, picture.width, picture.height)).getextrema()) == 255
+        for page in pages:
+            edge = (page.picture.width - 8, 0, page.picture.width, page.picture.height)
+            assert min(page.picture.crop(edge).getextrema()) == 255
+
+
+def test_text_that_the_font_cannot_draw_is_left_out(documents, tmp_path):
+    texts = {"chinese": "\u4e2d\u6587\u5b57", "arabic": "\u0645\u0631\u062d\u0628\u0627 ", "marks": "q\u0303x\u0323"}
+    for name, text in texts.items():
+        (tmp_path / "files" / f"{name}.txt").write_text(text * 30)
+    cafe = (WORDS + " caf\u00e9 \u0394\u0416 ") * 4
+    for name, text in (
+        ("decomposed", unicodedata.normalize("NFD", cafe)),
+        ("soft", cafe.replace("qu", "q\u00adu") * 2),
+    ):
+        (tmp_path / "files" / f"{name}.txt").write_text(text)
+    built = build(documents())
+    reasons = {one.name: one.reason for one in built.left_out if "txt" in one.name}
+    assert set(reasons) == {f"{name}.txt, page 1" for name in texts} and built.records == 4 + 2
+    assert "90 of 91 characters cannot be drawn with DejaVu" in reasons["chinese.txt, page 1"]
+
+
+def test_composed_and_decomposed_letters_and_unseen_signs_are_drawn_alike():
+    def drawn(text):
+        return [page.picture.tobytes() for page in set_text(text.encode(), "0" * 8, 400)]
+
+    assert drawn("cafe\u0301 a\u00adb " + WORDS) == drawn("caf\u00e9 ab " + WORDS)
+
+
+def test_a_damaged_page_and_one_of_an_odd_shape_take_no_other_with_them(documents, tmp_path):
+    data = pdf([[WORDS, f"Page {number}"] for number in range(1, 5)])
+    pages = data.split(b"/Type /Page /")
+    pages[2] = b"Gone " + pages[2]  # no page any more
+    pages[3] = pages[3].replace(b"[0 0 600 800]", b"[0 0 600 008]")
+    damaged = pages[0] + b"/Type /Page /" + pages[1] + b"/Type /" + pages[2]
+    (tmp_path / "files" / "damaged.pdf").write_bytes(damaged + b"".join(b"/Type /Page /" + rest for rest in pages[3:]))
+    built = build(documents())
+    reasons = {one.name: one.reason for one in built.left_out if one.name.startswith("damaged")}
+    assert set(reasons) == {"damaged.pdf, page 2", "damaged.pdf, page 3"} and built.records == 4 + 2, reasons
+    assert "cannot be read" in reasons["damaged.pdf, page 2"] and "600 x 8 points" in reasons["damaged.pdf, page 3"]
+
+
+def test_without_the_package_that_reads_pdf(documents, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pypdfium2", None)
+    with pytest.raises(ValueError, match=r"^PDF needs the package pypdfium2"):
+        build(documents())
+    assert build(documents(kinds=("txt",))).records == 2
 
 
 def test_refusals(documents, tmp_path):

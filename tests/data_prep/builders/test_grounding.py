@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -118,6 +119,28 @@ def test_a_table_of_known_boxes_and_what_is_wrong_in_it(tmp_path, records_of, tu
     assert "<box>0.100, 0.100, 0.600, 0.500</box>" in said or "<box>0.700, 0.100, 1.000, 0.500</box>" in said
     left_out = (tmp_path / "set" / "left_out.tsv").read_text()
     assert left_out.count("\n") == 3 and "gone.png" in left_out and "not within" in left_out
+
+
+def test_no_label_and_no_picture_are_no_names(tmp_path, records_of, turns_of):
+    Image.new("RGB", (100, 50), "blue").save(tmp_path / "a.png")
+    row = {"image": "a.png", "label": "car", "xmin": 10, "ymin": 5, "xmax": 60, "ymax": 25}
+    rows = [row, {**row, "label": None}, {**row, "label": " "}, {**row, "image": None}]
+    (tmp_path / "boxes.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (record,) = records_of(Grounding(output=str(tmp_path / "set"), table=str(tmp_path / "boxes.jsonl")))
+    assert "None" not in str(turns_of(record))
+    left_out = (tmp_path / "set" / "left_out.tsv").read_text()
+    assert [line.partition("\t")[0] for line in left_out.splitlines()] == [f"boxes.jsonl:{n}" for n in (2, 3, 4)]
+
+
+def test_copies_of_a_drawing_have_one_name(cutouts, scenes, tmp_path):
+    for colour in ("red", "green", "blue"):
+        shutil.copy(cutouts / f"{colour}.png", cutouts / f"z{colour}.png")
+        (cutouts / f"z{colour}.txt").write_text(f"A copied {colour} thing.")
+    built = build(scenes())
+    assert {one.name.rpartition("/")[2]: one.reason for one in built.left_out} == {
+        f"z{colour}.png": f"the same file is called '{colour} disc'" for colour in ("red", "green", "blue")
+    }
+    assert not any(b"copied" in path.read_bytes() for path in (tmp_path / "set").glob("*.tar"))
 
 
 def test_refusals(cutouts, scenes, tmp_path):

@@ -1,5 +1,7 @@
 import json
+import random
 
+import numpy as np
 import pytest
 
 from data_prep.builders.building import build
@@ -59,6 +61,18 @@ def test_what_is_drawn_depends_on_seed_and_ids_alone(mix, tmp_path, bytes_of):
     shuffled = sorted(records("c", 200), key=lambda record: record.id[::-1])
     write_shards([*shuffled, *records("ctest", 5, "test")], tmp_path / "c", 7, overwrite=True)
     assert ids(mix(overwrite=True)) == small
+
+
+def test_a_larger_budget_takes_from_no_source():
+    chance = random.Random(0)
+    for weights in ((6, 6, 2), (70, 8, 8, 4, 4, 2, 2, 2), [chance.uniform(0.01, 1) for _ in range(9)]):
+        sources = tuple(Ingredient(str(number), weight) for number, weight in enumerate(weights))
+        before = [0] * len(sources)
+        for budget in range(1, 300):
+            shares = Mix(output="x", sources=sources, budget=budget).shares()
+            assert sum(shares) == budget and all(np.subtract(shares, before) >= 0), (weights, budget)
+            before = shares
+        assert np.allclose(np.divide(before, 299), np.divide(weights, sum(weights)), atol=1 / 299)
 
 
 def test_a_record_of_two_sources_is_drawn_once(tmp_path):

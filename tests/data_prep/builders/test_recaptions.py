@@ -33,7 +33,9 @@ def source(tmp_path):
 
 
 def test_each_picture_gets_a_caption_that_says_something(source, tmp_path, records_of):
-    settings = Recaptions(output=str(tmp_path / "set"), source=source, model="ours", describe=describe)
+    settings = Recaptions(
+        output=str(tmp_path / "set"), source=source, model="ours", max_new_tokens=9, describe=describe
+    )
     found = {record.json["recaptioned"]: record for record in records_of(settings)}
     assert set(found) == {"r0", "r3"}
     assert found["r0"].json["caption"] == "a picture that is red" and found["r0"].json["former_caption"] == "no 0"
@@ -41,18 +43,22 @@ def test_each_picture_gets_a_caption_that_says_something(source, tmp_path, recor
     left_out = (tmp_path / "set" / "left_out.tsv").read_text()
     assert "r1\tthe caption says a word 9 times" in left_out and "r2\tthe caption has 1 words" in left_out
     assert "free for all" in (tmp_path / "set" / "LICENSE").read_text()
-    assert "model: ours" in (tmp_path / "set" / "built.yaml").read_text()
+    settings = (tmp_path / "set" / "built.yaml").read_text()
+    assert "model: ours" in settings and "max_new_tokens: 9" in settings
+    assert found["r0"].json["language"] == "und"  # nobody has said which one the model speaks
 
 
 def test_the_same_with_two_workers(source, tmp_path, bytes_of):
     for name, workers in (("one", 1), ("two", 2)):
         output = str(tmp_path / name)
-        build(Recaptions(output=output, source=source, model="ours", describe=describe, workers=workers))
+        build(
+            Recaptions(output=output, source=source, model="ours", max_new_tokens=9, describe=describe, workers=workers)
+        )
     assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
 
 
 def test_refusals(source, tmp_path):
-    changes = {"output": str(tmp_path / "set"), "model": "ours", "describe": describe}
+    changes = {"output": str(tmp_path / "set"), "model": "ours", "max_new_tokens": 9, "describe": describe}
     with pytest.raises(ValueError, match="limit is 0"):
         build(Recaptions(source=source, limit=0, **changes))
     about = {"id": "a", "split": "train", "task": "caption", "language": "en", "caption": "a"}

@@ -1,12 +1,14 @@
 """By a program that stands in for Chromium: it draws a grey page, and says where the page's paragraphs are."""
 
 import os
+import re
 import shutil
 import sys
 
 import numpy as np
 import pytest
 
+from data_prep.builders import browser
 from data_prep.builders.browser import PROGRAM, without_scripts
 from data_prep.builders.building import build
 from data_prep.builders.documents import Documents
@@ -17,7 +19,8 @@ import html, json, re, sys
 from PIL import Image
 options = dict(part.partition("=")[::2] for part in sys.argv[1:])
 page = open("page.html", encoding="utf-8").read()
-assert "Content-Security-Policy" in page and page.count("<script") == ("--screenshot" in options)
+word = re.search(r"script-src 'nonce-(.*?)'", page).group(1)
+assert len(word) > 30 and page.count(f'<script nonce="{{word}}">') == ("--screenshot" in options)
 if "FAIL" in page:
     print("no display", file=sys.stderr)
     sys.exit(3)
@@ -109,6 +112,19 @@ def test_html_is_printed_for_documents(chromium, pages, tmp_path):
         build(Documents(output=str(tmp_path / "set"), folder=str(pages)))
 
 
+def test_no_page_knows_the_word_that_lets_a_script_pass(chromium, tmp_path, monkeypatch):
+    seen, run = [], browser._run
+    monkeypatch.setattr(
+        browser, "_run", lambda folder, page, *options: seen.append(page) or run(folder, page, *options)
+    )
+    for _ in range(2):
+        browser.screenshot("<p>A</p><scr<embed>ipt nonce=mm>let hidden;</scr<embed>ipt>", 500, 500)
+    words = [re.search(r"script-src 'nonce-(.*?)'", page).group(1) for page in seen]
+    assert len(set(words)) == 2 and all(
+        len(word) > 30 and "hidden" in page for word, page in zip(words, seen, strict=True)
+    )
+
+
 def test_scripts_are_taken_out_and_what_is_not_seen():
     page = '<a onclick="x()" href="y">b</a><script src="z">1</script><!-- c --><iframe></iframe><embed src="q"><p>d</p>'
     assert without_scripts(page) == '<a href="y">b</a><p>d</p>'
@@ -125,7 +141,18 @@ def test_refusals(chromium, pages, tmp_path):
         build(settings(pages, tmp_path, max_chars=3))
 
 
-@pytest.mark.skipif(shutil.which(PROGRAM) is None, reason="the program chromium is not installed")
+without_chromium = pytest.mark.skipif(shutil.which(PROGRAM) is None, reason="the program chromium is not installed")
+
+
+@without_chromium
+def test_chromium_runs_no_script_of_a_page():
+    page = "<body>{}<p>A white page</p><scr<embed>ipt nonce=mm>document.body.style.background = '#00f'</scr<embed>ipt>"
+    for handler in ("", "<img/onerror=\"document.body.style.background='#00f'\" src=data:,>"):
+        picture, elements = browser.screenshot(page.format(handler), 500, 500)
+        assert picture.getpixel((300, 300)) == (255, 255, 255) and any("A white page" in code for _, code in elements)
+
+
+@without_chromium
 def test_chromium_itself(pages, tmp_path, records_of, turns_of, picture_of):
     (pages / "fails.html").unlink()
     (pages / "b.html").write_text('<body style="margin:0"><p style="margin:90px 50px;background:#00f">Blue one</p>')
