@@ -115,7 +115,7 @@ class Ocr(Step):
         if lines:
             draft.columns["ocr_score"] = round(min(line.score for line in lines), DECIMALS)
             text = self.config.separator.join(line.text for line in lines)
-            draft.caption = self.config.template.format(caption=draft.caption, text=text)
+            draft.caption = self.config.template.format(caption=draft.caption.strip(), text=text)
 
     def _counts(self, line: Line) -> bool:
         letters = sum(character.isalnum() for character in line.text)

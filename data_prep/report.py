@@ -122,7 +122,7 @@ class _Pictures:
     """Thumbnails and captions of some pairs."""
 
     def __init__(self, folder: Path, sources: dict[str, tuple[Source, Path]], svg_size: int, ids: set[str]):
-        wanted = pc.field("id").isin(sorted(ids))
+        wanted = pc.field("id").isin(pa.array(sorted(ids), pa.string()))
         self._captions = {
             row["id"]: row["caption"]
             for row in pq.read_table(folder / "pairs.parquet", columns=["id", "caption"], filters=wanted).to_pylist()

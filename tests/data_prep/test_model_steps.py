@@ -127,6 +127,8 @@ def test_unsafe_pictures_are_quarantined_and_shown_nowhere(pool, curate, good_pa
         assert said[:12] not in report and pairs[key][2].decode() not in said
     rethreshold(work, replace(config, nsfw=NsfwConfig(1.0)), Path, scripted)
     assert write_kept(work, Path, scripted) == len(pairs)
+    bare = {"caption_rules": None, "image_rules": None, "nsfw": NsfwConfig(1.0)}  # nothing there for the report to show
+    assert run(replace(config, output=f"{config.output}-bare", **bare), Path, scripted) == len(pairs)
     with pytest.raises(ValueError, match="nsfw: threshold is 2"):
         NsfwConfig(2)
 
@@ -189,7 +191,7 @@ def test_nothing_of_a_blurred_face_is_left_but_a_few_colours(noise):
 
 def test_text_in_pictures_joins_the_written_caption(pool, curate, good_pairs, scripted, noise, encode):
     pairs = only(good_pairs(8), "png")
-    braces = ("png", encode(noise(50)), b"A {text} dog in front of the old wall")
+    braces = ("png", encode(noise(50)), b"A {text} dog in front of the old wall\n")
     config = curate(
         pool("tars", "a", {**pairs, "braces": braces}),
         "tars",
@@ -199,7 +201,7 @@ def test_text_in_pictures_joins_the_written_caption(pool, curate, good_pairs, sc
     )
     run(config, Path, scripted)
     work = Path(config.output)
-    expected = sorted(f"{pair[2].decode()} (48 {{px}})" for pair in [*pairs.values(), braces])
+    expected = sorted(f"{pair[2].decode().strip()} (48 {{px}})" for pair in [*pairs.values(), braces])
     assert sorted(by_caption(work)) == expected
     (row, *_) = ShardSet(work / "shards").index.to_pylist()
     assert row["ocr_text"] == "48 {px}" and row["ocr_score"] == 0.9 and row["caption"] in expected
@@ -212,7 +214,7 @@ def test_text_in_pictures_joins_the_written_caption(pool, curate, good_pairs, sc
     assert all(caption.startswith("48 {px}, 40: A ") for caption in by_caption(work))
     rethreshold(work, replace(config, ocr=None), Path, scripted)
     write_kept(work, Path, scripted)
-    assert sorted(by_caption(work)) == sorted(pair[2].decode() for pair in [*pairs.values(), braces])
+    assert sorted(by_caption(work)) == sorted(pair[2].decode().strip() for pair in [*pairs.values(), braces])
     rethreshold(work, config, Path, scripted)  # it measures nothing, so it can join later
     write_kept(work, Path, scripted)
     assert sorted(by_caption(work)) == expected
