@@ -143,7 +143,7 @@ def _record(row: dict, source: Source, folder: Path, config: WriteConfig, svg_si
         "id": row["id"],
         "split": split_of(row["split_by"], config.validation, config.test),
         "task": "caption",
-        "language": row.get("language") or "und",
+        "language": source.language or row.get("language") or "und",
         "caption": row.get("mended") or row["caption"],
         "image_id": row["image_id"],
     }
