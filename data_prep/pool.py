@@ -34,6 +34,7 @@ class Source:
             "tuxpaint_english", of these only the English one.
         picture_column: of parquet tables; bytes, or a struct with a field `bytes`.
         caption_column: of parquet tables.
+        language: ISO 639 code of all captions, where it is known: written in place of what is detected.
     """
 
     path: str
@@ -41,6 +42,7 @@ class Source:
     captions: Literal["text", "title", "openmoji", "tuxpaint", "tuxpaint_english"] = "text"
     picture_column: str = "image"
     caption_column: str = "caption"
+    language: str | None = None
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ def _record(
         "id": row["id"],
         "split": split_of(row["split_by"], config.validation, config.test),
         "task": "caption",
-        "language": row.get("language") or "und",
+        "language": source.language or row.get("language") or "und",
         "caption": draft.caption,
         "image_id": row["image_id"],
     }

@@ -99,6 +99,7 @@ def test_openmoji_keeps_its_concepts_each_in_the_split_that_it_always_had(openmo
     count = run(config, lambda _: openmoji)
     kept, known = count_concepts(Path(config.output))
     assert known == 5 + 1 + 11 + 30 and kept >= 0.8 * known
+    assert {record.json["language"] for record in ShardSet(Path(config.output) / "shards")} == {"en"}
     of_pool = splits(data_prep.openmoji.to_samples(openmoji))
     curated = splits(ShardSet(Path(config.output) / "shards"))
     assert curated.items() <= of_pool.items() and count == len(curated)
