@@ -154,6 +154,12 @@ def rethreshold(work: Path, config: Curate, locate: Locate = Path, load_scorer: 
         raise ValueError(f"{', '.join(changed)} cannot be changed without `mm data run`: the pool is read by it")
     old = {step.name: step for step in steps_of(measured, locate, load_scorer)}
     steps = steps_of(config, locate, load_scorer)
+    for step in old.values():
+        if step.hides and step.name not in {one.name for one in steps}:
+            raise ValueError(
+                f"{step.name} cannot be left out without `mm data run`: what it hides from all other steps was looked "
+                "at no further, so nothing could be decided about it"
+            )
     for step in steps:
         if step.name not in old and step.over is None:
             continue
