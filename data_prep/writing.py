@@ -26,7 +26,7 @@ from data_prep.steps import Draft, Step
 from data_prep.workers import processes
 from shards.format import Record
 from shards.writer import ShardWriter
-from vision.reading import MAX_PIXELS, read_picture
+from vision.reading import MAX_PIXELS, frames_of, read_picture
 
 CHUNK = 32  # pairs that a worker prepares at once
 AS_THEY_ARE = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -167,13 +167,15 @@ def _record(
 def to_write(data: bytes, picture: Image.Image, max_side: int | None, changed: bool = False) -> tuple[str, bytes]:
     """(suffix, bytes) of a picture: the source's own where its format is one of the shard's and it is small enough.
 
+    Of a file with further frames the bytes are never the source's: no step has seen any but the first.
+
     Args:
         data: the source's bytes.
         picture: decoded from them, or `changed` since.
     """
     own = _format_of(data)
     large = max_side is not None and max(picture.size) > max_side
-    if own in AS_THEY_ARE and not large and not changed:
+    if own in AS_THEY_ARE and not large and not changed and frames_of(data) == 1:
         return AS_THEY_ARE[own], data
     if large:
         scale = max_side / max(picture.size)
