@@ -1,6 +1,7 @@
 """The report of a run: one HTML file that opens without a server, with what was removed and what is at the border.
 
-Pictures of quarantined pairs are in none of it: hash lists come first, and everything here looks at what they leave.
+Pictures of quarantined pairs are in none of it: the steps that quarantine come before those whose pairs are shown here,
+and the NSFW score shows its histogram alone. Faces are blurred as in the shards, also in pictures that were dropped.
 """
 
 import base64
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 from data_prep.canaries import measure_canaries, thresholds_beside
 from data_prep.caption_rules import CaptionRules
 from data_prep.deciding import walk
+from data_prep.faces import Faces
 from data_prep.language_confusion import confusions
 from data_prep.ledger import stats
 from data_prep.near_duplicates import NearDuplicates, describe
@@ -78,7 +80,7 @@ def write_report(work: Path, steps: Sequence[Step], sources: dict[str, tuple[Sou
     dials = [dial for dial in dials if np.isfinite(dial.rule.values).any()]
     ids = {pair for dial in dials for pair, _ in dial.dropped + dial.kept} | {pair for two in twins for pair in two[:2]}
     ids |= {pair for group in groups for pair in group.ids}
-    shown = _Pictures(work / "set", sources, svg_size, ids)
+    shown = _Pictures(work / "set", sources, svg_size, ids, [step for step in steps if isinstance(step, Faces)])
     parts = [
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(work.name)}: curation</title>",
         f"<style>{_STYLE}</style><h1>{funnel[0][1]:,} pairs, {funnel[-1][1]:,} kept</h1>",
@@ -119,10 +121,17 @@ def _most_thinned(step: Resampling, pairs: pa.Table, rules: list[Rule]) -> list[
 
 
 class _Pictures:
-    """Thumbnails and captions of some pairs."""
+    """Thumbnails and captions of some pairs; faces are blurred where they are in what is written."""
 
-    def __init__(self, folder: Path, sources: dict[str, tuple[Source, Path]], svg_size: int, ids: set[str]):
-        wanted = pc.field("id").isin(sorted(ids))
+    def __init__(
+        self,
+        folder: Path,
+        sources: dict[str, tuple[Source, Path]],
+        svg_size: int,
+        ids: set[str],
+        finishing: Sequence[Faces],
+    ):
+        wanted = pc.field("id").isin(pa.array(sorted(ids), pa.string()))
         self._captions = {
             row["id"]: row["caption"]
             for row in pq.read_table(folder / "pairs.parquet", columns=["id", "caption"], filters=wanted).to_pylist()
@@ -130,7 +139,14 @@ class _Pictures:
         self._places = {
             row["id"]: row for row in pq.read_table(folder / "sources.parquet", filters=wanted).to_pylist()[::-1]
         }
-        self._sources, self._svg_size = sources, svg_size
+        self._sources, self._svg_size, self._finishing = sources, svg_size, finishing
+        self._faces: dict[str, list] = {}
+        if finishing:
+            images = pa.array({row["image_id"] for row in self._places.values()}, pa.string())
+            found = pq.read_table(
+                folder / "pictures.parquet", columns=["image_id", "faces"], filters=pc.field("image_id").isin(images)
+            )
+            self._faces = {row["image_id"]: row["faces"] for row in found.to_pylist()}
 
     def figure(self, pair: str, value: float) -> str:
         caption = html.escape((self._captions.get(pair) or "")[:120])
@@ -144,6 +160,8 @@ class _Pictures:
             picture = read_picture(data, svg_size=min(self._svg_size, THUMBNAIL), svg_fonts=False)
         except (ValueError, OSError):  # the pool has changed since
             return ""
+        for step in self._finishing:
+            picture = step.shown(picture, self._faces.get(row["image_id"]))
         picture.thumbnail((THUMBNAIL, THUMBNAIL))
         out = io.BytesIO()
         picture.save(out, "WEBP", quality=70)

@@ -1,6 +1,7 @@
 """The steps that ask a model, by stand-ins for the models: what they decide, and what they change in the shards."""
 
 import io
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,12 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import data_prep.curation
 from data_prep.clip_score import ClipScore, ClipScoreConfig
 from data_prep.curation import rethreshold, run, write_kept
-from data_prep.faces import FacesConfig, blurred
+from data_prep.faces import MARGIN, FacesConfig, blurred
 from data_prep.forecast import forecast
 from data_prep.ledger import stats, why
 from data_prep.measuring import picture_id
@@ -168,24 +169,54 @@ def test_faces_are_blurred_in_what_is_written_and_nothing_else_changes(pool, cur
 
 def test_nothing_of_a_blurred_face_can_be_told(noise):
     """Two faces of the same mean colours become the same; what lies around stays."""
-    picture = noise(5, (96, 96))
-    pixels = np.asarray(picture).copy()
-    pixels[30:66, 30:66] = (
-        np.random.default_rng(0).permuted(pixels[30:66, 30:66].reshape(6, 6, 6, 6, 3), axis=1).reshape(36, 36, 3)
-    )
-    box = [(x / 96) for x in (32, 32, 64, 64)]
-    one = np.asarray(blurred(picture, [[*box, 0.9]]), int)
-    assert (one[:20] == np.asarray(picture)[:20]).all() and (
-        one[32:64, 32:64] != np.asarray(picture)[32:64, 32:64]
-    ).any()
-    colours = {tuple(colour) for colour in one[40:56, 40:56].reshape(-1, 3)}
-    assert (
-        np.abs(np.diff(one[40:56, 48], axis=0)).max()
-        < np.abs(np.diff(np.asarray(picture, int)[40:56, 48], axis=0)).max()
-    )
-    assert len(colours) > 1
+    around = np.asarray(noise(5, (96, 96)))
+    # the ellipse is over pixels 33 to 63, of which 6 x 6 tiles of 5 x 5 are left as one colour each; columns and rows
+    # of a tile change places, which leaves the mean as it is, also where it is rounded between the two directions
+    box = [48 / 96 + side * 15 / 96 / (1 + MARGIN) for side in (-1, -1, 1, 1)]
+    tiles = np.random.default_rng(0).integers(0, 256, (6, 5, 6, 5, 3), dtype=np.uint8)
+    one, other = around.copy(), around.copy()
+    one[33:63, 33:63] = tiles.reshape(30, 30, 3)
+    other[33:63, 33:63] = np.roll(tiles, (1, 2), axis=(1, 3)).reshape(30, 30, 3)
+    mask = Image.new("L", (30, 30))
+    ImageDraw.Draw(mask).ellipse((0, 0, 29, 29), fill=255)
+    hidden = np.zeros((96, 96), bool)
+    hidden[33:63, 33:63] = np.asarray(mask) > 0
+    assert (one != other)[hidden].any(1).mean() > 0.9
+    seen = [np.asarray(blurred(Image.fromarray(face), [[*box, 0.9]])) for face in (one, other)]
+    assert (seen[0] == seen[1])[hidden].all()
+    for face, result in zip((one, other), seen, strict=True):
+        assert (result == face)[~hidden].all() and (result != face)[hidden].any(1).mean() > 0.5
+    assert len(np.unique(seen[0][hidden], axis=0)) > 1
     for edge in ([-0.5, -0.5, 0.1, 0.1, 1.0], [0.9, 0.9, 1.5, 1.5, 1.0], [0.5, 0.5, 0.5, 0.5, 1.0]):
-        assert blurred(picture, [edge]).size == picture.size
+        assert blurred(Image.fromarray(one), [edge]).size == (96, 96)
+
+
+def test_the_report_blurs_faces_as_the_shards_do(pool, curate, good_pairs, scripted):
+    pairs = only(good_pairs(12), "png")
+    plain = curate(pool("tars", "a", pairs), "tars", "plain", resampling=None)
+    for faces, changed in ((FacesConfig("any", threshold=0.1), True), (FacesConfig("any", threshold=1.0), False)):
+        config = replace(plain, output=f"{plain.output}-{changed}", faces=faces)
+        run(config, Path, scripted)
+        run(plain)
+        pictures = [shown_in(one.output) for one in (config, plain)]
+        assert pictures[0].keys() == pictures[1].keys() and len(pictures[0]) == len(pairs)
+        assert all((pictures[0][name] != pictures[1][name]) == changed for name in pictures[0])
+
+
+def test_a_report_without_pictures_is_written(pool, curate, good_pairs, scripted):
+    models = {"nsfw": NsfwConfig(1.0), "faces": FacesConfig("any"), "ocr": OcrConfig()}
+    none = {"caption_rules": None, "image_rules": None, "resampling": None}
+    config = curate(pool("tars", "a", good_pairs(4)), "tars", "run", **none, **models)
+    assert run(config, Path, scripted) == 4
+    report = (Path(config.output) / "report.html").read_text()
+    assert "nsfw.threshold" in report and "<img" not in report
+
+
+def shown_in(work) -> dict[str, str]:
+    """id -> the picture that the report shows of it, as base64."""
+    report = (Path(work) / "report.html").read_text()
+    found = re.findall(r"base64,([^']+)'>(?:(?!<figure>).)*<small>(\w+)</small>", report)
+    return {name: data for data, name in found}
 
 
 def test_text_in_pictures_joins_the_written_caption(pool, curate, good_pairs, scripted, noise, encode):
