@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-STORED = 1  # raised when the same settings come to store something else: what was stored before is made anew
+STORED = 2  # raised when the same settings come to store something else: what was stored before is made anew
 
 Columns = dict[str, list]  # a batch: column name -> one value per row
 
