@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 from jsonargparse import ArgumentParser
 
-from data_prep.canaries import CanariesConfig, plant
+from data_prep.canaries import FOLDER, CanariesConfig, plant
 from data_prep.caption_rules import CaptionRules
 from data_prep.clip_score import ClipScore, ClipScoreConfig, PairScorer
 from data_prep.concepts import Concepts
@@ -210,9 +210,12 @@ def _decide(work: Path, config: Curate, steps: Sequence[Step]) -> None:
 
 
 def _plant(work: Path, config: Curate, steps: Sequence[Step], locate: Locate) -> None:
+    if config.canaries is None:  # those of an earlier run say nothing of this one
+        shutil.rmtree(work / FOLDER, ignore_errors=True)
+        return
     sources = {source.path: (source, locate(source.path)) for source in config.sources}
     for step in steps:
-        if isinstance(step, NearDuplicates) and config.canaries is not None:
+        if isinstance(step, NearDuplicates):
             plant(work, step, sources, config.canaries, config.svg_size, config.workers)
 
 

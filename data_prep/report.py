@@ -23,7 +23,7 @@ from data_prep.faces import Faces
 from data_prep.language_confusion import confusions
 from data_prep.ledger import stats
 from data_prep.near_duplicates import NearDuplicates, describe
-from data_prep.pool import Source, picture_bytes
+from data_prep.pool import Places, read_again
 from data_prep.report_duplicates import canaries_html, components, components_html, confusions_html
 from data_prep.resampling import Resampling, frequencies
 from data_prep.steps import Rule, Step
@@ -57,12 +57,8 @@ class _Dial:
     kept: list[tuple[str, float]]
 
 
-def write_report(work: Path, steps: Sequence[Step], sources: dict[str, tuple[Source, Path]], svg_size: int) -> None:
-    """Writes `work/report.html` about the run's last decision.
-
-    Args:
-        sources: as the stored set names them -> the source and its local place.
-    """
+def write_report(work: Path, steps: Sequence[Step], sources: Places, svg_size: int) -> None:
+    """Writes `work/report.html` about the run's last decision."""
     funnel, dials, ngrams, duplicates, twins, groups, tables = [], [], [], [], [], [], []
     for step, pairs, said in walk(work / "set", steps):
         funnel.append((step.name if step is not None else "kept", pairs.num_rows))
@@ -126,7 +122,7 @@ class _Pictures:
     def __init__(
         self,
         folder: Path,
-        sources: dict[str, tuple[Source, Path]],
+        sources: Places,
         svg_size: int,
         ids: set[str],
         finishing: Sequence[Faces],
@@ -154,11 +150,10 @@ class _Pictures:
 
     def _image(self, pair: str) -> str:
         row = self._places[pair]
-        source, folder = self._sources[row["source"]]
         try:
-            data = picture_bytes(source, folder, row["path"], row["place"], row["size"])
+            data = read_again(row, self._sources)
             picture = read_picture(data, svg_size=min(self._svg_size, THUMBNAIL), svg_fonts=False)
-        except (ValueError, OSError):  # the pool has changed since
+        except ValueError:  # the pool has changed since
             return ""
         for step in self._finishing:
             picture = step.shown(picture, self._faces.get(row["image_id"]))

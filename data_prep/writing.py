@@ -18,8 +18,7 @@ from PIL import Image
 from data_prep.concepts import concepts_of
 from data_prep.deciding import Stored
 from data_prep.ledger import LEDGER_NAME, kept_ids
-from data_prep.measuring import picture_id
-from data_prep.pool import Source, picture_bytes
+from data_prep.pool import Places, read_again
 from data_prep.sources import licenses_beside
 from data_prep.splits import split_of
 from data_prep.steps import Draft, Step
@@ -53,7 +52,7 @@ class WriteConfig:
 
 def write(
     work: Path,
-    sources: dict[str, tuple[Source, Path]],
+    sources: Places,
     steps: Sequence[Step],
     config: WriteConfig,
     svg_size: int,
@@ -63,7 +62,6 @@ def write(
 
     Args:
         work: the folder of the run.
-        sources: as the stored set names them -> the source and its local place.
         steps: their floating-point columns become columns of the index; some finish what is written.
 
     Raises:
@@ -130,23 +128,16 @@ def _chunks(rows: Iterator[dict]) -> Iterator[list[dict]]:
 
 def _records(
     rows: list[dict],
-    sources: dict[str, tuple[Source, Path]],
+    sources: Places,
     finishing: Sequence[Step],
     config: WriteConfig,
     svg_size: int,
 ) -> list[Record]:
-    return [_record(row, *sources[row["source"]], finishing, config, svg_size) for row in rows]
+    return [_record(row, sources, finishing, config, svg_size) for row in rows]
 
 
-def _record(
-    row: dict, source: Source, folder: Path, finishing: Sequence[Step], config: WriteConfig, svg_size: int
-) -> Record:
-    try:
-        data = picture_bytes(source, folder, row["path"], row["place"], row["size"])
-    except OSError as error:
-        raise ValueError(f"{row['path']}: {error.strerror}; it was there when the pool was read") from None
-    if picture_id(data) != row["image_id"]:
-        raise ValueError(f"{row['path']}: has changed since the pool was read; `mm data run` reads it again")
+def _record(row: dict, sources: Places, finishing: Sequence[Step], config: WriteConfig, svg_size: int) -> Record:
+    data = read_again(row, sources)
     picture = read_picture(data, MAX_PIXELS, svg_size=svg_size, svg_fonts=False)
     scores = {name: row[name] for name in row["scores"] if row[name] is not None}
     draft = Draft(picture, row.get("mended") or row["caption"], scores)
