@@ -57,13 +57,13 @@ def test_pairs_under_the_clip_score_go_and_deciding_anew_needs_no_model(pool, cu
     assert ShardSet(work / "shards").index["clip_score"].to_pylist() == pytest.approx(
         [int(caption.split()[-1]) / 100 for caption in ShardSet(work / "shards").index["caption"].to_pylist()]
     )
-    rethreshold(work, replace(config, clip_score=replace(CLIP, threshold=0.05)), Path, scripted)
-    assert write_kept(work, Path, scripted) == 15
+    rethreshold(work, replace(config, clip_score=replace(CLIP, threshold=0.05)))
+    assert write_kept(work) == 15
     (about,) = forecast(work / "set", data_prep.curation.steps_of(config, Path, scripted))[-1:]
     assert (about.option, about.pairs, about.kept) == ("clip_score.threshold", 20, 10)
     assert "clip_score.threshold" in (work / "report.html").read_text()
     with pytest.raises(ValueError, match="clip_score: scorer cannot be changed without `mm data run`"):
-        rethreshold(work, replace(config, clip_score=replace(CLIP, pretrained="another")), Path, scripted)
+        rethreshold(work, replace(config, clip_score=replace(CLIP, pretrained="another")))
     with pytest.raises(ValueError, match="clip_score needs a model"):
         run(config)
 
@@ -126,8 +126,8 @@ def test_unsafe_pictures_are_quarantined_and_shown_nowhere(pool, curate, good_pa
         said = why(work, key)
         assert said.count("\n") == 0 and "quarantined by nsfw: NSFW score too high (0." in said
         assert said[:12] not in report and pairs[key][2].decode() not in said
-    rethreshold(work, replace(config, nsfw=NsfwConfig(1.0)), Path, scripted)
-    assert write_kept(work, Path, scripted) == len(pairs)
+    rethreshold(work, replace(config, nsfw=NsfwConfig(1.0)))
+    assert write_kept(work) == len(pairs)
     with pytest.raises(ValueError, match="nsfw: threshold is 2"):
         NsfwConfig(2)
 
@@ -160,8 +160,8 @@ def test_faces_are_blurred_in_what_is_written_and_nothing_else_changes(pool, cur
             assert not moved[:, : width // 10].any() and not moved[:, -width // 10 :].any()
     assert 0 < changed < len(pairs)
     assert ("faces", "change", "faces are blurred", changed) in stats(work)
-    rethreshold(work, replace(config, faces=replace(faces, threshold=1.0)), Path, scripted)
-    assert write_kept(work, Path, scripted) == len(pairs)
+    rethreshold(work, replace(config, faces=replace(faces, threshold=1.0)))
+    assert write_kept(work) == len(pairs)
     assert all(list(by_caption(work)[pair[2].decode()].media.values()) == [pair[1]] for pair in pairs.values())
     with pytest.raises(ValueError, match=r"at least 0.1, the floor"):
         FacesConfig("any", threshold=0.05)
@@ -239,14 +239,14 @@ def test_text_in_pictures_joins_the_written_caption(pool, curate, good_pairs, sc
     assert "ocr_text: 48 {px}" in why(work, "braces")
     stored = pq.read_table(work / "set" / "pairs.parquet")["caption"].to_pylist()
     assert not any("px" in caption for caption in stored)
-    rethreshold(work, replace(config, ocr=OcrConfig("{text}: {caption}", ", ", 0.2)), Path, scripted)
-    write_kept(work, Path, scripted)
+    rethreshold(work, replace(config, ocr=OcrConfig("{text}: {caption}", ", ", 0.2)))
+    write_kept(work)
     assert all(caption.startswith("48 {px}, 40: A ") for caption in by_caption(work))
-    rethreshold(work, replace(config, ocr=None), Path, scripted)
-    write_kept(work, Path, scripted)
+    rethreshold(work, replace(config, ocr=None))
+    write_kept(work)
     assert sorted(by_caption(work)) == sorted(pair[2].decode() for pair in [*pairs.values(), braces])
-    rethreshold(work, config, Path, scripted)  # it measures nothing, so it can join later
-    write_kept(work, Path, scripted)
+    rethreshold(work, config)  # it measures nothing, so it can join later
+    write_kept(work)
     assert sorted(by_caption(work)) == expected
     for wrong in ("{caption}", "{caption} {text} {text}", "{caption} {text", "{} {caption} {text}"):
         with pytest.raises(ValueError, match="ocr: template"):
