@@ -20,11 +20,11 @@ from data_prep.canaries import measure_canaries, thresholds_beside
 from data_prep.caption_rules import CaptionRules
 from data_prep.deciding import walk
 from data_prep.faces import Faces
-from data_prep.language_confusion import confusions
+from data_prep.language_confusion import Confusion, confusions
 from data_prep.ledger import stats
 from data_prep.near_duplicates import NearDuplicates, describe
 from data_prep.pool import Places, read_again
-from data_prep.report_duplicates import canaries_html, components, components_html, confusions_html
+from data_prep.report_duplicates import canaries_html, components, components_html
 from data_prep.resampling import Resampling, frequencies
 from data_prep.steps import Rule, Step
 from vision.reading import read_picture
@@ -34,6 +34,7 @@ BINS = 40
 AT_THE_BORDER = 6  # pairs shown on either side of a threshold
 THUMBNAIL = 96  # px
 NGRAMS = 20
+WORST = 10  # languages
 TWINS = 12  # near duplicates shown beside what stays for them
 
 _STYLE = """
@@ -240,3 +241,18 @@ def _ngram_table(ngrams: list[tuple[str, int, int]]) -> str:
     rows = [f"<tr><td>{html.escape(name)}<td class=n>{before:,}<td class=n>{after:,}" for name, before, after in ngrams]
     head = "<tr><th>n-gram<th>captions before<th>after</tr>"
     return f"<h2>N-grams that lost most captions</h2><table>{head}{''.join(rows)}</table>"
+
+
+def confusions_html(found: Sequence[Confusion]) -> str:
+    """A table for each length of caption."""
+    parts = ["<h2>Language of captions, on labelled lines that were held out</h2>"] if found else []
+    for one in found:
+        worst = ", ".join(f"{name} {kept:,} of {lines:,}" for name, lines, kept in one.languages[:WORST] if kept)
+        parts.append(
+            f"<h3>{html.escape(one.length)}, threshold {one.threshold:.4g}</h3>"
+            "<table><tr><th><th>kept<th>dropped</tr>"
+            f"<tr><td>wanted languages<td class=n>{one.wanted_kept:,}<td class=n>{one.wanted_dropped:,}"
+            f"<tr><td>all others<td class=n>{one.others_kept:,}<td class=n>{one.others_dropped:,}</table>"
+            f"<p>most kept of: {html.escape(worst) or 'none'}"
+        )
+    return "".join(parts)
