@@ -12,13 +12,21 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from app.clip_scorer import OpenClip
 from app.data_build import build_set
-from data_prep.canaries import ABOUT, measure_canaries, rows_of, thresholds_beside
+from data_prep.canaries import ABOUT, FOLDER, measure_canaries, rows_of, thresholds_beside
 from data_prep.clip_score import ClipScoreConfig
-from data_prep.curation import DECIDED, read_config, read_run, rethreshold, run, steps_of, write_kept
+from data_prep.curation import (
+    DECIDED,
+    deciding_steps_of,
+    near_duplicates_of,
+    read_config,
+    read_run,
+    rethreshold,
+    run,
+    write_kept,
+)
 from data_prep.forecast import SHARES, forecast, solve_threshold
 from data_prep.language_confusion import confusions
 from data_prep.ledger import stats, why
-from data_prep.near_duplicates import NearDuplicates
 from mm.assets import fetch
 from mm.training.command import one_line
 
@@ -81,7 +89,7 @@ def decide_anew(argv: list[str]) -> None:
     if changes[:1] == ["--work"] and len(changes) > 1:
         work, changes = changes[1], changes[2:]
     read_run(Path(work))
-    rethreshold(Path(work), read_config(Path(work) / DECIDED, changes), locate, load_scorer)
+    rethreshold(Path(work), read_config(Path(work) / DECIDED, changes), locate)
     _print_stats(Path(work))
     print(f"`mm data write --work {work}` writes the shards")
 
@@ -89,7 +97,7 @@ def decide_anew(argv: list[str]) -> None:
 def write_shards(argv: list[str]) -> None:
     """Write the shards of what was decided last: [--work FOLDER]"""
     work = _work(_parser().parse_args(argv))
-    print(f"{write_kept(work, locate, load_scorer)} pairs in {work / 'shards'}")
+    print(f"{write_kept(work, locate)} pairs in {work / 'shards'}")
 
 
 def forecast_run(argv: list[str]) -> None:
@@ -103,7 +111,7 @@ def forecast_run(argv: list[str]) -> None:
     )
     arguments = parser.parse_args(argv)
     work = _work(arguments)
-    steps = steps_of(read_run(work)[1], locate, load_scorer)
+    steps = deciding_steps_of(work, read_run(work)[1], locate)
     if arguments.pairs is not None:
         threshold = solve_threshold(work / "set", steps, arguments.pairs, arguments.times)
         print(f"resampling.threshold: {threshold:.6g} keeps {arguments.pairs:,} pairs")
@@ -180,16 +188,15 @@ def _in_full(word: str) -> str:
 
 def _print_canaries(work: Path, in_force_only: bool = False) -> None:
     """What the threshold of near duplicates, or each of several, does to the canaries of a run, if it has any."""
-    for step in steps_of(read_run(work)[1], locate, load_scorer):
-        if isinstance(step, NearDuplicates):
-            measured = measure_canaries(work, [step.threshold] if in_force_only else thresholds_beside(step))
-            if measured:
-                print(
-                    f"\n{ABOUT}\n{'canaries joined at a threshold of':44}"
-                    + _row(f"{m.threshold:.4g}" for m in measured)
-                )
-            for name, shares in rows_of(measured):
-                print(f"{name:44}" + _row(f"{share:.1%}" for share in shares))
+    _, config = read_run(work)
+    if config.near_duplicates is None or not (work / FOLDER).is_dir():
+        return
+    step = near_duplicates_of(config, locate)
+    measured = measure_canaries(work, [step.threshold] if in_force_only else thresholds_beside(step))
+    if measured:
+        print(f"\n{ABOUT}\n{'canaries joined at a threshold of':44}" + _row(f"{m.threshold:.4g}" for m in measured))
+    for name, shares in rows_of(measured):
+        print(f"{name:44}" + _row(f"{share:.1%}" for share in shares))
 
 
 def _row(cells: Iterable[str]) -> str:

@@ -22,10 +22,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
 
-from data_prep.measuring import picture_id
 from data_prep.near_duplicates import EDGES, NODES, VECTORS, NearDuplicates
 from data_prep.neighbours import cosine, near_planted
-from data_prep.pool import Source, picture_bytes
+from data_prep.pool import Places, read_again
 from data_prep.steps import settings_hash
 from data_prep.workers import Engine, in_order
 from vision.reading import MAX_PIXELS, read_picture
@@ -38,8 +37,6 @@ ABOUT = (
     "source among what they are joined to, what is as near to the source itself aside. Impostors resemble a picture "
     "and are no copy of it: none should be joined."
 )
-
-Places = dict[str, tuple[Source, Path]]  # a source as the stored set names it -> the source and its local place
 
 
 @dataclass(frozen=True)
@@ -151,11 +148,14 @@ def plant(
     planted, joined = _search(made, nodes, state, step)
     temporary = target.with_name(f".{FOLDER}.{monotonic_ns()}")
     temporary.mkdir()
-    pq.write_table(planted, temporary / PLANTED, compression="zstd")
-    pq.write_table(joined, temporary / JOINED, compression="zstd")
-    (temporary / MADE_OF).write_text(made_of)
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
+    try:
+        pq.write_table(planted, temporary / PLANTED, compression="zstd")
+        pq.write_table(joined, temporary / JOINED, compression="zstd")
+        (temporary / MADE_OF).write_text(made_of)
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def measure_canaries(work: Path, thresholds: Sequence[float]) -> list[Measured]:
@@ -163,6 +163,8 @@ def measure_canaries(work: Path, thresholds: Sequence[float]) -> list[Measured]:
     if not (work / FOLDER / MADE_OF).is_file():
         return []
     planted, joined = (pq.read_table(work / FOLDER / name) for name in (PLANTED, JOINED))
+    if not planted.num_rows:
+        return []
     kinds = list(dict.fromkeys(zip(planted["kind"].to_pylist(), planted["edit"].to_pylist(), strict=True)))
     both = zip(planted["kind"].to_pylist(), planted["edit"].to_pylist(), strict=True)
     of_canary = np.array([kinds.index(one) for one in both], np.int64)
@@ -302,7 +304,8 @@ def _chosen(image_ids: Sequence[str], config: CanariesConfig) -> list[str]:
 
 def _rows(set_folder: Path, chosen: Sequence[str]) -> list[dict]:
     """The first of the places of each picture."""
-    places = pq.read_table(set_folder / "sources.parquet", filters=pc.field("image_id").isin(chosen)).to_pylist()
+    wanted = pc.field("image_id").isin(pa.array(chosen, pa.string()))
+    places = pq.read_table(set_folder / "sources.parquet", filters=wanted).to_pylist()
     first = {row["image_id"]: row for row in reversed(places)}
     return [first[image_id] for image_id in chosen]
 
@@ -323,14 +326,7 @@ def _canaries_of(job: tuple[dict, dict], step: NearDuplicates, sources: Places, 
 
 
 def _picture(row: dict, sources: Places, svg_size: int) -> Image.Image:
-    source, folder = sources[row["source"]]
-    try:
-        data = picture_bytes(source, folder, row["path"], row["place"], row["size"])
-    except OSError as error:
-        raise ValueError(f"{row['path']}: {error.strerror}; it was there when the pool was read") from None
-    if picture_id(data) != row["image_id"]:
-        raise ValueError(f"{row['path']}: has changed since the pool was read; `mm data run` reads it again")
-    return read_picture(data, MAX_PIXELS, svg_size=svg_size, svg_fonts=False)
+    return read_picture(read_again(row, sources), MAX_PIXELS, svg_size=svg_size, svg_fonts=False)
 
 
 def _embedding(data: bytes, step: NearDuplicates) -> bytes | None:

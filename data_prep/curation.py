@@ -3,7 +3,7 @@
 The folder of a run: `parts` and `set`, what was measured (kept, so that an interrupted or repeated run goes on where it
 was); `canaries`, planted copies and what found them; `ledger.parquet`, what became of every pair; `sources.parquet`,
 where each lay; `shards`; `report.html`; `measured.yaml` and `decided.yaml`, the settings of the run and those of the
-last decision.
+last decision; `scorer.txt`, the id of the model that the CLIP scores are of.
 """
 
 import json
@@ -14,8 +14,9 @@ from pathlib import Path
 
 import yaml
 from jsonargparse import ArgumentParser
+from PIL import Image
 
-from data_prep.canaries import CanariesConfig, plant
+from data_prep.canaries import FOLDER, CanariesConfig, plant
 from data_prep.caption_rules import CaptionRules
 from data_prep.clip_score import ClipScore, ClipScoreConfig, PairScorer
 from data_prep.concepts import Concepts
@@ -39,7 +40,7 @@ from data_prep.steps import Step
 from data_prep.workers import Engine
 from data_prep.writing import WriteConfig, write
 
-MEASURED, DECIDED = "measured.yaml", "decided.yaml"
+MEASURED, DECIDED, SCORER = "measured.yaml", "decided.yaml", "scorer.txt"
 
 Locate = Callable[[str], Path]  # what a configuration names -> where it lies on this machine
 LoadScorer = Callable[[ClipScoreConfig], PairScorer]  # None where a caller knows no model
@@ -107,9 +108,7 @@ def steps_of(config: Curate, locate: Locate, load_scorer: LoadScorer | None = No
             raise ValueError("clip_score needs a model, which `mm data` loads; from Python, pass load_scorer")
         steps.append(ClipScore(config.clip_score, load_scorer(config.clip_score)))
     if config.near_duplicates is not None:
-        weights = config.near_duplicates.sscd
-        embedder = LowFrequencies() if weights is None else SSCD.of_file(locate(weights))
-        steps.append(NearDuplicates(config.near_duplicates, embedder, config.clip_score is not None))
+        steps.append(near_duplicates_of(config, locate))
     if config.resampling is not None:
         vocabulary = Vocabulary.of_texts(read_texts(locate(config.resampling.text)))
         steps.append(Resampling(config.resampling, vocabulary, config.seed))
@@ -118,6 +117,40 @@ def steps_of(config: Curate, locate: Locate, load_scorer: LoadScorer | None = No
     if config.ocr is not None:
         steps.append(Ocr(config.ocr, RapidOcr.of_package()))
     return steps
+
+
+def near_duplicates_of(config: Curate, locate: Locate) -> NearDuplicates:
+    """That one step, of a configuration that has it."""
+    weights = config.near_duplicates.sscd
+    embedder = LowFrequencies() if weights is None else SSCD.of_file(locate(weights))
+    return NearDuplicates(config.near_duplicates, embedder, config.clip_score is not None)
+
+
+@dataclass(frozen=True)
+class _ScoredBefore:
+    """The scorer of stored scores, of which nothing but the id is needed to decide by them."""
+
+    id: str
+
+    def score(self, picture: Image.Image, captions: Sequence[str]) -> list[float]:
+        raise AssertionError("deciding measures nothing")
+
+
+def deciding_steps_of(work: Path, config: Curate, locate: Locate) -> list[Step]:
+    """The steps of a finished run with settings that may differ, for deciding alone: CLIP's model is not loaded."""
+    measured = read_run(work)[0].clip_score
+
+    def scorer(wanted: ClipScoreConfig) -> _ScoredBefore:
+        names = (wanted.model, wanted.pretrained)
+        if measured is None or names != (measured.model, measured.pretrained):
+            return _ScoredBefore(" ".join(names))
+        if not (work / SCORER).is_file():
+            raise ValueError(
+                f"{work / SCORER}: missing; it says what the CLIP scores are of, and `mm data run` writes it"
+            )
+        return _ScoredBefore((work / SCORER).read_text(encoding="utf-8"))
+
+    return steps_of(config, locate, scorer)
 
 
 def run(config: Curate, locate: Locate = Path, load_scorer: LoadScorer | None = None) -> int:
@@ -137,12 +170,15 @@ def run(config: Curate, locate: Locate = Path, load_scorer: LoadScorer | None = 
     merge(measured, steps, work / "set")
     _copy(work / "set" / "sources.parquet", work / "sources.parquet")
     _plant(work, config, steps, locate)
+    for step in steps:
+        if isinstance(step, ClipScore):
+            (work / SCORER).write_text(step.scorer.id, encoding="utf-8")
     _save(config, work / MEASURED)
     _decide(work, config, steps)
-    return write_kept(work, locate, load_scorer)
+    return write_kept(work, locate)
 
 
-def rethreshold(work: Path, config: Curate, locate: Locate = Path, load_scorer: LoadScorer | None = None) -> None:
+def rethreshold(work: Path, config: Curate, locate: Locate = Path) -> None:
     """Decides anew about the pairs of a finished run, from what is stored of them; `write_kept` then writes.
 
     Args:
@@ -155,8 +191,14 @@ def rethreshold(work: Path, config: Curate, locate: Locate = Path, load_scorer: 
     changed = [name for name in ("sources", "svg_size", "canaries") if getattr(config, name) != getattr(measured, name)]
     if changed:
         raise ValueError(f"{', '.join(changed)} cannot be changed without `mm data run`: the pool is read by it")
-    old = {step.name: step for step in steps_of(measured, locate, load_scorer)}
-    steps = steps_of(config, locate, load_scorer)
+    old = {step.name: step for step in deciding_steps_of(work, measured, locate)}
+    steps = deciding_steps_of(work, config, locate)
+    for step in old.values():
+        if step.hides and step.name not in {one.name for one in steps}:
+            raise ValueError(
+                f"{step.name} cannot be left out without `mm data run`: what it hides from all other steps was looked "
+                "at no further, so nothing could be decided about it"
+            )
     for step in steps:
         if step.name not in old and step.over is None:
             continue
@@ -166,11 +208,11 @@ def rethreshold(work: Path, config: Curate, locate: Locate = Path, load_scorer: 
     _decide(work, config, steps)
 
 
-def write_kept(work: Path, locate: Locate = Path, load_scorer: LoadScorer | None = None) -> int:
+def write_kept(work: Path, locate: Locate = Path) -> int:
     """Writes the shards of what the ledger of a run keeps, and the report, and says how many pairs are kept."""
     _, config = read_run(work)
     sources = {source.path: (source, locate(source.path).absolute()) for source in config.sources}
-    steps = steps_of(config, locate, load_scorer)
+    steps = deciding_steps_of(work, config, locate)
     count = write(work, sources, steps, config.write, config.svg_size, config.workers, config.engine)
     write_report(work, steps, sources, config.svg_size)
     return count
@@ -207,9 +249,12 @@ def _decide(work: Path, config: Curate, steps: Sequence[Step]) -> None:
 
 
 def _plant(work: Path, config: Curate, steps: Sequence[Step], locate: Locate) -> None:
+    if config.canaries is None:  # those of an earlier run say nothing of this one
+        shutil.rmtree(work / FOLDER, ignore_errors=True)
+        return
     sources = {source.path: (source, locate(source.path)) for source in config.sources}
     for step in steps:
-        if isinstance(step, NearDuplicates) and config.canaries is not None:
+        if isinstance(step, NearDuplicates):
             plant(work, step, sources, config.canaries, config.svg_size, config.workers, config.engine)
 
 

@@ -120,10 +120,13 @@ class Faces(Step):
         return verdicts(rows, reasons, "change", values, self.config.threshold)
 
     def finish(self, row: dict, draft: Draft) -> None:
-        faces = self._to_blur(row["faces"])
-        draft.columns["faces"] = faces
-        if faces:
-            draft.picture = blurred(draft.picture, faces)
+        draft.columns["faces"] = self._to_blur(row["faces"])
+        draft.picture = self.shown(draft.picture, row["faces"])
+
+    def shown(self, picture: Image.Image, faces: list | None) -> Image.Image:
+        """The picture as people may see it: the very same where no stored face is above the threshold."""
+        faces = self._to_blur(faces)
+        return blurred(picture, faces) if faces else picture
 
     def _to_blur(self, faces: list | None) -> list:
         return [face for face in faces or () if face[4] >= self.config.threshold]

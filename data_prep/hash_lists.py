@@ -43,6 +43,7 @@ class HashLists(Step):
     over = "pictures"
     adds = {"hash_distance": pa.int32(), "hash_list": pa.string()}  # noqa: RUF012
     reads = ("hash_distance", "hash_list")
+    hides = True
 
     def measured_by(self) -> dict:
         return {"lists": self.lists, "max_distance": self.max_distance}

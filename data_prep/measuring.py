@@ -19,7 +19,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.pool import BrokenFile, Part, RawPair
+from data_prep.pool import BrokenFile, Part, RawPair, picture_id
 from data_prep.steps import STORED, Step, settings_hash
 from data_prep.workers import Engine, in_order
 from vision.reading import MAX_PIXELS, read_picture
@@ -49,11 +49,6 @@ SOURCES = pa.schema(
         ("key", pa.string()),  # the source's own
     ]
 )
-
-
-def picture_id(picture: bytes) -> str:
-    """SHA-256 of a picture's source bytes, 64 hexadecimal digits."""
-    return hashlib.sha256(picture).hexdigest()
 
 
 def pair_id(image_id: str, caption: bytes) -> str:

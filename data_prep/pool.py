@@ -3,6 +3,7 @@
 Whatever is broken comes out as well, as a pair that lacks something or as a `BrokenFile`, and reading goes on.
 """
 
+import hashlib
 import json
 import tarfile
 from collections.abc import Iterator
@@ -43,6 +44,9 @@ class Source:
     picture_column: str = "image"
     caption_column: str = "caption"
     language: str | None = None
+
+
+Places = dict[str, tuple[Source, Path]]  # a source as the stored set names it -> the source and its local place
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,30 @@ def picture_bytes(source: Source, folder: Path, path: str, place: int, size: int
     with open(file, "rb") as opened:
         opened.seek(place)
         return opened.read(size)
+
+
+def picture_id(picture: bytes) -> str:
+    """SHA-256 of a picture's source bytes, 64 hexadecimal digits."""
+    return hashlib.sha256(picture).hexdigest()
+
+
+def read_again(row: dict, sources: Places) -> bytes:
+    """The bytes of a picture that the stored set knows: the very ones that were read first.
+
+    Args:
+        row: source, path, place, size and image_id, as the stored set has them.
+
+    Raises:
+        ValueError: the pool is not what it was when it was read.
+    """
+    source, folder = sources[row["source"]]
+    try:
+        data = picture_bytes(source, folder, row["path"], row["place"], row["size"])
+    except OSError as error:
+        raise ValueError(f"{row['path']}: {error.strerror}; it was there when the pool was read") from None
+    if picture_id(data) != row["image_id"]:
+        raise ValueError(f"{row['path']}: has changed since the pool was read; `mm data run` reads it again")
+    return data
 
 
 def _fits(path: Path, kind: str) -> bool:

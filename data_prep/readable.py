@@ -1,4 +1,7 @@
-"""The step that drops what ingest could not read: broken files, broken pictures, captions that are no text."""
+"""The step that drops what ingest could not read, or was not to: broken files and pictures, captions that are no text.
+
+A pair whose picture was hidden has no caption and no scores: whatever the steps before this one say of it, it goes.
+"""
 
 import hashlib
 from array import array
@@ -12,11 +15,13 @@ import pyarrow.parquet as pq
 
 from data_prep.steps import Step, verdicts
 
+HIDDEN = "was hidden when it was read"
+
 
 @dataclass(frozen=True)
 class Readable(Step):
     name = "ingest"
-    reads = ("problem", "picture_problem")
+    reads = ("problem", "picture_problem", "caption")
 
     def merge(self, stored: Path, state: Path) -> None:
         """Finds pairs that share their key with another one of the same source; 16 bytes of memory for each pair."""
@@ -33,7 +38,8 @@ class Readable(Step):
         np.save(state / "shared_keys.npy", np.unique(np.concatenate(several)) if several else np.array([], np.uint64))
 
     def decide(self, pairs: pa.Table, state: Path) -> pa.Table:
-        problems = pc.coalesce(pairs["problem"], pairs["picture_problem"])
+        hidden = pc.if_else(pc.is_null(pairs["caption"]), HIDDEN, None)
+        problems = pc.coalesce(pairs["problem"], pairs["picture_problem"], hidden)
         rows = np.flatnonzero(pc.is_valid(problems).to_numpy())
         dropped = verdicts(rows, problems.take(pa.array(rows)).to_pylist())
         shared = np.load(state / "shared_keys.npy")

@@ -1,6 +1,7 @@
 """The report of a run: one HTML file that opens without a server, with what was removed and what is at the border.
 
-Pictures of quarantined pairs are in none of it: hash lists come first, and everything here looks at what they leave.
+Pictures of quarantined pairs are in none of it: the steps that quarantine come before those whose pairs are shown here,
+and the NSFW score shows its histogram alone. Faces are blurred as in the shards, also in pictures that were dropped.
 """
 
 import base64
@@ -18,11 +19,12 @@ import pyarrow.parquet as pq
 from data_prep.canaries import measure_canaries, thresholds_beside
 from data_prep.caption_rules import CaptionRules
 from data_prep.deciding import walk
-from data_prep.language_confusion import confusions
+from data_prep.faces import Faces
+from data_prep.language_confusion import Confusion, confusions
 from data_prep.ledger import stats
 from data_prep.near_duplicates import NearDuplicates, describe
-from data_prep.pool import Source, picture_bytes
-from data_prep.report_duplicates import canaries_html, components, components_html, confusions_html
+from data_prep.pool import Places, read_again
+from data_prep.report_duplicates import canaries_html, components, components_html
 from data_prep.resampling import Resampling, frequencies
 from data_prep.steps import Rule, Step
 from vision.reading import read_picture
@@ -32,6 +34,7 @@ BINS = 40
 AT_THE_BORDER = 6  # pairs shown on either side of a threshold
 THUMBNAIL = 96  # px
 NGRAMS = 20
+WORST = 10  # languages
 TWINS = 12  # near duplicates shown beside what stays for them
 
 _STYLE = """
@@ -55,12 +58,8 @@ class _Dial:
     kept: list[tuple[str, float]]
 
 
-def write_report(work: Path, steps: Sequence[Step], sources: dict[str, tuple[Source, Path]], svg_size: int) -> None:
-    """Writes `work/report.html` about the run's last decision.
-
-    Args:
-        sources: as the stored set names them -> the source and its local place.
-    """
+def write_report(work: Path, steps: Sequence[Step], sources: Places, svg_size: int) -> None:
+    """Writes `work/report.html` about the run's last decision."""
     funnel, dials, ngrams, duplicates, twins, groups, tables = [], [], [], [], [], [], []
     for step, pairs, said in walk(work / "set", steps):
         funnel.append((step.name if step is not None else "kept", pairs.num_rows))
@@ -78,7 +77,7 @@ def write_report(work: Path, steps: Sequence[Step], sources: dict[str, tuple[Sou
     dials = [dial for dial in dials if np.isfinite(dial.rule.values).any()]
     ids = {pair for dial in dials for pair, _ in dial.dropped + dial.kept} | {pair for two in twins for pair in two[:2]}
     ids |= {pair for group in groups for pair in group.ids}
-    shown = _Pictures(work / "set", sources, svg_size, ids)
+    shown = _Pictures(work / "set", sources, svg_size, ids, [step for step in steps if isinstance(step, Faces)])
     parts = [
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(work.name)}: curation</title>",
         f"<style>{_STYLE}</style><h1>{funnel[0][1]:,} pairs, {funnel[-1][1]:,} kept</h1>",
@@ -119,9 +118,16 @@ def _most_thinned(step: Resampling, pairs: pa.Table, rules: list[Rule]) -> list[
 
 
 class _Pictures:
-    """Thumbnails and captions of some pairs."""
+    """Thumbnails and captions of some pairs; faces are blurred where they are in what is written."""
 
-    def __init__(self, folder: Path, sources: dict[str, tuple[Source, Path]], svg_size: int, ids: set[str]):
+    def __init__(
+        self,
+        folder: Path,
+        sources: Places,
+        svg_size: int,
+        ids: set[str],
+        finishing: Sequence[Faces],
+    ):
         wanted = pc.field("id").isin(pa.array(sorted(ids), pa.string()))
         self._captions = {
             row["id"]: row["caption"]
@@ -130,7 +136,14 @@ class _Pictures:
         self._places = {
             row["id"]: row for row in pq.read_table(folder / "sources.parquet", filters=wanted).to_pylist()[::-1]
         }
-        self._sources, self._svg_size = sources, svg_size
+        self._sources, self._svg_size, self._finishing = sources, svg_size, finishing
+        self._faces: dict[str, list] = {}
+        if finishing:
+            images = pa.array({row["image_id"] for row in self._places.values()}, pa.string())
+            found = pq.read_table(
+                folder / "pictures.parquet", columns=["image_id", "faces"], filters=pc.field("image_id").isin(images)
+            )
+            self._faces = {row["image_id"]: row["faces"] for row in found.to_pylist()}
 
     def figure(self, pair: str, value: float) -> str:
         caption = html.escape((self._captions.get(pair) or "")[:120])
@@ -138,12 +151,13 @@ class _Pictures:
 
     def _image(self, pair: str) -> str:
         row = self._places[pair]
-        source, folder = self._sources[row["source"]]
         try:
-            data = picture_bytes(source, folder, row["path"], row["place"], row["size"])
+            data = read_again(row, self._sources)
             picture = read_picture(data, svg_size=min(self._svg_size, THUMBNAIL), svg_fonts=False)
-        except (ValueError, OSError):  # the pool has changed since
+        except ValueError:  # the pool has changed since
             return ""
+        for step in self._finishing:
+            picture = step.shown(picture, self._faces.get(row["image_id"]))
         picture.thumbnail((THUMBNAIL, THUMBNAIL))
         out = io.BytesIO()
         picture.save(out, "WEBP", quality=70)
@@ -227,3 +241,18 @@ def _ngram_table(ngrams: list[tuple[str, int, int]]) -> str:
     rows = [f"<tr><td>{html.escape(name)}<td class=n>{before:,}<td class=n>{after:,}" for name, before, after in ngrams]
     head = "<tr><th>n-gram<th>captions before<th>after</tr>"
     return f"<h2>N-grams that lost most captions</h2><table>{head}{''.join(rows)}</table>"
+
+
+def confusions_html(found: Sequence[Confusion]) -> str:
+    """A table for each length of caption."""
+    parts = ["<h2>Language of captions, on labelled lines that were held out</h2>"] if found else []
+    for one in found:
+        worst = ", ".join(f"{name} {kept:,} of {lines:,}" for name, lines, kept in one.languages[:WORST] if kept)
+        parts.append(
+            f"<h3>{html.escape(one.length)}, threshold {one.threshold:.4g}</h3>"
+            "<table><tr><th><th>kept<th>dropped</tr>"
+            f"<tr><td>wanted languages<td class=n>{one.wanted_kept:,}<td class=n>{one.wanted_dropped:,}"
+            f"<tr><td>all others<td class=n>{one.others_kept:,}<td class=n>{one.others_dropped:,}</table>"
+            f"<p>most kept of: {html.escape(worst) or 'none'}"
+        )
+    return "".join(parts)

@@ -9,12 +9,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_prep.canaries import ABOUT, Measured, rows_of
-from data_prep.language_confusion import Confusion
 
 COMPONENTS = 8  # shown, the largest
 STAY, GO = 3, 5  # pairs shown of a component that stay, and that go for each of them
 SIZES = (2, 3, 6, 21, 101)  # component sizes are counted from each of these to the next
-WORST = 10  # languages
 
 Figure = Callable[[str, float], str]
 
@@ -94,21 +92,6 @@ def canaries_html(measured: Sequence[Measured], threshold: float) -> str:
         for name, values in rows_of(measured)
     ]
     return f"<h2>Canaries</h2><p>{html.escape(ABOUT)}<table><tr><th>threshold{names}</tr>{''.join(rows)}</table>"
-
-
-def confusions_html(found: Sequence[Confusion]) -> str:
-    """A table for each length of caption."""
-    parts = ["<h2>Language of captions, on labelled lines that were held out</h2>"] if found else []
-    for one in found:
-        worst = ", ".join(f"{name} {kept:,} of {lines:,}" for name, lines, kept in one.languages[:WORST] if kept)
-        parts.append(
-            f"<h3>{html.escape(one.length)}, threshold {one.threshold:.4g}</h3>"
-            "<table><tr><th><th>kept<th>dropped</tr>"
-            f"<tr><td>wanted languages<td class=n>{one.wanted_kept:,}<td class=n>{one.wanted_dropped:,}"
-            f"<tr><td>all others<td class=n>{one.others_kept:,}<td class=n>{one.others_dropped:,}</table>"
-            f"<p>most kept of: {html.escape(worst) or 'none'}"
-        )
-    return "".join(parts)
 
 
 def _bold(text: str, is_bold: bool) -> str:

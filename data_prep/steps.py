@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-STORED = 1  # raised when the same settings come to store something else: what was stored before is made anew
+STORED = 2  # raised when the same settings come to store something else: what was stored before is made anew
 
 Columns = dict[str, list]  # a batch: column name -> one value per row
 
@@ -61,6 +61,7 @@ class Step:
         adds: the columns that `measure` gives, with their types. Names are unique among all steps.
         reads: the stored columns that `decide` wants, of pictures and of pairs; `id` comes with them always.
         finishes: the stored columns that `finish` wants; None: the step has no say in how kept pairs are written.
+        hides: `passes` keeps pictures from all later steps.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Step:
     adds: dict[str, pa.DataType] = {}  # noqa: RUF012 (a class's own, never changed)
     reads: tuple[str, ...] = ()
     finishes: tuple[str, ...] | None = None
+    hides: bool = False
 
     def settings(self) -> dict:
         """All that the step's decisions depend on besides the data, as JSON can say it."""

@@ -22,15 +22,14 @@ from PIL import Image
 from data_prep.concepts import concepts_of
 from data_prep.deciding import Stored
 from data_prep.ledger import LEDGER_NAME, kept_ids
-from data_prep.measuring import picture_id
-from data_prep.pool import Source, picture_bytes
+from data_prep.pool import Places, read_again
 from data_prep.sources import licenses_beside
 from data_prep.splits import split_of
 from data_prep.steps import Draft, Step
 from data_prep.workers import Engine, in_order
 from shards.format import Record
 from shards.writer import ShardWriter
-from vision.reading import MAX_PIXELS, read_picture
+from vision.reading import MAX_PIXELS, frames_of, read_picture
 
 CHUNK = 32  # pairs that a worker prepares at once
 AS_THEY_ARE = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -57,7 +56,7 @@ class WriteConfig:
 
 def write(
     work: Path,
-    sources: dict[str, tuple[Source, Path]],
+    sources: Places,
     steps: Sequence[Step],
     config: WriteConfig,
     svg_size: int,
@@ -68,7 +67,6 @@ def write(
 
     Args:
         work: the folder of the run.
-        sources: as the stored set names them -> the source and its local place.
         steps: their floating-point columns become columns of the index; some finish what is written.
         workers, engine: see workers.in_order.
 
@@ -126,23 +124,16 @@ def _chunks(rows: Iterator[dict]) -> Iterator[list[dict]]:
 
 def _records(
     rows: list[dict],
-    sources: dict[str, tuple[Source, Path]],
+    sources: Places,
     finishing: Sequence[Step],
     config: WriteConfig,
     svg_size: int,
 ) -> list[Record]:
-    return [_record(row, *sources[row["source"]], finishing, config, svg_size) for row in rows]
+    return [_record(row, sources, finishing, config, svg_size) for row in rows]
 
 
-def _record(
-    row: dict, source: Source, folder: Path, finishing: Sequence[Step], config: WriteConfig, svg_size: int
-) -> Record:
-    try:
-        data = picture_bytes(source, folder, row["path"], row["place"], row["size"])
-    except OSError as error:
-        raise ValueError(f"{row['path']}: {error.strerror}; it was there when the pool was read") from None
-    if picture_id(data) != row["image_id"]:
-        raise ValueError(f"{row['path']}: has changed since the pool was read; `mm data run` reads it again")
+def _record(row: dict, sources: Places, finishing: Sequence[Step], config: WriteConfig, svg_size: int) -> Record:
+    data = read_again(row, sources)
     picture = read_picture(data, MAX_PIXELS, svg_size=svg_size, svg_fonts=False)
     scores = {name: row[name] for name in row["scores"] if row[name] is not None}
     draft = Draft(picture, row.get("mended") or row["caption"], scores)
@@ -153,7 +144,7 @@ def _record(
         "id": row["id"],
         "split": split_of(row["split_by"], config.validation, config.test),
         "task": "caption",
-        "language": source.language or row.get("language") or "und",
+        "language": sources[row["source"]][0].language or row.get("language") or "und",
         "caption": draft.caption,
         "image_id": row["image_id"],
     }
@@ -163,13 +154,15 @@ def _record(
 def to_write(data: bytes, picture: Image.Image, max_side: int | None, changed: bool = False) -> tuple[str, bytes]:
     """(suffix, bytes) of a picture: the source's own where its format is one of the shard's and it is small enough.
 
+    Of a file with further frames the bytes are never the source's: no step has seen any but the first.
+
     Args:
         data: the source's bytes.
         picture: decoded from them, or `changed` since.
     """
     own = _format_of(data)
     large = max_side is not None and max(picture.size) > max_side
-    if own in AS_THEY_ARE and not large and not changed:
+    if own in AS_THEY_ARE and not large and not changed and frames_of(data) == 1:
         return AS_THEY_ARE[own], data
     if large:
         scale = max_side / max(picture.size)

@@ -57,6 +57,11 @@ def read_cutout(source: str | Path | bytes, max_pixels: int = MAX_PIXELS, svg_si
     return _read(source, max_pixels, svg_size, svg_fonts=False, cutout=True)
 
 
+def frames_of(data: bytes, max_pixels: int = MAX_PIXELS) -> int:
+    """How many pictures a PNG, WebP or JPEG file says it holds; `read_picture` shows the first. Nothing is decoded."""
+    return getattr(_open(data, max_pixels), "n_frames", 1)
+
+
 def _read(source: str | Path | bytes, max_pixels: int, svg_size: int, svg_fonts: bool, cutout: bool) -> Image.Image:
     name = "picture" if isinstance(source, bytes) else str(source)
     data = source if isinstance(source, bytes) else _read_file(Path(source))

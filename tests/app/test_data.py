@@ -9,6 +9,7 @@ import yaml
 from PIL import Image
 
 import app.data
+import data_prep.curation
 from app.cli import main
 from shards.reader import ShardSet
 
@@ -103,6 +104,28 @@ def test_canaries_short_forms_and_languages(home, mm_data):
     assert code == 1 and "canaries cannot be changed" in err
     code, _, err = mm_data("languages", "--work", "work")
     assert code == 1 and "no captions whose language is known" in err
+
+
+def test_what_stands_is_counted_without_any_model(home, mm_data, monkeypatch):
+    assert mm_data("run", "--config", "config.yaml")[0] == 0
+
+    def load(*_):
+        raise AssertionError("a step was made")
+
+    monkeypatch.setattr(data_prep.curation, "steps_of", load)
+    monkeypatch.setattr(data_prep.curation, "read_texts", load)
+    code, out, err = mm_data("stats", "--work", "work")
+    assert (code, err) == (0, "") and "no step dropped it" in out
+
+
+def test_an_interruption_says_what_the_same_command_does(mm_data, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    for name, words in (("run", "goes on where it was"), ("build", "begins anew")):
+        monkeypatch.setitem(app.data.COMMANDS, name, interrupted)
+        code, _, err = mm_data(name)
+        assert code == 130 and words in err
 
 
 def test_mistakes_are_one_line(home, mm_data):

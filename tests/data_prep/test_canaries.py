@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 import data_prep.curation
 from data_prep.canaries import COPIES, CanariesConfig, measure_canaries, rows_of
@@ -113,6 +114,28 @@ def test_canaries_do_not_depend_on_how_the_pool_lies_and_are_made_once(pool, goo
     assert planted(one.output) == before
     with pytest.raises(ValueError, match="canaries cannot be changed"):
         rethreshold(Path(one.output), one)
+
+
+def test_a_pool_of_plain_pictures_has_no_canaries(pool, curate, encode):
+    plain = Image.new("RGB", (40, 40), "red")
+    pairs = {"plain": ("png", encode(plain), b"A picture of a red dog in front of the old wall")}
+    settings = {"resampling": None, "image_rules": None, "near_duplicates": NEAR, "canaries": CanariesConfig()}
+    config = curate(pool("tars", "a", pairs), "tars", "run", **settings)
+    assert run(config) == 1
+    assert measure_canaries(Path(config.output), [0.9]) == []
+
+
+def test_a_run_without_canaries_leaves_none_of_an_earlier_one(pictures, curate, monkeypatch):
+    config = curate(pictures, "folder", "run", near_duplicates=NEAR, canaries=CanariesConfig(pictures=3))
+    run(config)
+    work = Path(config.output)
+    assert measure_canaries(work, [0.9]) and "Canaries" in (work / "report.html").read_text()
+    run(replace(config, canaries=None))
+    assert not measure_canaries(work, [0.9]) and "Canaries" not in (work / "report.html").read_text()
+    monkeypatch.setattr("data_prep.canaries.MADE_OF", "no/such/folder")  # it fails while it is written
+    with pytest.raises(OSError):
+        run(config)
+    assert not [path for path in work.iterdir() if "canaries" in path.name]
 
 
 def test_mistakes(pictures, curate):

@@ -7,7 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.curation import rethreshold, run
+from data_prep.curation import rethreshold, run, steps_of
+from data_prep.deciding import decide
 from data_prep.hash_lists import FAR, HashLists, HashListsConfig, phash, read_lists
 from data_prep.ledger import why
 from data_prep.measuring import pair_id, picture_id
@@ -88,10 +89,25 @@ def test_matches_are_quarantined_before_all_else_and_nothing_is_told(pool, curat
         (stored,) = pq.read_table(work / "set" / "pairs.parquet", filters=[("id", "==", pair)]).to_pylist()
         assert all(value is None for name, value in stored.items() if name not in ("id", "image_id", "problem"))
 
+    before = (work / "ledger.parquet").read_bytes()
+    with pytest.raises(ValueError, match="hash_lists cannot be left out without `mm data run`"):
+        rethreshold(work, replace(config, hash_lists=None))
+    assert (work / "ledger.parquet").read_bytes() == before
     with pytest.raises(ValueError, match=r"max_distance 3 is below 4, that of the run"):
         rethreshold(work, replace(config, hash_lists=replace(config.hash_lists, max_distance=3)))
     rethreshold(work, replace(config, hash_lists=replace(config.hash_lists, max_distance=256)))
     assert set(pq.read_table(work / "ledger.parquet")["decision"].to_pylist()) == {"quarantine"}
+
+
+def test_a_hidden_pair_goes_whatever_is_said_of_its_picture(pool, curate, good_pairs, write_list):
+    pairs = good_pairs(12)
+    files = [write_list("harm.txt", [hex_of(read_picture(pairs["good001"][1]))])]
+    config = curate(pool("tars", "a", pairs), "tars", "run", resampling=None)
+    run(replace(config, hash_lists=HashListsConfig(tuple(map(str, files)), max_distance=4)))
+    work, hidden = Path(config.output), pair_id(picture_id(pairs["good001"][1]), pairs["good001"][2])
+    rows = [row for said in decide(work / "set", steps_of(config, Path), {}) for row in said.to_pylist()]
+    assert [(row["step"], row["decision"]) for row in rows if row["id"] == hidden] == [("ingest", "drop")]
+    assert sum(row["decision"] == "keep" for row in rows) == 11
 
 
 def test_pictures_without_a_hash_are_not_matched():

@@ -6,7 +6,7 @@ import pytest
 from data_prep.caption_rules import CaptionRules
 from data_prep.language_confusion import confusions
 from data_prep.pool import Source
-from data_prep.report_duplicates import confusions_html
+from data_prep.report import confusions_html
 from data_prep.splits import split_of
 
 TUX, OTHER = Source("stamps", "folder", "tuxpaint"), Source("other", "folder", "text")

@@ -1,6 +1,7 @@
 """The steps that ask a model, by stand-ins for the models: what they decide, and what they change in the shards."""
 
 import io
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,12 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import data_prep.curation
 from data_prep.clip_score import ClipScore, ClipScoreConfig
 from data_prep.curation import rethreshold, run, write_kept
-from data_prep.faces import FacesConfig, blurred
+from data_prep.faces import MARGIN, FacesConfig, blurred
 from data_prep.forecast import forecast
 from data_prep.ledger import stats, why
 from data_prep.measuring import picture_id
@@ -56,13 +57,13 @@ def test_pairs_under_the_clip_score_go_and_deciding_anew_needs_no_model(pool, cu
     assert ShardSet(work / "shards").index["clip_score"].to_pylist() == pytest.approx(
         [int(caption.split()[-1]) / 100 for caption in ShardSet(work / "shards").index["caption"].to_pylist()]
     )
-    rethreshold(work, replace(config, clip_score=replace(CLIP, threshold=0.05)), Path, scripted)
-    assert write_kept(work, Path, scripted) == 15
+    rethreshold(work, replace(config, clip_score=replace(CLIP, threshold=0.05)))
+    assert write_kept(work) == 15
     (about,) = forecast(work / "set", data_prep.curation.steps_of(config, Path, scripted))[-1:]
     assert (about.option, about.pairs, about.kept) == ("clip_score.threshold", 20, 10)
     assert "clip_score.threshold" in (work / "report.html").read_text()
     with pytest.raises(ValueError, match="clip_score: scorer cannot be changed without `mm data run`"):
-        rethreshold(work, replace(config, clip_score=replace(CLIP, pretrained="another")), Path, scripted)
+        rethreshold(work, replace(config, clip_score=replace(CLIP, pretrained="another")))
     with pytest.raises(ValueError, match="clip_score needs a model"):
         run(config)
 
@@ -125,10 +126,8 @@ def test_unsafe_pictures_are_quarantined_and_shown_nowhere(pool, curate, good_pa
         said = why(work, key)
         assert said.count("\n") == 0 and "quarantined by nsfw: NSFW score too high (0." in said
         assert said[:12] not in report and pairs[key][2].decode() not in said
-    rethreshold(work, replace(config, nsfw=NsfwConfig(1.0)), Path, scripted)
-    assert write_kept(work, Path, scripted) == len(pairs)
-    bare = {"caption_rules": None, "image_rules": None, "nsfw": NsfwConfig(1.0)}  # nothing there for the report to show
-    assert run(replace(config, output=f"{config.output}-bare", **bare), Path, scripted) == len(pairs)
+    rethreshold(work, replace(config, nsfw=NsfwConfig(1.0)))
+    assert write_kept(work) == len(pairs)
     with pytest.raises(ValueError, match="nsfw: threshold is 2"):
         NsfwConfig(2)
 
@@ -161,32 +160,63 @@ def test_faces_are_blurred_in_what_is_written_and_nothing_else_changes(pool, cur
             assert not moved[:, : width // 10].any() and not moved[:, -width // 10 :].any()
     assert 0 < changed < len(pairs)
     assert ("faces", "change", "faces are blurred", changed) in stats(work)
-    rethreshold(work, replace(config, faces=replace(faces, threshold=1.0)), Path, scripted)
-    assert write_kept(work, Path, scripted) == len(pairs)
+    rethreshold(work, replace(config, faces=replace(faces, threshold=1.0)))
+    assert write_kept(work) == len(pairs)
     assert all(list(by_caption(work)[pair[2].decode()].media.values()) == [pair[1]] for pair in pairs.values())
     with pytest.raises(ValueError, match=r"at least 0.1, the floor"):
         FacesConfig("any", threshold=0.05)
 
 
-def test_nothing_of_a_blurred_face_is_left_but_a_few_colours(noise):
-    """Pixels that change places within a sixth of the face's width and height change nothing."""
-    generator = np.random.default_rng(0)
-    one = generator.integers(0, 256, (96, 96, 3), dtype=np.uint8)
-    blocks = one[30:66, 30:66].reshape(6, 6, 6, 6, 3).swapaxes(1, 2).reshape(36, 36, 3)
-    shuffled = np.stack([generator.permutation(block) for block in blocks])
-    other = one.copy()
-    other[30:66, 30:66] = shuffled.reshape(6, 6, 6, 6, 3).swapaxes(1, 2).reshape(36, 36, 3)
-    half = 18 / 1.3  # with its margin the face is 36 px wide
-    face = [*[(48 - half) / 96] * 2, *[(48 + half) / 96] * 2, 0.9]
-    after = [np.asarray(blurred(Image.fromarray(pixels), [face]), int) for pixels in (one, other)]
-    inner = slice(36, 60)
-    assert np.abs(one[inner, inner].astype(int) - other[inner, inner]).mean() > 50
-    assert np.abs(after[0] - after[1])[inner, inner].max() <= 2  # the mean of a block is rounded twice
-    for before, left in zip((one, other), after, strict=True):
-        assert (before[:30] == left[:30]).all() and (before[:, 66:] == left[:, 66:]).all()
-    picture = noise(5)
+def test_nothing_of_a_blurred_face_can_be_told(noise):
+    """Two faces of the same mean colours become the same; what lies around stays."""
+    around = np.asarray(noise(5, (96, 96)))
+    # the ellipse is over pixels 33 to 63, of which 6 x 6 tiles of 5 x 5 are left as one colour each; columns and rows
+    # of a tile change places, which leaves the mean as it is, also where it is rounded between the two directions
+    box = [48 / 96 + side * 15 / 96 / (1 + MARGIN) for side in (-1, -1, 1, 1)]
+    tiles = np.random.default_rng(0).integers(0, 256, (6, 5, 6, 5, 3), dtype=np.uint8)
+    one, other = around.copy(), around.copy()
+    one[33:63, 33:63] = tiles.reshape(30, 30, 3)
+    other[33:63, 33:63] = np.roll(tiles, (1, 2), axis=(1, 3)).reshape(30, 30, 3)
+    mask = Image.new("L", (30, 30))
+    ImageDraw.Draw(mask).ellipse((0, 0, 29, 29), fill=255)
+    hidden = np.zeros((96, 96), bool)
+    hidden[33:63, 33:63] = np.asarray(mask) > 0
+    assert (one != other)[hidden].any(1).mean() > 0.9
+    seen = [np.asarray(blurred(Image.fromarray(face), [[*box, 0.9]])) for face in (one, other)]
+    assert (seen[0] == seen[1])[hidden].all()
+    for face, result in zip((one, other), seen, strict=True):
+        assert (result == face)[~hidden].all() and (result != face)[hidden].any(1).mean() > 0.5
+    assert len(np.unique(seen[0][hidden], axis=0)) > 1
     for edge in ([-0.5, -0.5, 0.1, 0.1, 1.0], [0.9, 0.9, 1.5, 1.5, 1.0], [0.5, 0.5, 0.5, 0.5, 1.0]):
-        assert blurred(picture, [edge]).size == picture.size
+        assert blurred(Image.fromarray(one), [edge]).size == (96, 96)
+
+
+def test_the_report_blurs_faces_as_the_shards_do(pool, curate, good_pairs, scripted):
+    pairs = only(good_pairs(12), "png")
+    plain = curate(pool("tars", "a", pairs), "tars", "plain", resampling=None)
+    for faces, changed in ((FacesConfig("any", threshold=0.1), True), (FacesConfig("any", threshold=1.0), False)):
+        config = replace(plain, output=f"{plain.output}-{changed}", faces=faces)
+        run(config, Path, scripted)
+        run(plain)
+        pictures = [shown_in(one.output) for one in (config, plain)]
+        assert pictures[0].keys() == pictures[1].keys() and len(pictures[0]) == len(pairs)
+        assert all((pictures[0][name] != pictures[1][name]) == changed for name in pictures[0])
+
+
+def test_a_report_without_pictures_is_written(pool, curate, good_pairs, scripted):
+    models = {"nsfw": NsfwConfig(1.0), "faces": FacesConfig("any"), "ocr": OcrConfig()}
+    none = {"caption_rules": None, "image_rules": None, "resampling": None}
+    config = curate(pool("tars", "a", good_pairs(4)), "tars", "run", **none, **models)
+    assert run(config, Path, scripted) == 4
+    report = (Path(config.output) / "report.html").read_text()
+    assert "nsfw.threshold" in report and "<img" not in report
+
+
+def shown_in(work) -> dict[str, str]:
+    """id -> the picture that the report shows of it, as base64."""
+    report = (Path(work) / "report.html").read_text()
+    found = re.findall(r"base64,([^']+)'>(?:(?!<figure>).)*<small>(\w+)</small>", report)
+    return {name: data for data, name in found}
 
 
 def test_text_in_pictures_joins_the_written_caption(pool, curate, good_pairs, scripted, noise, encode):
@@ -209,14 +239,14 @@ def test_text_in_pictures_joins_the_written_caption(pool, curate, good_pairs, sc
     assert "ocr_text: 48 {px}" in why(work, "braces")
     stored = pq.read_table(work / "set" / "pairs.parquet")["caption"].to_pylist()
     assert not any("px" in caption for caption in stored)
-    rethreshold(work, replace(config, ocr=OcrConfig("{text}: {caption}", ", ", 0.2)), Path, scripted)
-    write_kept(work, Path, scripted)
+    rethreshold(work, replace(config, ocr=OcrConfig("{text}: {caption}", ", ", 0.2)))
+    write_kept(work)
     assert all(caption.startswith("48 {px}, 40: A ") for caption in by_caption(work))
-    rethreshold(work, replace(config, ocr=None), Path, scripted)
-    write_kept(work, Path, scripted)
+    rethreshold(work, replace(config, ocr=None))
+    write_kept(work)
     assert sorted(by_caption(work)) == sorted(pair[2].decode().strip() for pair in [*pairs.values(), braces])
-    rethreshold(work, config, Path, scripted)  # it measures nothing, so it can join later
-    write_kept(work, Path, scripted)
+    rethreshold(work, config)  # it measures nothing, so it can join later
+    write_kept(work)
     assert sorted(by_caption(work)) == expected
     for wrong in ("{caption}", "{caption} {text} {text}", "{caption} {text", "{} {caption} {text}"):
         with pytest.raises(ValueError, match="ocr: template"):
