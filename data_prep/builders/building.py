@@ -111,7 +111,7 @@ class Drawn(Builder):
     def records(self, task: int) -> list[Record | LeftOut]:
         source = f"{self.kind}/{self.seed}/{task}"
         picture, question, answer = self.draw(random.Random(source))
-        split = split_of(source, self.validation, self.test)
+        split = split_of(f"{source}/split", self.validation, self.test)  # else the ids, hashes of it too, go by it
         return [conversation(source, split, self.kind, {"png": png(picture)}, [(question, answer)])]
 
     @abstractmethod

@@ -101,7 +101,7 @@ class Grounding(Builder):
             for cutout in found:
                 sides[split_of(cutout.label, self.validation, self.test)].append(cutout)
             for number in range(self.count):
-                split = split_of(f"scene/{self.seed}/{number}", self.validation, self.test)
+                split = split_of(f"scene/{self.seed}/{number}/split", self.validation, self.test)
                 there = sides[split]
                 if len(there) < self.most:
                     raise ValueError(
