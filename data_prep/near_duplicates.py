@@ -116,7 +116,11 @@ class NearDuplicates(Step):
         """
         node, first = self._nodes(stored / "pictures.parquet")
         shape = (int(first.sum()), self.embedder.dim)
-        vectors = np.lib.format.open_memmap(state / VECTORS, "w+", np.float16, shape) if len(first) else None
+        if len(first):
+            vectors = np.lib.format.open_memmap(state / VECTORS, "w+", np.float16, shape)
+        else:  # nothing of no size can be mapped
+            vectors = np.zeros(shape, np.float16)
+            np.save(state / VECTORS, vectors)
         schema, rows, start = pa.schema([("image_id", pa.string()), ("node", pa.int64())]), 0, 0
         with pq.ParquetWriter(state / NODES, schema) as writer:
             for image_ids, some in self._stored_vectors(stored / "pictures.parquet"):
@@ -125,9 +129,6 @@ class NearDuplicates(Step):
                 new = some[first[here]]
                 vectors[start : start + len(new)] = new
                 start += len(new)
-        if vectors is None:
-            vectors = np.zeros((0, self.embedder.dim), np.float16)
-            np.save(state / VECTORS, vectors)
         a, b, similarity, search = near_pairs(vectors, self.floor, self.config.num_probes)
         pq.write_table(pa.table({"a": a, "b": b, "similarity": similarity}), state / EDGES, compression="zstd")
         (state / SEARCH).write_text(json.dumps({"pictures": rows, **search.as_json()}))

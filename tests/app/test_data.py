@@ -122,7 +122,7 @@ def test_an_interruption_says_what_the_same_command_does(mm_data, monkeypatch):
     def interrupted(_):
         raise KeyboardInterrupt
 
-    for name, words in (("run", "goes on where it was"), ("build", "begins anew")):
+    for name, words in (("run", "goes on where it was"), ("build", "starts over")):
         monkeypatch.setitem(app.data.COMMANDS, name, interrupted)
         code, _, err = mm_data(name)
         assert code == 130 and words in err
