@@ -217,11 +217,16 @@ def _histogram(rule: Rule) -> str:
 
 
 def _least_alike(pairs: pa.Table, said: pa.Table) -> list[tuple[str, str, float]]:
-    """(pair that goes, pair that stays for it, their similarity), those least alike first."""
+    """(pair that goes, pair that stays for it, their similarity), those least alike first; two pictures once."""
     gone = said.filter(pc.field("decision") == "drop").sort_by([("similarity", "ascending"), ("row", "ascending")])
-    gone = gone.slice(0, TWINS)
-    ids = pairs["id"].take(gone["row"]).to_pylist()
-    return list(zip(ids, gone["survivor_id"].to_pylist(), gone["similarity"].to_pylist(), strict=True))
+    ids = pairs["id"].take(gone["row"])
+    pictures = pairs["image_id"].take(gone["row"]).to_pylist()
+    shown: dict[tuple[str, str], tuple[str, str, float]] = {}
+    for number, stays in enumerate(gone["survivor_id"].to_pylist()):
+        if len(shown) == TWINS:
+            break
+        shown.setdefault((pictures[number], stays), (ids[number].as_py(), stays, gone["similarity"][number].as_py()))
+    return list(shown.values())
 
 
 def _twins(lines: list[str], twins: list[tuple[str, str, float]], shown: _Pictures) -> str:

@@ -24,7 +24,7 @@ class Component:
     Attributes:
         size: how many, those that stay among them.
         smallest: similarity between a pair that goes and the one that stays for it.
-        shown: (pair that stays, pairs that go for it with their similarity, least alike first).
+        shown: (pair that stays, pairs that go for it with their similarity, least alike first, each picture once).
     """
 
     size: int
@@ -45,6 +45,7 @@ def components(pairs: pa.Table, said: pa.Table) -> list[Component]:
     """
     gone = said.filter(pc.field("decision") == "drop").sort_by([("similarity", "ascending"), ("row", "ascending")])
     ids = pairs["id"].take(gone["row"]).to_pylist()
+    picture_of = dict(zip(ids, pairs["image_id"].take(gone["row"]).to_pylist(), strict=True))
     groups: dict[str, dict[str, list[tuple[str, float]]]] = {}
     columns = (gone[name].to_pylist() for name in ("component_id", "survivor_id", "similarity"))
     for pair, component, stays, similarity in zip(ids, *columns, strict=True):
@@ -52,10 +53,18 @@ def components(pairs: pa.Table, said: pa.Table) -> list[Component]:
     found = []
     for of in sorted(groups.values(), key=lambda group: -sum(1 + len(some) for some in group.values())):
         largest = sorted(of.items(), key=lambda one: -len(one[1]))[: STAY if len(found) < COMPONENTS else 0]
-        shown = tuple((stays, tuple(some[:GO])) for stays, some in largest)
+        shown = tuple((stays, _of_each_picture(some, picture_of)[:GO]) for stays, some in largest)
         size = sum(1 + len(some) for some in of.values())
         found.append(Component(size, min(some[0][1] for some in of.values()), shown))
     return found
+
+
+def _of_each_picture(pairs: list[tuple[str, float]], picture_of: dict[str, str]) -> tuple[tuple[str, float], ...]:
+    """The first pair of each picture."""
+    first: dict[str, tuple[str, float]] = {}
+    for pair in pairs:
+        first.setdefault(picture_of[pair[0]], pair)
+    return tuple(first.values())
 
 
 def components_html(found: Sequence[Component], figure: Figure) -> str:

@@ -95,6 +95,7 @@ def test_an_embedder_that_sees_too_little_is_found_out(pictures, curate, monkeyp
     assert {found.edit: found.share for found in measured.of_edits}["flipped"] == 1
 
 
+@pytest.mark.slow
 def test_canaries_do_not_depend_on_how_the_pool_lies_and_are_made_once(pool, good_pairs, curate, monkeypatch):
     pairs = {key: pair for key, pair in good_pairs(40).items() if pair[0] != "svg"}
     settings = {"near_duplicates": NEAR, "canaries": CanariesConfig(pictures=6)}
