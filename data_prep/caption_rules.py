@@ -123,8 +123,8 @@ def language_of(caption: str, languages: tuple[str, ...]) -> tuple[str | None, f
 
     A caption of fewer than SHORT words says little: its score is the mean of that of the caption and that of its bare
     words in lower case. With the default thresholds, which were settled on all of them, of one half of Tux Paint's
-    distinct lines (`mm data languages`): of the short ones 90% of 337 English ones pass, and 12% of 18,904 others; of the
-    longer ones 95% of 105, and 1.5% of 5,374.
+    distinct lines (`mm data languages`): of the short ones 90% of 337 English ones pass, and 12% of 18,904 others; of
+    the longer ones 95% of 105, and 1.5% of 5,374.
     """
     text, words = " ".join(caption.split()), re.findall(r"\w+", caption)
     found = _scores(text.lower() if text.isupper() else text)
