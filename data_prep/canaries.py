@@ -25,6 +25,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
 from data_prep.near_duplicates import EDGES, NODES, VECTORS, NearDuplicates
 from data_prep.neighbours import cosine, near_planted
 from data_prep.pool import Places, read_again
+from data_prep.sources import png
 from data_prep.steps import settings_hash
 from data_prep.workers import Engine, in_order
 from vision.reading import MAX_PIXELS, read_picture
@@ -209,12 +210,6 @@ def _jpeg(picture: Image.Image, quality: int) -> bytes:
     return out.getvalue()
 
 
-def _png(picture: Image.Image) -> bytes:
-    out = io.BytesIO()
-    picture.save(out, "PNG", compress_level=1)
-    return out.getvalue()
-
-
 def _scaled(picture: Image.Image, scale: float) -> Image.Image:
     return picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.BICUBIC)
 
@@ -243,15 +238,15 @@ def _blurred(picture: Image.Image) -> Image.Image:
 COPIES: dict[str, Callable[[Image.Image], bytes]] = {
     "jpeg quality 50": lambda picture: _jpeg(picture, 50),
     "jpeg quality 20": lambda picture: _jpeg(picture, 20),
-    "half size": lambda picture: _png(_scaled(picture, 1 / 2)),
-    "quarter size": lambda picture: _png(_scaled(picture, 1 / 4)),
-    "cropped by 3%": lambda picture: _png(_cropped(picture, 0.03)),
-    "cropped by 10%": lambda picture: _png(_cropped(picture, 0.1)),
-    "flipped": lambda picture: _png(ImageOps.mirror(picture)),
-    "text over it": lambda picture: _png(_with_text(picture)),
-    "blurred": lambda picture: _png(_blurred(picture)),
-    "brighter by 15%": lambda picture: _png(ImageEnhance.Brightness(picture).enhance(1.15)),
-    "half the colour": lambda picture: _png(ImageEnhance.Color(picture).enhance(0.5)),
+    "half size": lambda picture: png(_scaled(picture, 1 / 2)),
+    "quarter size": lambda picture: png(_scaled(picture, 1 / 4)),
+    "cropped by 3%": lambda picture: png(_cropped(picture, 0.03)),
+    "cropped by 10%": lambda picture: png(_cropped(picture, 0.1)),
+    "flipped": lambda picture: png(ImageOps.mirror(picture)),
+    "text over it": lambda picture: png(_with_text(picture)),
+    "blurred": lambda picture: png(_blurred(picture)),
+    "brighter by 15%": lambda picture: png(ImageEnhance.Brightness(picture).enhance(1.15)),
+    "half the colour": lambda picture: png(ImageEnhance.Color(picture).enhance(0.5)),
 }
 
 
@@ -320,7 +315,7 @@ def _canaries_of(job: tuple[dict, dict], step: NearDuplicates, sources: Places, 
     second = _picture(other, sources, svg_size)
     for name, imitate in IMPOSTORS.items():
         content = other["image_id"] if imitate is _colours_borrowed else None
-        embedding = _embedding(_png(imitate(picture, second)), step)
+        embedding = _embedding(png(imitate(picture, second)), step)
         made.append(_Canary("impostor", name, row["image_id"], content, embedding))
     return made
 

@@ -36,13 +36,13 @@ from data_prep.pool import Source, parts_of, root_of
 from data_prep.readable import Readable
 from data_prep.report import write_report
 from data_prep.resampling import Resampling, ResamplingConfig
+from data_prep.sources import Locate
 from data_prep.steps import Step
 from data_prep.workers import Engine
 from data_prep.writing import WriteConfig, write
 
 MEASURED, DECIDED, SCORER = "measured.yaml", "decided.yaml", "scorer.txt"
 
-Locate = Callable[[str], Path]  # what a configuration names -> where it lies on this machine
 LoadScorer = Callable[[ClipScoreConfig], PairScorer]  # None where a caller knows no model
 
 

@@ -1,12 +1,14 @@
-"""Files of a source set -> what goes into a shard: its pictures as PNG, its licence beside them."""
+"""Files of a source set -> what goes into a shard: where they lie, pictures as PNG, the licence beside them."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from PIL import Image
 
 from vision.reading import read_picture
+
+Locate = Callable[[str], Path]  # what a configuration names -> where it lies on this machine
 
 
 def to_png(path: Path, size: int) -> bytes:
@@ -24,8 +26,13 @@ def to_png(path: Path, size: int) -> bytes:
     if long_side > size:
         shape = [max(1, round(side * size / long_side)) for side in picture.size]
         picture = picture.resize(shape, Image.Resampling.LANCZOS)
+    return png(picture)
+
+
+def png(picture: Image.Image) -> bytes:
+    """A picture as a PNG file."""
     out = io.BytesIO()
-    picture.save(out, "PNG", optimize=False)
+    picture.save(out, "PNG")
     return out.getvalue()
 
 

@@ -4,10 +4,9 @@ A builder turns each of its tasks (a number, a page, a row of a table) into reco
 the shards are the same bytes for any number of processes, and each time.
 """
 
-import io
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import BrokenExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -18,6 +17,7 @@ import yaml
 from PIL import Image
 
 from data_prep.conversations import Turn, messages_of
+from data_prep.sources import Locate, png
 from data_prep.splits import split_of
 from data_prep.workers import in_order
 from shards.format import Record, make_id
@@ -25,8 +25,6 @@ from shards.writer import ShardWriter
 
 SETTINGS, LEFT_OUT = "built.yaml", "left_out.tsv"  # beside the tars: what they were built from, and what was left out
 CHUNK = 16  # tasks that a worker does at once
-
-Locate = Callable[[str], Path]  # what a configuration names -> where it lies on this machine
 
 
 @dataclass(frozen=True)
@@ -168,13 +166,6 @@ def conversation(
 def writable(name: str) -> str:
     """A file's name as text that can be written: bytes of it that are no UTF-8 become `\\udcXX`, in plain signs."""
     return name.encode(errors="backslashreplace").decode()
-
-
-def png(picture: Image.Image) -> bytes:
-    """A picture as a PNG file."""
-    out = io.BytesIO()
-    picture.save(out, "PNG")
-    return out.getvalue()
 
 
 def check_shares(validation: float, test: float) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from data_prep.builders.browser import print_pdf, require
-from data_prep.builders.building import Builder, LeftOut, Locate, check_shares, conversation, png, writable
+from data_prep.builders.building import Builder, LeftOut, check_shares, conversation, writable
 from data_prep.builders.plotting import FONT_FILES, font, signs_of
-from data_prep.sources import licenses_beside
+from data_prep.sources import Locate, licenses_beside, png
 from data_prep.splits import split_of
 from shards.format import Record
 

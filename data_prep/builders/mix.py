@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from data_prep.builders.building import Builder, LeftOut, Locate
-from data_prep.sources import licenses_beside
+from data_prep.builders.building import Builder, LeftOut
+from data_prep.sources import Locate, licenses_beside
 from shards.format import INDEX_SCHEMA, Record
 from shards.reader import ShardSet
 

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from data_prep.builders.building import Builder, LeftOut, Locate
-from data_prep.sources import licenses_beside
+from data_prep.builders.building import Builder, LeftOut
+from data_prep.sources import Locate, licenses_beside
 from shards.format import Record, make_id, picture_suffixes
 from shards.reader import ShardSet
 
