@@ -31,6 +31,7 @@ from mm.assets import fetch
 from mm.training.command import one_line
 
 DEFAULT_WORK = "runs/data/sample"
+AGAIN = "goes on where it was"
 SHORT_FORMS = {"--clip-score": "--clip_score.threshold", "--duplicates": "--near_duplicates.threshold"}
 
 
@@ -47,10 +48,10 @@ def main(argv: Sequence[str]) -> int:
         COMMANDS[argv[0]](list(argv[1:]))
         return 0
     except (ValueError, OSError, ArgumentError) as error:
-        print(f"mm data: {one_line(error)}{_after(error)}", file=sys.stderr)
+        print(f"mm data: {one_line(error)}{_after(error, argv[:1])}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        again = "starts over; nothing was written" if argv[0] == "build" else "goes on where it was"
+        again = "starts over; nothing was written" if argv[0] == "build" else AGAIN
         print(f"mm data: interrupted; the same command {again}", file=sys.stderr)
         return 130
 
@@ -157,10 +158,11 @@ def load_scorer(config: ClipScoreConfig) -> OpenClip:
     return OpenClip.of_file(config.model, locate(config.pretrained))
 
 
-def _after(error: Exception) -> str:
+def _after(error: Exception, command: Sequence[str]) -> str:
     """What is to be done where nothing more can be written."""
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return "; what stood there before still does: make room, and the same command goes on where it was"
+        again = "starts over" if list(command) == ["build"] else AGAIN
+        return f"; what stood there before still does: make room, and the same command {again}"
     return ""
 
 

@@ -1,5 +1,6 @@
 """`mm data`: a pool to shards and questions about it, by the command alone."""
 
+import errno
 import io
 from pathlib import Path
 
@@ -126,6 +127,16 @@ def test_an_interruption_says_what_the_same_command_does(mm_data, monkeypatch):
         monkeypatch.setitem(app.data.COMMANDS, name, interrupted)
         code, _, err = mm_data(name)
         assert code == 130 and words in err
+
+
+def test_a_full_disk_says_what_the_same_command_does(mm_data, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name, words in (("run", "goes on where it was"), ("build", "starts over")):
+        monkeypatch.setitem(app.data.COMMANDS, name, full)
+        code, _, err = mm_data(name)
+        assert code == 1 and f"make room, and the same command {words}" in err
 
 
 def test_mistakes_are_one_line(home, mm_data):
