@@ -1,0 +1,1 @@
+"""From sound to rows of a language model's input: features, encoders, adapter."""

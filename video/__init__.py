@@ -1,0 +1,1 @@
+"""Frames out of clips, and the module that merges them over time."""
