@@ -1,0 +1,172 @@
+"""From a waveform to log-mel features, their statistics over a corpus, and SpecAugment.
+
+The features are Kaldi's: equal to `torchaudio.compliance.kaldi.fbank` without dither, to rounding.
+Shapes: T frames of 10 ms, 80 mel bins.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SAMPLE_RATE = 16_000
+FRAMES_PER_SECOND = 100
+NUM_MELS = 80
+WINDOW, HOP, FFT = 400, 160, 512  # samples: 25 ms, 10 ms, and the next power of two
+LOW_HZ, HIGH_HZ = 20.0, SAMPLE_RATE / 2
+PREEMPHASIS = 0.97
+INT16_SCALE = 32_768.0  # Kaldi's samples are 16-bit numbers
+CHUNK = 256  # frames at once: their spectra stay in the cache
+
+
+def num_mel_frames(num_samples: int) -> int:
+    """Frames of `log_mel`: windows that fit into the samples whole, 0 for less than 400."""
+    return 0 if num_samples < WINDOW else 1 + (num_samples - WINDOW) // HOP
+
+
+def log_mel(waveform: Tensor) -> Tensor:
+    """Log energies in 80 mel bins, every 10 ms over 25 ms.
+
+    Args:
+        waveform: float32 [samples] at 16 kHz, full scale 1.
+
+    Returns:
+        float32 [T, 80], T = 1 + (samples - 400) // 160.
+
+    Raises:
+        ValueError: another shape or type, or less than one window of 400 samples.
+    """
+    if waveform.dim() != 1 or waveform.dtype is not torch.float32:
+        raise ValueError(f"a waveform is float32 [samples]; this is {waveform.dtype} {list(waveform.shape)}")
+    total = num_mel_frames(len(waveform))
+    if not total:
+        raise ValueError(
+            f"{len(waveform)} samples at 16 kHz are shorter than one window of {WINDOW} (25 ms); give a longer sound"
+        )
+    device = waveform.device
+    window, bank = _window(device), _bank_of_pairs(device)
+    out = torch.empty(total, NUM_MELS, device=device)
+    padded = torch.zeros(min(total, CHUNK), FFT, device=device)  # behind the window it stays 0
+    with torch.no_grad():
+        for start in range(0, total, CHUNK):
+            count = min(CHUNK, total - start)
+            samples = waveform[start * HOP : (start + count - 1) * HOP + WINDOW] * INT16_SCALE
+            frames = samples.unfold(0, WINDOW, HOP)
+            frame, inside = padded[:count], padded[:count, :WINDOW]
+            # Kaldi subtracts each frame's mean, then 0.97 of the sample before; the first sample stands before itself.
+            centred = frames - frames.mean(1, keepdim=True)
+            torch.sub(centred[:, 1:], centred[:, :-1], alpha=PREEMPHASIS, out=inside[:, 1:])
+            torch.mul(centred[:, 0], 1 - PREEMPHASIS, out=inside[:, 0])
+            inside.mul_(window)
+            parts = torch.view_as_real(torch.fft.rfft(frame)).flatten(1)  # real and imaginary parts side by side
+            torch.mm(parts.square_(), bank, out=out[start : start + count])
+        return out.clamp_(min=torch.finfo(torch.float32).eps).log_()
+
+
+@functools.lru_cache(maxsize=4)
+def _window(device: torch.device) -> Tensor:
+    """Kaldi's "povey" window: a symmetric Hann window to the power of 0.85, float32 [400]."""
+    with torch.inference_mode(False):
+        return torch.hann_window(WINDOW, periodic=False, dtype=torch.float64).pow(0.85).float().to(device)
+
+
+@functools.lru_cache(maxsize=4)
+def _bank_of_pairs(device: torch.device) -> Tensor:
+    """The mel bank for squared real and imaginary parts: float32 [2 * 257, 80], each bin's row twice."""
+    with torch.inference_mode(False):
+        return mel_bank().repeat_interleave(2, dim=0).float().to(device)
+
+
+def mel_bank() -> Tensor:
+    """Kaldi's triangles on the mel scale: float64 [257, 80], weights of each spectral bin in each mel bin."""
+
+    def mel(hertz: Tensor | float) -> Tensor:
+        return 1127.0 * torch.log1p(torch.as_tensor(hertz, dtype=torch.float64) / 700.0)
+
+    edges = torch.linspace(float(mel(LOW_HZ)), float(mel(HIGH_HZ)), NUM_MELS + 2, dtype=torch.float64)
+    left, centre, right = edges[:-2], edges[1:-1], edges[2:]
+    bins = mel(torch.arange(FFT // 2, dtype=torch.float64) * SAMPLE_RATE / FFT)[:, None]
+    triangles = torch.minimum((bins - left) / (centre - left), (right - bins) / (right - centre)).clamp_(min=0.0)
+    return torch.cat([triangles, torch.zeros(1, NUM_MELS, dtype=torch.float64)])  # Kaldi leaves out the last bin
+
+
+class FeatureStatistics:
+    """Mean and standard deviation per mel bin over a corpus, in float64; sums over parts of it can be added."""
+
+    def __init__(self) -> None:
+        self.num_frames = 0
+        self.sums = torch.zeros(NUM_MELS, dtype=torch.float64)
+        self.squares = torch.zeros(NUM_MELS, dtype=torch.float64)
+
+    def update(self, mel: Tensor) -> None:
+        """Count one utterance, float32 [T, 80], without padding."""
+        mel = mel.double().cpu()
+        self.num_frames += len(mel)
+        self.sums += mel.sum(0)
+        self.squares += mel.square().sum(0)
+
+    def __add__(self, other: "FeatureStatistics") -> "FeatureStatistics":
+        both = FeatureStatistics()
+        both.num_frames = self.num_frames + other.num_frames
+        both.sums, both.squares = self.sums + other.sums, self.squares + other.squares
+        return both
+
+    def mean_std(self, smallest_std: float = 1e-2) -> tuple[Tensor, Tensor]:
+        """float32 [80] each; a bin that never changes gets `smallest_std`, so that it can be divided by.
+
+        Raises:
+            ValueError: nothing was counted.
+        """
+        if not self.num_frames:
+            raise ValueError("no features were counted; call update with at least one utterance")
+        mean = self.sums / self.num_frames
+        variance = (self.squares / self.num_frames - mean.square()).clamp_(min=0.0)
+        return mean.float(), variance.sqrt().clamp_(min=smallest_std).float()
+
+
+@dataclass(frozen=True)
+class SpecAugmentConfig:
+    """Stripes that are hidden from a training utterance (Park et al. 2019); the defaults are its LibriSpeech policy.
+
+    Attributes:
+        num_time_masks, max_time: stripes over time and the longest, in frames.
+        max_time_share: longest stripe as a share of the utterance, so that short ones are not hidden whole.
+        num_mel_masks, max_mels: stripes over mel bins and the widest.
+    """
+
+    num_time_masks: int = 2
+    max_time: int = 100
+    max_time_share: float = 0.2
+    num_mel_masks: int = 2
+    max_mels: int = 27
+
+    def __post_init__(self) -> None:
+        for name in ("num_time_masks", "max_time", "num_mel_masks", "max_mels"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        if not 0 <= self.max_time_share <= 1:
+            raise ValueError(f"max_time_share is {self.max_time_share}; it must be within 0 and 1")
+        if self.max_mels > NUM_MELS:
+            raise ValueError(f"max_mels is {self.max_mels}, over the {NUM_MELS} bins that there are")
+
+
+def spec_augment(mel: Tensor, config: SpecAugmentConfig, generator: torch.Generator) -> Tensor:
+    """A copy of an utterance's features [T, 80] with stripes of the utterance's own mean per bin."""
+    out, fill = mel.clone(), mel.mean(0)
+    length, bins = mel.shape
+    longest = min(config.max_time, math.floor(config.max_time_share * length))
+    for _ in range(config.num_time_masks):
+        start, end = _stripe(length, longest, generator)
+        out[start:end] = fill
+    for _ in range(config.num_mel_masks):
+        start, end = _stripe(bins, config.max_mels, generator)
+        out[:, start:end] = fill[start:end]
+    return out
+
+
+def _stripe(length: int, longest: int, generator: torch.Generator) -> tuple[int, int]:
+    width = int(torch.randint(longest + 1, (), generator=generator))
+    start = int(torch.randint(length - width + 1, (), generator=generator))
+    return start, start + width

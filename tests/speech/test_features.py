@@ -1,0 +1,95 @@
+"""Features beside torchaudio's Kaldi features, statistics beside those of the whole corpus, and SpecAugment."""
+
+import pytest
+import torch
+from torchaudio.compliance import kaldi
+
+from speech.features import (
+    FeatureStatistics,
+    SpecAugmentConfig,
+    log_mel,
+    num_mel_frames,
+    spec_augment,
+)
+
+
+def noise(samples: int, seed: int = 0) -> torch.Tensor:
+    return 0.1 * torch.randn(samples, generator=torch.Generator().manual_seed(seed))
+
+
+def their_features(waveform: torch.Tensor) -> torch.Tensor:
+    return kaldi.fbank(waveform[None] * 32768, num_mel_bins=80, sample_frequency=16_000, dither=0.0, snip_edges=True)
+
+
+@pytest.mark.parametrize("samples", [400, 559, 560, 16_000, 16_000 * 3 + 77])
+def test_features_are_torchaudios(samples):
+    waveform = noise(samples) + 0.3 * torch.sin(torch.arange(samples) * 0.05) + 0.02
+    features = log_mel(waveform)
+    assert len(features) == num_mel_frames(samples)
+    torch.testing.assert_close(features, their_features(waveform), atol=2e-3, rtol=1e-4)  # logs of fp32 spectra
+    assert (features - their_features(waveform)).abs().mean() < 2e-5
+
+
+def test_silence_and_clipping_have_finite_features():
+    silent = log_mel(torch.zeros(4000))
+    torch.testing.assert_close(silent, their_features(torch.zeros(4000)))
+    clipped = (20 * noise(4000)).clamp(-1, 1)
+    torch.testing.assert_close(log_mel(clipped), their_features(clipped), atol=2e-3, rtol=1e-4)
+
+
+def test_what_is_no_waveform_is_refused():
+    with pytest.raises(ValueError, match="399 samples at 16 kHz are shorter than one window"):
+        log_mel(torch.zeros(399))
+    with pytest.raises(ValueError, match=r"float32 \[samples\]; this is torch.float32 \[2, 4000\]"):
+        log_mel(torch.zeros(2, 4000))
+
+
+def test_statistics_of_parts_are_those_of_the_whole():
+    utterances = [torch.randn(length, 80) * torch.linspace(0.5, 4, 80) - 9 for length in (30, 7, 120)]
+    first, second = FeatureStatistics(), FeatureStatistics()
+    first.update(utterances[0])
+    for utterance in utterances[1:]:
+        second.update(utterance)
+    mean, std = (first + second).mean_std()
+    whole = torch.cat(utterances)
+    torch.testing.assert_close(mean, whole.mean(0))
+    torch.testing.assert_close(std, whole.std(0, correction=0))
+
+
+def test_a_bin_that_never_changes_can_be_divided_by():
+    statistics = FeatureStatistics()
+    with pytest.raises(ValueError, match="no features were counted"):
+        statistics.mean_std()
+    statistics.update(torch.full((50, 80), -15.94))
+    assert (statistics.mean_std()[1] >= 1e-2).all()
+
+
+def test_spec_augment_hides_stripes_within_its_limits():
+    mel = torch.randn(90, 80)
+    config = SpecAugmentConfig(num_time_masks=1, max_time=100, max_time_share=0.2, num_mel_masks=1, max_mels=10)
+    hidden_frames, hidden_bins = [], []
+    for seed in range(40):
+        augmented = spec_augment(mel, config, torch.Generator().manual_seed(seed))
+        changed = augmented != mel
+        hidden_frames.append(int(changed.all(1).sum()))
+        hidden_bins.append(int(changed.all(0).sum()))
+        torch.testing.assert_close(augmented[changed], mel.mean(0).expand_as(mel)[changed])
+    assert 0 < max(hidden_frames) <= 18 and 0 < max(hidden_bins) <= 10
+    assert len(set(hidden_frames)) > 5
+
+
+def test_spec_augment_is_a_function_of_its_generator():
+    mel = torch.randn(50, 80)
+    one, again, other = (
+        spec_augment(mel, SpecAugmentConfig(), torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
+    assert torch.equal(one, again) and not torch.equal(one, other)
+    nothing = SpecAugmentConfig(num_time_masks=0, num_mel_masks=0)
+    assert torch.equal(spec_augment(mel, nothing, torch.Generator()), mel)
+
+
+def test_spec_augment_refuses_impossible_stripes():
+    with pytest.raises(ValueError, match="max_mels is 81, over the 80 bins"):
+        SpecAugmentConfig(max_mels=81)
+    with pytest.raises(ValueError, match="max_time_share"):
+        SpecAugmentConfig(max_time_share=1.5)
