@@ -1,0 +1,162 @@
+"""Whisper's encoder in place of the conformer: the same interface, its own features.
+
+It runs in `transformers`' code, imported here only where used. Whisper was trained on windows of 30 s, silence behind
+a shorter sound: each utterance is encoded in such a window, alone, so what is beside it in a batch changes nothing; and
+none may be longer. Its 50 frames per second are stacked by 2: 25 per second, as the conformer gives.
+Shapes: B utterances, T mel frames of 10 ms, S stacked frames.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from speech.conformer import STACK, frame_mask, num_frames, without_padding
+from speech.features import SAMPLE_RATE
+
+WINDOW_FRAMES = 3000  # mel frames of 30 s
+WINDOW_SAMPLES = 30 * SAMPLE_RATE
+FFT, HOP = 400, 160  # samples
+SHRINK = 2  # mel frames per frame of Whisper's own
+LOWEST = -1.5  # the feature of silence: log10 of 1e-10, plus 4, over 4
+RANGE = 2.0  # features reach this far below an utterance's loudest: 8 of log10, over 4
+
+
+@dataclass(frozen=True)
+class WhisperEncoderConfig:
+    """Shape of the encoder; the defaults are tiny.en's. 80 mel bins, or 128 as from large-v3 on."""
+
+    num_layers: int = 4
+    width: int = 384
+    ffn_width: int = 1536
+    num_heads: int = 6
+    num_mels: int = 80
+    max_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "width", "ffn_width", "num_heads", "num_mels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        if self.width % self.num_heads:
+            raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
+        if not 0 < self.max_seconds <= 30:
+            raise ValueError(f"max_seconds is {self.max_seconds}; Whisper's window takes at most 30")
+
+    @property
+    def output_width(self) -> int:
+        """Channels of the frames that the encoder gives: two of Whisper's side by side."""
+        return STACK // SHRINK * self.width
+
+    @property
+    def max_mel_frames(self) -> int:
+        return num_mel_frames(int(self.max_seconds * SAMPLE_RATE))
+
+    def features(self, waveform: Tensor) -> Tensor:
+        """The features that this encoder takes: float32 [samples] at 16 kHz -> float32 [T, num_mels]."""
+        return whisper_log_mel(waveform, self.num_mels)
+
+
+def num_mel_frames(num_samples: int) -> int:
+    """Frames of `whisper_log_mel`: those whose window touches the sound, at most 3,000."""
+    return min(WINDOW_FRAMES, -(-(num_samples + FFT // 2) // HOP)) if num_samples else 0
+
+
+def whisper_log_mel(waveform: Tensor, num_mels: int = 80) -> Tensor:
+    """Whisper's features of the sound alone; the silence behind it is the encoder's to add.
+
+    Equal to the first T frames of `transformers`' WhisperFeatureExtractor, to rounding.
+
+    Args:
+        waveform: float32 [samples] at 16 kHz, full scale 1.
+
+    Returns:
+        float32 [T, num_mels], T = (samples + 200) / 160 rounded up.
+
+    Raises:
+        ValueError: another shape or type, no samples, or more than 30 s.
+    """
+    if waveform.dim() != 1 or waveform.dtype is not torch.float32:
+        raise ValueError(f"a waveform is float32 [samples]; this is {waveform.dtype} {list(waveform.shape)}")
+    if not 0 < len(waveform) <= WINDOW_SAMPLES:
+        raise ValueError(
+            f"{len(waveform):,} samples at 16 kHz are outside Whisper's window of 1 to {WINDOW_SAMPLES:,} (30 s); "
+            "cut longer sounds before"
+        )
+    device = waveform.device
+    silence = max(0, min(2 * FFT, WINDOW_SAMPLES - len(waveform)))
+    spectrum = torch.stft(
+        F.pad(waveform, (0, silence)), FFT, HOP, window=torch.hann_window(FFT, device=device), return_complex=True
+    )
+    power = spectrum[:, : num_mel_frames(len(waveform))].abs().square()  # [201, T]
+    log = (power.T @ _mel_bank(num_mels).to(device)).clamp_(min=1e-10).log10_()
+    return (torch.maximum(log, log.max() - 4 * RANGE) + 4.0) / 4.0
+
+
+@functools.lru_cache(maxsize=4)
+def _mel_bank(num_mels: int) -> Tensor:
+    """Slaney's mel triangles up to 8 kHz: float32 [201, num_mels]."""
+    from transformers.audio_utils import mel_filter_bank
+
+    bank = mel_filter_bank(FFT // 2 + 1, num_mels, 0.0, 8000.0, SAMPLE_RATE, norm="slaney", mel_scale="slaney")
+    with torch.inference_mode(False):
+        return torch.from_numpy(bank).float()
+
+
+class WhisperEncoder(nn.Module):
+    """Whisper features in, frames of 40 ms out, as `speech.conformer.SpeechEncoder` gives them."""
+
+    def __init__(self, config: WhisperEncoderConfig) -> None:
+        super().__init__()
+        from transformers import WhisperConfig
+        from transformers.models.whisper.modeling_whisper import WhisperEncoder as TransformersEncoder
+
+        self.config = config
+        self.encoder = TransformersEncoder(
+            WhisperConfig(
+                num_mel_bins=config.num_mels,
+                d_model=config.width,
+                encoder_layers=config.num_layers,
+                encoder_attention_heads=config.num_heads,
+                encoder_ffn_dim=config.ffn_width,
+                max_source_positions=WINDOW_FRAMES // SHRINK,
+                dropout=0.0,
+                attention_dropout=0.0,
+                activation_dropout=0.0,
+                encoder_layerdrop=0.0,
+            )
+        )
+
+    def forward(self, mel: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode utterances, each in a window of 30 s.
+
+        Args:
+            mel: features [B, T, num_mels]; what lies beyond an utterance's length is never read.
+            lengths: mel frames of each utterance, int64 [B]; best on the CPU, see `frame_mask`.
+
+        Returns:
+            frames [B, S, 2 * width], zero beyond an utterance's length, and lengths int64 [B] in frames; S is T / 4
+            rounded up.
+
+        Raises:
+            ValueError: lengths outside 1..T, or over 30 s.
+        """
+        num_mel_frames = mel.shape[1]
+        if num_mel_frames > WINDOW_FRAMES:
+            raise ValueError(f"{num_mel_frames} mel frames are over Whisper's window of {WINDOW_FRAMES} (30 s)")
+        window = self._window(mel, frame_mask(lengths, num_mel_frames, mel.device))
+        frames = self.encoder(window.transpose(1, 2).to(self.encoder.conv1.weight.dtype)).last_hidden_state
+        count = num_frames(num_mel_frames)
+        stacked = frames[:, : count * STACK // SHRINK].unflatten(1, (count, -1)).flatten(2)
+        lengths = num_frames(lengths)
+        return without_padding(stacked, frame_mask(lengths, count, mel.device)), lengths
+
+    def _window(self, mel: Tensor, mask: Tensor | None) -> Tensor:
+        """Features [B, T, num_mels] followed by those of silence: [B, 3000, num_mels]."""
+        real = mel if mask is None else mel.masked_fill(~mask[:, :, None], LOWEST)
+        loudest = real.amax((1, 2), keepdim=True)
+        silence = (loudest - RANGE).clamp(min=LOWEST)  # as the features' own lower limit has it
+        if mask is not None:
+            real = torch.where(mask[:, :, None], mel, silence)
+        return torch.cat([real, silence.expand(-1, WINDOW_FRAMES - mel.shape[1], mel.shape[2])], dim=1)

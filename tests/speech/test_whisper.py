@@ -1,0 +1,85 @@
+"""Whisper's encoder behind our interface: features and frames beside `transformers`' own, padding and limits."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
+
+from speech.adapter import num_tokens
+from speech.whisper import WhisperEncoder, WhisperEncoderConfig, num_mel_frames, whisper_log_mel
+
+TINY = WhisperEncoderConfig(num_layers=2, width=16, ffn_width=32, num_heads=2)
+
+
+@pytest.fixture(scope="module")
+def encoder(randomise) -> WhisperEncoder:
+    return randomise(WhisperEncoder(TINY))
+
+
+def tone(samples: int, loudness: float = 0.2) -> torch.Tensor:
+    noise = torch.randn(samples, generator=torch.Generator().manual_seed(samples))
+    return loudness * (0.1 * noise + torch.sin(torch.arange(samples) * 0.08))
+
+
+@pytest.mark.parametrize("num_mels", [80, 128])
+@pytest.mark.parametrize("samples", [1, 160, 5_003, 479_950, 480_000])
+def test_features_are_the_feature_extractors(samples, num_mels):
+    extractor = WhisperFeatureExtractor(feature_size=num_mels)
+    waveform = tone(samples)
+    expected = extractor(waveform.numpy(), sampling_rate=16_000, return_tensors="np")["input_features"][0].T
+    features = whisper_log_mel(waveform, num_mels)
+    assert features.shape == (num_mel_frames(samples), num_mels)
+    np.testing.assert_allclose(features, expected[: len(features)], atol=2e-4)  # logs of fp32 spectra
+    silent = expected[len(features) :]
+    assert np.ptp(silent) == 0 if len(silent) else True  # no frame with sound is left out
+
+
+def test_frames_are_those_of_the_whole_model(encoder):
+    """From the waveform on: features, silence, encoder; two of Whisper's frames side by side."""
+    model = WhisperModel(
+        WhisperConfig(
+            num_mel_bins=80, d_model=16, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=32,
+            decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16, vocab_size=16, pad_token_id=0,
+            bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+        )
+    ).eval()  # fmt: skip
+    model.encoder.load_state_dict(encoder.encoder.state_dict())
+    for waveform in (tone(20_000), tone(33_333, 1e-4), torch.zeros(8_000)):
+        inputs = WhisperFeatureExtractor()(waveform.numpy(), sampling_rate=16_000, return_tensors="pt")
+        mel = whisper_log_mel(waveform)
+        with torch.no_grad():
+            expected = model.encoder(inputs["input_features"]).last_hidden_state[0]  # [1500, 16]
+            frames, lengths = encoder(mel[None], torch.tensor([len(mel)]))
+        assert frames.shape == (1, int(lengths), 32)
+        torch.testing.assert_close(frames[0], expected.reshape(750, 32)[: int(lengths)], atol=5e-4, rtol=1e-3)
+
+
+def test_padding_changes_nothing(encoder, padded):
+    rows = [whisper_log_mel(tone(samples, loud)) for samples, loud in ((9_000, 0.5), (16_000, 0.01), (100, 0.2))]
+    with torch.no_grad():
+        frames, lengths = encoder(*padded(rows, extra=3))
+        for row, mel in enumerate(rows):
+            alone, alone_lengths = encoder(mel[None], torch.tensor([len(mel)]))
+            length = int(alone_lengths)
+            assert length == int(lengths[row])
+            torch.testing.assert_close(frames[row, :length], alone[0], atol=1e-5, rtol=1e-4)
+            assert not frames[row, length:].any()
+
+
+def test_tokens_per_second_are_the_conformers():
+    config = WhisperEncoderConfig()
+    assert config.output_width == 768
+    assert num_tokens(config.max_mel_frames) == 375  # 30 s at 12.5 tokens per second
+
+
+def test_limits_are_refused(encoder):
+    with pytest.raises(ValueError, match=r"480,001 samples at 16 kHz are outside Whisper's window"):
+        whisper_log_mel(torch.zeros(480_001))
+    with pytest.raises(ValueError, match="outside Whisper's window"):
+        whisper_log_mel(torch.zeros(0))
+    with pytest.raises(ValueError, match=r"3001 mel frames are over Whisper's window of 3000"):
+        encoder(torch.zeros(1, 3001, 80), torch.tensor([3001]))
+    with pytest.raises(ValueError, match="at most 30"):
+        WhisperEncoderConfig(max_seconds=60)
+    with pytest.raises(ValueError, match="not a multiple"):
+        WhisperEncoderConfig(width=10, num_heads=4)
