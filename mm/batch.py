@@ -1,7 +1,7 @@
 """From samples to a batch, and which vision tokens each text token sees.
 
-Rows are right-padded text; images of all rows stand in one list, row by row. Visibility is an interval of the row's
-own vision tokens per text token, and becomes a mask only where one is needed.
+Rows are right-padded text; images of all rows stand in one list, row by row, and so do clips and utterances. Visibility
+is an interval of the row's own vision tokens per text token, and becomes a mask only where one is needed.
 Shapes: B rows, R rows that hold images, T text tokens, S vision tokens of the row that holds most.
 """
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from video.sampling import Clip
 from vision.tiling import Tiles
 
 IGNORED = -100  # a label that takes no part in the loss
@@ -21,14 +22,19 @@ class Sample:
     """One sequence.
 
     Attributes:
-        tokens: ids, with one `model.config.image_token_id` per image, in order.
+        tokens: ids, with one `model.config.image_token_id` per image, in order; one `video_token_id` per clip; and per
+            utterance a `speech_start_id`, `speech.adapter.num_tokens(T)` times `audio_token_id`, a `speech_end_id`.
         labels: tokens[i] where it is a target, else -100; the loss does the shift. None: nothing is a target.
         images: the images in the order of their tokens.
+        videos: the clips in the order of their tokens.
+        speech: log-mel features of the utterances in the order of their tokens, each float32 [T, 80], 10 ms a frame.
     """
 
     tokens: list[int]
     labels: list[int] | None = None
     images: list[Tiles] = field(default_factory=list)
+    videos: list[Clip] = field(default_factory=list)
+    speech: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
@@ -41,6 +47,7 @@ class Batch:
         images: every image of the batch, row by row.
         images_per_row: number of images of each row.
         labels: int64 [B, T], -100 where there is no target; None where no sample had labels.
+        videos, videos_per_row, speech, speech_per_row: the clips and the utterances, likewise.
         on_host: the batch that `to` moved to a device.
     """
 
@@ -49,6 +56,10 @@ class Batch:
     images: list[Tiles]
     images_per_row: list[int]
     labels: Tensor | None = None
+    videos: list[Clip] = field(default_factory=list)
+    videos_per_row: list[int] = field(default_factory=list)
+    speech: list[Tensor] = field(default_factory=list)
+    speech_per_row: list[int] = field(default_factory=list)
     on_host: "Batch | None" = field(default=None, repr=False)
 
     @property
@@ -63,6 +74,10 @@ class Batch:
             [tiles.to(device) for tiles in self.images],
             self.images_per_row,
             None if self.labels is None else self.labels.to(device, non_blocking=True),
+            [clip.to(device) for clip in self.videos],
+            self.videos_per_row,
+            [mel.to(device, non_blocking=True) for mel in self.speech],
+            self.speech_per_row,
             self.host,
         )
 
@@ -100,6 +115,10 @@ def collate(samples: Sequence[Sample]) -> Batch:
         [tiles for sample in samples for tiles in sample.images],
         [len(sample.images) for sample in samples],
         labels,
+        [clip for sample in samples for clip in sample.videos],
+        [len(sample.videos) for sample in samples],
+        [mel for sample in samples for mel in sample.speech],
+        [len(sample.speech) for sample in samples],
     )
 
 
@@ -188,3 +207,17 @@ class Visibility:
             padded = packed.new_zeros(self.num_rows * self.most, *packed.shape[1:])
             packed = padded.index_copy_(0, self.places, packed)
         return packed.unflatten(0, (self.num_rows, self.most))
+
+
+@dataclass
+class Sight:
+    """What the blocks of one kind attend to.
+
+    Attributes:
+        visible: who sees which of the tokens.
+        tokens: vision tokens of the LM's width, packed row by row, [sum of S, D]; None where the blocks' caches hold
+            what they need of them.
+    """
+
+    visible: Visibility
+    tokens: Tensor | None = None

@@ -1,8 +1,8 @@
 """The run folder: what training leaves, and what `mm.load` brings back.
 
     config.yaml                     shapes of all parts, the processor's settings, hashes; written last
-    vision_encoder.safetensors      one file per part
-    image_adapter.safetensors
+    vision_encoder.safetensors      one file per part that there is
+    image_adapter.safetensors       (video_adapter, speech_encoder, speech_adapter)
     extra_embeddings.safetensors
     tokenizer/                      the language model's tokenizer
     language_model.safetensors      only with `bundle`; else the frozen LM is named by path and SHA-256
@@ -17,7 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -32,7 +32,6 @@ from mm.config import ModelConfig, from_dict, to_dict, usable_device
 from mm.convert import mllama_config
 from mm.convert.folder import read_config as folder_config
 from mm.convert.report import put
-from mm.cross_attention import ImageAdapter, ImageAdapterConfig
 from mm.language_model import LanguageModel, LanguageModelConfig
 from mm.model import MultimodalModel
 from mm.processor import Processor
@@ -40,13 +39,7 @@ from vision.encoder import VisionEncoder, VisionEncoderConfig, at_tile_size
 
 FORMAT = 1
 CONFIG_FILE = "config.yaml"
-OF_ITS_OWN = (
-    "norm_eps",
-    "rotary",
-    "context",
-    "stop_tokens",
-    "tied_embeddings",
-)  # what may differ between LMs of a shape
+PARTS = ("vision_encoder", "image_adapter", "video_adapter", "speech_encoder", "speech_adapter")
 
 
 def load(
@@ -79,49 +72,6 @@ def load(
     return model.to(device=device, dtype=dtype).eval(), processor
 
 
-def assemble(
-    language_model: LanguageModel, vision_encoder: VisionEncoder, adapter: ImageAdapterConfig, seed: int = 0
-) -> MultimodalModel:
-    """A model from a language model and an encoder that exist, with a new adapter between them.
-
-    The extra input rows are drawn at the scale of the language model's own table.
-    """
-    config = ModelConfig(language_model.config, vision_encoder.config, adapter)
-    with torch.device("meta"):
-        model = MultimodalModel(config)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model.image_adapter = ImageAdapter(adapter, config.language_model, config.vision_encoder.feature_size)
-        table = language_model.model.embed_tokens.weight
-        rows = torch.randn(model.extra_embeddings.shape) * table.float().std()
-    model.extra_embeddings = nn.Parameter(rows.to(table.dtype), requires_grad=False)
-    model.language_model = language_model
-    model.vision_encoder = vision_encoder
-    return model
-
-
-def exchange_language_model(model: MultimodalModel, other: LanguageModel) -> None:
-    """Put another language model of the same shape in the place of the model's own (paper §7.5.1).
-
-    Angles, context and stop tokens become the other's.
-
-    Raises:
-        ValueError: another shape; names the fields that differ.
-    """
-    old, new = asdict(model.config.language_model), asdict(other.config)
-    differing = [
-        f"{name} {new[name]} in place of {old[name]}"
-        for name in old
-        if name not in OF_ITS_OWN and old[name] != new[name]
-    ]
-    if differing:
-        raise ValueError(
-            f"the language model has {', '.join(differing)}; the adapter fits one of the shape it was trained with"
-        )
-    model.language_model = other
-    model.config = replace(model.config, language_model=other.config)
-
-
 def save(
     folder: str | Path,
     model: MultimodalModel,
@@ -141,7 +91,7 @@ def save(
     if language_model is None and not bundle:
         raise ValueError("say where the language model lies (language_model=...), or copy it in (bundle=True)")
     parts: dict[str, dict[str, Tensor]] = {"extra_embeddings": {"extra_embeddings": model.extra_embeddings}}
-    for name in ("vision_encoder", "image_adapter"):
+    for name in PARTS:
         if getattr(model, name) is not None:
             parts[name] = getattr(model, name).state_dict()
     if bundle:
@@ -158,11 +108,7 @@ def save(
         description = {
             "format": FORMAT,
             "model": to_dict(model.config),
-            "processor": {
-                "max_tiles": processor.max_tiles,
-                "caption_prompt": processor.caption_prompt,
-                "chat_template": processor.chat_template,
-            },
+            "processor": processor.settings(),
             "language_model": origin,
             "parts": hashes,
         }
@@ -218,6 +164,13 @@ def read_shape(folder: str | Path) -> ModelConfig:
     return _run_config(folder, read_description(folder))
 
 
+def language_model_of(folder: str | Path) -> str | None:
+    """Where the language model of a run folder lies; None where the folder itself holds it."""
+    folder = Path(folder)
+    origin = read_description(folder)["language_model"] if (folder / CONFIG_FILE).is_file() else None
+    return None if origin is None else origin["path"]
+
+
 def hash_weights(path: str | Path) -> str:
     """SHA-256 of a GGUF file, or of a folder's safetensors files taken in the order of their names."""
     path = Path(path)
@@ -265,7 +218,7 @@ def _load_run(folder: Path, language_model: str | Path | None) -> tuple[Multimod
         put(model.language_model, read_part(folder, "language_model", description), source=folder)
     else:
         model.language_model = _load_origin(folder, origin, config.language_model, language_model)
-    for name in ("vision_encoder", "image_adapter"):
+    for name in PARTS:
         if getattr(model, name) is not None:
             put(getattr(model, name), read_part(folder, name, description), source=folder / f"{name}.safetensors")
     rows = read_part(folder, "extra_embeddings", description)["extra_embeddings"]

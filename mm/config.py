@@ -7,6 +7,11 @@ import torch
 
 from mm.cross_attention import ImageAdapterConfig
 from mm.language_model import LanguageModelConfig
+from mm.video_adapter import VideoAdapterConfig
+from speech.adapter import SpeechAdapterConfig
+from speech.conformer import SpeechEncoderConfig
+from speech.whisper import WhisperEncoderConfig
+from video.aggregator import AggregatorConfig
 from vision.encoder import VisionEncoderConfig
 
 NUM_EXTRA_TOKENS = 8  # rows beside the LM's table: image, video, audio, speech start, speech end, three spare
@@ -17,13 +22,18 @@ class ModelConfig:
     """A language model and the parts that stand beside it; an absent part is None.
 
     Attributes:
-        image_token_id: the placeholder of an image; None is the first id after the language model's vocabulary.
+        speech_encoder: our conformer's or Whisper's.
+        image_token_id: the placeholder of an image; None is the first id after the language model's vocabulary. Those
+            of a clip and of sound, and the marks around an utterance, are the four ids after that first one.
     """
 
     language_model: LanguageModelConfig
     vision_encoder: VisionEncoderConfig | None = None
     image_adapter: ImageAdapterConfig | None = None
     image_token_id: int | None = None
+    video_adapter: VideoAdapterConfig | None = None
+    speech_encoder: SpeechEncoderConfig | WhisperEncoderConfig | None = None
+    speech_adapter: SpeechAdapterConfig | None = None
 
     def __post_init__(self) -> None:
         vocab = self.language_model.vocab_size
@@ -36,6 +46,26 @@ class ModelConfig:
             )
         if (self.vision_encoder is None) != (self.image_adapter is None):
             raise ValueError("a model that sees needs both vision_encoder and image_adapter; one of them is missing")
+        if self.video_adapter is not None and self.image_adapter is None:
+            raise ValueError("a video_adapter stands among the blocks of an image_adapter, and there is none")
+        if (self.speech_encoder is None) != (self.speech_adapter is None):
+            raise ValueError("a model that hears needs both speech_encoder and speech_adapter; one of them is missing")
+
+    @property
+    def video_token_id(self) -> int:
+        return self.language_model.vocab_size + 1
+
+    @property
+    def audio_token_id(self) -> int:
+        return self.language_model.vocab_size + 2
+
+    @property
+    def speech_start_id(self) -> int:
+        return self.language_model.vocab_size + 3
+
+    @property
+    def speech_end_id(self) -> int:
+        return self.language_model.vocab_size + 4
 
 
 LANGUAGE_MODELS = {
@@ -50,16 +80,22 @@ def preset(name: str, tile_size: int = 336, video: bool = False, speech: bool = 
 
     Args:
         tile_size: side of a tile in pixels, a multiple of 14 (336 in pre-training; released models have 448 and 560).
-        video, speech: parts that this version does not have yet.
+        video: with the paper's temporal aggregator and video blocks too.
+        speech: with the paper's conformer and speech adapter too.
 
     Raises:
-        ValueError: an unknown name, a tile size that patches do not fill, or a part that is not there.
+        ValueError: an unknown name, or a tile size that patches do not fill.
     """
     if name not in LANGUAGE_MODELS:
         raise ValueError(f"there is no preset {name!r}; there are {', '.join(LANGUAGE_MODELS)}")
-    if video or speech:
-        raise ValueError("this version has no video or speech adapter; leave video and speech at False")
-    return ModelConfig(LANGUAGE_MODELS[name], VisionEncoderConfig(tile_size=tile_size), ImageAdapterConfig())
+    return ModelConfig(
+        LANGUAGE_MODELS[name],
+        VisionEncoderConfig(tile_size=tile_size),
+        ImageAdapterConfig(),
+        video_adapter=VideoAdapterConfig() if video else None,
+        speech_encoder=SpeechEncoderConfig() if speech else None,
+        speech_adapter=SpeechAdapterConfig() if speech else None,
+    )
 
 
 def usable_device(name: torch.device | str) -> torch.device:
@@ -100,6 +136,8 @@ def _build(kind: type, values: dict):
     built = {}
     for name, value in values.items():
         nested = _NESTED.get((kind, name))
+        if nested is SpeechEncoderConfig and value is not None and "kernel_size" not in value:
+            nested = WhisperEncoderConfig  # `to_dict` writes every field, and only a conformer has this one
         if nested is not None and value is not None:
             value = _build(nested, value)
         built[name] = tuple(value) if isinstance(value, list) else value
@@ -110,5 +148,9 @@ _NESTED = {
     (ModelConfig, "language_model"): LanguageModelConfig,
     (ModelConfig, "vision_encoder"): VisionEncoderConfig,
     (ModelConfig, "image_adapter"): ImageAdapterConfig,
+    (ModelConfig, "video_adapter"): VideoAdapterConfig,
+    (ModelConfig, "speech_encoder"): SpeechEncoderConfig,
+    (ModelConfig, "speech_adapter"): SpeechAdapterConfig,
+    (VideoAdapterConfig, "aggregator"): AggregatorConfig,
     (LanguageModelConfig, "rotary"): LanguageModelConfig.__dataclass_fields__["rotary"].default_factory,
 }

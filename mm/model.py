@@ -1,20 +1,31 @@
-"""The whole forward pass, in one file: a frozen language model with eyes.
+"""The whole forward pass, in one file: a frozen language model with eyes and ears.
 
     images -> vision_encoder -> projection -> vision tokens (once)
-    tokens -> embedding -> LM layers, with a cross-attention block between them at the adapter's positions -> logits
+    clips -> vision_encoder -> video_adapter.aggregator -> vision tokens of their own (once)
+    utterances -> speech_encoder -> speech_adapter -> rows of the language model's input
+    tokens -> embedding -> LM layers, with cross-attention blocks between them at the adapters' positions -> logits
 
 Shapes: B rows, T text tokens, V vocabulary, D width of the language model, S vision tokens.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from layers.attention import DecodeStep, KeyValueCache
-from mm.batch import IGNORED, Batch, Visibility, visibility_intervals
+from mm.batch import IGNORED, Batch, Sight, Visibility, visibility_intervals
 from mm.config import NUM_EXTRA_TOKENS, ModelConfig
-from mm.cross_attention import ImageAdapter, VisionCache
+from mm.cross_attention import CrossAttentionBlock, ImageAdapter, VisionCache
 from mm.language_model import LanguageModel
+from mm.video_adapter import VideoAdapter
+from speech.adapter import SpeechAdapter, num_tokens
+from speech.conformer import SpeechEncoder
+from speech.whisper import WhisperEncoder, WhisperEncoderConfig
 from vision.encoder import VisionEncoder
+
+Seen = dict[str, Sight]  # what is there to be seen: of "image", of "video"; nothing of what a batch does not hold
 
 
 class Cache:
@@ -31,9 +42,8 @@ class Cache:
         self.layers = [
             KeyValueCache(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in range(config.num_layers)
         ]
-        positions = model.image_adapter.positions if model.image_adapter else ()
-        self.vision = {position: VisionCache() for position in positions}
-        self.visible: Visibility | None = None  # what the last token of each row sees
+        self.vision = {place: VisionCache() for place in model.blocks()}
+        self.seen: Seen = {}  # what the last token of each row sees
 
 
 class MultimodalModel(nn.Module):
@@ -52,6 +62,18 @@ class MultimodalModel(nn.Module):
         if config.image_adapter:
             feature_size = config.vision_encoder.feature_size
             self.image_adapter = ImageAdapter(config.image_adapter, config.language_model, feature_size)
+        self.video_adapter = None
+        if config.video_adapter:
+            self.video_adapter = VideoAdapter(
+                config.video_adapter, config.language_model, self.image_adapter.positions, feature_size
+            )
+        self.speech_encoder = self.speech_adapter = None
+        if config.speech_encoder:
+            kind = WhisperEncoder if isinstance(config.speech_encoder, WhisperEncoderConfig) else SpeechEncoder
+            self.speech_encoder = kind(config.speech_encoder)
+            self.speech_adapter = SpeechAdapter(
+                config.speech_adapter, config.speech_encoder.output_width, config.language_model.hidden_size
+            )
         # Inputs that the LM's own table lacks. Frozen: training an input row would send the backward pass down to the
         # first layer, while it otherwise ends at the first block.
         width = config.language_model.hidden_size
@@ -72,13 +94,13 @@ class MultimodalModel(nn.Module):
             cache: filled on the way, for `decode` to go on from.
 
         Raises:
-            ValueError: image tokens and images that do not match, a token outside the vocabulary, text longer than
-                the context, or images for a model without eyes.
+            ValueError: placeholders that do not match images, clips and utterances, a token outside the vocabulary,
+                text longer than the context, or something to see or hear for a model without eyes or ears.
         """
         self._check(batch)
-        vision, visible = self._look(batch, cache)
+        seen = self._look(batch, cache)
         positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-        x = self._walk(self.embed(batch.tokens), positions, vision, visible, cache)
+        x = self._walk(self._listen(self.embed(batch.tokens), batch), positions, seen, cache)
         return self.language_model.model.norm(x)
 
     def decode(self, tokens: Tensor, positions: Tensor, step: DecodeStep, cache: Cache) -> Tensor:
@@ -86,13 +108,13 @@ class MultimodalModel(nn.Module):
 
         New tokens go on seeing what the last token of their row's prompt saw.
         """
-        x = self._walk(self.embed(tokens), positions, None, cache.visible, cache, step)
+        x = self._walk(self.embed(tokens), positions, cache.seen, cache, step)
         return self.language_model.lm_head(self.language_model.model.norm(x)[:, -1])
 
     @torch.no_grad()
-    def fit_inputs(self, batch: Batch) -> None:
-        """Start the image adapter from the hidden states before the answers of `batch`; see
-        `CrossAttentionBlock.fit_inputs`.
+    def fit_inputs(self, batch: Batch, kind: str = "image") -> None:
+        """Start the image adapter's blocks, or the "video" adapter's, from the hidden states before the answers of
+        `batch`; see `CrossAttentionBlock.fit_inputs`.
 
         Raises:
             ValueError: a batch without targets.
@@ -101,10 +123,10 @@ class MultimodalModel(nn.Module):
             raise ValueError("fit_inputs is given samples without targets; it needs the tokens before some answers")
         targets = batch.labels != IGNORED
         asked = nn.functional.pad(targets[:, 1:] & ~targets[:, :-1], (0, 1))  # the next token begins an answer
-        blocks = self.image_adapter.blocks
         hooks = [
             block.register_forward_pre_hook(lambda block, inputs: block.fit_inputs(inputs[0][asked]))
-            for block in blocks
+            for (_, looks_at), block in self.blocks().items()
+            if looks_at == kind
         ]
         try:
             self.hidden_states(batch)
@@ -119,12 +141,21 @@ class MultimodalModel(nn.Module):
         embedded = table(torch.where(extra < 0, tokens, 0))
         return torch.where(extra[..., None] < 0, embedded, self.extra_embeddings[extra.clamp(min=0)].to(embedded.dtype))
 
+    def blocks(self) -> dict[tuple[int, str], CrossAttentionBlock]:
+        """Each cross-attention block that is held here, under the number of LM layers before it and what it sees."""
+        adapters = (("video", self.video_adapter), ("image", self.image_adapter))
+        return {
+            (depth, kind): block
+            for kind, adapter in adapters
+            if adapter is not None
+            for depth, block in adapter.by_position().items()
+        }
+
     def _walk(
         self,
         x: Tensor,
         positions: Tensor,
-        vision: Tensor | None,
-        visible: Visibility | None,
+        seen: Seen,
         cache: Cache | None = None,
         step: DecodeStep | None = None,
         layers: range | None = None,
@@ -133,41 +164,81 @@ class MultimodalModel(nn.Module):
         held there -> [B, T, D]."""
         decoder = self.language_model.model
         layers = layers or range(len(decoder.layers))
-        blocks = self.image_adapter.by_position() if visible is not None else {}
+        blocks = self.blocks()
         rotary = self.language_model.angles(positions, x.dtype)
         for depth in range(layers.start, layers.stop + 1):
-            if depth in blocks:
-                x = blocks[depth](x, visible, vision, cache.vision[depth] if cache else None)
+            for kind in ("video", "image"):  # at the same depth the clip's block comes first (paper §7.3)
+                if kind in seen and (depth, kind) in blocks:
+                    kept = cache.vision[depth, kind] if cache else None
+                    x = blocks[depth, kind](x, seen[kind].visible, seen[kind].tokens, kept)
             if depth < layers.stop:
                 x = decoder.layers[depth](x, rotary, cache.layers[depth] if cache else None, step)
         return x
 
-    def _look(self, batch: Batch, cache: Cache | None) -> tuple[Tensor | None, Visibility | None]:
-        """The batch's projected vision tokens [sum of S, D] and who sees them; (None, None) without images."""
-        if not batch.images:
-            return None, None
-        counts = [self.vision_encoder.num_vision_tokens(tiles) for tiles in batch.images]
+    def _look(self, batch: Batch, cache: Cache | None) -> Seen:
+        """The vision tokens of what the batch holds, and who sees them."""
+        encoder, seen = self.vision_encoder, {}
+        if batch.images:
+            counts = [encoder.num_vision_tokens(tiles) for tiles in batch.images]
+            vision = self.image_adapter.projection(encoder(batch.images))
+            # Every block uses the vision tokens, so their gradient is summed in the type they have here: FP32, also
+            # where autocast gives bf16.
+            vision = vision.to(self.image_adapter.projection.weight.dtype)
+            seen["image"] = self._sight("image", counts, vision, batch, cache)
+        if batch.videos:
+            groups = self.config.video_adapter.aggregator.num_groups
+            counts = [groups(len(clip.frames)) * encoder.num_vision_tokens(clip.frames[0]) for clip in batch.videos]
+            vision = self.video_adapter(batch.videos, encoder)
+            vision = vision.to(self.video_adapter.aggregator.output.weight.dtype)  # likewise
+            seen["video"] = self._sight("video", counts, vision, batch, cache)
+        return seen
+
+    def _sight(self, kind: str, counts: Sequence[int], vision: Tensor, batch: Batch, cache: Cache | None) -> Sight:
+        """Args: counts: vision tokens of each image, or of each clip, of the batch."""
+        host, device, (token_id, per_row) = batch.host, batch.tokens.device, self._placed(batch)[kind]
         ends = torch.tensor([0, *counts]).cumsum(0)
-        rows = torch.tensor([0, *batch.images_per_row]).cumsum(0)
+        rows = torch.tensor([0, *per_row]).cumsum(0)
         counts_per_row = ends[rows].diff().tolist()
-        host, device = batch.host, batch.tokens.device
-        intervals = visibility_intervals(self._is_image(host), batch.images_per_row, counts)
+        intervals = visibility_intervals(_found(host, token_id), per_row, counts)
         if cache is not None:
             last = intervals[torch.arange(len(intervals), device=intervals.device), host.lengths - 1]
-            cache.visible = Visibility(last[:, None], counts_per_row, device)
-        projection = self.image_adapter.projection
-        # Every block uses the vision tokens, so their gradient is summed here: in FP32, also where autocast gives bf16.
-        vision = projection(self.vision_encoder(batch.images)).to(projection.weight.dtype)
-        return vision, Visibility(intervals, counts_per_row, device)
+            cache.seen[kind] = Sight(Visibility(last[:, None], counts_per_row, device))
+        return Sight(Visibility(intervals, counts_per_row, device), vision)
 
-    def _is_image(self, batch: Batch) -> Tensor:
-        real = torch.arange(batch.tokens.shape[1], device=batch.tokens.device) < batch.lengths[:, None]
-        return (batch.tokens == self.config.image_token_id) & real
+    def _listen(self, x: Tensor, batch: Batch) -> Tensor:
+        """Embedded tokens [B, T, D], with what is heard in the audio tokens' rows and the adapter's marks around it."""
+        if not batch.speech:
+            return x
+        # What is longer than the encoder takes is cut; the pieces' tokens follow each other.
+        pieces = [piece for mel in batch.speech for piece in mel.split(self.config.speech_encoder.max_mel_frames)]
+        lengths = torch.tensor([len(piece) for piece in pieces])
+        heard, counts = self.speech_adapter(*self.speech_encoder(pad_sequence(pieces, batch_first=True), lengths))
+        packed = torch.cat([row[:count] for row, count in zip(heard, counts.tolist(), strict=True)])
+        rows, columns = (
+            places.to(x.device, non_blocking=True)
+            for places in _found(batch.host, self.config.audio_token_id).nonzero(as_tuple=True)
+        )
+        x = x.to(packed.dtype).index_put((rows, columns), packed)
+        marks = (self.config.speech_start_id, self.config.speech_end_id)
+        for token_id, mark in zip(marks, self.speech_adapter.boundaries, strict=True):
+            x = torch.where((batch.tokens == token_id)[..., None], mark, x)
+        return x
+
+    def _placed(self, batch: Batch) -> dict[str, tuple[int, list[int]]]:
+        """Of each kind of thing that stands in the text as one token: the token, and how many each row has."""
+        placed = {"image": (self.config.image_token_id, batch.images_per_row)}
+        if self.video_adapter is not None:
+            placed["video"] = (self.config.video_token_id, batch.videos_per_row or [0] * len(batch.tokens))
+        return placed
 
     def _check(self, batch: Batch) -> None:
         config, batch = self.config, batch.host
         if batch.images and self.vision_encoder is None:
             raise ValueError("the batch holds images and the model has no vision_encoder")
+        if batch.videos and self.video_adapter is None:
+            raise ValueError("the batch holds clips and the model has no video_adapter")
+        if batch.speech and self.speech_encoder is None:
+            raise ValueError("the batch holds speech and the model has no speech_encoder")
         if batch.tokens.shape[1] > config.language_model.context:
             raise ValueError(
                 f"the text has {batch.tokens.shape[1]} tokens; the language model's context is "
@@ -177,10 +248,28 @@ class MultimodalModel(nn.Module):
         low, high = int(batch.tokens.min()), int(batch.tokens.max())
         if low < 0 or high >= limit:
             raise ValueError(f"token {low if low < 0 else high} lies outside the vocabulary, 0..{limit - 1}")
-        placeholders = self._is_image(batch).sum(1).tolist()
-        for row, (found, given) in enumerate(zip(placeholders, batch.images_per_row, strict=True)):
-            if found != given:
+        for kind, (token_id, per_row) in self._placed(batch).items():
+            placeholders = _found(batch, token_id).sum(1).tolist()
+            for row, (found, given) in enumerate(zip(placeholders, per_row, strict=True)):
+                if found != given:
+                    raise ValueError(
+                        f"row {row} has {found} {kind} tokens (id {token_id}) and {given} {kind}s; "
+                        f"put one token where each {kind} stands"
+                    )
+        if self.speech_encoder is None:
+            return
+        mels = iter(batch.speech)
+        found = _found(batch, config.audio_token_id).sum(1).tolist()
+        for row, number in enumerate(batch.speech_per_row or [0] * len(batch.tokens)):
+            needed = sum(num_tokens(len(next(mels))) for _ in range(number))
+            if found[row] != needed:
                 raise ValueError(
-                    f"row {row} has {found} image tokens (id {config.image_token_id}) and {given} images; "
-                    "put one token where each image stands"
+                    f"row {row} has {found[row]} audio tokens (id {config.audio_token_id}) and {number} utterances, "
+                    f"which take {needed}: speech.adapter.num_tokens(T) each"
                 )
+
+
+def _found(batch: Batch, token_id: int) -> Tensor:
+    """Where a token stands within the rows' lengths: bool [B, T]."""
+    real = torch.arange(batch.tokens.shape[1], device=batch.tokens.device) < batch.lengths[:, None]
+    return (batch.tokens == token_id) & real

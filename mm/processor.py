@@ -1,29 +1,47 @@
-"""From messages and pictures to samples: chat template, placeholders, tiles; and from tokens back to text.
+"""From messages with pictures, clips and sound to samples: chat template, placeholders; and from tokens back to text.
 
-Images stand in the rendered text as a mark of ours; the text around the marks is tokenised piece by piece, and each
-mark becomes the model's image token. So any tokenizer serves, whether or not it knows images.
+Media stand in the rendered text as marks of ours; the text around the marks is tokenised piece by piece, and each mark
+becomes the model's own tokens for it. So any tokenizer serves, whether or not it knows images.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import jinja2
+import torch
 from PIL import Image
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mm.batch import IGNORED, Sample
 from mm.config import ModelConfig
-from shards.format import Record, picture_suffixes
+from shards.format import CLIPS, Record, picture_suffixes
+from speech.adapter import num_tokens
+from speech.reading import read_sound
+from video.sampling import Clip, sample_frames
 from vision.reading import read_picture, to_rgb
 from vision.tiling import Tiles, tile_image
 
-IMAGE_MARK = "<|mm-image|>"
+IMAGE_MARK, VIDEO_MARK, AUDIO_MARK = "<|mm-image|>", "<|mm-video|>", "<|mm-audio|>"
+MARKS = re.compile("(" + "|".join(map(re.escape, (IMAGE_MARK, VIDEO_MARK, AUDIO_MARK))) + ")")
+Source = Image.Image | str | Path | bytes  # of a picture; of a clip and of sound, a file or its bytes
 
 # For language models that come without a chat template.
 PLAIN_TEMPLATE = (
     "{{ bos_token or '' }}{% for message in messages %}{% if message.role == 'assistant' %}"
     "{{ message.content }}{{ eos_token }}{{ '\\n' }}{% else %}{{ message.content + '\\n' }}{% endif %}{% endfor %}"
 )
+
+
+@dataclass
+class Media:
+    """What the messages hold besides text, each kind in order."""
+
+    images: list[Tiles] = field(default_factory=list)
+    videos: list[Clip] = field(default_factory=list)
+    speech: list[Tensor] = field(default_factory=list)
 
 
 class Processor:
@@ -34,8 +52,10 @@ class Processor:
         config: of the model; gives tile size, image token and stop tokens.
         max_tiles: tiles per picture at most.
         caption_prompt: what the user asks for when a picture is to be captioned; None leaves the chat form out, so
-            that the caption follows the picture directly.
+            that the caption follows the picture directly. video_prompt: the same for clips.
         chat_template: a Jinja template in place of the tokenizer's.
+        max_frames: frames per clip at most.
+        max_frame_tiles: tiles per frame at most; None is `max_tiles`.
     """
 
     def __init__(
@@ -45,8 +65,12 @@ class Processor:
         max_tiles: int | None = None,
         caption_prompt: str | None = "Describe the picture.",
         chat_template: str | None = None,
+        max_frames: int = 64,
+        max_frame_tiles: int | None = None,
+        video_prompt: str | None = "Describe the clip.",
     ) -> None:
         self.tokenizer = tokenizer
+        self.config = config
         self.image_token_id = config.image_token_id
         self.stop_tokens = config.language_model.stop_tokens
         self.tile_size = config.vision_encoder.tile_size if config.vision_encoder else None
@@ -55,8 +79,18 @@ class Processor:
         self.max_tiles = most if max_tiles is None else max_tiles
         if not 1 <= self.max_tiles <= most:
             raise ValueError(f"max_tiles is {max_tiles}; this model's image encoder takes 1 to {most}")
-        self.caption_prompt = caption_prompt
+        if max_frames < 1:
+            raise ValueError(f"max_frames is {max_frames}; it must be at least 1")
+        if max_frame_tiles is not None and not 1 <= max_frame_tiles <= most:
+            raise ValueError(f"max_frame_tiles is {max_frame_tiles}; this model's image encoder takes 1 to {most}")
+        self.max_frames, self.max_frame_tiles = max_frames, max_frame_tiles
+        self.caption_prompt, self.video_prompt = caption_prompt, video_prompt
         self.chat_template = chat_template or tokenizer.chat_template or PLAIN_TEMPLATE
+
+    def settings(self) -> dict:
+        """What this processor was made with besides tokenizer and configuration: `Processor(t, c, **settings)`."""
+        names = ("max_tiles", "caption_prompt", "chat_template", "max_frames", "max_frame_tiles", "video_prompt")
+        return {name: getattr(self, name) for name in names}
 
     def prompt(self, messages: list[dict]) -> Sample:
         """The sample after which the assistant speaks.
@@ -64,8 +98,9 @@ class Processor:
         Raises:
             ValueError: messages of another form, an empty one, a picture that cannot be read.
         """
-        flat, images = self._flatten(messages)
-        return Sample(self._tokenize(self._render(flat, answer_follows=True)), images=images)
+        flat, media = self._flatten(messages)
+        tokens = self._tokenize(self._render(flat, answer_follows=True), iter(media.speech))
+        return Sample(tokens, None, media.images, media.videos, media.speech)
 
     def example(self, messages: list[dict]) -> Sample:
         """A training sample: every assistant turn is a target, up to and with its stop token.
@@ -77,7 +112,9 @@ class Processor:
             messages = messages[:-1]
         if not messages:
             raise ValueError("the conversation has no assistant turn to learn from")
-        flat, images = self._flatten(messages)
+        flat, media = self._flatten(messages)
+        utterances = iter(media.speech)
+        first_extra = self.config.language_model.vocab_size
         tokens: list[int] = []
         labels: list[int] = []
         done = ""
@@ -94,38 +131,45 @@ class Processor:
             answer = after[len(before) :]
             target = answer.rstrip("\n")  # a line break behind the stop token is nobody's to learn
             for text, is_target in ((before[len(done) :], False), (target, True), (answer[len(target) :], False)):
-                piece = self._tokenize(text)
+                piece = self._tokenize(text, utterances)
                 tokens += piece
-                labels += [token if is_target and token != self.image_token_id else IGNORED for token in piece]
+                labels += [
+                    token if is_target and token < first_extra and token != self.image_token_id else IGNORED
+                    for token in piece
+                ]
             done = after
         end = max(index for index, label in enumerate(labels) if label != IGNORED) + 1
-        return Sample(tokens[:end], labels[:end], images)
+        return Sample(tokens[:end], labels[:end], media.images, media.videos, media.speech)
 
-    def caption_prompt_for(self, picture: Image.Image | str | Path | bytes) -> Sample:
-        """The sample after which a caption follows."""
-        if self.caption_prompt is not None:
-            return self.prompt(self._caption_messages(picture))
-        return Sample([*self._bos(), self.image_token_id], images=[self._tiles(picture)])
+    def caption_prompt_for(self, source: Source, kind: str = "image") -> Sample:
+        """The sample after which a caption follows. Args: kind: of the source, "image" or "video"."""
+        prompt = self._caption_question(kind)
+        part = {"type": kind, kind: source}
+        if prompt is not None:
+            return self.prompt([{"role": "user", "content": [part, {"type": "text", "text": prompt}]}])
+        flat, media = self._flatten([{"role": "user", "content": [part]}])
+        return Sample([*self._bos(), *self._tokenize(flat[0]["content"])], None, media.images, media.videos)
 
-    def caption_example(self, picture: Image.Image | str | Path | bytes, caption: str) -> Sample:
-        """A training sample whose target is the caption.
+    def caption_example(self, source: Source, caption: str, kind: str = "image") -> Sample:
+        """A training sample whose target is the caption; arguments as in `caption_prompt_for`.
 
         Raises:
-            ValueError: an empty caption, one that holds the mark of images, a picture that cannot be read.
+            ValueError: an empty caption, one that holds the mark of media, a picture or clip that cannot be read.
         """
         if not caption.strip():
             raise ValueError("the caption is empty")
         _refuse_mark(caption, "the caption")
-        if self.caption_prompt is not None:
-            answer = {"role": "assistant", "content": caption}
-            return self.example([*self._caption_messages(picture), answer])
-        prompt = self.caption_prompt_for(picture)
+        prompt = self._caption_question(kind)
+        if prompt is not None:
+            content = [{"type": kind, kind: source}, {"type": "text", "text": prompt}]
+            return self.example([{"role": "user", "content": content}, {"role": "assistant", "content": caption}])
+        sample = self.caption_prompt_for(source, kind)
         target = [*self._tokenize(caption), *self.stop_tokens[:1]]
-        labels = [IGNORED] * len(prompt.tokens) + target
-        return Sample(prompt.tokens + target, labels, prompt.images)
+        labels = [IGNORED] * len(sample.tokens) + target
+        return Sample(sample.tokens + target, labels, sample.images, sample.videos)
 
     def record_example(self, record: Record) -> Sample:
-        """A training sample from a shard's record: its messages, or its picture and caption.
+        """A training sample from a shard's record: its messages, or its picture or clip and caption.
 
         Raises:
             ValueError: as `example` and `caption_example`, or a sample longer than the context.
@@ -133,31 +177,32 @@ class Processor:
         if "messages" in record.json:
             sample = self.example(record_messages(record))
         else:
-            sample = self.caption_example(record_pictures(record)[0], record.json["caption"])
+            kind, source = record_medium(record)
+            sample = self.caption_example(source, record.json["caption"], kind)
         if len(sample.tokens) > self.context:
             raise ValueError(f"the sample has {len(sample.tokens)} tokens, over the context of {self.context}")
         return sample
 
     def record_prompt(self, record: Record) -> tuple[Sample, str]:
-        """The sample before a record's last answer, and that answer; the caption for a captioned picture."""
+        """The sample before a record's last answer, and that answer; the caption for a captioned picture or clip."""
         answer = record_answer(record)
         if "messages" not in record.json:
-            return self.caption_prompt_for(record_pictures(record)[0]), answer
+            kind, source = record_medium(record)
+            return self.caption_prompt_for(source, kind), answer
         return self.prompt(record_messages(record)[:-1]), answer
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of an answer's tokens, without special tokens."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
-    def _caption_messages(self, picture: Image.Image | str | Path | bytes) -> list[dict]:
-        content = [{"type": "image", "image": picture}, {"type": "text", "text": self.caption_prompt}]
-        return [{"role": "user", "content": content}]
+    def _caption_question(self, kind: str) -> str | None:
+        return self.caption_prompt if kind == "image" else self.video_prompt
 
-    def _flatten(self, messages: list[dict]) -> tuple[list[dict], list[Tiles]]:
-        """Messages with plain text as content, marks where images stood, and the images' tiles."""
+    def _flatten(self, messages: list[dict]) -> tuple[list[dict], Media]:
+        """Messages with plain text as content and marks where media stood, and the media."""
         if not messages:
             raise ValueError("there are no messages")
-        flat, images = [], []
+        flat, media = [], Media()
         for index, message in enumerate(messages):
             if not isinstance(message, dict) or not {"role", "content"} <= set(message):
                 raise ValueError(f'message {index} must be {{"role": ..., "content": ...}}')
@@ -169,22 +214,44 @@ class Processor:
             for part in parts:
                 match part:
                     case {"type": "image", "image": picture}:
-                        images.append(self._tiles(picture))
+                        media.images.append(self._tiles(picture))
                         text += IMAGE_MARK
+                    case {"type": "video", "video": clip}:
+                        media.videos.append(self._clip(clip))
+                        text += VIDEO_MARK
+                    case {"type": "audio", "audio": sound}:
+                        media.speech.append(self._speech(sound))
+                        text += AUDIO_MARK
                     case {"type": "text", "text": str(words)}:
                         _refuse_mark(words, f"message {index}")
                         text += words
                     case _:
                         raise ValueError(
-                            f'message {index} holds {part!r}; a part is {{"type": "text", "text": ...}} or '
-                            '{"type": "image", "image": file}'
+                            f'message {index} holds {part!r}; a part is {{"type": "text", "text": ...}}, '
+                            '{"type": "image", "image": file}, {"type": "video", "video": file} or '
+                            '{"type": "audio", "audio": file}'
                         )
             if not text.strip():
-                raise ValueError(f"message {index} ({message['role']}) is empty: give it text or an image")
+                raise ValueError(
+                    f"message {index} ({message['role']}) is empty: give it text, an image, a clip or sound"
+                )
             flat.append({"role": message["role"], "content": text})
-        return flat, images
+        return flat, media
 
-    def _tiles(self, picture: Image.Image | str | Path | bytes) -> Tiles:
+    def _clip(self, source: str | Path | bytes) -> Clip:
+        if self.config.video_adapter is None:
+            raise ValueError("a clip was given to a model that has no video_adapter")
+        frames = sample_frames(source, self.max_frames)
+        most = self.max_frame_tiles or self.max_tiles
+        tiles = [tile_image(Image.fromarray(pixels), self.tile_size, most) for pixels in frames.pixels]
+        return Clip(tiles, torch.from_numpy(frames.times))
+
+    def _speech(self, source: str | Path | bytes) -> Tensor:
+        if self.config.speech_encoder is None:
+            raise ValueError("sound was given to a model that has no speech_encoder")
+        return self.config.speech_encoder.features(read_sound(source))
+
+    def _tiles(self, picture: Source) -> Tiles:
         if self.tile_size is None:
             raise ValueError("a picture was given to a model that has no vision_encoder")
         image = to_rgb(picture) if isinstance(picture, Image.Image) else read_picture(picture)
@@ -202,17 +269,29 @@ class Processor:
             raise ValueError(f"the chat template refuses these messages: {error}") from error
         if places_images:
             text = text.replace(own_text, IMAGE_MARK)
-        expected = sum(message["content"].count(IMAGE_MARK) for message in flat)
-        if text.count(IMAGE_MARK) != expected:
-            raise ValueError(
-                f"the chat template gives {text.count(IMAGE_MARK)} places for {expected} images; give another "
-                "chat_template, and leave the image token's own text out of the messages"
-            )
+        for kind, mark in (("images", IMAGE_MARK), ("clips", VIDEO_MARK), ("utterances", AUDIO_MARK)):
+            expected = sum(message["content"].count(mark) for message in flat)
+            if text.count(mark) != expected:
+                raise ValueError(
+                    f"the chat template gives {text.count(mark)} places for {expected} {kind}; give another "
+                    "chat_template, and leave the image token's own text out of the messages"
+                )
         return text
 
-    def _tokenize(self, text: str) -> list[int]:
-        first, *rest = (self.tokenizer(piece, add_special_tokens=False).input_ids for piece in text.split(IMAGE_MARK))
-        return first + [token for piece in rest for token in [self.image_token_id, *piece]]
+    def _tokenize(self, text: str, utterances: Iterator[Tensor] | None = None) -> list[int]:
+        """Args: utterances: those whose marks stand in the text, and perhaps more, that later texts take."""
+        tokens: list[int] = []
+        for piece in MARKS.split(text):
+            if piece == IMAGE_MARK:
+                tokens.append(self.image_token_id)
+            elif piece == VIDEO_MARK:
+                tokens.append(self.config.video_token_id)
+            elif piece == AUDIO_MARK:
+                heard = [self.config.audio_token_id] * num_tokens(len(next(utterances)))
+                tokens += [self.config.speech_start_id, *heard, self.config.speech_end_id]
+            elif piece:
+                tokens += self.tokenizer(piece, add_special_tokens=False).input_ids
+        return tokens
 
     def _bos(self) -> list[int]:
         """What the tokenizer itself puts before a text."""
@@ -221,8 +300,8 @@ class Processor:
 
 
 def _refuse_mark(text: str, where: str) -> None:
-    if IMAGE_MARK in text:
-        raise ValueError(f"{where} holds {IMAGE_MARK}, which stands for images: leave it out")
+    if found := MARKS.search(text):
+        raise ValueError(f"{where} holds {found[0]}, which stands for media: leave it out")
 
 
 def _is_answer(message: dict) -> bool:
@@ -252,6 +331,22 @@ def record_pictures(record: Record) -> list[bytes]:
     return pictures
 
 
+def record_medium(record: Record) -> tuple[str, bytes]:
+    """What a captioned record's caption is of: ("image", its first picture) or ("video", its clip).
+
+    Raises:
+        ValueError: there is neither.
+    """
+    if pictures := picture_suffixes(record.media):
+        return "image", record.media[pictures[0]]
+    clips = [data for suffix, data in record.media.items() if suffix in CLIPS]
+    if not clips:
+        raise ValueError(
+            f"record {record.id} holds neither picture nor clip; its members are {', '.join(record.media) or 'none'}"
+        )
+    return "video", clips[0]
+
+
 def record_answer(record: Record) -> str:
     """The text that a record wants for an answer: its last assistant turn, or its caption.
 
@@ -270,13 +365,14 @@ def record_messages(record: Record) -> list[dict]:
     """The record's messages, with the bytes of its media in place of their members' suffixes."""
 
     def resolve(part: dict) -> dict:
-        if part.get("type") != "image":
+        kind = part.get("type")
+        if kind not in ("image", "video", "audio"):
             return part
-        if part["image"] not in record.media:
+        if part[kind] not in record.media:
             raise ValueError(
-                f"record {record.id} names picture {part['image']!r}; its members are {', '.join(record.media)}"
+                f"record {record.id} names the {kind} {part[kind]!r}; its members are {', '.join(record.media)}"
             )
-        return {**part, "image": record.media[part["image"]]}
+        return {**part, kind: record.media[part[kind]]}
 
     resolved = []
     for message in record.json["messages"]:

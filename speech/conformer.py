@@ -62,7 +62,8 @@ class SpeechEncoderConfig:
 
     @property
     def max_mel_frames(self) -> int:
-        return int(self.max_seconds * FRAMES_PER_SECOND)
+        """A multiple of 8, so that the pieces of what is longer make as many tokens as the whole would."""
+        return max(8, int(self.max_seconds * FRAMES_PER_SECOND) // 8 * 8)
 
     def features(self, waveform: Tensor) -> Tensor:
         """The features that this encoder takes: float32 [samples] at 16 kHz -> float32 [T, 80]."""

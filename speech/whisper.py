@@ -33,7 +33,6 @@ class WhisperEncoderConfig:
     ffn_width: int = 1536
     num_heads: int = 6
     num_mels: int = 80
-    max_seconds: float = 30.0
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "width", "ffn_width", "num_heads", "num_mels"):
@@ -41,8 +40,6 @@ class WhisperEncoderConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
-        if not 0 < self.max_seconds <= 30:
-            raise ValueError(f"max_seconds is {self.max_seconds}; Whisper's window takes at most 30")
 
     @property
     def output_width(self) -> int:
@@ -51,11 +48,15 @@ class WhisperEncoderConfig:
 
     @property
     def max_mel_frames(self) -> int:
-        return num_mel_frames(int(self.max_seconds * SAMPLE_RATE))
+        """Of one window."""
+        return WINDOW_FRAMES
 
     def features(self, waveform: Tensor) -> Tensor:
-        """The features that this encoder takes: float32 [samples] at 16 kHz -> float32 [T, num_mels]."""
-        return whisper_log_mel(waveform, self.num_mels)
+        """The features that this encoder takes: float32 [samples] at 16 kHz, of any length -> float32 [T, num_mels].
+
+        A longer sound than the window is cut into windows, whose features follow each other.
+        """
+        return torch.cat([whisper_log_mel(window, self.num_mels) for window in waveform.split(WINDOW_SAMPLES)])
 
 
 def num_mel_frames(num_samples: int) -> int:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 
 import mm.convert.llama
-from mm.checkpoint import exchange_language_model, load, save
+from mm.assembly import exchange_language_model
+from mm.checkpoint import load, save
 from mm.model import MultimodalModel
 from mm.processor import Processor
 from mm.training.adapters import train_adapters
@@ -64,7 +65,7 @@ def starting_point(config: Finetune) -> tuple[MultimodalModel, Processor]:
         print(other.report)
         exchange_language_model(model, other)
         tokenizer, template = mm.convert.llama.load_tokenizer(config.language_model), config.chat_template
-    return model, Processor(tokenizer, model.config, processor.max_tiles, processor.caption_prompt, template)
+    return model, Processor(tokenizer, model.config, **{**processor.settings(), "chat_template": template})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 import mm.convert.llama
-from mm.checkpoint import assemble, load, load_encoder, read_encoder_shape, read_shape, save
+from mm.assembly import assemble
+from mm.checkpoint import load, load_encoder, read_encoder_shape, read_shape, save
 from mm.config import ModelConfig
 from mm.cross_attention import ImageAdapterConfig
 from mm.model import MultimodalModel
@@ -60,7 +61,7 @@ class TrainImageAdapter:
 def train_image_adapter(config: TrainImageAdapter) -> None:
     """Train the image encoder and the cross-attention blocks of a frozen language model."""
     model, processor = starting_point(config)
-    train_adapters(model, processor, config, "image adapter", new=config.start_from is None)
+    train_adapters(model, processor, config, "image adapter", new="image" if config.start_from is None else None)
     bundle = config.bundle or config.language_model is None
     if Ranks.here().first:
         save(config.output, model, processor, language_model=config.language_model, bundle=bundle)

@@ -23,12 +23,17 @@ from mm.training.objectives import NextTokenObjective
 from mm.training.optimizer import apply_rates
 from mm.training.parallel import Ranks
 from mm.training.precision import lossless_bf16
+from mm.video_adapter import VideoAdapter
+from speech.conformer import ConformerLayer, SpeechEncoder
+from video.aggregator import AggregatorLayer
 from vision.encoder import EncoderLayer, VisionEncoder
 
 # What may differ when an interrupted run is taken up again; `mm.training.loop` judges `training` itself.
 FREE_TO_CHANGE = ("output", "training", "validation", "validation_samples", "bundle", "device")
-LAYERS = (DecoderLayer, EncoderLayer, CrossAttentionBlock)  # that are computed anew, if any are
-UNITS = (DecoderLayer, VisionEncoder, CrossAttentionBlock)  # an encoder's layers run once per number of tiles
+# Layers that are computed anew, if any are.
+LAYERS = (DecoderLayer, EncoderLayer, CrossAttentionBlock, AggregatorLayer, ConformerLayer)
+# An encoder's layers run once per number of tiles, an aggregator's once per size of a group: those units are whole.
+UNITS = (DecoderLayer, VisionEncoder, CrossAttentionBlock, VideoAdapter, SpeechEncoder)
 FITTED_SAMPLES = 192  # that a new adapter is fitted to
 
 
@@ -44,13 +49,20 @@ class AdapterStage(Protocol):
 
 
 def train_adapters(
-    model: MultimodalModel, processor: Processor, config: AdapterStage, name: str, new: bool = False
+    model: MultimodalModel,
+    processor: Processor,
+    config: AdapterStage,
+    name: str,
+    new: str | None = None,
+    only: str = "",
 ) -> None:
     """Train a model in place on records of `config.data`, its language model frozen.
 
     Args:
         name: of the stage, for the progress bar.
-        new: the image adapter is untrained: fit it to the samples where its own configuration asks for that.
+        new: the adapter that is untrained, "image" or "video": it is fitted to the samples where its own configuration
+            asks for that.
+        only: what the names of all that may train begin with.
 
     Raises:
         ValueError: rates that would train the language model, or as `mm.training.loop.train`.
@@ -63,11 +75,20 @@ def train_adapters(
             f"training.rates give {released[0]} a rate, and this stage keeps the language model as it is: "
             'put "language_model.*": null before the other patterns'
         )
+    others = [name for name in rates if not name.startswith(only)]
+    if others:
+        raise ValueError(
+            f'training.rates give {others[0]} a rate, and this stage trains {only}* alone: put "{only}*" and its rate '
+            'first, and "*": null last'
+        )
     dataset = RecordDataset(config.data, processor.record_example)
-    learning = Learning.of(rates, model.config)
-    objective = NextTokenObjective(partial(batch_flops, config=model.config, learning=learning))
-    if new and model.config.image_adapter.fit_inputs:
-        model.fit_inputs(objective.collate(readable_samples(dataset, FITTED_SAMPLES)))
+    flops = None
+    if not any(name.startswith(("video_adapter.", "speech_")) for name in rates):  # operations are known of images only
+        flops = partial(batch_flops, config=model.config, learning=Learning.of(rates, model.config))
+    objective = NextTokenObjective(flops)
+    adapter = {"image": model.config.image_adapter, "video": model.config.video_adapter}.get(new)
+    if adapter is not None and adapter.fit_inputs:
+        model.fit_inputs(objective.collate(readable_samples(dataset, FITTED_SAMPLES)), kind=new)
     evaluate = None
     if config.validation:
         held_out = RecordDataset([config.validation], processor.record_example)
@@ -97,6 +118,8 @@ def train_adapters(
 def loads_of(dataset: RecordDataset, config: ModelConfig, max_tiles: int) -> torch.Tensor:
     """The work in each sample as far as the index tells, in vision tokens, int64 [len(dataset)]."""
     encoder = config.vision_encoder
+    if encoder is None:  # a model that only hears
+        return dataset.num_tokens().round().long()
     vision = dataset.num_tiles(encoder.tile_size, max_tiles) * encoder.tokens_per_tile
     return vision + (dataset.num_tokens() * text_token_cost(config)).round().long()
 

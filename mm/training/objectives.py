@@ -1,4 +1,4 @@
-"""What stages train on: next tokens after images (the adapter), and matching pictures to texts (the encoder)."""
+"""What stages train on: next tokens after what is seen and heard (the adapters), and matching pictures to texts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from layers.feed_forward import MLP
 from mm.batch import IGNORED, Batch, Sample, collate
 from mm.model import MultimodalModel
 from mm.training.parallel import Ranks, gathered, whole
+from video.sampling import Clip
 from vision.encoder import VisionEncoder, VisionEncoderConfig
 from vision.tiling import Tiles
 
@@ -41,7 +42,7 @@ class Objective(Protocol):
     def loss(self, module: nn.Module, batch: Any) -> Tensor:
         """The loss summed over what `count` counts."""
 
-    def throughput(self, batch: Any) -> dict[str, int]:
+    def throughput(self, batch: Any) -> dict[str, float]:
         """Quantities to report per second, such as images and tokens; "flops" are the operations of both passes."""
 
     def observe(self, module: nn.Module) -> dict[str, float]:
@@ -86,9 +87,22 @@ class NextTokenObjective:
         self.flops = flops
 
     def idle(self, module: MultimodalModel) -> Sample:
-        """One black tile and no target: nothing that it runs through gets a gradient other than 0 from it."""
-        image, side = module.config.image_token_id, module.config.vision_encoder.tile_size
-        return Sample([image, 0], [IGNORED, IGNORED], [Tiles(torch.zeros(1, 3, side, side, dtype=torch.uint8), (1, 1))])
+        """One black tile, one clip of it, one mel frame, whatever the module takes, and no target: nothing that it runs
+        through gets a gradient other than 0 from it."""
+        config, tokens = module.config, []
+        images, videos, speech = [], [], []
+        if config.vision_encoder is not None:
+            side = config.vision_encoder.tile_size
+            images = [Tiles(torch.zeros(1, 3, side, side, dtype=torch.uint8), (1, 1))]
+            tokens.append(config.image_token_id)
+        if config.video_adapter is not None:
+            videos = [Clip(images, torch.zeros(1, dtype=torch.float64))]
+            tokens.append(config.video_token_id)
+        if config.speech_encoder is not None:
+            speech = [torch.zeros(1, config.speech_encoder.num_mels)]
+            tokens += [config.speech_start_id, config.audio_token_id, config.speech_end_id]
+        tokens.append(0)
+        return Sample(tokens, [IGNORED] * len(tokens), images, videos, speech)
 
     def collate(self, samples: list[Sample]) -> Batch:
         return collate(samples)
@@ -102,20 +116,26 @@ class NextTokenObjective:
     def loss(self, module: MultimodalModel, batch: Batch) -> Tensor:
         return next_token_loss(module, batch)
 
-    def throughput(self, batch: Batch) -> dict[str, int]:
+    def throughput(self, batch: Batch) -> dict[str, float]:
+        frames = [tiles for clip in batch.videos for tiles in clip.frames]
         counts = {
             "images": len(batch.images),
-            "tiles": sum(tiles.num_tiles for tiles in batch.images),
+            "tiles": sum(tiles.num_tiles for tiles in [*batch.images, *frames]),
             "tokens": int(batch.lengths.sum()),
         }
+        if batch.videos:
+            counts |= {"clips": len(batch.videos), "frames": len(frames)}
+        if batch.speech:  # 10 ms a mel frame
+            counts["audio_seconds"] = sum(map(len, batch.speech)) / 100
         return counts if self.flops is None else {**counts, "flops": self.flops(batch)}
 
     def observe(self, module: MultimodalModel) -> dict[str, float]:
-        """tanh of every gate of the adapter's blocks, under the block's position."""
+        """tanh of every gate of the blocks, under the block's position; of clips' blocks with "video_" before it."""
         values = {}
-        for position, block in module.image_adapter.by_position().items():
-            values[f"gate/attn_{position}"] = whole(block.gate_attn).tanh().item()
-            values[f"gate/ffn_{position}"] = whole(block.gate_ffn).tanh().item()
+        for (position, kind), block in module.blocks().items():
+            place = f"{'video_' if kind == 'video' else ''}{position}"
+            values[f"gate/attn_{place}"] = whole(block.gate_attn).tanh().item()
+            values[f"gate/ffn_{place}"] = whole(block.gate_ffn).tanh().item()
         return values
 
 

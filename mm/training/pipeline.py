@@ -19,8 +19,8 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from mm.batch import IGNORED, Batch, Visibility
-from mm.model import MultimodalModel
+from mm.batch import IGNORED, Batch
+from mm.model import MultimodalModel, Seen
 from mm.training.config import TrainingConfig
 from mm.training.objectives import loss_of_hidden_states
 from mm.training.parallel import Layout, mesh_of, whole
@@ -61,6 +61,11 @@ def cut(model: nn.Module, config: TrainingConfig, layout: Layout, device_type: s
     if not isinstance(model, MultimodalModel) or model.image_adapter is None:
         raise ValueError(
             f"training.pipeline_ranks is {layout.pipeline}; only a language model with an image adapter is cut into "
+            "stages: set it to 1"
+        )
+    if model.video_adapter is not None or model.speech_adapter is not None:
+        raise ValueError(
+            f"training.pipeline_ranks is {layout.pipeline}; a model with a video or speech adapter is not cut into "
             "stages: set it to 1"
         )
     share = math.ceil(config.batch_size / layout.num_readers)
@@ -127,7 +132,7 @@ class Stage(MultimodalModel):
         batch = self.batches[int(index)].to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.compute == "bf16"):
             x = received[0] if received else self.embed(batch.tokens)
-            x = self._run(x, *self._look(batch, None))
+            x = self._run(x, self._look(batch, None))
             return x if self.rank < self.size - 1 else loss_of_hidden_states(self, x, batch) * self.scale
 
     @torch.no_grad()
@@ -141,7 +146,7 @@ class Stage(MultimodalModel):
         x = self.embed(batch.tokens) if self.rank == 0 else torch.empty(shape, device=batch.tokens.device)
         for rank in range(self.size):
             if rank == self.rank:
-                x = self._run(x, *seen).contiguous()
+                x = self._run(x, seen).contiguous()
             dist.broadcast(x, group=self.group, group_src=rank)
         return x
 
@@ -222,11 +227,11 @@ class Stage(MultimodalModel):
         dist.broadcast(tensor, group=self.group, group_src=holders[0])
         return tensor
 
-    def _run(self, x: Tensor, vision: Tensor | None, visible: Visibility | None) -> Tensor:
+    def _run(self, x: Tensor, seen: Seen) -> Tensor:
         """Hidden states [B, T, D] through this rank's layers and blocks, at the last through the final norm too; FP32,
         whatever computed them."""
         positions = torch.arange(x.shape[1], device=x.device)
-        x = self._walk(x, positions, vision, visible, layers=self.layers).float()
+        x = self._walk(x, positions, seen, layers=self.layers).float()
         return x if self.rank < self.size - 1 else self.language_model.model.norm(x)
 
     def _sum_replicas(self) -> None:

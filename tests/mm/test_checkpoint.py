@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import mm
 import mm.checkpoint
-from mm.checkpoint import CONFIG_FILE, assemble, load_encoder, replaced_files, save, save_encoder
+from mm.assembly import assemble
+from mm.checkpoint import CONFIG_FILE, load_encoder, replaced_files, save, save_encoder
 
 PARTS = ("vision_encoder", "image_adapter", "extra_embeddings")
 

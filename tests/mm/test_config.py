@@ -53,8 +53,6 @@ def test_encoder_has_the_published_size(tile_size, with_tables):
     [
         ({"name": "7b"}, "no preset '7b'"),
         ({"name": "8b", "tile_size": 300}, "300 is not a multiple"),
-        ({"name": "8b", "video": True}, "video"),
-        ({"name": "8b", "speech": True}, "speech"),
     ],
 )
 def test_presets_that_are_not_there(arguments, message):

@@ -268,7 +268,7 @@ def test_bad_images_are_named(tiny_model, bare_model, tiny_config, build_model, 
 def test_vision_tokens_sum_their_gradient_in_fp32_under_autocast(tiny_model, make_sample):
     """Every block adds to it; in bf16 the small contributions would be rounded away."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        vision, _ = tiny_model._look(mm.collate([make_sample("i..")]), None)
+        vision = tiny_model._look(mm.collate([make_sample("i..")]), None)["image"].tokens
     assert vision.dtype == torch.float32
 
 

@@ -162,7 +162,7 @@ def test_records_become_prompts_and_examples(tiny_processor, random_picture):
     [
         ({"messages": [{"role": "user", "content": "hello"}]}, "assistant"),
         ({"messages": []}, "assistant"),
-        ({"caption": "no picture"}, "no picture"),
+        ({"caption": "no picture"}, "neither picture nor clip"),
         (
             {
                 "messages": [
@@ -190,10 +190,12 @@ def test_bad_records_are_named(tiny_processor, values, message):
         ([{"role": "user", "content": []}], "is empty"),
         ([{"role": "user", "content": None}], "message 0"),
         ([{"role": "user", "content": 7}], "message 0"),
-        ([{"role": "user", "content": [{"type": "video", "video": "x"}]}], "message 0 holds"),
+        ([{"role": "user", "content": [{"type": "smell", "smell": "x"}]}], "message 0 holds"),
+        ([{"role": "user", "content": [{"type": "video", "video": "x"}]}], "no video_adapter"),
+        ([{"role": "user", "content": [{"type": "audio", "audio": "x"}]}], "no speech_encoder"),
         ([{"role": "user", "content": ["hello"]}], "message 0 holds"),
         ([{"role": "user", "content": [{"type": "text", "text": 3}]}], "message 0 holds"),
-        ([{"role": "user", "content": f"see {IMAGE_MARK}"}], "stands for images"),
+        ([{"role": "user", "content": f"see {IMAGE_MARK}"}], "stands for media"),
         ([{"role": "user", "content": [{"type": "image", "image": "/nowhere/at/all.png"}]}], "/nowhere/at/all.png"),
         ([{"role": "user", "content": [{"type": "image", "image": b"abc"}]}], "picture"),
     ],
@@ -206,7 +208,7 @@ def test_bad_messages_are_named(tiny_processor, messages, message):
 @pytest.mark.parametrize("prompt", ["Describe it.", None])
 def test_bad_captions_are_named(tokenizer, tiny_config, random_picture, prompt):
     processor = mm.Processor(tokenizer, tiny_config, caption_prompt=prompt)
-    with pytest.raises(ValueError, match="stands for images"):
+    with pytest.raises(ValueError, match="stands for media"):
         processor.caption_example(random_picture(), f"a {IMAGE_MARK}")
     with pytest.raises(ValueError, match="empty"):
         processor.caption_example(random_picture(), "  ")

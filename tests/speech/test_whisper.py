@@ -79,7 +79,12 @@ def test_limits_are_refused(encoder):
         whisper_log_mel(torch.zeros(0))
     with pytest.raises(ValueError, match=r"3001 mel frames are over Whisper's window of 3000"):
         encoder(torch.zeros(1, 3001, 80), torch.tensor([3001]))
-    with pytest.raises(ValueError, match="at most 30"):
-        WhisperEncoderConfig(max_seconds=60)
+
+
+def test_a_longer_sound_is_cut_into_windows():
+    sound = torch.randn(480_000 + 4_000, generator=torch.Generator().manual_seed(0)) / 10
+    mel = WhisperEncoderConfig().features(sound)
+    assert torch.equal(mel[:3000], whisper_log_mel(sound[:480_000]))
+    assert torch.equal(mel[3000:], whisper_log_mel(sound[480_000:]))
     with pytest.raises(ValueError, match="not a multiple"):
         WhisperEncoderConfig(width=10, num_heads=4)

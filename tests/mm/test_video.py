@@ -1,0 +1,265 @@
+"""What the video adapter may and may not do, gates open: who sees a clip, what time is to it, and what stays as it was.
+
+Tolerances as in test_model.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import mm
+from mm.generation import decode_step, prefill
+from mm.video_adapter import VideoAdapterConfig
+from video.aggregator import AggregatorConfig, TemporalAggregator, passes
+from video.sampling import Clip
+
+CLOSE = {"rtol": 1e-4, "atol": 2e-4}
+SMALL = AggregatorConfig(factor=4, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2, num_waves=16)
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="module")
+def config(tiny_config) -> mm.ModelConfig:
+    return replace(tiny_config, video_adapter=VideoAdapterConfig(aggregator=SMALL, interval=2))
+
+
+@pytest.fixture(scope="module")
+def model(build_model, config, tiny_model) -> mm.MultimodalModel:
+    """A video adapter with open gates beside the parts of the tiny model."""
+    model = build_model(config, seed=1)
+    for part in ("language_model", "vision_encoder", "image_adapter", "extra_embeddings"):
+        setattr(model, part, getattr(tiny_model, part))
+    return model
+
+
+@pytest.fixture(scope="module")
+def make_clip(random_tiles) -> Callable[..., Clip]:
+    """make_clip(num_frames, seed=0, grid=(1, 1)) -> noise at 5 Hz."""
+
+    def clip(num_frames: int, seed: int = 0, grid: tuple[int, int] = (1, 1)) -> Clip:
+        frames = [random_tiles(1000 * seed + number, grid) for number in range(num_frames)]
+        return Clip(frames, torch.arange(num_frames, dtype=torch.float64) / 5 + 0.1)
+
+    return clip
+
+
+@pytest.fixture(scope="module")
+def sample(make_sample, make_clip, config) -> Callable[..., mm.Sample]:
+    """sample("..v.i", frames=(5,), seed=0): `v` is a clip of so many frames, `i` an image, `.` a text token."""
+
+    def make(pattern: str, frames: tuple[int, ...] = (5,), seed: int = 0) -> mm.Sample:
+        made = make_sample(pattern, seed)
+        made.tokens = [
+            config.video_token_id if mark == "v" else token for mark, token in zip(pattern, made.tokens, strict=True)
+        ]
+        made.videos = [
+            make_clip(frames[n % len(frames)], seed + n, ((1, 1), (1, 2))[n % 2]) for n in range(pattern.count("v"))
+        ]
+        return made
+
+    return make
+
+
+def logits(model: mm.MultimodalModel, *samples: mm.Sample) -> torch.Tensor:
+    return model(mm.collate(samples))
+
+
+def with_clip(sample: mm.Sample, clip: Clip) -> mm.Sample:
+    return replace(sample, videos=[clip])
+
+
+def test_at_gates_of_zero_nothing_changes_for_any_row(build_model, config, tiny_model, sample, make_sample):
+    fresh = build_model(config, seed=1)
+    for part in ("language_model", "vision_encoder", "image_adapter", "extra_embeddings"):
+        setattr(fresh, part, getattr(tiny_model, part))
+    for block in fresh.video_adapter.blocks:
+        block.gate_attn.data.zero_()
+        block.gate_ffn.data.zero_()
+    others = [make_sample("..i..", 1), make_sample(".....", 2)]
+    assert torch.equal(logits(fresh, *others), logits(tiny_model, *others))
+    seeing, blind = sample("i.v.."), sample("i.v..")
+    blind.videos = []
+    assert torch.equal(logits(fresh, seeing), logits(tiny_model, blind))
+
+
+def test_open_gates_change_only_rows_with_clips(model, tiny_model, sample, make_sample):
+    rows = [make_sample("..i..", 1), sample("..v..", seed=5), make_sample(".....", 2)]
+    without = [rows[0], make_sample(".....", 3), rows[2]]
+    with_video, plain = logits(model, *rows), logits(tiny_model, *without)
+    assert torch.equal(with_video[[0, 2]], plain[[0, 2]])
+    closed = replace(rows[1], videos=[])
+    assert (with_video[1] - logits(tiny_model, closed)[0]).abs()[2:].max() > 0.01
+
+
+def test_what_stands_before_a_clip_does_not_see_it(model, sample, make_clip):
+    first = sample("..v..", (5,))
+    second = with_clip(first, make_clip(5, seed=9))
+    a, b = logits(model, first)[0], logits(model, second)[0]
+    assert torch.equal(a[:2], b[:2])
+    assert ((a - b).abs().amax(-1)[2:] > 1e-3).all()
+
+
+def test_images_and_clips_of_a_row_are_seen_by_their_own_blocks(model, sample, make_clip):
+    mixed = sample("i.v..", (3,))
+    seen = model._look(mm.collate([mixed]), None)
+    assert set(seen) == {"image", "video"}
+    assert seen["image"].tokens.shape[0] == model.vision_encoder.num_vision_tokens(mixed.images[0])
+    assert seen["video"].tokens.shape[0] == model.vision_encoder.num_vision_tokens(mixed.videos[0].frames[0])
+    for place, block in model.blocks().items():
+        assert block in (model.image_adapter if place[1] == "image" else model.video_adapter).blocks
+
+
+def test_a_batch_gives_each_row_what_it_gets_alone(model, sample, make_sample):
+    rows = [sample("..v..v..", (5, 9)), make_sample(".i.", 1), sample("v", (1,), 3), sample(".i.v.", (64,), 4)]
+    together = logits(model, *rows)
+    for index, row in enumerate(rows):
+        assert torch.allclose(together[index, : len(row.tokens)], logits(model, row)[0], **CLOSE)
+
+
+def test_cached_decoding_equals_the_whole_pass(model, sample):
+    rows = [sample("..v..i", (5,)), sample("i..v", (6,), 2)]
+    generator = torch.Generator().manual_seed(0)
+    new = torch.randint(3, 300, (2, 4), generator=generator).tolist()
+    step, cache = prefill(model, rows, 12)
+    for count in range(4):
+        longer = [replace(row, tokens=row.tokens + added[:count]) for row, added in zip(rows, new, strict=True)]
+        for row, one in enumerate(longer):
+            assert torch.allclose(step[row], logits(model, one)[0, -1], **CLOSE)
+        positions = [len(row.tokens) for row in longer]
+        step = decode_step(model, [added[count] for added in new], positions, cache)
+
+
+@pytest.mark.parametrize("num_frames", [1, 2, 3, 4, 5, 8, 9, 63, 64])
+def test_any_number_of_frames_becomes_its_groups(model, make_clip, num_frames):
+    clip = make_clip(num_frames)
+    tokens = model.video_adapter([clip], model.vision_encoder)
+    per_frame = model.vision_encoder.num_vision_tokens(clip.frames[0])
+    groups = -(-num_frames // SMALL.factor)
+    assert tokens.shape == (groups * per_frame, model.config.language_model.hidden_size)
+    last = (groups - 1) * SMALL.factor  # a ragged last group is what its frames are alone
+    alone = model.video_adapter([Clip(clip.frames[last:], clip.times[last:])], model.vision_encoder)
+    assert torch.allclose(tokens[-per_frame:], alone, **CLOSE)
+
+
+def test_the_number_of_frames_encoded_at_a_time_changes_nothing_and_is_kept_to(model, make_clip):
+    adapter, sizes = model.video_adapter, []
+    clips = [make_clip(11), make_clip(3, 1, (1, 2)), make_clip(1, 2)]
+
+    def encode(frames):
+        sizes.append(len(frames))
+        return model.vision_encoder(frames)
+
+    outputs = []
+    for number in (1, 2, 3, 5, 100):
+        adapter.config = replace(adapter.config, frames_per_pass=number)
+        sizes.clear()
+        outputs.append(adapter(clips, encode))
+        assert max(sizes) <= number
+        assert sum(sizes) == 15
+    adapter.config = model.config.video_adapter
+    for output in outputs[1:]:
+        assert torch.allclose(output, outputs[0], **CLOSE)
+    assert list(passes([4, 4, 3, 3, 1], 7)) == [range(0, 1), range(1, 3), range(3, 5)]
+
+
+def test_time_is_known_and_the_order_of_the_list_is_not(model, make_clip):
+    clip = make_clip(4)
+    order = [2, 0, 3, 1]
+
+    def tokens(frames: list[int], times: list[int]) -> torch.Tensor:
+        moved = Clip([clip.frames[i] for i in frames], clip.times[times])
+        return model.video_adapter([moved], model.vision_encoder)
+
+    assert torch.allclose(tokens(order, order), tokens([0, 1, 2, 3], [0, 1, 2, 3]), **CLOSE)
+    assert (tokens(order, [0, 1, 2, 3]) - tokens([0, 1, 2, 3], [0, 1, 2, 3])).abs().max() > 0.05
+
+
+def test_later_times_than_any_in_training_are_still_apart():
+    aggregator = TemporalAggregator(SMALL, 8, 16)
+    late = torch.tensor([3000.0, 3000.04, 3600.0], dtype=torch.float64)
+    embedded = torch.stack(aggregator.embed(torch.zeros(3, 8), late, [1, 1, 1]))[:, 0]
+    assert torch.cdist(embedded, embedded)[~torch.eye(3, dtype=torch.bool)].min() > 0.05
+
+
+def test_positions_in_the_frame_stay_apart(model, make_clip):
+    features = torch.randn(3, 5, model.vision_encoder.config.feature_size)
+    aggregator = model.video_adapter.aggregator
+    other = features.clone()
+    other[1, 2] += 1.0
+
+    def first_layer(given: torch.Tensor) -> torch.Tensor:
+        frames = torch.stack(aggregator.embed(given.flatten(0, 1), make_clip(3).times, [5] * 3))[None]
+        layer = aggregator.layers[0]
+        latents = aggregator.latent + frames.mean(1)
+        return latents + layer._over_time(layer.time_norm(latents), layer.frame_norm(frames))
+
+    difference = (first_layer(features) - first_layer(other)).abs().amax(-1)[0]
+    assert (difference > 1e-3).tolist() == [False, False, True, False, False]
+
+
+class Largest(TorchDispatchMode):
+    """Remembers how many elements the largest tensor had that any operation gave."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        outputs = func(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(leaf.numel() for leaf in tree_leaves(outputs) if torch.is_tensor(leaf))])
+        return outputs
+
+
+def test_no_score_matrix_of_all_frames_is_built():
+    """64 frames of 4 tiles of 336 px: 2,308 tokens each. Dense scores of one head alone would have 2308 * 32 * 2308."""
+    aggregator = TemporalAggregator(replace(SMALL, factor=32, hidden_size=8, intermediate_size=8, num_layers=1), 4, 8)
+    tokens, frames = 4 * 577, 64
+    with Largest() as largest:
+        embedded = aggregator.embed(
+            torch.randn(frames * tokens, 4), torch.arange(frames, dtype=torch.float64), [tokens] * frames
+        )
+        merged = aggregator([torch.stack(embedded[:32]), torch.stack(embedded[32:])])
+    assert [one.shape for one in merged] == [(tokens, 8)] * 2
+    assert largest.numel <= 64 * tokens * 8 * 2
+
+
+@pytest.mark.parametrize(("name", "blocks", "total"), [("8b", 2, 0.6e9), ("70b", 5, 4.6e9)])
+def test_presets_have_the_published_size(name, blocks, total):
+    with torch.device("meta"):
+        model = mm.MultimodalModel(mm.preset(name, video=True))
+    assert sum(p.numel() for p in model.video_adapter.parameters()) == pytest.approx(total, rel=0.05)
+    image, video = model.image_adapter.positions, model.video_adapter.positions
+    assert video == image[3::4]
+    assert len(video) == blocks
+
+
+def test_only_the_adapter_gets_gradients_when_only_it_trains(build_model, config, sample):
+    with torch.inference_mode(False):
+        model = build_model(config).requires_grad_(False)
+        model.video_adapter.requires_grad_(True)
+        made = sample("v....")
+        logits(model, made).square().mean().backward()
+        for name, parameter in model.named_parameters():
+            assert (parameter.grad is not None) == name.startswith("video_adapter."), name
+            if parameter.grad is not None:
+                assert parameter.grad.abs().max() > 0, name
+
+
+def test_wrong_use_is_named(model, tiny_model, sample, make_sample, config):
+    with pytest.raises(ValueError, match=r"row 0 has 1 video tokens .* and 0 videos"):
+        logits(model, replace(sample("v.."), videos=[]))
+    with pytest.raises(ValueError, match=r"row 0 has 0 video tokens .* and 1 videos"):
+        logits(model, replace(make_sample("..."), videos=sample("v").videos))
+    with pytest.raises(ValueError, match="no video_adapter"):
+        logits(tiny_model, sample("v.."))
+    with pytest.raises(ValueError, match="interval of at most 3"):
+        mm.MultimodalModel(replace(config, video_adapter=VideoAdapterConfig(aggregator=SMALL, interval=4)))
+    with pytest.raises(ValueError, match="blocks of an image_adapter"):
+        replace(config, vision_encoder=None, image_adapter=None)
