@@ -41,7 +41,7 @@ def to_samples(
     captions: dict[Path, str] = {}
     for stem in sorted(stamps):
         try:
-            captions[stem] = _sentence(stem)
+            captions[stem] = sentence_of(stem)
         except ValueError as error:
             dropped.append((_name(stem, folder), str(error)))
     concepts = join_concepts((concept_of(caption), _name(_plain(stem), folder)) for stem, caption in captions.items())
@@ -83,7 +83,7 @@ def concept_of(caption: str) -> str:
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("a", "an", "the", "some") else words)
 
 
-def _sentence(stem: Path) -> str:
+def sentence_of(stem: Path) -> str:
     """The English sentence of a stamp (a mirrored stamp without one of its own has that of the plain one)."""
     for source in (stem, _plain(stem)):
         path = source.with_name(f"{source.name}.txt")
