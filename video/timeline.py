@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -179,12 +180,15 @@ def _first_frame(av: ModuleType, container: Any, stream: Any) -> Any:
 
 
 def rewind(av: ModuleType, container: Any, stream: Any) -> None:
-    """Back to the first packet; formats without an index are opened at it and stay where they are."""
+    """Back to the first packet."""
     start = stream.start_time
     try:
         container.seek(min(0, start or 0) if start is not None else 0, stream=stream)
     except av.error.FFmpegError as error:
-        raise ValueError(f"cannot be rewound ({error.strerror})") from None
+        raise ValueError(
+            f"a bare stream, with no times (0 frames per second) and no way back to its start ({error.strerror}); "
+            "put it into a container such as MP4 or Matroska"
+        ) from None
 
 
 def _demux(av: ModuleType, container: Any, stream: Any) -> tuple[Timeline, bool]:
@@ -246,7 +250,7 @@ def timeline_by_decoding(video: Video, time_limit: float = 600.0) -> Timeline:
         duration = frame.duration or 0
     if not stamps:
         raise ValueError("no frame in it decodes")
-    if any(stamp is None for stamp in stamps) or any(b <= a for a, b in zip(stamps, stamps[1:], strict=False)):
+    if any(stamp is None for stamp in stamps) or any(b <= a for a, b in pairwise(stamps)):
         raise ValueError("0 frames per second: its frames have no times")
     timeline = _timeline(stamps, duration, stream)
     timeline.keys, timeline.from_packets = (0,), False

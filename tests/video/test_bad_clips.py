@@ -115,15 +115,10 @@ def test_broken_packets_move_no_frame(tmp_path: Path, clip: Path):
 
 
 def test_no_times(tmp_path: Path):
-    """A stream without a container has none but those its decoder counts."""
+    """A stream without a container carries none."""
     path = tmp_path / "clip.h264"
     write_clip(path, list(range(30)), options={"bf": "2"})
-    try:
-        frames = sample_frames(path, 10)
-    except ValueError as error:
-        assert "0 frames per second" in str(error)
-    else:
-        assert [number_of(pixels) for pixels in frames.pixels] == list(range(1, 30, 3))
+    assert "0 frames per second" in reason(path)
 
 
 def test_unsupported_codec(clip: Path):
@@ -182,9 +177,9 @@ class TestWorker:
         for _ in range(10):
             sample_frames(clip, 4, reader="decord")
         before = resident()
-        for _ in range(60):
+        for _ in range(25):
             sample_frames(clip, 4, reader="decord")
-        assert resident() - before < 60 * 100 * 160 * 64 * 3 / 10  # bytes of all frames that it ran ahead over
+        assert resident() - before < 25 * 160 * 64 * 3 * 10  # ten of the 100 frames, each time
 
     def test_threads_take_turns(self, clip: Path):
         results: list = [None] * 4
@@ -210,11 +205,10 @@ class TestWorker:
         assert os.waitpid(child, 0)[1] == 0
         assert len(sample_frames(clip, 2, reader="decord").pixels) == 2
 
-    def test_ends_with_its_parent(self, clip: Path):
+    def test_ends_with_its_parent(self):
         code = (
-            "import os, sys; from video import decord_reader; from video.sampling import sample_frames\n"
-            f"sample_frames({str(clip)!r}, 2, reader='decord')\n"
-            "print(decord_reader._worker.process.pid, flush=True); os._exit(0)"
+            "import os; from video.decord_reader import _Worker\n"
+            "worker = _Worker(); print(worker.process.pid, flush=True); os._exit(0)"
         )
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         for _ in range(100):
