@@ -26,6 +26,10 @@ START_LIMIT = 120.0  # seconds for the process to start, on a machine that may b
 # Containers that can be entered at any key frame: elsewhere decord's seeks land on frames that it counts wrongly.
 _CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi")
 
+# Codecs whose standard fixes every bit of the output; in others (MPEG-4 part 2, MJPEG) the inverse transform may round
+# as it likes, and does so differently in the FFmpeg within decord.
+_CODECS = ("h264", "hevc", "vp8", "libvpx", "vp9", "libvpx-vp9")
+
 # 8-bit formats whose conversion to RGB has not changed since the FFmpeg within decord, and log2 of how many pixels
 # share a chroma sample (across, down): frames that these do not divide are converted otherwise there.
 _FORMATS = {
@@ -44,6 +48,8 @@ def obstacle(video: Video) -> str | None:
         return "it is not installed"
     if video.container.format.name not in _CONTAINERS:
         return f"container {video.container.format.name}"
+    if video.stream.codec_context.name not in _CODECS:
+        return f"codec {video.stream.codec_context.name}"
     if video.pixel_format not in _FORMATS:
         return f"pixel format {video.pixel_format}"
     across, down = _FORMATS[video.pixel_format]

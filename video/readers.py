@@ -83,10 +83,7 @@ def animation_timeline(data: bytes, picture: Image.Image) -> Timeline:
         raise ValueError(f"broken or truncated animation ({type(error).__name__}: {error})") from None
     if len(durations) > MAX_PACKETS:
         raise ValueError(f"over {MAX_PACKETS:,} frames, the limit")
-    if len(durations) < 2:
-        durations = durations or [0]
-    else:
-        durations = [duration or STILL for duration in durations]
+    durations = [duration or STILL for duration in durations] if len(durations) > 1 else [0]
     ends = np.cumsum(durations, dtype=np.int64)
     return Timeline(ends - durations, int(ends[-1]), Fraction(1, 1000))
 

@@ -116,13 +116,10 @@ def open_video(source: str | Path | bytes, max_pixels: int, max_seconds: float) 
         ValueError: what is wrong with it, without the file's name.
     """
     av = pyav()
-    if isinstance(source, bytes):
-        empty, file = not source, io.BytesIO(source)
-    else:
-        empty, file = Path(source).stat().st_size == 0, Path(source).open("rb")
-    with file:
-        if empty:
+    with io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as file:
+        if not file.read(1):
             raise ValueError("the file is empty (0 bytes)")
+        file.seek(0)
         try:
             container = av.open(file, options={"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"})
         except av.error.FFmpegError as error:

@@ -132,6 +132,12 @@ def test_other_codecs(tmp_path: Path, codec: str, suffix: str):
         check(frames, expected(list(range(60)), 1, Fraction(1, 25), 20)[0], frames.times.tolist())
 
 
+def test_codecs_without_exact_output_are_left_to_pyav(tmp_path: Path):
+    path = write_clip(tmp_path / "clip.avi", list(range(5)), codec="mpeg4")
+    with pytest.raises(ValueError, match="codec mpeg4"):
+        sample_frames(path, reader="decord")
+
+
 def test_odd_sizes(tmp_path: Path):
     options = {"b": "2M", "deadline": "realtime", "cpu-used": "8"}
     path = write_clip(tmp_path / "clip.webm", list(range(30)), codec="libvpx-vp9", size=(161, 63), options=options)
