@@ -115,9 +115,8 @@ def compare(path: Path, max_frames: int, repetitions: int) -> dict:
     best = min(results[name]["seconds"]["median"] for name in others if exact.get(name))
     for name, result in results.items():
         result["of_best_exact"] = result["seconds"]["median"] / best
-        print(
-            f"  {name:16} exact: {result['exact']!s:5} {result['seconds']['median']:.3f} s {result['of_best_exact']:.2f}x"
-        )
+        median, of_best = result["seconds"]["median"], result["of_best_exact"]
+        print(f"  {name:16} exact: {result['exact']!s:5} {median:.3f} s {of_best:.2f}x")
     return {
         "frames": len(timeline.ticks),
         "seconds": timeline.seconds,
