@@ -16,7 +16,8 @@ class Asset:
         package: with its version, as in the client's command.
         command: fetches the package file into the current folder.
         archive: glob of the files that the command leaves there.
-        used: regular expression for the files that are used; its group is the path that a file gets in the asset.
+        used: regular expression for the files that are used; its group is the path that a file gets in the asset. Files
+            of a zip within the package are matched as `{path of the zip}/{file}`.
         license_file: the file in the package that is kept as LICENSE.
         license: in short.
         digest: of the used files, see `digest_of`.
@@ -127,11 +128,11 @@ ASSETS = {
             package="moviepy 2.2.1 (PyPI)",
             command=(*_PIP, "--no-binary", "moviepy", "moviepy==2.2.1"),
             archive="*.tar.gz",
-            used=r"moviepy-2\.2\.1/docs/_static/medias/getting_started/moviepy_10_minutes/(trailer_bbb\.mp4)",
+            used=r".+/moviepy_10_minutes\.zip/moviepy_10_minutes/resources/(bbb\.mp4)",
             license_file="moviepy-2.2.1/LICENCE.txt",  # the archive's; the film is CC-BY-3.0, Blender Foundation
             license="MIT (the film: CC-BY-3.0)",
-            digest="ce0d2ba68822a89ae65ee41b53be9de621771130c2aa1d0ff02d935df75b59ae",
-            entry="trailer_bbb.mp4",
+            digest="475fbbf34c4c367998f80c29ea03b15a743941179b12da3373fc6706e68621d0",
+            entry="bbb.mp4",
         ),
         Asset(
             name="vtest",

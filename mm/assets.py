@@ -5,6 +5,7 @@ is checked. Nothing is committed to the repository; each asset keeps its licence
 """
 
 import hashlib
+import io
 import os
 import re
 import secrets
@@ -153,5 +154,11 @@ def _members(archive: Path, asset: Asset) -> Iterator[tuple[str, BinaryIO]]:
     else:
         with tarfile.open(archive) as tar:
             for info in tar:
-                if info.isfile():
-                    yield info.name, tar.extractfile(info)
+                if not info.isfile():
+                    continue
+                yield info.name, tar.extractfile(info)
+                if info.name.endswith(".zip"):
+                    with zipfile.ZipFile(io.BytesIO(tar.extractfile(info).read())) as inner:
+                        for member in inner.infolist():
+                            with inner.open(member) as content:
+                                yield f"{info.name}/{member.filename}", content
