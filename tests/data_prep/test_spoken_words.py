@@ -22,7 +22,7 @@ def test_sentences_are_of_the_closed_set_and_the_same_for_a_seed():
 
 def test_every_voice_says_every_sentence_and_held_out_ones_are_never_in_training(tmp_path):
     voices = [Espeak("en-us"), Espeak("en-us+f3")]
-    assert write_spoken_words(voices, tmp_path / "set", num_sentences=90, workers=2) == 180
+    assert write_spoken_words(voices, tmp_path / "set", num_sentences=90) == 180
     said, sides, seconds = {}, {}, 0.0
     for record in ShardSet(tmp_path / "set"):
         text = record.json["messages"][1]["content"][0]["text"]
