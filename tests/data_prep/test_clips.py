@@ -183,7 +183,7 @@ def test_overlay_text_goes_by_the_share_that_real_ocr_finds(pool, curate_clips, 
         draw.rectangle((20, 80, 300, 160), fill="black")
         draw.text((30, 90), "THE END", "white", font_size=60)
     pairs = {"plain": ("webp", animation(frames), said_of(1)), "titled": ("webp", animation(titled), said_of(2))}
-    config = curate_clips(pool("tars", "a", pairs), "tars", "run", overlay_text=OverlayTextConfig(0.05, frames=2))
+    config = curate_clips(pool("tars", "a", pairs), "tars", "run", motion=None, overlay_text=OverlayTextConfig(0.05, 2))
     assert run(config) == 1
     assert "overlay_text: drop: text covers too much" in why(Path(config.output), "titled")
 
