@@ -27,12 +27,19 @@ from data_prep.curation import (
 from data_prep.forecast import SHARES, forecast, solve_threshold
 from data_prep.language_confusion import confusions
 from data_prep.ledger import stats, why
+from data_prep.video_score import VideoScoreConfig
 from mm.assets import fetch
 from mm.training.command import one_line
 
 DEFAULT_WORK = "runs/data/sample"
 AGAIN = "goes on where it was"
-SHORT_FORMS = {"--clip-score": "--clip_score.threshold", "--duplicates": "--near_duplicates.threshold"}
+SHORT_FORMS = {
+    "--clip-score": "--clip_score.threshold",
+    "--duplicates": "--near_duplicates.threshold",
+    "--motion": "--motion.threshold",
+    "--overlay-text": "--overlay_text.max_share",
+    "--video-score": "--video_score.threshold",
+}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -84,7 +91,8 @@ def show_stats(argv: list[str]) -> None:
 def decide_anew(argv: list[str]) -> None:
     """Decide with other thresholds from what is stored: [--work FOLDER] --STEP.OPTION VALUE ...
 
-    `--clip-score X` is short for --clip_score.threshold, `--duplicates X` for --near_duplicates.threshold.
+    `--clip-score X` is short for --clip_score.threshold, `--duplicates X` for --near_duplicates.threshold, `--motion X`
+    and `--video-score X` for thresholds of theirs, `--overlay-text X` for --overlay_text.max_share.
     """
     work, changes = DEFAULT_WORK, [_in_full(word) for word in argv]
     if changes[:1] == ["--work"] and len(changes) > 1:
@@ -153,7 +161,7 @@ def locate(name: str) -> Path:
     return fetch(asset) if kind == "asset" else Path(name)
 
 
-def load_scorer(config: ClipScoreConfig) -> OpenClip:
+def load_scorer(config: ClipScoreConfig | VideoScoreConfig) -> OpenClip:
     """The model that judges how well captions fit their pictures."""
     return OpenClip.of_file(config.model, locate(config.pretrained))
 

@@ -3,13 +3,14 @@
 The folder of a run: `parts` and `set`, what was measured (kept, so that an interrupted or repeated run goes on where it
 was); `canaries`, planted copies and what found them; `ledger.parquet`, what became of every pair; `sources.parquet`,
 where each lay; `shards`; `report.html`; `measured.yaml` and `decided.yaml`, the settings of the run and those of the
-last decision; `scorer.txt`, the id of the model that the CLIP scores are of.
+last decision; `clip_score.txt` and `video_score.txt`, the ids of the models that those scores are of.
 """
 
 import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -19,6 +20,7 @@ from PIL import Image
 from data_prep.canaries import FOLDER, CanariesConfig, plant
 from data_prep.caption_rules import CaptionRules
 from data_prep.clip_score import ClipScore, ClipScoreConfig, PairScorer
+from data_prep.clips import ClipLength
 from data_prep.concepts import Concepts
 from data_prep.deciding import decide
 from data_prep.embedders import SSCD, LowFrequencies
@@ -28,22 +30,26 @@ from data_prep.image_rules import ImageRules
 from data_prep.ledger import LEDGER_NAME, write_ledger
 from data_prep.measuring import measure_all
 from data_prep.merging import merge
+from data_prep.motion import Motion
 from data_prep.near_duplicates import NearDuplicates, NearDuplicatesConfig
 from data_prep.ngrams import Vocabulary, read_texts
 from data_prep.nsfw import Nsfw, NsfwConfig, OpenNsfw
 from data_prep.ocr import Ocr, OcrConfig, RapidOcr
+from data_prep.overlay_text import OverlayText, OverlayTextConfig
 from data_prep.pool import Source, parts_of, root_of
 from data_prep.readable import Readable
 from data_prep.report import write_report
 from data_prep.resampling import Resampling, ResamplingConfig
 from data_prep.sources import Locate
 from data_prep.steps import Step
+from data_prep.video_score import MeanOverFrames, VideoScore, VideoScoreConfig, VideoScorer
 from data_prep.workers import Engine
 from data_prep.writing import WriteConfig, write
 
-MEASURED, DECIDED, SCORER = "measured.yaml", "decided.yaml", "scorer.txt"
+MEASURED, DECIDED = "measured.yaml", "decided.yaml"
 
-LoadScorer = Callable[[ClipScoreConfig], PairScorer]  # None where a caller knows no model
+LoadScorer = Callable[[ClipScoreConfig | VideoScoreConfig], PairScorer]  # None where a caller knows no model
+LoadVideoScorer = Callable[[VideoScoreConfig], VideoScorer]  # None: the mean over frames of what LoadScorer gives
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,10 @@ class Curate:
     nsfw: NsfwConfig | None = None
     caption_rules: CaptionRules | None = None
     image_rules: ImageRules | None = None
+    overlay_text: OverlayTextConfig | None = None
     clip_score: ClipScoreConfig | None = None
+    video_score: VideoScoreConfig | None = None
+    motion: Motion | None = None
     near_duplicates: NearDuplicatesConfig | None = None
     resampling: ResamplingConfig | None = None
     faces: FacesConfig | None = None
@@ -88,9 +97,27 @@ class Curate:
             raise ValueError(f"workers is {self.workers}; at least 1 is needed")
         if self.canaries is not None and self.near_duplicates is None:
             raise ValueError("canaries are planted for near_duplicates, which is null; give both or none")
+        self._check_media()
+
+    def _check_media(self) -> None:
+        if len({source.media for source in self.sources}) > 1:
+            raise ValueError("sources are of pictures and of clips; give each kind a run of its own")
+        clips = self.sources[0].media == "clips"
+        for name in ("faces", "ocr", "canaries") if clips else ("overlay_text", "video_score", "motion"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} is for {'pictures' if clips else 'clips'}, which the sources are not; set null"
+                )
+        if clips and self.write.max_side is not None:
+            raise ValueError("write.max_side is for pictures: clips are written as they are; set it to null")
 
 
-def steps_of(config: Curate, locate: Locate, load_scorer: LoadScorer | None = None) -> list[Step]:
+def steps_of(
+    config: Curate,
+    locate: Locate,
+    load_scorer: LoadScorer | None = None,
+    load_video_scorer: LoadVideoScorer | None = None,
+) -> list[Step]:
     """The steps of a run, in the order in which they decide: first what decides who may see a picture."""
     steps: list[Step] = []
     if config.hash_lists is not None:
@@ -99,14 +126,28 @@ def steps_of(config: Curate, locate: Locate, load_scorer: LoadScorer | None = No
     if config.nsfw is not None:
         steps.append(Nsfw(config.nsfw, OpenNsfw.of_package()))
     steps.append(Readable())
+    if config.sources[0].media == "clips":
+        steps.append(ClipLength())
     if config.write.split_by == "concept":
         captions = {source.path: source.captions for source in config.sources}
         steps.append(Concepts(captions, {path: root_of(locate(path)) for path in captions}))
     steps += [step for step in (config.caption_rules, config.image_rules) if step is not None]
+    if config.overlay_text is not None:
+        steps.append(OverlayText(config.overlay_text, RapidOcr.of_package()))
     if config.clip_score is not None:
         if load_scorer is None:
             raise ValueError("clip_score needs a model, which `mm data` loads; from Python, pass load_scorer")
         steps.append(ClipScore(config.clip_score, load_scorer(config.clip_score)))
+    if config.video_score is not None:
+        if load_video_scorer is not None:
+            scorer = load_video_scorer(config.video_score)
+        elif load_scorer is not None:
+            scorer = MeanOverFrames(load_scorer(config.video_score))
+        else:
+            raise ValueError("video_score needs a model, which `mm data` loads; from Python, pass load_video_scorer")
+        steps.append(VideoScore(config.video_score, scorer))
+    if config.motion is not None:
+        steps.append(config.motion)
     if config.near_duplicates is not None:
         steps.append(near_duplicates_of(config, locate))
     if config.resampling is not None:
@@ -132,28 +173,38 @@ class _ScoredBefore:
 
     id: str
 
-    def score(self, picture: Image.Image, captions: Sequence[str]) -> list[float]:
+    def score(self, picture: Image.Image | Sequence[Image.Image], captions: Sequence[str]) -> list[float]:
         raise AssertionError("deciding measures nothing")
 
 
 def deciding_steps_of(work: Path, config: Curate, locate: Locate) -> list[Step]:
-    """The steps of a finished run with settings that may differ, for deciding alone: CLIP's model is not loaded."""
-    measured = read_run(work)[0].clip_score
+    """The steps of a finished run with settings that may differ, for deciding alone: no scorer's model is loaded."""
+    run_with = read_run(work)[0]
 
-    def scorer(wanted: ClipScoreConfig) -> _ScoredBefore:
-        names = (wanted.model, wanted.pretrained)
+    def scored_before(wanted: ClipScoreConfig | VideoScoreConfig, step: str) -> _ScoredBefore:
+        measured, names = getattr(run_with, step), (wanted.model, wanted.pretrained)
         if measured is None or names != (measured.model, measured.pretrained):
             return _ScoredBefore(" ".join(names))
-        if not (work / SCORER).is_file():
-            raise ValueError(
-                f"{work / SCORER}: missing; it says what the CLIP scores are of, and `mm data run` writes it"
-            )
-        return _ScoredBefore((work / SCORER).read_text(encoding="utf-8"))
+        path = _scorer_file(work, step)
+        if not path.is_file():
+            raise ValueError(f"{path}: missing; it says what the scores are of, and `mm data run` writes it")
+        return _ScoredBefore(path.read_text(encoding="utf-8"))
 
-    return steps_of(config, locate, scorer)
+    return steps_of(
+        config, locate, partial(scored_before, step=ClipScore.name), partial(scored_before, step=VideoScore.name)
+    )
 
 
-def run(config: Curate, locate: Locate = Path, load_scorer: LoadScorer | None = None) -> int:
+def _scorer_file(work: Path, step: str) -> Path:
+    return work / f"{step}.txt"
+
+
+def run(
+    config: Curate,
+    locate: Locate = Path,
+    load_scorer: LoadScorer | None = None,
+    load_video_scorer: LoadVideoScorer | None = None,
+) -> int:
     """Reads, measures, decides and writes; what an earlier run of the same folder has done is not done again.
 
     Returns:
@@ -163,7 +214,7 @@ def run(config: Curate, locate: Locate = Path, load_scorer: LoadScorer | None = 
         ValueError: something that the configuration names is not there, or not what it should be; nothing is kept.
     """
     work = Path(config.output)
-    steps = steps_of(config, locate, load_scorer)
+    steps = steps_of(config, locate, load_scorer, load_video_scorer)
     parts = [part for source in config.sources for part in parts_of(source, locate(source.path).absolute())]
     work.mkdir(parents=True, exist_ok=True)
     measured = measure_all(parts, steps, config.svg_size, work / "parts", config.workers, config.engine)
@@ -171,8 +222,8 @@ def run(config: Curate, locate: Locate = Path, load_scorer: LoadScorer | None = 
     _copy(work / "set" / "sources.parquet", work / "sources.parquet")
     _plant(work, config, steps, locate)
     for step in steps:
-        if isinstance(step, ClipScore):
-            (work / SCORER).write_text(step.scorer.id, encoding="utf-8")
+        if isinstance(step, ClipScore | VideoScore):
+            _scorer_file(work, step.name).write_text(step.scorer.id, encoding="utf-8")
     _save(config, work / MEASURED)
     _decide(work, config, steps)
     return write_kept(work, locate)

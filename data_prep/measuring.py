@@ -18,13 +18,15 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
+from data_prep.clips import ShownClip, read_clip
 from data_prep.pool import BrokenFile, Part, RawPair, picture_id
 from data_prep.steps import STORED, Step, settings_hash
 from data_prep.workers import Engine, in_order
 from vision.reading import MAX_PIXELS, read_picture
 
-BATCH = 64  # pairs whose pictures are in memory at once
+BATCH = {"pictures": 64, "clips": 4}  # pairs whose pictures, or frames, are in memory at once
 REMEMBERED = 4096  # pairs at least, before they are written out
 MAX_CAPTION_BYTES = 2**16  # longer ones are no captions
 DECIMALS = 6  # of every stored score
@@ -103,7 +105,7 @@ def _measure_into(folder: Path, part: Part, steps: Sequence[Step], svg_size: int
     tables = _Tables(steps)
     with _PartWriter(folder, steps) as writer:
         reading = part.read()
-        while batch := list(islice(reading, BATCH)):
+        while batch := list(islice(reading, BATCH[part.source.media])):
             for broken in (raw for raw in batch if isinstance(raw, BrokenFile)):
                 tables.add_broken(part, broken)
             raws = [raw for raw in batch if isinstance(raw, RawPair)]
@@ -152,19 +154,23 @@ class _Tables:
             self.sources.append({**row, **about, "size": len(raw.picture or b"")})
             rows.append({**row, **_read_caption(raw)})
             shown.setdefault(image_id, raw.picture)
-        shown = self._measure_pictures(shown, svg_size)
+        shown, clips = self._measure_pictures(shown, svg_size, part.source.media == "clips")
         for row in rows:
             if row["image_id"] in self.hidden:
                 row["caption"] = None
         whole = [row for row in rows if row["image_id"] in shown and row["problem"] is None]
         for over in ("captions", "pairs"):
-            self._measure_rows(whole, over, shown)
+            self._measure_rows(whole, over, shown, clips)
         self.pairs += rows
 
-    def _measure_pictures(self, found: dict[str, bytes | None], svg_size: int) -> dict:
-        """The pictures that may be looked at, decoded (only where a step over pairs needs those seen before)."""
+    def _measure_pictures(self, found: dict[str, bytes | None], svg_size: int, are_clips: bool) -> tuple[dict, dict]:
+        """The pictures that may be looked at, decoded (only where a step over pairs needs those seen before).
+
+        Clips: their middle frames, and the clips themselves.
+        """
         again = any(step.over == "pairs" for step in self.steps)
-        shown = {}
+        shown: dict[str, Image.Image | None] = {}
+        clips: dict[str, ShownClip] = {}
         for image_id, data in found.items():
             known = self.pictures.get(image_id)
             if known is not None and (known["picture_problem"] or image_id in self.hidden):
@@ -173,20 +179,26 @@ class _Tables:
                 shown[image_id] = None
                 continue
             try:
-                shown[image_id] = read_picture(data or b"", MAX_PIXELS, svg_size=svg_size, svg_fonts=False)
+                if are_clips:
+                    clips[image_id] = read_clip(data or b"")
+                    shown[image_id] = clips[image_id].middle
+                else:
+                    shown[image_id] = read_picture(data or b"", MAX_PIXELS, svg_size=svg_size, svg_fonts=False)
             except ValueError as error:
-                reason = str(error).removeprefix("picture: ")
-                self.pictures[image_id] = {"image_id": image_id, "picture_problem": f"unreadable picture: {reason}"}
+                kind = "clip" if are_clips else "picture"
+                problem = f"unreadable {kind}: {str(error).removeprefix(f'{kind}: ')}"
+                self.pictures[image_id] = {"image_id": image_id, "picture_problem": problem}
         new = {image_id: picture for image_id, picture in shown.items() if image_id not in self.pictures}
         for image_id, picture in new.items():
             row = {"image_id": image_id, "picture_problem": None, "width": picture.width, "height": picture.height}
             self.pictures[image_id] = row
-        for step in (step for step in self.steps if step.over == "pictures" and new):
+        for step in (step for step in self.steps if step.over in ("pictures", "clips") and new):
             batch = {
                 "image_id": list(new),
                 "picture": list(new.values()),
                 "width": [picture.width for picture in new.values()],
                 "height": [picture.height for picture in new.values()],
+                "clip": [clips.get(image_id) for image_id in new],
             }
             measured = step.measure(batch)
             for number, image_id in enumerate(list(new)):
@@ -196,9 +208,9 @@ class _Tables:
                 hidden = {image_id for image_id, passed in zip(list(new), passes, strict=True) if not passed}
                 self.hidden |= hidden
                 new = {image_id: picture for image_id, picture in new.items() if image_id not in hidden}
-        return {image_id: picture for image_id, picture in shown.items() if image_id not in self.hidden}
+        return {image_id: picture for image_id, picture in shown.items() if image_id not in self.hidden}, clips
 
-    def _measure_rows(self, rows: list[dict], over: str, shown: dict) -> None:
+    def _measure_rows(self, rows: list[dict], over: str, shown: dict, clips: dict) -> None:
         for step in (step for step in self.steps if step.over == over and rows):
             if over == "captions":
                 captions = list(dict.fromkeys(row["caption"] for row in rows))
@@ -207,7 +219,8 @@ class _Tables:
                 numbers = [place[row["caption"]] for row in rows]
             else:
                 batch = {name: [row[name] for row in rows] for name in ("id", "image_id", "caption")}
-                measured = step.measure({**batch, "picture": [shown[row["image_id"]] for row in rows]})
+                seen = {"picture": [shown[one] for one in batch["image_id"]]}
+                measured = step.measure({**batch, **seen, "clip": [clips.get(one) for one in batch["image_id"]]})
                 numbers = range(len(rows))
             for row, number in zip(rows, numbers, strict=True):
                 row |= {name: values[number] for name, values in measured.items()}
@@ -218,7 +231,7 @@ class _PartWriter:
 
     def __init__(self, folder: Path, steps: Sequence[Step]):
         of_pairs = [step for step in steps if step.over in ("captions", "pairs")]
-        of_pictures = [step for step in steps if step.over == "pictures"]
+        of_pictures = [step for step in steps if step.over in ("pictures", "clips")]
         schemas = {
             "pairs": with_columns(PAIRS, of_pairs),
             "pictures": with_columns(PICTURES, of_pictures),

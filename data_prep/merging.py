@@ -50,7 +50,7 @@ def merge(parts: Sequence[Path], steps: Sequence[Step], target: Path) -> None:
     try:
         schemas = {
             "pairs": with_columns(PAIRS, [step for step in steps if step.over in ("captions", "pairs")]),
-            "pictures": with_columns(PICTURES, [step for step in steps if step.over == "pictures"]),
+            "pictures": with_columns(PICTURES, [step for step in steps if step.over in ("pictures", "clips")]),
             "sources": SOURCES,
         }
         for table, schema in schemas.items():

@@ -1,5 +1,6 @@
-"""A raw pool -> pairs as they lie there: webdataset tars, parquet tables, folders of pictures. Nothing is judged here.
+"""A raw pool -> pairs as they lie there: webdataset tars, parquet tables, folders of pictures or clips.
 
+Nothing is judged here. A clip takes the place of a picture: what is said of pictures holds of clips as well.
 Whatever is broken comes out as well, as a pair that lacks something or as a `BrokenFile`, and reading goes on.
 """
 
@@ -20,6 +21,7 @@ PICTURE_SUFFIXES = frozenset(
     ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "jpx", "j2k", "ppm", "pgm", "pbm", "tga",
      "ico", "svg", "svgz")
 )  # fmt: skip
+CLIP_SUFFIXES = frozenset(("mp4", "webm", "webp", "gif", "mov", "m4v", "mkv", "avi", "mpg", "mpeg", "ts", "ogv"))
 FILES_PER_PART = 256  # pictures of a folder that are read, and kept, as one part of the work
 
 
@@ -30,10 +32,11 @@ class Source:
     Attributes:
         path: a folder (of tars, of parquet files, of pictures), or one tar or parquet file; or `asset:NAME`.
         kind: what lies there.
+        media: what the captions are of.
         captions: where a folder's captions are: "text", a .txt file beside each picture; "title", in the SVG itself;
             "openmoji" and "tuxpaint", as those two sets have them (Tux Paint: every language, each a pair of its own);
             "tuxpaint_english", of these only the English one.
-        picture_column: of parquet tables; bytes, or a struct with a field `bytes`.
+        picture_column: of parquet tables, of clips as well; bytes, or a struct with a field `bytes`.
         caption_column: of parquet tables.
         language: ISO 639 code of all captions, where it is known: written in place of what is detected.
     """
@@ -44,6 +47,12 @@ class Source:
     picture_column: str = "image"
     caption_column: str = "caption"
     language: str | None = None
+    media: Literal["pictures", "clips"] = "pictures"
+
+    @property
+    def suffixes(self) -> frozenset[str]:
+        """What the names of its media end with."""
+        return CLIP_SUFFIXES if self.media == "clips" else PICTURE_SUFFIXES
 
 
 Places = dict[str, tuple[Source, Path]]  # a source as the stored set names it -> the source and its local place
@@ -104,7 +113,7 @@ def parts_of(source: Source, folder: Path) -> list[Part]:
     if folder.is_file():
         files = [folder.name]
     else:
-        found = (path for path in folder.rglob("*") if _fits(path, source.kind) and path.is_file())
+        found = (path for path in folder.rglob("*") if _fits(path, source) and path.is_file())
         files = sorted(path.relative_to(folder).as_posix() for path in found)
     if not files:
         raise ValueError(f"{source.path}: there is nothing of kind {source.kind!r} in it")
@@ -151,9 +160,9 @@ def read_again(row: dict, sources: Places) -> bytes:
     return data
 
 
-def _fits(path: Path, kind: str) -> bool:
-    suffix = path.suffix[1:].lower()
-    return suffix in PICTURE_SUFFIXES if kind == "folder" else suffix == {"tars": "tar", "parquet": "parquet"}[kind]
+def _fits(path: Path, source: Source) -> bool:
+    wanted = {"tars": {"tar"}, "parquet": {"parquet"}, "folder": source.suffixes}[source.kind]
+    return path.suffix[1:].lower() in wanted
 
 
 def _part(source: Source, folder: Path, files: list[str]) -> Part:
@@ -176,10 +185,11 @@ def _read_tar(part: Part) -> Iterator[RawPair | BrokenFile]:
                 folder, _, base = info.name.rpartition("/")
                 stem, _, suffix = base.partition(".")
                 this, suffix = (f"{folder}/{stem}" if folder else stem), suffix.lower()
-                again = suffix in members or (suffix in PICTURE_SUFFIXES and members.keys() & PICTURE_SUFFIXES)
+                media = part.source.suffixes
+                again = suffix in members or (suffix in media and members.keys() & media)
                 if this != key or again:
                     if members:
-                        yield _tar_pair(name, key, members)
+                        yield _tar_pair(part, key, members)
                     key, members = this, {}
                 content = tar.extractfile(info).read()
                 if len(content) < info.size:
@@ -194,13 +204,14 @@ def _read_tar(part: Part) -> Iterator[RawPair | BrokenFile]:
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         yield BrokenFile(name, f"corrupt or truncated tar: {error}")
     if members:
-        yield _tar_pair(name, key, members)
+        yield _tar_pair(part, key, members)
 
 
-def _tar_pair(path: str, key: str, members: dict[str, tuple[int, bytes]]) -> RawPair:
-    pictures = [suffix for suffix in members if suffix.rpartition(".")[2] in PICTURE_SUFFIXES]
+def _tar_pair(part: Part, key: str, members: dict[str, tuple[int, bytes]]) -> RawPair:
+    source = part.source
+    pictures = [suffix for suffix in members if suffix.rpartition(".")[2] in source.suffixes]
     place, picture = members[pictures[0]] if pictures else (0, None)
-    problem = "several pictures under one key" if len(pictures) > 1 else None
+    problem = f"several {source.media} under one key" if len(pictures) > 1 else None
     caption = members["txt"][1] if "txt" in members else None
     if caption is None and "json" in members:
         try:
@@ -208,7 +219,7 @@ def _tar_pair(path: str, key: str, members: dict[str, tuple[int, bytes]]) -> Raw
             caption = content["caption"].encode() if isinstance(content.get("caption"), str) else None
         except (ValueError, AttributeError):
             problem = problem or "the json member is broken"
-    return RawPair(key, path, place, picture, caption, problem)
+    return RawPair(key, part.files[0], place, picture, caption, problem)
 
 
 # ------------------------------------------------------------------------------------------------------------ parquet

@@ -18,6 +18,8 @@ import pyarrow.parquet as pq
 
 from data_prep.canaries import measure_canaries, thresholds_beside
 from data_prep.caption_rules import CaptionRules
+from data_prep.clips import read_clip
+from data_prep.contact_sheets import FRAMES, contact_sheet
 from data_prep.deciding import walk
 from data_prep.faces import Faces
 from data_prep.language_confusion import Confusion, confusions
@@ -43,6 +45,7 @@ table { border-collapse: collapse } td, th { padding: .15rem .7rem .15rem 0; tex
 td.n { text-align: right; font-variant-numeric: tabular-nums } .bar { background: #4a7fb5; height: .9rem }
 .border { display: flex; flex-wrap: wrap; gap: .6rem } figure { width: 8.5rem; margin: 0; font-size: .8rem }
 figure img { max-width: 96px; max-height: 96px; border: 1px solid #ccc; display: block }
+figure.clip { width: 25rem } figure.clip img { max-width: 400px; max-height: 120px }
 h3 { margin: 1.6rem 0 .3rem } .dropped { color: #a33 } .kept { color: #276 }
 @media (prefers-color-scheme: dark) { body { background: #1a1a1a; color: #ddd } }
 """
@@ -137,6 +140,7 @@ class _Pictures:
             row["id"]: row for row in pq.read_table(folder / "sources.parquet", filters=wanted).to_pylist()[::-1]
         }
         self._sources, self._svg_size, self._finishing = sources, svg_size, finishing
+        self._of_clips = any(source.media == "clips" for source, _ in sources.values())
         self._faces: dict[str, list] = {}
         if finishing:
             images = pa.array({row["image_id"] for row in self._places.values()}, pa.string())
@@ -147,18 +151,23 @@ class _Pictures:
 
     def figure(self, pair: str, value: float) -> str:
         caption = html.escape((self._captions.get(pair) or "")[:120])
-        return f"<figure>{self._image(pair)}<b>{value:.4g}</b> {caption}<br><small>{pair[:12]}</small></figure>"
+        kind = " class=clip" if self._of_clips else ""
+        return f"<figure{kind}>{self._image(pair)}<b>{value:.4g}</b> {caption}<br><small>{pair[:12]}</small></figure>"
 
     def _image(self, pair: str) -> str:
         row = self._places[pair]
         try:
             data = read_again(row, self._sources)
-            picture = read_picture(data, svg_size=min(self._svg_size, THUMBNAIL), svg_fonts=False)
+            if self._of_clips:
+                picture = contact_sheet(read_clip(data, FRAMES), THUMBNAIL)
+            else:
+                picture = read_picture(data, svg_size=min(self._svg_size, THUMBNAIL), svg_fonts=False)
         except ValueError:  # the pool has changed since
             return ""
-        for step in self._finishing:
-            picture = step.shown(picture, self._faces.get(row["image_id"]))
-        picture.thumbnail((THUMBNAIL, THUMBNAIL))
+        if not self._of_clips:
+            for step in self._finishing:
+                picture = step.shown(picture, self._faces.get(row["image_id"]))
+            picture.thumbnail((THUMBNAIL, THUMBNAIL))
         out = io.BytesIO()
         picture.save(out, "WEBP", quality=70)
         return f"<img alt='' src='data:image/webp;base64,{base64.b64encode(out.getvalue()).decode()}'>"

@@ -57,7 +57,8 @@ class Step:
     Attributes:
         name: as in the ledger and the configuration.
         over: what `measure` sees the rows of, each of them once: "pictures" (columns image_id, picture (RGB), width,
-            height), "captions" (caption), or "pairs" (id, image_id, caption, picture); None: nothing is measured.
+            height), "clips" (the same and clip), "captions" (caption), or "pairs" (id, image_id, caption, picture,
+            clip); None: nothing is measured. A clip is a clips.ShownClip, and its picture the frame in its middle.
         adds: the columns that `measure` gives, with their types. Names are unique among all steps.
         reads: the stored columns that `decide` wants, of pictures and of pairs; `id` comes with them always.
         finishes: the stored columns that `finish` wants; None: the step has no say in how kept pairs are written.

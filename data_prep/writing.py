@@ -1,5 +1,7 @@
 """Kept pairs -> shards: each picture is found again in the pool, checked, and written as JPEG, PNG or WebP.
 
+Clips are written as they are.
+
 In memory: what is known of every kept pair, its caption and place among it, about 600 bytes, and the writer's 300.
 """
 
@@ -19,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
+from data_prep.clips import ClipLength, container_of
 from data_prep.concepts import concepts_of
 from data_prep.deciding import Stored
 from data_prep.ledger import LEDGER_NAME, kept_ids
@@ -27,7 +30,7 @@ from data_prep.sources import licenses_beside
 from data_prep.splits import split_of
 from data_prep.steps import Draft, Step
 from data_prep.workers import Engine, in_order
-from shards.format import Record
+from shards.format import INDEX_SCHEMA, Record
 from shards.writer import ShardWriter
 from vision.reading import MAX_PIXELS, frames_of, read_picture
 
@@ -101,8 +104,9 @@ def _rows(set_folder: Path, ids: pa.Array, steps: Sequence[Step], split_by: str)
     rows = pc.index_in(
         ids, value_set=pq.read_table(set_folder / "pairs.parquet", columns=["id"])["id"].combine_chunks()
     )
-    scores = [name for step in steps for name, kind in step.adds.items() if pa.types.is_floating(kind)]
-    named = [name for step in steps for name in step.adds if name in ("language", "mended")]
+    measured = [(name, kind) for step in steps for name, kind in step.adds.items()]
+    scores = [name for name, kind in measured if pa.types.is_floating(kind) and name not in INDEX_SCHEMA.names]
+    named = [name for name, _ in measured if name in ("language", "mended", *ClipLength.adds)]
     named += [name for step in steps for name in step.finishes or () if name not in scores]
     known = stored.read(["image_id", "caption", *named, *scores], rows.to_numpy())
     places = pq.read_table(set_folder / "sources.parquet", filters=pc.field("id").isin(ids))  # in order of (id, source)
@@ -133,22 +137,28 @@ def _records(
 
 
 def _record(row: dict, sources: Places, finishing: Sequence[Step], config: WriteConfig, svg_size: int) -> Record:
-    data = read_again(row, sources)
-    picture = read_picture(data, MAX_PIXELS, svg_size=svg_size, svg_fonts=False)
-    scores = {name: row[name] for name in row["scores"] if row[name] is not None}
-    draft = Draft(picture, row.get("mended") or row["caption"], scores)
-    for step in finishing:
-        step.finish(row, draft)
-    suffix, data = to_write(data, draft.picture, config.max_side, changed=draft.picture is not picture)
+    data, caption = read_again(row, sources), row.get("mended") or row["caption"]
+    columns = {name: row[name] for name in row["scores"] if row[name] is not None}
+    about = {}
+    if sources[row["source"]][0].media == "clips":
+        suffix, about = f"clip.{container_of(data)}", {name: row[name] for name in ClipLength.adds}
+    else:
+        picture = read_picture(data, MAX_PIXELS, svg_size=svg_size, svg_fonts=False)
+        draft = Draft(picture, caption, columns)
+        for step in finishing:
+            step.finish(row, draft)
+        suffix, data = to_write(data, draft.picture, config.max_side, changed=draft.picture is not picture)
+        caption, columns = draft.caption, draft.columns
     content = {
         "id": row["id"],
         "split": split_of(row["split_by"], config.validation, config.test),
         "task": "caption",
         "language": sources[row["source"]][0].language or row.get("language") or "und",
-        "caption": draft.caption,
+        "caption": caption,
         "image_id": row["image_id"],
+        **about,
     }
-    return Record(row["id"], content, {suffix: data}, draft.columns)
+    return Record(row["id"], content, {suffix: data}, columns)
 
 
 def to_write(data: bytes, picture: Image.Image, max_side: int | None, changed: bool = False) -> tuple[str, bytes]:
