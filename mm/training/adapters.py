@@ -110,7 +110,7 @@ def train_adapters(
             layers=LAYERS,
             units=UNITS,
             loads=loads_of(dataset, model.config, processor.max_tiles),
-            matmul_rate=matmul_rate(device.type, config.training.compute),
+            matmul_rate=None if flops is None else matmul_rate(device.type, config.training.compute),
             identity={name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE},
         )
 
