@@ -86,6 +86,7 @@ def config_values(config: ModelConfig) -> dict:
     lm, encoder, adapter = config.language_model, config.vision_encoder, config.image_adapter
     if encoder is None or adapter is None:
         raise ValueError("mllama cannot express a model without vision_encoder and image_adapter")
+    _refuse_other_parts(config)
     positions = adapter.block_positions(lm.num_layers)
     wrong = {
         f"language_model.head_dim {lm.head_dim} (it must be hidden_size / num_heads)": lm.head_dim * lm.num_heads
@@ -169,8 +170,9 @@ def same_meaning(values: dict, config: ModelConfig) -> None:
     Stop tokens and tap points may differ: the first lie in generation_config.json, the second are given back as read.
 
     Raises:
-        ValueError: the fields that changed since.
+        ValueError: the fields that changed since, or parts that mllama does not have.
     """
+    _refuse_other_parts(config)
     tied = config.language_model.tied_embeddings
     meant, _ = model_config(values, {}, config.vision_encoder.tap_points, has_head=not tied)
     changed = []
@@ -202,6 +204,15 @@ def with_dtype(values: dict, dtypes: set[torch.dtype]) -> dict:
                 part[key] = name
                 spelled = spelled or part is values
     return values if spelled else {**values, "dtype": name}
+
+
+def _refuse_other_parts(config: ModelConfig) -> None:
+    others = [part for part in ("video_adapter", "speech_encoder", "speech_adapter") if getattr(config, part)]
+    if others:
+        raise ValueError(
+            f"mllama cannot express {', '.join(others)}: convert the run from before they were added, which has the "
+            "same language model, encoder and image adapter"
+        )
 
 
 def _whole_number_list(values: dict, name: str) -> tuple[int, ...]:

@@ -12,6 +12,10 @@ import mm
 import mm.convert.mllama
 from mm.convert import mllama as convert
 from mm.cross_attention import ImageAdapterConfig
+from mm.video_adapter import VideoAdapterConfig
+from speech.adapter import SpeechAdapterConfig
+from speech.conformer import SpeechEncoderConfig
+from video.aggregator import AggregatorConfig
 
 RENAMED = "model.vision_model.class_embedding"
 
@@ -241,6 +245,23 @@ def test_what_mllama_cannot_express_is_refused_by_name(own_config, tmp_path, par
     config = replace(own_config, **{part: replace(getattr(own_config, part), **change)})
     with pytest.raises(ValueError, match=f"cannot express.*{named}"):
         convert.save(mm.MultimodalModel(config), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("part", ["video_adapter", "speech_encoder"])
+def test_eyes_for_clips_and_ears_are_not_left_out_in_silence(mllama, own_config, tmp_path, part):
+    aggregator = AggregatorConfig(hidden_size=32, intermediate_size=48, num_layers=1, num_heads=2)
+    parts = {"video_adapter": VideoAdapterConfig(aggregator, interval=1)}
+    if part == "speech_encoder":
+        parts = {
+            "speech_encoder": SpeechEncoderConfig(num_layers=1, width=32, ffn_width=48, num_heads=2),
+            "speech_adapter": SpeechAdapterConfig(hidden_size=32, intermediate_size=48, num_heads=2),
+        }
+    read, own = convert.load(mllama[1]), mm.MultimodalModel(replace(own_config, **parts))
+    read.config = replace(read.config, **parts)
+    for model in (read, own):
+        with pytest.raises(ValueError, match=f"mllama cannot express {', '.join(parts)}"):
+            convert.save(model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
