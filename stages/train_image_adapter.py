@@ -106,6 +106,8 @@ def shapes(config: TrainImageAdapter) -> ModelConfig:
     else:
         language_model = mm.convert.llama.read_shape(config.language_model)
         model = ModelConfig(language_model, read_encoder_shape(config.vision_encoder), config.adapter)
+    if model.vision_encoder is None:
+        raise ValueError(f"{config.start_from} has no vision_encoder: there are no pictures to plan for")
     tile_size = config.tile_size or model.vision_encoder.tile_size
     return replace(model, vision_encoder=replace(model.vision_encoder, tile_size=tile_size))
 

@@ -341,8 +341,15 @@ def plan(
         teraflops: rate of a GPU's matrix products; None estimates no speed.
 
     Raises:
-        ValueError: numbers below what makes sense, rates that do not fit the model, or ranks that do not fit the GPUs.
+        ValueError: numbers below what makes sense, rates that do not fit the model, ranks that do not fit the GPUs, or
+            a model with a video adapter or speech parts, whose operations and memory are not reckoned.
     """
+    others = [part for part in ("video_adapter", "speech_encoder", "speech_adapter") if getattr(config, part)]
+    if others:
+        raise ValueError(
+            f"the model has {', '.join(others)}, and what clips and sound cost is not reckoned: plan with the run that "
+            "they were added to"
+        )
     if gpus < 1:
         raise ValueError(f"gpus is {gpus}; it must be at least 1")
     for name, value in (("gpu_memory", gpu_gigabytes), ("tflops", teraflops)):
