@@ -4,7 +4,7 @@ A user's mistake ends with one line and exit code 1. Where several files are giv
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,23 +14,27 @@ import app.data
 import mm
 import mm.convert.mllama
 import mm.convert.open_clip
+import mm.convert.whisper
 import stages.finetune
 import stages.pretrain_image_encoder
 import stages.sweep
 import stages.train_image_adapter
+import stages.train_video_adapter
+from app.answers import MEDIA, WHAT_IS_A_CLIP, ask, caption, load_model, medium, transcribe
 from mm.averaging import average, average_best
 from mm.checkpoint import CONFIG_FILE, save, save_encoder
 from mm.evaluation.evaluate import evaluate
+from mm.speech_encoders import save_speech_encoder
 from mm.training.command import one_line
 from mm.training.planner import expected_samples, plan
 from shards.reader import ShardSet
 from stages.train_image_adapter import TrainImageAdapter
-from vision.reading import read_picture
 
 DEFAULT_MODEL = "runs/demo"
 STAGES = {
     "pretrain_image_encoder": stages.pretrain_image_encoder.main,
     "train_image_adapter": stages.train_image_adapter.main,
+    "train_video_adapter": stages.train_video_adapter.main,
     "finetune": stages.finetune.main,
 }
 
@@ -47,43 +51,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(_run(arguments))
 
 
-def caption(arguments: Namespace) -> int:
-    """Caption pictures."""
-    model, processor = _load(arguments)
-
-    def describe(file: str) -> str:
-        sample = processor.caption_prompt_for(read_picture(file))
-        return processor.decode(mm.generate_tokens(model, [sample], arguments.max_new_tokens)[0])
-
-    return _each(arguments.images, describe)
-
-
-def ask(arguments: Namespace) -> int:
-    """Ask a question about pictures."""
-    if not arguments.question.strip():
-        raise ValueError("the question is empty")
-    model, processor = _load(arguments)
-    content = [{"type": "image", "image": file} for file in arguments.image]
-    messages = [{"role": "user", "content": [*content, {"type": "text", "text": arguments.question}]}]
-    for piece in mm.stream(
-        model,
-        processor,
-        messages,
-        arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
-    ):
-        print(piece, end="", flush=True)
-    print()
-    return 0
-
-
 def evaluate_shards(arguments: Namespace) -> int:
     """Score a model on a folder of shards."""
     if arguments.output and Path(arguments.output).is_file():  # said before the work, not after it
         raise ValueError(f"{arguments.output} is a file; name a folder for the scores")
-    model, processor = _load(arguments)
+    model, processor = load_model(arguments)
     records = ShardSet(arguments.data).select(split=arguments.split, task=arguments.task)
     report = evaluate(
         model,
@@ -140,6 +112,15 @@ def convert_open_clip(arguments: Namespace) -> int:
     return 0
 
 
+def convert_whisper(arguments: Namespace) -> int:
+    """Make a speech encoder folder of one of OpenAI's Whisper files."""
+    _refuse_existing(arguments.output)
+    encoder = mm.convert.whisper.load(arguments.file)
+    save_speech_encoder(arguments.output, encoder)
+    print(encoder.report)
+    return 0
+
+
 def convert_from_mllama(arguments: Namespace) -> int:
     """Make a run folder of a Llama 3.2 Vision folder."""
     _refuse_existing(arguments.output)
@@ -161,24 +142,6 @@ def convert_to_mllama(arguments: Namespace) -> int:
 def _refuse_existing(output: str) -> None:
     if (Path(output) / CONFIG_FILE).exists():
         raise ValueError(f"{output} holds a run already; name another folder, or remove it first")
-
-
-def _each(files: Sequence[str], do: Callable[[str], str]) -> int:
-    """Do every file that can be done, then list what failed and why."""
-    failed = []
-    for file in files:
-        try:
-            print(f"{file}: {do(file)}", flush=True)
-        except ValueError as error:
-            reason = one_line(error)
-            failed.append(reason if reason.startswith(file) else f"{file}: {reason}")
-    for reason in failed:
-        print(f"mm: failed: {reason}", file=sys.stderr)
-    return 1 if failed else 0
-
-
-def _load(arguments: Namespace) -> tuple[mm.MultimodalModel, mm.Processor]:
-    return mm.load(arguments.model, device=arguments.device, language_model=arguments.language_model)
 
 
 def _train(arguments: list[str]) -> int:
@@ -217,22 +180,37 @@ def _model_options(parser: ArgumentParser, max_new_tokens: int) -> None:
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="mm", description="Eyes for a frozen language model.", exit_on_error=False)
+    parser = ArgumentParser(prog="mm", description="Eyes and ears for a frozen language model.", exit_on_error=False)
     commands = parser.add_subcommands(required=True)
 
     one = ArgumentParser(description=caption.__doc__, exit_on_error=False)
-    one.add_argument("images", nargs="+", help="picture files")
+    one.add_argument("files", nargs="+", help="pictures and clips; " + WHAT_IS_A_CLIP)
     _model_options(one, max_new_tokens=64)
     commands.add_subcommand("caption", one)
 
     one = ArgumentParser(description=ask.__doc__, exit_on_error=False)
     one.add_argument("question")
-    one.add_argument("--image", nargs="+", required=True, help="picture files, in the order of the question")
+    for kind, what in MEDIA.items():
+        one.add_argument(
+            f"--{kind}",
+            dest="media",
+            action="extend",
+            nargs="+",
+            type=medium(kind),
+            metavar="FILE",
+            help=f"{what}; the model gets pictures, clips and sounds in the order given here, then the question",
+        )
     one.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
     one.add_argument("--top-p", type=float, default=1.0)
     one.add_argument("--seed", type=int, default=0)
     _model_options(one, max_new_tokens=128)
     commands.add_subcommand("ask", one)
+
+    one = ArgumentParser(description=transcribe.__doc__, exit_on_error=False)
+    one.add_argument("files", nargs="+", help="sound files, or videos with sound")
+    one.add_argument("--language", default="English", help="the language that is written, by its English name")
+    _model_options(one, max_new_tokens=256)
+    commands.add_subcommand("transcribe", one)
 
     one = ArgumentParser(description=evaluate_shards.__doc__, exit_on_error=False)
     one.add_argument("--data", required=True, help="a folder of shards")
@@ -290,6 +268,11 @@ def _add_conversions(parser: ArgumentParser) -> None:
     one.add_argument("--tile-size", type=int, help="another resolution than the tower's, in pixels")
     kinds.add_subcommand("open-clip", one)
 
+    one = ArgumentParser(description=convert_whisper.__doc__, exit_on_error=False)
+    one.add_argument("file", help="such as tiny.en.pt")
+    one.add_argument("output", help="folder to write")
+    kinds.add_subcommand("whisper", one)
+
     for name, command in (("from-mllama", convert_from_mllama), ("to-mllama", convert_to_mllama)):
         one = ArgumentParser(description=command.__doc__, exit_on_error=False)
         one.add_argument("folder", help="what to convert")
@@ -300,12 +283,14 @@ def _add_conversions(parser: ArgumentParser) -> None:
 COMMANDS = {
     "caption": caption,
     "ask": ask,
+    "transcribe": transcribe,
     "evaluate": evaluate_shards,
     "average": average_runs,
     "plan": plan_training,
 }
 CONVERSIONS = {
     "open-clip": convert_open_clip,
+    "whisper": convert_whisper,
     "from-mllama": convert_from_mllama,
     "to-mllama": convert_to_mllama,
 }

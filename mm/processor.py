@@ -249,7 +249,12 @@ class Processor:
     def _speech(self, source: str | Path | bytes) -> Tensor:
         if self.config.speech_encoder is None:
             raise ValueError("sound was given to a model that has no speech_encoder")
-        return self.config.speech_encoder.features(read_sound(source))
+        sound = read_sound(source)
+        try:
+            return self.config.speech_encoder.features(sound)
+        except ValueError as error:
+            name = "sound" if isinstance(source, bytes) else source
+            raise ValueError(f"{name}: {error}") from error
 
     def _tiles(self, picture: Source) -> Tiles:
         if self.tile_size is None:

@@ -18,8 +18,12 @@ from layers.rotary import RotaryConfig
 from mm.checkpoint import save_encoder
 from mm.cross_attention import ImageAdapterConfig
 from mm.language_model import LanguageModelConfig
+from mm.video_adapter import VideoAdapterConfig
 from shards.format import Record
 from shards.writer import write_shards
+from speech.adapter import SpeechAdapterConfig
+from speech.conformer import SpeechEncoderConfig
+from video.aggregator import AggregatorConfig
 from vision.encoder import VisionEncoderConfig
 from vision.tiling import Tiles
 
@@ -241,4 +245,21 @@ def run_folder(tiny_model, tiny_processor, language_model_folder, tmp_path_facto
     """The whole tiny model as a run folder: not to be changed."""
     folder = tmp_path_factory.mktemp("run")
     mm.checkpoint.save(folder, tiny_model, tiny_processor, language_model=language_model_folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def everything_run(tiny_config, build_model, tokenizer, tmp_path_factory) -> Path:
+    """A run folder of a tiny model that sees, watches and hears: not to be changed."""
+    aggregator = AggregatorConfig(
+        factor=4, hidden_size=32, intermediate_size=48, num_layers=1, num_heads=2, num_waves=8
+    )
+    config = replace(
+        tiny_config,
+        video_adapter=VideoAdapterConfig(aggregator=aggregator, interval=2),
+        speech_encoder=SpeechEncoderConfig(num_layers=1, width=32, ffn_width=48, num_heads=2, max_seconds=0.8),
+        speech_adapter=SpeechAdapterConfig(hidden_size=32, intermediate_size=48, num_heads=2),
+    )
+    folder = tmp_path_factory.mktemp("everything")
+    mm.checkpoint.save(folder, build_model(config, seed=3), mm.Processor(tokenizer, config), bundle=True)
     return folder

@@ -1,4 +1,4 @@
-"""Stand-ins for the demo's sets, models and configurations, small and made here."""
+"""The `mm` command as tests call it; stand-ins for the demo's sets, models and configurations, small and made here."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ import yaml
 from PIL import Image, ImageDraw
 
 import app.demo
+from app.cli import main
 
 ENCODER = {
     **{"tile_size": 28, "patch_size": 14, "hidden_size": 32, "intermediate_size": 64},
@@ -57,6 +58,32 @@ def tuxpaint(folder: Path) -> None:
 
 def named(*sets: str) -> dict:
     return {"data": [{"path": f"data/demo/{name}"} for name in sets]}
+
+
+@pytest.fixture
+def mm_command(capsys):
+    """mm_command(*arguments) -> (exit code, what is printed, what is said on stderr)."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        shown = capsys.readouterr()
+        return ended.value.code, shown.out, shown.err
+
+    return run
+
+
+@pytest.fixture
+def refused(mm_command):
+    """refused(*arguments) -> the one line that is said; nothing is printed, nothing appears on the disk."""
+
+    def run(*arguments) -> str:
+        code, out, err = mm_command(*arguments)
+        assert code == 1 and out == ""
+        assert err.count("\n") == 1 and err.endswith("\n") and "Traceback" not in err and len(err) < 600
+        return err.strip()
+
+    return run
 
 
 @pytest.fixture

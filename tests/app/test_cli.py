@@ -11,35 +11,11 @@ import yaml
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 
 import mm
-from app.cli import main
 from mm.checkpoint import load_encoder, read_shape
+from mm.convert import whisper
+from mm.speech_encoders import load_speech_encoder
 from shards.reader import ShardSet
-
-
-@pytest.fixture
-def mm_command(capsys):
-    """mm_command(*arguments) -> (exit code, what is printed, what is said on stderr)."""
-
-    def run(*arguments) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        shown = capsys.readouterr()
-        return ended.value.code, shown.out, shown.err
-
-    return run
-
-
-@pytest.fixture
-def refused(mm_command):
-    """refused(*arguments) -> the one line that is said; nothing is printed, nothing appears on the disk."""
-
-    def run(*arguments) -> str:
-        code, out, err = mm_command(*arguments)
-        assert code == 1 and out == ""
-        assert err.count("\n") == 1 and err.endswith("\n") and "Traceback" not in err and len(err) < 600
-        return err.strip()
-
-    return run
+from speech.whisper import WhisperEncoder, WhisperEncoderConfig
 
 
 @pytest.fixture
@@ -177,6 +153,20 @@ def test_an_open_clip_tower_becomes_an_encoder(mm_command, tmp_path):
     assert code == 0 and (config.num_layers, config.tile_size, config.num_gated_layers) == (4, 56, 8)
 
 
+def test_a_whisper_file_becomes_a_speech_encoder(mm_command, tmp_path):
+    config = WhisperEncoderConfig(num_layers=1, width=16, ffn_width=64, num_heads=2)
+    state = {whisper._stored_name(name): tensor.half() for name, tensor in WhisperEncoder(config).state_dict().items()}
+    dims = {"n_mels": 80, "n_audio_ctx": 1500, "n_audio_state": 16, "n_audio_head": 2, "n_audio_layer": 1}
+    torch.save({"dims": dims, "model_state_dict": state}, tmp_path / "tiny.pt")
+    code, report, _ = mm_command("convert", "whisper", tmp_path / "tiny.pt", tmp_path / "encoder")
+    encoder = load_speech_encoder(tmp_path / "encoder")
+    assert code == 0 and f"{len(state)} tensors loaded" in report and encoder.config == config
+    for name, tensor in whisper.load(tmp_path / "tiny.pt").state_dict().items():
+        assert torch.equal(encoder.state_dict()[name], tensor), name
+    code, _, err = mm_command("convert", "whisper", tmp_path / "tiny.pt", tmp_path / "encoder")
+    assert code == 1 and "holds a run already" in err
+
+
 def test_wrong_usage(refused, run_folder, pictures, squares, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     picture, model = pictures / "wide.png", ("--model", run_folder)
@@ -184,8 +174,8 @@ def test_wrong_usage(refused, run_folder, pictures, squares, tmp_path, monkeypat
     before = everything(tmp_path)
     wrong = {
         ("paint",): "invalid choice: 'paint'",
-        (): "name a command: caption, ask, evaluate, average, plan, train, data, sweep, convert",
-        ("caption",): "images",
+        (): "name a command: caption, ask, transcribe, evaluate, average, plan, train, data, sweep, convert",
+        ("caption",): "files",
         ("caption", picture, "--colour", "red", *model): "--colour",
         ("caption", picture, "--max-new-tokens", "many", *model): "max_new_tokens",
         ("caption", picture, "--max-new-tokens", "0", *model): "max_new_tokens is 0",
@@ -193,7 +183,7 @@ def test_wrong_usage(refused, run_folder, pictures, squares, tmp_path, monkeypat
         ("caption", picture): "there is no folder runs/demo; `make demo` makes",
         ("caption", picture, "--model", "file"): "file",
         ("caption", picture, "--model", pictures): "is neither a run folder",
-        ("ask", "what?", *model): "image",
+        ("ask", "what?", *model): "give --image, --video or --audio",
         ("ask", "", "--image", picture, *model): "the question is empty",
         ("ask", " \n", "--image", picture, *model): "the question is empty",
         ("ask", "what?", "--image", pictures / "cut.png", *model): "cut.png: broken or truncated",
@@ -209,10 +199,12 @@ def test_wrong_usage(refused, run_folder, pictures, squares, tmp_path, monkeypat
         ("evaluate", "--data", squares, "--metrics", "beauty", *model): "choose from vqa_accuracy",
         ("evaluate", "--data", squares, "--limit", "0", *model): "limit is 0",
         ("evaluate", "--data", squares, "--output", "file", *model): "file is a file; name a folder",
-        ("train",): "name a stage: pretrain_image_encoder, train_image_adapter",
-        ("train", "train_everything"): "name a stage: pretrain_image_encoder, train_image_adapter",
+        ("train",): "name a stage: pretrain_image_encoder, train_image_adapter, train_video_adapter",
+        ("train", "train_everything"): "name a stage: pretrain_image_encoder, train_image_adapter, train_video_adapter",
         ("train", "train_image_adapter"): "output",
-        ("convert",): "open-clip,from-mllama,to-mllama",
+        ("convert",): "open-clip,whisper,from-mllama,to-mllama",
+        ("convert", "whisper", "absent.pt", "out"): "absent.pt: no such file",
+        ("convert", "whisper", "file", "out"): "file: not a file of plain tensors",
         ("convert", "from-mllama", "absent", "out"): "there is no folder absent",
         ("convert", "to-mllama", "absent", "out"): "there is no folder absent",
         ("convert", "to-mllama", run_folder, "out"): "mllama",
