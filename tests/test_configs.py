@@ -12,13 +12,23 @@ from mm.cross_attention import ImageAdapterConfig
 from mm.language_model import LanguageModelConfig
 from mm.training.objectives import ContrastiveModel
 from mm.training.optimizer import apply_rates
+from mm.video_adapter import VideoAdapterConfig
 from stages.finetune import Finetune
 from stages.pretrain_image_encoder import PretrainImageEncoder
 from stages.sweep import Sweep
 from stages.train_image_adapter import TrainImageAdapter
+from stages.train_video_adapter import TrainVideoAdapter
 from vision.encoder import VisionEncoderConfig
 
 SHIPPED = Path(__file__).parent.parent / "configs"
+STAGES = {
+    "encoder.yaml": PretrainImageEncoder,
+    "finetune.yaml": Finetune,
+    "sweep.yaml": Sweep,
+    "video.yaml": TrainVideoAdapter,
+    "video_adapter.yaml": TrainVideoAdapter,
+    "video_finetune.yaml": TrainVideoAdapter,
+}
 CONFIGS = sorted(set(SHIPPED.rglob("*.yaml")) - set((SHIPPED / "data").iterdir()))  # those of data curate, none trains
 
 
@@ -27,21 +37,25 @@ def test_gates_have_their_rate_alone_and_the_language_model_is_frozen(file):
     is_encoder = "text" in yaml.safe_load(file.read_text())
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action="config")
-    stages = {"encoder.yaml": PretrainImageEncoder, "finetune.yaml": Finetune, "sweep.yaml": Sweep}
-    parser.add_class_arguments(stages.get(file.name, TrainImageAdapter))
+    stage = STAGES.get(file.name, TrainImageAdapter)
+    parser.add_class_arguments(stage)
     config = parser.instantiate(parser.parse_args(["--config", str(file)]))
     config = config.base if file.name == "sweep.yaml" else config
     with torch.device("meta"):
         if is_encoder:
             model = ContrastiveModel(config.encoder, config.text)
         else:
-            language_model = LanguageModelConfig(64, 32, 48, num_layers=8, num_heads=2, num_kv_heads=1)
+            language_model = LanguageModelConfig(64, 32, 48, num_layers=16, num_heads=2, num_kv_heads=1)
             encoder = VisionEncoderConfig(num_layers=31, num_gated_layers=1)
-            model = mm.MultimodalModel(mm.ModelConfig(language_model, encoder, ImageAdapterConfig()))
+            watching = VideoAdapterConfig() if stage is TrainVideoAdapter else None
+            shapes = mm.ModelConfig(language_model, encoder, ImageAdapterConfig(), video_adapter=watching)
+            model = mm.MultimodalModel(shapes)
     rates = apply_rates(model, config.training.rates)
     gates = [name for name in rates if name.rpartition(".")[2] in ("gate_attn", "gate_ffn")]
     assert gates and not any(name.startswith(("language_model.", "extra_embeddings")) for name in rates)
-    common = config.training.rates["*"]
+    if stage is TrainVideoAdapter:
+        assert all(name.startswith("video_adapter.") for name in rates)
+    common = config.training.rates["video_adapter.*" if stage is TrainVideoAdapter else "*"]
     for name, rate in rates.items():
         if rate > common and not name.endswith(("o_proj.weight", "down_proj.weight")):
             assert model.get_parameter(name).numel() == 1, f"{name} has the gates' rate"
