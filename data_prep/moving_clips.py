@@ -1,7 +1,8 @@
 """Clips whose question only time answers -> shard records: a picture moves over a background; how it does is asked.
 
-Every clip comes in a group: one drawing of pictures, background, place and speed, once for each answer. Nothing but the
-order of the frames tells the answers of a group apart, and that exactly, because of two things:
+Every clip comes in a group: one drawing of pictures, background, place and speed, once for each answer, which stand one
+after the other in the shards: the first two, and so on, are each other's reverse or reorder the same frames. Nothing
+but the order of the frames tells the answers of a group apart, and that exactly, because of two things:
 
 - **One frame, at any time, has the same distribution under every answer.** The frame is a ring in both directions: what
   leaves at one side comes in at the other. A path starts at a place drawn evenly from the whole ring and is moved by
@@ -190,7 +191,7 @@ def draw_frames(ground: np.ndarray, sprites: Sequence[np.ndarray], places: np.nd
 def direction_group(rng: np.random.Generator, scene: Scene, num_frames: int) -> list[Told]:
     """One thing moves left, right, up, down; each clip is asked about its own axis."""
     (name, sprite), _ = scene.things
-    start, step = rng.integers(0, scene.size, 2), _step(rng, scene.size, num_frames, 0.75, 1.25)
+    start, step = rng.integers(0, scene.size, 2), _step(rng, scene.size, num_frames, 0.25, 0.45)
     told = []
     for direction in DIRECTIONS:
         choices = ("left", "right") if direction in ("left", "right") else ("up", "down")
@@ -299,13 +300,12 @@ def _group_records(
     scene = Scene(chosen, background(int(rng.choice(backgrounds_of(split))), size))
     kind = _kind(task, group)
     return [
-        _record(f"{source}/{told.answer}", split, task, told, frame_ms)
-        for told in _GROUPS[kind](rng, scene, num_frames)
+        _record(f"{make_id(source)}-{number}", split, task, told, frame_ms)  # a group's stand together in the shards
+        for number, told in enumerate(_GROUPS[kind](rng, scene, num_frames))
     ]
 
 
-def _record(source: str, split: str, task: str, told: Told, frame_ms: int) -> Record:
-    record_id = make_id(source)
+def _record(record_id: str, split: str, task: str, told: Told, frame_ms: int) -> Record:
     content = {"id": record_id, "split": split, "task": task, "language": "en"}
     content |= {"num_frames": len(told.frames), "duration": len(told.frames) * frame_ms / 1000}
     if task == "caption":

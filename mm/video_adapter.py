@@ -101,16 +101,16 @@ class VideoAdapter(nn.Module):
         merged: list[Tensor] = []
         for some in passes(sizes, at_once):
             frames = [frame for index in some for frame in groups[index][0]]
-            times = torch.cat([groups[index][1] for index in some])
             embedded: list[Tensor] = []
             for start in range(0, len(frames), at_once):
                 chunk = slice(start, start + at_once)
                 features = encode(frames[chunk])
                 per_tile = len(features) // sum(tiles.num_tiles for tiles in frames[chunk])
                 counts = [tiles.num_tiles * per_tile for tiles in frames[chunk]]
-                embedded += self.aggregator.embed(features, times[chunk], counts)
+                embedded += self.aggregator.embed(features, counts)
             ends = torch.tensor([sizes[index] for index in some]).cumsum(0).tolist()
             merged += self.aggregator(
-                [torch.stack(embedded[end - sizes[index] : end]) for index, end in zip(some, ends, strict=True)]
+                [torch.stack(embedded[end - sizes[index] : end]) for index, end in zip(some, ends, strict=True)],
+                [groups[index][1] for index in some],
             )
         return torch.cat(merged)

@@ -1,8 +1,11 @@
 """The temporal aggregator: groups of consecutive frames become one effective frame each (paper §7.3).
 
 A perceiver resampler with one latent per spatial position of a frame, so that what comes out has the layout of a frame:
-a latent attends to its own position in every frame of its group, then to the other latents of the group. Time enters as
-features of each frame's seconds, of which no table ends where training did.
+a latent attends to its own position in every frame of its group, then to the other latents of the group. Three things
+make time plain from the first step on, where a plain resampler would begin with the mean over the frames:
+- each frame's seconds enter as waves, of which no table ends where training did;
+- beside what a position shows stands how much it has changed since the frame before;
+- the heads start by looking at different parts of the group, the first at its beginning, the last at its end.
 Shapes: F frames of a clip, G frames of a group, E effective frames (groups), S tokens of a frame, C features, W width.
 """
 
@@ -13,8 +16,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from layers.attention import SelfAttention, grouped_attention
+from layers.attention import SelfAttention
 from layers.feed_forward import MLP
 from layers.linear import Linear
 
@@ -60,25 +64,28 @@ class AggregatorLayer(nn.Module):
 
     def __init__(self, config: AggregatorConfig) -> None:
         super().__init__()
-        width, self.head_dim = config.hidden_size, config.hidden_size // config.num_heads
+        width, heads, self.head_dim = config.hidden_size, config.num_heads, config.hidden_size // config.num_heads
         self.time_norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.frame_norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.q_proj = Linear(width, width, bias=False)
         self.k_proj = Linear(width, width, bias=False)
         self.v_proj = Linear(width, width, bias=False)
         self.o_proj = Linear(width, width, bias=False)
+        # Where in the group each head looks, 0 its beginning and 1 its end, and how narrowly; learnt from there on.
+        self.centre = nn.Parameter((torch.arange(heads) + 0.5) / heads)
+        self.sharpness = nn.Parameter(torch.full((heads,), float(heads)))
         self.space_norm = nn.LayerNorm(width, eps=config.norm_eps)
-        self.self_attn = SelfAttention(width, config.num_heads, config.num_heads, self.head_dim, causal=False)
+        self.self_attn = SelfAttention(width, heads, heads, self.head_dim, causal=False)
         self.mlp_norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.mlp = MLP(width, config.intermediate_size)
 
-    def forward(self, latents: Tensor, frames: Tensor) -> Tensor:
-        """latents [E, S, W], frames [E, G, S, W] -> latents [E, S, W]."""
-        latents = latents + self._over_time(self.time_norm(latents), self.frame_norm(frames))
+    def forward(self, latents: Tensor, frames: Tensor, progress: Tensor) -> Tensor:
+        """latents [E, S, W], frames [E, G, S, W], progress [E, G] from 0 to 1 -> latents [E, S, W]."""
+        latents = latents + self._over_time(self.time_norm(latents), self.frame_norm(frames), progress)
         latents = latents + self.self_attn(self.space_norm(latents))
         return latents + self.mlp(self.mlp_norm(latents))
 
-    def _over_time(self, latents: Tensor, frames: Tensor) -> Tensor:
+    def _over_time(self, latents: Tensor, frames: Tensor, progress: Tensor) -> Tensor:
         """Each position by itself: one query and G keys, so no score matrix over positions exists."""
         positions = frames.transpose(1, 2).flatten(0, 1)  # [E * S, G, W]
         q = self.q_proj(latents).flatten(0, 1)[:, None]
@@ -86,7 +93,10 @@ class AggregatorLayer(nn.Module):
             heads.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for heads in (q, self.k_proj(positions), self.v_proj(positions))
         )
-        return self.o_proj(grouped_attention(q, k, v).flatten(1)).unflatten(0, latents.shape[:2])
+        away = (progress[:, None] - self.centre[:, None]) * self.sharpness[:, None]  # [E, H, G]
+        near = -away.square()[:, :, None].repeat_interleave(latents.shape[1], dim=0)  # [E * S, H, 1, G]
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=near.to(q.dtype))
+        return self.o_proj(attended.flatten(1)).unflatten(0, latents.shape[:2])
 
 
 class TemporalAggregator(nn.Module):
@@ -102,26 +112,24 @@ class TemporalAggregator(nn.Module):
         width = config.hidden_size
         self.input = Linear(feature_size, width)
         self.time = Linear(2 * config.num_waves, width)
+        self.change_norm = nn.LayerNorm(width, eps=config.norm_eps)
+        self.change = Linear(width, width, bias=False)
         self.latent = nn.Parameter(torch.randn(width) * width**-0.5)
         self.layers = nn.ModuleList(AggregatorLayer(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.output = Linear(width, output_size)
 
-    def embed(self, features: Tensor, times: Tensor, counts: Sequence[int]) -> tuple[Tensor, ...]:
-        """Frames' features, packed, and the times at which they are shown -> each frame by itself, [S, W].
+    def embed(self, features: Tensor, counts: Sequence[int]) -> tuple[Tensor, ...]:
+        """Frames' features, packed [sum of S, C], with S of each frame -> each frame by itself, [S, W]."""
+        return self.input(features).split(counts)
 
-        Args:
-            features: [sum of S, C], frame by frame. times: float64 [F], seconds. counts: S of each frame.
-        """
-        waves = self.time(time_waves(times, self.config.num_waves).to(self.time.weight.dtype))
-        each = torch.tensor(counts).to(waves.device, non_blocking=True)
-        return (self.input(features) + waves.repeat_interleave(each, dim=0, output_size=len(features))).split(counts)
-
-    def forward(self, groups: Sequence[Tensor]) -> list[Tensor]:
+    def forward(self, groups: Sequence[Tensor], times: Sequence[Tensor]) -> list[Tensor]:
         """Merge groups of embedded frames.
 
         Args:
-            groups: each [G, S, W], of any G up to `factor` and any S. Those of equal shape are merged side by side.
+            groups: each [G, S, W] in the order of time, of any G up to `factor` and any S. Those of equal shape are
+                merged side by side.
+            times: of each group's frames, float64 [G], seconds from the start of the clip.
 
         Returns:
             an effective frame per group, [S, output_size].
@@ -131,24 +139,30 @@ class TemporalAggregator(nn.Module):
             alike[group.shape].append(index)
         merged: list[Tensor | None] = [None] * len(groups)
         for indices in alike.values():
-            outputs = self._merge(torch.stack([groups[index] for index in indices]))
-            for index, output in zip(indices, outputs, strict=True):
+            frames, at = (torch.stack([given[index] for index in indices]) for given in (groups, times))
+            for index, output in zip(indices, self._merge(frames, at), strict=True):
                 merged[index] = output
         return merged
 
-    def _merge(self, frames: Tensor) -> Tensor:
-        """[E, G, S, W] -> [E, S, output_size]."""
+    def _merge(self, frames: Tensor, times: Tensor) -> Tensor:
+        """frames [E, G, S, W], times [E, G] -> [E, S, output_size]."""
+        shown = self.change_norm(frames)
+        changed = F.pad(shown.diff(dim=1).abs(), (0, 0, 0, 0, 1, 0))  # the first has none before it
+        waves = self.time(time_waves(times, self.config.num_waves).to(self.time.weight.dtype))
+        frames = frames + self.change(changed) + waves[:, :, None]
+        since, whole = times - times[:, :1], times[:, -1:] - times[:, :1]
+        progress = torch.where(whole > 0, since / whole, 0.5).to(frames.dtype)
         latents = self.latent + frames.mean(1)
         for layer in self.layers:
-            latents = layer(latents, frames)
+            latents = layer(latents, frames, progress)
         return self.output(self.norm(latents))
 
 
 def time_waves(times: Tensor, num_waves: int) -> Tensor:
-    """Sines and cosines of seconds [F] at periods in geometric progression -> float32 [F, 2 * num_waves]."""
+    """Sines and cosines of seconds [...] at periods in geometric progression -> float32 [..., 2 * num_waves]."""
     exponents = torch.linspace(0, 1, num_waves, dtype=torch.float64, device=times.device)
     periods = SHORTEST_PERIOD * (LONGEST_PERIOD / SHORTEST_PERIOD) ** exponents
-    angles = times.double()[:, None] * (2 * math.pi / periods)
+    angles = times.double()[..., None] * (2 * math.pi / periods)
     return torch.cat([angles.sin(), angles.cos()], dim=-1).float()
 
 

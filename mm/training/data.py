@@ -29,12 +29,15 @@ class Source:
         split, task: only these records; null takes all.
         repeat: how often each record comes in an epoch: the weight of the source. Of 2.3 the 2 is for every record, and
             the rest for 30% of them, drawn anew for each epoch.
+        together: so many records that follow each other in the shards come one after the other, in one step where its
+            size is a multiple: clips of the same pictures with opposite answers teach what tells them apart.
     """
 
     path: str
     split: str | None = "train"
     task: str | None = None
     repeat: float = 1
+    together: int = 1
 
     def open(self) -> ShardSet:
         """The records.
@@ -44,6 +47,8 @@ class Source:
         """
         if not 0 < self.repeat < math.inf:
             raise ValueError(f"repeat of {self.path} is {self.repeat}; it must be above 0")
+        if self.together < 1:
+            raise ValueError(f"together of {self.path} is {self.together}; it must be at least 1")
         shards = ShardSet(self.path).select(split=self.split, task=self.task)
         if not len(shards):
             raise ValueError(f"{self.path}: there are no records in it")
@@ -84,7 +89,8 @@ class RecordDataset(Dataset):
         prepare: Record -> sample; what it raises marks the record as unreadable.
 
     Attributes:
-        draws: what of them an epoch leaves out.
+        draws: what of them an epoch leaves out. blocks: of each index the block that it comes with, int64 [len(self)];
+            None where each comes by itself.
     """
 
     def __init__(self, sources: Sequence[Source], prepare: Callable[[Record], Any]) -> None:
@@ -93,6 +99,7 @@ class RecordDataset(Dataset):
         self.prepare = prepare
         self.sets: list[ShardSet] = []
         self.draws: list[Draw] = []
+        together: list[int] = []
         for number, source in enumerate(sources):
             shards = source.open()
             times, rest = divmod(source.per_epoch(len(shards)), len(shards))
@@ -100,7 +107,17 @@ class RecordDataset(Dataset):
             if rest:
                 self.draws.append(Draw(number, sum(map(len, self.sets)), len(shards), rest))
                 self.sets.append(shards)
+            together += [source.together] * (len(self.sets) - len(together))
         self.ends = torch.tensor([len(shards) for shards in self.sets]).cumsum(0)
+        self.blocks: torch.Tensor | None = None
+        if any(number > 1 for number in together):
+            starts = self.ends - torch.tensor([len(shards) for shards in self.sets])
+            self.blocks = torch.cat(
+                [
+                    start + torch.arange(len(shards)) // number * number
+                    for start, shards, number in zip(starts, self.sets, together, strict=True)
+                ]
+            )
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -189,13 +206,24 @@ def draws_of(dataset: Dataset) -> Sequence[Draw]:
     return dataset.draws if isinstance(dataset, RecordDataset) else ()
 
 
+def blocks_of(dataset: Dataset) -> torch.Tensor | None:
+    """Which indices of a dataset come one after the other, see `RecordDataset`."""
+    return dataset.blocks if isinstance(dataset, RecordDataset) else None
+
+
 def epoch_size(length: int, draws: Sequence[Draw]) -> int:
     """Samples of an epoch over a dataset of `length`."""
     return length - sum(draw.length - draw.number for draw in draws)
 
 
-def epoch_order(length: int, seed: int, epoch: int, draws: Sequence[Draw] = ()) -> torch.Tensor:
+def epoch_order(
+    length: int, seed: int, epoch: int, draws: Sequence[Draw] = (), blocks: torch.Tensor | None = None
+) -> torch.Tensor:
     """The order of an epoch: indices of a dataset of `length`, all but those that `draws` leave out, shuffled; int64.
+
+    Args:
+        blocks: of each index, int64 [length]: those of one block stand together, in their own order, where the first of
+            them comes.
 
     The same everywhere for the same numbers, and of the same size in every epoch.
     """
@@ -204,7 +232,11 @@ def epoch_order(length: int, seed: int, epoch: int, draws: Sequence[Draw] = ()) 
         left_out = _permutation(draw.length, f"{seed}/{epoch}/{draw.source}")[draw.number :]
         shown[draw.first + left_out] = False
     indices = shown.nonzero().flatten()
-    return indices[_permutation(len(indices), f"{seed}/{epoch}")]
+    order = indices[_permutation(len(indices), f"{seed}/{epoch}")]
+    if blocks is None:
+        return order
+    first = torch.full((length,), length).scatter_reduce(0, blocks[order], torch.arange(len(order)), "amin")
+    return order[np.lexsort((order.numpy(), first[blocks[order]].numpy()))]
 
 
 def _permutation(length: int, key: str) -> torch.Tensor:
@@ -214,12 +246,17 @@ def _permutation(length: int, key: str) -> torch.Tensor:
 
 
 def steps(
-    length: int, batch_size: int, seed: int, consumed: int = 0, draws: Sequence[Draw] = ()
+    length: int,
+    batch_size: int,
+    seed: int,
+    consumed: int = 0,
+    draws: Sequence[Draw] = (),
+    blocks: torch.Tensor | None = None,
 ) -> Iterator[list[int]]:
     """The indices of each step's samples, without end, from `consumed` samples on; a step may span two epochs.
 
     Args:
-        length: of the dataset. draws: what an epoch leaves out of it.
+        length: of the dataset. draws: what an epoch leaves out of it. blocks: what comes together.
     """
     size = epoch_size(length, draws)
     epoch, order = -1, None
@@ -228,7 +265,7 @@ def steps(
         for position in range(consumed, consumed + batch_size):
             if position // size != epoch:
                 epoch = position // size
-                order = epoch_order(length, seed, epoch, draws)
+                order = epoch_order(length, seed, epoch, draws, blocks)
             indices.append(int(order[position % size]))
         consumed += batch_size
         yield indices
@@ -253,7 +290,9 @@ def step_loader(
     draws = draws_of(dataset)
     return DataLoader(
         dataset,
-        batch_sampler=_Endless(readers or Ranks(), loads, len(dataset), batch_size, seed, consumed, draws),
+        batch_sampler=_Endless(
+            readers or Ranks(), loads, len(dataset), batch_size, seed, consumed, draws, blocks_of(dataset)
+        ),
         collate_fn=collate_step,
         num_workers=workers,
         prefetch_factor=4 if workers else None,

@@ -131,6 +131,24 @@ def test_shares_are_the_same_for_any_workers_ranks_and_restarts(weighed):
     assert [sorted(one + two) for one, two in zip(*shares, strict=True)] == [sorted(step) for step in whole]
 
 
+def test_records_that_come_together_follow_each_other_in_one_step(squares):
+    alone = Source(str(squares), split="validation", task="vqa", repeat=0.5)
+    dataset = RecordDataset([alone, Source(str(squares), split="test", together=4)], name_of)
+    orders = [epoch_order(len(dataset), 0, epoch, dataset.draws, dataset.blocks).tolist() for epoch in range(3)]
+    for order in orders:
+        assert len(order) == len(set(order)) == 8 + 32
+        blocks = [index for index in order if index >= 16]
+        assert all(blocks[n : n + 4] == list(range(blocks[n], blocks[n] + 4)) for n in range(0, 32, 4))
+        places = [order.index(first) for first in range(16, 48, 4)]
+        assert all(order[place : place + 4] == list(range(order[place], order[place] + 4)) for place in places)
+    assert len({tuple(order) for order in orders}) == 3
+    only = RecordDataset([Source(str(squares), split="test", together=2)], name_of)
+    for step in loaded(only, 8):  # 5 samples each
+        assert len(step) == 5
+    whole = loaded(only, 20)
+    assert loaded(only, 10, consumed=50) == whole[10:] and loaded(only, 20, workers=2) == whole
+
+
 def test_a_whole_repeat_is_a_source_named_so_often(squares):
     twice = RecordDataset([Source(str(squares), split="test", repeat=2.0)], name_of)
     named = RecordDataset([Source(str(squares), split="test")] * 2, name_of)
