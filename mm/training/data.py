@@ -309,7 +309,7 @@ class _Endless:
         self.readers, self.loads, self.by_epoch, self.order = readers, loads, by_epoch, order
 
     def __iter__(self) -> Iterator[list[int]]:
-        length, batch_size, _, consumed, draws = self.order
+        length, batch_size, _, consumed, draws, _ = self.order
         size = epoch_size(length, draws)
         for indices in steps(*self.order):
             loads = [1] * len(indices) if self.loads is None else self.loads[indices].tolist()
