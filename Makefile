@@ -3,10 +3,13 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint programs
+.PHONY: demo demo-video test lint programs
 
 demo: programs $(VENV)/.installed
 	$(BIN)/python -m app.demo $(ARGS)
+
+demo-video: programs $(VENV)/.installed
+	$(BIN)/python -m app.demo_video $(ARGS)
 
 programs:
 	@test -d data/demo/tuxpaint || for program in npm apt-get dpkg-deb; do \

@@ -41,7 +41,7 @@ class Example:
 
 def write_page(file: Path, reports: dict[str, Report], examples: dict[str, list[Example]], metrics: Path) -> None:
     """Write the page; `reports` holds each set of `examples` under its name and, blanked, under name_blank."""
-    body = ["<h1>A frozen language model that sees</h1>", *_scores(reports, examples), *_curves(metrics)]
+    body = ["<h1>A frozen language model that sees</h1>", *_scores(reports, examples), *curves(metrics)]
     for name, shown in examples.items():
         body.append(f"<h2>{TITLES[name]}</h2><div class=grid>{''.join(_figure(example) for example in shown)}</div>")
     head = "<meta charset=utf-8><meta name=viewport content='width=device-width'><title>mm-adapters demo</title>"
@@ -95,7 +95,7 @@ def _figure(example: Example) -> str:
     )
 
 
-def _curves(metrics: Path) -> list[str]:
+def curves(metrics: Path) -> list[str]:
     """Loss, held-out accuracy and gates over the training steps, as SVG."""
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     gates = sorted({name for row in rows for name in row if name.startswith("gate/")}, key=_gate_order)

@@ -7,29 +7,27 @@ import json
 import random
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 from PIL import Image
 from tqdm import tqdm
 
 from mm.batch import IGNORED, Sample
 from mm.checkpoint import replaced_files
 from mm.evaluation import metrics as scoring
+from mm.evaluation.controls import FRAMES, blank, with_other_sound
 from mm.evaluation.likelihood import answer_log_likelihoods
 from mm.evaluation.metrics import Score
 from mm.generation import generate_tokens
 from mm.model import MultimodalModel
 from mm.processor import Processor, record_answer
-from shards.format import AUDIO, Record
+from shards.format import Record
 from shards.reader import ShardSet
 from speech.features import FRAMES_PER_SECOND
-from vision.tiling import Tiles
 
 METRICS = ("vqa_accuracy", "exact_match", "choice", "bleu", "chrf", "wer", "cer")
-MID_GREY = 128
 MAX_SHARED_ANSWERS = 200  # a set with more different answers is no choice among given ones
 _WINDOW = 16  # batches that are read ahead and sorted by length together; bounds the pictures held at a time
 
@@ -45,6 +43,7 @@ class Report:
         failed: per record that could not be read: id and reason. They count in no score.
         blank_images: whether the model was shown grey in place of the pictures.
         exchanged_speech: whether each record was given another one's sound.
+        frames: of clips, which the model was shown.
         real_time_factor: seconds that answering took per second of sound, with what is in a batch at once; None where
             nothing was heard.
     """
@@ -54,11 +53,15 @@ class Report:
     failed: list[dict]
     blank_images: bool = False
     exchanged_speech: bool = False
+    frames: str = "all"
     real_time_factor: float | None = None
 
     def __str__(self) -> str:
         control = " with blanked images" if self.blank_images else ""
         control += " with another record's sound" if self.exchanged_speech else ""
+        control += (
+            "" if self.frames == "all" else {"one": " of one frame", "shuffled": " of shuffled frames"}[self.frames]
+        )
         lines = [str(score) + control for score in self.scores.values()]
         if self.real_time_factor is not None:
             lines.append(f"real-time factor {self.real_time_factor:.2f}")
@@ -70,7 +73,7 @@ class Report:
             name: {"value": score.value, "interval": score.interval, "num_samples": score.num_samples}
             for name, score in self.scores.items()
         }
-        summary = {"scores": scores, "blank_images": self.blank_images, "failed": self.failed}
+        summary = {"scores": scores, "blank_images": self.blank_images, "frames": self.frames, "failed": self.failed}
         if self.real_time_factor is not None:
             summary |= {"exchanged_speech": self.exchanged_speech, "real_time_factor": self.real_time_factor}
         with replaced_files(folder, last="scores.json") as new:
@@ -87,6 +90,7 @@ def evaluate(
     *,
     blank_images: bool = False,
     exchange_speech: bool = False,
+    frames: str = "all",
     batch_size: int = 32,
     max_new_tokens: int = 32,
     limit: int | None = None,
@@ -105,12 +109,14 @@ def evaluate(
         blank_images: every picture becomes mid-grey with as many tiles: the control that sees nothing.
         exchange_speech: every record is given the sound of the next one (the first follows the last) that wants another
             answer: the control that hears something else.
+        frames: of every clip: "all", the middle "one" alone, or "shuffled" under the true times (see
+            `mm.evaluation.controls`).
         limit: so many records, drawn with `seed`; None takes all.
 
     Raises:
         ValueError: an option out of range, no records, not one that could be read, or no answers to choose from.
     """
-    _check_options(metrics, batch_size, limit, len(records))
+    _check_options(metrics, frames, batch_size, limit, len(records))
     numbers = list(range(len(records)))
     if limit is not None and limit < len(records):
         numbers = sorted(random.Random(seed).sample(numbers, limit))
@@ -140,6 +146,7 @@ def evaluate(
                     continue
                 if blank_images:
                     asked.sample = blank(asked.sample)
+                asked.sample = FRAMES[frames](asked.sample)
                 window.append(asked)
             by_length = sorted(window, key=lambda asked: len(asked.sample.tokens))
             for first in range(0, len(by_length), batch_size):
@@ -157,34 +164,8 @@ def evaluate(
     if not predictions:
         raise ValueError(f"none of the {len(numbers)} records could be read; the first: {failed[0]['reason']}")
     scores = _score(metrics, predictions, references, languages)
-    return Report(scores, predictions, failed, blank_images, exchange_speech, seconds / heard if heard else None)
-
-
-def blank(sample: Sample) -> Sample:
-    """The sample with mid-grey in place of every pixel, tiles as they were."""
-    grey = [Tiles(torch.full_like(tiles.pixels, MID_GREY), tiles.grid) for tiles in sample.images]
-    return Sample(sample.tokens, sample.labels, grey)
-
-
-def with_other_sound(records: ShardSet | Sequence[Record], numbers: Sequence[int], number: int) -> Record:
-    """A record with the sound of the next among `numbers` that wants another answer, itself as it is.
-
-    Raises:
-        ValueError: the record or the other one has no sound, or all want the same answer.
-    """
-    record, place = records[number], numbers.index(number)
-    wanted = record_answer(record).casefold()
-    for other_number in [*numbers[place + 1 :], *numbers[:place]]:
-        other = records[other_number]
-        if record_answer(other).casefold() != wanted:
-            break
-    else:
-        raise ValueError(f"no record wants another answer than {record.id}: there is no sound to exchange its own with")
-    own, others = ([name for name in one.media if name.rpartition(".")[2] in AUDIO] for one in (record, other))
-    if not own or not others:
-        raise ValueError(f"record {(record if not own else other).id} holds no sound")
-    sounds = {name: other.media[others[position % len(others)]] for position, name in enumerate(own)}
-    return replace(record, media={**record.media, **sounds})
+    real_time_factor = seconds / heard if heard else None
+    return Report(scores, predictions, failed, blank_images, exchange_speech, frames, real_time_factor)
 
 
 @dataclass
@@ -320,10 +301,12 @@ def _name(records: ShardSet | Sequence[Record], number: int) -> str:
     return records.index["id"][number].as_py() if isinstance(records, ShardSet) else records[number].id
 
 
-def _check_options(metrics: Sequence[str], batch_size: int, limit: int | None, num_records: int) -> None:
+def _check_options(metrics: Sequence[str], frames: str, batch_size: int, limit: int | None, num_records: int) -> None:
     unknown = [name for name in metrics if name not in METRICS]
     if unknown or not metrics:
         raise ValueError(f"metrics are {list(metrics)}; choose from {', '.join(METRICS)}")
+    if frames not in FRAMES:
+        raise ValueError(f"frames is {frames!r}; it can be {', '.join(FRAMES)}")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     if limit is not None and limit < 1:

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import mm
+from mm.evaluation.controls import blank, one_frame, shuffled_frames
 from mm.generation import decode_step, prefill
 from mm.video_adapter import VideoAdapterConfig
 from video.aggregator import AggregatorConfig, TemporalAggregator, passes, time_waves
@@ -261,3 +262,19 @@ def test_wrong_use_is_named(model, tiny_model, sample, make_sample, config):
         mm.MultimodalModel(replace(config, video_adapter=VideoAdapterConfig(aggregator=SMALL, interval=4)))
     with pytest.raises(ValueError, match="blocks of an image_adapter"):
         replace(config, vision_encoder=None, image_adapter=None)
+
+
+def test_controls_take_time_away_and_leave_the_rest(sample, make_clip):
+    made = sample("i.v..v", (5, 8))
+    alone, mixed = one_frame(made), shuffled_frames(made)
+    for clip, single, shuffled in zip(made.videos, alone.videos, mixed.videos, strict=True):
+        assert (
+            single.frames == [clip.frames[len(clip.frames) // 2]] and single.times == clip.times[len(clip.frames) // 2]
+        )
+        assert torch.equal(shuffled.times, clip.times)
+        assert shuffled.frames != clip.frames and set(map(id, shuffled.frames)) == set(map(id, clip.frames))
+    assert shuffled_frames(made).videos[0].frames == mixed.videos[0].frames  # the same each time
+    assert alone.images is made.images and alone.tokens is made.tokens
+    grey = blank(made)
+    assert all((tiles.pixels == 128).all() for tiles in [*grey.images, *grey.videos[0].frames])
+    assert len(grey.videos[1].frames) == 8
