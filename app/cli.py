@@ -63,6 +63,8 @@ def evaluate_shards(arguments: Namespace) -> int:
         records,
         arguments.metrics.split(","),
         blank_images=arguments.blank_images,
+        exchange_speech=arguments.exchange_speech,
+        frames=arguments.frames,
         batch_size=arguments.batch_size,
         max_new_tokens=arguments.max_new_tokens,
         limit=arguments.limit,
@@ -216,8 +218,14 @@ def _parser() -> ArgumentParser:
     one.add_argument("--data", required=True, help="a folder of shards")
     one.add_argument("--split", default="test")
     one.add_argument("--task", help="only records of this task")
-    one.add_argument("--metrics", default="vqa_accuracy", help="vqa_accuracy, exact_match, choice, bleu, chrf: a,b,c")
+    one.add_argument(
+        "--metrics", default="vqa_accuracy", help="vqa_accuracy, exact_match, choice, bleu, chrf, wer, cer: a,b,c"
+    )
     one.add_argument("--blank-images", action="store_true", help="the blind control: every image turned grey")
+    one.add_argument("--exchange-speech", action="store_true", help="the deaf control: another record's sound")
+    one.add_argument(
+        "--frames", default="all", help="of clips: all, one (the middle), or shuffled under the true times"
+    )
     one.add_argument("--batch-size", type=int, default=64)
     one.add_argument("--limit", type=int, help="a random subset of this size, always the same")
     one.add_argument("--output", help="folder for scores.json and predictions.jsonl")
