@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from mm.batch import IGNORED, Batch
 from mm.model import MultimodalModel
 from mm.training.objectives import NextTokenObjective, next_token_loss
+from mm.training.parallel import whole
 from speech.adapter import num_tokens
 from speech.best_rq import BestRq, BestRqConfig, BestRqOutput, CodeStatistics, draw_masks
 from speech.conformer import STACK, SpeechEncoder
@@ -46,21 +47,34 @@ class SpeechObjective(NextTokenObjective):
         if not ctc_weight + next_token_weight:
             raise ValueError("ctc_weight and next_token_weight are both 0: nothing is left to learn")
         self.ctc_weight, self.next_token_weight = ctc_weight, next_token_weight
+        self.rms: Tensor | None = None
 
     def loss(self, module: MultimodalModel, batch: Batch) -> Tensor:
-        if not batch.speech and not self.next_token_weight:
-            return batch.tokens.new_zeros((), dtype=torch.float32)
-        if not self.ctc_weight:
-            return self.next_token_weight * next_token_loss(module, batch)
         if not self.next_token_weight:
-            return self.ctc_weight * ctc_loss(module, batch, module.hear(batch.speech))
-        heard: list[Tensor] = []
-        listening = module.speech_adapter.register_forward_hook(lambda _, __, output: heard.append(packed(*output)))
-        try:
-            loss = self.next_token_weight * next_token_loss(module, batch)
-        finally:
-            listening.remove()
-        return loss + self.ctc_weight * ctc_loss(module, batch, heard[0]) if heard else loss
+            if not batch.speech:
+                return batch.tokens.new_zeros((), dtype=torch.float32)
+            heard = [module.hear(batch.speech)]
+            loss = heard[0].new_zeros(())
+        else:
+            heard = []
+            hook = module.speech_adapter.register_forward_hook(lambda _, __, output: heard.append(packed(*output)))
+            try:
+                loss = self.next_token_weight * next_token_loss(module, batch)
+            finally:
+                hook.remove()
+        if heard:
+            self.rms = heard[0].detach().float().square().mean().sqrt()
+            if self.ctc_weight:
+                loss = loss + self.ctc_weight * ctc_loss(module, batch, heard[0])
+        return loss
+
+    def observe(self, module: MultimodalModel) -> dict[str, float]:
+        """As the base, and how large the last rows that were heard are beside the language model's embeddings."""
+        values = super().observe(module)
+        if self.rms is not None:
+            table = whole(module.language_model.model.embed_tokens.weight).float()
+            values["speech/rms_ratio"] = float(self.rms / table.square().mean().sqrt())
+        return values
 
 
 def packed(tokens: Tensor, lengths: Tensor) -> Tensor:

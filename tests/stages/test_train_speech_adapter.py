@@ -128,6 +128,7 @@ def test_words_are_learnt_by_a_frozen_language_model(speech_config, repeater, re
     assert report.scores["exact_match"].value >= 0.9
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
     assert lines[-1]["loss"] < 0.3 * lines[0]["loss"]
+    assert 0.5 < lines[0]["speech/rms_ratio"] < 2  # after ten steps it is still about 1
     assert lines[-1]["audio_seconds_per_second"] > 0 and lines[-1]["eval/answer_accuracy"] >= 0.9
 
 
