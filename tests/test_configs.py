@@ -24,14 +24,6 @@ from stages.train_video_adapter import TrainVideoAdapter
 from vision.encoder import VisionEncoderConfig
 
 SHIPPED = Path(__file__).parent.parent / "configs"
-STAGES = {
-    "encoder.yaml": PretrainImageEncoder,
-    "finetune.yaml": Finetune,
-    "sweep.yaml": Sweep,
-    "video.yaml": TrainVideoAdapter,
-    "video_adapter.yaml": TrainVideoAdapter,
-    "video_finetune.yaml": TrainVideoAdapter,
-}
 SPEECH = sorted(SHIPPED.rglob("speech*.yaml"))  # no gates, no pictures
 CONFIGS = sorted(set(SHIPPED.rglob("*.yaml")) - {*(SHIPPED / "data").iterdir(), *SPEECH})  # data curate's train nothing
 
@@ -41,7 +33,9 @@ def test_gates_have_their_rate_alone_and_the_language_model_is_frozen(file):
     is_encoder = "text" in yaml.safe_load(file.read_text())
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action="config")
-    stage = STAGES.get(file.name, TrainImageAdapter)
+    stages = {"encoder.yaml": PretrainImageEncoder, "finetune.yaml": Finetune, "sweep.yaml": Sweep}
+    stages |= dict.fromkeys(("video.yaml", "video_adapter.yaml", "video_finetune.yaml"), TrainVideoAdapter)
+    stage = stages.get(file.name, TrainImageAdapter)
     parser.add_class_arguments(stage)
     config = parser.instantiate(parser.parse_args(["--config", str(file)]))
     config = config.base if file.name == "sweep.yaml" else config

@@ -37,7 +37,8 @@ def load(path: str | Path) -> WhisperEncoder:
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{path}: not a file of plain tensors ({type(error).__name__}: {error})") from error
+        # What torch says is long, and advises to run whatever code the file brings.
+        raise ValueError(f"{path}: not a file of plain tensors, or broken ({type(error).__name__})") from error
     if not isinstance(stored, dict) or not {"dims", "model_state_dict"} <= stored.keys():
         raise ValueError(f"{path}: not one of OpenAI's Whisper files, which hold dims and model_state_dict")
     dims, state = stored["dims"], stored["model_state_dict"]

@@ -92,19 +92,22 @@ def test_media_come_in_the_order_of_the_command_line(mm_command, everything_run,
         assert (code, out, err) == (0, mm.generate(model, processor, messages, 9) + "\n", "")
 
 
-def test_speech_is_written_down(mm_command, everything_run, media):
+def test_speech_is_written_down(mm_command, everything_run, media, monkeypatch):
     files = [media / name for name in ("said.wav", "told.wav", "silence.wav")]
     command = ("transcribe", *files, "--model", everything_run, "--max-new-tokens", 6)
     model, processor = mm.load(everything_run)
-    told = []
-    for language in ("English", "Spanish"):
-        request, expected = {"type": "text", "text": f"Repeat after me in {language}:"}, ""
-        for file in files:
-            messages = [{"role": "user", "content": [request, {"type": "audio", "audio": str(file)}]}]
-            expected += f"{file}: {mm.generate(model, processor, messages, 6)}\n"
-        assert mm_command(*command, *(("--language", language) if language != "English" else ())) == (0, expected, "")
-        told.append(expected)
-    assert told[0] != told[1]
+    asked, generate = [], mm.generate
+    monkeypatch.setattr(mm, "generate", lambda *given: asked.append(given[2]) or generate(*given))
+    for language, options in (("English", ()), ("Spanish", ("--language", "Spanish"))):
+        code, out, err = mm_command(*command, *options)
+        request = {"type": "text", "text": f"Repeat after me in {language}:"}
+        contents = [[request, {"type": "audio", "audio": str(file)}] for file in files]
+        conversations = [[{"role": "user", "content": content}] for content in contents]
+        assert asked == conversations
+        said = [generate(model, processor, messages, 6) for messages in conversations]
+        assert (code, err) == (0, "")
+        assert out == "".join(f"{file}: {text}\n" for file, text in zip(files, said, strict=True))
+        asked.clear()
 
 
 def test_good_sounds_among_bad_ones_are_written_down(mm_command, everything_run, media):

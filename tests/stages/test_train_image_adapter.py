@@ -130,7 +130,7 @@ def test_two_processes_train_as_one(adapter_config, tmp_path):
     stage = ["--nproc-per-node", "2", "-m", "stages.train_image_adapter", "--config", str(file)]
     stage += ["--output", str(together), "--training.checkpoint_activations", "true"]
     process = start("-m", "torch.distributed.run", "--standalone", *stage)
-    said = process.communicate(timeout=120)[1]
+    said = process.communicate(timeout=240)[1]
     assert process.returncode == 0, said[-3000:]
     assert said.count("step 3/3") == 1  # one rank reports
     for one, two in zip(numbers(alone), numbers(together), strict=True):

@@ -7,7 +7,8 @@ import torch
 import mm
 from data_prep.recordings import transcription_record
 from mm.assembly import add_speech
-from mm.evaluation.evaluate import evaluate, with_other_sound
+from mm.evaluation.controls import with_other_sound
+from mm.evaluation.evaluate import evaluate
 from shards.format import Record
 from speech.adapter import SpeechAdapterConfig
 from speech.conformer import SpeechEncoder, SpeechEncoderConfig
