@@ -17,8 +17,10 @@ import mm.convert.open_clip
 import mm.convert.whisper
 import stages.finetune
 import stages.pretrain_image_encoder
+import stages.pretrain_speech_encoder
 import stages.sweep
 import stages.train_image_adapter
+import stages.train_speech_adapter
 import stages.train_video_adapter
 from app.answers import MEDIA, WHAT_IS_A_CLIP, Medium, ask, caption, load_model, transcribe
 from mm.averaging import average, average_best
@@ -35,6 +37,8 @@ STAGES = {
     "pretrain_image_encoder": stages.pretrain_image_encoder.main,
     "train_image_adapter": stages.train_image_adapter.main,
     "train_video_adapter": stages.train_video_adapter.main,
+    "pretrain_speech_encoder": stages.pretrain_speech_encoder.main,
+    "train_speech_adapter": stages.train_speech_adapter.main,
     "finetune": stages.finetune.main,
 }
 

@@ -34,6 +34,7 @@ IMAGES, MOVING, EMOJI = Path("runs/demo"), Path("data/demo_video/moving"), Path(
 CONFIG = "configs/demo/video.yaml"
 TASKS = ("direction", "order", "caption")
 NUM_TRAIN, NUM_VALIDATION, NUM_TEST = 9000, 300, 1500  # clips, a third of each task
+NUM_FRAMES, FRAME_MS = 8, 200
 QUESTIONED = ("direction", "order")
 SHOWN = 8
 
@@ -71,7 +72,16 @@ def prepare() -> None:
         cutouts = [*openmoji_cutouts(openmoji), *tuxpaint_cutouts(tuxpaint)]
         licences = {"LICENSE.openmoji": license_text(openmoji), "LICENSE.tuxpaint": license_text(tuxpaint)}
         count = write_moving_clips(
-            cutouts, MOVING, NUM_TRAIN, NUM_TEST, NUM_VALIDATION, tasks=TASKS, workers=2, files=licences
+            cutouts,
+            MOVING,
+            NUM_TRAIN,
+            NUM_TEST,
+            NUM_VALIDATION,
+            tasks=TASKS,
+            num_frames=NUM_FRAMES,
+            frame_ms=FRAME_MS,
+            workers=2,
+            files=licences,
         )
         print(f"{MOVING}: {count} clips", file=sys.stderr)
     app.demo.prepare(EMOJI, "fluent-emoji", emoji_clips)
