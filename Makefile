@@ -1,12 +1,16 @@
-# Two commands: `make demo` trains and shows, `make test` checks. Each makes .venv and installs what it needs.
+# `make demo` and `make demo-speech` train and show, `make test` checks. Each makes .venv and installs what it needs.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint programs
+.PHONY: demo demo-speech test lint programs
 
 demo: programs $(VENV)/.installed
 	$(BIN)/python -m app.demo $(ARGS)
+
+demo-speech: $(VENV)/.installed
+	@test -d data/demo_speech/words || command -v apt-get >/dev/null || { echo "apt-get is missing: the demo fetches a voice with it"; exit 1; }
+	$(BIN)/python -m app.demo_speech $(ARGS)
 
 programs:
 	@test -d data/demo/tuxpaint || for program in npm apt-get dpkg-deb; do \

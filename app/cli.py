@@ -17,8 +17,10 @@ import mm.convert.open_clip
 import mm.convert.whisper
 import stages.finetune
 import stages.pretrain_image_encoder
+import stages.pretrain_speech_encoder
 import stages.sweep
 import stages.train_image_adapter
+import stages.train_speech_adapter
 import stages.train_video_adapter
 from app.answers import MEDIA, WHAT_IS_A_CLIP, ask, caption, load_model, medium, transcribe
 from mm.averaging import average, average_best
@@ -36,6 +38,8 @@ STAGES = {
     "train_image_adapter": stages.train_image_adapter.main,
     "train_video_adapter": stages.train_video_adapter.main,
     "finetune": stages.finetune.main,
+    "pretrain_speech_encoder": stages.pretrain_speech_encoder.main,
+    "train_speech_adapter": stages.train_speech_adapter.main,
 }
 
 
@@ -216,7 +220,9 @@ def _parser() -> ArgumentParser:
     one.add_argument("--data", required=True, help="a folder of shards")
     one.add_argument("--split", default="test")
     one.add_argument("--task", help="only records of this task")
-    one.add_argument("--metrics", default="vqa_accuracy", help="vqa_accuracy, exact_match, choice, bleu, chrf: a,b,c")
+    one.add_argument(
+        "--metrics", default="vqa_accuracy", help="vqa_accuracy, exact_match, choice, bleu, chrf, wer, cer: a,b,c"
+    )
     one.add_argument("--blank-images", action="store_true", help="the blind control: every image turned grey")
     one.add_argument("--batch-size", type=int, default=64)
     one.add_argument("--limit", type=int, help="a random subset of this size, always the same")

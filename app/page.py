@@ -112,6 +112,12 @@ def _curves(metrics: Path) -> list[str]:
     ]
 
 
+def chart_of(title: str, metrics: Path, name: str) -> str:
+    """One number of a run's `metrics.jsonl` over its steps, as SVG; empty where it was never reported."""
+    points = _series([json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()], name)
+    return _chart(title, {name: points}) if points else ""
+
+
 def _gate_order(name: str) -> tuple[str, int]:
     kind, _, position = name.rpartition("_")
     return kind, int(position)

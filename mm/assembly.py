@@ -45,6 +45,19 @@ def assemble(
     return model
 
 
+def without_senses(language_model: LanguageModel, seed: int = 0) -> MultimodalModel:
+    """A model of a language model alone, which `add_speech` gives ears; its extra input rows as in `assemble`."""
+    with torch.device("meta"):
+        model = MultimodalModel(ModelConfig(language_model.config))
+    table = language_model.model.embed_tokens.weight
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        rows = torch.randn(model.extra_embeddings.shape) * table.float().std()
+    model.extra_embeddings = nn.Parameter(rows.to(table.dtype), requires_grad=False)
+    model.language_model = language_model
+    return model
+
+
 def exchange_language_model(model: MultimodalModel, other: LanguageModel) -> None:
     """Put another language model of the same shape in the place of the model's own (paper §7.5.1).
 
@@ -113,6 +126,6 @@ def add_speech(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         new = SpeechAdapter(adapter, encoder.config.output_width, config.language_model.hidden_size)
-        new.fit_output_scale(float(table.float().square().mean().sqrt()))
+        new.fit_output_scale(float(table.detach().float().square().mean().sqrt()))
     model.speech_encoder, model.speech_adapter = encoder, new.to(next(encoder.parameters()))
     model.config = config

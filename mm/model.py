@@ -205,15 +205,20 @@ class MultimodalModel(nn.Module):
             cache.seen[kind] = Sight(Visibility(last[:, None], counts_per_row, device))
         return Sight(Visibility(intervals, counts_per_row, device), vision)
 
+    def hear(self, speech: Sequence[Tensor]) -> Tensor:
+        """Utterances, each float32 [T, num_mels] -> rows of the language model's input, packed: [N, D], N the sum of
+        `speech.adapter.num_tokens(T)`."""
+        # What is longer than the encoder takes is cut; the pieces' tokens follow each other.
+        pieces = [piece for mel in speech for piece in mel.split(self.config.speech_encoder.max_mel_frames)]
+        lengths = torch.tensor([len(piece) for piece in pieces])
+        heard, counts = self.speech_adapter(*self.speech_encoder(pad_sequence(pieces, batch_first=True), lengths))
+        return torch.cat([row[:count] for row, count in zip(heard, counts.tolist(), strict=True)])
+
     def _listen(self, x: Tensor, batch: Batch) -> Tensor:
         """Embedded tokens [B, T, D], with what is heard in the audio tokens' rows and the adapter's marks around it."""
         if not batch.speech:
             return x
-        # What is longer than the encoder takes is cut; the pieces' tokens follow each other.
-        pieces = [piece for mel in batch.speech for piece in mel.split(self.config.speech_encoder.max_mel_frames)]
-        lengths = torch.tensor([len(piece) for piece in pieces])
-        heard, counts = self.speech_adapter(*self.speech_encoder(pad_sequence(pieces, batch_first=True), lengths))
-        packed = torch.cat([row[:count] for row, count in zip(heard, counts.tolist(), strict=True)])
+        packed = self.hear(batch.speech)
         rows, columns = (
             places.to(x.device, non_blocking=True)
             for places in _found(batch.host, self.config.audio_token_id).nonzero(as_tuple=True)

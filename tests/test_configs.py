@@ -12,16 +12,20 @@ from mm.cross_attention import ImageAdapterConfig
 from mm.language_model import LanguageModelConfig
 from mm.training.objectives import ContrastiveModel
 from mm.training.optimizer import apply_rates
+from mm.training.speech import SpeechObjective
 from mm.video_adapter import VideoAdapterConfig
+from speech.conformer import SpeechEncoderConfig
 from stages.finetune import Finetune
 from stages.pretrain_image_encoder import PretrainImageEncoder
 from stages.sweep import Sweep
 from stages.train_image_adapter import TrainImageAdapter
+from stages.train_speech_adapter import TrainSpeechAdapter
 from stages.train_video_adapter import TrainVideoAdapter
 from vision.encoder import VisionEncoderConfig
 
 SHIPPED = Path(__file__).parent.parent / "configs"
-CONFIGS = sorted(set(SHIPPED.rglob("*.yaml")) - set((SHIPPED / "data").iterdir()))  # those of data curate, none trains
+SPEECH = sorted(SHIPPED.rglob("speech*.yaml"))  # no gates, no pictures
+CONFIGS = sorted(set(SHIPPED.rglob("*.yaml")) - {*(SHIPPED / "data").iterdir(), *SPEECH})  # data curate's train nothing
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
@@ -53,3 +57,20 @@ def test_gates_have_their_rate_alone_and_the_language_model_is_frozen(file):
     for name, rate in rates.items():
         if rate > common and not name.endswith(("o_proj.weight", "down_proj.weight")):
             assert model.get_parameter(name).numel() == 1, f"{name} has the gates' rate"
+
+
+@pytest.mark.parametrize("file", SPEECH, ids=lambda file: file.name)
+def test_speech_trains_ears_alone(file):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(TrainSpeechAdapter)
+    config = parser.instantiate(parser.parse_args(["--config", str(file)]))
+    language_model = LanguageModelConfig(64, 32, 48, num_layers=2, num_heads=2, num_kv_heads=1)
+    encoder = config.encoder or SpeechEncoderConfig()
+    with torch.device("meta"):
+        model = mm.MultimodalModel(
+            mm.ModelConfig(language_model, speech_encoder=encoder, speech_adapter=config.adapter)
+        )
+    rates = apply_rates(model, config.training.rates)
+    assert {name.partition(".")[0] for name in rates} == {"speech_encoder", "speech_adapter"}
+    assert SpeechObjective(config.ctc_weight, config.next_token_weight)

@@ -5,8 +5,10 @@ Flow: records -> prompts (`mm.processor`) -> batches of similar length -> answer
 
 import json
 import random
+import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,11 +23,12 @@ from mm.evaluation.metrics import Score
 from mm.generation import generate_tokens
 from mm.model import MultimodalModel
 from mm.processor import Processor, record_answer
-from shards.format import Record
+from shards.format import AUDIO, Record
 from shards.reader import ShardSet
+from speech.features import FRAMES_PER_SECOND
 from vision.tiling import Tiles
 
-METRICS = ("vqa_accuracy", "exact_match", "choice", "bleu", "chrf")
+METRICS = ("vqa_accuracy", "exact_match", "choice", "bleu", "chrf", "wer", "cer")
 MID_GREY = 128
 MAX_SHARED_ANSWERS = 200  # a set with more different answers is no choice among given ones
 _WINDOW = 16  # batches that are read ahead and sorted by length together; bounds the pictures held at a time
@@ -41,15 +44,24 @@ class Report:
             (unless only `choice` was asked for), choice (with `choice`), and scores, the record's own averages.
         failed: per record that could not be read: id and reason. They count in no score.
         blank_images: whether the model was shown grey in place of the pictures.
+        exchanged_speech: whether each record was given another one's sound.
+        real_time_factor: seconds that answering took per second of sound, with what is in a batch at once; None where
+            nothing was heard.
     """
 
     scores: dict[str, Score]
     predictions: list[dict]
     failed: list[dict]
     blank_images: bool = False
+    exchanged_speech: bool = False
+    real_time_factor: float | None = None
 
     def __str__(self) -> str:
-        lines = [str(score) + (" with blanked images" if self.blank_images else "") for score in self.scores.values()]
+        control = " with blanked images" if self.blank_images else ""
+        control += " with another record's sound" if self.exchanged_speech else ""
+        lines = [str(score) + control for score in self.scores.values()]
+        if self.real_time_factor is not None:
+            lines.append(f"real-time factor {self.real_time_factor:.2f}")
         return "\n".join([*lines, *(f"not read: {row['id']}: {row['reason']}" for row in self.failed)])
 
     def write(self, folder: str | Path) -> None:
@@ -59,6 +71,8 @@ class Report:
             for name, score in self.scores.items()
         }
         summary = {"scores": scores, "blank_images": self.blank_images, "failed": self.failed}
+        if self.real_time_factor is not None:
+            summary |= {"exchanged_speech": self.exchanged_speech, "real_time_factor": self.real_time_factor}
         with replaced_files(folder, last="scores.json") as new:
             rows = (json.dumps(row, ensure_ascii=False) + "\n" for row in self.predictions)
             (new / "predictions.jsonl").write_text("".join(rows), encoding="utf-8")
@@ -72,6 +86,7 @@ def evaluate(
     metrics: Sequence[str],
     *,
     blank_images: bool = False,
+    exchange_speech: bool = False,
     batch_size: int = 32,
     max_new_tokens: int = 32,
     limit: int | None = None,
@@ -88,6 +103,8 @@ def evaluate(
             answer's likelihood is the product over its tokens *and its stop token*, the probability that the model
             says just that: so it needs no division by the number of tokens, which would favour long answers.
         blank_images: every picture becomes mid-grey with as many tiles: the control that sees nothing.
+        exchange_speech: every record is given the sound of the next one (the first follows the last) that wants another
+            answer: the control that hears something else.
         limit: so many records, drawn with `seed`; None takes all.
 
     Raises:
@@ -104,13 +121,18 @@ def evaluate(
     predictions: list[dict] = []
     failed: list[dict] = []
     references: list[list[str]] = []
+    languages: list[str] = []
+    heard, seconds = 0.0, 0.0
 
     with tqdm(total=len(numbers), desc="evaluate", unit="record", disable=None) as progress:
         for start in range(0, len(numbers), _WINDOW * batch_size):
             window = []
             for number in numbers[start : start + _WINDOW * batch_size]:
                 try:
-                    asked = _ask(processor, records[number], context, shared, known)
+                    record = records[number]
+                    if exchange_speech:
+                        record = with_other_sound(records, numbers, number)
+                    asked = _ask(processor, record, context, shared, known)
                 except Exception as error:  # a record can be malformed in any way; the others are still asked
                     reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
                     failed.append({"id": _name(records, number), "reason": reason})
@@ -122,21 +144,47 @@ def evaluate(
             by_length = sorted(window, key=lambda asked: len(asked.sample.tokens))
             for first in range(0, len(by_length), batch_size):
                 group = by_length[first : first + batch_size]
+                started = time.perf_counter()
                 _answer(model, processor, group, max_new_tokens, saying, choosing)
+                seconds += time.perf_counter() - started
+                heard += sum(len(mel) for asked in group for mel in asked.sample.speech) / FRAMES_PER_SECOND
                 progress.update(len(group))
             for asked in window:
                 predictions.append(asked.row)
                 references.append(asked.references)
+                languages.append(asked.language)
 
     if not predictions:
         raise ValueError(f"none of the {len(numbers)} records could be read; the first: {failed[0]['reason']}")
-    return Report(_score(metrics, predictions, references), predictions, failed, blank_images)
+    scores = _score(metrics, predictions, references, languages)
+    return Report(scores, predictions, failed, blank_images, exchange_speech, seconds / heard if heard else None)
 
 
 def blank(sample: Sample) -> Sample:
     """The sample with mid-grey in place of every pixel, tiles as they were."""
     grey = [Tiles(torch.full_like(tiles.pixels, MID_GREY), tiles.grid) for tiles in sample.images]
     return Sample(sample.tokens, sample.labels, grey)
+
+
+def with_other_sound(records: ShardSet | Sequence[Record], numbers: Sequence[int], number: int) -> Record:
+    """A record with the sound of the next among `numbers` that wants another answer, itself as it is.
+
+    Raises:
+        ValueError: the record or the other one has no sound, or all want the same answer.
+    """
+    record, place = records[number], numbers.index(number)
+    wanted = record_answer(record).casefold()
+    for other_number in [*numbers[place + 1 :], *numbers[:place]]:
+        other = records[other_number]
+        if record_answer(other).casefold() != wanted:
+            break
+    else:
+        raise ValueError(f"no record wants another answer than {record.id}: there is no sound to exchange its own with")
+    own, others = ([name for name in one.media if name.rpartition(".")[2] in AUDIO] for one in (record, other))
+    if not own or not others:
+        raise ValueError(f"record {(record if not own else other).id} holds no sound")
+    sounds = {name: other.media[others[position % len(others)]] for position, name in enumerate(own)}
+    return replace(record, media={**record.media, **sounds})
 
 
 @dataclass
@@ -148,6 +196,7 @@ class _Asked:
     choices: list[str]
     choice_tokens: list[list[int]]
     row: dict
+    language: str
 
 
 def _ask(
@@ -178,7 +227,7 @@ def _ask(
     if length + longest > context:
         raise ValueError(f"the prompt has {length} tokens; with an answer that is over the context of {context}")
     row = {"id": record.id, "question": _question(processor, record), "reference": reference, "scores": {}}
-    return _Asked(sample, references, choices, choice_tokens, row)
+    return _Asked(sample, references, choices, choice_tokens, row, str(record.json.get("language")))
 
 
 def _answer(
@@ -195,7 +244,9 @@ def _answer(
             asked.row["choice"] = asked.choices[max(range(len(values)), key=values.__getitem__)]
 
 
-def _score(metrics: Sequence[str], predictions: list[dict], references: list[list[str]]) -> dict[str, Score]:
+def _score(
+    metrics: Sequence[str], predictions: list[dict], references: list[list[str]], languages: list[str]
+) -> dict[str, Score]:
     """Scores by name; each average's value per record is added to its row."""
     averages = {
         "vqa_accuracy": ("prediction", scoring.vqa_accuracy),
@@ -203,6 +254,8 @@ def _score(metrics: Sequence[str], predictions: list[dict], references: list[lis
         "choice": ("choice", scoring.exact_match),
     }
     corpus = {"bleu": scoring.bleu, "chrf": scoring.chrf}
+    for name in ("wer", "cer"):
+        corpus[name] = partial(scoring.error_rate, name, languages=languages)
     scores = {}
     for name in metrics:
         if name in corpus:

@@ -5,9 +5,10 @@ Flow: `evaluate.py` hands over predictions and references; a `Score` comes out.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import import_module
 
 import numpy as np
 from sacrebleu.metrics import BLEU, CHRF
@@ -39,7 +40,8 @@ class Score:
     """One metric over a set.
 
     Attributes:
-        value: 0 to 1 for averages over samples; 0 to 100 for BLEU and chrF, as their users know them.
+        value: 0 to 1 for averages over samples; 0 or more for error rates, with 1 for as many errors as words; 0 to 100
+            for BLEU and chrF, as their users know them.
         interval: half the width of the 95% confidence interval, on the scale of `value`.
     """
 
@@ -117,6 +119,67 @@ def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Sco
 def chrf(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
     """Corpus chrF (sacrebleu's default: six-character n-grams, beta 2) with its bootstrap interval; as `bleu`."""
     return _corpus_score("chrf", CHRF(), predictions, references)
+
+
+def error_rate(
+    name: str, predictions: Sequence[str], references: Sequence[Sequence[str]], languages: Sequence[str]
+) -> Score:
+    """Word error rate ("wer") or character error rate ("cer") of a corpus: what jiwer counts as substituted, deleted
+    and inserted, per word or character of the references, with its bootstrap interval over records.
+
+    Both sides are normalised as Whisper's evaluation does it: by its rules for English, else by its basic ones. Of
+    several references the one with the fewest errors counts. Where nothing is said, every word is one inserted.
+
+    Args:
+        languages: of each record, such as "en".
+
+    Raises:
+        ValueError: jiwer or whisper-normalizer is missing, or no reference holds a word.
+    """
+    pairs = [
+        min((_count_errors(name, said, one, language) for one in given), key=lambda counts: counts[0])
+        for said, given, language in zip(predictions, references, languages, strict=True)
+    ]
+    errors, lengths = np.array(pairs, dtype=np.float64).T
+    if not lengths.sum():
+        raise ValueError(f"{name}: no reference holds a word; there is nothing to count errors in")
+    draws, count = np.random.default_rng(12345), len(pairs)
+    chosen = [draws.integers(0, count, count) for _ in range(NUM_BOOTSTRAP)]
+    resampled = [errors[rows].sum() / max(1.0, lengths[rows].sum()) for rows in chosen]
+    _, interval = estimate_ci(np.array(resampled))
+    return Score(name, float(errors.sum() / lengths.sum()), float(interval), count)
+
+
+def _count_errors(name: str, prediction: str, reference: str, language: str) -> tuple[int, int]:
+    """Errors, and words or characters of the reference."""
+    said, wanted = (normalise_speech(text, language) for text in (prediction, reference))
+    length = len(wanted.split()) if name == "wer" else len(wanted)
+    if not length or not said:
+        return max(length, len(said.split()) if name == "wer" else len(said)), length
+    jiwer = _import("jiwer")
+    counted = (jiwer.process_words if name == "wer" else jiwer.process_characters)(wanted, said)
+    return counted.substitutions + counted.deletions + counted.insertions, length
+
+
+@lru_cache(maxsize=100_000)
+def normalise_speech(text: str, language: str) -> str:
+    """What is compared of a transcript: Whisper's English rules, or for other languages its basic ones."""
+    return " ".join(_speech_normaliser(language == "en")(text).split())
+
+
+@lru_cache(maxsize=2)
+def _speech_normaliser(english: bool) -> Callable[[str], str]:
+    if english:
+        return _import("whisper_normalizer.english").EnglishTextNormalizer()
+    return _import("whisper_normalizer.basic").BasicTextNormalizer()
+
+
+def _import(name: str):
+    try:
+        return import_module(name)
+    except ImportError:
+        package = name.partition(".")[0].replace("_", "-")
+        raise ValueError(f"error rates need the package {package}: pip install 'mm-adapters[speech]'") from None
 
 
 def _corpus_score(

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from mm.batch import IGNORED, Batch
+from mm.batch import IGNORED, Batch, Sample
 from mm.config import ModelConfig, usable_device
 from mm.cross_attention import CrossAttentionBlock
 from mm.language_model import DecoderLayer
@@ -24,6 +24,7 @@ from mm.training.optimizer import apply_rates
 from mm.training.parallel import Ranks
 from mm.training.precision import lossless_bf16
 from mm.video_adapter import VideoAdapter
+from shards.format import Record
 from speech.conformer import ConformerLayer, SpeechEncoder
 from video.aggregator import AggregatorLayer
 from vision.encoder import EncoderLayer, VisionEncoder
@@ -55,6 +56,8 @@ def train_adapters(
     name: str,
     new: str | None = None,
     only: str = "",
+    objective: NextTokenObjective | None = None,
+    prepare: Callable[[Record, int], Sample] | None = None,
 ) -> None:
     """Train a model in place on records of `config.data`, its language model frozen.
 
@@ -63,6 +66,8 @@ def train_adapters(
         new: the adapter that is untrained, "image" or "video": it is fitted to the samples where its own configuration
             asks for that.
         only: what the names of all that may train begin with.
+        objective: what is learnt; None is the answers' tokens alone.
+        prepare: a record of the data and its epoch -> sample; None is the processor's `record_example`.
 
     Raises:
         ValueError: rates that would train the language model, or as `mm.training.loop.train`.
@@ -81,11 +86,11 @@ def train_adapters(
             f'training.rates give {others[0]} a rate, and this stage trains {only}* alone: put "{only}*" and its rate '
             'first, and "*": null last'
         )
-    dataset = RecordDataset(config.data, processor.record_example)
+    dataset = RecordDataset(config.data, prepare or processor.record_example, by_epoch=prepare is not None)
     flops = None
     if not any(name.startswith(("video_adapter.", "speech_")) for name in rates):  # operations are known of images only
         flops = partial(batch_flops, config=model.config, learning=Learning.of(rates, model.config))
-    objective = NextTokenObjective(flops)
+    objective = objective or NextTokenObjective(flops)
     adapter = {"image": model.config.image_adapter, "video": model.config.video_adapter}.get(new)
     if adapter is not None and adapter.fit_inputs:
         model.fit_inputs(objective.collate(readable_samples(dataset, FITTED_SAMPLES)), kind=new)

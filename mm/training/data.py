@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from mm.training.objectives import Objective
 from mm.training.parallel import Ranks
-from shards.format import Record
 from shards.reader import ShardSet
 from vision.tiling import choose_canvas
 
@@ -82,15 +81,17 @@ class RecordDataset(Dataset):
     Args:
         sources: where the records lie. A source's records are there `repeat` times, rounded up.
         prepare: Record -> sample; what it raises marks the record as unreadable.
+        by_epoch: `prepare` is given the epoch, from 0, too: for what is drawn anew each time a record comes. Indices
+            then say the epoch as well, as if all epochs stood one behind the other.
 
     Attributes:
         draws: what of them an epoch leaves out.
     """
 
-    def __init__(self, sources: Sequence[Source], prepare: Callable[[Record], Any]) -> None:
+    def __init__(self, sources: Sequence[Source], prepare: Callable[..., Any], by_epoch: bool = False) -> None:
         if not sources:
             raise ValueError("no data: name at least one source")
-        self.prepare = prepare
+        self.prepare, self.by_epoch = prepare, by_epoch
         self.sets: list[ShardSet] = []
         self.draws: list[Draw] = []
         for number, source in enumerate(sources):
@@ -106,11 +107,12 @@ class RecordDataset(Dataset):
         return int(self.ends[-1])
 
     def __getitem__(self, index: int) -> Any:
+        epoch, index = divmod(index, len(self)) if self.by_epoch else (0, index)
         number = int(torch.searchsorted(self.ends, index, right=True))
         shards = self.sets[number]
         row = index - (int(self.ends[number]) - len(shards))
         try:
-            return self.prepare(shards[row])
+            return self.prepare(shards[row], epoch) if self.by_epoch else self.prepare(shards[row])
         except Exception as error:  # a record can be malformed in any way; the others still teach
             reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             return Unreadable(shards.index["id"][row].as_py(), reason)
@@ -208,9 +210,12 @@ def epoch_order(length: int, seed: int, epoch: int, draws: Sequence[Draw] = ()) 
 
 
 def _permutation(length: int, key: str) -> torch.Tensor:
-    digest = hashlib.sha256(key.encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    return torch.randperm(length, generator=generator)
+    return torch.randperm(length, generator=torch.Generator().manual_seed(seed_of(key)))
+
+
+def seed_of(key: str) -> int:
+    """A generator's seed from whatever names a draw: the same for the same text, unlike for any other."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
 
 
 def steps(
@@ -250,10 +255,11 @@ def step_loader(
     Args:
         loads: of each sample, [len(dataset)], by which a step is dealt out evenly; None: all weigh the same.
     """
-    draws = draws_of(dataset)
+    draws, by_epoch = draws_of(dataset), isinstance(dataset, RecordDataset) and dataset.by_epoch
+    order = (len(dataset), batch_size, seed, consumed, draws)
     return DataLoader(
         dataset,
-        batch_sampler=_Endless(readers or Ranks(), loads, len(dataset), batch_size, seed, consumed, draws),
+        batch_sampler=_Endless(readers or Ranks(), loads, by_epoch, *order),
         collate_fn=collate_step,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
@@ -262,13 +268,18 @@ def step_loader(
 
 
 class _Endless:
-    def __init__(self, readers: Ranks, loads: torch.Tensor | None, *order: Any) -> None:
-        self.readers, self.loads, self.order = readers, loads, order
+    def __init__(self, readers: Ranks, loads: torch.Tensor | None, by_epoch: bool, *order: Any) -> None:
+        self.readers, self.loads, self.by_epoch, self.order = readers, loads, by_epoch, order
 
     def __iter__(self) -> Iterator[list[int]]:
+        length, batch_size, _, consumed, draws = self.order
+        size = epoch_size(length, draws)
         for indices in steps(*self.order):
             loads = [1] * len(indices) if self.loads is None else self.loads[indices].tolist()
-            yield [indices[position] for position in deal(loads, self.readers.size)[self.readers.rank]]
+            dealt = deal(loads, self.readers.size)[self.readers.rank]
+            epochs = ((consumed + position) // size if self.by_epoch else 0 for position in dealt)
+            yield [indices[position] + epoch * length for position, epoch in zip(dealt, epochs, strict=True)]
+            consumed += batch_size
 
 
 class Work(NamedTuple):

@@ -5,7 +5,7 @@ import math
 import pytest
 import sacrebleu
 
-from mm.evaluation.metrics import average, bleu, chrf, exact_match, normalise_answer, vqa_accuracy
+from mm.evaluation.metrics import average, bleu, chrf, error_rate, exact_match, normalise_answer, vqa_accuracy
 
 
 @pytest.mark.parametrize(
@@ -106,3 +106,31 @@ def test_number_of_references_may_differ():
 
 def test_score_prints_percent_and_size():
     assert str(average("vqa_accuracy", [1.0] * 900 + [0.0] * 100)) == "vqa_accuracy 90.0% ± 1.9 (1,000 samples)"
+
+
+def test_error_rates_are_those_of_all_words_together():
+    said = ["the cat sat", "Hello, World!", "", "a b c d e f"]
+    wanted = [["the cat sat down"], ["hello world"], ["two words"], ["a x"]]
+    words = error_rate("wer", said, wanted, ["de"] * 4)
+    assert words.value == pytest.approx((1 + 0 + 2 + 5) / (4 + 2 + 2 + 2))
+    assert words.num_samples == 4 and words.scale == 100
+    characters = error_rate("cer", ["abd", ""], [["abcd"], ["ef"]], ["de", "de"])
+    assert characters.value == pytest.approx((1 + 2) / 6)
+    assert error_rate("wer", ["one"], [["one", "two"]], ["de"]).value == 0  # the nearest of several references
+    assert error_rate("wer", ["noise", "one"], [[""], ["one"]], ["de"] * 2).value == 1  # invented where nothing is said
+
+
+def test_error_rates_compare_what_whispers_evaluation_compares():
+    said, wanted = ["It's colour, Mr. Smith: twenty"], [["it is color mister smith 20"]]
+    assert error_rate("wer", said, wanted, ["en"]).value == 0
+    assert error_rate("wer", said, wanted, ["fr"]).value > 0.5
+    assert error_rate("wer", ["Привет, МИР"], [["привет мир!"]], ["ru"]).value == 0
+
+
+def test_the_interval_of_an_error_rate_is_that_of_its_records():
+    """Half of 400 records wholly wrong: by the binomial formula 1.96 * sqrt(0.25 / 400) = 4.9%."""
+    said = ["right" if number % 2 else "wrong" for number in range(400)]
+    score = error_rate("wer", said, [["right"]] * 400, ["de"] * 400)
+    assert score.value == 0.5 and score.interval == pytest.approx(0.049, abs=0.005)
+    with pytest.raises(ValueError, match="no reference holds a word"):
+        error_rate("wer", ["a"], [["..."]], ["de"])

@@ -1,0 +1,123 @@
+"""`make demo-speech`: a language model that reads -> one that hears forty words, all on this machine.
+
+    python -m app.demo_speech [--limit N]
+
+Flow: voices speak sentences into shards -> two stages of `train_speech_adapter` -> error rates on sentences that no
+stage has heard, beside the control that hears another sentence -> a page. Each part that has been done is kept.
+"""
+
+import random
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+import mm
+import stages.train_speech_adapter
+from app.demo import compute_options
+from app.speech_page import Heard, write_page
+from data_prep.spoken_words import Espeak, Flite, write_spoken_words
+from mm.assets import fetch
+from mm.checkpoint import CONFIG_FILE
+from mm.evaluation.evaluate import Report, evaluate, with_other_sound
+from mm.training.command import one_line
+from shards.reader import ShardSet
+
+WORDS, ALIGNED = Path("data/demo_speech/words"), Path("runs/demo-speech-alignment")
+ALIGNMENT_CONFIG, CONFIG = "configs/demo/speech_alignment.yaml", "configs/demo/speech.yaml"
+NUM_SENTENCES = 1500
+METRICS = ("wer", "cer", "exact_match")
+SHOWN = 16
+
+
+def demo(output: Path, limit: int) -> dict[str, Report]:
+    """Run whatever of the demo has not been run yet, and write `output/index.html`.
+
+    Args:
+        output: run folder of the second stage; the shards and the first stage's run lie where the configurations say.
+        limit: how many held-out recordings to evaluate on.
+
+    Returns:
+        reports: "heard", and "exchanged", in which each recording is another one.
+    """
+    if limit < 1:
+        raise ValueError(f"limit is {limit}; it must be at least 1")
+    prepare()
+    train(output)
+    records = ShardSet(WORDS).select(split="test")
+    reports = evaluate_run(output, records, limit)
+    write_page(output / "index.html", reports, examples(records, reports), output / "metrics.jsonl")
+    print(f"open {output / 'index.html'}", file=sys.stderr)
+    return reports
+
+
+def prepare() -> None:
+    """Speak the sentences of the closed set in two voices, once."""
+    if WORDS.exists():
+        return
+    count = write_spoken_words([Espeak(), Flite(fetch("flite-voices"))], WORDS, NUM_SENTENCES)
+    print(f"{WORDS}: {count} recordings", file=sys.stderr)
+
+
+def train(output: Path) -> None:
+    """Train the first stage into ALIGNED and the second into `output`, unless they are there."""
+    started = time.monotonic()
+    if not (ALIGNED / CONFIG_FILE).exists():
+        arguments = ["--config", ALIGNMENT_CONFIG, "--output", str(ALIGNED), *compute_options()]
+        stages.train_speech_adapter.main([*arguments, "--language_model", str(fetch("smollm2-135m"))])
+    if not (output / CONFIG_FILE).exists():
+        arguments = ["--config", CONFIG, "--output", str(output), "--start_from", str(ALIGNED), *compute_options()]
+        stages.train_speech_adapter.main(arguments)
+        print(f"trained for {(time.monotonic() - started) / 60:.1f} minutes", file=sys.stderr)
+
+
+def evaluate_run(run: Path, records: ShardSet, limit: int) -> dict[str, Report]:
+    """Score a run on recordings, and again with each one's sound exchanged for another's."""
+    model, processor = mm.load(run)
+    reports: dict[str, Report] = {}
+    for name, exchange in (("heard", False), ("exchanged", True)):
+        report = evaluate(
+            model, processor, records, METRICS, exchange_speech=exchange, max_new_tokens=16, limit=limit, batch_size=32
+        )
+        report.write(run / "evaluation" / name)
+        reports[name] = report
+        print(f"{name}: {', '.join(map(str, report.scores.values()))}", file=sys.stderr)
+    return reports
+
+
+def examples(records: ShardSet, reports: dict[str, Report]) -> list[Heard]:
+    """Recordings with what was said and what was heard; drawn at random, the same ones each time."""
+    numbers = {key: number for number, key in enumerate(records.index["id"].to_pylist())}
+    asked = sorted(numbers[row["id"]] for row in reports["heard"].predictions)
+    exchanged = {row["id"]: row["prediction"] for row in reports["exchanged"].predictions}
+    rows = random.Random(0).sample(reports["heard"].predictions, min(SHOWN, len(reports["heard"].predictions)))
+    return [
+        Heard(
+            sound=records[numbers[row["id"]]].media["flac"],
+            other_sound=with_other_sound(records, asked, numbers[row["id"]]).media["flac"],
+            reference=row["reference"],
+            said=row["prediction"],
+            said_of_other=exchanged[row["id"]],
+        )
+        for row in rows
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = ArgumentParser(prog="demo-speech", description=__doc__, exit_on_error=False)
+    parser.add_argument("--output", type=Path, default=Path("runs/demo-speech"), help="run folder")
+    parser.add_argument("--limit", type=int, default=300, help="evaluate on this many held-out recordings")
+    try:
+        arguments = parser.parse_args(argv)
+        demo(arguments.output, arguments.limit)
+    except (ValueError, OSError, ArgumentError) as error:
+        print(f"demo-speech: {one_line(error)}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""The speech demo's page: error rates beside the control, players, mel pictures, hypotheses. One file, offline."""
+
+import base64
+import html
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image
+
+from app.page import STYLE, chart_of
+from mm.evaluation.evaluate import Report
+from speech.features import log_mel
+from speech.reading import read_sound
+
+OWN_STYLE = """
+figure img { aspect-ratio: auto; height: 6rem; object-fit: fill; image-rendering: auto; } audio { width: 100%; }
+.grid { grid-template-columns: repeat(auto-fill, minmax(16rem, 1fr)); }
+"""
+NAMES = {"wer": "words wrong (WER)", "cer": "characters wrong (CER)", "exact_match": "sentences right to the letter"}
+
+
+@dataclass(frozen=True)
+class Heard:
+    """A recording (FLAC bytes) with what is said in it and what the model repeated; and the control's recording, with
+    what the model repeated of that."""
+
+    sound: bytes
+    other_sound: bytes
+    reference: str
+    said: str
+    said_of_other: str
+
+
+def write_page(file: Path, reports: dict[str, Report], examples: list[Heard], metrics: Path) -> None:
+    """Write the page; `reports` holds "heard" and "exchanged"."""
+    curves = (
+        ("training loss, per answer token", "loss"),
+        ("held-out sentences repeated word for word", "eval/answer_accuracy"),
+    )
+    charts = (chart_of(title, metrics, name) for title, name in curves)
+    body = [
+        "<h1>A frozen language model that hears</h1>",
+        *_scores(reports),
+        "<h2>Training of the second stage</h2><div class=grid>",
+        *(f"<figure>{chart}</figure>" for chart in charts if chart),
+        f"</div><h2>Sentences that were not trained on</h2><div class=grid>{''.join(map(_figure, examples))}</div>",
+    ]
+    head = "<meta charset=utf-8><meta name=viewport content='width=device-width'><title>mm-adapters: speech</title>"
+    style = f"<style>{STYLE}{OWN_STYLE}</style>"
+    page = f"<!doctype html><html lang=en>{head}{style}<body>{''.join(body)}</body></html>\n"
+    new = file.with_suffix(".new")
+    new.write_text(page, encoding="utf-8")
+    os.replace(new, file)
+
+
+def mel_picture(sound: bytes) -> bytes:
+    """Log-mel features of a sound file as a PNG: time from left to right, low bins at the bottom."""
+    mel = log_mel(read_sound(sound)).T.flip(0).numpy()  # [80, T]
+    low, high = np.percentile(mel, (5, 99))
+    shades = np.clip((mel - low) / max(high - low, 1e-6), 0, 1)
+    pixels = (255 * matplotlib.colormaps["magma"](shades)[..., :3]).astype(np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, format="PNG")
+    return out.getvalue()
+
+
+def _scores(reports: dict[str, Report]) -> list[str]:
+    rows = []
+    for name, score in reports["heard"].scores.items():
+        both = (score, reports["exchanged"].scores[name])
+        cells = (f"{one.value * one.scale:.1f} ± {one.interval * one.scale:.1f}" for one in both)
+        numbers = "".join(f"<td class=number>{cell}</td>" for cell in cells)
+        rows.append(f"<tr><td>{NAMES[name]}</td>{numbers}<td class=number>{score.num_samples:,}</td></tr>")
+    return [
+        "<p>No sentence on this page was trained on; its words and its voices were. The control is the same model, "
+        "given another sentence's sound: what it gets right, it guesses. Intervals are 95%.</p>",
+        "<table><tr><th>in %<th>own sound<th>control<th>recordings</tr>",
+        *rows,
+        "</table>",
+    ]
+
+
+def _figure(example: Heard) -> str:
+    right = example.said.strip().lower() == example.reference.strip().lower()
+    expected = "" if right else f"<div>said: {html.escape(example.reference)}</div>"
+    return (
+        f"<figure><img src='{_data('image/png', mel_picture(example.sound))}' alt='log-mel features'>"
+        f"<audio controls preload=none src='{_data('audio/flac', example.sound)}'></audio><figcaption>"
+        f"<div class='said {'right' if right else 'wrong'}'>{html.escape(example.said) or '(nothing)'}</div>{expected}"
+        f"<div class=blind>of another sound: {html.escape(example.said_of_other) or '(nothing)'}</div>"
+        "</figcaption></figure>"
+    )
+
+
+def _data(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

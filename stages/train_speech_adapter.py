@@ -1,0 +1,149 @@
+"""Stage 4: a frozen language model learns to hear (paper §8.2).
+
+Speech encoder and speech adapter train together on recordings with conversations; the language model and whatever else
+the model has stay as they were, bit for bit. What the adapter makes of a recording stands in the language model's input
+as text does.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+
+import mm.convert.llama
+from mm.assembly import add_speech, without_senses
+from mm.batch import Sample
+from mm.checkpoint import language_model_of, load, save
+from mm.model import MultimodalModel
+from mm.processor import Processor
+from mm.speech_encoders import load_speech_encoder
+from mm.training.adapters import train_adapters
+from mm.training.command import run_stage
+from mm.training.config import TrainingConfig
+from mm.training.data import RecordDataset, Source, readable_samples, seed_of
+from mm.training.parallel import Ranks
+from mm.training.speech import SpeechObjective, set_statistics
+from shards.format import Record
+from speech.adapter import SpeechAdapterConfig
+from speech.conformer import SpeechEncoder, SpeechEncoderConfig
+from speech.features import SpecAugmentConfig, spec_augment
+
+
+@dataclass
+class TrainSpeechAdapter:
+    """What the stage needs.
+
+    Attributes:
+        output: run folder, which `mm.load` opens when the stage has ended.
+        start_from: an earlier run, which gets ears, or trains on where it has them.
+        language_model: a Hugging Face folder or a GGUF file in place of that, for a model that only hears.
+        encoder: shape of a new conformer. speech_encoder: in place of that, a folder of `pretrain_speech_encoder`, a
+            run that hears, or one of OpenAI's Whisper files (`.pt`). Neither, where the run hears already.
+        adapter: of the new speech adapter.
+        data: shards of recordings with conversations. validation: shards to report loss and accuracy on; null reports
+            nothing.
+        statistics_samples: so many samples give a new conformer the mean and deviation of its features.
+        spec_augment: hide stripes of each training utterance, others in each epoch; null hides nothing.
+        ctc_weight, next_token_weight: see `mm.training.speech.SpeechObjective`. The paper has the second loss only.
+        chat_template: see `mm.processor.Processor`.
+        bundle: copy the language model into the run folder.
+    """
+
+    output: str
+    data: list[Source]
+    training: TrainingConfig
+    start_from: str | None = None
+    language_model: str | None = None
+    encoder: SpeechEncoderConfig | None = None
+    speech_encoder: str | None = None
+    adapter: SpeechAdapterConfig = field(default_factory=SpeechAdapterConfig)
+    validation: Source | None = None
+    validation_samples: int = 256
+    statistics_samples: int = 512
+    spec_augment: SpecAugmentConfig | None = None
+    ctc_weight: float = 0.0
+    next_token_weight: float = 1.0
+    chat_template: str | None = None
+    bundle: bool = False
+    device: str = "cpu"
+
+
+def train_speech_adapter(config: TrainSpeechAdapter) -> None:
+    """Train a speech encoder and a speech adapter for a frozen language model."""
+    objective = SpeechObjective(config.ctc_weight, config.next_token_weight)
+    model, processor, language_model = starting_point(config)
+    prepare = None
+    if config.spec_augment is not None:
+        prepare = partial(augmented, processor=processor, config=config.spec_augment, seed=config.training.seed)
+    train_adapters(model, processor, config, "speech adapter", only="speech_", objective=objective, prepare=prepare)
+    if Ranks.here().first:
+        bundle = config.bundle or language_model is None
+        save(config.output, model, processor, language_model=None if bundle else language_model, bundle=bundle)
+
+
+def starting_point(config: TrainSpeechAdapter) -> tuple[MultimodalModel, Processor, str | None]:
+    """The model in FP32 with ears, its processor, and where its language model lies.
+
+    Raises:
+        ValueError: nothing or too much to start from, no encoder, or one for a run that has its own.
+    """
+    if (config.start_from is None) == (config.language_model is None):
+        raise ValueError(
+            "name start_from, a run that gets ears or trains on, or language_model for a model that only hears; one "
+            "of the two"
+        )
+    if config.start_from is not None:
+        model, earlier = load(config.start_from, dtype=torch.float32)
+        tokenizer, settings = earlier.tokenizer, earlier.settings()
+        language_model = language_model_of(config.start_from)
+    else:
+        language_model = config.language_model
+        loaded = mm.convert.llama.load(language_model, dtype=torch.float32)
+        print(loaded.report)
+        model = without_senses(loaded, seed=config.training.seed)
+        tokenizer, settings = mm.convert.llama.load_tokenizer(language_model), {}
+    given = (config.encoder, config.speech_encoder)
+    if model.speech_encoder is not None:
+        if given != (None, None) or config.adapter != SpeechAdapterConfig():
+            raise ValueError(
+                f"{config.start_from} brings its own speech encoder and adapter: leave `encoder`, `speech_encoder` and "
+                "`adapter` out"
+            )
+    elif (config.encoder is None) == (config.speech_encoder is None):
+        raise ValueError(
+            "give `encoder`, the shape of a new conformer, or `speech_encoder`, the place of one; one of the two"
+        )
+    else:
+        add_speech(model, encoder_of(config), config.adapter, seed=config.training.seed)
+    if config.chat_template is not None:
+        settings["chat_template"] = config.chat_template
+    processor = Processor(tokenizer, model.config, **settings)
+    if config.encoder is not None:
+        samples = readable_samples(RecordDataset(config.data, processor.record_example), config.statistics_samples)
+        set_statistics(model.speech_encoder, [mel for sample in samples for mel in sample.speech])
+    return model, processor, language_model
+
+
+def augmented(record: Record, epoch: int, processor: Processor, config: SpecAugmentConfig, seed: int) -> Sample:
+    """A training sample with stripes of its utterances hidden, which follow from record, epoch and seed."""
+    sample = processor.record_example(record)
+    generator = torch.Generator().manual_seed(seed_of(f"{seed}/{epoch}/{record.id}"))
+    return replace(sample, speech=[spec_augment(mel, config, generator) for mel in sample.speech])
+
+
+def encoder_of(config: TrainSpeechAdapter) -> torch.nn.Module:
+    """The encoder that the configuration names, in FP32."""
+    if config.speech_encoder is not None:
+        return load_speech_encoder(config.speech_encoder).float()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.training.seed)
+        return SpeechEncoder(config.encoder)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    run_stage(TrainSpeechAdapter, train_speech_adapter, argv, "train_speech_adapter")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""The speech stage: tones are learnt as words, nothing but ears changes, and a run goes on with other settings."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import mm
+from data_prep.recordings import transcription_record
+from mm.checkpoint import hash_weights, load_encoder, read_description, save
+from mm.evaluation.evaluate import evaluate
+from mm.language_model import LanguageModelConfig
+from mm.speech_encoders import load_speech_encoder, save_speech_encoder
+from mm.training.objectives import next_token_loss
+from mm.training.speech import SpeechObjective
+from shards.format import Record
+from shards.reader import ShardSet
+from shards.writer import write_shards
+from speech.conformer import SpeechEncoder, SpeechEncoderConfig
+from speech.features import SpecAugmentConfig
+from stages.train_speech_adapter import augmented, main
+
+ENCODER = {"num_layers": 1, "width": 32, "ffn_width": 48, "num_heads": 2}
+ADAPTER = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 2}
+WORDS = {"yes": 440, "no": 1500}  # Hz
+RATES = {"speech_*": 3e-3, "*": None}
+TWO_STEPS = {"steps": 2, "batch_size": 4, "rates": RATES, "workers": 0}
+
+
+def words_of(number: int) -> str:
+    """One or two words."""
+    return " ".join(list(WORDS)[number >> bit & 1] for bit in range(1 + number // 4 % 2))
+
+
+def tones(number: int, split: str) -> Record:
+    """One or two tones of 0.3 s, each of which stands for a word, with some noise around them."""
+    rng = np.random.default_rng(number)
+    said = words_of(number).split()
+    time = np.arange(4800) / 16_000
+    sound = [np.zeros(400), *(np.sin(2 * np.pi * WORDS[word] * time + rng.random()) for word in said)]
+    samples = 8000 * np.concatenate(sound) + rng.normal(0, 100, 400 + 4800 * len(said))
+    return transcription_record(f"tones/{split}/{number}", split, "en", " ".join(said), samples.astype(np.int16))
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("recordings") / "shards"
+    write_shards([*(tones(n, "train") for n in range(64)), *(tones(n, "test") for n in range(100, 116))], folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def repeater(tokenizer, tmp_path_factory) -> Path:
+    """A run folder of a tiny language model that repeats the words in text; it has neither eyes nor ears."""
+    torch.manual_seed(0)
+    shape = LanguageModelConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        context=160,
+        stop_tokens=(tokenizer.eos_token_id,),
+    )
+    model = mm.MultimodalModel(mm.ModelConfig(shape))
+    processor = mm.Processor(tokenizer, model.config)
+    samples = []
+    for said in dict.fromkeys(words_of(number) for number in range(8)):
+        parts = [{"type": "text", "text": "Repeat after me in English:"}, {"type": "text", "text": f" {said}"}]
+        samples.append(processor.example([{"role": "user", "content": parts}, {"role": "assistant", "content": said}]))
+    batch = mm.collate(samples)
+    optimizer = torch.optim.AdamW(model.language_model.parameters(), 3e-3)
+    for _ in range(150):
+        loss = next_token_loss(model, batch) / (batch.labels != -100).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1
+    folder = tmp_path_factory.mktemp("repeater")
+    save(folder, model, processor, bundle=True)
+    return folder
+
+
+@pytest.fixture
+def speech_config(run_folder, recordings, tmp_path):
+    """speech_config(name, **changes) -> (file, run folder)."""
+
+    def write(name: str = "speech", **changes):
+        values = {
+            "output": str(tmp_path / name),
+            "start_from": str(run_folder),
+            "encoder": ENCODER,
+            "adapter": ADAPTER,
+            "data": [{"path": str(recordings)}],
+            "training": {
+                "steps": 60,
+                "batch_size": 16,
+                "rates": RATES,
+                "warmup_steps": 5,
+                "weight_decay": 0.0,
+                "workers": 0,
+                "log_every": 10,
+            },
+            **changes,
+        }
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(
+            yaml.safe_dump({key: value for key, value in values.items() if value is not None}, sort_keys=False)
+        )
+        return file, tmp_path / name
+
+    return write
+
+
+def test_words_are_learnt_by_a_frozen_language_model(speech_config, repeater, recordings):
+    validation = {"path": str(recordings), "split": "test"}
+    file, folder = speech_config(start_from=str(repeater), validation=validation)
+    main(["--config", str(file)])
+    assert read_description(folder)["parts"]["language_model"] == read_description(repeater)["parts"]["language_model"]
+    model, processor = mm.load(folder)
+    assert model.speech_encoder.feature_mean.abs().max() > 1
+    report = evaluate(model, processor, ShardSet(recordings).select(split="test"), ["exact_match"], max_new_tokens=8)
+    assert report.scores["exact_match"].value >= 0.9
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    assert lines[-1]["loss"] < 0.3 * lines[0]["loss"]
+    assert 0.5 < lines[0]["speech/rms_ratio"] < 2  # after ten steps it is still about 1
+    assert lines[-1]["audio_seconds_per_second"] > 0 and lines[-1]["eval/answer_accuracy"] >= 0.9
+
+
+def test_nothing_but_ears_changes(speech_config, run_folder, language_model_folder, make_sample):
+    frozen = hash_weights(language_model_folder)
+    file, folder = speech_config(training=TWO_STEPS)
+    main(["--config", str(file)])
+    assert hash_weights(language_model_folder) == frozen
+    before, after = mm.load(run_folder)[0], mm.load(folder)[0]
+    state = after.state_dict()
+    for name, tensor in before.state_dict().items():
+        assert torch.equal(state.pop(name), tensor), name
+    assert {name.partition(".")[0] for name in state} == {"speech_encoder", "speech_adapter"}
+    torch.manual_seed(0)
+    fresh = SpeechEncoder(SpeechEncoderConfig(**ENCODER))
+    assert not torch.equal(after.speech_encoder.input_proj.weight, fresh.input_proj.weight)
+    rows = [make_sample("..i..", 1), make_sample(".....", 2)]
+    with torch.inference_mode():
+        assert torch.equal(after(mm.collate(rows)), before(mm.collate(rows)))
+
+
+def test_a_model_that_only_hears_learns_by_alignment_and_goes_on_with_the_language_model(
+    speech_config, recordings, language_model_folder
+):
+    """CTC alone never runs the language model, and its run trains on with the model's own loss."""
+    alone = {"ctc_weight": 1.0, "next_token_weight": 0.0, "training": {**TWO_STEPS, "steps": 40, "batch_size": 16}}
+    alone["training"] |= {"log_every": 10}
+    file, first = speech_config("alone", start_from=None, language_model=str(language_model_folder), **alone)
+    main(["--config", str(file)])
+    lines = [json.loads(line) for line in (first / "metrics.jsonl").open()]
+    assert lines[-1]["loss"] < 0.3 * lines[0]["loss"]
+    model, processor = mm.load(first)
+    assert model.vision_encoder is None
+    heard = processor.record_example(tones(107, "test")).speech
+    assert model.hear(heard).square().mean() > 0
+    on = {"start_from": str(first), "encoder": None, "adapter": {}, "ctc_weight": 0.1, "training": TWO_STEPS}
+    file, second = speech_config("second", **on)
+    main(["--config", str(file)])
+    other, _ = mm.load(second)
+    assert torch.equal(other.speech_encoder.feature_mean, model.speech_encoder.feature_mean)
+    assert not torch.equal(other.speech_adapter.boundaries, model.speech_adapter.boundaries)
+
+
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(speech_config, monkeypatch):
+    training = {**TWO_STEPS, "steps": 4, "save_every": 2}
+    file, whole = speech_config("whole", training=training, ctc_weight=0.5)
+    main(["--config", str(file)])
+    file, halves = speech_config("halves", training=training, ctc_weight=0.5)
+    loss, calls = SpeechObjective.loss, []
+
+    def interrupted(*arguments):
+        calls.append(None)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return loss(*arguments)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit, match="130"):
+        patched.setattr(SpeechObjective, "loss", interrupted)
+        main(["--config", str(file)])
+    with pytest.raises(ValueError, match="has not finished"):
+        mm.load(halves)
+    main(["--config", str(file)])
+    state = mm.load(whole)[0].state_dict()
+    for name, tensor in mm.load(halves)[0].state_dict().items():
+        assert torch.equal(state[name], tensor), name
+
+
+def test_stripes_follow_from_record_and_epoch(speech_config, recordings):
+    file, folder = speech_config(spec_augment={"max_mels": 20}, training=TWO_STEPS)
+    main(["--config", str(file)])
+    processor = mm.load(folder)[1]
+    record = ShardSet(recordings)[5]
+    plain = processor.record_example(record)
+    first, again, later = (
+        augmented(record, epoch, processor, SpecAugmentConfig(max_mels=20), seed=0) for epoch in (0, 0, 1)
+    )
+    assert first.tokens == plain.tokens and first.labels == plain.labels
+    assert torch.equal(first.speech[0], again.speech[0])
+    assert not torch.equal(first.speech[0], later.speech[0]) and not torch.equal(first.speech[0], plain.speech[0])
+
+
+def test_an_encoder_of_its_own_folder_is_taken_as_it_is(speech_config, tmp_path):
+    torch.manual_seed(3)
+    encoder = SpeechEncoder(SpeechEncoderConfig(**ENCODER))
+    encoder.set_feature_statistics(torch.full((80,), -3.0), torch.full((80,), 2.5))
+    save_speech_encoder(tmp_path / "encoder", encoder)
+    assert torch.equal(load_speech_encoder(tmp_path / "encoder").input_proj.weight, encoder.input_proj.weight)
+    only_adapter = {**TWO_STEPS, "rates": {"speech_adapter.*": 1e-3, "*": None}}
+    file, folder = speech_config(encoder=None, speech_encoder=str(tmp_path / "encoder"), training=only_adapter)
+    main(["--config", str(file)])
+    model, _ = mm.load(folder)
+    for name, tensor in encoder.state_dict().items():
+        assert torch.equal(model.speech_encoder.state_dict()[name], tensor), name
+    assert torch.equal(load_speech_encoder(folder).feature_std, encoder.feature_std)  # a run's own, too
+    with pytest.raises(ValueError, match="holds no image encoder"):
+        load_encoder(tmp_path / "encoder")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training": {**TWO_STEPS, "rates": {"*": 1e-3}}}, "keeps the language model as it is"),
+        (
+            {"training": {**TWO_STEPS, "rates": {"speech_*": 1e-3, "image_adapter.*": 1e-3, "*": None}}},
+            r"trains speech_\* alone",
+        ),
+        ({"encoder": None}, "one of the two"),
+        ({"speech_encoder": "somewhere"}, "one of the two"),
+        ({"start_from": None}, "name start_from"),
+        ({"ctc_weight": -1.0}, "ctc_weight is -1"),
+        ({"next_token_weight": 0.0}, "are both 0"),
+        ({"encoder": None, "speech_encoder": "nowhere.pt"}, "nowhere.pt: no such file"),
+    ],
+)
+def test_wrong_settings_are_named(speech_config, capsys, changes, message):
+    file, folder = speech_config("wrong", **changes)
+    with pytest.raises(SystemExit, match="1"):
+        main(["--config", str(file)])
+    assert re.search(message, capsys.readouterr().err)
+    assert not (folder / "config.yaml").exists()
+
+
+def test_data_without_sound_gives_a_new_conformer_no_statistics(speech_config, squares, capsys):
+    file, _ = speech_config(data=[{"path": str(squares)}])
+    with pytest.raises(SystemExit, match="1"):
+        main(["--config", str(file)])
+    assert "no sound in any of" in capsys.readouterr().err
