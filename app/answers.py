@@ -78,13 +78,17 @@ def load_model(arguments: Namespace) -> tuple[mm.MultimodalModel, mm.Processor]:
     return mm.load(arguments.model, device=arguments.device, language_model=arguments.language_model)
 
 
-def medium(kind: str) -> Callable[[str | tuple[str, str]], tuple[str, str]]:
-    """The type of an option that shares its place with other kinds': a file -> (kind, file), so that order is kept."""
+class Medium:
+    """The type of an option that shares its place with those of other kinds: FILE -> (kind, FILE), so order is kept."""
 
-    def file(value: str | tuple[str, str]) -> tuple[str, str]:
-        return value if isinstance(value, tuple) else (kind, value)  # jsonargparse checks what it has read once more
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
 
-    return file
+    def __repr__(self) -> str:
+        return "path"  # what the help shows
+
+    def __call__(self, file: str | tuple[str, str]) -> tuple[str, str]:
+        return file if isinstance(file, tuple) else (self.kind, file)  # what was read is checked once more
 
 
 def is_clip(file: str, animations: bool) -> bool:

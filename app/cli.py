@@ -22,7 +22,7 @@ import stages.sweep
 import stages.train_image_adapter
 import stages.train_speech_adapter
 import stages.train_video_adapter
-from app.answers import MEDIA, WHAT_IS_A_CLIP, ask, caption, load_model, medium, transcribe
+from app.answers import MEDIA, WHAT_IS_A_CLIP, Medium, ask, caption, load_model, transcribe
 from mm.averaging import average, average_best
 from mm.checkpoint import CONFIG_FILE, save, save_encoder
 from mm.evaluation.evaluate import evaluate
@@ -200,7 +200,7 @@ def _parser() -> ArgumentParser:
             dest="media",
             action="extend",
             nargs="+",
-            type=medium(kind),
+            type=Medium(kind),
             metavar="FILE",
             help=f"{what}; the model gets pictures, clips and sounds in the order given here, then the question",
         )

@@ -276,9 +276,9 @@ def test_a_run_that_is_not_whole(refused, run_folder, encoder_folder, pictures, 
 
 
 def test_help_is_no_mistake(mm_command):
-    for arguments in (["--help"], ["caption", "--help"], ["train", "train_image_adapter", "--help"]):
+    for arguments in (["--help"], ["ask", "--help"], ["train", "train_image_adapter", "--help"]):
         code, out, err = mm_command(*arguments)
-        assert code == 0 and "usage:" in out and err == ""
+        assert code == 0 and "usage:" in out and "function" not in out and err == ""
 
 
 @pytest.mark.slow
