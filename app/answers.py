@@ -63,7 +63,7 @@ def transcribe(arguments: Namespace) -> int:
         raise ValueError("the language is empty; name one, such as English")
     model, processor = load_model(arguments)
     if model.speech_encoder is None:
-        raise ValueError(f"{arguments.model} has no speech_encoder: it cannot hear; name a run that was trained to")
+        raise ValueError(f"{arguments.model} has no speech_encoder: `mm train train_speech_adapter` gives a run ears")
     request = {"type": "text", "text": f"Repeat after me in {arguments.language}:"}  # as recordings are asked about
 
     def write_down(file: str) -> str:
