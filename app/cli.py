@@ -40,8 +40,6 @@ STAGES = {
     "pretrain_speech_encoder": stages.pretrain_speech_encoder.main,
     "train_speech_adapter": stages.train_speech_adapter.main,
     "finetune": stages.finetune.main,
-    "pretrain_speech_encoder": stages.pretrain_speech_encoder.main,
-    "train_speech_adapter": stages.train_speech_adapter.main,
 }
 
 

@@ -22,7 +22,8 @@ import stages.train_video_adapter
 from app.video_page import Watched, write_page
 from data_prep.cutouts import openmoji_cutouts, tuxpaint_cutouts
 from data_prep.moving_clips import SUFFIX, write_moving_clips
-from mm.assets import fetch, license_text
+from data_prep.sources import license_text
+from mm.assets import fetch
 from mm.checkpoint import CONFIG_FILE
 from mm.evaluation.controls import FRAMES
 from mm.evaluation.evaluate import Report, evaluate
