@@ -1,4 +1,4 @@
-# `make demo` and `make demo-speech` train and show, `make test` checks. Each makes .venv and installs what it needs.
+# `make demo`, `demo-video` and `demo-speech` train and show, `make test` checks. Each makes .venv and installs all it needs.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
