@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
+from torch import Tensor
 
 import mm.convert.llama
-from mm.assembly import add_speech, without_senses
+from mm.assembly import add_speech, match_embeddings, without_senses
 from mm.batch import Sample
 from mm.checkpoint import language_model_of, load, save
 from mm.model import MultimodalModel
@@ -77,6 +78,8 @@ def train_speech_adapter(config: TrainSpeechAdapter) -> None:
     if config.spec_augment is not None:
         prepare = partial(augmented, processor=processor, config=config.spec_augment, seed=config.training.seed)
     train_adapters(model, processor, config, "speech adapter", only="speech_", objective=objective, prepare=prepare)
+    if config.next_token_weight == 0:
+        match_embeddings(model, sounds_of(config, processor))
     if Ranks.here().first:
         bundle = config.bundle or language_model is None
         save(config.output, model, processor, language_model=None if bundle else language_model, bundle=bundle)
@@ -120,9 +123,14 @@ def starting_point(config: TrainSpeechAdapter) -> tuple[MultimodalModel, Process
         settings["chat_template"] = config.chat_template
     processor = Processor(tokenizer, model.config, **settings)
     if config.encoder is not None:
-        samples = readable_samples(RecordDataset(config.data, processor.record_example), config.statistics_samples)
-        set_statistics(model.speech_encoder, [mel for sample in samples for mel in sample.speech])
+        set_statistics(model.speech_encoder, sounds_of(config, processor))
     return model, processor, language_model
+
+
+def sounds_of(config: TrainSpeechAdapter, processor: Processor) -> list[Tensor]:
+    """The features of some utterances of the data, each [T, num_mels]."""
+    samples = readable_samples(RecordDataset(config.data, processor.record_example), config.statistics_samples)
+    return [mel for sample in samples for mel in sample.speech]
 
 
 def augmented(record: Record, epoch: int, processor: Processor, config: SpecAugmentConfig, seed: int) -> Sample:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import mm
+from mm.assembly import match_embeddings
 from mm.checkpoint import save
 from mm.generation import decode_step, prefill
 from mm.video_adapter import VideoAdapterConfig
@@ -166,6 +167,17 @@ def test_gradients_reach_encoder_adapter_and_marks(build_model, config, sample):
             assert (parameter.grad is not None) == name.startswith("speech_"), name
             if parameter.grad is not None:
                 assert parameter.grad.abs().max() > 0, name
+
+
+def test_what_is_heard_can_be_brought_to_the_size_of_embeddings(build_model, config, sample):
+    with torch.inference_mode(False):
+        model = build_model(config)
+        speech = sample("ss", (30, 50)).speech
+        directions = torch.nn.functional.normalize(model.hear(speech), dim=-1)
+        match_embeddings(model, speech)
+        heard, table = model.hear(speech), model.language_model.model.embed_tokens.weight
+    assert heard.square().mean().sqrt() == pytest.approx(table.square().mean().sqrt().item(), rel=1e-5)
+    assert torch.allclose(torch.nn.functional.normalize(heard, dim=-1), directions, **CLOSE)
 
 
 def test_wrong_use_is_named(model, tiny_model, sample, config):
