@@ -27,7 +27,7 @@ class Ended(NamedTuple):
     said: str
 
 
-def launch(program: Path, folder: Path, size: int, timeout: float = 240.0) -> Ended:
+def launch(program: Path, folder: Path, size: int, timeout: float = 600.0) -> Ended:
     """Runs `program FOLDER` in so many ranks.
 
     Raises:
