@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentParser
 
 import data_prep.easy_vqa
 import mm
@@ -29,7 +29,7 @@ from mm.assets import fetch, missing_programs
 from mm.checkpoint import CONFIG_FILE
 from mm.evaluation.evaluate import Report, evaluate
 from mm.processor import record_pictures
-from mm.training.command import one_line
+from mm.training.command import mistakes_in_one_line
 from shards.format import Record
 from shards.reader import ShardSet
 from shards.writer import write_shards
@@ -199,15 +199,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="run folder; default: runs/demo, or runs/demo-N with --steps N")
     parser.add_argument("--steps", type=int, help="steps of the adapter stage, in place of the config's")
     parser.add_argument("--questions", type=int, default=2000, help="evaluate on this many test questions")
-    try:
+    with mistakes_in_one_line("demo"):
         arguments = parser.parse_args(argv)
         default = Path("runs/demo" if arguments.steps is None else f"runs/demo-{arguments.steps}")
         demo(arguments.output or default, arguments.steps, arguments.questions)
-    except (ValueError, OSError, ArgumentError) as error:
-        print(f"demo: {one_line(error)}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

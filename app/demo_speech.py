@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentParser
 
 import mm
 import stages.train_speech_adapter
@@ -23,7 +23,7 @@ from mm.assets import fetch
 from mm.checkpoint import CONFIG_FILE
 from mm.evaluation.controls import with_other_sound
 from mm.evaluation.evaluate import Report, evaluate
-from mm.training.command import one_line
+from mm.training.command import mistakes_in_one_line
 from shards.reader import ShardSet
 
 WORDS, ALIGNED = Path("data/demo_speech/words"), Path("runs/demo-speech-alignment")
@@ -110,14 +110,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(prog="demo-speech", description=__doc__, exit_on_error=False)
     parser.add_argument("--output", type=Path, default=Path("runs/demo-speech"), help="run folder")
     parser.add_argument("--limit", type=int, default=300, help="evaluate on this many held-out recordings")
-    try:
+    with mistakes_in_one_line("demo-speech"):
         arguments = parser.parse_args(argv)
         demo(arguments.output, arguments.limit)
-    except (ValueError, OSError, ArgumentError) as error:
-        print(f"demo-speech: {one_line(error)}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,11 @@ kept: an interrupted run goes on where it was. Flow: sets -> stages, each into a
 """
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentParser
 
 import data_prep.easy_vqa
 import data_prep.openmoji
@@ -25,7 +24,7 @@ from data_prep.conversations import caption_conversations
 from mm.checkpoint import CONFIG_FILE, read_description, replaced_files
 from mm.evaluation.evaluate import Report
 from mm.evaluation.metrics import Score
-from mm.training.command import one_line
+from mm.training.command import mistakes_in_one_line
 from shards.reader import ShardSet
 from shards.writer import write_shards
 
@@ -150,13 +149,8 @@ def _numbers(report: Report) -> dict:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(prog="demo_stages", description=__doc__, exit_on_error=False)
     parser.add_argument("--questions", type=int, default=2000, help="evaluate on this many test questions")
-    try:
+    with mistakes_in_one_line("demo_stages"):
         print(demo_stages(parser.parse_args(argv).questions))
-    except (ValueError, OSError, ArgumentError) as error:
-        print(f"demo_stages: {one_line(error)}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentParser
 
 import app.demo
 import data_prep.fluent_emoji
@@ -27,7 +27,7 @@ from mm.assets import fetch
 from mm.checkpoint import CONFIG_FILE
 from mm.evaluation.controls import FRAMES
 from mm.evaluation.evaluate import Report, evaluate
-from mm.training.command import one_line
+from mm.training.command import mistakes_in_one_line
 from shards.format import Record
 from shards.reader import ShardSet
 
@@ -156,15 +156,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="run folder; default: runs/demo-video, or runs/demo-video-N")
     parser.add_argument("--steps", type=int, help="steps of the video stage, in place of the config's")
     parser.add_argument("--questions", type=int, default=300, help="held-out questions of each of the two kinds")
-    try:
+    with mistakes_in_one_line("demo-video"):
         arguments = parser.parse_args(argv)
         default = Path("runs/demo-video" if arguments.steps is None else f"runs/demo-video-{arguments.steps}")
         demo(arguments.output or default, arguments.steps, arguments.questions)
-    except (ValueError, OSError, ArgumentError) as error:
-        print(f"demo-video: {one_line(error)}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

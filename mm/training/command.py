@@ -1,8 +1,8 @@
 """From a command line and a YAML file to a stage's dataclass; a user's mistake becomes one line and exit code 1."""
 
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import TypeVar
 
 from jsonargparse import ArgumentError, ArgumentParser
@@ -33,6 +33,18 @@ def run_stage(
         sys.exit(1)
     except KeyboardInterrupt:
         print(f"{name}: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+@contextmanager
+def mistakes_in_one_line(name: str) -> Iterator[None]:
+    """Ends the process with 1 after printing what is wrong, where the block raises what a user's mistake does."""
+    try:
+        yield
+    except (ValueError, OSError, ArgumentError) as error:
+        print(f"{name}: {one_line(error)}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
         sys.exit(130)
 
 
