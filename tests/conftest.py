@@ -113,6 +113,19 @@ def tiny_model(build_model, tiny_config) -> mm.MultimodalModel:
 
 
 @pytest.fixture(scope="session")
+def beside_tiny_model(build_model, tiny_model) -> Callable[..., mm.MultimodalModel]:
+    """beside_tiny_model(config, seed) -> a random model; the parts that the tiny model has are the tiny model's own."""
+
+    def build(config: mm.ModelConfig, seed: int) -> mm.MultimodalModel:
+        model = build_model(config, seed)
+        for part in ("language_model", "vision_encoder", "image_adapter", "extra_embeddings"):
+            setattr(model, part, getattr(tiny_model, part))
+        return model
+
+    return build
+
+
+@pytest.fixture(scope="session")
 def bare_model(tiny_model) -> mm.MultimodalModel:
     """The same language model without eyes; to it an image's placeholder is a token like any other."""
     config = replace(tiny_model.config, vision_encoder=None, image_adapter=None)

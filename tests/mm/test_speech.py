@@ -43,11 +43,8 @@ def config(tiny_config) -> mm.ModelConfig:
 
 
 @pytest.fixture(scope="module")
-def model(build_model, config, tiny_model) -> mm.MultimodalModel:
-    model = build_model(config, seed=2)
-    for part in ("language_model", "vision_encoder", "image_adapter", "extra_embeddings"):
-        setattr(model, part, getattr(tiny_model, part))
-    return model
+def model(beside_tiny_model, config) -> mm.MultimodalModel:
+    return beside_tiny_model(config, seed=2)
 
 
 @pytest.fixture(scope="module")

@@ -34,12 +34,9 @@ def config(tiny_config) -> mm.ModelConfig:
 
 
 @pytest.fixture(scope="module")
-def model(build_model, config, tiny_model) -> mm.MultimodalModel:
+def model(beside_tiny_model, config) -> mm.MultimodalModel:
     """A video adapter with open gates beside the parts of the tiny model."""
-    model = build_model(config, seed=1)
-    for part in ("language_model", "vision_encoder", "image_adapter", "extra_embeddings"):
-        setattr(model, part, getattr(tiny_model, part))
-    return model
+    return beside_tiny_model(config, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +75,8 @@ def with_clip(sample: mm.Sample, clip: Clip) -> mm.Sample:
     return replace(sample, videos=[clip])
 
 
-def test_at_gates_of_zero_nothing_changes_for_any_row(build_model, config, tiny_model, sample, make_sample):
-    fresh = build_model(config, seed=1)
-    for part in ("language_model", "vision_encoder", "image_adapter", "extra_embeddings"):
-        setattr(fresh, part, getattr(tiny_model, part))
+def test_at_gates_of_zero_nothing_changes_for_any_row(beside_tiny_model, config, tiny_model, sample, make_sample):
+    fresh = beside_tiny_model(config, seed=1)
     for block in fresh.video_adapter.blocks:
         block.gate_attn.data.zero_()
         block.gate_ffn.data.zero_()
