@@ -2,7 +2,7 @@
 
     python -m app.demo_video [--steps N] [--questions N]
 
-Flow: pictures move over backgrounds into shards -> `train_video_adapter` -> held-out questions of direction and of
+Flow: pictures move over backgrounds into shards -> two stages of `train_video_adapter` -> held-out questions of direction and of
 order, beside the same model with one frame and with frames in another order -> a page. Each part that has been done is
 kept.
 """
@@ -32,7 +32,8 @@ from shards.format import Record
 from shards.reader import ShardSet
 
 IMAGES, MOVING, EMOJI = Path("runs/demo"), Path("data/demo_video/moving"), Path("data/demo_video/emoji")
-CONFIG = "configs/demo/video.yaml"
+ALIGNED = Path("runs/demo-video-alignment")
+ALIGNMENT_CONFIG, CONFIG = "configs/demo/video_alignment.yaml", "configs/demo/video.yaml"
 TASKS = ("direction", "order", "caption")
 NUM_TRAIN, NUM_VALIDATION, NUM_TEST = 9000, 300, 1500  # clips, a third of each task
 NUM_FRAMES, FRAME_MS = 8, 200
@@ -44,8 +45,8 @@ def demo(output: Path, steps: int | None, questions: int) -> dict[str, Report]:
     """Run whatever of the demo has not been run yet, and write `output/index.html`.
 
     Args:
-        output: run folder of the video stage.
-        steps: of that stage; None takes the config's.
+        output: run folder of the second video stage; shards and the first one's run lie where the configurations say.
+        steps: of the second stage; None takes the config's.
         questions: how many held-out questions of each task to ask.
 
     Returns:
@@ -94,11 +95,14 @@ def emoji_clips(folder: Path, dropped: list[tuple[str, str]]) -> Iterator[Record
 
 
 def train(output: Path, steps: int | None) -> None:
-    """Train the video adapter into `output`, unless it is there; arguments as in `demo`."""
+    """Train the first stage into ALIGNED and the second into `output`, unless they are there; arguments as in `demo`."""
+    started = time.monotonic()
+    if not (ALIGNED / CONFIG_FILE).exists():
+        arguments = ["--config", ALIGNMENT_CONFIG, "--start_from", str(IMAGES), "--output", str(ALIGNED)]
+        stages.train_video_adapter.main([*arguments, *app.demo.compute_options()])
     if (output / CONFIG_FILE).exists():
         return
-    started = time.monotonic()
-    arguments = ["--config", CONFIG, "--start_from", str(IMAGES), "--output", str(output), *app.demo.compute_options()]
+    arguments = ["--config", CONFIG, "--start_from", str(ALIGNED), "--output", str(output), *app.demo.compute_options()]
     if steps is not None:
         arguments += ["--training.steps", str(steps)]
     stages.train_video_adapter.main(arguments)

@@ -23,6 +23,7 @@ from mm.video_adapter import VideoAdapter
 from speech.adapter import SpeechAdapter, num_tokens
 from speech.conformer import SpeechEncoder
 from speech.whisper import WhisperEncoder, WhisperEncoderConfig
+from video.sampling import Clip
 from vision.encoder import VisionEncoder
 
 Seen = dict[str, Sight]  # what is there to be seen: of "image", of "video"; nothing of what a batch does not hold
@@ -186,11 +187,9 @@ class MultimodalModel(nn.Module):
             vision = vision.to(self.image_adapter.projection.weight.dtype)
             seen["image"] = self._sight("image", counts, vision, batch, cache)
         if batch.videos:
-            groups = self.config.video_adapter.aggregator.num_groups
-            counts = [groups(len(clip.frames)) * encoder.num_vision_tokens(clip.frames[0]) for clip in batch.videos]
-            vision = self.video_adapter(batch.videos, encoder)
+            vision = self.watch(batch.videos)
             vision = vision.to(self.video_adapter.aggregator.output.weight.dtype)  # likewise
-            seen["video"] = self._sight("video", counts, vision, batch, cache)
+            seen["video"] = self._sight("video", self.clip_sizes(batch.videos), vision, batch, cache)
         return seen
 
     def _sight(self, kind: str, counts: Sequence[int], vision: Tensor, batch: Batch, cache: Cache | None) -> Sight:
@@ -204,6 +203,15 @@ class MultimodalModel(nn.Module):
             last = intervals[torch.arange(len(intervals), device=intervals.device), host.lengths - 1]
             cache.seen[kind] = Sight(Visibility(last[:, None], counts_per_row, device))
         return Sight(Visibility(intervals, counts_per_row, device), vision)
+
+    def watch(self, clips: Sequence[Clip]) -> Tensor:
+        """Clips -> the vision tokens of their effective frames, packed: [N, D], N the sum of `clip_sizes`."""
+        return self.video_adapter(clips, self.vision_encoder)
+
+    def clip_sizes(self, clips: Sequence[Clip]) -> list[int]:
+        """The number of vision tokens of each clip."""
+        groups = self.config.video_adapter.aggregator.num_groups
+        return [groups(len(clip.frames)) * self.vision_encoder.num_vision_tokens(clip.frames[0]) for clip in clips]
 
     def hear(self, speech: Sequence[Tensor]) -> Tensor:
         """Utterances, each float32 [T, num_mels] -> rows of the language model's input, packed: [N, D], N the sum of

@@ -112,5 +112,6 @@ class VideoAdapter(nn.Module):
             merged += self.aggregator(
                 [torch.stack(embedded[end - sizes[index] : end]) for index, end in zip(some, ends, strict=True)],
                 [groups[index][1] for index in some],
+                per_tile,
             )
         return torch.cat(merged)

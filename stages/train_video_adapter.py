@@ -19,6 +19,7 @@ from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
 from mm.training.data import Source
 from mm.training.parallel import Ranks
+from mm.training.video import VideoObjective
 from mm.video_adapter import VideoAdapterConfig
 from vision.encoder import at_tile_size
 
@@ -36,6 +37,7 @@ class TrainVideoAdapter:
         factor: frames per effective frame, other than the adapter's own; null keeps that.
         max_frames, max_frame_tiles: of each clip and of each frame, at most.
         tile_size: another tile resolution than the encoder's; null keeps it.
+        matching_weight, next_token_weight: see `mm.training.video.VideoObjective`. The paper has the second loss only.
         video_prompt: what is asked when a clip is to be captioned; null leaves the chat form out.
         bundle: copy the language model into the run folder.
     """
@@ -51,6 +53,8 @@ class TrainVideoAdapter:
     max_frames: int = 16
     max_frame_tiles: int | None = None
     tile_size: int | None = None
+    matching_weight: float = 0.0
+    next_token_weight: float = 1.0
     video_prompt: str | None = "Describe the clip."
     chat_template: str | None = None
     bundle: bool = False
@@ -59,8 +63,10 @@ class TrainVideoAdapter:
 
 def train_video_adapter(config: TrainVideoAdapter) -> None:
     """Train the temporal aggregator and the video cross-attention blocks of a model that sees pictures."""
+    objective = VideoObjective(config.matching_weight, config.next_token_weight)
     model, processor, language_model, new = starting_point(config)
-    train_adapters(model, processor, config, "video adapter", new="video" if new else None, only="video_adapter.")
+    new = "video" if new else None
+    train_adapters(model, processor, config, "video adapter", new=new, only="video_adapter.", objective=objective)
     if Ranks.here().first:
         bundle = config.bundle or language_model is None
         save(config.output, model, processor, language_model=None if bundle else language_model, bundle=bundle)

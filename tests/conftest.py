@@ -1,6 +1,8 @@
 """What many tests share: a tiny random model whose every gate and table is open, its tokenizer, pictures."""
 
 import io
+import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +29,9 @@ from video.aggregator import AggregatorConfig
 from vision.encoder import VisionEncoderConfig
 from vision.tiling import Tiles
 
-torch.set_num_threads(1)  # tiny tensors: threads cost more than they bring
+# Tiny tensors: threads cost more than they bring, also in the processes that tests start.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -38,6 +42,12 @@ TEXT = [
     "what shape is in the picture? a red circle, a blue square or a green triangle",
     "is there a circle? yes. no. user assistant system describe the picture",
 ]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: two processes then end at about the same time."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session")

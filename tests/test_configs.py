@@ -13,6 +13,7 @@ from mm.language_model import LanguageModelConfig
 from mm.training.objectives import ContrastiveModel
 from mm.training.optimizer import apply_rates
 from mm.training.speech import SpeechObjective
+from mm.training.video import VideoObjective
 from mm.video_adapter import VideoAdapterConfig
 from speech.conformer import SpeechEncoderConfig
 from stages.finetune import Finetune
@@ -25,7 +26,8 @@ from vision.encoder import VisionEncoderConfig
 
 SHIPPED = Path(__file__).parent.parent / "configs"
 SPEECH = sorted(SHIPPED.rglob("speech*.yaml"))  # no gates, no pictures
-CONFIGS = sorted(set(SHIPPED.rglob("*.yaml")) - {*(SHIPPED / "data").iterdir(), *SPEECH})  # data curate's train nothing
+ALIGNMENT = SHIPPED / "demo" / "video_alignment.yaml"  # its gates stay as they are
+CONFIGS = sorted(set(SHIPPED.rglob("*.yaml")) - {*(SHIPPED / "data").iterdir(), *SPEECH, ALIGNMENT})  # data/ trains nothing
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
@@ -53,6 +55,7 @@ def test_gates_have_their_rate_alone_and_the_language_model_is_frozen(file):
     assert gates and not any(name.startswith(("language_model.", "extra_embeddings")) for name in rates)
     if stage is TrainVideoAdapter:
         assert all(name.startswith("video_adapter.") for name in rates)
+        assert VideoObjective(config.matching_weight, config.next_token_weight)
     common = config.training.rates["video_adapter.*" if stage is TrainVideoAdapter else "*"]
     for name, rate in rates.items():
         if rate > common and not name.endswith(("o_proj.weight", "down_proj.weight")):
@@ -74,3 +77,19 @@ def test_speech_trains_ears_alone(file):
     rates = apply_rates(model, config.training.rates)
     assert {name.partition(".")[0] for name in rates} == {"speech_encoder", "speech_adapter"}
     assert SpeechObjective(config.ctc_weight, config.next_token_weight)
+
+
+def test_the_aggregator_alone_is_aligned():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(TrainVideoAdapter)
+    config = parser.instantiate(parser.parse_args(["--config", str(ALIGNMENT)]))
+    language_model = LanguageModelConfig(64, 32, 48, num_layers=16, num_heads=2, num_kv_heads=1)
+    encoder = VisionEncoderConfig(num_layers=5, num_gated_layers=1, tap_points=(2, 4))
+    with torch.device("meta"):
+        model = mm.MultimodalModel(
+            mm.ModelConfig(language_model, encoder, ImageAdapterConfig(), video_adapter=config.adapter)
+        )
+    rates = apply_rates(model, config.training.rates)
+    assert rates and all(name.startswith("video_adapter.aggregator.") for name in rates)
+    assert VideoObjective(config.matching_weight, config.next_token_weight)

@@ -4,9 +4,10 @@ A perceiver resampler with one latent per spatial position of a frame, so that w
 a latent attends to its own position in every frame of its group, then to the other latents of the group. Three things
 make time plain from the first step on, where a plain resampler would begin with the mean over the frames:
 - each frame's seconds enter as waves, of which no table ends where training did;
-- beside what a position shows stands how much it has changed since the frame before;
+- beside what a position shows stands how well it fits the nine places around it in the frame before, as in the cost
+  volumes of optical flow (PWC-Net, arXiv:1709.02371): where the best one lies, from there it came;
 - the heads start by looking at different parts of the group, the first at its beginning, the last at its end.
-Shapes: F frames of a clip, G frames of a group, E effective frames (groups), S tokens of a frame, C features, W width.
+Shapes: K tiles of a frame, F frames of a clip, G frames of a group, E effective frames (groups), S tokens of a frame, C features, W width.
 """
 
 import math
@@ -22,6 +23,8 @@ from layers.attention import SelfAttention
 from layers.feed_forward import MLP
 from layers.linear import Linear
 
+NEIGHBOURS = 9  # of a position, itself among them
+MOTION_SCALE = 4.0  # of the fresh weights: a place that moves then stands out against what it shows
 SHORTEST_PERIOD, LONGEST_PERIOD = 1 / 16, 4096.0  # seconds, of the waves that tell time
 
 
@@ -112,8 +115,9 @@ class TemporalAggregator(nn.Module):
         width = config.hidden_size
         self.input = Linear(feature_size, width)
         self.time = Linear(2 * config.num_waves, width)
-        self.change_norm = nn.LayerNorm(width, eps=config.norm_eps)
-        self.change = Linear(width, width, bias=False)
+        self.motion = Linear(NEIGHBOURS, width, bias=False)
+        nn.init.normal_(self.motion.weight, std=MOTION_SCALE)
+        self.frame_norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.latent = nn.Parameter(torch.randn(width) * width**-0.5)
         self.layers = nn.ModuleList(AggregatorLayer(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(width, eps=config.norm_eps)
@@ -123,12 +127,13 @@ class TemporalAggregator(nn.Module):
         """Frames' features, packed [sum of S, C], with S of each frame -> each frame by itself, [S, W]."""
         return self.input(features).split(counts)
 
-    def forward(self, groups: Sequence[Tensor], times: Sequence[Tensor]) -> list[Tensor]:
+    def forward(self, groups: Sequence[Tensor], times: Sequence[Tensor], tokens_per_tile: int) -> list[Tensor]:
         """Merge groups of embedded frames.
 
         Args:
-            groups: each [G, S, W] in the order of time, of any G up to `factor` and any S. Those of equal shape are
-                merged side by side.
+            groups: each [G, S, W] in the order of time, of any G up to `factor` and any number of tiles. Those of equal
+                shape are merged side by side.
+            tokens_per_tile: a tile's CLS token and the square of its patches, row by row.
             times: of each group's frames, float64 [G], seconds from the start of the clip.
 
         Returns:
@@ -140,22 +145,42 @@ class TemporalAggregator(nn.Module):
         merged: list[Tensor | None] = [None] * len(groups)
         for indices in alike.values():
             frames, at = (torch.stack([given[index] for index in indices]) for given in (groups, times))
-            for index, output in zip(indices, self._merge(frames, at), strict=True):
+            for index, output in zip(indices, self._merge(frames, at, tokens_per_tile), strict=True):
                 merged[index] = output
         return merged
 
-    def _merge(self, frames: Tensor, times: Tensor) -> Tensor:
+    def _merge(self, frames: Tensor, times: Tensor, tokens_per_tile: int) -> Tensor:
         """frames [E, G, S, W], times [E, G] -> [E, S, output_size]."""
-        shown = self.change_norm(frames)
-        changed = F.pad(shown.diff(dim=1).abs(), (0, 0, 0, 0, 1, 0))  # the first has none before it
+        motion = self.motion(fits_before(frames, tokens_per_tile))
         waves = self.time(time_waves(times, self.config.num_waves).to(self.time.weight.dtype))
-        frames = frames + self.change(changed) + waves[:, :, None]
+        frames = self.frame_norm(frames) + motion + waves[:, :, None]
         since, whole = times - times[:, :1], times[:, -1:] - times[:, :1]
         progress = torch.where(whole > 0, since / whole, 0.5).to(frames.dtype)
         latents = self.latent + frames.mean(1)
         for layer in self.layers:
             latents = layer(latents, frames, progress)
         return self.output(self.norm(latents))
+
+
+def fits_before(frames: Tensor, tokens_per_tile: int) -> Tensor:
+    """How well each patch fits those around its place in the frame before.
+
+    Cosines of what is left when a group's mean is taken away. The first frame, CLS tokens and what lies beyond a tile's
+    edge have 0.
+
+    Args:
+        frames: [E, G, S, W], S being K tiles of a CLS token and the patches of a square, row by row.
+
+    Returns:
+        [E, G, S, 9], the places around row by row, the one at the left above it first.
+    """
+    side = math.isqrt(tokens_per_tile - 1)
+    shown = F.normalize(frames - frames.mean((1, 2), keepdim=True), dim=-1)
+    patches = shown.unflatten(2, (-1, tokens_per_tile))[:, :, :, 1:].unflatten(3, (side, side))  # [E, G, K, h, w, W]
+    now, before = patches[:, 1:], F.pad(patches[:, :-1], (0, 0, 1, 1, 1, 1))
+    around = [before[..., row : row + side, column : column + side, :] for row in range(3) for column in range(3)]
+    fits = torch.stack([(now * there).sum(-1) for there in around], dim=-1).flatten(3, 4)
+    return F.pad(F.pad(fits, (0, 0, 1, 0)).flatten(2, 3), (0, 0, 0, 0, 1, 0))
 
 
 def time_waves(times: Tensor, num_waves: int) -> Tensor:

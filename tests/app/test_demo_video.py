@@ -54,7 +54,10 @@ def home(tmp_path, monkeypatch, run_folder) -> Path:
         "output": "elsewhere",
     }
     (tmp_path / "configs" / "demo").mkdir(parents=True)
-    (tmp_path / "configs" / "demo" / "video.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    first = {**config, "matching_weight": 1.0, "next_token_weight": 0.0}
+    second = {name: value for name, value in config.items() if name != "adapter"}
+    for name, values in (("video_alignment", first), ("video", second)):
+        (tmp_path / "configs" / "demo" / f"{name}.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     monkeypatch.setattr(app.demo_video, "IMAGES", run_folder)
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -3,6 +3,7 @@
 Tolerances as in test_model.py.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -186,8 +187,10 @@ def test_later_times_than_any_in_training_are_still_apart():
 
 
 def test_positions_in_the_frame_stay_apart(model, make_clip):
-    """What the latents take from the frames before they look at each other is from their own position alone."""
-    aggregator, times = model.video_adapter.aggregator, make_clip(3).times[None]
+    """What the latents take from the frames before they look at each other is from their own position alone, motion
+    apart."""
+    aggregator, times = copy.deepcopy(model.video_adapter.aggregator), make_clip(3).times[None]
+    aggregator.motion.weight.zero_()
     features = torch.randn(3, 5, SMALL.hidden_size)
     other = features.clone()
     other[1, 2] += torch.randn(SMALL.hidden_size)
@@ -195,7 +198,7 @@ def test_positions_in_the_frame_stay_apart(model, make_clip):
     layer = aggregator.layers[0]
     handle = layer.space_norm.register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0]))
     for given in (features, other):
-        aggregator._merge(given[None], times)
+        aggregator._merge(given[None], times, 5)
     handle.remove()
     difference = (taken[0] - taken[1]).abs().amax(-1)[0]
     assert (difference > 1e-3).tolist() == [False, False, True, False, False]
@@ -219,7 +222,7 @@ def test_no_score_matrix_of_all_frames_is_built():
     with Largest() as largest:
         embedded = aggregator.embed(torch.randn(frames * tokens, 4), [tokens] * frames)
         groups = [torch.stack(embedded[:32]), torch.stack(embedded[32:])]
-        merged = aggregator(groups, torch.arange(frames, dtype=torch.float64).split(32))
+        merged = aggregator(groups, torch.arange(frames, dtype=torch.float64).split(32), 577)
     assert [one.shape for one in merged] == [(tokens, 8)] * 2
     assert largest.numel <= 64 * tokens * 8 * 2
 

@@ -110,6 +110,19 @@ def test_clips_are_learnt_and_nothing_else_changes(video_config, run_folder, cli
     }
 
 
+def test_the_aggregator_learns_by_the_answers_embeddings_alone(video_config, run_folder):
+    """Without the language model running: what it makes of a clip comes to lie nearest to the clip's answer."""
+    rates = {"video_adapter.aggregator.*": 5e-3, "*": None}
+    training = {"steps": 60, "batch_size": 16, "rates": rates, "workers": 0, "log_every": 20}
+    file, folder = video_config("aligned", training=training, matching_weight=1.0, next_token_weight=0.0)
+    main(["--config", str(file)])
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    assert lines[-1]["matched"] > 0.95 and lines[-1]["loss"] < 0.3 * lines[0]["loss"]
+    model = mm.load(folder)[0]
+    for block in model.video_adapter.blocks:
+        assert not block.cross_attn.o_proj.weight.any()  # they have not been touched
+
+
 def test_finetuning_goes_on_with_more_frames_and_larger_tiles(video_config, clips):
     two_steps = {"steps": 2, "batch_size": 4, "rates": {"video_adapter.*": 1e-3, "*": None}, "workers": 0}
     file, first = video_config("first", training=two_steps)
@@ -144,6 +157,8 @@ def test_finetuning_goes_on_with_more_frames_and_larger_tiles(video_config, clip
             r"trains video_adapter\.\* alone",
         ),
         ({"factor": 0}, "factor is 0"),
+        ({"matching_weight": -1.0}, "matching_weight is -1.0; it must be 0 or more"),
+        ({"next_token_weight": 0.0}, "both 0: nothing is left to learn"),
         ({"max_frames": 0}, "max_frames is 0"),
     ],
 )
