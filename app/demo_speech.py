@@ -28,7 +28,7 @@ from shards.reader import ShardSet
 
 WORDS, ALIGNED = Path("data/demo_speech/words"), Path("runs/demo-speech-alignment")
 ALIGNMENT_CONFIG, CONFIG = "configs/demo/speech_alignment.yaml", "configs/demo/speech.yaml"
-NUM_SENTENCES = 1500
+NUM_SENTENCES, NUM_SILENCES = 1500, 300
 METRICS = ("wer", "cer", "exact_match")
 SHOWN = 16
 
@@ -41,14 +41,15 @@ def demo(output: Path, limit: int) -> dict[str, Report]:
         limit: how many held-out recordings to evaluate on.
 
     Returns:
-        reports: "heard", and "exchanged", in which each recording is another one.
+        reports: "heard", "exchanged", in which each recording is another one, and "silence", where nothing is said.
     """
     if limit < 1:
         raise ValueError(f"limit is {limit}; it must be at least 1")
     prepare()
     train(output)
-    records = ShardSet(WORDS).select(split="test")
-    reports = evaluate_run(output, records, limit)
+    words = ShardSet(WORDS).select(split="test")
+    records = words.select(task="transcription")
+    reports = evaluate_run(output, records, words.select(task="silence"), limit)
     write_page(output / "index.html", reports, examples(records, reports), output / "metrics.jsonl")
     print(f"open {output / 'index.html'}", file=sys.stderr)
     return reports
@@ -58,7 +59,7 @@ def prepare() -> None:
     """Speak the sentences of the closed set in two voices, once."""
     if WORDS.exists():
         return
-    count = write_spoken_words([Espeak(), Flite(fetch("flite-voices"))], WORDS, NUM_SENTENCES)
+    count = write_spoken_words([Espeak(), Flite(fetch("flite-voices"))], WORDS, NUM_SENTENCES, NUM_SILENCES)
     print(f"{WORDS}: {count} recordings", file=sys.stderr)
 
 
@@ -74,13 +75,15 @@ def train(output: Path) -> None:
         print(f"trained for {(time.monotonic() - started) / 60:.1f} minutes", file=sys.stderr)
 
 
-def evaluate_run(run: Path, records: ShardSet, limit: int) -> dict[str, Report]:
-    """Score a run on recordings, and again with each one's sound exchanged for another's."""
+def evaluate_run(run: Path, records: ShardSet, silences: ShardSet, limit: int) -> dict[str, Report]:
+    """Score a run on recordings, again with each one's sound exchanged for another's, and where nothing is said."""
     model, processor = mm.load(run)
     reports: dict[str, Report] = {}
-    for name, exchange in (("heard", False), ("exchanged", True)):
+    sets = {"heard": (records, METRICS, False), "exchanged": (records, METRICS, True)}
+    sets["silence"] = (silences, ("exact_match",), False)
+    for name, (given, metrics, exchange) in sets.items():
         report = evaluate(
-            model, processor, records, METRICS, exchange_speech=exchange, max_new_tokens=16, limit=limit, batch_size=32
+            model, processor, given, metrics, exchange_speech=exchange, max_new_tokens=16, limit=limit, batch_size=32
         )
         report.write(run / "evaluation" / name)
         reports[name] = report

@@ -36,7 +36,7 @@ class Heard:
 
 
 def write_page(file: Path, reports: dict[str, Report], examples: list[Heard], metrics: Path) -> None:
-    """Write the page; `reports` holds "heard" and "exchanged"."""
+    """Write the page; `reports` holds "heard", "exchanged" and "silence"."""
     curves = (
         ("training loss, per answer token", "loss"),
         ("held-out sentences repeated word for word", "eval/answer_accuracy"),
@@ -75,12 +75,15 @@ def _scores(reports: dict[str, Report]) -> list[str]:
         cells = (f"{one.value * one.scale:.1f} ± {one.interval * one.scale:.1f}" for one in both)
         numbers = "".join(f"<td class=number>{cell}</td>" for cell in cells)
         rows.append(f"<tr><td>{NAMES[name]}</td>{numbers}<td class=number>{score.num_samples:,}</td></tr>")
+    nothing = reports["silence"].scores["exact_match"]
     return [
         "<p>No sentence on this page was trained on; its words and its voices were. The control is the same model, "
         "given another sentence's sound: what it gets right, it guesses. Intervals are 95%.</p>",
         "<table><tr><th>in %<th>own sound<th>control<th>recordings</tr>",
         *rows,
         "</table>",
+        f"<p>Of {nothing.num_samples:,} sounds in which nothing is said (zeros, hiss, rumble, hum), "
+        f"{nothing.value * nothing.scale:.1f} ± {nothing.interval * nothing.scale:.1f}% get an empty transcript.</p>",
     ]
 
 

@@ -41,7 +41,7 @@ Dropped = list[tuple[str, str]]
 
 
 def transcription_record(source: str, split: str, language: str, text: str, samples: np.ndarray) -> Record:
-    """A record that asks to repeat what is said (paper §8.2.2 has this prompt).
+    """A record that asks to repeat what is said (paper §8.2.2 has this prompt); without text, "silence" is its task.
 
     Args:
         source: names the recording; the id follows from it.
@@ -53,7 +53,7 @@ def transcription_record(source: str, split: str, language: str, text: str, samp
     content = {
         "id": record_id,
         "split": split,
-        "task": "transcription",
+        "task": "transcription" if text else "silence",
         "language": language,
         "duration": round(len(samples) / SAMPLE_RATE, 3),
         "messages": [

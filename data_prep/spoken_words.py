@@ -1,4 +1,5 @@
-"""A closed set of spoken sentences, some 40 words in two synthetic voices -> shard records to transcribe.
+"""A closed set of spoken sentences, some 40 words in two synthetic voices, and sounds in which nothing is said -> shard
+records to transcribe.
 
 The voices are eSpeak NG's (package espeakng-loader) and flite's (its libraries in a folder); both are called as
 libraries in the processes that use them.
@@ -9,11 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from data_prep.recordings import resampled, side_of, transcription_record
+from data_prep.recordings import SAMPLE_RATE, resampled, side_of, transcription_record
 from data_prep.workers import in_order
 from shards.format import Record, make_id
 from shards.writer import write_shards
@@ -125,11 +127,15 @@ def write_spoken_words(
     voices: Sequence[Espeak | Flite],
     output: str | Path,
     num_sentences: int = 3000,
+    num_silences: int = 0,
     seed: int = 0,
     workers: int = 1,
     overwrite: bool = False,
 ) -> int:
     """Writes each sentence in each voice, and returns how many records there are; a sentence is in one split.
+
+    Args:
+        num_silences: sounds in which nothing is said, beside them: see `silence`.
 
     Raises:
         ValueError: a voice is missing; too few sentences; the folder exists.
@@ -137,7 +143,36 @@ def write_spoken_words(
     sentences = sentences_of(num_sentences, seed)
     chunks = [sentences[start : start + CHUNK] for start in range(0, len(sentences), CHUNK)]
     spoken = in_order(partial(_spoken, voices=tuple(voices)), chunks, workers)
-    return write_shards((record for records in spoken for record in records), output, overwrite=overwrite)
+    unspoken = (_silent(number, seed) for number in range(num_silences))
+    records = chain((record for records in spoken for record in records), unspoken)
+    return write_shards(records, output, overwrite=overwrite)
+
+
+def silence(rng: np.random.Generator) -> np.ndarray:
+    """A sound in which nothing is said, int16 [T] at 16 kHz, 0.2 to 3 s: zeros, hiss, rumble, or the hum of mains.
+
+    Its loudness is anything from one step of a sample to a tenth of full scale.
+    """
+    length = int(rng.integers(SAMPLE_RATE // 5, 3 * SAMPLE_RATE))
+    loudness = 0.1 * 2.0 ** -rng.uniform(0, 12)
+    match rng.integers(4):
+        case 0:
+            wave = np.zeros(length)
+        case 1:
+            wave = rng.standard_normal(length)
+        case 2:
+            wave = np.convolve(rng.standard_normal(length + 63), np.ones(64) / 8, "valid")
+        case _:
+            times = np.arange(length) / SAMPLE_RATE
+            pitch = rng.choice((50, 60))
+            wave = sum(np.sin(2 * np.pi * (pitch * n * times + rng.random())) / n for n in (1, 2, 3, 5))
+    return (32767 * loudness * wave / 3).clip(-32768, 32767).round().astype(np.int16)
+
+
+def _silent(number: int, seed: int) -> Record:
+    source = f"spoken-words/silence/{seed}/{number}"
+    sound = silence(np.random.default_rng(int(make_id(source), 16)))
+    return transcription_record(source, side_of(source), "en", "", sound)
 
 
 def _spoken(sentences: list[str], voices: tuple[Espeak | Flite, ...]) -> list[Record]:

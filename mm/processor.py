@@ -231,10 +231,10 @@ class Processor:
                             '{"type": "image", "image": file}, {"type": "video", "video": file} or '
                             '{"type": "audio", "audio": file}'
                         )
-            if not text.strip():
+            if not text.strip() and not (_is_answer(message) and flat and AUDIO_MARK in flat[-1]["content"]):
                 raise ValueError(
                     f"message {index} ({message['role']}) is empty: give it text, an image, a clip or sound"
-                )
+                )  # but for an answer to a sound in which nothing is said
             flat.append({"role": message["role"], "content": text})
         return flat, media
 

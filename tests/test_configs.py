@@ -27,7 +27,9 @@ from vision.encoder import VisionEncoderConfig
 SHIPPED = Path(__file__).parent.parent / "configs"
 SPEECH = sorted(SHIPPED.rglob("speech*.yaml"))  # no gates, no pictures
 ALIGNMENT = SHIPPED / "demo" / "video_alignment.yaml"  # its gates stay as they are
-CONFIGS = sorted(set(SHIPPED.rglob("*.yaml")) - {*(SHIPPED / "data").iterdir(), *SPEECH, ALIGNMENT})  # data/ trains nothing
+CONFIGS = sorted(
+    set(SHIPPED.rglob("*.yaml")) - {*(SHIPPED / "data").iterdir(), *SPEECH, ALIGNMENT}
+)  # data/ trains nothing
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)

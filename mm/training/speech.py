@@ -83,7 +83,8 @@ def packed(tokens: Tensor, lengths: Tensor) -> Tensor:
 
 
 def ctc_loss(model: MultimodalModel, batch: Batch, heard: Tensor) -> Tensor:
-    """Negative log-likelihood of the answers' tokens, summed over rows with one utterance and an answer that fits it.
+    """Negative log-likelihood of the answers' tokens, summed over rows with one utterance and an answer that fits it; where
+    the answer is empty, that of hearing nothing.
 
     Args:
         heard: what the batch's utterances became, packed, [N, D].
@@ -94,12 +95,13 @@ def ctc_loss(model: MultimodalModel, batch: Batch, heard: Tensor) -> Tensor:
     for labels, number in zip(batch.host.labels.tolist(), batch.speech_per_row, strict=True):
         own = [next(utterances) for _ in range(number)]
         answer = [label for label in labels if label != IGNORED and label not in stops]
-        if number == 1 and answer:
+        if number == 1 and any(label != IGNORED for label in labels):
             rows.append(own[0])
-            answers.append(answer)
+            answers.append(answer)  # of a sound in which nothing is said an empty one
     if not rows:
         return heard.sum() * 0.0
-    classes, places = torch.tensor([token for answer in answers for token in answer]).unique(return_inverse=True)
+    spoken = torch.tensor([token for answer in answers for token in answer], dtype=torch.long)
+    classes, places = spoken.unique(return_inverse=True)
     # The audio token's own frozen row, which nothing else uses, is CTC's blank; it comes first.
     rows_of = torch.cat([torch.tensor([model.config.audio_token_id]), classes]).to(heard.device)
     table = F.normalize(model.embed(rows_of[None])[0].float(), dim=-1)  # [C, D]

@@ -32,6 +32,7 @@ def home(tmp_path, monkeypatch, language_model_folder) -> Path:
     monkeypatch.setattr(app.demo_speech, "fetch", lambda name: language_model_folder)
     monkeypatch.setattr(app.demo_speech, "Flite", lambda folder: Espeak("en-us+f3"))
     monkeypatch.setattr(app.demo_speech, "NUM_SENTENCES", 80)
+    monkeypatch.setattr(app.demo_speech, "NUM_SILENCES", 40)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -39,7 +40,7 @@ def home(tmp_path, monkeypatch, language_model_folder) -> Path:
 def test_from_voices_to_a_page_and_what_is_done_is_not_done_again(home, monkeypatch, capfd):
     app.demo_speech.main(["--limit", "6"])
     shown = capfd.readouterr().err
-    assert "data/demo_speech/words: 160 recordings" in shown and "open runs/demo-speech/index.html" in shown
+    assert "data/demo_speech/words: 200 recordings" in shown and "open runs/demo-speech/index.html" in shown
     text = (home / "runs" / "demo-speech" / "index.html").read_text(encoding="utf-8")
     page = Page(text)
     assert {reference[:22] for reference in page.references} == {"data:image/png;base64,", "data:audio/flac;base64"}
@@ -50,6 +51,10 @@ def test_from_voices_to_a_page_and_what_is_done_is_not_done_again(home, monkeypa
         wer = scores["wer"]
         assert wer["num_samples"] == 6
         assert f"{100 * wer['value']:.1f} ± {100 * wer['interval']:.1f}" in page.words
+    silence = json.loads((home / "runs" / "demo-speech" / "evaluation" / "silence" / "scores.json").read_text())[
+        "scores"
+    ]
+    assert 0 < silence["exact_match"]["num_samples"] <= 6
     assert mm.load("runs/demo-speech")[0].speech_encoder is not None
     run = (home / "runs" / "demo-speech" / "config.yaml").stat().st_mtime_ns
     (home / "runs" / "demo-speech" / "index.html").unlink()
@@ -74,7 +79,8 @@ def test_what_a_model_says_cannot_break_the_page(tmp_path):
     write_spoken_words([Espeak()], tmp_path / "words", num_sentences=42)
     sound = next(iter(app.demo_speech.ShardSet(tmp_path / "words"))).media["flac"]
     (tmp_path / "metrics.jsonl").write_text('{"step": 10, "loss": 2.0}\n')
-    reports = {"heard": report, "exchanged": report}
+    silence = Report({"exact_match": Score("exact_match", 1.0, 0.0, 4)}, [], [])
+    reports = {"heard": report, "exchanged": report, "silence": silence}
     example = Heard(sound, sound, said + ".", said, "")
     write_page(tmp_path / "index.html", reports, [example], tmp_path / "metrics.jsonl")
     page = Page((tmp_path / "index.html").read_text(encoding="utf-8"))

@@ -6,7 +6,7 @@ import pytest
 import soundfile
 
 from data_prep.recordings import side_of
-from data_prep.spoken_words import MAX_WORDS, WORDS, Espeak, Flite, sentences_of, write_spoken_words
+from data_prep.spoken_words import MAX_WORDS, WORDS, Espeak, Flite, sentences_of, silence, write_spoken_words
 from shards.reader import ShardSet
 
 
@@ -41,6 +41,18 @@ def test_every_voice_says_every_sentence_and_held_out_ones_are_never_in_training
     assert sum(index["duration"].to_pylist()) == pytest.approx(seconds) and set(index["task"].to_pylist()) == {
         "transcription"
     }
+
+
+def test_sounds_without_words_differ_in_kind_loudness_and_length(tmp_path):
+    sounds = [silence(np.random.default_rng(number)) for number in range(200)]
+    loudest = np.array([np.abs(sound.astype(int)).max() for sound in sounds])
+    lengths = np.array([len(sound) for sound in sounds]) / 16_000
+    assert 20 < (loudest == 0).sum() < 100 and (loudest > 1000).any() and (loudest[loudest > 0] < 20).any()
+    assert lengths.min() < 0.5 and 2.5 < lengths.max() < 3
+    assert write_spoken_words([Espeak()], tmp_path / "set", num_sentences=42, num_silences=60) == 102
+    silent = ShardSet(tmp_path / "set").select(task="silence")
+    assert len(silent) == 60 and {record.json["split"] for record in silent} == {"train", "validation", "test"}
+    assert all(record.json["messages"][1]["content"][0]["text"] == "" for record in silent)
 
 
 def test_missing_voices_are_named(tmp_path):

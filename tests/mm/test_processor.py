@@ -188,6 +188,10 @@ def test_bad_records_are_named(tiny_processor, values, message):
         ([{"role": "user", "content": ""}], "message 0 .* is empty"),
         ([{"role": "user", "content": "  \n"}], "is empty"),
         ([{"role": "user", "content": []}], "is empty"),
+        (
+            [{"role": "user", "content": "hello"}, {"role": "assistant", "content": ""}],
+            r"message 1 \(assistant\) is empty",
+        ),
         ([{"role": "user", "content": None}], "message 0"),
         ([{"role": "user", "content": 7}], "message 0"),
         ([{"role": "user", "content": [{"type": "smell", "smell": "x"}]}], "message 0 holds"),

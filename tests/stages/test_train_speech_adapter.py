@@ -46,10 +46,19 @@ def tones(number: int, split: str) -> Record:
     return transcription_record(f"tones/{split}/{number}", split, "en", " ".join(said), samples.astype(np.int16))
 
 
+def hush(number: int, split: str) -> Record:
+    """The noise alone, in which nothing is said."""
+    rng = np.random.default_rng(number)
+    noise = rng.normal(0, 100, rng.integers(3000, 10_000)).astype(np.int16)
+    return transcription_record(f"hush/{split}/{number}", split, "en", "", noise)
+
+
 @pytest.fixture(scope="module")
 def recordings(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("recordings") / "shards"
-    write_shards([*(tones(n, "train") for n in range(64)), *(tones(n, "test") for n in range(100, 116))], folder)
+    records = [*(tones(n, "train") for n in range(64)), *(tones(n, "test") for n in range(100, 116))]
+    records += [*(hush(n, "train") for n in range(16)), *(hush(n, "test") for n in range(100, 108))]
+    write_shards(records, folder)
     return folder
 
 
@@ -124,8 +133,10 @@ def test_words_are_learnt_by_a_frozen_language_model(speech_config, repeater, re
     assert read_description(folder)["parts"]["language_model"] == read_description(repeater)["parts"]["language_model"]
     model, processor = mm.load(folder)
     assert model.speech_encoder.feature_mean.abs().max() > 1
-    report = evaluate(model, processor, ShardSet(recordings).select(split="test"), ["exact_match"], max_new_tokens=8)
-    assert report.scores["exact_match"].value >= 0.9
+    for task in ("transcription", "silence"):
+        held_out = ShardSet(recordings).select(split="test", task=task)
+        report = evaluate(model, processor, held_out, ["exact_match"], max_new_tokens=8)
+        assert report.scores["exact_match"].value >= 0.9, task
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
     assert lines[-1]["loss"] < 0.3 * lines[0]["loss"]
     assert 0.5 < lines[0]["speech/rms_ratio"] < 2  # after ten steps it is still about 1
@@ -162,6 +173,13 @@ def test_a_model_that_only_hears_learns_by_alignment_and_goes_on_with_the_langua
     assert lines[-1]["loss"] < 0.3 * lines[0]["loss"]
     model, processor = mm.load(first)
     assert model.vision_encoder is None
+    samples = [processor.record_example(record(n, "test")) for record in (hush, tones) for n in range(100, 108)]
+    objective = SpeechObjective(1.0, 0.0)
+    with torch.no_grad():
+        batch = mm.collate(samples)
+        assert objective.loss(model, batch) / objective.count(batch) < 0.3
+        batch.speech = batch.speech[::-1]  # silence for words and words for silence
+        assert objective.loss(model, batch) / objective.count(batch) > 2
     heard = processor.record_example(tones(107, "test")).speech
     assert model.hear(heard).square().mean() > 0
     on = {"start_from": str(first), "encoder": None, "adapter": {}, "ctc_weight": 0.1, "training": TWO_STEPS}

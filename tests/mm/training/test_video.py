@@ -20,7 +20,9 @@ SMALL = AggregatorConfig(factor=2, hidden_size=32, intermediate_size=48, num_lay
 
 @pytest.fixture(scope="module")
 def model(beside_tiny_model, tiny_config) -> mm.MultimodalModel:
-    return beside_tiny_model(replace(tiny_config, video_adapter=VideoAdapterConfig(aggregator=SMALL, interval=2)), seed=1)
+    return beside_tiny_model(
+        replace(tiny_config, video_adapter=VideoAdapterConfig(aggregator=SMALL, interval=2)), seed=1
+    )
 
 
 @pytest.fixture(scope="module")
