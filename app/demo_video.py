@@ -2,9 +2,9 @@
 
     python -m app.demo_video [--steps N] [--questions N]
 
-Flow: pictures move over backgrounds into shards -> two stages of `train_video_adapter` -> held-out questions of direction and of
-order, beside the same model with one frame and with frames in another order -> a page. Each part that has been done is
-kept.
+Flow: pictures move over backgrounds into shards -> two stages of `train_video_adapter` -> held-out questions of
+direction and of order, beside the same model with one frame and with frames in another order -> a page. Each part that
+has been done is kept.
 """
 
 import random
@@ -95,7 +95,7 @@ def emoji_clips(folder: Path, dropped: list[tuple[str, str]]) -> Iterator[Record
 
 
 def train(output: Path, steps: int | None) -> None:
-    """Train the first stage into ALIGNED and the second into `output`, unless they are there; arguments as in `demo`."""
+    """Train the first stage into ALIGNED and the second into `output`, unless they are there; arguments as `demo`."""
     started = time.monotonic()
     if not (ALIGNED / CONFIG_FILE).exists():
         arguments = ["--config", ALIGNMENT_CONFIG, "--start_from", str(IMAGES), "--output", str(ALIGNED)]

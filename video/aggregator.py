@@ -7,7 +7,8 @@ make time plain from the first step on, where a plain resampler would begin with
 - beside what a position shows stands how well it fits the nine places around it in the frame before, as in the cost
   volumes of optical flow (PWC-Net, arXiv:1709.02371): where the best one lies, from there it came;
 - the heads start by looking at different parts of the group, the first at its beginning, the last at its end.
-Shapes: K tiles of a frame, F frames of a clip, G frames of a group, E effective frames (groups), S tokens of a frame, C features, W width.
+Shapes: K tiles of a frame, F frames of a clip, G frames of a group, E effective frames (groups), S tokens of a frame, C
+features, W width.
 """
 
 import math

@@ -83,8 +83,9 @@ def packed(tokens: Tensor, lengths: Tensor) -> Tensor:
 
 
 def ctc_loss(model: MultimodalModel, batch: Batch, heard: Tensor) -> Tensor:
-    """Negative log-likelihood of the answers' tokens, summed over rows with one utterance and an answer that fits it; where
-    the answer is empty, that of hearing nothing.
+    """Negative log-likelihood of the answers' tokens, summed over rows with one utterance and an answer that fits it.
+
+    Of an empty answer it is the likelihood of hearing nothing.
 
     Args:
         heard: what the batch's utterances became, packed, [N, D].

@@ -18,8 +18,8 @@ class VideoObjective(NextTokenObjective):
 
     The auxiliary loss tells clips' answers apart by what the aggregator gives: the mean over a clip's vision tokens is
     compared by cosine with the mean of the language model's frozen embeddings of each answer in the micro-batch, and
-    has to be nearest to its own (the loss of CLIP's picture side). It fits questions that a clip alone decides, whatever
-    their wording, in rows with one clip each; other rows have no part in it.
+    has to be nearest to its own (the loss of CLIP's picture side). It fits questions that a clip alone decides, however
+    they are worded, in rows with one clip each; other rows have no part in it.
 
     Args:
         matching_weight: of the auxiliary loss, per clip. next_token_weight: of the language model's, per token; with 0
@@ -69,7 +69,7 @@ class VideoObjective(NextTokenObjective):
 
 
 def matching_loss(model: MultimodalModel, batch: Batch, watched: Tensor) -> tuple[Tensor, int, int]:
-    """Negative log-likelihood of the right answer among the micro-batch's, summed over rows with one clip and an answer.
+    """Negative log-likelihood of the right answer among the micro-batch's, summed over rows with a clip and an answer.
 
     Args:
         watched: the vision tokens of the batch's clips, packed, [N, D].

@@ -74,7 +74,7 @@ def test_rows_without_a_clip_or_with_several_have_no_part(model, row):
     assert matching_loss(model, batch, model.watch(batch.videos))[2] == 1
     lonely = mm.collate([row([10], clips=2), row([20], clips=0)])
     loss, _, compared = matching_loss(model, lonely, model.watch(lonely.videos))
-    assert (float(loss), compared) == (0, 0)
+    assert (loss.item(), compared) == (0, 0)
     assert float(VideoObjective(1.0, 0.0).loss(model, mm.collate([row([20], clips=0)]))) == 0
 
 
