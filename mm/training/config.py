@@ -35,6 +35,8 @@ class TrainingConfig:
             only what is not finite.
         max_skipped: steps in a row that may be left out before the run stops.
         log_every, evaluate_every, save_every: in steps. keep: newest checkpoints that stay.
+        bucket_steps: so many steps' samples are sorted by their seconds before they are cut into steps, whose order is
+            then drawn: less padding of clips and sound. 1 leaves all as drawn.
         workers: processes that read and decode, per rank; they do not change the order.
         shard_ranks: under torchrun, how many ranks share one copy of the weights (FSDP); null: all that read different
             samples. tensor_ranks: how many share each product. pipeline_ranks: how many share the layers, in order.
@@ -59,6 +61,7 @@ class TrainingConfig:
     evaluate_every: int = 100
     save_every: int = 100
     keep: int = 2
+    bucket_steps: int = 1
     workers: int = 1
     shard_ranks: int | None = None
     tensor_ranks: int = 1
@@ -67,7 +70,7 @@ class TrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        counts = ("steps", "batch_size", "log_every", "evaluate_every", "save_every", "keep")
+        counts = ("steps", "batch_size", "log_every", "evaluate_every", "save_every", "keep", "bucket_steps")
         for name in (*counts, "tensor_ranks", "pipeline_ranks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name} is {getattr(self, name)}; it must be at least 1")

@@ -145,6 +145,16 @@ class RecordDataset(Dataset):
                 counts.append(known[size])
         return torch.tensor(counts)
 
+    def durations(self) -> torch.Tensor:
+        """Seconds of each sample's sound or clip, float64 [len(self)], as the index tells; 0 where it does not."""
+        seconds = [
+            shards.index["duration"].fill_null(0).to_numpy()
+            if "duration" in shards.index.column_names
+            else np.zeros(len(shards))
+            for shards in self.sets
+        ]
+        return torch.from_numpy(np.concatenate(seconds)).double()
+
     def num_tokens(self) -> torch.Tensor:
         """About how many text tokens each sample has, float64 [len(self)]: of its caption, as the index tells.
 
@@ -218,14 +228,46 @@ def epoch_size(length: int, draws: Sequence[Draw]) -> int:
     return length - sum(draw.length - draw.number for draw in draws)
 
 
+class Buckets(NamedTuple):
+    """Samples of about equal length in a step: of so many steps' samples each, those that are about as long.
+
+    Attributes:
+        lengths: of each index, [length of the dataset]. batch_size: samples of a step. steps: that are sorted together.
+    """
+
+    lengths: torch.Tensor
+    batch_size: int
+    steps: int
+
+    def order(self, order: torch.Tensor, key: str) -> torch.Tensor:
+        """An epoch's order with samples sorted by length within windows, and the steps of all windows shuffled.
+
+        A last step that is not full stays the last. Args: key: names the draw.
+        """
+        windows = order.split(self.batch_size * self.steps)
+        steps = [
+            step
+            for window in windows
+            for step in window[self.lengths[window].argsort(stable=True)].split(self.batch_size)
+        ]
+        full, rest = (steps[:-1], steps[-1:]) if len(order) % self.batch_size else (steps, [])
+        return torch.cat([*(full[number] for number in _permutation(len(full), key).tolist()), *rest])
+
+
 def epoch_order(
-    length: int, seed: int, epoch: int, draws: Sequence[Draw] = (), blocks: torch.Tensor | None = None
+    length: int,
+    seed: int,
+    epoch: int,
+    draws: Sequence[Draw] = (),
+    blocks: torch.Tensor | None = None,
+    buckets: Buckets | None = None,
 ) -> torch.Tensor:
     """The order of an epoch: indices of a dataset of `length`, all but those that `draws` leave out, shuffled; int64.
 
     Args:
         blocks: of each index, int64 [length]: those of one block stand together, in their own order, where the first of
             them comes.
+        buckets: what of it is then sorted by length; not beside blocks.
 
     The same everywhere for the same numbers, and of the same size in every epoch.
     """
@@ -235,6 +277,8 @@ def epoch_order(
         shown[draw.first + left_out] = False
     indices = shown.nonzero().flatten()
     order = indices[_permutation(len(indices), f"{seed}/{epoch}")]
+    if buckets is not None:
+        return buckets.order(order, f"{seed}/{epoch}/steps")
     if blocks is None:
         return order
     first = torch.full((length,), length).scatter_reduce(0, blocks[order], torch.arange(len(order)), "amin")
@@ -257,11 +301,13 @@ def steps(
     consumed: int = 0,
     draws: Sequence[Draw] = (),
     blocks: torch.Tensor | None = None,
+    buckets: Buckets | None = None,
 ) -> Iterator[list[int]]:
     """The indices of each step's samples, without end, from `consumed` samples on; a step may span two epochs.
 
     Args:
-        length: of the dataset. draws: what an epoch leaves out of it. blocks: what comes together.
+        length: of the dataset. draws: what an epoch leaves out of it. blocks: what comes together. buckets: what is
+            sorted by length.
     """
     size = epoch_size(length, draws)
     epoch, order = -1, None
@@ -270,7 +316,7 @@ def steps(
         for position in range(consumed, consumed + batch_size):
             if position // size != epoch:
                 epoch = position // size
-                order = epoch_order(length, seed, epoch, draws, blocks)
+                order = epoch_order(length, seed, epoch, draws, blocks, buckets)
             indices.append(int(order[position % size]))
         consumed += batch_size
         yield indices
@@ -285,15 +331,27 @@ def step_loader(
     workers: int = 0,
     readers: Ranks | None = None,
     loads: torch.Tensor | None = None,
+    bucket_steps: int = 1,
 ) -> DataLoader:
     """A loader that gives `collate_step(samples)` of this reader's share of each step, from `consumed` samples of
     all readers on, without end.
 
     Args:
         loads: of each sample, [len(dataset)], by which a step is dealt out evenly; None: all weigh the same.
+        bucket_steps: so many steps' samples are sorted by their seconds, see `Buckets`; 1 sorts nothing.
+
+    Raises:
+        ValueError: buckets for a dataset whose index tells no durations, or whose records come together.
     """
+    buckets = None
+    if bucket_steps > 1:
+        lengths = dataset.durations()
+        if not lengths.any() or dataset.blocks is not None:
+            why = "the data's indices tell no durations" if dataset.blocks is None else "a source has `together`"
+            raise ValueError(f"training.bucket_steps is {bucket_steps}, and {why}: leave it at 1")
+        buckets = Buckets(lengths, batch_size, bucket_steps)
     draws, by_epoch = draws_of(dataset), isinstance(dataset, RecordDataset) and dataset.by_epoch
-    order = (len(dataset), batch_size, seed, consumed, draws, blocks_of(dataset))
+    order = (len(dataset), batch_size, seed, consumed, draws, blocks_of(dataset), buckets)
     return DataLoader(
         dataset,
         batch_sampler=_Endless(readers or Ranks(), loads, by_epoch, *order),
@@ -309,7 +367,7 @@ class _Endless:
         self.readers, self.loads, self.by_epoch, self.order = readers, loads, by_epoch, order
 
     def __iter__(self) -> Iterator[list[int]]:
-        length, batch_size, _, consumed, draws, _ = self.order
+        length, batch_size, _, consumed, draws, *_ = self.order
         size = epoch_size(length, draws)
         for indices in steps(*self.order):
             loads = [1] * len(indices) if self.loads is None else self.loads[indices].tolist()

@@ -110,6 +110,7 @@ def train(
         workers=config.workers,
         readers=readers,
         loads=loads,
+        bucket_steps=config.bucket_steps,
     )
     log_of = MetricsLog if ranks.first else NoLog
     with (

@@ -48,8 +48,10 @@ class SpeechObjective(NextTokenObjective):
             raise ValueError("ctc_weight and next_token_weight are both 0: nothing is left to learn")
         self.ctc_weight, self.next_token_weight = ctc_weight, next_token_weight
         self.rms: Tensor | None = None
+        self.padding = Padding()
 
     def loss(self, module: MultimodalModel, batch: Batch) -> Tensor:
+        self.padding.update([len(mel) for mel in batch.speech])
         if not self.next_token_weight:
             if not batch.speech:
                 return batch.tokens.new_zeros((), dtype=torch.float32)
@@ -69,11 +71,29 @@ class SpeechObjective(NextTokenObjective):
         return loss
 
     def observe(self, module: MultimodalModel) -> dict[str, float]:
-        """As the base, and how large the last rows that were heard are beside the language model's embeddings."""
-        values = super().observe(module)
+        """As the base, the share of padding, and how large the last rows that were heard are beside the language model's
+        embeddings."""
+        values = {**super().observe(module), **self.padding.take()}
         if self.rms is not None:
             table = whole(module.language_model.model.embed_tokens.weight).float()
             values["speech/rms_ratio"] = float(self.rms / table.square().mean().sqrt())
+        return values
+
+
+class Padding:
+    """The share of mel frames that stand behind utterances shorter than the longest of their micro-batch."""
+
+    def __init__(self) -> None:
+        self.real = self.all = 0
+
+    def update(self, lengths: Sequence[int]) -> None:
+        self.real += sum(lengths)
+        self.all += len(lengths) * max(lengths, default=0)
+
+    def take(self) -> dict[str, float]:
+        """The share since it was last taken; nothing where nothing was heard."""
+        values = {"padding_share": 1 - self.real / self.all} if self.all else {}
+        self.real = self.all = 0
         return values
 
 
@@ -167,14 +187,14 @@ class BestRqObjective:
     """The codes behind masks; the loss is the mean over masked frames and codebooks.
 
     Reported are, since the last report: the share of codes that were targets, averaged over codebooks, their
-    perplexity, the share of mel frames that were masked, and how many codes were guessed. Collapsed codes are warned
-    of. Over several ranks each counts its own, and the first reports.
+    perplexity, the share of mel frames that were masked, how many codes were guessed, and the share of padding.
+    Collapsed codes are warned of. Over several ranks each counts its own, and the first reports.
     """
 
     whole_passes = ()
 
     def __init__(self, config: BestRqConfig) -> None:
-        self.config = config
+        self.config, self.padding = config, Padding()
         self._begin()
 
     def _begin(self) -> None:
@@ -202,6 +222,7 @@ class BestRqObjective:
         return int(masks.all(-1).sum()) * self.config.num_codebooks
 
     def loss(self, module: SpeechPretraining, batch: UtteranceBatch) -> Tensor:
+        self.padding.update(batch.lengths.tolist())
         output = module(batch)
         self.statistics.update(output.targets, output.num_masked, output.num_frames)
         self.correct += int(output.num_correct)
@@ -219,6 +240,7 @@ class BestRqObjective:
             "codes/perplexity": float(self.statistics.perplexity().mean()),
             "masked_share": self.statistics.masked_share(),
             "codes/guessed": self.correct / max(1, self.targets),
+            **self.padding.take(),
         }
         self._begin()
         return values

@@ -88,6 +88,23 @@ def test_masks_and_crops_are_drawn_anew_in_each_epoch_and_alike_on_a_second_run(
         assert one.seed == same.seed and torch.equal(one.mel, same.mel)
 
 
+def test_steps_of_equal_length_hold_less_padding(tmp_path):
+    """Utterances of two lengths: drawn as they come, a step holds both."""
+    objective = BestRqObjective(BestRqConfig(**BEST_RQ))
+
+    def padding_share(bucket_steps: int) -> float:
+        dataset = RecordDataset([Source(str(tmp_path / "set"))], lambda record: record)
+        loader = step_loader(dataset, list, 4, seed=0, bucket_steps=bucket_steps)
+        for step, _ in zip(loader, range(10), strict=False):
+            objective.padding.update([round(100 * record.json["duration"]) for record in step])
+        return objective.padding.take()["padding_share"]
+
+    sounds = [np.zeros(1600 * (1 + 4 * (number % 2)), np.int16) for number in range(40)]
+    records = [transcription_record(f"sound {n}", "train", "en", "a", sound) for n, sound in enumerate(sounds)]
+    write_shards(records, tmp_path / "set")
+    assert padding_share(10) < 0.05 and padding_share(1) > 0.25
+
+
 def test_the_loss_is_over_what_is_masked_and_an_idle_sample_teaches_nothing():
     torch.manual_seed(0)
     module = SpeechPretraining(SpeechEncoder(SpeechEncoderConfig(**ENCODER)), BestRqConfig(**BEST_RQ))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mm.training.adapters import loads_of
-from mm.training.data import RecordDataset, Source, Unreadable, deal, epoch_order, step_loader, steps
+from mm.training.data import Buckets, RecordDataset, Source, Unreadable, deal, epoch_order, step_loader, steps
 from mm.training.flops import text_token_cost
 from mm.training.parallel import Ranks
 from shards.format import Record
@@ -147,6 +147,33 @@ def test_records_that_come_together_follow_each_other_in_one_step(squares):
         assert len(step) == 5
     whole = loaded(only, 20)
     assert loaded(only, 10, consumed=50) == whole[10:] and loaded(only, 20, workers=2) == whole
+
+
+def test_steps_of_samples_about_equally_long():
+    lengths = torch.rand(103, generator=torch.Generator().manual_seed(1))
+    buckets = Buckets(lengths, 10, 5)
+    order = epoch_order(103, 0, 0, buckets=buckets)
+    assert sorted(order.tolist()) == list(range(103))
+    plain = epoch_order(103, 0, 0)
+    windows = [set(window.tolist()) for window in plain.split(50)]
+    for step in order.split(10):  # each out of one window
+        assert any(set(step.tolist()) <= window for window in windows)
+    spread = [lengths[given].split(10) for given in (order, plain)]
+    within, shuffled = (sum(float(step.max() - step.mean()) for step in steps[:-1]) for steps in spread)
+    assert within < 0.4 * shuffled
+    assert len(order.split(10)[-1]) == 3
+    longest = [float(step.max()) for step in spread[0]]
+    assert longest != sorted(longest)  # steps come in any order
+    assert torch.equal(order, epoch_order(103, 0, 0, buckets=buckets))
+    assert not torch.equal(order, epoch_order(103, 0, 1, buckets=buckets))
+    sequence = first(25, 103, 10, 0, buckets=buckets)
+    assert first(18, 103, 10, 0, 70, buckets=buckets) == sequence[7:]
+
+
+def test_buckets_need_durations_and_nothing_that_comes_together(squares):
+    for source, said in ((Source(str(squares)), "tell no durations"), (Source(str(squares), together=2), "together")):
+        with pytest.raises(ValueError, match=f"bucket_steps is 4, and .*{said}"):
+            step_loader(RecordDataset([source], lambda record: record), list, 4, 0, bucket_steps=4)
 
 
 def test_a_whole_repeat_is_a_source_named_so_often(squares):
