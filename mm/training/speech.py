@@ -71,8 +71,7 @@ class SpeechObjective(NextTokenObjective):
         return loss
 
     def observe(self, module: MultimodalModel) -> dict[str, float]:
-        """As the base, the share of padding, and how large the last rows that were heard are beside the language model's
-        embeddings."""
+        """As the base, the share of padding, and how large what was heard last is beside the LM's embeddings."""
         values = {**super().observe(module), **self.padding.take()}
         if self.rms is not None:
             table = whole(module.language_model.model.embed_tokens.weight).float()
