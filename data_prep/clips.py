@@ -24,6 +24,7 @@ class ShownClip:
     duration: seconds.
     num_frames: of the whole clip.
     middle: the frame in the middle, as large as it is.
+    data: the file's bytes.
     """
 
     frames: list[Image.Image]
@@ -31,6 +32,7 @@ class ShownClip:
     duration: float
     num_frames: int
     middle: Image.Image
+    data: bytes
 
     def places(self, count: int) -> list[int]:
         """Places of so many of the frames, or of all if there are fewer: those in the middles of equal parts."""
@@ -57,7 +59,7 @@ def read_clip(data: bytes, max_frames: int = MAX_FRAMES) -> ShownClip:
     pictures = [Image.fromarray(pixels) for pixels in sampled.pixels]
     count = len(pictures) if len(pictures) < max_frames else _num_frames(data)
     frames = [_shrunk(picture) for picture in pictures]
-    return ShownClip(frames, sampled.times, float(sampled.duration), count, pictures[len(pictures) // 2])
+    return ShownClip(frames, sampled.times, float(sampled.duration), count, pictures[len(pictures) // 2], data)
 
 
 def container_of(data: bytes) -> str:

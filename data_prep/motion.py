@@ -1,7 +1,9 @@
 """Motion score: clips in which nothing moves go; a picture would say as much.
 
 Dense optical flow (Farneback's, of OpenCV) between the frames that are looked at, in small and grey. Where those lie
-more than about a second apart, fast things are lost from one to the next and the score says less than there is.
+more than about a second apart, fast things are lost from one to the next and the score says less than there is. Or,
+where the file has them, the codec's own motion vectors between all its frames: what cost its encoder the fewest bits,
+which on plain surfaces is not what moves.
 """
 
 from dataclasses import dataclass
@@ -12,8 +14,9 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from data_prep.clips import MAX_FRAMES, ShownClip
+from data_prep.clips import MAX_FRAMES, ShownClip, container_of
 from data_prep.steps import Columns, Rule, Step, as_numpy, at_least
+from video.motion_vectors import codec_speed
 
 SIDE = 72  # px: the short side of what is looked at
 
@@ -24,9 +27,11 @@ class Motion(Step):
 
     Attributes:
         threshold: how far a pixel moves in a second, as a mean over all pixels and the whole clip; 1 is the short side.
+        vectors: measure by the codec's motion vectors, and by flow only where a file has none.
     """
 
     threshold: float = 0.003
+    vectors: bool = False
 
     name = "motion"
     over = "clips"
@@ -34,10 +39,16 @@ class Motion(Step):
     reads = ("motion",)
 
     def measured_by(self) -> dict:
-        return {"flow": "farneback", "frames": MAX_FRAMES, "side": SIDE}
+        return {"flow": "farneback", "frames": MAX_FRAMES, "side": SIDE, "vectors": self.vectors}
 
     def measure(self, batch: Columns) -> Columns:
-        return {"motion": [motion_of(clip) for clip in batch["clip"]]}
+        return {"motion": [self._speed(clip) for clip in batch["clip"]]}
+
+    def _speed(self, clip: ShownClip) -> float:
+        told = None
+        if self.vectors and container_of(clip.data) in ("mp4", "webm"):
+            told = codec_speed(clip.data)
+        return motion_of(clip) if told is None else told
 
     def rules(self, pairs: pa.Table, state: Path) -> list[Rule]:
         return [at_least("threshold", self.threshold, as_numpy(pairs["motion"]), "too little moves")]

@@ -29,6 +29,7 @@ from data_prep.video_score import MeanOverFrames, VideoScoreConfig
 from shards.reader import ShardSet
 from tests.data_prep.scripted import RednessClassifier, ScriptedScorer
 from tests.data_prep.test_curation import ROOT, decisions, id_of, outcome, save
+from video.motion_vectors import codec_speed
 
 PROGRAM = Path(__file__).with_name("killed_run.py")
 NEAR = NearDuplicatesConfig(threshold=0.95)
@@ -126,7 +127,7 @@ def scripted(config) -> ScriptedScorer:
 
 def shown(frames: list[Image.Image], duration: float) -> ShownClip:
     times = np.arange(len(frames)) * duration / len(frames)
-    return ShownClip(frames, times, duration, len(frames), frames[len(frames) // 2])
+    return ShownClip(frames, times, duration, len(frames), frames[len(frames) // 2], b"")
 
 
 def test_a_clip_is_frames_its_length_and_the_frame_in_its_middle():
@@ -162,6 +163,16 @@ def test_motion_is_speed_in_short_sides_a_second():
         assert moving(step, seconds) == pytest.approx(step * 8 / seconds / 240, rel=0.15)
     assert moving(6, 2.0, scale=2) == pytest.approx(moving(6, 2.0), rel=0.05)
     assert motion_of(shown(frames_of(0, count=1), 3.0)) == 0 and motion_of(shown(frames_of(0), 0.0)) == 0
+
+
+def test_the_codec_s_own_vectors_are_asked_where_there_are_any():
+    frames = frames_of(0, count=12, step=1)
+    with_vectors, without = read_clip(film(frames)), read_clip(animation(frames))
+    ask = Motion(vectors=True).measure
+    assert ask({"clip": [with_vectors]})["motion"] == [codec_speed(with_vectors.data)] != [motion_of(with_vectors)]
+    assert ask({"clip": [without]})["motion"] == [motion_of(without)]
+    assert Motion().measure({"clip": [with_vectors]})["motion"] == [motion_of(with_vectors)]
+    assert Motion(vectors=True).measured_by() != Motion().measured_by()
 
 
 def test_text_that_covers_a_place_twice_counts_once():
