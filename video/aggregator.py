@@ -1,11 +1,12 @@
 """The temporal aggregator: groups of consecutive frames become one effective frame each (paper §7.3).
 
 A perceiver resampler with one latent per spatial position of a frame, so that what comes out has the layout of a frame:
-a latent attends to its own position in every frame of its group, then to the other latents of the group. Three things
-make time plain from the first step on, where a plain resampler would begin with the mean over the frames:
+a latent attends to its own position in every frame of its group, then to the other latents of the group. Four things
+make time and place plain from the first step on, where a plain resampler would begin with the mean over the frames:
 - each frame's seconds enter as waves, of which no table ends where training did;
 - beside what a position shows stands how well it fits the nine places around it in the frame before, as in the cost
   volumes of optical flow (PWC-Net, arXiv:1709.02371): where the best one lies, from there it came;
+- where in its tile a position lies enters as waves, too: what moves there is then told from what moves elsewhere;
 - the heads start by looking at different parts of the group, the first at its beginning, the last at its end.
 Shapes: K tiles of a frame, F frames of a clip, G frames of a group, E effective frames (groups), S tokens of a frame, C
 features, W width.
@@ -26,6 +27,7 @@ from layers.linear import Linear
 
 NEIGHBOURS = 9  # of a position, itself among them
 MOTION_SCALE = 4.0  # of the fresh weights: a place that moves then stands out against what it shows
+NUM_PLACE_WAVES = 4  # along each side of a tile, of 1/4, 1/2, 3/4 and a whole period
 SHORTEST_PERIOD, LONGEST_PERIOD = 1 / 16, 4096.0  # seconds, of the waves that tell time
 
 
@@ -118,6 +120,8 @@ class TemporalAggregator(nn.Module):
         self.time = Linear(2 * config.num_waves, width)
         self.motion = Linear(NEIGHBOURS, width, bias=False)
         nn.init.normal_(self.motion.weight, std=MOTION_SCALE)
+        self.place = Linear(4 * NUM_PLACE_WAVES, width, bias=False)
+        nn.init.normal_(self.place.weight, std=(2 * NUM_PLACE_WAVES) ** -0.5)  # as large as what is shown
         self.frame_norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.latent = nn.Parameter(torch.randn(width) * width**-0.5)
         self.layers = nn.ModuleList(AggregatorLayer(config) for _ in range(config.num_layers))
@@ -153,8 +157,10 @@ class TemporalAggregator(nn.Module):
     def _merge(self, frames: Tensor, times: Tensor, tokens_per_tile: int) -> Tensor:
         """frames [E, G, S, W], times [E, G] -> [E, S, output_size]."""
         motion = self.motion(fits_before(frames, tokens_per_tile))
+        where = place_waves(tokens_per_tile, frames.device).to(self.place.weight.dtype)
+        places = self.place(where).repeat(frames.shape[2] // tokens_per_tile, 1)
         waves = self.time(time_waves(times, self.config.num_waves).to(self.time.weight.dtype))
-        frames = self.frame_norm(frames) + motion + waves[:, :, None]
+        frames = self.frame_norm(frames) + motion + places + waves[:, :, None]
         since, whole = times - times[:, :1], times[:, -1:] - times[:, :1]
         progress = torch.where(whole > 0, since / whole, 0.5).to(frames.dtype)
         latents = self.latent + frames.mean(1)
@@ -190,6 +196,19 @@ def time_waves(times: Tensor, num_waves: int) -> Tensor:
     periods = SHORTEST_PERIOD * (LONGEST_PERIOD / SHORTEST_PERIOD) ** exponents
     angles = times.double()[..., None] * (2 * math.pi / periods)
     return torch.cat([angles.sin(), angles.cos()], dim=-1).float()
+
+
+def place_waves(tokens_per_tile: int, device: torch.device | str = "cpu") -> Tensor:
+    """Where each token of a tile lies, as sines and cosines -> float32 [tokens_per_tile, 4 * NUM_PLACE_WAVES].
+
+    Sides run from -1 to 1, whatever the number of patches. The CLS token is nowhere: 0.
+    """
+    side = math.isqrt(tokens_per_tile - 1)
+    along = torch.linspace(-1, 1, side, device=device) if side > 1 else torch.zeros(side, device=device)
+    angles = along[:, None] * torch.arange(1, NUM_PLACE_WAVES + 1, device=device) * (math.pi / 2)
+    waves = torch.cat([angles.sin(), angles.cos()], dim=-1)  # [side, 2 * NUM_PLACE_WAVES]
+    rows, columns = waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)
+    return F.pad(torch.cat([rows, columns], dim=-1).flatten(0, 1), (0, 0, 1, 0))
 
 
 def passes(group_sizes: Sequence[int], frames_per_pass: int) -> Iterator[range]:

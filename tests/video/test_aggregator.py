@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from video.aggregator import NEIGHBOURS, fits_before
+from video.aggregator import NEIGHBOURS, fits_before, place_waves
 
 SIDE, PER_TILE = 4, 17
 
@@ -48,3 +48,11 @@ def test_frames_that_do_not_differ_say_so(frames):
     still = frames[:, :1].expand(-1, 3, -1, -1)
     patches = [place for place in range(2 * PER_TILE) if place % PER_TILE]
     torch.testing.assert_close(fits_before(still, PER_TILE)[:, 1:, patches, 4], torch.ones(2, 2, 32))
+
+
+def test_places_are_apart_and_mean_the_same_at_any_resolution():
+    coarse, fine = place_waves(1 + 3 * 3), place_waves(1 + 5 * 5)
+    assert not coarse[0].any()  # CLS
+    assert torch.pdist(fine[1:]).min() > 0.3
+    torch.testing.assert_close(coarse[1:].unflatten(0, (3, 3)), fine[1:].unflatten(0, (5, 5))[::2, ::2])
+    assert place_waves(2).shape == (2, 16)  # a tile of one patch
