@@ -1,6 +1,6 @@
 """`make demo`: assets -> shards -> encoder -> adapter -> evaluation -> a page, all on this machine.
 
-    python -m app.demo [--steps N]
+    python -m app.demo [--steps N] [--encoder_steps N]
 
 Each part that has been done is kept: an interrupted demo goes on where it was.
 """
@@ -40,39 +40,44 @@ ENCODER_CONFIG, ADAPTER_CONFIG = "configs/demo/encoder.yaml", "configs/demo/adap
 PICTURES_SHOWN = 24
 
 
-def demo(output: Path, steps: int | None, questions: int | None) -> dict[str, Report]:
+def demo(output: Path, steps: int | None, questions: int | None, encoder_steps: int | None = None) -> dict[str, Report]:
     """Run whatever of the demo has not been run yet, and write `output/index.html`.
 
     Args:
         output: run folder of the adapter stage; shards and encoder lie where the configurations in configs/demo say.
-        steps: of the adapter stage; None takes the config's.
+        steps: of the adapter stage; None takes the config's. encoder_steps: likewise; an encoder of so many has its own
+            folder.
         questions: how many test questions to evaluate; None takes all.
 
     Returns:
         reports: "answers", "openmoji" and "tuxpaint", and each again with its pictures blanked, as "answers_blank".
     """
-    for name, number in (("steps", steps), ("questions", questions)):
+    for name, number in (("steps", steps), ("questions", questions), ("encoder_steps", encoder_steps)):
         if number is not None and number < 1:
             raise ValueError(f"{name} is {number}; it must be at least 1")
     prepare_all(SETS)
-    train(output, steps)
+    train(output, steps, encoder_steps)
     return show(output, questions)
 
 
-def train(output: Path, steps: int | None = None) -> None:
+def train(output: Path, steps: int | None = None, encoder_steps: int | None = None) -> None:
     """Train the encoder, and the adapter into `output`, unless they are there; arguments as in `demo`."""
     language_model = fetch("smollm2-135m")
     started = time.monotonic()
-    if not (ENCODER / CONFIG_FILE).exists():
-        arguments = ["--config", ENCODER_CONFIG, "--output", str(ENCODER), *compute_options()]
-        stages.pretrain_image_encoder.main(arguments)
-    arguments = ["--config", ADAPTER_CONFIG, "--output", str(output), *compute_options()]
-    arguments += ["--language_model", str(language_model), "--vision_encoder", str(ENCODER)]
-    if steps is not None:
-        arguments += ["--training.steps", str(steps)]
+    encoder = ENCODER if encoder_steps is None else ENCODER.with_name(f"{ENCODER.name}-{encoder_steps}")
+    if not (encoder / CONFIG_FILE).exists():
+        arguments = ["--config", ENCODER_CONFIG, "--output", str(encoder), *compute_options()]
+        stages.pretrain_image_encoder.main([*arguments, *number_of_steps(encoder_steps)])
+    arguments = ["--config", ADAPTER_CONFIG, "--output", str(output), *compute_options(), *number_of_steps(steps)]
+    arguments += ["--language_model", str(language_model), "--vision_encoder", str(encoder)]
     if not (output / CONFIG_FILE).exists():
         stages.train_image_adapter.main(arguments)
         print(f"trained for {(time.monotonic() - started) / 60:.1f} minutes", file=sys.stderr)
+
+
+def number_of_steps(steps: int | None) -> list[str]:
+    """The option of a stage that takes so many steps; None: none, so that its configuration decides."""
+    return [] if steps is None else ["--training.steps", str(steps)]
 
 
 def compute_options() -> list[str]:
@@ -196,13 +201,16 @@ SETS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(prog="demo", description=__doc__, exit_on_error=False)
-    parser.add_argument("--output", type=Path, help="run folder; default: runs/demo, or runs/demo-N with --steps N")
+    parser.add_argument("--output", type=Path, help="run folder; default: runs/demo, or with the numbers of steps")
     parser.add_argument("--steps", type=int, help="steps of the adapter stage, in place of the config's")
+    parser.add_argument("--encoder_steps", type=int, help="steps of the encoder stage, in place of the config's")
     parser.add_argument("--questions", type=int, default=2000, help="evaluate on this many test questions")
     with mistakes_in_one_line("demo"):
         arguments = parser.parse_args(argv)
-        default = Path("runs/demo" if arguments.steps is None else f"runs/demo-{arguments.steps}")
-        demo(arguments.output or default, arguments.steps, arguments.questions)
+        numbers = {"": arguments.steps, "encoder-": arguments.encoder_steps}
+        named = [f"-{stage}{number}" for stage, number in numbers.items() if number is not None]
+        default = Path("".join(["runs/demo", *named]))
+        demo(arguments.output or default, arguments.steps, arguments.questions, arguments.encoder_steps)
 
 
 if __name__ == "__main__":

@@ -103,9 +103,7 @@ def train(output: Path, steps: int | None) -> None:
     if (output / CONFIG_FILE).exists():
         return
     arguments = ["--config", CONFIG, "--start_from", str(ALIGNED), "--output", str(output), *app.demo.compute_options()]
-    if steps is not None:
-        arguments += ["--training.steps", str(steps)]
-    stages.train_video_adapter.main(arguments)
+    stages.train_video_adapter.main([*arguments, *app.demo.number_of_steps(steps)])
     print(f"trained for {(time.monotonic() - started) / 60:.1f} minutes", file=sys.stderr)
 
 
