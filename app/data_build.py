@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser
 import mm
 from data_prep.builders.building import LEFT_OUT, Builder, build
 from data_prep.builders.charts import Charts
+from data_prep.builders.dialogues import Dialogues
 from data_prep.builders.documents import Documents
 from data_prep.builders.equations import Equations
 from data_prep.builders.flowcharts import Flowcharts
@@ -23,6 +24,7 @@ from vision.reading import read_picture
 
 BUILDERS: dict[str, type[Builder]] = {
     "charts": Charts,
+    "dialogues": Dialogues,
     "documents": Documents,
     "equations": Equations,
     "flowcharts": Flowcharts,
@@ -58,15 +60,15 @@ def read_builder(name: str, argv: list[str]) -> Builder:
     builder_class = BUILDERS[name]
     parser = ArgumentParser(prog=f"mm data build {name}", exit_on_error=False)
     parser.add_argument("--config", action="config", help="a YAML file; options that follow override it")
-    captions = builder_class is Recaptions
-    parser.add_class_arguments(builder_class, skip={"describe", "max_new_tokens"} if captions else None)
-    if captions:
+    asked = ASKED.get(builder_class)  # builders that ask a model, and how
+    parser.add_class_arguments(builder_class, skip={asked.__name__, "max_new_tokens"} if asked else None)
+    if asked:
         parser.add_argument("--device", default="cpu", help="such as cpu or cuda")
-        parser.add_argument("--max-new-tokens", type=int, default=64, help="longest caption, in tokens")
+        parser.add_argument("--max-new-tokens", type=int, default=64, help="longest text of the model, in tokens")
     values = vars(parser.instantiate(parser.parse_args(argv)))
     values.pop("config")
-    if captions:
-        values["describe"] = partial(describe, values["model"], values.pop("device"), values["max_new_tokens"])
+    if asked:
+        values[asked.__name__] = partial(asked, values["model"], values.pop("device"), values["max_new_tokens"])
     return builder_class(**values)
 
 
@@ -75,6 +77,15 @@ def describe(model: str, device: str, max_new_tokens: int, picture: bytes) -> st
     loaded, processor = _loaded(model, device)
     sample = processor.caption_prompt_for(read_picture(picture))
     return processor.decode(mm.generate_tokens(loaded, [sample], max_new_tokens)[0])
+
+
+def reply(model: str, device: str, max_new_tokens: int, said: str) -> str:
+    """What one of our models answers to a text, likeliest token by token."""
+    loaded, processor = _loaded(model, device)
+    return mm.generate(loaded, processor, [{"role": "user", "content": said}], max_new_tokens)
+
+
+ASKED: dict[type[Builder], Callable[..., str]] = {Recaptions: describe, Dialogues: reply}
 
 
 @lru_cache(maxsize=1)

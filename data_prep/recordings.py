@@ -7,7 +7,7 @@ out whole. A sentence of a set is in one split, whoever says it.
 import gzip
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 
@@ -48,16 +48,30 @@ def transcription_record(source: str, split: str, language: str, text: str, samp
         language: a key of LANGUAGES.
         samples: int16 [T] at 16 kHz.
     """
+    request = f"Repeat after me in {LANGUAGES[language]}:"
+    return _answered(source, split, "transcription" if text else "silence", language, request, text, samples)
+
+
+def translation_record(source: str, split: str, language: str, text: str, samples: np.ndarray) -> Record:
+    """A record that asks to say in another language what is said (paper §8.2.2); arguments as `transcription_record`,
+    language and text being the translation's."""
+    request = f"Translate the following sentence into {LANGUAGES[language]}:"
+    return _answered(source, split, "translation", language, request, text, samples)
+
+
+def _answered(
+    source: str, split: str, task: str, language: str, request: str, text: str, samples: np.ndarray
+) -> Record:
     record_id = make_id(source)
-    request = {"type": "text", "text": f"Repeat after me in {LANGUAGES[language]}:"}
+    asked = [{"type": "text", "text": request}, {"type": "audio", "audio": "flac"}]
     content = {
         "id": record_id,
         "split": split,
-        "task": "transcription" if text else "silence",
+        "task": task,
         "language": language,
         "duration": round(len(samples) / SAMPLE_RATE, 3),
         "messages": [
-            {"role": "user", "content": [request, {"type": "audio", "audio": "flac"}]},
+            {"role": "user", "content": asked},
             {"role": "assistant", "content": [{"type": "text", "text": text}]},
         ],
     }
@@ -77,21 +91,55 @@ def asterisk_samples(folder: str | Path, dropped: Dropped | None = None) -> Iter
         ValueError: there are no transcripts; PyAV or soundfile is missing.
     """
     folder, dropped = Path(folder), [] if dropped is None else dropped
-    texts = sorted(folder.glob("doc/*/core-sounds-*.txt.gz"))
-    if not texts:
-        raise ValueError(f"{folder}: no doc/*/core-sounds-*.txt.gz in it")
-    for path in texts:
-        language = path.name.removeprefix("core-sounds-").partition(".")[0]
-        with gzip.open(path) as file:
-            sentences = parse_prompts(_decoded(file.read()))
+    for language, sentences in _prompts(folder).items():
         for sounds in sorted(folder.glob(f"asterisk/sounds/{language}_*")):
             for name, text in sentences.items():
                 file = sounds / f"{name}.g722"
                 where = file.relative_to(folder).as_posix()
-                if not re.search(r"\w", text) or re.search(r"[][()<>{}]", text):
+                if not _is_plain(text):
                     dropped.append((where, f"no plain words: {text[:60]!r}"))
                     continue
                 yield from _record(file, f"asterisk/{where}", side_of(text), language, text, dropped)
+
+
+def asterisk_translations(folder: str | Path, dropped: Dropped | None = None) -> Iterator[Record]:
+    """Yields the prompts of each language with each of the other languages' words for the same prompt.
+
+    Where a sentence and its translation are in different splits the pair is in none: what is held out is held out on
+    both sides, and from `asterisk_samples` as well. Arguments and errors: as there.
+    """
+    folder, dropped = Path(folder), [] if dropped is None else dropped
+    prompts = _prompts(folder)
+    for language, sentences in prompts.items():
+        others = {other: given for other, given in prompts.items() if other != language}
+        for sounds in sorted(folder.glob(f"asterisk/sounds/{language}_*")):
+            for name, said in sentences.items():
+                file = sounds / f"{name}.g722"
+                for other, given in others.items():
+                    text = given.get(name, "")
+                    if not (_is_plain(said) and _is_plain(text)):
+                        continue
+                    source = f"asterisk/{file.relative_to(folder).as_posix()}/{other}"
+                    if side_of(said) != side_of(text):
+                        dropped.append((source, "sentence and translation are in different splits"))
+                        continue
+                    yield from _record(file, source, side_of(said), other, text, dropped, translation_record)
+
+
+def _prompts(folder: Path) -> dict[str, dict[str, str]]:
+    """Language -> prompt's name -> its words."""
+    texts = sorted(folder.glob("doc/*/core-sounds-*.txt.gz"))
+    if not texts:
+        raise ValueError(f"{folder}: no doc/*/core-sounds-*.txt.gz in it")
+    prompts = {}
+    for path in texts:
+        with gzip.open(path) as file:
+            prompts[path.name.removeprefix("core-sounds-").partition(".")[0]] = parse_prompts(_decoded(file.read()))
+    return prompts
+
+
+def _is_plain(text: str) -> bool:
+    return bool(re.search(r"\w", text)) and not re.search(r"[][()<>{}]", text)
 
 
 def spoken_stamps(folder: str | Path, dropped: Dropped | None = None) -> Iterator[Record]:
@@ -230,7 +278,15 @@ def to_flac(samples: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-def _record(path: Path, source: str, split: str, language: str, text: str, dropped: Dropped) -> Iterator[Record]:
+def _record(
+    path: Path,
+    source: str,
+    split: str,
+    language: str,
+    text: str,
+    dropped: Dropped,
+    make: Callable[..., Record] = transcription_record,
+) -> Iterator[Record]:
     if not path.is_file():
         dropped.append((source, "there is no recording of it"))
         return
@@ -241,7 +297,7 @@ def _record(path: Path, source: str, split: str, language: str, text: str, dropp
             raise
         dropped.append((source, str(error)))
         return
-    yield transcription_record(source, split, language, text, samples)
+    yield make(source, split, language, text, samples)
 
 
 def _import(name: str):

@@ -94,7 +94,7 @@ class SpeechAdapter(nn.Module):
         """
         x = without_padding(frames, frame_mask(lengths, frames.shape[1], frames.device))
         lengths = _num_tokens(lengths)
-        x = self.conv(_windows(x))
+        x = self.conv(_windows(x)).to(self.attention_norm.weight.dtype)  # autocast gives bf16; norms are in FP32
         mask = frame_mask(lengths, x.shape[1], x.device)
         seen = None if mask is None else mask[:, None, None]
         positions = torch.arange(x.shape[1], device=x.device)

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image, ImageDraw
@@ -14,7 +15,9 @@ import mm
 from app.cli import main
 from app.data_build import BUILDERS, read_builder
 from data_prep.builders.documents import QUESTION
+from data_prep.recordings import transcription_record
 from shards.reader import ShardSet
+from shards.writer import write_shards
 from stages.finetune import main as finetune
 from stages.train_image_adapter import main as train_image_adapter
 
@@ -117,6 +120,18 @@ def test_mixed_and_recaptioned_sets_are_trained_on(home, mm_build, squares, run_
         assert mm.load(name)
 
 
+def test_what_is_said_is_answered_by_a_run(home, mm_build, run_folder):
+    records = [transcription_record(said, "train", "en", said, np.zeros(800, np.int16)) for said in ("a", "is it red?")]
+    write_shards(records, "data/recordings")
+    options = ("--model", run_folder, "--source", "data/recordings", "--max-new-tokens", 5)
+    code, out, err = mm_build("dialogues", "--config", SHIPPED / "dialogues.yaml", *options)
+    assert (code, err) == (0, "") and "records in data/dialogues" in out
+    model, processor = mm.load(run_folder)
+    for record in ShardSet("data/dialogues"):
+        said = mm.generate(model, processor, [{"role": "user", "content": record.json["said"]}], 5)
+        assert record.json["messages"][1]["content"][0]["text"] == said.strip()
+
+
 def test_every_set_has_a_configuration_that_is_read():
     for name in BUILDERS:
         path = SHIPPED / f"{name}.yaml"
@@ -126,7 +141,7 @@ def test_every_set_has_a_configuration_that_is_read():
 
 def test_mistakes_are_one_line(home, mm_build):
     for arguments, words in (
-        ((), "name a set to build: charts, documents"),
+        ((), "name a set to build: charts, dialogues, documents"),
         (("castles",), "name a set to build"),
         (("charts", "--output", "x", "--count", "0"), "count is 0"),
         (("charts", "--output", "x", "--tallness", "0"), "tallness"),

@@ -9,6 +9,7 @@ import soundfile
 from data_prep.recordings import (
     aligner_clips,
     asterisk_samples,
+    asterisk_translations,
     librivox_readings,
     parse_prompts,
     read_sound,
@@ -113,6 +114,31 @@ def test_prompts_of_every_language_less_bracketed_lines(tmp_path):
     ]
     with pytest.raises(ValueError, match=r"core-sounds"):
         list(asterisk_samples(tmp_path / "doc"))
+
+
+def test_prompts_are_translated_where_both_sentences_are_in_one_split(tmp_path):
+    sides = {side: [f"say {n}" for n in range(300) if side_of(f"say {n}") == side] for side in ("train", "test")}
+    learnt, held_out = sides["train"], sides["test"]
+    english = {"a": learnt[0], "b": held_out[0], "c": learnt[1], "d": learnt[2]}
+    spanish = {"a": learnt[3], "b": held_out[1], "c": held_out[2], "e": learnt[4]}
+    lines = ["\n".join(f"{name}: {text}" for name, text in said.items()).encode() for said in (english, spanish)]
+    folder = asterisk(tmp_path, en=lines[0], es=lines[1])
+    for name in ("en_US_f/a", "en_US_f/b", "en_US_f/c", "en_US_f/d", "es_MX_f/a", "es_MX_f/b", "es_MX_f/c"):
+        write_g722(folder / "asterisk" / "sounds" / f"{name}.g722", tone())
+    dropped = []
+    records = list(asterisk_translations(folder, dropped))
+    found = {(record.json["language"], text_of(record), record.json["split"]) for record in records}
+    assert found == {
+        ("es", learnt[3], "train"),
+        ("es", held_out[1], "test"),
+        ("en", learnt[0], "train"),
+        ("en", held_out[0], "test"),
+    }
+    assert len(dropped) == 2 and all("different splits" in reason for _, reason in dropped)
+    assert request_of(records[0])[0]["text"] == "Translate the following sentence into Spanish:"
+    assert {record.json["task"] for record in records} == {"translation"}
+    transcribed = {record.id for record in asterisk_samples(folder)}
+    assert not transcribed & {record.id for record in records}
 
 
 def test_a_sentence_is_on_one_side_however_it_is_written():
