@@ -14,7 +14,7 @@ from torch import Tensor
 
 import mm.convert.llama
 from mm.assembly import add_speech, match_embeddings, without_senses
-from mm.batch import Sample
+from mm.batch import IGNORED, Sample
 from mm.checkpoint import language_model_of, load, save
 from mm.model import MultimodalModel
 from mm.processor import Processor
@@ -128,9 +128,11 @@ def starting_point(config: TrainSpeechAdapter) -> tuple[MultimodalModel, Process
 
 
 def sounds_of(config: TrainSpeechAdapter, processor: Processor) -> list[Tensor]:
-    """The features of some utterances of the data, each [T, num_mels]."""
+    """The features of some utterances of the data, each [T, num_mels]; of those in which nothing is said none, since
+    digital silence lies far below any sound and would stretch the scale."""
     samples = readable_samples(RecordDataset(config.data, processor.record_example), config.statistics_samples)
-    return [mel for sample in samples for mel in sample.speech]
+    stops = {IGNORED, *processor.stop_tokens}
+    return [mel for sample in samples if set(sample.labels) - stops for mel in sample.speech]
 
 
 def augmented(record: Record, epoch: int, processor: Processor, config: SpecAugmentConfig, seed: int) -> Sample:
