@@ -13,7 +13,7 @@ from app.page import STYLE, curves
 from mm.evaluation.evaluate import Report
 from video.sampling import sample_frames
 
-FRAMES_SHOWN, FRAME_SIDE, LABEL = 8, 64, 12  # of each clip; pixels
+FRAMES_SHOWN, FRAME_SIDE, LABEL = 8, 64, 16  # of each clip; pixels
 COLUMNS = {"all": "all frames", "one": "one frame", "shuffled": "frames in another order"}
 
 
