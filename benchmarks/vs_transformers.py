@@ -1,6 +1,6 @@
 """Speed and memory beside `transformers` mllama: same weights, same process, interleaved repetitions, medians.
 
-    python -m benchmarks.vs_transformers            # about 8 minutes on 2 cores; docs/benchmarks.md keeps the table
+    python -m benchmarks.vs_transformers            # about 12 minutes on 2 cores; docs/benchmarks.md keeps the table
     python -m benchmarks.vs_transformers --quick    # a tiny shape, to see that it runs; its numbers mean nothing
 
 Ours runs twice where the mode matters: "ragged", the default, encodes real tiles only; "llama32" computes what
