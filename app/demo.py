@@ -207,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--questions", type=int, default=2000, help="evaluate on this many test questions")
     with mistakes_in_one_line("demo"):
         arguments = parser.parse_args(argv)
-        numbers = {"": arguments.steps, "encoder-": arguments.encoder_steps}
+        numbers = {"": arguments.steps, "after-": arguments.encoder_steps}
         named = [f"-{stage}{number}" for stage, number in numbers.items() if number is not None]
         default = Path("".join(["runs/demo", *named]))
         demo(arguments.output or default, arguments.steps, arguments.questions, arguments.encoder_steps)

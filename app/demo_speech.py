@@ -65,14 +65,15 @@ def prepare() -> None:
 
 def train(output: Path) -> None:
     """Train the first stage into ALIGNED and the second into `output`, unless they are there."""
+    if (output / CONFIG_FILE).exists():
+        return
     started = time.monotonic()
     if not (ALIGNED / CONFIG_FILE).exists():
         arguments = ["--config", ALIGNMENT_CONFIG, "--output", str(ALIGNED), *compute_options()]
         stages.train_speech_adapter.main([*arguments, "--language_model", str(fetch("smollm2-135m"))])
-    if not (output / CONFIG_FILE).exists():
-        arguments = ["--config", CONFIG, "--output", str(output), "--start_from", str(ALIGNED), *compute_options()]
-        stages.train_speech_adapter.main(arguments)
-        print(f"trained for {(time.monotonic() - started) / 60:.1f} minutes", file=sys.stderr)
+    arguments = ["--config", CONFIG, "--output", str(output), "--start_from", str(ALIGNED), *compute_options()]
+    stages.train_speech_adapter.main(arguments)
+    print(f"trained for {(time.monotonic() - started) / 60:.1f} minutes", file=sys.stderr)
 
 
 def evaluate_run(run: Path, records: ShardSet, silences: ShardSet, limit: int) -> dict[str, Report]:

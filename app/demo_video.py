@@ -96,12 +96,12 @@ def emoji_clips(folder: Path, dropped: list[tuple[str, str]]) -> Iterator[Record
 
 def train(output: Path, steps: int | None) -> None:
     """Train the first stage into ALIGNED and the second into `output`, unless they are there; arguments as `demo`."""
+    if (output / CONFIG_FILE).exists():
+        return
     started = time.monotonic()
     if not (ALIGNED / CONFIG_FILE).exists():
         arguments = ["--config", ALIGNMENT_CONFIG, "--start_from", str(IMAGES), "--output", str(ALIGNED)]
         stages.train_video_adapter.main([*arguments, *app.demo.compute_options()])
-    if (output / CONFIG_FILE).exists():
-        return
     arguments = ["--config", CONFIG, "--start_from", str(ALIGNED), "--output", str(output), *app.demo.compute_options()]
     stages.train_video_adapter.main([*arguments, *app.demo.number_of_steps(steps)])
     print(f"trained for {(time.monotonic() - started) / 60:.1f} minutes", file=sys.stderr)

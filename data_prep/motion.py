@@ -2,7 +2,7 @@
 
 Dense optical flow (Farneback's, of OpenCV) between the frames that are looked at, in small and grey. Where those lie
 more than about a second apart, fast things are lost from one to the next and the score says less than there is. Or,
-where the file has them, the codec's own motion vectors between all its frames: what cost its encoder the fewest bits,
+where the file has them, the codec's own motion vectors of all predicted frames: what cost its encoder the fewest bits,
 which on plain surfaces is not what moves.
 """
 
@@ -47,7 +47,7 @@ class Motion(Step):
     def _speed(self, clip: ShownClip) -> float:
         told = None
         if self.vectors and container_of(clip.data) in ("mp4", "webm"):
-            told = codec_speed(clip.data)
+            told = codec_speed(clip.data)  # the limits have been checked: the clip has been read
         return motion_of(clip) if told is None else told
 
     def rules(self, pairs: pa.Table, state: Path) -> list[Rule]:

@@ -27,7 +27,7 @@ from layers.linear import Linear
 
 NEIGHBOURS = 9  # of a position, itself among them
 MOTION_SCALE = 4.0  # of the fresh weights: a place that moves then stands out against what it shows
-NUM_PLACE_WAVES = 4  # along each side of a tile, of 1/4, 1/2, 3/4 and a whole period
+NUM_PLACE_WAVES = 4  # along each side of a tile: half a period, one, one and a half, two
 SHORTEST_PERIOD, LONGEST_PERIOD = 1 / 16, 4096.0  # seconds, of the waves that tell time
 
 
@@ -201,7 +201,7 @@ def time_waves(times: Tensor, num_waves: int) -> Tensor:
 def place_waves(tokens_per_tile: int, device: torch.device | str = "cpu") -> Tensor:
     """Where each token of a tile lies, as sines and cosines -> float32 [tokens_per_tile, 4 * NUM_PLACE_WAVES].
 
-    Sides run from -1 to 1, whatever the number of patches. The CLS token is nowhere: 0.
+    Sides run from -1 at the first patch to 1 at the last, whatever their number. The CLS token is nowhere: 0.
     """
     side = math.isqrt(tokens_per_tile - 1)
     along = torch.linspace(-1, 1, side, device=device) if side > 1 else torch.zeros(side, device=device)

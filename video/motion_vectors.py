@@ -1,18 +1,20 @@
 """How fast a film's blocks move by the codec's own motion vectors: what its encoder found, without a look at pixels."""
 
 import io
-from pathlib import Path
+import time
+from dataclasses import replace
 
 import numpy as np
 
-from video.timeline import MAX_PIXELS, MAX_SECONDS, open_video, pyav
+from video.timeline import MAX_PIXELS, MAX_SECONDS, TIME_LIMIT, decoded, open_video, pyav
 
 
-def codec_speed(source: str | Path | bytes) -> float | None:
+def codec_speed(source: bytes) -> float | None:
     """Mean speed of a film's pixels, in short sides a second, by the vectors of its predicted (P) frames.
 
-    Such a frame's vectors point at the I or P frame before it. Blocks that are coded anew count as still. Bidirectional
-    frames say nothing more and are left out.
+    Such a frame's vectors are taken to point at the I or P frame before it; where the encoder chose an older one, the
+    speed comes out too high. Blocks that are coded anew count as still. Bidirectional frames and broken packets are
+    left out.
 
     Returns:
         None where the file has no vectors: a codec that keeps none or that FFmpeg does not export them of, or I frames
@@ -24,14 +26,15 @@ def codec_speed(source: str | Path | bytes) -> float | None:
     av = pyav()
     picture = av.video.frame.PictureType
     moved = seconds = 0.0
+    deadline = time.monotonic() + TIME_LIMIT
     with open_video(source, MAX_PIXELS, MAX_SECONDS) as video:
         number = video.stream.index
     # Opened anew: a codec that has decoded a frame exports no vectors any more.
-    with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as container:
+    with av.open(io.BytesIO(source)) as container:
         stream, before = container.streams[number], None
         stream.codec_context.options = {"flags2": "+export_mvs"}
         stream.codec_context.thread_count = 1
-        for frame in container.decode(stream):
+        for frame in decoded(av, replace(video, container=container, stream=stream), deadline):
             if frame.pict_type == picture.B or frame.pts is None:
                 continue
             vectors = frame.side_data.get("MOTION_VECTORS")

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from video import decord_reader, readers
-from video.timeline import MAX_PIXELS, MAX_SECONDS, Timeline, Undecodable, open_video, timeline_by_decoding
+from video.timeline import MAX_PIXELS, MAX_SECONDS, TIME_LIMIT, Timeline, Undecodable, open_video, timeline_by_decoding
 from vision.tiling import Tiles
 
 MAX_SAMPLED_PIXELS = 2**30  # of all frames of one call together: 3 GiB of RGB
-TIME_LIMIT = 120.0  # seconds that one reader may take over one clip
 
 
 @dataclass

@@ -19,6 +19,7 @@ import numpy as np
 
 MAX_PIXELS = 2**25  # of a frame; 8K (7680 x 4320) is just below
 MAX_SECONDS = 3600.0
+TIME_LIMIT = 120.0  # seconds that one reader may take over one clip
 MAX_PACKETS = 2**20  # an hour at 240 frames per second has 864,000
 MIN_PRESENT = 0.5  # of the frames that a container announces; it may be out by a few, a file cut off by many
 SEEK_FRAMES = 12  # a seek costs about as much as decoding this many frames

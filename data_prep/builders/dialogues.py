@@ -50,11 +50,18 @@ class Dialogues(Builder):
 
     def records(self, task: Said) -> list[Record | LeftOut]:
         record = ShardSet(task.folder)[task.row]
-        said = "".join(part.get("text", "") for part in record.json["messages"][-1]["content"])
-        answer = self.reply(said).strip()
+        sounds = [name for name in record.media if name.rpartition(".")[2] in AUDIO]
+        content = record.json["messages"][-1]["content"]
+        said = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+        if not sounds or not said.strip():
+            return [LeftOut(record.id, "no sound" if not sounds else "no words")]
+        try:
+            answer = self.reply(said).strip()
+        except ValueError as error:
+            return [LeftOut(record.id, str(error))]
         if not answer:
             return [LeftOut(record.id, f"no answer to {said[:80]!r}")]
-        suffix = next(name for name in record.media if name.rpartition(".")[2] in AUDIO)
+        suffix = sounds[0]
         content = {
             **{name: record.json[name] for name in ("split", "language", "duration") if name in record.json},
             "id": make_id(f"dialogue/{record.id}"),

@@ -256,7 +256,7 @@ def _shared_answers(records: ShardSet | Sequence[Record]) -> list[str]:
     for record in _readable(records):
         try:
             if not record.json.get("choices"):
-                found.add(record_answer(record))
+                found |= {record_answer(record)} - {""}  # to say nothing is no choice
         except Exception:  # said once, where the record is asked
             continue
     if len(found) > MAX_SHARED_ANSWERS:

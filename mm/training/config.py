@@ -36,7 +36,7 @@ class TrainingConfig:
         max_skipped: steps in a row that may be left out before the run stops.
         log_every, evaluate_every, save_every: in steps. keep: newest checkpoints that stay.
         bucket_steps: so many steps' samples are sorted by their seconds before they are cut into steps, whose order is
-            then drawn: less padding of clips and sound. 1 leaves all as drawn.
+            then drawn: less padding of sound. 1 leaves all as drawn.
         workers: processes that read and decode, per rank; they do not change the order.
         shard_ranks: under torchrun, how many ranks share one copy of the weights (FSDP); null: all that read different
             samples. tensor_ranks: how many share each product. pipeline_ranks: how many share the layers, in order.

@@ -147,12 +147,7 @@ class RecordDataset(Dataset):
 
     def durations(self) -> torch.Tensor:
         """Seconds of each sample's sound or clip, float64 [len(self)], as the index tells; 0 where it does not."""
-        seconds = [
-            shards.index["duration"].fill_null(0).to_numpy()
-            if "duration" in shards.index.column_names
-            else np.zeros(len(shards))
-            for shards in self.sets
-        ]
+        seconds = [shards.index["duration"].fill_null(0).to_numpy() for shards in self.sets]
         return torch.from_numpy(np.concatenate(seconds)).double()
 
     def num_tokens(self) -> torch.Tensor:
@@ -239,19 +234,20 @@ class Buckets(NamedTuple):
     batch_size: int
     steps: int
 
-    def order(self, order: torch.Tensor, key: str) -> torch.Tensor:
+    def order(self, order: torch.Tensor, epoch: int, key: str) -> torch.Tensor:
         """An epoch's order with samples sorted by length within windows, and the steps of all windows shuffled.
 
-        A last step that is not full stays the last. Args: key: names the draw.
+        What completes the last step of the epoch before, and what is left for the next one's first, stays as it is.
+
+        Args:
+            epoch: all of which are equally long. key: names the draw.
         """
-        windows = order.split(self.batch_size * self.steps)
-        steps = [
-            step
-            for window in windows
-            for step in window[self.lengths[window].argsort(stable=True)].split(self.batch_size)
-        ]
-        full, rest = (steps[:-1], steps[-1:]) if len(order) % self.batch_size else (steps, [])
-        return torch.cat([*(full[number] for number in _permutation(len(full), key).tolist()), *rest])
+        begun = min(-(epoch * len(order)) % self.batch_size, len(order))
+        end = len(order) - (len(order) - begun) % self.batch_size
+        windows = order[begun:end].split(self.batch_size * self.steps)
+        sorted_windows = [window[self.lengths[window].argsort(stable=True)] for window in windows]
+        steps = torch.cat(sorted_windows).reshape(-1, self.batch_size)
+        return torch.cat([order[:begun], steps[_permutation(len(steps), key)].flatten(), order[end:]])
 
 
 def epoch_order(
@@ -278,7 +274,7 @@ def epoch_order(
     indices = shown.nonzero().flatten()
     order = indices[_permutation(len(indices), f"{seed}/{epoch}")]
     if buckets is not None:
-        return buckets.order(order, f"{seed}/{epoch}/steps")
+        return buckets.order(order, epoch, f"{seed}/{epoch}/steps")
     if blocks is None:
         return order
     first = torch.full((length,), length).scatter_reduce(0, blocks[order], torch.arange(len(order)), "amin")

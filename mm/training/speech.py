@@ -104,7 +104,7 @@ def packed(tokens: Tensor, lengths: Tensor) -> Tensor:
 def ctc_loss(model: MultimodalModel, batch: Batch, heard: Tensor) -> Tensor:
     """Negative log-likelihood of the answers' tokens, summed over rows with one utterance and an answer that fits it.
 
-    Of an empty answer it is the likelihood of hearing nothing.
+    Of an empty answer it is that of hearing nothing, which only words elsewhere in the micro-batch make uncertain.
 
     Args:
         heard: what the batch's utterances became, packed, [N, D].

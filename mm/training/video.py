@@ -22,8 +22,8 @@ class VideoObjective(NextTokenObjective):
     they are worded, in rows with one clip each; other rows have no part in it.
 
     Args:
-        matching_weight: of the auxiliary loss, per clip. next_token_weight: of the language model's, per token; with 0
-            it is not run at all.
+        matching_weight: of the auxiliary loss, summed over clips. next_token_weight: of the language model's, summed
+            over target tokens; with 0 it is not run at all. A step divides both by its target tokens.
 
     Raises:
         ValueError: a weight below 0, or none above.

@@ -83,7 +83,7 @@ def test_what_is_done_is_not_done_again(home, monkeypatch, capfd):
 
 def test_the_number_of_steps(home):
     app.demo.main(["--questions", "4", "--steps", "6", "--encoder_steps", "5"])
-    for run, number in (("demo-6-encoder-5", 6), ("demo-encoder-5", 5)):
+    for run, number in (("demo-6-after-5", 6), ("demo-encoder-5", 5)):
         rows = (home / "runs" / run / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(row)["step"] for row in rows] == list(range(1, number + 1))
     assert not (home / "runs" / "demo-encoder").exists()

@@ -8,14 +8,16 @@ from shards.writer import write_shards
 
 
 def reply(said: str) -> str:
-    """Has nothing to say to "cold"."""
+    """Has nothing to say to "cold", and cannot take "long"."""
+    if said == "long":
+        raise ValueError("the prompt is over the context")
     return "" if said == "cold" else f"You said {said}. "
 
 
 @pytest.fixture
 def source(tmp_path):
     sound = np.zeros(1600, np.int16)
-    words = {"hello": "test", "cold": "train", "good day": "train", "": "train"}
+    words = {"hello": "test", "cold": "train", "good day": "train", "long": "train", "": "train"}
     records = [transcription_record(said, split, "en", said, sound) for said, split in words.items()]
     write_shards(records, tmp_path / "source", files={"LICENSE": "free for all"})
     return str(tmp_path / "source")
@@ -34,7 +36,8 @@ def test_what_is_said_is_answered_without_a_prompt(source, tmp_path, records_of)
         {"role": "assistant", "content": [{"type": "text", "text": "You said hello."}]},
     ]
     assert (hello.json["task"], hello.json["split"], hello.json["duration"]) == ("dialogue", "test", 0.1)
-    assert "no answer to 'cold'" in (tmp_path / "set" / "left_out.tsv").read_text()
+    left_out = (tmp_path / "set" / "left_out.tsv").read_text()
+    assert "no answer to 'cold'" in left_out and "over the context" in left_out
     assert "free for all" in (tmp_path / "set" / "LICENSE").read_text()
 
 

@@ -152,22 +152,26 @@ def test_records_that_come_together_follow_each_other_in_one_step(squares):
 def test_steps_of_samples_about_equally_long():
     lengths = torch.rand(103, generator=torch.Generator().manual_seed(1))
     buckets = Buckets(lengths, 10, 5)
-    order = epoch_order(103, 0, 0, buckets=buckets)
-    assert sorted(order.tolist()) == list(range(103))
-    plain = epoch_order(103, 0, 0)
-    windows = [set(window.tolist()) for window in plain.split(50)]
-    for step in order.split(10):  # each out of one window
-        assert any(set(step.tolist()) <= window for window in windows)
-    spread = [lengths[given].split(10) for given in (order, plain)]
-    within, shuffled = (sum(float(step.max() - step.mean()) for step in steps[:-1]) for steps in spread)
-    assert within < 0.4 * shuffled
-    assert len(order.split(10)[-1]) == 3
-    longest = [float(step.max()) for step in spread[0]]
-    assert longest != sorted(longest)  # steps come in any order
-    assert torch.equal(order, epoch_order(103, 0, 0, buckets=buckets))
+    for epoch in (0, 1, 7):
+        order = epoch_order(103, 0, epoch, buckets=buckets)
+        assert sorted(order.tolist()) == list(range(103))
+        assert torch.equal(order, epoch_order(103, 0, epoch, buckets=buckets))
+        plain, begun = epoch_order(103, 0, epoch), -103 * epoch % 10
+        windows = [set(window.tolist()) for window in plain[begun:].split(50)]
+        for step in order[begun:].split(10):  # each out of one window
+            assert any(set(step.tolist()) <= window for window in windows)
     assert not torch.equal(order, epoch_order(103, 0, 1, buckets=buckets))
-    sequence = first(25, 103, 10, 0, buckets=buckets)
-    assert first(18, 103, 10, 0, 70, buckets=buckets) == sequence[7:]
+
+    def spread(steps_of_epochs: list[list[int]]) -> list[float]:
+        return [float(lengths[step].max() - lengths[step].mean()) for step in steps_of_epochs]
+
+    sequence, drawn = first(40, 103, 10, 0, buckets=buckets), first(40, 103, 10, 0)  # nearly four epochs
+    assert sum(spread(sequence)) < 0.5 * sum(spread(drawn))
+    assert sum(value > 0.3 for value in spread(sequence)) <= 3  # those that span two epochs
+    longest = [float(lengths[step].max()) for step in sequence[:10]]
+    assert longest != sorted(longest)  # steps come in any order
+    assert first(18, 103, 10, 0, 70, buckets=buckets) == sequence[7:25]
+    assert sorted(first(3, 4, 10, 0, buckets=Buckets(lengths, 10, 5))[0])  # a set smaller than a step
 
 
 def test_buckets_need_durations_and_nothing_that_comes_together(squares):

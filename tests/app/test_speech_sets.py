@@ -1,0 +1,48 @@
+"""Sets of real recordings: each by its name, those that are there kept. The sets themselves are small stand-ins."""
+
+import numpy as np
+import pytest
+
+import app.demo
+import app.speech_sets
+from data_prep.recordings import transcription_record
+from shards.reader import ShardSet
+
+
+@pytest.fixture
+def fetched(tmp_path, monkeypatch) -> list[str]:
+    """What has been fetched; in the place of each set stands a recording that says its asset's name."""
+    names: list[str] = []
+
+    def fetch(name: str):
+        names.append(name)
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "LICENSE").write_text(f"licence of {name}")
+        return tmp_path / name
+
+    def to_samples(folder, dropped):
+        dropped.append(("a file", "broken"))
+        yield transcription_record(folder.name, "test", "en", folder.name, np.zeros(1600, np.int16))
+
+    sets = {name: (asset, to_samples) for name, (asset, _) in app.speech_sets.SETS.items()}
+    monkeypatch.setattr(app.speech_sets, "SETS", sets)
+    monkeypatch.setattr(app.demo, "fetch", fetch)
+    return names
+
+
+def test_each_set_is_written_once_with_its_licence(fetched, tmp_path, capfd):
+    app.speech_sets.main(["--output", str(tmp_path / "speech")])
+    assert len(fetched) == len(app.speech_sets.SETS) == 5
+    assert "1 samples, 1 left out" in capfd.readouterr().err
+    for name, (asset, _) in app.speech_sets.SETS.items():
+        (record,) = ShardSet(tmp_path / "speech" / name)
+        assert record.json["messages"][1]["content"][0]["text"] == asset
+        assert (tmp_path / "speech" / name / "LICENSE").read_text() == f"licence of {asset}"
+    app.speech_sets.main(["--output", str(tmp_path / "speech")])
+    assert len(fetched) == 5
+
+
+def test_a_mistake_is_one_line(capsys):
+    with pytest.raises(SystemExit, match="1"):
+        app.speech_sets.main(["--speed", "9"])
+    assert capsys.readouterr().err.count("\n") == 1
