@@ -187,7 +187,7 @@ class MultimodalModel(nn.Module):
             vision = vision.to(self.image_adapter.projection.weight.dtype)
             seen["image"] = self._sight("image", counts, vision, batch, cache)
         if batch.videos:
-            vision = self.watch(batch.videos)
+            vision = self._watch(batch.videos)
             vision = vision.to(self.video_adapter.aggregator.output.weight.dtype)  # likewise
             seen["video"] = self._sight("video", self.clip_sizes(batch.videos), vision, batch, cache)
         return seen
@@ -206,6 +206,10 @@ class MultimodalModel(nn.Module):
 
     def watch(self, clips: Sequence[Clip]) -> Tensor:
         """Clips -> the vision tokens of their effective frames, packed: [N, D], N the sum of `clip_sizes`."""
+        return self._watch(clips)
+
+    def _watch(self, clips: Sequence[Clip]) -> Tensor:
+        # Within a pass of the whole model no other one may begin: where weights are sharded, its end gives them back.
         return self.video_adapter(clips, self.vision_encoder)
 
     def clip_sizes(self, clips: Sequence[Clip]) -> list[int]:
@@ -216,6 +220,9 @@ class MultimodalModel(nn.Module):
     def hear(self, speech: Sequence[Tensor]) -> Tensor:
         """Utterances, each float32 [T, num_mels] -> rows of the language model's input, packed: [N, D], N the sum of
         `speech.adapter.num_tokens(T)`."""
+        return self._hear(speech)
+
+    def _hear(self, speech: Sequence[Tensor]) -> Tensor:  # apart for the reason that `_watch` is
         # What is longer than the encoder takes is cut; the pieces' tokens follow each other.
         pieces = [piece for mel in speech for piece in mel.split(self.config.speech_encoder.max_mel_frames)]
         lengths = torch.tensor([len(piece) for piece in pieces])
@@ -226,7 +233,7 @@ class MultimodalModel(nn.Module):
         """Embedded tokens [B, T, D], with what is heard in the audio tokens' rows and the adapter's marks around it."""
         if not batch.speech:
             return x
-        packed = self.hear(batch.speech)
+        packed = self._hear(batch.speech)
         rows, columns = (
             places.to(x.device, non_blocking=True)
             for places in _found(batch.host, self.config.audio_token_id).nonzero(as_tuple=True)
