@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from video import decord_reader, readers
-from video.timeline import MAX_PIXELS, MAX_SECONDS, TIME_LIMIT, Timeline, Undecodable, open_video, timeline_by_decoding
+from video.timeline import (
+    MAX_PIXELS,
+    MAX_SECONDS,
+    TIME_LIMIT,
+    Timeline,
+    Undecodable,
+    hops,
+    open_video,
+    timeline_by_decoding,
+)
 from vision.tiling import Tiles
 
 MAX_SAMPLED_PIXELS = 2**30  # of all frames of one call together: 3 GiB of RGB
@@ -83,8 +92,9 @@ def sample_frames(
     With n = min(frames in the clip, max_frames), frame k is the one on screen at (k + 0.5) * duration / n, and comes
     with the time at which the stream shows it, whatever the frame rate does. Animated WebP and GIF are read with
     Pillow, transparent parts over white. Everything else is read with decord where it is installed and reads the stream
-    exactly as PyAV does, else with PyAV; frames are turned as the file's display matrix says. A file that ends early
-    is sampled as far as it goes, unless less than half of what it announces is there.
+    exactly as PyAV does, else with PyAV, which is also faster where most frames take a seek; frames are turned as the
+    file's display matrix says. A file that ends early is sampled as far as it goes, unless less than half of what it
+    announces is there.
 
     Args:
         source: a path, or the file's bytes.
@@ -141,6 +151,11 @@ def _sample_animation(data: bytes, max_frames: int, max_pixels: int, max_seconds
     return _frames(pixels, repeats, indices, timeline)
 
 
+def _leaps(indices: np.ndarray, timeline: Timeline) -> bool:
+    """Whether more than half of the frames take a seek."""
+    return 2 * sum(key is not None for key in hops(indices, timeline.keys)) > len(indices)
+
+
 def _sample_video(
     source: str | Path | bytes,
     max_frames: int,
@@ -155,7 +170,7 @@ def _sample_video(
         indices = _pick(timeline, size, max_frames, max_seconds)
         wanted, repeats = np.unique(indices, return_inverse=True)
         pixels = None
-        if reader != "pyav":
+        if reader == "decord" or (reader is None and not _leaps(wanted, timeline)):
             obstacle = decord_reader.obstacle(video)
             if obstacle is None:
                 pixels = decord_reader.read(source, video, wanted, time_limit)

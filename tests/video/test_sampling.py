@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from tests.video.numbered import animation, number_of, picture, write_clip
-from video.sampling import Frames, sample_frames, sample_indices
-from video.timeline import hops
+from video.sampling import Frames, _leaps, sample_frames, sample_indices
+from video.timeline import Timeline, hops
 
 
 def expected(stamps: list[int], last: int, time_base: Fraction, max_frames: int) -> tuple[list[int], list[float]]:
@@ -215,3 +215,11 @@ class TestAnimations:
     def test_still(self):
         frames = sample_frames(animation([100], "WEBP"))
         assert len(frames.pixels) == 1 and frames.times.tolist() == [0.0]
+
+
+class TestChoiceOfReader:
+    def test_where_most_frames_take_a_seek_decord_is_not_asked(self):
+        keys = tuple(range(0, 6400, 50))
+        timeline = Timeline(np.arange(6400), 6400, Fraction(1, 25), keys=keys)
+        assert _leaps(np.arange(50, 6400, 100), timeline)
+        assert not _leaps(np.arange(0, 64), timeline)
