@@ -13,13 +13,17 @@ from PIL import Image
 
 from app.page import STYLE, chart_of
 from mm.evaluation.evaluate import Report
-from speech.features import log_mel
+from speech.best_rq import BestRqConfig, RandomQuantizer, draw_masks
+from speech.conformer import STACK
+from speech.features import NUM_MELS, log_mel
 from speech.reading import read_sound
 
 OWN_STYLE = """
 figure img { aspect-ratio: auto; height: 6rem; object-fit: fill; image-rendering: auto; } audio { width: 100%; }
+figure img.codes { image-rendering: pixelated; }
 .grid { grid-template-columns: repeat(auto-fill, minmax(16rem, 1fr)); }
 """
+PRETRAINED = 4  # examples whose masks and codes are shown
 NAMES = {"wer": "words wrong (WER)", "cer": "characters wrong (CER)", "exact_match": "sentences right to the letter"}
 
 
@@ -48,6 +52,10 @@ def write_page(file: Path, reports: dict[str, Report], examples: list[Heard], me
         "<h2>Training of the second stage</h2><div class=grid>",
         *(f"<figure>{chart}</figure>" for chart in charts if chart),
         f"</div><h2>Sentences that were not trained on</h2><div class=grid>{''.join(map(_figure, examples))}</div>",
+        "<h2>What pre-training without words would ask</h2><p>BEST-RQ hides the grey frames and asks for their codes: "
+        "16 numbers for each 40 ms, a colour each. This demo's conformer was not trained so.</p><div class=grid>",
+        *map(_pretraining, examples[:PRETRAINED]),
+        "</div>",
     ]
     head = "<meta charset=utf-8><meta name=viewport content='width=device-width'><title>mm-adapters: speech</title>"
     style = f"<style>{STYLE}{OWN_STYLE}</style>"
@@ -57,12 +65,31 @@ def write_page(file: Path, reports: dict[str, Report], examples: list[Heard], me
     os.replace(new, file)
 
 
-def mel_picture(sound: bytes) -> bytes:
-    """Log-mel features of a sound file as a PNG: time from left to right, low bins at the bottom."""
+def mel_picture(sound: bytes, masked: bool = False) -> bytes:
+    """Log-mel features of a sound file as a PNG: time from left to right, low bins at the bottom.
+
+    Args:
+        masked: hide what BEST-RQ hides, in grey.
+    """
     mel = log_mel(read_sound(sound)).T.flip(0).numpy()  # [80, T]
     low, high = np.percentile(mel, (5, 99))
     shades = np.clip((mel - low) / max(high - low, 1e-6), 0, 1)
     pixels = (255 * matplotlib.colormaps["magma"](shades)[..., :3]).astype(np.uint8)
+    if masked:
+        pixels[:, draw_masks([mel.shape[1]], [0], BestRqConfig())[0].numpy()] = 128
+    return _png(pixels)
+
+
+def codes_picture(sound: bytes) -> bytes:
+    """BEST-RQ's codes of a sound file as a PNG: 40 ms a column, a codebook a row, each code a colour of its own."""
+    mel, config = log_mel(read_sound(sound)), BestRqConfig()
+    normal = (mel - mel.mean(0)) / mel.std(0).clamp(min=1e-2)
+    stacked = normal[: len(normal) // STACK * STACK].reshape(-1, STACK * NUM_MELS)
+    codes = RandomQuantizer(STACK * NUM_MELS, config)(stacked).T.numpy()  # [16, T / 4]
+    return _png(np.random.default_rng(0).integers(0, 256, (config.codebook_size, 3), dtype=np.uint8)[codes])
+
+
+def _png(pixels: np.ndarray) -> bytes:
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, format="PNG")
     return out.getvalue()
@@ -96,6 +123,15 @@ def _figure(example: Heard) -> str:
         f"<div class='said {'right' if right else 'wrong'}'>{html.escape(example.said) or '(nothing)'}</div>{expected}"
         f"<div class=blind>of another sound: {html.escape(example.said_of_other) or '(nothing)'}</div>"
         "</figcaption></figure>"
+    )
+
+
+def _pretraining(example: Heard) -> str:
+    hidden, codes = mel_picture(example.sound, masked=True), codes_picture(example.sound)
+    return (
+        f"<figure><img src='{_data('image/png', hidden)}' alt='features, some of them masked'>"
+        f"<img class=codes src='{_data('image/png', codes)}' alt='codes'>"
+        f"<figcaption>{html.escape(example.reference)}</figcaption></figure>"
     )
 
 

@@ -1,15 +1,18 @@
 """The speech demo from end to end, on a small stand-in for its language model and few sentences."""
 
+import io
 import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 import app.demo_speech
 import mm
-from app.speech_page import Heard, write_page
+from app.speech_page import Heard, codes_picture, mel_picture, write_page
 from data_prep.spoken_words import Espeak, write_spoken_words
 from mm.evaluation.evaluate import Report
 from mm.evaluation.metrics import Score
@@ -44,7 +47,7 @@ def test_from_voices_to_a_page_and_what_is_done_is_not_done_again(home, monkeypa
     text = (home / "runs" / "demo-speech" / "index.html").read_text(encoding="utf-8")
     page = Page(text)
     assert {reference[:22] for reference in page.references} == {"data:image/png;base64,", "data:audio/flac;base64"}
-    assert page.pictures == text.count("<audio") == 6
+    assert text.count("<audio") == 6 and page.pictures == 6 + 2 * 4  # of four the masks and the codes as well
     assert not re.search(r"https?:|url\(|@import", text)
     for name in ("heard", "exchanged"):
         scores = json.loads((home / "runs" / "demo-speech" / "evaluation" / name / "scores.json").read_text())["scores"]
@@ -82,5 +85,16 @@ def test_what_a_model_says_cannot_break_the_page(tmp_path):
     example = Heard(sound, sound, said + ".", said, "")
     write_page(tmp_path / "index.html", reports, [example], tmp_path / "metrics.jsonl")
     page = Page((tmp_path / "index.html").read_text(encoding="utf-8"))
-    assert page.pictures == 1
+    assert page.pictures == 3
     assert {said, f"said: {said}.", "of another sound: (nothing)"} <= set(page.words)
+
+
+def test_masks_and_codes_are_those_of_pretraining(tmp_path):
+    write_spoken_words([Espeak()], tmp_path / "words", num_sentences=42)
+    sound = next(iter(app.demo_speech.ShardSet(tmp_path / "words"))).media["flac"]
+    shown, hidden = (np.asarray(Image.open(io.BytesIO(mel_picture(sound, masked)))) for masked in (False, True))
+    grey = (hidden == 128).all((0, 2))
+    assert 0 < grey.sum() < len(grey) and np.array_equal(hidden[:, ~grey], shown[:, ~grey])
+    codes = np.asarray(Image.open(io.BytesIO(codes_picture(sound))))
+    assert codes.shape == (16, hidden.shape[1] // 4, 3)
+    assert len(np.unique(codes.reshape(-1, 3), axis=0)) > 20
