@@ -73,6 +73,19 @@ def loss_of_hidden_states(model: MultimodalModel, hidden: Tensor, batch: Batch) 
     return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
+def check_weights(**weights: float) -> None:
+    """Refuse losses' weights, by name, that are below 0, or all 0.
+
+    Raises:
+        ValueError: says which.
+    """
+    for name, weight in weights.items():
+        if not weight >= 0:
+            raise ValueError(f"{name} is {weight}; it must be 0 or more")
+    if not any(weights.values()):
+        raise ValueError(f"{' and '.join(weights)} are both 0: nothing is left to learn")
+
+
 class NextTokenObjective:
     """Language modelling on the answers' tokens; the loss is the mean over a step's target tokens.
 

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mm.batch import IGNORED, Batch
 from mm.model import MultimodalModel
-from mm.training.objectives import NextTokenObjective, next_token_loss
+from mm.training.objectives import NextTokenObjective, check_weights, next_token_loss
 from mm.training.parallel import whole
 from speech.adapter import num_tokens
 from speech.best_rq import BestRq, BestRqConfig, BestRqOutput, CodeStatistics, draw_masks
@@ -41,11 +41,7 @@ class SpeechObjective(NextTokenObjective):
 
     def __init__(self, ctc_weight: float = 0.0, next_token_weight: float = 1.0) -> None:
         super().__init__()
-        for name, weight in (("ctc_weight", ctc_weight), ("next_token_weight", next_token_weight)):
-            if not weight >= 0:
-                raise ValueError(f"{name} is {weight}; it must be 0 or more")
-        if not ctc_weight + next_token_weight:
-            raise ValueError("ctc_weight and next_token_weight are both 0: nothing is left to learn")
+        check_weights(ctc_weight=ctc_weight, next_token_weight=next_token_weight)
         self.ctc_weight, self.next_token_weight = ctc_weight, next_token_weight
         self.rms: Tensor | None = None
         self.padding = Padding()

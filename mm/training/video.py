@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from mm.batch import IGNORED, Batch
 from mm.model import MultimodalModel
-from mm.training.objectives import NextTokenObjective, next_token_loss
+from mm.training.objectives import NextTokenObjective, check_weights, next_token_loss
 
 SCALE = 20.0  # of cosines to logits: the right one of some hundred answers can have nearly all of the probability
 
@@ -33,11 +33,7 @@ class VideoObjective(NextTokenObjective):
 
     def __init__(self, matching_weight: float = 0.0, next_token_weight: float = 1.0) -> None:
         super().__init__()
-        for name, weight in (("matching_weight", matching_weight), ("next_token_weight", next_token_weight)):
-            if not weight >= 0:
-                raise ValueError(f"{name} is {weight}; it must be 0 or more")
-        if not matching_weight + next_token_weight:
-            raise ValueError("matching_weight and next_token_weight are both 0: nothing is left to learn")
+        check_weights(matching_weight=matching_weight, next_token_weight=next_token_weight)
         self.matching_weight, self.next_token_weight = matching_weight, next_token_weight
         self.matched = self.compared = 0
 
