@@ -14,8 +14,9 @@ from mm.config import usable_device
 from mm.speech_encoders import save_speech_encoder
 from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
-from mm.training.data import RecordDataset, Source, readable_samples, seed_of
+from mm.training.data import RecordDataset, Source, readable_samples
 from mm.training.loop import train
+from mm.training.order import seed_of
 from mm.training.parallel import Ranks
 from mm.training.speech import BestRqObjective, SpeechPretraining, Utterance, set_statistics
 from shards.format import AUDIO, Record

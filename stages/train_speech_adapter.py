@@ -22,7 +22,8 @@ from mm.speech_encoders import load_speech_encoder
 from mm.training.adapters import train_adapters
 from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
-from mm.training.data import RecordDataset, Source, readable_samples, seed_of
+from mm.training.data import RecordDataset, Source, readable_samples
+from mm.training.order import seed_of
 from mm.training.parallel import Ranks
 from mm.training.speech import SpeechObjective, set_statistics
 from shards.format import Record

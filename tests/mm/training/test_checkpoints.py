@@ -18,9 +18,10 @@ from torch import nn
 from torch.distributed.checkpoint import FileSystemWriter
 
 from mm.training.checkpoints import Checkpoints
-from mm.training.data import Position, steps
+from mm.training.data import Position
 from mm.training.loop import train
 from mm.training.objectives import NextTokenObjective
+from mm.training.order import steps
 from tests.mm.training.launch import launch
 
 PROGRAM = Path(__file__).with_name("checkpoint_ranks.py")

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from mm.training.adapters import loads_of
-from mm.training.data import Buckets, RecordDataset, Source, Unreadable, deal, epoch_order, step_loader, steps
+from mm.training.data import RecordDataset, Source, Unreadable, deal, step_loader
 from mm.training.flops import text_token_cost
+from mm.training.order import Buckets, epoch_order, steps
 from mm.training.parallel import Ranks
 from shards.format import Record
 from shards.writer import write_shards
