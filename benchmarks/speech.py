@@ -115,14 +115,13 @@ def measure_quantiser(seconds: float, repetitions: int) -> dict:
     """BEST-RQ's targets of one utterance, by cosine in one product and by a broadcast distance of unit vectors."""
     quantizer = RandomQuantizer(STACK * NUM_MELS, BestRqConfig())
     stacked = torch.randn(round(seconds * FRAMES_PER_SECOND / STACK), STACK * NUM_MELS)
-    codebooks = quantizer.codebooks.transpose(1, 2).contiguous()  # [Q, C, 16]
     found = {}
 
     def broadcast() -> None:
         vectors = F.normalize(stacked @ quantizer.projection, dim=-1)
         codes = [
             torch.cat([(part[:, None] - book).square().sum(-1).argmin(-1) for part in vectors.split(BROADCAST_AT_ONCE)])
-            for book in codebooks
+            for book in quantizer.codebooks
         ]
         found["broadcast"] = torch.stack(codes, 1)
 

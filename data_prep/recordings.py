@@ -7,7 +7,7 @@ out whole. A sentence of a set is in one split, whoever says it.
 import gzip
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from importlib import import_module
 from pathlib import Path
 
@@ -30,6 +30,7 @@ LANGUAGES = {
     "ru": "Russian",
     "sv": "Swedish",
 }
+ASTERISK_LANGUAGES = ("en", "es", "fr", "it", "ru")
 STAMP_LANGUAGES = ("bg", "es", "fr", "ro", "ru")  # of those that tuxpaint-stamps-default speaks, the fullest
 _MFA_LANGUAGES = {
     "13697_": "es",
@@ -78,7 +79,9 @@ def _answered(
     return Record(record_id, content, {"flac": to_flac(samples)})
 
 
-def asterisk_samples(folder: str | Path, dropped: Dropped | None = None) -> Iterator[Record]:
+def asterisk_samples(
+    folder: str | Path, dropped: Dropped | None = None, languages: Collection[str] | None = None
+) -> Iterator[Record]:
     """Yields the prompts of each language, one speaker per language.
 
     Lines with anything in brackets are left out: they describe tones, or say how the words are said.
@@ -86,12 +89,15 @@ def asterisk_samples(folder: str | Path, dropped: Dropped | None = None) -> Iter
     Args:
         folder: holds `asterisk/sounds/{language}_*/**.g722` and `doc/*/core-sounds-{language}.txt.gz`.
         dropped: gets (file, reason) for each recording left out.
+        languages: only these; None takes all that are there.
 
     Raises:
         ValueError: there are no transcripts; PyAV or soundfile is missing.
     """
     folder, dropped = Path(folder), [] if dropped is None else dropped
     for language, sentences in _prompts(folder).items():
+        if languages is not None and language not in languages:
+            continue
         for sounds in sorted(folder.glob(f"asterisk/sounds/{language}_*")):
             for name, text in sentences.items():
                 file = sounds / f"{name}.g722"
@@ -142,14 +148,18 @@ def _is_plain(text: str) -> bool:
     return bool(re.search(r"\w", text)) and not re.search(r"[][()<>{}]", text)
 
 
-def spoken_stamps(folder: str | Path, dropped: Dropped | None = None) -> Iterator[Record]:
+def spoken_stamps(
+    folder: str | Path, dropped: Dropped | None = None, languages: Collection[str] = STAMP_LANGUAGES
+) -> Iterator[Record]:
     """Yields the spoken descriptions of Tux Paint's stamps.
 
-    Stamps with one English sentence, or with one sentence in any language, are in one split.
+    Stamps with one English sentence, or with one sentence in any language, are in one split, whatever languages are
+    asked for.
 
     Args:
         folder: holds `stamps/**/{name}.txt` and `{name}_desc_{language}.ogg` beside it.
         dropped: gets (file, reason) for each recording left out.
+        languages: of STAMP_LANGUAGES.
 
     Raises:
         ValueError: there are no recordings; PyAV or soundfile is missing.
@@ -168,6 +178,8 @@ def spoken_stamps(folder: str | Path, dropped: Dropped | None = None) -> Iterato
         raise ValueError(f"{folder}: no stamps/**/*_desc_*.ogg in it that have a sentence")
     concepts = join_concepts((concept, f"{language}/{words_of(text)}") for _, language, text, concept in found)
     for path, language, text, concept in found:
+        if language not in languages:
+            continue
         split = split_of(concepts[concept], VALIDATION_SHARE, TEST_SHARE)
         source = f"tuxpaint/{path.relative_to(folder).as_posix()}"
         yield from _record(path, source, split, language, text, dropped)

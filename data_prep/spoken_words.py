@@ -1,12 +1,14 @@
-"""A closed set of spoken sentences, some 40 words in two synthetic voices, and sounds in which nothing is said -> shard
-records to transcribe.
+"""Sentences in synthetic voices, and sounds in which nothing is said -> shard records to transcribe.
+
+There is a closed set of some 40 words, each sentence in every voice, and there are sentences of any text, each in one.
 
 The voices are eSpeak NG's (package espeakng-loader) and flite's (its libraries in a folder); both are called as
 libraries in the processes that use them.
 """
 
 import ctypes
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module
@@ -118,6 +120,27 @@ def sentences_of(number: int, seed: int = 0) -> list[str]:
     return list(found)
 
 
+def spoken_sentences(
+    texts: Iterable[str], voices: Sequence[Espeak | Flite], number: int, seed: int = 0
+) -> Iterator[Record]:
+    """Yields so many sentences of texts, each in one of the voices; both are drawn with `seed`.
+
+    A text's first clause is a sentence where it has 3 to 12 words of plain letters.
+
+    Raises:
+        ValueError: there are fewer such sentences; a voice is missing.
+    """
+    clauses = (" ".join(re.split(r"[;:()\"]", text)[0].split()) for text in texts)
+    plain = re.compile(r"[A-Za-z'-]+(,? [A-Za-z'-]+){2,11}")
+    sentences = sorted({clause for clause in clauses if plain.fullmatch(clause)})
+    if len(sentences) < number:
+        raise ValueError(f"{number} sentences are asked for, and there are {len(sentences)} of 3 to 12 plain words")
+    rng = np.random.default_rng(seed)
+    for place in rng.permutation(len(sentences))[:number]:
+        voice = voices[int(rng.integers(len(voices)))]
+        yield _said(sentences[place], voice, side_of(sentences[place]))
+
+
 def split_of_sentence(text: str) -> str:
     """Single words are for training, so that every word has been heard; else as `recordings.side_of`."""
     return side_of(text) if " " in text else "train"
@@ -176,17 +199,12 @@ def _silent(number: int, seed: int) -> Record:
 
 
 def _spoken(sentences: list[str], voices: tuple[Espeak | Flite, ...]) -> list[Record]:
-    return [
-        transcription_record(
-            f"spoken-words/{type(voice).__name__}/{voice.voice}/{make_id(text)}",
-            split_of_sentence(text),
-            "en",
-            text,
-            voice.speak(text),
-        )
-        for text in sentences
-        for voice in voices
-    ]
+    return [_said(text, voice, split_of_sentence(text)) for text in sentences for voice in voices]
+
+
+def _said(text: str, voice: Espeak | Flite, split: str) -> Record:
+    source = f"spoken-words/{type(voice).__name__}/{voice.voice}/{make_id(text)}"
+    return transcription_record(source, split, "en", text, voice.speak(text))
 
 
 @cache

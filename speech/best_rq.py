@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layers.linear import Linear
+from layers.linear import Linear, linear
 from speech.conformer import STACK, SpeechEncoder, frame_mask
 
-FRAMES_AT_ONCE = 128  # of the quantiser on a CPU: their products with one codebook stay in the cache
-BLOCK = 128  # codes whose largest product is found first, see `_argmax`
+FRAMES_AT_ONCE = 64  # of the quantiser on a CPU: their products with one codebook stay in the cache
+BLOCK = 64  # codes whose largest product is found first, see `_argmax`
 COLLAPSED = 0.1  # share of the codes that even chances would reach, under which codes have collapsed
 
 
@@ -66,7 +66,7 @@ def draw_masks(lengths: Sequence[int] | Tensor, seeds: Sequence[int], config: Be
 
 
 class RandomQuantizer(nn.Module):
-    """Stacked features to codes. Its projection [F, code_dim] and codebooks [Q, code_dim, C] are buffers: saved, never
+    """Stacked features to codes. Its projection [F, code_dim] and codebooks [Q, C, code_dim] are buffers: saved, never
     trained, and FP32 whatever the module is cast to, since a rounded codebook would give other codes."""
 
     projection: Tensor
@@ -76,12 +76,12 @@ class RandomQuantizer(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(config.seed)
         projection = torch.empty(num_features, config.code_dim, device="cpu")
-        codebooks = torch.empty(config.num_codebooks, config.code_dim, config.codebook_size, device="cpu")
+        codebooks = torch.empty(config.num_codebooks, config.codebook_size, config.code_dim, device="cpu")
         nn.init.xavier_uniform_(projection, generator=generator)
         codebooks.normal_(generator=generator)
         device = torch.get_default_device()
         self.register_buffer("projection", projection.to(device))
-        self.register_buffer("codebooks", F.normalize(codebooks, dim=1).to(device))
+        self.register_buffer("codebooks", F.normalize(codebooks, dim=2).to(device))
 
     def _apply(self, fn, recurse: bool = True) -> "RandomQuantizer":
         before = {name: buffer for name, buffer in self.named_buffers()}
@@ -101,17 +101,17 @@ class RandomQuantizer(nn.Module):
             for book, codebook in enumerate(self.codebooks):
                 for start in range(0, len(vectors), max(1, at_once)):
                     part = slice(start, start + at_once)
-                    codes[part, book] = _argmax(vectors[part] @ codebook)
+                    codes[part, book] = _argmax(linear(codebook, vectors[part]))
         return codes
 
 
 def _argmax(scores: Tensor) -> Tensor:
-    """`scores.argmax(-1)` of [M, C]. On a CPU `argmax` takes far longer than `amax`: so the block is found by that."""
-    if not scores.is_cpu or scores.shape[1] % BLOCK:
-        return scores.argmax(-1)
-    blocks = scores.unflatten(1, (-1, BLOCK))
-    largest = blocks.amax(-1).argmax(-1)  # [M]
-    return largest * BLOCK + blocks[torch.arange(len(scores)), largest].argmax(-1)
+    """`scores.argmax(0)` of [C, M]. On a CPU `argmax` takes far longer than `amax`: so the block is found by that."""
+    if not scores.is_cpu or len(scores) % BLOCK:
+        return scores.argmax(0)
+    blocks = scores.unflatten(0, (-1, BLOCK))
+    largest = blocks.amax(1).argmax(0)  # [M]
+    return largest * BLOCK + blocks[largest, :, torch.arange(scores.shape[1])].argmax(-1)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """A conformer learns from sound alone, by BEST-RQ (paper §8.2): it names the codes of what is masked.
 
-The paper's encoder heard 15 million hours. What comes out is an encoder folder that `train_speech_adapter` starts from.
+The paper's encoder heard 15 million hours. With few, `transcripts` has it learn the letters of what is said, by CTC, in
+a run of its own or after BEST-RQ: the paper has no such step. What comes out is an encoder folder that
+`train_speech_adapter` starts from.
 """
 
 from collections.abc import Sequence
@@ -9,19 +11,31 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from mm.config import usable_device
-from mm.speech_encoders import save_speech_encoder
+from mm.processor import record_answer
+from mm.speech_encoders import load_speech_encoder, save_speech_encoder
 from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
 from mm.training.data import RecordDataset, Source, readable_samples
 from mm.training.loop import train
 from mm.training.order import seed_of
 from mm.training.parallel import Ranks
-from mm.training.speech import BestRqObjective, SpeechPretraining, Utterance, set_statistics
+from mm.training.speech import set_statistics
+from mm.training.speech_pretraining import (
+    BestRqObjective,
+    SpeechPretraining,
+    SpellingEncoder,
+    SpellingObjective,
+    Transcribed,
+    Utterance,
+    spelling,
+)
 from shards.format import AUDIO, Record
 from speech.best_rq import BestRqConfig
 from speech.conformer import ConformerLayer, SpeechEncoder, SpeechEncoderConfig
+from speech.features import FRAMES_PER_SECOND
 from speech.reading import read_sound
 
 # What may differ when an interrupted run is taken up again; `mm.training.loop` judges `training` itself.
@@ -36,14 +50,19 @@ class PretrainSpeechEncoder:
         output: folder of the run, and of the encoder at its end.
         data: shards with sound; of each record the first recording is heard, a random crop where it is longer than the
             encoder takes.
-        encoder: shape of the conformer. best_rq: masks and codes, which are not kept.
-        statistics_samples: so many recordings give the mean and deviation of the features.
+        encoder: shape of a new conformer; null with start_from, a folder of this stage whose encoder trains on.
+        transcripts: learn the letters of the records' answers in place of BEST-RQ; records with more sound than the
+            encoder takes, or other letters than Latin, Greek and Cyrillic, are left out.
+        best_rq: masks and codes, which are not kept.
+        statistics_samples: so many recordings give a new conformer the mean and deviation of the features.
     """
 
     output: str
     data: list[Source]
     training: TrainingConfig
-    encoder: SpeechEncoderConfig = field(default_factory=SpeechEncoderConfig)
+    encoder: SpeechEncoderConfig | None = None
+    start_from: str | None = None
+    transcripts: bool = False
     best_rq: BestRqConfig = field(default_factory=BestRqConfig)
     statistics_samples: int = 512
     device: str = "cpu"
@@ -55,15 +74,21 @@ def pretrain_speech_encoder(config: PretrainSpeechEncoder) -> None:
         raise ValueError("the encoder runs whole: leave training.tensor_ranks and training.pipeline_ranks at 1")
     device = usable_device(config.device)
     torch.manual_seed(config.training.seed)
-    model = SpeechPretraining(SpeechEncoder(config.encoder), config.best_rq)
-    prepare = partial(utterance_of, encoder=config.encoder, seed=config.training.seed)
-    dataset = RecordDataset(config.data, prepare, by_epoch=True)
-    known = readable_samples(dataset, config.statistics_samples)
-    set_statistics(model.speech_encoder, [utterance.mel for utterance in known])
+    encoder = starting_point(config)
+    settings = {"encoder": encoder.config, "seed": config.training.seed}
+    if config.transcripts:
+        model, objective = SpellingEncoder(encoder), SpellingObjective()
+        dataset = RecordDataset(config.data, partial(transcribed_of, encoder=encoder.config))
+    else:
+        model, objective = SpeechPretraining(encoder, config.best_rq), BestRqObjective(config.best_rq)
+        dataset = RecordDataset(config.data, partial(utterance_of, **settings), by_epoch=True)
+    if config.start_from is None:
+        known = readable_samples(dataset, config.statistics_samples)
+        set_statistics(encoder, [sample.mel for sample in known])
     output = Path(config.output)
     train(
         model,
-        BestRqObjective(config.best_rq),
+        objective,
         dataset,
         config.training,
         output,
@@ -74,7 +99,49 @@ def pretrain_speech_encoder(config: PretrainSpeechEncoder) -> None:
         identity={name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE},
     )
     if Ranks.here().first:
-        save_speech_encoder(output, model.speech_encoder)
+        save_speech_encoder(output, encoder)
+
+
+def starting_point(config: PretrainSpeechEncoder) -> SpeechEncoder:
+    """A new encoder, or the one of an earlier run, in FP32.
+
+    Raises:
+        ValueError: both or neither are asked for; the earlier one is no conformer.
+    """
+    if (config.encoder is None) == (config.start_from is None):
+        raise ValueError(
+            "give `encoder`, the shape of a new conformer, or `start_from`, the folder of one; one of the two"
+        )
+    if config.encoder is not None:
+        return SpeechEncoder(config.encoder)
+    encoder = load_speech_encoder(config.start_from)
+    if not isinstance(encoder, SpeechEncoder):
+        raise ValueError(f"{config.start_from} holds Whisper's encoder; this stage trains conformers")
+    return encoder.float()
+
+
+def sound_of(record: Record, encoder: SpeechEncoderConfig) -> Tensor:
+    """The features of a record's first recording, [T, num_mels].
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
+    sounds = [data for name, data in record.media.items() if name.rpartition(".")[2] in AUDIO]
+    if not sounds:
+        raise ValueError(f"record {record.id} holds no sound; its members are {', '.join(record.media) or 'none'}")
+    return encoder.features(read_sound(sounds[0]))
+
+
+def transcribed_of(record: Record, encoder: SpeechEncoderConfig) -> Transcribed:
+    """A record's first recording with the letters of its answer.
+
+    Raises:
+        ValueError: there is none, it cannot be read or is too long, or other letters.
+    """
+    mel = sound_of(record, encoder)
+    if len(mel) > encoder.max_mel_frames:
+        raise ValueError(f"{len(mel) / FRAMES_PER_SECOND:.1f} s are more than the encoder's {encoder.max_seconds} s")
+    return Transcribed(mel, spelling(record_answer(record)))
 
 
 def utterance_of(record: Record, epoch: int, encoder: SpeechEncoderConfig, seed: int) -> Utterance:
@@ -83,10 +150,7 @@ def utterance_of(record: Record, epoch: int, encoder: SpeechEncoderConfig, seed:
     Raises:
         ValueError: there is none, or it cannot be read.
     """
-    sounds = [data for name, data in record.media.items() if name.rpartition(".")[2] in AUDIO]
-    if not sounds:
-        raise ValueError(f"record {record.id} holds no sound; its members are {', '.join(record.media) or 'none'}")
-    mel = encoder.features(read_sound(sounds[0]))
+    mel = sound_of(record, encoder)
     own = seed_of(f"{seed}/{epoch}/{record.id}")
     most = encoder.max_mel_frames
     if len(mel) > most:

@@ -1,11 +1,9 @@
-"""What the speech stages train on: next tokens, what is heard near the embeddings of what is said, and BEST-RQ."""
+"""What a speech adapter trains on: next tokens, and what is heard near the embeddings of what is said."""
 
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
@@ -14,9 +12,8 @@ from mm.model import MultimodalModel
 from mm.training.objectives import NextTokenObjective, check_weights, next_token_loss
 from mm.training.parallel import whole
 from speech.adapter import num_tokens
-from speech.best_rq import BestRq, BestRqConfig, BestRqOutput, CodeStatistics, draw_masks
-from speech.conformer import STACK, SpeechEncoder
-from speech.features import FRAMES_PER_SECOND, FeatureStatistics
+from speech.conformer import SpeechEncoder
+from speech.features import FeatureStatistics
 
 SCALE = 20.0  # of cosines to logits: the right one of some hundred tokens can have nearly all of the probability
 
@@ -144,98 +141,3 @@ def set_statistics(encoder: SpeechEncoder, utterances: Sequence[Tensor]) -> None
     for mel in utterances:
         statistics.update(mel)
     encoder.set_feature_statistics(*statistics.mean_std())
-
-
-@dataclass
-class Utterance:
-    """Log-mel features [T, num_mels], and the seed of its masks; None masks nothing."""
-
-    mel: Tensor
-    seed: int | None
-
-
-@dataclass
-class UtteranceBatch:
-    """Utterances side by side: mel [B, T, num_mels], lengths int64 [B] and masks bool [B, T], both on the CPU."""
-
-    mel: Tensor
-    lengths: Tensor
-    masks: Tensor
-
-    def to(self, device: torch.device | str) -> "UtteranceBatch":
-        return UtteranceBatch(self.mel.to(device, non_blocking=True), self.lengths, self.masks)
-
-
-class SpeechPretraining(nn.Module):
-    """A speech encoder and what BEST-RQ needs beside it."""
-
-    def __init__(self, encoder: SpeechEncoder, config: BestRqConfig) -> None:
-        super().__init__()
-        self.speech_encoder = encoder
-        self.best_rq = BestRq(config, encoder.config.width, encoder.config.num_mels)
-
-    def forward(self, batch: UtteranceBatch) -> BestRqOutput:
-        return self.best_rq(self.speech_encoder, batch.mel, batch.lengths, batch.masks)
-
-
-class BestRqObjective:
-    """The codes behind masks; the loss is the mean over masked frames and codebooks.
-
-    Reported are, since the last report: the share of codes that were targets, averaged over codebooks, their
-    perplexity, the share of mel frames that were masked, how many codes were guessed, and the share of padding.
-    Collapsed codes are warned of. Over several ranks each counts its own, and the first reports.
-    """
-
-    whole_passes = ()
-
-    def __init__(self, config: BestRqConfig) -> None:
-        self.config, self.padding = config, Padding()
-        self._begin()
-
-    def _begin(self) -> None:
-        self.statistics, self.correct, self.targets = CodeStatistics(self.config), 0, 0
-
-    def idle(self, module: SpeechPretraining) -> Utterance:
-        return Utterance(torch.zeros(1, module.speech_encoder.config.num_mels), None)
-
-    def collate(self, samples: list[Utterance]) -> UtteranceBatch:
-        lengths = [len(sample.mel) for sample in samples]
-        masks = draw_masks(lengths, [sample.seed or 0 for sample in samples], self.config)
-        for row, sample in enumerate(samples):
-            masks[row] &= sample.seed is not None
-        return UtteranceBatch(
-            pad_sequence([sample.mel for sample in samples], batch_first=True), torch.tensor(lengths), masks
-        )
-
-    def size(self, sample: Utterance) -> int:
-        return len(sample.mel)
-
-    def count(self, batch: UtteranceBatch) -> int:
-        """Masked frames of the encoder, times codebooks. Behind an utterance nothing is masked, so that a last frame
-        that its mel frames do not fill is none."""
-        masks = F.pad(batch.masks, (0, -batch.masks.shape[1] % STACK)).unflatten(1, (-1, STACK))
-        return int(masks.all(-1).sum()) * self.config.num_codebooks
-
-    def loss(self, module: SpeechPretraining, batch: UtteranceBatch) -> Tensor:
-        self.padding.update(batch.lengths.tolist())
-        output = module(batch)
-        self.statistics.update(output.targets, output.num_masked, output.num_frames)
-        self.correct += int(output.num_correct)
-        self.targets += output.num_targets
-        return output.loss_sum
-
-    def throughput(self, batch: UtteranceBatch) -> dict[str, float]:
-        return {"audio_seconds": int(batch.lengths.sum()) / FRAMES_PER_SECOND, "mel_frames": batch.mel[..., 0].numel()}
-
-    def observe(self, module: SpeechPretraining) -> dict[str, float]:
-        if warning := self.statistics.warning():
-            print(f"warning: {warning}", file=sys.stderr)
-        values = {
-            "codes/coverage": float(self.statistics.coverage().mean()),
-            "codes/perplexity": float(self.statistics.perplexity().mean()),
-            "masked_share": self.statistics.masked_share(),
-            "codes/guessed": self.correct / max(1, self.targets),
-            **self.padding.take(),
-        }
-        self._begin()
-        return values

@@ -112,6 +112,7 @@ def test_prompts_of_every_language_less_bracketed_lines(tmp_path):
         {"type": "text", "text": "Repeat after me in Spanish:"},
         {"type": "audio", "audio": "flac"},
     ]
+    assert list(asterisk_samples(folder, languages=["es"])) == records[2:]
     with pytest.raises(ValueError, match=r"core-sounds"):
         list(asterisk_samples(tmp_path / "doc"))
 
@@ -165,6 +166,8 @@ def test_stamps_that_share_a_sentence_share_a_side(tmp_path):
         sides.setdefault(key, set()).add(record.json["split"])
     assert all(len(side) == 1 for side in sides.values())
     assert {split for side in sides.values() for split in side} == {"train", "validation", "test"}
+    french = [record for record in records if record.json["language"] == "fr"]
+    assert list(spoken_stamps(tmp_path, languages=["fr"])) == french != records
     with pytest.raises(ValueError, match="_desc_"):
         list(spoken_stamps(tmp_path / "absent"))
 

@@ -6,7 +6,16 @@ import pytest
 import soundfile
 
 from data_prep.recordings import side_of
-from data_prep.spoken_words import MAX_WORDS, WORDS, Espeak, Flite, sentences_of, silence, write_spoken_words
+from data_prep.spoken_words import (
+    MAX_WORDS,
+    WORDS,
+    Espeak,
+    Flite,
+    sentences_of,
+    silence,
+    spoken_sentences,
+    write_spoken_words,
+)
 from shards.reader import ShardSet
 
 
@@ -53,6 +62,21 @@ def test_sounds_without_words_differ_in_kind_loudness_and_length(tmp_path):
     silent = ShardSet(tmp_path / "set").select(task="silence")
     assert len(silent) == 60 and {record.json["split"] for record in silent} == {"train", "validation", "test"}
     assert all(record.json["messages"][1]["content"][0]["text"] == "" for record in silent)
+
+
+def test_sentences_of_a_text_are_said_by_one_voice_each():
+    clauses = [f"a sort of {noun}, not a large one" for noun in ("cat", "dog", "cow", "fish", "bird", "tree")]
+    texts = [f'{clause}; "an example"' for clause in clauses] + ["two words", "room 101 is taken", clauses[0]]
+    voices = [Espeak("en-us"), Espeak("en-us+f3")]
+    records = list(spoken_sentences(texts, voices, 6))
+    said = [record.json["messages"][1]["content"][0]["text"] for record in records]
+    assert sorted(said) == sorted(clauses) and said == [
+        record.json["messages"][1]["content"][0]["text"] for record in spoken_sentences(texts, voices, 6)
+    ]
+    assert all(record.json["split"] == side_of(text) for record, text in zip(records, said, strict=True))
+    assert all(1 < record.json["duration"] < 5 for record in records)
+    with pytest.raises(ValueError, match="7 sentences are asked for, and there are 6"):
+        list(spoken_sentences(texts, voices, 7))
 
 
 def test_missing_voices_are_named(tmp_path):

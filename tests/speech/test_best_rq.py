@@ -48,11 +48,11 @@ def test_codes_are_the_nearest_of_normalised_vectors(codebook_size):
     quantizer = RandomQuantizer(320, BestRqConfig(codebook_size=codebook_size, num_codebooks=5))
     stacked = torch.randn(140, 320)  # more than are taken at once
     vectors = F.normalize(stacked @ quantizer.projection, dim=-1)
-    codebooks = F.normalize(quantizer.codebooks.transpose(1, 2), dim=-1)  # [Q, C, 16]
+    codebooks = F.normalize(quantizer.codebooks, dim=-1)  # [Q, C, 16]
     distances = (vectors[:, None, None] - codebooks).square().sum(-1)  # [M, Q, C]
     assert torch.equal(quantizer(stacked), distances.argmin(-1))
     assert torch.equal(quantizer(3.7 * stacked), quantizer(stacked))
-    torch.testing.assert_close(quantizer.codebooks.norm(dim=1), torch.ones(5, codebook_size))
+    torch.testing.assert_close(quantizer.codebooks.norm(dim=2), torch.ones(5, codebook_size))
 
 
 def test_the_quantiser_is_saved_never_trained_and_stays_fp32(best_rq):

@@ -11,7 +11,17 @@ import yaml
 from data_prep.recordings import transcription_record
 from mm.speech_encoders import load_speech_encoder
 from mm.training.data import RecordDataset, Source, step_loader
-from mm.training.speech import BestRqObjective, SpeechPretraining, Utterance
+from mm.training.speech_pretraining import (
+    BestRqObjective,
+    SpeechPretraining,
+    SpellingEncoder,
+    SpellingObjective,
+    Transcribed,
+    Utterance,
+    alphabet,
+    likeliest,
+    spelling,
+)
 from shards.writer import write_shards
 from speech.best_rq import BestRqConfig
 from speech.conformer import SpeechEncoder, SpeechEncoderConfig
@@ -32,6 +42,21 @@ def recordings(tmp_path_factory):
         samples = 8000 * np.sin(2 * np.pi * np.cumsum(pitch) / 16_000) + rng.normal(0, 50, len(time))
         records.append(transcription_record(f"tone/{number}", "train", "en", "tone", samples.astype(np.int16)))
     folder = tmp_path_factory.mktemp("sounds") / "shards"
+    write_shards(records, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def spoken(tmp_path_factory):
+    """Each letter a pitch: what is said can be read off the features."""
+    records = []
+    for number in range(32):
+        rng = np.random.default_rng(number)
+        word = "".join(rng.permutation(list("abcd"))[:3])
+        pitches = np.repeat([{"a": 400, "b": 900, "c": 1800, "d": 3200}[letter] for letter in word], 4000)
+        samples = 8000 * np.sin(2 * np.pi * np.cumsum(pitches) / 16_000) + rng.normal(0, 50, len(pitches))
+        records.append(transcription_record(f"word/{number}", "train", "en", word, samples.astype(np.int16)))
+    folder = tmp_path_factory.mktemp("spoken") / "shards"
     write_shards(records, folder)
     return folder
 
@@ -127,9 +152,54 @@ def test_collapsed_codes_are_warned_of(capsys):
     assert objective.observe(None)["codes/coverage"] == 0
 
 
+def test_letters_are_learnt_from_transcripts_and_a_run_starts_from_another(config, spoken):
+    training = {"steps": 80, "batch_size": 8, "rates": {"*": 5e-3}, "log_every": 20, "workers": 0}
+    file, folder = config(data=[{"path": str(spoken)}], transcripts=True, training=training)
+    main(["--config", str(file)])
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    assert lines[-1]["letter_error_rate"] < 0.1 < lines[0]["letter_error_rate"]
+    assert not any("letters" in name for name in load_speech_encoder(folder).state_dict())  # the layer is not kept
+    begun = folder.with_name("begun")
+    main([*("--config", str(file), "--encoder", "null", "--start_from", str(folder), "--output", str(begun)),
+          *("--training.steps", "1", "--training.rates", '{"*": 0.0}')])  # fmt: skip
+    earlier, later = (load_speech_encoder(run).state_dict() for run in (folder, begun))
+    assert all(torch.equal(later[name], value) for name, value in earlier.items())
+
+
+def test_the_loss_over_letters_is_the_sum_of_each_utterance_alone():
+    torch.manual_seed(0)
+    module, objective = SpellingEncoder(SpeechEncoder(SpeechEncoderConfig(**ENCODER))), SpellingObjective()
+    samples = [Transcribed(torch.randn(length, 80), spelling(text)) for length, text in ((61, "ab"), (140, "Cab, 'd'"))]
+    alone = [objective.collate([sample]) for sample in samples]
+    both = objective.collate([*samples, objective.idle(module)])
+    assert objective.count(both) == sum(map(objective.count, alone)) == 2 + 5
+    torch.testing.assert_close(objective.loss(module, both), sum(objective.loss(module, one) for one in alone))
+
+
+def test_what_is_said_is_spelt_in_small_letters_without_punctuation():
+    def written(text: str) -> str:
+        letters = {number: letter for letter, number in alphabet().items()}
+        return "".join(letters[number] for number in spelling(text))
+
+    assert written("  Don’t  press “#1” -- 'naïve' ÉTÉ! ") == "don't press 1 naïve été"
+    assert written("Звёзды, Straße Ωμέγα") == "звёзды strasse ωμέγα"
+    assert written("...") == ""
+    with pytest.raises(ValueError, match="letters other than Latin, Greek and Cyrillic: 日本"):
+        spelling("日本")
+
+
+def test_the_likeliest_path_leaves_out_blanks_and_repeats():
+    path = torch.tensor([0, 3, 3, 0, 3, 5, 5, 0])
+    assert likeliest(torch.nn.functional.one_hot(path, 6)) == [3, 3, 5]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"start_from": "runs/ears"}, "one of the two"),
+        ({"encoder": None}, "one of the two"),
+        ({"encoder": None, "start_from": "nowhere"}, "nowhere"),
+        ({"transcripts": True, "encoder": {**ENCODER, "max_seconds": 0.1}}, "more than the encoder's 0.1 s"),
         ({"encoder": {**ENCODER, "width": 33}}, "width 33"),
         ({"statistics_samples": 0}, "0 samples"),
         ({"data": [{"path": "nowhere"}]}, "nowhere"),
