@@ -8,6 +8,7 @@ import gzip
 import io
 import re
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -53,11 +54,13 @@ def transcription_record(source: str, split: str, language: str, text: str, samp
     return _answered(source, split, "transcription" if text else "silence", language, request, text, samples)
 
 
-def translation_record(source: str, split: str, language: str, text: str, samples: np.ndarray) -> Record:
-    """A record that asks to say in another language what is said (paper §8.2.2); arguments as `transcription_record`,
+def translation_record(source: str, split: str, language: str, text: str, samples: np.ndarray, said: str) -> Record:
+    """A record that asks to put `said` into another language (paper §8.2.2); arguments as `transcription_record`,
     language and text being the translation's."""
     request = f"Translate the following sentence into {LANGUAGES[language]}:"
-    return _answered(source, split, "translation", language, request, text, samples)
+    record = _answered(source, split, "translation", language, request, text, samples)
+    record.json["said"] = said
+    return record
 
 
 def _answered(
@@ -129,7 +132,8 @@ def asterisk_translations(folder: str | Path, dropped: Dropped | None = None) ->
                     if side_of(said) != side_of(text):
                         dropped.append((source, "sentence and translation are in different splits"))
                         continue
-                    yield from _record(file, source, side_of(said), other, text, dropped, translation_record)
+                    make = partial(translation_record, said=said)
+                    yield from _record(file, source, side_of(said), other, text, dropped, make)
 
 
 def _prompts(folder: Path) -> dict[str, dict[str, str]]:

@@ -23,6 +23,7 @@ from mm.training.adapters import train_adapters
 from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
 from mm.training.data import RecordDataset, Source, readable_samples
+from mm.training.distillation import with_twin
 from mm.training.order import seed_of
 from mm.training.parallel import Ranks
 from mm.training.speech import SpeechObjective, set_statistics
@@ -47,7 +48,8 @@ class TrainSpeechAdapter:
             nothing.
         statistics_samples: so many samples give a new conformer the mean and deviation of its features.
         spec_augment: hide stripes of each training utterance, others in each epoch; null hides nothing.
-        ctc_weight, next_token_weight: see `mm.training.speech.SpeechObjective`. The paper has the second loss only.
+        ctc_weight, next_token_weight, distillation_weight: see `mm.training.speech.SpeechObjective`. The paper has the
+            second loss only.
         chat_template: see `mm.processor.Processor`.
         bundle: copy the language model into the run folder.
     """
@@ -66,6 +68,7 @@ class TrainSpeechAdapter:
     spec_augment: SpecAugmentConfig | None = None
     ctc_weight: float = 0.0
     next_token_weight: float = 1.0
+    distillation_weight: float = 0.0
     chat_template: str | None = None
     bundle: bool = False
     device: str = "cpu"
@@ -73,13 +76,11 @@ class TrainSpeechAdapter:
 
 def train_speech_adapter(config: TrainSpeechAdapter) -> None:
     """Train a speech encoder and a speech adapter for a frozen language model."""
-    objective = SpeechObjective(config.ctc_weight, config.next_token_weight)
+    objective = SpeechObjective(config.ctc_weight, config.next_token_weight, config.distillation_weight)
     model, processor, language_model = starting_point(config)
-    prepare = None
-    if config.spec_augment is not None:
-        prepare = partial(augmented, processor=processor, config=config.spec_augment, seed=config.training.seed)
+    prepare = partial(prepared, processor=processor, config=config)
     train_adapters(model, processor, config, "speech adapter", only="speech_", objective=objective, prepare=prepare)
-    if config.next_token_weight == 0:
+    if not objective.runs_language_model:
         match_embeddings(model, sounds_of(config, processor))
     if Ranks.here().first:
         bundle = config.bundle or language_model is None
@@ -136,11 +137,14 @@ def sounds_of(config: TrainSpeechAdapter, processor: Processor) -> list[Tensor]:
     return [mel for sample in samples if set(sample.labels) - stops for mel in sample.speech]
 
 
-def augmented(record: Record, epoch: int, processor: Processor, config: SpecAugmentConfig, seed: int) -> Sample:
-    """A training sample with stripes of its utterances hidden, which follow from record, epoch and seed."""
-    sample = processor.record_example(record)
-    generator = torch.Generator().manual_seed(seed_of(f"{seed}/{epoch}/{record.id}"))
-    return replace(sample, speech=[spec_augment(mel, config, generator) for mel in sample.speech])
+def prepared(record: Record, epoch: int, processor: Processor, config: TrainSpeechAdapter) -> Sample:
+    """A training sample, with its twin if it is distilled from, and with stripes of its utterances hidden if any are to
+    be, which follow from record, epoch and seed."""
+    sample = with_twin(record, processor) if config.distillation_weight else processor.record_example(record)
+    if config.spec_augment is None:
+        return sample
+    generator = torch.Generator().manual_seed(seed_of(f"{config.training.seed}/{epoch}/{record.id}"))
+    return replace(sample, speech=[spec_augment(mel, config.spec_augment, generator) for mel in sample.speech])
 
 
 def encoder_of(config: TrainSpeechAdapter) -> torch.nn.Module:

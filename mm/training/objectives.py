@@ -83,7 +83,7 @@ def check_weights(**weights: float) -> None:
         if not weight >= 0:
             raise ValueError(f"{name} is {weight}; it must be 0 or more")
     if not any(weights.values()):
-        raise ValueError(f"{' and '.join(weights)} are both 0: nothing is left to learn")
+        raise ValueError(f"{' and '.join(weights)} are all 0: nothing is left to learn")
 
 
 class NextTokenObjective:

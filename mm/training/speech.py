@@ -7,9 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from mm.batch import IGNORED, Batch
+from mm.batch import IGNORED, Batch, Sample
 from mm.model import MultimodalModel
-from mm.training.objectives import NextTokenObjective, check_weights, next_token_loss
+from mm.training.distillation import collate_twins, divergence
+from mm.training.objectives import NextTokenObjective, check_weights, loss_of_hidden_states
 from mm.training.parallel import whole
 from speech.adapter import num_tokens
 from speech.conformer import SpeechEncoder
@@ -27,8 +28,9 @@ class SpeechObjective(NextTokenObjective):
     An answer's tokens are told from those of all answers in the micro-batch, not from the whole vocabulary.
 
     Args:
-        ctc_weight: of the auxiliary loss, per token of the answers. next_token_weight: of the language model's; with 0
-            it is not run at all.
+        ctc_weight: of the auxiliary loss, per token of the answers. next_token_weight: of the language model's.
+        distillation_weight: of the divergence from the language model that reads the transcript, per token of the
+            answers (`mm.training.distillation`). With 0 and next_token_weight 0 the language model is not run at all.
 
     Raises:
         ValueError: a weight below 0, or none above.
@@ -36,16 +38,27 @@ class SpeechObjective(NextTokenObjective):
 
     whole_passes = (*NextTokenObjective.whole_passes, "hear")
 
-    def __init__(self, ctc_weight: float = 0.0, next_token_weight: float = 1.0) -> None:
+    def __init__(
+        self, ctc_weight: float = 0.0, next_token_weight: float = 1.0, distillation_weight: float = 0.0
+    ) -> None:
         super().__init__()
-        check_weights(ctc_weight=ctc_weight, next_token_weight=next_token_weight)
+        weights = {"next_token_weight": next_token_weight, "distillation_weight": distillation_weight}
+        check_weights(ctc_weight=ctc_weight, **weights)
         self.ctc_weight, self.next_token_weight = ctc_weight, next_token_weight
+        self.distillation_weight = distillation_weight
         self.rms: Tensor | None = None
         self.padding = Padding()
 
+    @property
+    def runs_language_model(self) -> bool:
+        return bool(self.next_token_weight or self.distillation_weight)
+
+    def collate(self, samples: list[Sample]) -> Batch:
+        return collate_twins(samples) if self.distillation_weight else super().collate(samples)
+
     def loss(self, module: MultimodalModel, batch: Batch) -> Tensor:
         self.padding.update([len(mel) for mel in batch.speech])
-        if not self.next_token_weight:
+        if not self.runs_language_model:
             if not batch.speech:
                 return batch.tokens.new_zeros((), dtype=torch.float32)
             heard = [module.hear(batch.speech)]
@@ -54,9 +67,12 @@ class SpeechObjective(NextTokenObjective):
             heard = []
             hook = module.speech_adapter.register_forward_hook(lambda _, __, output: heard.append(packed(*output)))
             try:
-                loss = self.next_token_weight * next_token_loss(module, batch)
+                hidden = module.hidden_states(batch)
             finally:
                 hook.remove()
+            loss = self.next_token_weight * loss_of_hidden_states(module, hidden, batch)
+            if self.distillation_weight:
+                loss = loss + self.distillation_weight * divergence(module, hidden, batch)
         if heard:
             self.rms = heard[0].detach().float().square().mean().sqrt()
             if self.ctc_weight:

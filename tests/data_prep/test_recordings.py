@@ -137,7 +137,7 @@ def test_prompts_are_translated_where_both_sentences_are_in_one_split(tmp_path):
     }
     assert len(dropped) == 2 and all("different splits" in reason for _, reason in dropped)
     assert request_of(records[0])[0]["text"] == "Translate the following sentence into Spanish:"
-    assert {record.json["task"] for record in records} == {"translation"}
+    assert {record.json["task"] for record in records} == {"translation"} and records[0].json["said"] == english["a"]
     transcribed = {record.id for record in asterisk_samples(folder)}
     assert not transcribed & {record.id for record in records}
 

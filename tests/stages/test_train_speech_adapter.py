@@ -15,6 +15,8 @@ from mm.checkpoint import hash_weights, load_encoder, read_description, save
 from mm.evaluation.evaluate import evaluate
 from mm.language_model import LanguageModelConfig
 from mm.speech_encoders import load_speech_encoder, save_speech_encoder
+from mm.training.config import TrainingConfig
+from mm.training.distillation import with_twin
 from mm.training.objectives import next_token_loss
 from mm.training.speech import SpeechObjective
 from shards.format import Record
@@ -22,7 +24,7 @@ from shards.reader import ShardSet
 from shards.writer import write_shards
 from speech.conformer import SpeechEncoder, SpeechEncoderConfig
 from speech.features import FeatureStatistics, SpecAugmentConfig
-from stages.train_speech_adapter import augmented, main
+from stages.train_speech_adapter import TrainSpeechAdapter, main, prepared
 
 ENCODER = {"num_layers": 1, "width": 32, "ffn_width": 48, "num_heads": 2}
 ADAPTER = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 2}
@@ -194,6 +196,38 @@ def test_a_model_that_only_hears_learns_by_alignment_and_goes_on_with_the_langua
     assert not torch.equal(other.speech_adapter.boundaries, model.speech_adapter.boundaries)
 
 
+def test_hearing_is_held_against_reading(speech_config, repeater, recordings):
+    """The model that reads the words is the teacher; where nothing is said, or nobody knows what, there is none."""
+    file, folder = speech_config(start_from=str(repeater), next_token_weight=0.0, distillation_weight=1.0)
+    main(["--config", str(file)])
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    assert lines[-1]["loss"] < 0.3 * lines[0]["loss"]
+    model, processor = mm.load(folder)
+    record = tones(107, "test")
+    prompt, said = record.json["messages"]
+    asked = [prompt["content"][0], {"type": "text", "text": said["content"][0]["text"]}]
+    read = processor.example([{"role": "user", "content": asked}, said])
+    (twin,) = [with_twin(record, processor).read]
+    assert twin == read and not read.speech
+    unknown = Record(record.id, {**record.json, "task": "dialogue"}, record.media)
+    assert with_twin(unknown, processor).read is None and with_twin(hush(1, "test"), processor).read is None
+    known = Record(record.id, {**unknown.json, "said": said["content"][0]["text"]}, record.media)
+    assert with_twin(known, processor).read == read
+
+    def answers(sample: mm.Sample) -> torch.Tensor:
+        logits = model(mm.collate([sample]))[0, :-1]
+        return logits[torch.tensor(sample.labels[1:]) != -100].log_softmax(-1)
+
+    with torch.no_grad():
+        hearing, reading = answers(processor.record_example(record)), answers(read)
+        expected = (reading.exp() * (reading - hearing)).sum()
+        rows = [with_twin(one, processor) for one in (hush(1, "test"), record, unknown)]
+        objective = SpeechObjective(0.0, 0.0, 2.0)
+        loss = objective.loss(model, objective.collate(rows))
+    assert 0 < expected < 0.5
+    torch.testing.assert_close(loss, 2 * expected, rtol=1e-4, atol=1e-5)
+
+
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(speech_config, monkeypatch):
     training = {**TWO_STEPS, "steps": 4, "save_every": 2}
     file, whole = speech_config("whole", training=training, ctc_weight=0.5)
@@ -224,9 +258,8 @@ def test_stripes_follow_from_record_and_epoch(speech_config, recordings):
     processor = mm.load(folder)[1]
     record = ShardSet(recordings)[5]
     plain = processor.record_example(record)
-    first, again, later = (
-        augmented(record, epoch, processor, SpecAugmentConfig(max_mels=20), seed=0) for epoch in (0, 0, 1)
-    )
+    config = TrainSpeechAdapter("", [], TrainingConfig(1, 1), spec_augment=SpecAugmentConfig(max_mels=20))
+    first, again, later = (prepared(record, epoch, processor, config) for epoch in (0, 0, 1))
     assert first.tokens == plain.tokens and first.labels == plain.labels
     assert torch.equal(first.speech[0], again.speech[0])
     assert not torch.equal(first.speech[0], later.speech[0]) and not torch.equal(first.speech[0], plain.speech[0])
@@ -261,7 +294,7 @@ def test_an_encoder_of_its_own_folder_is_taken_as_it_is(speech_config, tmp_path)
         ({"speech_encoder": "somewhere"}, "one of the two"),
         ({"start_from": None}, "name start_from"),
         ({"ctc_weight": -1.0}, "ctc_weight is -1"),
-        ({"next_token_weight": 0.0}, "are both 0"),
+        ({"next_token_weight": 0.0}, "are all 0"),
         ({"encoder": None, "speech_encoder": "nowhere.pt"}, "nowhere.pt: no such file"),
     ],
 )

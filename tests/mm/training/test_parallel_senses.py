@@ -6,6 +6,7 @@ import torch
 import mm
 from mm.batch import IGNORED
 from mm.training.adapters import UNITS
+from mm.training.distillation import Heard
 from mm.training.speech import SpeechObjective
 from mm.training.video import VideoObjective
 from speech.adapter import num_tokens
@@ -42,6 +43,12 @@ def hearing(model: mm.MultimodalModel) -> list[mm.Sample]:
     return samples
 
 
+def with_twins(samples: list[mm.Sample]) -> list[mm.Sample]:
+    """With the answer in the recording's place to read; one sample has no twin."""
+    reads = [answered(answer, answer) for answer in ANSWERS]
+    return [*(Heard(**vars(one), read=read) for one, read in zip(samples[:3], reads, strict=False)), samples[3]]
+
+
 @pytest.mark.slow
 def test_gradients_are_those_of_one_process(model, random_tiles, config, tmp_path):
     cases = {
@@ -49,6 +56,7 @@ def test_gradients_are_those_of_one_process(model, random_tiles, config, tmp_pat
         "watching": (watching(model, random_tiles), VideoObjective(0.5, 1.0), "video_adapter.*"),
         "ctc": (hearing(model), SpeechObjective(1.0, 0.0), "speech_encoder.*"),
         "hearing": (hearing(model), SpeechObjective(0.5, 1.0), "speech_*"),
+        "distilled": (with_twins(hearing(model)), SpeechObjective(0.5, 1.0, 0.5), "speech_*"),
     }
     for name, (samples, objective, trained) in cases.items():
         settings = config(max_gradient_norm=1e9, rates={trained: 1e-3, "*": None})
