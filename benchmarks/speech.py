@@ -4,11 +4,15 @@
     python -m benchmarks.speech --seconds 5 --repetitions 1
 
 The conformer layer is the preset's (1536 wide, 24 heads, kernel 7), on one utterance of 30 s (750 frames). Its floor is
-its ten matrix products with weights alone, by the faster of PyTorch's two kernels: no attention, no norms.
+its ten matrix products with weights alone, by the faster of PyTorch's two kernels: no attention, no norms. Padding is
+that of steps drawn from shards (`python -m app.speech_sets` makes them), as they come and in buckets of duration.
 """
 
 import argparse
+import sys
 from collections.abc import Callable
+from itertools import islice, product
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,8 +27,12 @@ from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import (
 )
 
 from benchmarks.measure import interleave, machine, seconds_of, spread, write_results
+from data_prep.recordings import ASTERISK_LANGUAGES
 from layers.linear import linear
 from layers.rotary import RotaryConfig, rotary_angles
+from mm.training.data import RecordDataset, Source
+from mm.training.order import Buckets, steps
+from mm.training.speech import Padding
 from speech.best_rq import BestRqConfig, RandomQuantizer
 from speech.conformer import STACK, ConformerLayer, SpeechEncoderConfig
 from speech.features import FRAMES_PER_SECOND, NUM_MELS, SAMPLE_RATE, log_mel
@@ -172,11 +180,27 @@ def measure_features(seconds: float, repetitions: int) -> dict:
     }
 
 
+def measure_padding(folders: list[str]) -> dict:
+    """The share of padding in an epoch's steps of 16 and of 32, by how many steps' samples are sorted together."""
+    dataset = RecordDataset([Source(folder) for folder in folders], lambda record: record)
+    seconds = dataset.durations()
+    shares = {}
+    for batch_size, together in product((16, 32), (1, 10, 50)):
+        padding = Padding()
+        buckets = Buckets(seconds, batch_size, together) if together > 1 else None
+        drawn = steps(len(dataset), batch_size, seed=0, buckets=buckets)
+        for indices in islice(drawn, len(dataset) // batch_size):
+            padding.update((FRAMES_PER_SECOND * seconds[indices]).int().tolist())
+        shares[f"{batch_size} recordings, {together}"] = padding.take()["padding_share"]
+    return {"recordings": len(dataset), "hours": float(seconds.sum()) / 3600, "shares": shares}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=30.0, help="length of the utterance")
     parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--data", nargs="*", default=[f"data/speech/asterisk_{name}" for name in ASTERISK_LANGUAGES])
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
@@ -185,6 +209,8 @@ def main() -> None:
         "quantiser": measure_quantiser(arguments.seconds, arguments.repetitions),
         "features": measure_features(arguments.seconds, 3 * arguments.repetitions),
     }
+    if all(Path(folder).exists() for folder in arguments.data):
+        rows["padding"] = measure_padding(arguments.data)
     print("| what | implementation | median, ms | times |\n|---|---|---|---|")
     for mode, row in rows["layer"].items():
         for name, taken in row["seconds"].items():
@@ -196,6 +222,12 @@ def main() -> None:
     for name, taken in rows["features"]["seconds"].items():
         ratio = "" if name == "ours" else f"{rows['features']['ratio'][name]:.1f} x ours"
         print(f"| log-mel | {name} | {1e3 * taken['median']:.1f} | {ratio} |")
+    for name, share in rows.get("padding", {"shares": {}})["shares"].items():
+        print(f"| padding, steps of {name} sorted together | | | {share:.1%} |")
+    if "padding" not in rows:
+        print(
+            f"padding: not measured, {', '.join(arguments.data)} are made by python -m app.speech_sets", file=sys.stderr
+        )
     print(
         f"\nto reach: layer <= {LAYER_TO_REACH} x the floor, targets >= {QUANTISER_TO_REACH:.0f} x, "
         f"features >= {FEATURES_TO_REACH:.0f} x kaldi-native-fbank"

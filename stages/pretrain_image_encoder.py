@@ -59,8 +59,11 @@ class PretrainImageEncoder:
 
 def pretrain_image_encoder(config: PretrainImageEncoder) -> None:
     """Train an image encoder and a text tower by contrast; keep the encoder."""
-    if config.training.micro_batch_size not in (None, config.training.batch_size):
-        raise ValueError("contrastive training compares all pairs of a step: leave training.micro_batch_size out")
+    if config.training.micro_batch_size not in (None, config.training.batch_size) or config.training.micro_batch_tokens:
+        raise ValueError(
+            "contrastive training compares all pairs of a step: leave training.micro_batch_size and "
+            "training.micro_batch_tokens out"
+        )
     if config.training.tensor_ranks * config.training.pipeline_ranks > 1:
         raise ValueError("both towers run whole: leave training.tensor_ranks and training.pipeline_ranks at 1")
     max_tiles = config.encoder.max_num_tiles if config.max_tiles is None else config.max_tiles

@@ -25,6 +25,8 @@ class TrainingConfig:
         steps: optimizer steps in all.
         batch_size: samples per step, over all ranks. micro_batch_size: samples per forward pass of a rank; null takes
             its whole share.
+        micro_batch_tokens: the most tokens that a forward pass holds, padding counted (of an encoder's own stage: mel
+            frames), so that long samples come few at a time and short ones many; null sets no limit. One process only.
         rates: name pattern -> learning rate; the first that fits decides, null freezes.
         warmup_steps, final_rate_factor: linear warm-up, then a cosine down to this share of the rates.
         compute: "fp32" or "bf16" (autocast; weights, gradients and optimizer stay FP32).
@@ -47,6 +49,7 @@ class TrainingConfig:
     batch_size: int
     rates: dict[str, float | None] = field(default_factory=dict)
     micro_batch_size: int | None = None
+    micro_batch_tokens: int | None = None
     warmup_steps: int = 0
     final_rate_factor: float = 0.0
     weight_decay: float = 0.01
@@ -98,6 +101,10 @@ class TrainingConfig:
             raise ValueError(
                 f"training.micro_batch_size is {self.micro_batch_size}; it can be "
                 f"1 to the batch_size, {self.batch_size}"
+            )
+        if self.micro_batch_tokens is not None and self.micro_batch_tokens < 1:
+            raise ValueError(
+                f"training.micro_batch_tokens is {self.micro_batch_tokens}; it must be at least 1, or null"
             )
         if self.compute not in ("fp32", "bf16"):
             raise ValueError(f"training.compute is {self.compute!r}; it can be fp32 or bf16")

@@ -264,6 +264,17 @@ class _Endless:
             consumed += batch_size
 
 
+def parts_of(sizes: Sequence[int], samples: list[Any], most: int, budget: int | None) -> list[list[Any]]:
+    """Samples in their order, of sizes that do not fall, cut into parts: at most so many each, and where there are
+    several, their number times the largest's size is within the budget."""
+    parts: list[list[Any]] = []
+    for size, sample in zip(sizes, samples, strict=True):
+        if not parts or len(parts[-1]) == most or (budget is not None and (len(parts[-1]) + 1) * size > budget):
+            parts.append([])
+        parts[-1].append(sample)
+    return parts
+
+
 class Work(NamedTuple):
     """A rank's part of a step: micro-batches (none where nothing could be read), what could not be read, and how much
     of what is reported per second is in it."""
@@ -274,20 +285,27 @@ class Work(NamedTuple):
 
 
 def collate_step(
-    samples: list[Any], objective: Objective, micro_batch_size: int | None, idle: Any = None, share: int = 0
+    samples: list[Any],
+    objective: Objective,
+    micro_batch_size: int | None,
+    idle: Any = None,
+    share: int = 0,
+    budget: int | None = None,
 ) -> Work:
     """A step's samples, or a rank's share of them, as micro-batches.
 
     Args:
+        budget: the most that a micro-batch of several samples holds, by the objective's sizes and padding counted; not
+            beside `idle`.
         idle: put into each micro-batch of a rank among several, so that whatever is in it, or if nothing is, it runs
             through the same parts as the others'. share: the most samples that any rank has.
     """
     unreadable = [sample for sample in samples if isinstance(sample, Unreadable)]
     good = [sample for sample in samples if not isinstance(sample, Unreadable)]
     size = micro_batch_size or max(1, len(good) if idle is None else share)
-    if size < len(good):
+    if size < len(good) or budget is not None:
         good.sort(key=objective.size)
-    parts = [good[start : start + size] for start in range(0, len(good), size)]
+    parts = parts_of([objective.size(sample) for sample in good], good, size, budget)
     batches = [objective.collate(part) for part in parts]
     amounts = {} if idle is None else dict.fromkeys(objective.throughput(objective.collate([idle])), 0)
     for batch in batches:

@@ -74,6 +74,11 @@ def train(
     if config.compile:
         require_compiler()
     device, ranks = usable_device(device), Ranks.here()
+    if config.micro_batch_tokens is not None and ranks.size > 1:
+        raise ValueError(
+            "training.micro_batch_tokens makes other numbers of passes on other ranks: under torchrun limit them by "
+            "training.micro_batch_size"
+        )
     layout = Layout.of(config, ranks.size)
     readers = layout.readers(ranks.rank)
     rates = apply_rates(module, config.rates)
@@ -103,6 +108,7 @@ def train(
             micro_batch_size=config.micro_batch_size,
             idle=idle,
             share=math.ceil(config.batch_size / readers.size),
+            budget=config.micro_batch_tokens,
         ),
         config.batch_size,
         position.seed,

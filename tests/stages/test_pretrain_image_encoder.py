@@ -140,7 +140,7 @@ def test_a_record_without_text_is_left_out(encoder_config, square_record, tmp_pa
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"training": {"micro_batch_size": 8}}, "leave training.micro_batch_size out"),
+        ({"training": {"micro_batch_size": 8}}, "leave training.micro_batch_size and"),
         ({"training": {"tensor_ranks": 2}}, "leave training.tensor_ranks and training.pipeline_ranks at 1"),
         ({"loss": "triplet"}, "loss 'triplet' is not known; it can be clip or siglip"),
         ({"training": {"rates": {"*": None}}}, "freezes every parameter"),

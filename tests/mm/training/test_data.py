@@ -2,15 +2,18 @@
 
 import io
 import itertools
+import random
 from collections import Counter
 from functools import partial
 
 import pytest
 import torch
 
+import mm
 from mm.training.adapters import loads_of
-from mm.training.data import RecordDataset, Source, Unreadable, deal, step_loader
+from mm.training.data import RecordDataset, Source, Unreadable, collate_step, deal, parts_of, step_loader
 from mm.training.flops import text_token_cost
+from mm.training.objectives import NextTokenObjective
 from mm.training.order import Buckets, epoch_order, steps
 from mm.training.parallel import Ranks
 from shards.format import Record
@@ -289,3 +292,22 @@ def test_work_is_told_by_the_index(tmp_path, random_picture, square_record, tiny
     cost = text_token_cost(tiny_config)
     expected = [5 * count + cost * length for count, length in zip(tiles, tokens, strict=True)]  # 4 patches and a CLS
     assert loads_of(dataset, tiny_config, 4).tolist() == pytest.approx(expected * 2, abs=0.5)
+
+
+def test_micro_batches_keep_to_number_and_tokens():
+    rng = random.Random(0)
+    for _ in range(200):
+        sizes = sorted(rng.randint(1, 100) for _ in range(rng.randint(1, 30)))
+        most, budget = rng.randint(1, 10), rng.choice((None, rng.randint(1, 400)))
+        parts = parts_of(sizes, sizes, most, budget)
+        assert [size for part in parts for size in part] == sizes
+        assert all(1 <= len(part) <= most for part in parts)
+        assert budget is None or all(len(part) == 1 or len(part) * part[-1] <= budget for part in parts)
+        for part, following in itertools.pairwise(parts):  # none could take one more
+            assert len(part) == most or (budget is not None and (len(part) + 1) * following[0] > budget)
+
+
+def test_a_budget_of_tokens_cuts_a_step_where_samples_are_long():
+    samples = [mm.Sample([5] * length, [5] * length) for length in (30, 4, 9, 4, 8)]
+    batches = collate_step(samples, NextTokenObjective(), None, budget=16).batches
+    assert [batch.lengths.tolist() for batch in batches] == [[4, 4], [8], [9], [30]]
