@@ -121,7 +121,7 @@ def convert_open_clip(arguments: Namespace) -> int:
 def convert_whisper(arguments: Namespace) -> int:
     """Make a speech encoder folder of one of OpenAI's Whisper files."""
     _refuse_existing(arguments.output)
-    encoder = mm.convert.whisper.load(arguments.file)
+    encoder = mm.convert.whisper.load(arguments.file, arguments.max_seconds)
     save_speech_encoder(arguments.output, encoder)
     print(encoder.report)
     return 0
@@ -283,6 +283,7 @@ def _add_conversions(parser: ArgumentParser) -> None:
     one = ArgumentParser(description=convert_whisper.__doc__, exit_on_error=False)
     one.add_argument("file", help="such as tiny.en.pt")
     one.add_argument("output", help="folder to write")
+    one.add_argument("--max-seconds", type=float, default=30.0, help="a shorter window than Whisper's: costs less")
     kinds.add_subcommand("whisper", one)
 
     for name, command in (("from-mllama", convert_from_mllama), ("to-mllama", convert_to_mllama)):

@@ -22,14 +22,18 @@ PARTS = {  # of a block, by OpenAI's names
     "mlp.2": "fc2",
     "mlp_ln": "final_layer_norm",
 }
-BLOCKS = "encoder.blocks."
+BLOCKS, POSITIONS = "encoder.blocks.", "encoder.positional_embedding"
 
 
-def load(path: str | Path) -> WhisperEncoder:
+def load(path: str | Path, max_seconds: float = 30.0) -> WhisperEncoder:
     """An encoder with the FP32 weights of a file of OpenAI's; the report is its attribute `report`.
 
+    Args:
+        max_seconds: of its window; a shorter one than Whisper's 30 s has the first of its positions.
+
     Raises:
-        ValueError: a missing file, one that holds anything but tensors and sizes, or one that is no Whisper model.
+        ValueError: max_seconds that cannot be, a missing file, one that holds anything but tensors and sizes, or one
+            that is no Whisper model.
     """
     path = Path(path)
     if not path.is_file():
@@ -54,9 +58,12 @@ def load(path: str | Path) -> WhisperEncoder:
         ffn_width=4 * dims["n_audio_state"],
         num_heads=dims["n_audio_head"],
         num_mels=dims["n_mels"],
+        max_seconds=max_seconds,
     )
     with torch.device("meta"):
         encoder = WhisperEncoder(config)
+    if (positions := state.get(POSITIONS)) is not None:
+        state = {**state, POSITIONS: positions[: config.max_mel_frames // 2]}
     tensors = {_our_name(name): tensor for name, tensor in state.items() if name.startswith("encoder.")}
     encoder.report = put(
         encoder,
@@ -83,7 +90,7 @@ def _our_name(name: str) -> str:
         number, _, rest = name.removeprefix(BLOCKS).partition(".")
         part, _, leaf = rest.rpartition(".")
         return f"encoder.layers.{number}.{PARTS[part]}.{leaf}" if part in PARTS else name
-    if name == "encoder.positional_embedding":
+    if name == POSITIONS:
         return "encoder.embed_positions.weight"
     return name.replace("encoder.ln_post.", "encoder.layer_norm.")
 
@@ -91,7 +98,7 @@ def _our_name(name: str) -> str:
 def _stored_name(name: str) -> str:
     """The other way round."""
     if name == "encoder.embed_positions.weight":
-        return "encoder.positional_embedding"
+        return POSITIONS
     name = name.replace("encoder.layers.", BLOCKS).replace("encoder.layer_norm.", "encoder.ln_post.")
     if name.startswith(BLOCKS):
         for theirs, ours in PARTS.items():

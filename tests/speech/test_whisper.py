@@ -1,5 +1,7 @@
 """Whisper's encoder behind our interface: features and frames beside `transformers`' own, padding and limits."""
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
@@ -88,3 +90,38 @@ def test_a_longer_sound_is_cut_into_windows():
     assert torch.equal(mel[3000:], whisper_log_mel(sound[480_000:]))
     with pytest.raises(ValueError, match="not a multiple"):
         WhisperEncoderConfig(width=10, num_heads=4)
+
+
+def test_a_shorter_window_is_whispers_with_fewer_positions(encoder):
+    """Features of a sound are the same; frames are the encoder's own on a window cut short."""
+    config = WhisperEncoderConfig(**{**asdict(encoder.config), "max_seconds": 2.0})
+    assert config.max_mel_frames == 200 and num_tokens(200) == 25
+    short = WhisperEncoder(config).eval()
+    state = encoder.state_dict()
+    state["encoder.embed_positions.weight"] = state["encoder.embed_positions.weight"][:100]
+    short.load_state_dict(state)
+    sound = tone(20_000)
+    mel = config.features(sound)
+    assert torch.equal(mel, whisper_log_mel(sound))
+    with torch.no_grad():
+        frames, lengths = short(mel[None], torch.tensor([len(mel)]))
+        window = torch.cat([mel, (mel.max() - 2).clamp(min=-1.5).expand(200 - len(mel), 80)])
+        x = torch.nn.functional.gelu(short.encoder.conv1(window.T[None]))
+        x = (
+            torch.nn.functional.gelu(short.encoder.conv2(x)).transpose(1, 2)
+            + encoder.encoder.embed_positions.weight[:100]
+        )
+        for layer in encoder.encoder.layers:
+            x = layer(x, None)
+            x = x[0] if isinstance(x, tuple) else x
+        expected = encoder.encoder.layer_norm(x).reshape(50, -1)
+    torch.testing.assert_close(frames[0], expected[: int(lengths)], atol=1e-5, rtol=1e-4)
+    longer = config.features(tone(32_000 + 800))
+    assert len(longer) == 200 + num_mel_frames(800) and torch.equal(
+        longer[:200], config.features(tone(32_800)[:32_000])
+    )
+    with pytest.raises(ValueError, match=r"201 mel frames are over Whisper's window of 200 \(2 s\)"):
+        short(torch.zeros(1, 201, 80), torch.tensor([201]))
+    for seconds in (0.0, 31.0):
+        with pytest.raises(ValueError, match="at most Whisper's 30"):
+            WhisperEncoderConfig(max_seconds=seconds)

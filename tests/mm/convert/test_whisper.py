@@ -73,6 +73,13 @@ def test_the_encoder_is_openais(tmp_path):
     torch.testing.assert_close(frames[0], expected.reshape(750, 32), atol=2e-5, rtol=1e-4)
 
 
+def test_a_shorter_window_takes_the_first_positions(tmp_path):
+    state = random_state()
+    encoder = whisper.load(save(tmp_path, state), max_seconds=10.0)
+    positions = encoder.encoder.embed_positions.weight
+    assert torch.equal(positions, state["encoder.positional_embedding"][:500])
+
+
 def test_the_report_names_what_stays_behind(tmp_path):
     report = whisper.load(save(tmp_path)).report
     assert report.num_loaded == len(random_state()) - 2
