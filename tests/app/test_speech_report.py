@@ -1,0 +1,45 @@
+"""Error rates on each set, beside the control that hears another recording."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from app.speech_report import TRANSCRIBED, main
+from app.speech_sets import SETS
+from data_prep.recordings import transcription_record
+from shards.writer import write_shards
+
+
+@pytest.fixture
+def sets(tmp_path):
+    for name, count in (("aligner", 3), ("librivox", 2), ("sentences", 1)):
+        sounds = (np.random.default_rng(number).normal(0, 900, 4000).astype(np.int16) for number in range(count))
+        records = [transcription_record(f"{name}/{n}", "test", "en", f"word {n}", s) for n, s in enumerate(sounds)]
+        write_shards(records, tmp_path / "speech" / name)
+    return tmp_path / "speech"
+
+
+def test_every_set_has_its_rates_and_its_control(everything_run, sets, tmp_path, capsys):
+    run = shutil.copytree(everything_run, tmp_path / "run")
+    main(["--model", str(run), "--data", str(sets), "--sets", "aligner,librivox"])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if "±" in line]
+    assert [row[:3] for row in rows] == [["aligner", "3", "0.0"], ["librivox", "2", "0.0"]]
+    for name in ("aligner", "aligner-exchanged"):
+        scores = json.loads((run / "evaluation" / name / "scores.json").read_text())
+        assert scores["exchanged_speech"] == name.endswith("exchanged") and scores["real_time_factor"] > 0
+    wer = json.loads((run / "evaluation" / "aligner" / "scores.json").read_text())["scores"]["wer"]
+    assert rows[0][3] == f"{100 * wer['value']:.1f} ± {100 * wer['interval']:.1f}%"
+
+
+def test_sets_that_cannot_be_reported(everything_run, sets, capsys):
+    for name, message in (
+        ("sentences", "holds 1 held-out recordings; the control needs 2"),
+        ("asterisk_en", "asterisk_en"),
+    ):
+        with pytest.raises(SystemExit, match="1"):
+            main(["--model", str(everything_run), "--data", str(sets), "--sets", name])
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1
+    assert {"librivox", "aligner", "asterisk_en", "stamps_fr"} <= set(TRANSCRIBED) < set(SETS)
