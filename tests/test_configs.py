@@ -8,6 +8,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 import mm
+from app.speech_sets import SETS
 from mm.cross_attention import ImageAdapterConfig
 from mm.language_model import LanguageModelConfig
 from mm.training.objectives import ContrastiveModel
@@ -18,6 +19,7 @@ from mm.video_adapter import VideoAdapterConfig
 from speech.conformer import SpeechEncoderConfig
 from stages.finetune import Finetune
 from stages.pretrain_image_encoder import PretrainImageEncoder
+from stages.pretrain_speech_encoder import PretrainSpeechEncoder
 from stages.sweep import Sweep
 from stages.train_image_adapter import TrainImageAdapter
 from stages.train_speech_adapter import TrainSpeechAdapter
@@ -25,10 +27,14 @@ from stages.train_video_adapter import TrainVideoAdapter
 from vision.encoder import VisionEncoderConfig
 
 SHIPPED = Path(__file__).parent.parent / "configs"
-SPEECH = sorted(SHIPPED.rglob("speech*.yaml"))  # no gates, no pictures
+ENCODERS = sorted(SHIPPED / "speech" / f"{name}.yaml" for name in ("letters", "pretraining"))
+# Of these, no gates and no pictures.
+SPEECH = sorted(
+    {*SHIPPED.glob("demo/speech*.yaml"), *SHIPPED.glob("speech/*.yaml")} - {*ENCODERS}
+)
 ALIGNMENT = SHIPPED / "demo" / "video_alignment.yaml"  # its gates stay as they are
 CURATION = (SHIPPED / "data").iterdir()  # trains nothing
-CONFIGS = sorted(set(SHIPPED.rglob("*.yaml")) - {*CURATION, *SPEECH, ALIGNMENT})
+CONFIGS = sorted(set(SHIPPED.rglob("*.yaml")) - {*CURATION, *ENCODERS, *SPEECH, ALIGNMENT})
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
@@ -76,8 +82,21 @@ def test_speech_trains_ears_alone(file):
             mm.ModelConfig(language_model, speech_encoder=encoder, speech_adapter=config.adapter)
         )
     rates = apply_rates(model, config.training.rates)
-    assert {name.partition(".")[0] for name in rates} == {"speech_encoder", "speech_adapter"}
-    assert SpeechObjective(config.ctc_weight, config.next_token_weight)
+    trained = {"speech_adapter"} if file.name.startswith("whisper") else {"speech_encoder", "speech_adapter"}
+    assert {name.partition(".")[0] for name in rates} == trained
+    assert SpeechObjective(config.ctc_weight, config.next_token_weight, config.distillation_weight)
+
+
+@pytest.mark.parametrize("file", ENCODERS, ids=lambda file: file.name)
+def test_speech_encoders_of_all_configurations_fit_each_other(file):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(PretrainSpeechEncoder)
+    config = parser.instantiate(parser.parse_args(["--config", str(file)]))
+    assert config.encoder == SpeechEncoderConfig(6, 192, 768, 3, max_seconds=20)
+    assert config.transcripts == (file.name == "letters.yaml")
+    known = {f"data/speech/{name}" for name in SETS} - {"data/speech/librivox", "data/speech/aligner"}
+    assert {source.path for source in config.data} <= known  # what is held out stays held out
 
 
 def test_the_aggregator_alone_is_aligned():

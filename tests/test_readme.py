@@ -61,7 +61,7 @@ def home(tmp_path, monkeypatch, tiny_model, tiny_processor, tokenizer, everythin
     shrink(Path("configs/video_adapter.yaml"))
     encoder = WhisperEncoder(WhisperEncoderConfig(1, 16, 64, 2))
     encoder.report = "as a real one brings it"
-    monkeypatch.setattr(mm.convert.whisper, "load", lambda file: encoder)
+    monkeypatch.setattr(mm.convert.whisper, "load", lambda file, max_seconds: encoder)
 
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2,
