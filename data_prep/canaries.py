@@ -87,6 +87,7 @@ class Measured:
         joins: of copies to pictures of the pool, their own sources included.
         shared: of these, with pictures that the source is as near to itself.
         wrong: of these, with others that the source is not joined to.
+        misled: copies that such a join is of.
     """
 
     threshold: float
@@ -94,6 +95,7 @@ class Measured:
     joins: int
     shared: int
     wrong: int
+    misled: int
 
     def _share(self, kind: str) -> float:
         of_kind = [found for found in self.of_edits if found.kind == kind]
@@ -106,9 +108,17 @@ class Measured:
 
     @property
     def precision(self) -> float:
-        """Share of the copies' own sources among what they are joined to, what is a duplicate of the source aside."""
+        """Share of the copies' own sources among what they are joined to, what is a duplicate of the source aside.
+
+        A copy that is joined to a hundred others weighs as many times as much as one that is joined to one.
+        """
         own = self.joins - self.shared - self.wrong
         return own / (own + self.wrong) if own + self.wrong else 1.0
+
+    @property
+    def astray(self) -> float:
+        """Share of the copies that are joined to any other picture than the source and its duplicates."""
+        return self.misled / max(sum(found.planted for found in self.of_edits if found.kind == "copy"), 1)
 
     @property
     def deceived(self) -> float:
@@ -181,7 +191,8 @@ def measure_canaries(work: Path, thresholds: Sequence[float]) -> list[Measured]:
         of_copies = near & is_copy[of_canary[canary]]
         shared = of_copies & ~own & (source >= threshold)
         wrong = of_copies & ~own & ~(source >= threshold)
-        results.append(Measured(float(threshold), of_edits, int(of_copies.sum()), int(shared.sum()), int(wrong.sum())))
+        sums = (int(one.sum()) for one in (of_copies, shared, wrong))
+        results.append(Measured(float(threshold), of_edits, *sums, len(np.unique(canary[wrong]))))
     return results
 
 
@@ -197,7 +208,12 @@ def rows_of(measured: Sequence[Measured]) -> list[tuple[str, list[float]]]:
         (f"{found.kind}: {found.edit}", [one.of_edits[place].share for one in measured])
         for place, found in enumerate(measured[0].of_edits if measured else ())
     ]
-    together = (("all copies (recall)", "recall"), ("precision", "precision"), ("all impostors", "deceived"))
+    together = (
+        ("all copies (recall)", "recall"),
+        ("precision", "precision"),
+        ("copies with a wrong join", "astray"),
+        ("all impostors", "deceived"),
+    )
     return rows + [(name, [getattr(one, share) for one in measured]) for name, share in together if measured]
 
 

@@ -74,7 +74,7 @@ def test_canaries_say_what_a_threshold_finds(pictures, curate):
     assert copies["flipped"].joined == 0  # this embedder does not see through that
     recalls = [one.recall for one in measured]
     assert recalls[0] >= recalls[1] > recalls[2] and 0.5 < recalls[1] < 1
-    assert measured[1].precision == 1 and measured[1].deceived == 0
+    assert measured[1].precision == 1 and measured[1].deceived == measured[1].astray == 0
     rows = dict(rows_of(measured))
     assert rows["copy: flipped"][1] == 0 and rows["all copies (recall)"] == recalls
     # the similarity of every copy to its source is there, also of those that no threshold joins
@@ -92,6 +92,7 @@ def test_an_embedder_that_sees_too_little_is_found_out(pictures, curate, monkeyp
     run(config)
     (measured,) = measure_canaries(Path(config.output), [0.999])
     assert measured.deceived > 0.5 and measured.precision < 0.9
+    assert 0 < measured.astray <= 1 and measured.misled <= min(measured.wrong, 12 * len(COPIES))
     assert {found.edit: found.share for found in measured.of_edits}["flipped"] == 1
 
 
