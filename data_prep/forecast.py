@@ -22,7 +22,8 @@ class Forecast:
         threshold: in force.
         pairs: that the rule looks at.
         kept: of these, at the threshold in force.
-        keeping: (share of `pairs`, the threshold that keeps at least that share), looser with every entry.
+        keeping: (share of `pairs`, the threshold that keeps at least that share), looser with every entry; NaN where
+            none does, as of pictures that occur twice.
     """
 
     option: str
@@ -51,14 +52,23 @@ def solve_threshold(set_folder: Path, steps: Sequence[Step], pairs: int, times: 
             larger, and so is T; n-grams so rare that the sample misses them are not foreseen.
 
     Raises:
-        ValueError: there is no resampling among the steps; numbers that are not positive.
+        ValueError: there is no resampling among the steps; numbers that are not positive, or more than any threshold
+            keeps.
     """
     if pairs < 1 or times <= 0:
         raise ValueError(f"pairs is {pairs} and times {times}; both must be positive")
     for step, left, _ in walk(set_folder, steps):
         if isinstance(step, Resampling):
             values = step.rules(left, set_folder / step.name)[-1].values
-            return threshold_for(values[np.isfinite(values)], round(pairs / times)) * times
+            least = values[np.isfinite(values)]
+            kept_anyway = (len(values) - len(least)) * step.config.keep_unmatched
+            wanted, most = round(pairs / times), len(least) + kept_anyway
+            if not kept_anyway <= wanted <= most:
+                raise ValueError(
+                    f"{pairs:,} pairs are wanted; the resampling can keep {round(kept_anyway * times):,} to "
+                    f"{round(most * times):,}, whatever its threshold"
+                )
+            return threshold_for(least, wanted - kept_anyway) * times
     raise ValueError("resampling is not part of the run, so there is no threshold to solve for")
 
 
@@ -67,6 +77,9 @@ def _of_rule(step: str, rule: Rule) -> Forecast:
     count = len(values)
     places = [max(1, round(share * count)) for share in SHARES]
     at = [values[count - place] if rule.at_least else values[place - 1] for place in places]
+    if rule.strict:
+        at = np.nextafter(at, -np.inf if rule.at_least else np.inf)
+    at = np.where(np.asarray(at) > rule.highest, np.nan, at)
     keeping = tuple(zip(SHARES, map(float, at), strict=True))
     kept = count - int(np.count_nonzero(rule.fails & np.isfinite(rule.values)))
     return Forecast(f"{step}.{rule.option}", float(rule.threshold), count, kept, keeping)

@@ -153,7 +153,8 @@ class NearDuplicates(Step):
         """The similarity at which a pair would be absorbed by a better one is held against the threshold."""
         groups = _Groups(best_first(pairs, self.config.prefer), pairs, state)
         goes = groups.stays(self.threshold, self.config.max_component) != np.arange(pairs.num_rows)
-        return [Rule(REASON, goes, "threshold", groups.absorbed_at, self.threshold, at_least=False)]
+        at = groups.absorbed_at
+        return [Rule(REASON, goes, "threshold", at, self.threshold, at_least=False, strict=True, highest=1.0)]
 
     def refuse(self, measured: Step) -> None:
         self._refuse_below(measured.floor)

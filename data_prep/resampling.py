@@ -76,7 +76,7 @@ class Resampling(Step):
         reason = "every n-gram is common, none was drawn"
         return [
             Rule("no n-gram of the text is in the caption", no_match),
-            Rule(reason, least >= threshold, "threshold", least, threshold, at_least=False),
+            Rule(reason, least >= threshold, "threshold", least, threshold, at_least=False, strict=True),
         ]
 
 

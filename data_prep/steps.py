@@ -151,6 +151,8 @@ class Rule:
         values: what is held against the threshold, float64; NaN where the rule does not look.
         threshold: the setting.
         at_least: values below the threshold fail, otherwise those above it.
+        strict: a value equal to the threshold fails as well.
+        highest: that the setting may be.
         shown: the report may show pictures near the threshold.
     """
 
@@ -160,6 +162,8 @@ class Rule:
     values: np.ndarray | None = None
     threshold: float | None = None
     at_least: bool = True
+    strict: bool = False
+    highest: float = np.inf
     shown: bool = True
 
 

@@ -1,6 +1,5 @@
-"""What a forecast promises is what deciding with that threshold gives; the report stands alone."""
+"""What a forecast promises is what deciding with that threshold gives."""
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,11 +7,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.curation import read_run, rethreshold, run, steps_of, write_kept
-from data_prep.forecast import forecast, solve_threshold
-from data_prep.hash_lists import HashListsConfig, phash
+from data_prep.curation import read_run, rethreshold, run, steps_of
+from data_prep.forecast import _of_rule, forecast, solve_threshold
 from data_prep.resampling import ResamplingConfig
-from vision.reading import read_picture
+from data_prep.steps import Rule
 
 
 @pytest.fixture
@@ -51,32 +49,37 @@ def test_the_solved_threshold_keeps_the_wanted_number(work, text, pairs):
     assert ten_times == pytest.approx(10 * threshold)
 
 
+def test_strict_thresholds_keep_what_was_forecast(work):
+    """What is equal to the resampling's threshold goes, so the least of thresholds that keep a share lies above."""
+    _, config = read_run(work)
+    (told,) = (one for one in forecast(work / "set", steps_of(config, Path)) if one.option == "resampling.threshold")
+    for share, threshold in told.keeping:
+        rethreshold(work, replace(config, resampling=replace(config.resampling, threshold=threshold)))
+        assert kept(work) == max(1, round(share * told.pairs))
+
+
+def test_no_threshold_keeps_a_picture_twice():
+    rule = Rule("copy", np.array([True, True, False, False]), "threshold", np.array([1, 1, 0.7, 0.8]), 0.9, False, True)
+    keeping = dict(_of_rule("near_duplicates", replace(rule, highest=1.0)).keeping)
+    assert keeping[0.5] > 0.8 and np.isnan(keeping[0.75]) and np.isnan(keeping[1.0])
+
+
+def test_pairs_that_are_kept_anyway_count_among_the_wanted(work, text):
+    _, config = read_run(work)
+    (work / "few.txt").write_text("dog")
+    config = replace(config, resampling=ResamplingConfig(str(work / "few.txt"), threshold=1, keep_unmatched=True))
+    run(config)
+    threshold = solve_threshold(work / "set", steps_of(config, Path), 30)
+    rethreshold(work, replace(config, resampling=replace(config.resampling, threshold=threshold)))
+    assert kept(work) == 30  # 16 of them without a dog
+    for pairs in (15, 41):
+        with pytest.raises(ValueError, match=f"{pairs} pairs are wanted; the resampling can keep 16 to 40"):
+            solve_threshold(work / "set", steps_of(config, Path), pairs)
+
+
 def test_what_cannot_be_solved(work):
     _, config = read_run(work)
     with pytest.raises(ValueError, match="resampling is not part"):
         solve_threshold(work / "set", steps_of(replace(config, resampling=None), Path), 3)
     with pytest.raises(ValueError, match="pairs is 0"):
         solve_threshold(work / "set", steps_of(config, Path), 0)
-
-
-def test_the_report_stands_alone_and_shows_each_threshold(work):
-    page = (work / "report.html").read_text()
-    assert not re.search(r"(?:src|href)=['\"]?(?!['\"]?data:)", page) and "<script" not in page
-    assert f"{kept(work)} kept" in page and "data:image/webp;base64," in page
-    for words in ("image_rules.min_contrast", "caption_rules.min_language_score", "resampling.threshold", "wall"):
-        assert words in page
-    counted = sum(map(int, re.findall(r"<td class=n>(\d+)<td>(?:write|ingest|resampling)", page)))
-    assert counted == pq.read_metadata(work / "ledger.parquet").num_rows
-
-
-def test_quarantined_pictures_are_not_in_the_report(pool, curate, good_pairs, tmp_path):
-    pairs = good_pairs(8)
-    hashed = phash(read_picture(pairs["good001"][1])).tobytes().hex()
-    (tmp_path / "harm.txt").write_text(f"phash 256\n{hashed}\n")
-    config = curate(pool("tars", "a", pairs), "tars", "run", resampling=None)
-    config = replace(config, hash_lists=HashListsConfig((str(tmp_path / "harm.txt"),), 0))
-    assert run(config) == 7
-    page = (Path(config.output) / "report.html").read_text()
-    assert "number 1<" not in page and "number 2<" in page and "harm" in page
-    rethreshold(Path(config.output), config)
-    assert write_kept(Path(config.output)) == 7
