@@ -36,7 +36,7 @@ from data_prep.ngrams import Vocabulary, read_texts
 from data_prep.nsfw import Nsfw, NsfwConfig, OpenNsfw
 from data_prep.ocr import Ocr, OcrConfig, RapidOcr
 from data_prep.overlay_text import OverlayText, OverlayTextConfig
-from data_prep.pool import Source, parts_of, root_of
+from data_prep.pool import Places, Source, parts_of, root_of
 from data_prep.readable import Readable
 from data_prep.report import write_report
 from data_prep.resampling import Resampling, ResamplingConfig
@@ -230,7 +230,9 @@ def run(
 
 
 def rethreshold(work: Path, config: Curate, locate: Locate = Path) -> None:
-    """Decides anew about the pairs of a finished run, from what is stored of them; `write_kept` then writes.
+    """Decides anew about the pairs of a finished run, from what is stored of them, and writes the report of that.
+
+    `write_kept` then writes the shards.
 
     Args:
         config: that of the run, other thresholds aside.
@@ -257,13 +259,13 @@ def rethreshold(work: Path, config: Curate, locate: Locate = Path) -> None:
             raise ValueError(f"{step.name} was not part of the run; `mm data run` measures what it needs")
         step.refuse(old[step.name])
     _decide(work, config, steps)
+    write_report(work, steps, _places(config, locate), config.svg_size)
 
 
 def write_kept(work: Path, locate: Locate = Path) -> int:
     """Writes the shards of what the ledger of a run keeps, and the report, and says how many pairs are kept."""
     _, config = read_run(work)
-    sources = {source.path: (source, locate(source.path).absolute()) for source in config.sources}
-    steps = deciding_steps_of(work, config, locate)
+    sources, steps = _places(config, locate), deciding_steps_of(work, config, locate)
     count = write(work, sources, steps, config.write, config.svg_size, config.workers, config.engine)
     write_report(work, steps, sources, config.svg_size)
     return count
@@ -299,14 +301,17 @@ def _decide(work: Path, config: Curate, steps: Sequence[Step]) -> None:
     _save(config, work / DECIDED)
 
 
+def _places(config: Curate, locate: Locate) -> Places:
+    return {source.path: (source, locate(source.path).absolute()) for source in config.sources}
+
+
 def _plant(work: Path, config: Curate, steps: Sequence[Step], locate: Locate) -> None:
     if config.canaries is None:  # those of an earlier run say nothing of this one
         shutil.rmtree(work / FOLDER, ignore_errors=True)
         return
-    sources = {source.path: (source, locate(source.path)) for source in config.sources}
     for step in steps:
         if isinstance(step, NearDuplicates):
-            plant(work, step, sources, config.canaries, config.svg_size, config.workers, config.engine)
+            plant(work, step, _places(config, locate), config.canaries, config.svg_size, config.workers, config.engine)
 
 
 def _save(config: Curate, path: Path) -> None:

@@ -53,7 +53,7 @@ h3 { margin: 1.6rem 0 .3rem } .dropped { color: #a33 } .kept { color: #276 }
 
 @dataclass
 class _Dial:
-    """A rule's threshold, and the pairs nearest to it: (id, value), nearest first."""
+    """A rule's threshold, and the pairs nearest to it that it alone decides about: (id, value), nearest first."""
 
     title: str
     rule: Rule
@@ -68,7 +68,8 @@ def write_report(work: Path, steps: Sequence[Step], sources: Places, svg_size: i
         funnel.append((step.name if step is not None else "kept", pairs.num_rows))
         if step is None:
             break
-        dials += [_dial(step, rule, pairs) for rule in step.rules(pairs, work / "set" / step.name) if rule.option]
+        rules = step.rules(pairs, work / "set" / step.name)
+        dials += [_dial(step, rule, rules, pairs) for rule in rules if rule.option]
         if isinstance(step, NearDuplicates):
             duplicates, twins = describe(said, work / "set" / step.name), _least_alike(pairs, said)
             groups = components(pairs, said)
@@ -76,7 +77,7 @@ def write_report(work: Path, steps: Sequence[Step], sources: Places, svg_size: i
         if isinstance(step, CaptionRules):
             tables.append(confusions_html(confusions(work / "set", step, [source for source, _ in sources.values()])))
         if isinstance(step, Resampling):
-            ngrams = _most_thinned(step, pairs, step.rules(pairs, work / "set" / step.name))
+            ngrams = _most_thinned(step, pairs, rules)
     dials = [dial for dial in dials if np.isfinite(dial.rule.values).any()]
     ids = {pair for dial in dials for pair, _ in dial.dropped + dial.kept} | {pair for two in twins for pair in two[:2]}
     ids |= {pair for group in groups for pair in group.ids}
@@ -99,8 +100,11 @@ def write_report(work: Path, steps: Sequence[Step], sources: Places, svg_size: i
     temporary.replace(work / REPORT_NAME)
 
 
-def _dial(step: Step, rule: Rule, pairs: pa.Table) -> _Dial:
-    rows = np.flatnonzero(np.isfinite(rule.values))
+def _dial(step: Step, rule: Rule, rules: Sequence[Rule], pairs: pa.Table) -> _Dial:
+    """Shows pairs that no other rule of the step drops: this threshold alone decides about them."""
+    others = [other.fails for other in rules if other is not rule]
+    decides = np.isfinite(rule.values) & ~np.logical_or.reduce([np.zeros(pairs.num_rows, bool), *others])
+    rows = np.flatnonzero(decides)
     rows = rows[np.argsort(np.abs(rule.values[rows] - rule.threshold), kind="stable")]
 
     def nearest(chosen: np.ndarray) -> list[tuple[str, float]]:
@@ -216,12 +220,14 @@ def _histogram(rule: Rule) -> str:
             place = f"x={x:.1f} y={height - tall:.1f} width={wide:.1f} height={tall:.1f}"
             bars.append(f"<rect {place}><title>{count:,}</title></rect>")
     x = width * (rule.threshold - low) / (high - low)
+    line = 30 if min(x, width - x) < 60 else 16  # below the numbers of the ends, where it would lie over one
+    anchor = "start" if x < 60 else "end" if width - x < 60 else "middle"
     return (
-        f"<svg viewBox='-4 -4 {width + 8} {height + 24}' width={width} role=img><g fill=#4a7fb5>{''.join(bars)}</g>"
+        f"<svg viewBox='-4 -4 {width + 8} {height + 38}' width={width} role=img><g fill=#4a7fb5>{''.join(bars)}</g>"
         f"<line x1={x:.1f} x2={x:.1f} y1=-4 y2={height} stroke=#c33 stroke-width=2 />"
         f"<g fill=currentColor font-size=12><text y={height + 16}>{low:.4g}</text>"
         f"<text x={width} y={height + 16} text-anchor=end>{high:.4g}</text>"
-        f"<text x={x:.1f} y={height + 16} text-anchor=middle fill=#c33>{rule.threshold:.4g}</text></g></svg>"
+        f"<text x={x:.1f} y={height + line} text-anchor={anchor} fill=#c33>{rule.threshold:.4g}</text></g></svg>"
     )
 
 
