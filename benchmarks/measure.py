@@ -42,13 +42,19 @@ def _wait(device: torch.device | str) -> None:
         torch.cuda.synchronize(device)
 
 
-def interleave(contestants: dict[str, Callable[[], float]], repetitions: int) -> dict[str, list[float]]:
-    """Seconds of each contestant, one after the other in every repetition, after one round that does not count."""
+def interleave(
+    contestants: dict[str, Callable[[], float]], repetitions: int, warm_up: bool = True
+) -> dict[str, list[float]]:
+    """Seconds of each contestant, one after the other in every repetition.
+
+    Args:
+        warm_up: one round before them does not count; what takes minutes is as slow in the first round as in the next.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for repetition in range(repetitions + 1):
+    for repetition in range(-int(warm_up), repetitions):
         for name, run in contestants.items():
             taken = run()
-            if repetition:
+            if repetition >= 0:
                 seconds[name].append(taken)
     return seconds
 

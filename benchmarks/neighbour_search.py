@@ -16,6 +16,7 @@ from benchmarks.measure import interleave, machine, seconds_of, spread, write_re
 from data_prep.neighbours import SLACK, candidates, cosine, near_pairs, num_clusters, train
 
 DIM, FLOOR = 512, 0.6
+WARMED = 20_000  # vectors up to which a round is run that does not count: beyond, one takes minutes
 SPREAD = (0.4, 0.75)  # of the noise in copies, relative to the vector: cosines from 0.93 down to 0.8
 
 
@@ -60,7 +61,8 @@ def measure(count: int, probes: int, repetitions: int) -> dict:
         keys = candidates(vectors, middles, probes, FLOOR - SLACK)
         found["ours"] = keys[cosine(vectors, *np.divmod(keys, count)) >= FLOOR]
 
-    seconds = interleave({"exact": seconds_of(exact), "ours": seconds_of(ours)}, repetitions)
+    timed = {"exact": seconds_of(exact), "ours": seconds_of(ours)}
+    seconds = interleave(timed, repetitions, warm_up=count <= WARMED)
     spreads = {name: spread(taken) for name, taken in seconds.items()}
     a, b, _, search = near_pairs(vectors, FLOOR, probes)
     assert np.array_equal(a * count + b, found["ours"]), "near_pairs finds what its parts find"
