@@ -32,7 +32,7 @@ from data_prep.measuring import measure_all
 from data_prep.merging import merge
 from data_prep.motion import Motion
 from data_prep.near_duplicates import NearDuplicates, NearDuplicatesConfig
-from data_prep.ngrams import Vocabulary, read_texts
+from data_prep.ngrams import vocabulary_of
 from data_prep.nsfw import Nsfw, NsfwConfig, OpenNsfw
 from data_prep.ocr import Ocr, OcrConfig, RapidOcr
 from data_prep.overlay_text import OverlayText, OverlayTextConfig
@@ -151,8 +151,7 @@ def steps_of(
     if config.near_duplicates is not None:
         steps.append(near_duplicates_of(config, locate))
     if config.resampling is not None:
-        vocabulary = Vocabulary.of_texts(read_texts(locate(config.resampling.text)))
-        steps.append(Resampling(config.resampling, vocabulary, config.seed))
+        steps.append(Resampling(config.resampling, vocabulary_of(locate(config.resampling.text)), config.seed))
     if config.faces is not None:
         steps.append(Faces(config.faces, CenterFace.of_file(locate(config.faces.model), config.faces.max_side)))
     if config.ocr is not None:

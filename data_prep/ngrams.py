@@ -4,7 +4,7 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,15 +22,30 @@ def read_texts(path: Path) -> Iterator[str]:
     Raises:
         ValueError: there is neither.
     """
-    files = [path] if path.is_file() else sorted(path.glob("data.*"))
+    is_plain, files = path.is_file(), _files(path)
     if not files:
         raise ValueError(f"{path}: neither a text file nor a folder of WordNet's data.* files")
     for file in files:
         for line in file.read_text(encoding="utf-8").splitlines():
-            if path.is_file():
+            if is_plain:
                 yield line
             elif " | " in line and not line.startswith("  "):  # the licence stands at the top, indented
                 yield line.partition(" | ")[2]
+
+
+def vocabulary_of(path: Path) -> "Vocabulary":
+    """The n-grams of the texts of `read_texts`; what was read last is not read again while its files are the same."""
+    stats = [file.stat() for file in _files(path)]
+    return _read_vocabulary(path.absolute(), tuple((stat.st_size, stat.st_mtime_ns) for stat in stats))
+
+
+@lru_cache(maxsize=1)
+def _read_vocabulary(path: Path, state: tuple[tuple[int, int], ...]) -> "Vocabulary":
+    return Vocabulary.of_texts(read_texts(path))
+
+
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(path.glob("data.*"))
 
 
 class Vocabulary:

@@ -103,6 +103,8 @@ def test_canaries_short_forms_and_languages(home, mm_data):
     assert code == 1 and "below 0.7, the floor" in err
     code, _, err = mm_data("rethreshold", "--work", "work", "--canaries.pictures", "4")
     assert code == 1 and "canaries cannot be changed" in err
+    code, _, err = mm_data("rethreshold", "--work", "work", "--clip-score", "0.27")
+    assert (code, err) == (1, "mm data: clip_score was not part of the run; `mm data run` measures what it needs\n")
     code, _, err = mm_data("languages", "--work", "work")
     assert code == 1 and "no captions whose language is known" in err
 

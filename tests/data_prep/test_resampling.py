@@ -1,3 +1,4 @@
+import os
 import random
 import re
 import unicodedata
@@ -8,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from data_prep.ngrams import Vocabulary, read_texts, words_of
+from data_prep.ngrams import Vocabulary, read_texts, vocabulary_of, words_of
 from data_prep.resampling import (
     Resampling,
     ResamplingConfig,
@@ -123,3 +124,13 @@ def test_texts(tmp_path):
     assert list(read_texts(tmp_path / "lines.txt")) == ["a dog | a cat"]
     with pytest.raises(ValueError, match="neither a text file nor"):
         list(read_texts(tmp_path / "absent"))
+
+
+def test_a_text_is_read_again_where_it_has_changed(tmp_path):
+    text = tmp_path / "lines.txt"
+    text.write_text("a dog")
+    first = vocabulary_of(text)
+    assert first.ngrams == ["a", "a dog", "dog"] and vocabulary_of(text) is first
+    text.write_text("a wolf")
+    os.utime(text, ns=(0, 0))
+    assert vocabulary_of(text).ngrams == ["a", "a wolf", "wolf"]
