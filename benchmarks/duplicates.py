@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from functools import partial
 from itertools import combinations, product
 from pathlib import Path
 
@@ -21,12 +22,13 @@ import pyarrow.parquet as pq
 
 from benchmarks.measure import machine, write_results
 from benchmarks.pictures import known_graph
-from data_prep.curation import Curate, run
+from data_prep.curation import Curate, rethreshold, run
 from data_prep.embedders import LowFrequencies
 from data_prep.near_duplicates import EDGES, NODES, NearDuplicatesConfig
 from data_prep.pool import Source
 
 INSTALL = "pip install --no-deps imagededup==0.3.3.post2 scikit-learn joblib cloudpickle threadpoolctl narwhals"
+STRICTER = (0.9, 0.95, 0.98, 0.99)  # thresholds that the same run is decided with anew
 HASH_DISTANCE = 10  # imagededup's own default for hashes of 64 bits
 Pairs = set[tuple[str, str]]
 
@@ -53,12 +55,22 @@ def make(folder: Path, count: int) -> tuple[dict[str, int], dict[str, str]]:
 
 def ours(folder: Path) -> tuple[Pairs, set[str]]:
     """(pairs above the threshold, pictures that stay) of a run of the curation."""
-    config = Curate(
-        str(folder / "run"),
-        (Source(str(folder / "tars"), "tars"),),
-        near_duplicates=NearDuplicatesConfig(),
-    )
-    run(config)
+    run(_config(folder, LowFrequencies.threshold))
+    return _decided(folder, LowFrequencies.threshold)
+
+
+def ours_at(folder: Path, threshold: float) -> tuple[Pairs, set[str]]:
+    """The same of what that run would decide with another threshold."""
+    rethreshold(folder / "run", _config(folder, threshold))
+    return _decided(folder, threshold)
+
+
+def _config(folder: Path, threshold: float) -> Curate:
+    source = Source(str(folder / "tars"), "tars")
+    return Curate(str(folder / "run"), (source,), near_duplicates=NearDuplicatesConfig(threshold=threshold))
+
+
+def _decided(folder: Path, threshold: float) -> tuple[Pairs, set[str]]:
     state = folder / "run" / "set" / "near_duplicates"
     sources = pq.read_table(folder / "run" / "sources.parquet").to_pylist()
     names, ids = defaultdict(list), {row["id"]: f"{row['key']}.jpg" for row in sources}
@@ -69,7 +81,7 @@ def ours(folder: Path) -> tuple[Pairs, set[str]]:
         nodes[row["node"]] += names[row["image_id"]]
     same = {pair for some in names.values() for pair in combinations(sorted(some), 2)}
     pairs = same | {pair for some in nodes.values() for pair in combinations(sorted(some), 2)}
-    edges = pq.read_table(state / EDGES, filters=[("similarity", ">=", LowFrequencies.threshold)]).to_pylist()
+    edges = pq.read_table(state / EDGES, filters=[("similarity", ">=", threshold)]).to_pylist()
     for edge in edges:
         pairs |= {tuple(sorted(pair)) for pair in product(nodes[edge["a"]], nodes[edge["b"]])}
     kept = pq.read_table(folder / "run" / "ledger.parquet", filters=[("decision", "==", "keep")])["id"].to_pylist()
@@ -149,6 +161,7 @@ def main() -> None:
         print(
             "| | precision | recall | survivors per component | components lost | seconds |\n|---|---|---|---|---|---|"
         )
+        contestants |= {f"ours, threshold {one}": partial(ours_at, threshold=one) for one in STRICTER}
         for name, find in contestants.items():
             begun = time.perf_counter()
             found = find(folder)
