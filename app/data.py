@@ -97,7 +97,7 @@ def decide_anew(argv: list[str]) -> None:
     work, changes = DEFAULT_WORK, [_in_full(word) for word in argv]
     if changes[:1] == ["--work"] and len(changes) > 1:
         work, changes = changes[1], changes[2:]
-    read_run(Path(work))
+    _refuse_unmeasured(Path(work), changes)
     rethreshold(Path(work), read_config(Path(work) / DECIDED, changes), locate)
     _print_stats(Path(work))
     print(f"`mm data write --work {work}` writes the shards")
@@ -194,6 +194,14 @@ def _in_full(word: str) -> str:
     """An option of `rethreshold` that has a short form, in its long one."""
     name, sign, value = word.partition("=")
     return SHORT_FORMS.get(name, name) + sign + value
+
+
+def _refuse_unmeasured(work: Path, changes: Sequence[str]) -> None:
+    """A setting of a step that the run was without would else be missing the step's other settings."""
+    measured, _ = read_run(work)
+    for name in (word[2:].partition("=")[0].partition(".")[0] for word in changes if "." in word.partition("=")[0]):
+        if getattr(measured, name, "unknown") is None:
+            raise ValueError(f"{name} was not part of the run; `mm data run` measures what it needs")
 
 
 def _print_canaries(work: Path, in_force_only: bool = False) -> None:

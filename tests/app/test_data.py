@@ -116,7 +116,7 @@ def test_what_stands_is_counted_without_any_model(home, mm_data, monkeypatch):
         raise AssertionError("a step was made")
 
     monkeypatch.setattr(data_prep.curation, "steps_of", load)
-    monkeypatch.setattr(data_prep.curation, "read_texts", load)
+    monkeypatch.setattr(data_prep.curation, "vocabulary_of", load)
     code, out, err = mm_data("stats", "--work", "work")
     assert (code, err) == (0, "") and "no step dropped it" in out
 
