@@ -117,6 +117,7 @@ def test_other_files_are_refused(weights, tmp_path):
         (saved(Path("x")), "no readable weights"),  # an object that is no tensor is not made
         (b"not weights", "no readable weights"),
         (b"", "no readable weights"),
+        (b"a dog in front of an old wall", "no readable weights"),
     ):
         with pytest.raises(ValueError, match=rf"sscd\.pt: .*{words}"):
             load_sscd(data, "sscd.pt")
