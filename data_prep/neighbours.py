@@ -138,6 +138,7 @@ def train(vectors: np.ndarray, clusters: int):
         index = faiss.IndexIVFFlat(middles, dim, clusters, faiss.METRIC_INNER_PRODUCT, False)
         index.cp.seed, index.cp.niter = SEED, ROUNDS
         index.cp.max_points_per_centroid = 2 * VECTORS_PER_CLUSTER
+        index.cp.min_points_per_centroid = 1  # it would warn of sets that are as small as a first try
         step = max(1, count // (2 * VECTORS_PER_CLUSTER * clusters))
         index.train(vectors[::step].astype(np.float32))
         return middles
