@@ -93,8 +93,9 @@ class Curate:
         names = [source.path for source in self.sources]
         if len(set(names)) < len(names):
             raise ValueError(f"a source is named twice: {', '.join(names)}")
-        if self.workers < 1:
-            raise ValueError(f"workers is {self.workers}; at least 1 is needed")
+        for name in ("workers", "svg_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; at least 1 is needed")
         if self.canaries is not None and self.near_duplicates is None:
             raise ValueError("canaries are planted for near_duplicates, which is null; give both or none")
         self._check_media()

@@ -15,6 +15,12 @@ def split_of(concept: str, validation: float, test: float) -> str:
     return "test" if place < validation + test else "train"
 
 
+def check_shares(validation: float, test: float) -> None:
+    """ValueError unless both are shares that leave something to train on."""
+    if validation < 0 or test < 0 or validation + test >= 1:
+        raise ValueError(f"validation is {validation} and test {test}; they are shares, and 1 is not reached by both")
+
+
 def join_concepts(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
     """Joins concepts that share evidence, also by way of others.
 

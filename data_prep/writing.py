@@ -27,7 +27,7 @@ from data_prep.deciding import Stored
 from data_prep.ledger import LEDGER_NAME, kept_ids
 from data_prep.pool import Places, read_again
 from data_prep.sources import licenses_beside
-from data_prep.splits import split_of
+from data_prep.splits import check_shares, split_of
 from data_prep.steps import Draft, Step
 from data_prep.workers import Engine, in_order
 from shards.format import INDEX_SCHEMA, Record
@@ -55,6 +55,13 @@ class WriteConfig:
     validation: float = 0.0
     test: float = 0.0
     split_by: Literal["picture", "concept"] = "picture"
+
+    def __post_init__(self):
+        check_shares(self.validation, self.test)
+        if self.samples_per_shard < 1 or (self.max_side is not None and self.max_side < 1):
+            raise ValueError(
+                f"write: samples_per_shard is {self.samples_per_shard}, max_side {self.max_side}; at least 1 is needed"
+            )
 
 
 def write(

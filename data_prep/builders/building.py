@@ -18,7 +18,7 @@ from PIL import Image
 
 from data_prep.conversations import Turn, messages_of
 from data_prep.sources import Locate, png
-from data_prep.splits import split_of
+from data_prep.splits import check_shares, split_of
 from data_prep.workers import in_order
 from shards.format import Record, make_id
 from shards.writer import ShardWriter
@@ -166,12 +166,6 @@ def conversation(
 def writable(name: str) -> str:
     """A file's name as text that can be written: bytes of it that are no UTF-8 become `\\udcXX`, in plain signs."""
     return name.encode(errors="backslashreplace").decode()
-
-
-def check_shares(validation: float, test: float) -> None:
-    """ValueError unless both are shares that leave something to train on."""
-    if validation < 0 or test < 0 or validation + test >= 1:
-        raise ValueError(f"validation is {validation} and test {test}; they are shares, and 1 is not reached by both")
 
 
 @dataclass(frozen=True)

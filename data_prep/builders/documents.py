@@ -12,10 +12,10 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from data_prep.builders.browser import print_pdf, require
-from data_prep.builders.building import Builder, LeftOut, check_shares, conversation, writable
+from data_prep.builders.building import Builder, LeftOut, conversation, writable
 from data_prep.builders.plotting import FONT_FILES, font, signs_of
 from data_prep.sources import Locate, licenses_beside, png
-from data_prep.splits import split_of
+from data_prep.splits import check_shares, split_of
 from shards.format import Record
 
 QUESTION = "Write down the text of this page."

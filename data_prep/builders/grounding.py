@@ -12,13 +12,13 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from data_prep.builders.building import Builder, LeftOut, check_shares, conversation
+from data_prep.builders.building import Builder, LeftOut, conversation
 from data_prep.builders.cutouts import Cutout, compose, cutouts_of
 from data_prep.builders.questions import read_table
 from data_prep.conversations import Turn
 from data_prep.pool import Source
 from data_prep.sources import Locate, licenses_beside, png
-from data_prep.splits import split_of
+from data_prep.splits import check_shares, split_of
 from shards.format import Record
 from vision.reading import read_picture
 

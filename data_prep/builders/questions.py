@@ -12,10 +12,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.builders.building import Builder, LeftOut, check_shares
+from data_prep.builders.building import Builder, LeftOut
 from data_prep.conversations import Turn, conversations
 from data_prep.sources import Locate, licenses_beside
-from data_prep.splits import split_of
+from data_prep.splits import check_shares, split_of
 from data_prep.writing import to_write
 from shards.format import Record
 from vision.reading import read_picture

@@ -10,10 +10,10 @@ from pathlib import Path
 from PIL import ImageDraw
 
 from data_prep.builders.browser import require, screenshot, without_scripts
-from data_prep.builders.building import Builder, LeftOut, check_shares, conversation, writable
+from data_prep.builders.building import Builder, LeftOut, conversation, writable
 from data_prep.builders.pages import page_of
 from data_prep.sources import Locate, licenses_beside, png
-from data_prep.splits import split_of
+from data_prep.splits import check_shares, split_of
 from shards.format import Record
 
 QUESTIONS = (

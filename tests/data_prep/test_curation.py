@@ -215,6 +215,9 @@ def test_the_sample_configuration_is_read(tmp_path):
     assert config.image_rules.min_short_side == 77 and config.output == "x" and len(config.sources) == 3
     with pytest.raises(ValueError, match="exactly one"):
         ResamplingConfig("text", threshold=1.0, pairs=3)
-    for bad in ({"sources": ()}, {"workers": 0}, {"sources": config.sources[:1] * 2}):
-        with pytest.raises(ValueError, match=r"sources is empty|workers is 0|named twice"):
+    for bad in ({"sources": ()}, {"workers": 0}, {"svg_size": 0}, {"sources": config.sources[:1] * 2}):
+        with pytest.raises(ValueError, match=r"sources is empty|workers is 0|svg_size is 0|named twice"):
             replace(config, **bad)
+    for bad in ({"validation": 0.5, "test": 0.5}, {"samples_per_shard": 0}, {"max_side": 0}):
+        with pytest.raises(ValueError, match=r"validation is 0\.5 and test 0\.5|samples_per_shard is 0|max_side 0"):
+            replace(config.write, **bad)
