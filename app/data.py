@@ -55,7 +55,8 @@ def main(argv: Sequence[str]) -> int:
         COMMANDS[argv[0]](list(argv[1:]))
         return 0
     except (ValueError, OSError, ArgumentError) as error:
-        print(f"mm data: {one_line(error)}{_after(error, argv[:1])}", file=sys.stderr)
+        missing = ": no such file" if isinstance(error, FileNotFoundError) and error.errno is None else ""  # pyarrow's
+        print(f"mm data: {one_line(error)}{missing}{_after(error, argv[:1])}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         again = "starts over; nothing was written" if argv[0] == "build" else AGAIN

@@ -121,6 +121,13 @@ def test_what_stands_is_counted_without_any_model(home, mm_data, monkeypatch):
     assert (code, err) == (0, "") and "no step dropped it" in out
 
 
+def test_a_file_that_is_gone_is_named(home, mm_data):
+    assert mm_data("run", "--config", "config.yaml")[0] == 0
+    Path("work/ledger.parquet").unlink()
+    code, out, err = mm_data("stats", "--work", "work")
+    assert (code, out) == (1, "") and err.strip().endswith("work/ledger.parquet: no such file") and err.count("\n") == 1
+
+
 def test_an_interruption_says_what_the_same_command_does(mm_data, monkeypatch):
     def interrupted(_):
         raise KeyboardInterrupt
