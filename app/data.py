@@ -128,7 +128,7 @@ def forecast_run(argv: list[str]) -> None:
         return
     print(f"{'threshold':44}{'in force':>10}{'pairs':>10}{'kept':>10}  keeping{''.join(f'{s:>9.0%}' for s in SHARES)}")
     for one in forecast(work / "set", steps):
-        at = "".join(f"{value:9.3g}" if value == value else f"{'-':>9}" for _, value in one.keeping)
+        at = "".join(f"{value:9.3g}" for _, value in one.keeping)
         print(f"{one.option:44}{one.threshold:10.4g}{one.pairs:10,}{one.kept:10,}         {at}")
     _print_canaries(work)
 

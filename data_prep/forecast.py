@@ -20,10 +20,9 @@ class Forecast:
     Attributes:
         option: `step.setting`.
         threshold: in force.
-        pairs: that the rule looks at.
+        pairs: that it decides about: a picture that occurs twice goes whatever the threshold of near duplicates.
         kept: of these, at the threshold in force.
-        keeping: (share of `pairs`, the threshold that keeps at least that share), looser with every entry; NaN where
-            none does, as of pictures that occur twice.
+        keeping: (share of `pairs`, the threshold that keeps at least that share), looser with every entry.
     """
 
     option: str
@@ -38,7 +37,7 @@ def forecast(set_folder: Path, steps: Sequence[Step]) -> list[Forecast]:
     found = []
     for step, pairs, _ in walk(set_folder, steps):
         for rule in step.rules(pairs, set_folder / step.name) if step is not None else ():
-            if rule.option is not None and np.isfinite(rule.values).any():
+            if rule.option is not None and _decides(rule).any():
                 found.append(_of_rule(step.name, rule))
     return found
 
@@ -72,14 +71,19 @@ def solve_threshold(set_folder: Path, steps: Sequence[Step], pairs: int, times: 
     raise ValueError("resampling is not part of the run, so there is no threshold to solve for")
 
 
+def _decides(rule: Rule) -> np.ndarray:
+    """Of which rows the threshold, wherever it is, has a say."""
+    return np.isfinite(rule.values) & ~(rule.strict & (rule.values >= rule.highest))
+
+
 def _of_rule(step: str, rule: Rule) -> Forecast:
-    values = np.sort(rule.values[np.isfinite(rule.values)])
+    decides = _decides(rule)
+    values = np.sort(rule.values[decides])
     count = len(values)
     places = [max(1, round(share * count)) for share in SHARES]
     at = [values[count - place] if rule.at_least else values[place - 1] for place in places]
     if rule.strict:
         at = np.nextafter(at, -np.inf if rule.at_least else np.inf)
-    at = np.where(np.asarray(at) > rule.highest, np.nan, at)
     keeping = tuple(zip(SHARES, map(float, at), strict=True))
-    kept = count - int(np.count_nonzero(rule.fails & np.isfinite(rule.values)))
+    kept = count - int(np.count_nonzero(rule.fails & decides))
     return Forecast(f"{step}.{rule.option}", float(rule.threshold), count, kept, keeping)

@@ -58,10 +58,11 @@ def test_strict_thresholds_keep_what_was_forecast(work):
         assert kept(work) == max(1, round(share * told.pairs))
 
 
-def test_no_threshold_keeps_a_picture_twice():
+def test_no_threshold_keeps_a_picture_twice_so_none_is_forecast_of_it():
     rule = Rule("copy", np.array([True, True, False, False]), "threshold", np.array([1, 1, 0.7, 0.8]), 0.9, False, True)
-    keeping = dict(_of_rule("near_duplicates", replace(rule, highest=1.0)).keeping)
-    assert keeping[0.5] > 0.8 and np.isnan(keeping[0.75]) and np.isnan(keeping[1.0])
+    told = _of_rule("near_duplicates", replace(rule, highest=1.0))
+    keeping = dict(told.keeping)
+    assert (told.pairs, told.kept) == (2, 2) and 0.7 < keeping[0.5] < 0.8 < keeping[1.0] < 0.81
 
 
 def test_pairs_that_are_kept_anyway_count_among_the_wanted(work, text):
