@@ -35,8 +35,8 @@ TILES = 4  # in each direction, of a shuffled picture
 
 ABOUT = (
     "Copies are edited ones of pictures of the pool, planted to be joined to their source. Precision: the share of the "
-    "source among what they are joined to, what is as near to the source itself aside. Impostors resemble a picture "
-    "and are no copy of it: none should be joined."
+    "source among what they are joined to, what is as near to the source itself aside; all else is a wrong join. "
+    "Impostors resemble a picture and are no copy of it: none should be joined."
 )
 
 
