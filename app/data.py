@@ -4,6 +4,7 @@ The rooms below know no models and no assets: here `asset:NAME` becomes a place 
 """
 
 import errno
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -55,8 +56,7 @@ def main(argv: Sequence[str]) -> int:
         COMMANDS[argv[0]](list(argv[1:]))
         return 0
     except (ValueError, OSError, ArgumentError) as error:
-        missing = ": no such file" if isinstance(error, FileNotFoundError) and error.errno is None else ""  # pyarrow's
-        print(f"mm data: {one_line(error)}{missing}{_after(error, argv[:1])}", file=sys.stderr)
+        print(f"mm data: {_said(error)}{_after(error, argv[:1])}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         again = "starts over; nothing was written" if argv[0] == "build" else AGAIN
@@ -165,6 +165,23 @@ def locate(name: str) -> Path:
 def load_scorer(config: ClipScoreConfig | VideoScoreConfig) -> OpenClip:
     """The model that judges how well captions fit their pictures."""
     return OpenClip.of_file(config.model, locate(config.pretrained))
+
+
+# What the parser of options says of a setting that may be null around what is wrong with it.
+NOISE = re.compile(
+    r"Does not validate against any of the Union subtypes Subtypes: \[.*?\] Errors: - "
+    r"|Problem with given class_path '[^']*': | - Expected a <class 'NoneType'>| Given value type: <class '[^']*'>"
+    r"| Given value: (?:NestedArg|Namespace|\{).*$"
+)
+
+
+def _said(error: Exception) -> str:
+    """What went wrong, in one line."""
+    text = one_line(error)
+    if isinstance(error, FileNotFoundError) and error.errno is None:  # pyarrow names the file alone
+        return f"{text}: no such file"
+    text = re.sub(r'Parser key "([^"]*)": ', r"\1: ", NOISE.sub("", text))
+    return re.sub(r"Expected a (?:<class '(\w+)'>|typing\.(\w+\[[^]]*\]))\.?", r"wanted: \1\2.", text)
 
 
 def _after(error: Exception, command: Sequence[str]) -> str:

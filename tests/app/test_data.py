@@ -156,6 +156,18 @@ def test_mistakes_are_one_line(home, mm_data):
         (("run", "--config", "absent.yaml"), "absent.yaml"),
         (("run", "--config", "config.yaml", "--sources", '[{"path": "gone", "kind": "tars"}]'), "gone: no such file"),
         (("run", "--config", "config.yaml", "--image_rules.tallness", 3), "tallness"),
+        (
+            ("run", "--config", "config.yaml", "--image_rules.min_short_side", "abc"),
+            "mm data: image_rules: min_short_side: wanted: int. Got value: abc\n",
+        ),
+        (
+            ("run", "--config", "config.yaml", "--near_duplicates.floor", "abc"),
+            "mm data: near_duplicates: floor: wanted: float. Given value: abc\n",
+        ),
+        (
+            ("run", "--config", "config.yaml", "--resampling.pairs", 3),
+            "mm data: resampling: threshold 100.0, pairs 3; exactly one must be given\n",
+        ),
         (("why", "x"), "no finished run"),
         (("stats", "--work", "nowhere"), "nowhere: no finished run"),
         (("rethreshold", "--image_rules.min_short_side", 3), "no finished run"),
