@@ -1,0 +1,50 @@
+"""The benchmarks of data preparation run on small sizes and say what they should."""
+
+import json
+import sys
+
+import pytest
+
+from benchmarks import curation, duplicates, measure, neighbour_search
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """start(benchmark, name, *options) -> the values that it writes."""
+
+    def run(benchmark, name: str, *options: object) -> dict:
+        write = measure.write_results
+        monkeypatch.setattr(benchmark, "write_results", lambda *what: write(*what, tmp_path), raising=False)
+        monkeypatch.setattr(measure, "write_results", lambda *what: write(*what, tmp_path))
+        monkeypatch.setattr(sys, "argv", [name, *map(str, options)])
+        benchmark.main()
+        return json.loads((tmp_path / f"{name}.json").read_text())
+
+    return run
+
+
+def test_search_and_exact_search_find_the_same_pairs_where_all_clusters_are_looked_into(start, capsys):
+    values = start(neighbour_search, "neighbour_search", "--vectors", 400, "--repetitions", 1)
+    (row,) = values["rows"]
+    assert row["pairs"] == 40 and row["recall"] == 1 == row["recall_told_by_the_run"] and row["ratio"] > 0
+    assert "| 400 | 10 | 40 | 1.0000 |" in capsys.readouterr().out
+
+
+def test_copies_are_found_and_cards_of_one_template_are_counted_as_wrong(start, capsys):
+    values = start(duplicates, "duplicates", "--pictures", 160)
+    row = values["rows"]["ours, no weights"]
+    assert (
+        row["recall"] == 1 and row["survivors_per_component"] == 1 and set(row["wrong_pairs_by_kind"]) == {"template"}
+    )
+    assert sum(values["kinds"].values()) == 160
+    stricter = [values["rows"][f"ours, threshold {one}"]["pairs_found"] for one in duplicates.STRICTER]
+    assert row["pairs_found"] >= stricter[0] and stricter == sorted(stricter, reverse=True)
+
+
+@pytest.mark.slow
+def test_the_whole_pipeline_is_measured_at_each_size(start, capsys):
+    values = start(curation, "curation", "--pairs", 40, "--side", 40)
+    assert [row["pairs"] for row in values["rows"]] == [40, 80, 160]
+    for row in values["rows"]:
+        assert 0 < row["kept"] <= row["pairs"] and 0 < row["decoding_seconds"] < row["core_seconds"]
+        assert row["own_bytes"] <= row["resident_bytes"]
