@@ -217,9 +217,13 @@ def _in_full(word: str) -> str:
 def _refuse_unmeasured(work: Path, changes: Sequence[str]) -> None:
     """A setting of a step that the run was without would else be missing the step's other settings."""
     measured, _ = read_run(work)
-    for name in (word[2:].partition("=")[0].partition(".")[0] for word in changes if "." in word.partition("=")[0]):
+    for name in (word[2:].partition("=")[0].partition(".")[0] for word in changes if _is_setting(word)):
         if getattr(measured, name, "unknown") is None:
             raise ValueError(f"{name} was not part of the run; `mm data run` measures what it needs")
+
+
+def _is_setting(word: str) -> bool:
+    return word.startswith("--") and "." in word.partition("=")[0]
 
 
 def _print_canaries(work: Path, in_force_only: bool = False) -> None:

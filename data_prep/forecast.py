@@ -62,7 +62,7 @@ def solve_threshold(set_folder: Path, steps: Sequence[Step], pairs: int, times: 
             least = values[np.isfinite(values)]
             kept_anyway = (len(values) - len(least)) * step.config.keep_unmatched
             wanted, most = round(pairs / times), len(least) + kept_anyway
-            if not kept_anyway <= wanted <= most:
+            if wanted < 1 or not kept_anyway <= wanted <= most:
                 raise ValueError(
                     f"{pairs:,} pairs are wanted; the resampling can keep {round(kept_anyway * times):,} to "
                     f"{round(most * times):,}, whatever its threshold"

@@ -177,7 +177,8 @@ def spoken_stamps(
         try:
             found.append((path, language, *_stamp_sentences(path.with_name(f"{stem}.txt"), language)))
         except ValueError as error:
-            dropped.append((path.relative_to(folder).as_posix(), str(error)))
+            if language in languages:
+                dropped.append((path.relative_to(folder).as_posix(), str(error)))
     if not found:
         raise ValueError(f"{folder}: no stamps/**/*_desc_*.ogg in it that have a sentence")
     concepts = join_concepts((concept, f"{language}/{words_of(text)}") for _, language, text, concept in found)

@@ -366,6 +366,14 @@ def record_answer(record: Record) -> str:
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
+def record_said(record: Record) -> str | None:
+    """What is said in a record's recording: its `said`, or what a transcription or a silence has for an answer; None
+    where that is not known."""
+    if "said" in record.json:
+        return record.json["said"]
+    return record_answer(record) if record.json.get("task") in ("transcription", "silence") else None
+
+
 def record_messages(record: Record) -> list[dict]:
     """The record's messages, with the bytes of its media in place of their members' suffixes."""
 

@@ -46,8 +46,8 @@ class WhisperEncoderConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
-        if not 0 < self.max_seconds * HOPS <= WINDOW_FRAMES:
-            raise ValueError(f"max_seconds is {self.max_seconds}; it must be over 0, and at most Whisper's 30")
+        if not 8 <= self.max_seconds * HOPS <= WINDOW_FRAMES:
+            raise ValueError(f"max_seconds is {self.max_seconds}; it must be 0.08 or more, and at most Whisper's 30")
 
     @property
     def output_width(self) -> int:
@@ -57,7 +57,7 @@ class WhisperEncoderConfig:
     @property
     def max_mel_frames(self) -> int:
         """Of one window: a multiple of 8, so that all windows of a longer sound make as many tokens as it whole."""
-        return max(8, int(self.max_seconds * HOPS) // 8 * 8)
+        return int(self.max_seconds * HOPS) // 8 * 8
 
     def features(self, waveform: Tensor) -> Tensor:
         """The features that this encoder takes: float32 [samples] at 16 kHz, of any length -> float32 [T, num_mels].

@@ -1,4 +1,4 @@
-"""A conformer learns from sound alone, by BEST-RQ (paper §8.2): it names the codes of what is masked.
+"""A conformer learns from sound alone, by BEST-RQ (paper §8.2): it names the codes of what is masked. Or it spells.
 
 The paper's encoder heard 15 million hours. With few, `transcripts` has it learn the letters of what is said, by CTC, in
 a run of its own or after BEST-RQ: the paper has no such step. What comes out is an encoder folder that
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mm.config import usable_device
-from mm.processor import record_answer
+from mm.processor import record_said
 from mm.speech_encoders import load_speech_encoder, save_speech_encoder
 from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
@@ -51,8 +51,8 @@ class PretrainSpeechEncoder:
         data: shards with sound; of each record the first recording is heard, a random crop where it is longer than the
             encoder takes.
         encoder: shape of a new conformer; null with start_from, a folder of this stage whose encoder trains on.
-        transcripts: learn the letters of the records' answers in place of BEST-RQ; records with more sound than the
-            encoder takes, or other letters than Latin, Greek and Cyrillic, are left out.
+        transcripts: learn the letters of what is said in place of BEST-RQ; records with more sound than the encoder
+            takes, or other letters than Latin, Greek and Cyrillic, are left out.
         best_rq: masks and codes, which are not kept.
         statistics_samples: so many recordings give a new conformer the mean and deviation of the features.
     """
@@ -69,7 +69,7 @@ class PretrainSpeechEncoder:
 
 
 def pretrain_speech_encoder(config: PretrainSpeechEncoder) -> None:
-    """Train a speech encoder on recordings without words; keep the encoder."""
+    """Train a speech encoder on sound alone, or on the letters of what is said; keep the encoder."""
     if config.training.tensor_ranks * config.training.pipeline_ranks > 1:
         raise ValueError("the encoder runs whole: leave training.tensor_ranks and training.pipeline_ranks at 1")
     device = usable_device(config.device)
@@ -84,7 +84,7 @@ def pretrain_speech_encoder(config: PretrainSpeechEncoder) -> None:
         dataset = RecordDataset(config.data, partial(utterance_of, **settings), by_epoch=True)
     if config.start_from is None:
         known = readable_samples(dataset, config.statistics_samples)
-        set_statistics(encoder, [sample.mel for sample in known])
+        set_statistics(encoder, [one.mel for one in known if isinstance(one, Utterance) or one.letters])
     output = Path(config.output)
     train(
         model,
@@ -133,15 +133,18 @@ def sound_of(record: Record, encoder: SpeechEncoderConfig) -> Tensor:
 
 
 def transcribed_of(record: Record, encoder: SpeechEncoderConfig) -> Transcribed:
-    """A record's first recording with the letters of its answer.
+    """A record's first recording with the letters of what is said in it.
 
     Raises:
-        ValueError: there is none, it cannot be read or is too long, or other letters.
+        ValueError: there is none, it cannot be read or is too long, other letters, or nobody knows what is said.
     """
     mel = sound_of(record, encoder)
     if len(mel) > encoder.max_mel_frames:
         raise ValueError(f"{len(mel) / FRAMES_PER_SECOND:.1f} s are more than the encoder's {encoder.max_seconds} s")
-    return Transcribed(mel, spelling(record_answer(record)))
+    said = record_said(record)
+    if said is None:
+        raise ValueError(f"record {record.id} does not tell what is said in it")
+    return Transcribed(mel, spelling(said))
 
 
 def utterance_of(record: Record, epoch: int, encoder: SpeechEncoderConfig, seed: int) -> Utterance:

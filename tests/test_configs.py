@@ -29,9 +29,7 @@ from vision.encoder import VisionEncoderConfig
 SHIPPED = Path(__file__).parent.parent / "configs"
 ENCODERS = sorted(SHIPPED / "speech" / f"{name}.yaml" for name in ("letters", "pretraining"))
 # Of these, no gates and no pictures.
-SPEECH = sorted(
-    {*SHIPPED.glob("demo/speech*.yaml"), *SHIPPED.glob("speech/*.yaml")} - {*ENCODERS}
-)
+SPEECH = sorted({*SHIPPED.glob("demo/speech*.yaml"), *SHIPPED.glob("speech/*.yaml")} - {*ENCODERS})
 ALIGNMENT = SHIPPED / "demo" / "video_alignment.yaml"  # its gates stay as they are
 CURATION = (SHIPPED / "data").iterdir()  # trains nothing
 CONFIGS = sorted(set(SHIPPED.rglob("*.yaml")) - {*CURATION, *ENCODERS, *SPEECH, ALIGNMENT})
@@ -85,6 +83,8 @@ def test_speech_trains_ears_alone(file):
     trained = {"speech_adapter"} if file.name.startswith("whisper") else {"speech_encoder", "speech_adapter"}
     assert {name.partition(".")[0] for name in rates} == trained
     assert SpeechObjective(config.ctc_weight, config.next_token_weight, config.distillation_weight)
+    held_out = {"data/speech/librivox", "data/speech/aligner"}
+    assert not held_out & {source.path for source in config.data}
 
 
 @pytest.mark.parametrize("file", ENCODERS, ids=lambda file: file.name)

@@ -16,7 +16,7 @@ from mm.language_model import DecoderLayer
 from mm.model import MultimodalModel
 from mm.processor import Processor
 from mm.training.config import TrainingConfig
-from mm.training.data import RecordDataset, Source, readable_samples
+from mm.training.data import RecordDataset, Source, collate_step, readable_samples
 from mm.training.flops import Learning, batch_flops, matmul_rate, text_token_cost
 from mm.training.loop import train
 from mm.training.objectives import NextTokenObjective
@@ -98,8 +98,11 @@ def train_adapters(
     if config.validation:
         held_out = RecordDataset([config.validation], processor.record_example)
         samples = readable_samples(held_out, config.validation_samples)
-        size = config.training.micro_batch_size or config.training.batch_size
-        batches = [objective.collate(samples[i : i + size]) for i in range(0, len(samples), size)]
+        size, budget = (
+            config.training.micro_batch_size or config.training.batch_size,
+            config.training.micro_batch_tokens,
+        )
+        batches = collate_step(samples, objective, size, budget=budget).batches
         evaluate = partial(answer_accuracy, batches=batches, device=device)
     # Ranks share out the language model, and gather it in bf16 as it is.
     with lossless_bf16(model.language_model, config.training.compute == "bf16" and Ranks.here().size == 1):

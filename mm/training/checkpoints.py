@@ -143,8 +143,14 @@ class Checkpoints:
             going_on = state["step"], Position(**state["position"]), state["unlogged"]
             owner = self.ranks.rank if state["ranks"] == self.ranks.size else 0
             old = state["fingerprint"]
-        if old != self.fingerprint:
-            differing = [n for n in sorted({*old, *self.fingerprint}) if old.get(n) != self.fingerprint.get(n)]
+        # A setting that is off and did not exist when the checkpoint was written makes no difference.
+        off = dict.fromkeys((None, False, 0))
+        differing = [
+            name
+            for name in sorted({*old, *self.fingerprint})
+            if (name in old or self.fingerprint[name] not in off) and old.get(name) != self.fingerprint.get(name)
+        ]
+        if differing:
             raise ValueError(
                 f"{self.place.parent} holds a run with another {', '.join(differing)}; name another output folder, "
                 f"remove {self.place}, or go on with the same configuration"

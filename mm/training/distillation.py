@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from mm.batch import IGNORED, Batch, Sample, collate
 from mm.model import MultimodalModel
-from mm.processor import Processor, record_answer, record_messages
+from mm.processor import Processor, record_messages, record_said
 from shards.format import Record
 
 
@@ -35,16 +35,21 @@ class HeardBatch(Batch):
 
 
 def with_twin(record: Record, processor: Processor) -> Heard:
-    """A record's sample and its twin. What is said is `said` in the record's json; of a transcription, its answer.
+    """A record's sample and its twin, which it has if it is known what its one recording says.
 
     Raises:
-        ValueError: as `Processor.record_example`.
+        ValueError: as `Processor.record_example`, of the twin too.
     """
     sample = processor.record_example(record)
-    said = record.json.get("said", record_answer(record) if record.json.get("task") == "transcription" else "")
+    said = record_said(record)
     messages = record_messages(record) if said and sample.speech else []
     sounds = [part for message in messages for part in _parts(message) if part.get("type") == "audio"]
-    return Heard(**vars(sample), read=processor.example(_read(messages, said)) if len(sounds) == 1 else None)
+    if len(sounds) != 1:
+        return Heard(**vars(sample))
+    read = processor.example(_read(messages, said))
+    if len(read.tokens) > processor.context:
+        raise ValueError(f"what is said has {len(read.tokens)} tokens, over the context of {processor.context}")
+    return Heard(**vars(sample), read=read)
 
 
 def _read(messages: list[dict], said: str) -> list[dict]:

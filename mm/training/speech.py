@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mm.batch import IGNORED, Batch, Sample
 from mm.model import MultimodalModel
-from mm.training.distillation import collate_twins, divergence
+from mm.training.distillation import Heard, collate_twins, divergence
 from mm.training.objectives import NextTokenObjective, check_weights, loss_of_hidden_states
 from mm.training.parallel import whole
 from speech.adapter import num_tokens
@@ -53,6 +53,16 @@ class SpeechObjective(NextTokenObjective):
     def runs_language_model(self) -> bool:
         return bool(self.next_token_weight or self.distillation_weight)
 
+    def idle(self, module: MultimodalModel) -> Sample:
+        """As the base; with a twin that runs through what the twins of other ranks' samples may run through."""
+        sample, config = super().idle(module), module.config
+        if not self.distillation_weight:
+            return sample
+        sound = (config.speech_start_id, config.audio_token_id, config.speech_end_id)
+        tokens = [token for token in sample.tokens if token not in sound]
+        read = Sample(tokens, [IGNORED] * len(tokens), sample.images, sample.videos)
+        return Heard(**vars(sample), read=read)
+
     def collate(self, samples: list[Sample]) -> Batch:
         return collate_twins(samples) if self.distillation_weight else super().collate(samples)
 
@@ -70,7 +80,9 @@ class SpeechObjective(NextTokenObjective):
                 hidden = module.hidden_states(batch)
             finally:
                 hook.remove()
-            loss = self.next_token_weight * loss_of_hidden_states(module, hidden, batch)
+            loss = hidden.new_zeros((), dtype=torch.float32)
+            if self.next_token_weight:
+                loss = self.next_token_weight * loss_of_hidden_states(module, hidden, batch)
             if self.distillation_weight:
                 loss = loss + self.distillation_weight * divergence(module, hidden, batch)
         if heard:

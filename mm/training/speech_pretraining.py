@@ -131,15 +131,16 @@ class BestRqObjective(EncoderObjective):
 @functools.cache
 def alphabet() -> dict[str, int]:
     """Letter -> class, from 1 on; 0 is CTC's blank. A blank, an apostrophe, digits, and the letters of Latin, Greek and
-    Cyrillic as `str.casefold` leaves them."""
-    small = (chr(code) for code in range(0x530))
+    Cyrillic as `normalised` leaves them."""
+    small = (chr(code) for code in (*range(0x530), *range(0x1E00, 0x2000)))
     letters = [" ", "'", *(letter for letter in small if letter.isalnum() and normalised(letter) == letter)]
     return {letter: number for number, letter in enumerate(letters, start=1)}
 
 
 def normalised(text: str) -> str:
-    """NFKC, casefolded."""
-    return unicodedata.normalize("NFKC", text).casefold()
+    """NFKC, casefolded, without the marks that stand on no letter of their own then."""
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return "".join(letter for letter in text if not unicodedata.combining(letter))
 
 
 def spelling(text: str) -> list[int]:
@@ -191,13 +192,13 @@ class SpellingEncoder(nn.Module):
 class SpellingObjective(EncoderObjective):
     """CTC over the letters of what is said, at the encoder's 25 frames a second; the loss is the mean over letters.
 
-    A sound in which nothing is said teaches nothing. Reported is the letter error rate of the last micro-batch, in the
-    likeliest path.
+    A sound in which nothing is said teaches nothing. Reported is the letter error rate along the likeliest path, of the
+    utterances since the last report. Over several ranks each counts its own, and the first reports.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.last: tuple[Tensor, TranscribedBatch] | None = None
+        self.wrong = self.letters = 0
 
     def idle(self, module: SpellingEncoder) -> Transcribed:
         return Transcribed(torch.zeros(1, module.speech_encoder.config.num_mels), [])
@@ -215,7 +216,6 @@ class SpellingObjective(EncoderObjective):
     def loss(self, module: SpellingEncoder, batch: TranscribedBatch) -> Tensor:
         self.padding.update(batch.lengths.tolist())
         scores = module(batch)
-        self.last = scores.detach(), batch
         num_letters = torch.tensor([len(letters) for letters in batch.letters])
         losses = F.ctc_loss(
             scores.transpose(0, 1),
@@ -225,15 +225,15 @@ class SpellingObjective(EncoderObjective):
             reduction="none",
             zero_infinity=True,  # more letters than frames
         )
+        for row, length, letters in zip(scores.detach(), num_frames(batch.lengths), batch.letters, strict=True):
+            if len(letters):
+                self.wrong += edit_distance(likeliest(row[:length]), letters.tolist())
+                self.letters += len(letters)
         return losses[(num_letters > 0).to(losses.device)].sum()
 
     def observe(self, module: SpellingEncoder) -> dict[str, float]:
-        values = self.padding.take()
-        if self.last is not None:
-            scores, batch = self.last
-            said = [likeliest(row[:length]) for row, length in zip(scores, num_frames(batch.lengths), strict=True)]
-            wrong = sum(edit_distance(a, b.tolist()) for a, b in zip(said, batch.letters, strict=True))
-            values["letter_error_rate"] = wrong / max(1, self.count(batch))
+        values = {**self.padding.take(), "letter_error_rate": self.wrong / max(1, self.letters)}
+        self.wrong = self.letters = 0
         return values
 
 

@@ -98,6 +98,9 @@ def test_missing_and_unexpected_tensors_are_named_as_in_the_file(tmp_path):
 
 
 def test_what_is_no_whisper_file_is_refused(tmp_path):
+    (tmp_path / "words.pt").write_bytes(b"a dog in front of an old wall")
+    with pytest.raises(ValueError, match="not a file of plain tensors"):
+        whisper.load(tmp_path / "words.pt")
     with pytest.raises(ValueError, match="no such file"):
         whisper.load(tmp_path / "absent.pt")
     (tmp_path / "text.pt").write_text("hello")
