@@ -144,7 +144,7 @@ class Checkpoints:
             owner = self.ranks.rank if state["ranks"] == self.ranks.size else 0
             old = state["fingerprint"]
         # A setting that is off and did not exist when the checkpoint was written makes no difference.
-        off = dict.fromkeys((None, False, 0))
+        off = (None, False, 0)
         differing = [
             name
             for name in sorted({*old, *self.fingerprint})

@@ -174,6 +174,20 @@ def test_what_an_interrupted_write_left_is_no_obstacle(tmp_path):
     assert not (tmp_path / "checkpoints" / "step-00000005" / "junk").exists()
 
 
+def test_settings_that_came_later_are_no_difference_while_they_are_off(tmp_path):
+    module = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(module.parameters())
+    with Checkpoints(tmp_path, 1, {"batch_size": 4}, module, optimizer) as checkpoints:
+        checkpoints.save(1, Position(0), {})
+    for fingerprint in ({"batch_size": 4, "budget": None, "weight": 0.0, "twins": False}, {"batch_size": 4}):
+        with Checkpoints(tmp_path, 1, fingerprint, module, optimizer) as checkpoints:
+            assert checkpoints.resume() == (1, Position(0), {})
+    for fingerprint in ({"batch_size": 4, "budget": 9}, {"batch_size": 4, "budget": [1]}, {"batch_size": 5}, {}):
+        with Checkpoints(tmp_path, 1, fingerprint, module, optimizer) as checkpoints:
+            with pytest.raises(ValueError, match="holds a run with another (budget|batch_size);"):
+                checkpoints.resume()
+
+
 def test_what_was_never_stepped_goes_on_without_moments(tmp_path):
     """As after steps of text alone, in which nothing has a gradient."""
     modules = [nn.Linear(2, 2) for _ in range(2)]
