@@ -183,9 +183,9 @@ def test_settings_that_came_later_are_no_difference_while_they_are_off(tmp_path)
         with Checkpoints(tmp_path, 1, fingerprint, module, optimizer) as checkpoints:
             assert checkpoints.resume() == (1, Position(0), {})
     for fingerprint in ({"batch_size": 4, "budget": 9}, {"batch_size": 4, "budget": [1]}, {"batch_size": 5}, {}):
-        with Checkpoints(tmp_path, 1, fingerprint, module, optimizer) as checkpoints:
-            with pytest.raises(ValueError, match="holds a run with another (budget|batch_size);"):
-                checkpoints.resume()
+        refused = pytest.raises(ValueError, match=r"holds a run with another (budget|batch_size);")
+        with Checkpoints(tmp_path, 1, fingerprint, module, optimizer) as checkpoints, refused:
+            checkpoints.resume()
 
 
 def test_what_was_never_stepped_goes_on_without_moments(tmp_path):
