@@ -158,7 +158,7 @@ def test_finetuning_goes_on_with_more_frames_and_larger_tiles(video_config, clip
         ),
         ({"factor": 0}, "factor is 0"),
         ({"matching_weight": -1.0}, "matching_weight is -1.0; it must be 0 or more"),
-        ({"next_token_weight": 0.0}, "both 0: nothing is left to learn"),
+        ({"next_token_weight": 0.0}, "all 0: nothing is left to learn"),
         ({"max_frames": 0}, "max_frames is 0"),
     ],
 )
