@@ -152,7 +152,16 @@ def error_rate(
 
 def _count_errors(name: str, prediction: str, reference: str, language: str) -> tuple[int, int]:
     """Errors, and words or characters of the reference."""
-    said, wanted = (normalise_speech(text, language) for text in (prediction, reference))
+    return count_errors(name, *(normalise_speech(text, language) for text in (prediction, reference)))
+
+
+def count_errors(name: str, said: str, wanted: str) -> tuple[int, int]:
+    """What jiwer counts as substituted, deleted and inserted, and words ("wer") or characters ("cer") of `wanted`; both
+    texts as they are.
+
+    Raises:
+        ValueError: jiwer is missing.
+    """
     length = len(wanted.split()) if name == "wer" else len(wanted)
     if not length or not said:
         return max(length, len(said.split()) if name == "wer" else len(said)), length

@@ -4,15 +4,16 @@ import functools
 import re
 import sys
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from torchaudio.functional import edit_distance
 
 from layers.linear import Linear
+from mm.evaluation.metrics import count_errors
 from mm.training.speech import Padding
 from speech.best_rq import BestRq, BestRqConfig, BestRqOutput, CodeStatistics, draw_masks
 from speech.conformer import STACK, SpeechEncoder, num_frames
@@ -155,6 +156,16 @@ def spelling(text: str) -> list[int]:
     return [alphabet()[letter] for letter in words]
 
 
+def written(letters: Sequence[int]) -> str:
+    """The text that classes of `alphabet` spell."""
+    return "".join(_letters()[number] for number in letters)
+
+
+@functools.cache
+def _letters() -> dict[int, str]:
+    return {number: letter for letter, number in alphabet().items()}
+
+
 @dataclass
 class Transcribed:
     """Log-mel features [T, num_mels], and the `spelling` of what is said."""
@@ -226,9 +237,9 @@ class SpellingObjective(EncoderObjective):
             zero_infinity=True,  # more letters than frames
         )
         for row, length, letters in zip(scores.detach(), num_frames(batch.lengths), batch.letters, strict=True):
-            if len(letters):
-                self.wrong += edit_distance(likeliest(row[:length]), letters.tolist())
-                self.letters += len(letters)
+            wrong, number = count_errors("cer", written(likeliest(row[:length])), written(letters.tolist()))
+            if number:
+                self.wrong, self.letters = self.wrong + wrong, self.letters + number
         return losses[(num_letters > 0).to(losses.device)].sum()
 
     def observe(self, module: SpellingEncoder) -> dict[str, float]:

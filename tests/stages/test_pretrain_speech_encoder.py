@@ -18,9 +18,9 @@ from mm.training.speech_pretraining import (
     SpellingObjective,
     Transcribed,
     Utterance,
-    alphabet,
     likeliest,
     spelling,
+    written,
 )
 from shards.format import Record
 from shards.reader import ShardSet
@@ -179,13 +179,12 @@ def test_the_loss_over_letters_is_the_sum_of_each_utterance_alone():
 
 
 def test_what_is_said_is_spelt_in_small_letters_without_punctuation():
-    def written(text: str) -> str:
-        letters = {number: letter for letter, number in alphabet().items()}
-        return "".join(letters[number] for number in spelling(text))
+    def spelt(text: str) -> str:
+        return written(spelling(text))
 
-    assert written("  Don’t  press “#1” -- 'naïve' ÉTÉ! ") == "don't press 1 naïve été"
-    assert written("Звёзды, Straße Ωμέγα") == "звёзды strasse ωμέγα"
-    assert written("...") == "" and written("İstanbul tiếng Việt") == "istanbul tiếng việt"
+    assert spelt("  Don’t  press “#1” -- 'naïve' ÉTÉ! ") == "don't press 1 naïve été"
+    assert spelt("Звёзды, Straße Ωμέγα") == "звёзды strasse ωμέγα"
+    assert spelt("...") == "" and spelt("İstanbul tiếng Việt") == "istanbul tiếng việt"
     with pytest.raises(ValueError, match="letters other than Latin, Greek and Cyrillic: 日本"):
         spelling("日本")
 
