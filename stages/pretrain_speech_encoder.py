@@ -72,16 +72,18 @@ def pretrain_speech_encoder(config: PretrainSpeechEncoder) -> None:
     """Train a speech encoder on sound alone, or on the letters of what is said; keep the encoder."""
     if config.training.tensor_ranks * config.training.pipeline_ranks > 1:
         raise ValueError("the encoder runs whole: leave training.tensor_ranks and training.pipeline_ranks at 1")
+    if config.transcripts and config.best_rq != BestRqConfig():
+        raise ValueError("best_rq has no part in a run with transcripts: true; leave one of them out")
     device = usable_device(config.device)
     torch.manual_seed(config.training.seed)
     encoder = starting_point(config)
-    settings = {"encoder": encoder.config, "seed": config.training.seed}
     if config.transcripts:
         model, objective = SpellingEncoder(encoder), SpellingObjective()
         dataset = RecordDataset(config.data, partial(transcribed_of, encoder=encoder.config))
     else:
         model, objective = SpeechPretraining(encoder, config.best_rq), BestRqObjective(config.best_rq)
-        dataset = RecordDataset(config.data, partial(utterance_of, **settings), by_epoch=True)
+        prepare = partial(utterance_of, encoder=encoder.config, seed=config.training.seed)
+        dataset = RecordDataset(config.data, prepare, by_epoch=True)
     if config.start_from is None:
         known = readable_samples(dataset, config.statistics_samples)
         set_statistics(encoder, [one.mel for one in known if isinstance(one, Utterance) or one.letters])

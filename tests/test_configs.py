@@ -35,16 +35,21 @@ CURATION = (SHIPPED / "data").iterdir()  # trains nothing
 CONFIGS = sorted(set(SHIPPED.rglob("*.yaml")) - {*CURATION, *ENCODERS, *SPEECH, ALIGNMENT})
 
 
+def read(stage: type, file: Path):
+    """The configuration of a stage, as its command reads it."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(stage)
+    return parser.instantiate(parser.parse_args(["--config", str(file)]))
+
+
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
 def test_gates_have_their_rate_alone_and_the_language_model_is_frozen(file):
     is_encoder = "text" in yaml.safe_load(file.read_text())
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--config", action="config")
     stages = {"encoder.yaml": PretrainImageEncoder, "finetune.yaml": Finetune, "sweep.yaml": Sweep}
     stages |= dict.fromkeys(("video.yaml", "video_adapter.yaml", "video_finetune.yaml"), TrainVideoAdapter)
     stage = stages.get(file.name, TrainImageAdapter)
-    parser.add_class_arguments(stage)
-    config = parser.instantiate(parser.parse_args(["--config", str(file)]))
+    config = read(stage, file)
     config = config.base if file.name == "sweep.yaml" else config
     with torch.device("meta"):
         if is_encoder:
@@ -69,10 +74,7 @@ def test_gates_have_their_rate_alone_and_the_language_model_is_frozen(file):
 
 @pytest.mark.parametrize("file", SPEECH, ids=lambda file: file.name)
 def test_speech_trains_ears_alone(file):
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--config", action="config")
-    parser.add_class_arguments(TrainSpeechAdapter)
-    config = parser.instantiate(parser.parse_args(["--config", str(file)]))
+    config = read(TrainSpeechAdapter, file)
     language_model = LanguageModelConfig(64, 32, 48, num_layers=2, num_heads=2, num_kv_heads=1)
     encoder = config.encoder or SpeechEncoderConfig()
     with torch.device("meta"):
@@ -89,10 +91,7 @@ def test_speech_trains_ears_alone(file):
 
 @pytest.mark.parametrize("file", ENCODERS, ids=lambda file: file.name)
 def test_speech_encoders_of_all_configurations_fit_each_other(file):
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--config", action="config")
-    parser.add_class_arguments(PretrainSpeechEncoder)
-    config = parser.instantiate(parser.parse_args(["--config", str(file)]))
+    config = read(PretrainSpeechEncoder, file)
     assert config.encoder == SpeechEncoderConfig(6, 192, 768, 3, max_seconds=20)
     assert config.transcripts == (file.name == "letters.yaml")
     known = {f"data/speech/{name}" for name in SETS} - {"data/speech/librivox", "data/speech/aligner"}
@@ -100,10 +99,7 @@ def test_speech_encoders_of_all_configurations_fit_each_other(file):
 
 
 def test_the_aggregator_alone_is_aligned():
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--config", action="config")
-    parser.add_class_arguments(TrainVideoAdapter)
-    config = parser.instantiate(parser.parse_args(["--config", str(ALIGNMENT)]))
+    config = read(TrainVideoAdapter, ALIGNMENT)
     language_model = LanguageModelConfig(64, 32, 48, num_layers=16, num_heads=2, num_kv_heads=1)
     encoder = VisionEncoderConfig(num_layers=5, num_gated_layers=1, tap_points=(2, 4))
     with torch.device("meta"):

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from data_prep.caption_rules import CaptionRules
-from data_prep.curation import Curate
+from data_prep.curation import Curate, run
 from data_prep.image_rules import ImageRules
 from data_prep.pool import Source
 from data_prep.resampling import ResamplingConfig
@@ -157,3 +157,11 @@ def curate(tmp_path, text) -> Callable[..., Curate]:
         return Curate(**{**settings, **changes})
 
     return config
+
+
+@pytest.fixture
+def work(pool, curate, good_pairs, bad_pairs) -> Path:
+    """The output folder of a run over forty good pairs and one of each bad sort."""
+    config = curate(pool("tars", "a", {**good_pairs(40), **bad_pairs}), "tars", "run")
+    run(config)
+    return Path(config.output)

@@ -13,13 +13,6 @@ from data_prep.resampling import ResamplingConfig
 from data_prep.steps import Rule
 
 
-@pytest.fixture
-def work(pool, curate, good_pairs, bad_pairs) -> Path:
-    config = curate(pool("tars", "a", {**good_pairs(40), **bad_pairs}), "tars", "run")
-    run(config)
-    return Path(config.output)
-
-
 def kept(work):
     return pq.read_table(work / "ledger.parquet", filters=[("decision", "==", "keep")]).num_rows
 

@@ -5,22 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
-import pytest
 
 from data_prep.curation import read_run, rethreshold, run, write_kept
 from data_prep.hash_lists import HashListsConfig, phash
+from tests.data_prep.test_forecast import kept
 from vision.reading import read_picture
-
-
-@pytest.fixture
-def work(pool, curate, good_pairs, bad_pairs) -> Path:
-    config = curate(pool("tars", "a", {**good_pairs(40), **bad_pairs}), "tars", "run")
-    run(config)
-    return Path(config.output)
-
-
-def kept(work):
-    return pq.read_table(work / "ledger.parquet", filters=[("decision", "==", "keep")]).num_rows
 
 
 def test_the_report_is_that_of_the_last_decision_and_shows_what_a_threshold_alone_decides(work):

@@ -156,7 +156,7 @@ def test_collapsed_codes_are_warned_of(capsys):
 
 def test_letters_are_learnt_from_transcripts_and_a_run_starts_from_another(config, spoken):
     training = {"steps": 80, "batch_size": 8, "rates": {"*": 5e-3}, "log_every": 20, "workers": 0}
-    file, folder = config(data=[{"path": str(spoken)}], transcripts=True, training=training)
+    file, folder = config(data=[{"path": str(spoken)}], transcripts=True, best_rq={}, training=training)
     main(["--config", str(file)])
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
     assert lines[-1]["letter_error_rate"] < 0.1 < lines[0]["letter_error_rate"]
@@ -223,7 +223,11 @@ def test_the_error_rate_is_of_all_that_was_said_since_the_last_report():
         ({"start_from": "runs/ears"}, "one of the two"),
         ({"encoder": None}, "one of the two"),
         ({"encoder": None, "start_from": "nowhere"}, "nowhere"),
-        ({"transcripts": True, "encoder": {**ENCODER, "max_seconds": 0.1}}, "more than the encoder's 0.1 s"),
+        ({"transcripts": True}, "leave one of them out"),
+        (
+            {"transcripts": True, "best_rq": {}, "encoder": {**ENCODER, "max_seconds": 0.1}},
+            "more than the encoder's 0.1 s",
+        ),
         ({"encoder": {**ENCODER, "width": 33}}, "width 33"),
         ({"statistics_samples": 0}, "0 samples"),
         ({"data": [{"path": "nowhere"}]}, "nowhere"),
