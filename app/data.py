@@ -124,7 +124,7 @@ def forecast_run(argv: list[str]) -> None:
     steps = deciding_steps_of(work, read_run(work)[1], locate)
     if arguments.pairs is not None:
         threshold = solve_threshold(work / "set", steps, arguments.pairs, arguments.times)
-        print(f"resampling.threshold: {threshold:.6g} keeps {arguments.pairs:,} pairs")
+        print(f"resampling.threshold: {float(threshold)} keeps {arguments.pairs:,} pairs")
         return
     print(f"{'threshold':44}{'in force':>10}{'pairs':>10}{'kept':>10}  keeping{''.join(f'{s:>9.0%}' for s in SHARES)}")
     for one in forecast(work / "set", steps):

@@ -26,7 +26,8 @@ class TrainingConfig:
         batch_size: samples per step, over all ranks. micro_batch_size: samples per forward pass of a rank; null takes
             its whole share.
         micro_batch_tokens: the most tokens that a forward pass holds, padding counted (of an encoder's own stage: mel
-            frames), so that long samples come few at a time and short ones many; null sets no limit. One process only.
+            frames), so that long samples come few at a time and short ones many; null sets no limit. One process only,
+            and `mm plan` reckons without it.
         rates: name pattern -> learning rate; the first that fits decides, null freezes.
         warmup_steps, final_rate_factor: linear warm-up, then a cosine down to this share of the rates.
         compute: "fp32" or "bf16" (autocast; weights, gradients and optimizer stay FP32).

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,14 @@ def test_from_a_pool_to_shards_and_back_to_a_pair(home, mm_data):
     assert mm_data("rethreshold", "--work", "work", *changes)[0] == 0
     code, out, _ = mm_data("write", "--work", "work")
     assert code == 0 and "8 pairs" in out and len(ShardSet("work/shards")) == 8
+
+    code, out, _ = mm_data("forecast", "--work", "work", "--pairs", 5)
+    assert code == 0 and out.endswith(" keeps 5 pairs\n")
+    printed = ("--resampling.threshold", out.split()[1])
+    shutil.copy(yaml.safe_load(Path("config.yaml").read_text())["resampling"]["text"], "faces.txt")
+    text = ("--resampling.text", "./faces.txt")  # the same words; no setting of the step of that name
+    assert mm_data("rethreshold", "--work", "work", *changes[:4], *printed, *text)[0] == 0
+    assert "5 pairs" in mm_data("write", "--work", "work")[1]
 
 
 def test_canaries_short_forms_and_languages(home, mm_data):
