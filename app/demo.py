@@ -97,16 +97,21 @@ def prepare_all(sets: dict[str, tuple[str, Callable]]) -> None:
     if missing and not all((DATA / name).exists() for name in sets):
         raise ValueError(f"the demo needs {', '.join(missing)}")
     for name, (asset, to_samples) in sets.items():
-        prepare(DATA / name, asset, to_samples)
+        prepare(DATA / name, to_samples, asset)
 
 
-def prepare(folder: Path, asset: str, to_samples: Callable) -> None:
-    """Turn a fetched set into shards, once."""
+def prepare(folder: Path, to_samples: Callable, *assets: str) -> None:
+    """Turn fetched assets into a set's shards, once; their licences stand beside.
+
+    Args:
+        to_samples: of the assets' folders and a list that gets (id, reason) for each sample left out.
+    """
     if folder.exists():
         return
-    source = fetch(asset)
+    sources = [fetch(asset) for asset in assets]
+    licenses = "\n\n".join(license_text(source) for source in sources)
     dropped: list[tuple[str, str]] = []
-    count = write_shards(to_samples(source, dropped), folder, files={"LICENSE": license_text(source)})
+    count = write_shards(to_samples(*sources, dropped), folder, files={"LICENSE": licenses} if sources else {})
     print(f"{folder}: {count} samples, {len(dropped)} left out", file=sys.stderr)
 
 

@@ -86,7 +86,7 @@ def prepare() -> None:
             files=licences,
         )
         print(f"{MOVING}: {count} clips", file=sys.stderr)
-    app.demo.prepare(EMOJI, "fluent-emoji", emoji_clips)
+    app.demo.prepare(EMOJI, emoji_clips, "fluent-emoji")
 
 
 def emoji_clips(folder: Path, dropped: list[tuple[str, str]]) -> Iterator[Record]:

@@ -3,8 +3,9 @@
     python -m app.speech_sets
     python -m app.speech_report [--model runs/speech-transcription] [--sets asterisk_en,librivox]
 
-The control hears the next recording of the set that wants another answer. Prints a Markdown table, and writes scores
-and predictions of each set into the run's folder.
+The control hears the next recording of the set that wants another answer; of sounds in which nothing is said there is
+none, and the share of empty transcripts is told (exact_match). Prints a Markdown table, and writes scores and
+predictions of each set into the run's folder.
 """
 
 from collections.abc import Sequence
@@ -15,55 +16,53 @@ from jsonargparse import ArgumentParser
 import mm
 from app.speech_sets import SETS
 from mm.evaluation.evaluate import Report, evaluate
+from mm.evaluation.metrics import Score
 from mm.training.command import mistakes_in_one_line
 from shards.reader import ShardSet
 
-METRICS = ("wer", "cer")
-TRANSCRIBED = tuple(name for name in SETS if name != "asterisk_translations")
+METRICS = {"asterisk_translations": ("bleu", "chrf"), "silences": ("exact_match",)}
+ERROR_RATES = ("wer", "cer")  # of all other sets
 
 
-def report(run: Path, data: Path, sets: Sequence[str], limit: int | None = None) -> dict[str, tuple[Report, Report]]:
-    """Evaluate a run on the held-out recordings of sets; set -> (heard, with another recording's sound).
+def report(run: Path, data: Path, sets: Sequence[str], limit: int | None = None) -> dict[str, list[Report]]:
+    """Evaluate a run on the held-out recordings of sets; set -> what was heard, and with another recording's sound.
 
     Raises:
-        ValueError: a set is not there, or has nothing to transcribe; a limit below 2.
+        ValueError: a set is not there, or holds too few recordings; a limit below 2.
     """
     if limit is not None and limit < 2:
         raise ValueError(f"limit is {limit}; the control needs 2 recordings or more")
-    held_out = {name: ShardSet(data / name).select(split="test", task="transcription") for name in sets}
+    held_out = {name: ShardSet(data / name).select(split="test") for name in sets}
     for name, records in held_out.items():
         if len(records) < 2:
             raise ValueError(f"{data / name} holds {len(records)} held-out recordings; the control needs 2 or more")
     model, processor = mm.load(run)
     reports = {}
-    print("| set | recordings | WER | control | CER | real-time factor |\n|---|---|---|---|---|---|")
+    print("| set | recordings | heard | control | real-time factor |\n|---|---|---|---|---|")
     for name, records in held_out.items():
-        both = []
-        for folder, exchange in ((name, False), (f"{name}-exchanged", True)):
-            one = evaluate(
-                *(model, processor, records, METRICS),
-                exchange_speech=exchange, max_new_tokens=160, limit=limit, batch_size=16,
-            )  # fmt: skip
-            one.write(run / "evaluation" / folder)
-            both.append(one)
-        heard, control = both
-        rates = [shown(heard, "wer"), shown(control, "wer"), shown(heard, "cer"), f"{heard.real_time_factor:.2f}"]
-        print(f"| {name} | {heard.scores['wer'].num_samples} | {' | '.join(rates)} |", flush=True)
-        reports[name] = heard, control
+        metrics = METRICS.get(name, ERROR_RATES)
+        reports[name] = []
+        for exchange in (False,) if name == "silences" else (False, True):
+            options = {"exchange_speech": exchange, "max_new_tokens": 160, "limit": limit, "batch_size": 16}
+            one = evaluate(model, processor, records, metrics, **options)
+            one.write(run / "evaluation" / (f"{name}-exchanged" if exchange else name))
+            reports[name].append(one)
+        scores = [", ".join(map(shown, one.scores.values())) for one in reports[name]]
+        number, factor = reports[name][0].scores[metrics[0]].num_samples, reports[name][0].real_time_factor
+        print(f"| {name} | {number} | {scores[0]} | {' '.join(scores[1:])} | {factor:.2f} |", flush=True)
     return reports
 
 
-def shown(report: Report, metric: str) -> str:
-    """A rate with its 95% interval, in percent."""
-    score = report.scores[metric]
-    return f"{100 * score.value:.1f} ± {100 * score.interval:.1f}%"
+def shown(score: Score) -> str:
+    """A score with its 95% interval, all on a scale to 100."""
+    return f"{score.name} {score.value * score.scale:.1f} ± {score.interval * score.scale:.1f}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(prog="speech_report", description=__doc__, exit_on_error=False)
     parser.add_argument("--model", type=Path, default=Path("runs/speech-transcription"), help="run folder")
     parser.add_argument("--data", type=Path, default=Path("data/speech"), help="folder of the sets")
-    parser.add_argument("--sets", type=str, default=",".join(TRANSCRIBED), help="which: a,b,c")
+    parser.add_argument("--sets", type=str, default=",".join(SETS), help="which: a,b,c")
     parser.add_argument("--limit", type=int, default=None, help="so many recordings of each, drawn alike each time")
     with mistakes_in_one_line("speech_report"):
         arguments = parser.parse_args(argv)

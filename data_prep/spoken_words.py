@@ -166,8 +166,7 @@ def write_spoken_words(
     sentences = sentences_of(num_sentences, seed)
     chunks = [sentences[start : start + CHUNK] for start in range(0, len(sentences), CHUNK)]
     spoken = in_order(partial(_spoken, voices=tuple(voices)), chunks, workers)
-    unspoken = (_silent(number, seed) for number in range(num_silences))
-    records = chain((record for records in spoken for record in records), unspoken)
+    records = chain((record for records in spoken for record in records), silences(num_silences, seed))
     return write_shards(records, output, overwrite=overwrite)
 
 
@@ -192,10 +191,12 @@ def silence(rng: np.random.Generator) -> np.ndarray:
     return (32767 * loudness * wave / 3).clip(-32768, 32767).round().astype(np.int16)
 
 
-def _silent(number: int, seed: int) -> Record:
-    source = f"spoken-words/silence/{seed}/{number}"
-    sound = silence(np.random.default_rng(int(make_id(source), 16)))
-    return transcription_record(source, side_of(source), "en", "", sound)
+def silences(number: int, seed: int = 0) -> Iterator[Record]:
+    """Yields so many records of a `silence` each, with an empty transcript."""
+    for place in range(number):
+        source = f"spoken-words/silence/{seed}/{place}"
+        sound = silence(np.random.default_rng(int(make_id(source), 16)))
+        yield transcription_record(source, side_of(source), "en", "", sound)
 
 
 def _spoken(sentences: list[str], voices: tuple[Espeak | Flite, ...]) -> list[Record]:

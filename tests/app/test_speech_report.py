@@ -6,9 +6,9 @@ import shutil
 import numpy as np
 import pytest
 
-from app.speech_report import TRANSCRIBED, main
-from app.speech_sets import SETS
+from app.speech_report import main
 from data_prep.recordings import transcription_record
+from data_prep.spoken_words import silences
 from shards.writer import write_shards
 
 
@@ -18,6 +18,7 @@ def sets(tmp_path):
         sounds = (np.random.default_rng(number).normal(0, 900, 4000).astype(np.int16) for number in range(count))
         records = [transcription_record(f"{name}/{n}", "test", "en", f"word {n}", s) for n, s in enumerate(sounds)]
         write_shards(records, tmp_path / "speech" / name)
+    write_shards(silences(60), tmp_path / "speech" / "silences")
     return tmp_path / "speech"
 
 
@@ -30,7 +31,17 @@ def test_every_set_has_its_rates_and_its_control(everything_run, sets, tmp_path,
         scores = json.loads((run / "evaluation" / name / "scores.json").read_text())
         assert scores["exchanged_speech"] == name.endswith("exchanged") and scores["real_time_factor"] > 0
     wer = json.loads((run / "evaluation" / "aligner" / "scores.json").read_text())["scores"]["wer"]
-    assert rows[0][2] == f"{100 * wer['value']:.1f} ± {100 * wer['interval']:.1f}%"
+    assert rows[0][2].startswith(f"wer {100 * wer['value']:.1f} ± {100 * wer['interval']:.1f}, cer ")
+
+
+def test_of_silences_the_share_of_empty_transcripts_is_told(everything_run, sets, tmp_path, capsys):
+    run = shutil.copytree(everything_run, tmp_path / "run")
+    main(["--model", str(run), "--data", str(sets), "--sets", "silences", "--limit", "3"])
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if "±" in line)
+    assert row.startswith("| silences | 3 | exact_match ")
+    rows = [json.loads(line) for line in (run / "evaluation" / "silences" / "predictions.jsonl").open()]
+    assert len(rows) == 3 and all(row["reference"] == "" for row in rows)
+    assert not (run / "evaluation" / "silences-exchanged").exists()
 
 
 def test_sets_that_cannot_be_reported(everything_run, sets, capsys):
@@ -45,4 +56,3 @@ def test_sets_that_cannot_be_reported(everything_run, sets, capsys):
     with pytest.raises(SystemExit, match="1"):
         main(["--model", str(everything_run), "--data", str(sets), "--sets", "librivox", "--limit", "1"])
     assert "limit is 1" in capsys.readouterr().err
-    assert {"librivox", "aligner", "asterisk_en", "stamps_fr"} <= set(TRANSCRIBED) < set(SETS)

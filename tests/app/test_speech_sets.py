@@ -20,11 +20,13 @@ def fetched(tmp_path, monkeypatch) -> list[str]:
         (tmp_path / name / "LICENSE").write_text(f"licence of {name}")
         return tmp_path / name
 
-    def to_samples(folder, dropped):
+    def to_samples(*folders_and_dropped):
+        *folders, dropped = folders_and_dropped
         dropped.append(("a file", "broken"))
-        yield transcription_record(folder.name, "test", "en", folder.name, np.zeros(1600, np.int16))
+        text = "+".join(folder.name for folder in folders)
+        yield transcription_record(text, "test", "en", text, np.zeros(1600, np.int16))
 
-    sets = {name: (asset, to_samples) for name, (asset, _) in app.speech_sets.SETS.items()}
+    sets = {name: (to_samples, *assets) for name, (_, *assets) in app.speech_sets.SETS.items()}
     monkeypatch.setattr(app.speech_sets, "SETS", sets)
     monkeypatch.setattr(app.demo, "fetch", fetch)
     return names
@@ -32,14 +34,19 @@ def fetched(tmp_path, monkeypatch) -> list[str]:
 
 def test_each_set_is_written_once_with_its_licence(fetched, tmp_path, capfd):
     app.speech_sets.main(["--output", str(tmp_path / "speech")])
-    assert len(fetched) == len(app.speech_sets.SETS)
     assert "1 samples, 1 left out" in capfd.readouterr().err
-    for name, (asset, _) in app.speech_sets.SETS.items():
+    of_sets = {name: assets for name, (_, *assets) in app.speech_sets.SETS.items()}
+    assert fetched == [asset for assets in of_sets.values() for asset in assets]
+    assert of_sets["sentences"] == ["wordnet-base", "flite-voices"]
+    for name, assets in of_sets.items():
         (record,) = ShardSet(tmp_path / "speech" / name)
-        assert record.json["messages"][1]["content"][0]["text"] == asset
-        assert (tmp_path / "speech" / name / "LICENSE").read_text() == f"licence of {asset}"
+        assert record.json["messages"][1]["content"][0]["text"] == "+".join(assets)
+        license = tmp_path / "speech" / name / "LICENSE"
+        assert license.is_file() == bool(assets)
+        assert not assets or license.read_text() == "\n\n".join(f"licence of {asset}" for asset in assets)
+    fetched.clear()
     app.speech_sets.main(["--output", str(tmp_path / "speech")])
-    assert len(fetched) == len(app.speech_sets.SETS)
+    assert not fetched
 
 
 def test_a_mistake_is_one_line(capsys):
