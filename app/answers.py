@@ -7,6 +7,7 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 import mm
+from mm.generation import transcript_limit
 from mm.training.command import one_line
 from video.readers import is_animation, open_animation
 from video.timeline import MAX_PIXELS
@@ -68,7 +69,9 @@ def transcribe(arguments: Namespace) -> int:
 
     def write_down(file: str) -> str:
         content = [request, {"type": "audio", "audio": file}]
-        return mm.generate(model, processor, [{"role": "user", "content": content}], arguments.max_new_tokens)
+        sample = processor.prompt([{"role": "user", "content": content}])
+        limit = transcript_limit(model, sample, arguments.max_new_tokens)
+        return processor.decode(mm.generate_tokens(model, [sample], limit)[0])
 
     return _each(arguments.files, write_down)
 

@@ -66,7 +66,7 @@ def stream(
 def generate_tokens(
     model: MultimodalModel,
     samples: Sequence[Sample],
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     stop_tokens: Sequence[int] | None = None,
     *,
     temperature: float = 0.0,
@@ -87,7 +87,7 @@ def generate_tokens(
 def stream_tokens(
     model: MultimodalModel,
     samples: Sequence[Sample],
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     stop_tokens: Sequence[int] | None = None,
     *,
     temperature: float = 0.0,
@@ -99,6 +99,7 @@ def stream_tokens(
     A sample ends at a stop token (which is not given out), after `max_new_tokens`, or where the context is full.
 
     Args:
+        max_new_tokens: of every sample, or of each one.
         stop_tokens: None means the language model's own; an empty list means none.
         temperature: 0 takes the likeliest token. top_p: draws from the smallest set of tokens whose probability
             reaches it. seed: of each row's own draws, so that a row's tokens do not depend on its neighbours.
@@ -106,8 +107,9 @@ def stream_tokens(
     Raises:
         ValueError: an option out of range, or a prompt that the model does not take.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    limits = [max_new_tokens] * len(samples) if isinstance(max_new_tokens, int) else max_new_tokens
+    if min(limits, default=1) < 1 or len(limits) != len(samples):
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1, or so many for each sample")
     if temperature < 0:
         raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or more")
     if not 0 < top_p <= 1:
@@ -116,7 +118,7 @@ def stream_tokens(
     stops = set(config.stop_tokens if stop_tokens is None else stop_tokens)
     generators = [torch.Generator().manual_seed(seed) for _ in samples]
     lengths = [len(sample.tokens) for sample in samples]
-    room = [min(max_new_tokens, config.context - length) for length in lengths]
+    room = [min(limit, config.context - length) for limit, length in zip(limits, lengths, strict=True)]
     for row, length in enumerate(lengths):
         if length >= config.context:
             raise ValueError(
@@ -136,6 +138,14 @@ def stream_tokens(
         yield [tokens[row] if active[row] else None for row in rows]
         if taken + 1 < max(room):
             logits = decode_step(model, tokens, [length + taken for length in lengths], cache)
+
+
+def transcript_limit(model: MultimodalModel, sample: Sample, max_new_tokens: int) -> int:
+    """The tokens that a transcript of a prompt's sound may have: `max_new_tokens`, or fewer where the sound is short.
+
+    Nobody says more than 25 tokens a second, two for each that the sound takes; a model that runs on is cut there.
+    """
+    return min(max_new_tokens, max(1, 2 * sample.tokens.count(model.config.audio_token_id)))
 
 
 def prefill(model: MultimodalModel, samples: Sequence[Sample], length: int) -> tuple[Tensor, Cache]:

@@ -20,9 +20,9 @@ from mm.evaluation import metrics as scoring
 from mm.evaluation.controls import FRAMES, blank, with_other_sound
 from mm.evaluation.likelihood import answer_log_likelihoods
 from mm.evaluation.metrics import Score
-from mm.generation import generate_tokens
+from mm.generation import generate_tokens, transcript_limit
 from mm.model import MultimodalModel
-from mm.processor import Processor, record_answer
+from mm.processor import Processor, record_answer, record_said
 from shards.format import Record
 from shards.reader import ShardSet
 from speech.features import FRAMES_PER_SECOND
@@ -107,6 +107,7 @@ def evaluate(
             answer's likelihood is the product over its tokens *and its stop token*, the probability that the model
             says just that: so it needs no division by the number of tokens, which would favour long answers.
         blank_images: every picture becomes mid-grey with as many tiles: the control that sees nothing.
+        max_new_tokens: of an answer; a transcript has at most two for each token of its sound, 25 a second.
         exchange_speech: every record is given the sound of the next one (the first follows the last) that wants another
             answer: the control that hears something else.
         frames: of every clip: "all", the middle "one" alone, or "shuffled" under the true times (see
@@ -178,6 +179,7 @@ class _Asked:
     choice_tokens: list[list[int]]
     row: dict
     language: str
+    transcribes: bool
 
 
 def _ask(
@@ -208,7 +210,8 @@ def _ask(
     if length + longest > context:
         raise ValueError(f"the prompt has {length} tokens; with an answer that is over the context of {context}")
     row = {"id": record.id, "question": _question(processor, record), "reference": reference, "scores": {}}
-    return _Asked(sample, references, choices, choice_tokens, row, str(record.json.get("language")))
+    transcribes = bool(sample.speech) and record_said(record) == reference
+    return _Asked(sample, references, choices, choice_tokens, row, str(record.json.get("language")), transcribes)
 
 
 def _answer(
@@ -217,7 +220,11 @@ def _answer(
     """Fills the rows of one batch."""
     samples = [asked.sample for asked in group]
     if saying:
-        for asked, tokens in zip(group, generate_tokens(model, samples, max_new_tokens), strict=True):
+        limits = [
+            transcript_limit(model, asked.sample, max_new_tokens) if asked.transcribes else max_new_tokens
+            for asked in group
+        ]
+        for asked, tokens in zip(group, generate_tokens(model, samples, limits), strict=True):
             asked.row["prediction"] = processor.decode(tokens)
     if choosing:
         likelihoods = answer_log_likelihoods(model, samples, [asked.choice_tokens for asked in group])

@@ -8,6 +8,7 @@ import torch
 
 import mm
 import mm.generation
+from mm.generation import transcript_limit
 from vision.tiling import Tiles
 
 PATTERNS = [".i...", "....", ".ii..i...", "i", "....i", "..iii", "." * 30]
@@ -89,6 +90,19 @@ def test_stop_tokens_end_a_row_and_are_not_given_out(tiny_model, samples):
     assert len(stopped[0]) <= 4
 
 
+def test_each_sample_has_a_limit_of_its_own(tiny_model, samples):
+    whole = mm.generate_tokens(tiny_model, samples, 12, [])
+    limits = [1, 12, 3, 7, 2, 5, 1]
+    for row, cut, limit in zip(whole, mm.generate_tokens(tiny_model, samples, limits, []), limits, strict=True):
+        assert cut == row[:limit]
+
+
+def test_a_transcript_has_at_most_two_tokens_for_each_of_its_sound(tiny_model):
+    sound = tiny_model.config.audio_token_id
+    limits = [transcript_limit(tiny_model, mm.Sample([5, *[sound] * number, 6]), 20) for number in (0, 1, 7, 10, 11)]
+    assert limits == [1, 2, 14, 20, 20]
+
+
 def test_none_means_the_models_own_stop_tokens(build_model, tiny_config, samples):
     own = mm.generate_tokens(build_model(tiny_config), samples, 10, [])[1][3]
     config = replace(tiny_config, language_model=replace(tiny_config.language_model, stop_tokens=(own,)))
@@ -115,6 +129,8 @@ def test_full_context_is_refused(tiny_model, make_sample):
     ("options", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"max_new_tokens": [0]}, "max_new_tokens"),
+        ({"max_new_tokens": [5, 5]}, "max_new_tokens"),
         ({"temperature": -0.1}, "temperature"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.5}, "top_p"),
