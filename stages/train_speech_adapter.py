@@ -26,7 +26,7 @@ from mm.training.data import RecordDataset, Source, readable_samples
 from mm.training.distillation import with_twin
 from mm.training.order import seed_of
 from mm.training.parallel import Ranks
-from mm.training.speech import SpeechObjective, set_statistics
+from mm.training.speech import SpeechObjective, blank_token, set_statistics
 from shards.format import Record
 from speech.adapter import SpeechAdapterConfig
 from speech.conformer import SpeechEncoder, SpeechEncoderConfig
@@ -76,8 +76,9 @@ class TrainSpeechAdapter:
 
 def train_speech_adapter(config: TrainSpeechAdapter) -> None:
     """Train a speech encoder and a speech adapter for a frozen language model."""
-    objective = SpeechObjective(config.ctc_weight, config.next_token_weight, config.distillation_weight)
     model, processor, language_model = starting_point(config)
+    blank = blank_token(processor.tokenizer) if config.ctc_weight else None
+    objective = SpeechObjective(config.ctc_weight, config.next_token_weight, config.distillation_weight, blank)
     prepare = partial(prepared, processor=processor, config=config)
     train_adapters(model, processor, config, "speech adapter", only="speech_", objective=objective, prepare=prepare)
     if not objective.runs_language_model:

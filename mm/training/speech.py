@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
 from mm.batch import IGNORED, Batch, Sample
 from mm.model import MultimodalModel
@@ -16,7 +17,7 @@ from speech.adapter import num_tokens
 from speech.conformer import SpeechEncoder
 from speech.features import FeatureStatistics
 
-SCALE = 20.0  # of cosines to logits: the right one of some hundred tokens can have nearly all of the probability
+SCALE = 12.0  # of cosines to logits; the larger, the sooner a row is right that is far from any embedding
 
 
 class SpeechObjective(NextTokenObjective):
@@ -25,27 +26,36 @@ class SpeechObjective(NextTokenObjective):
     The auxiliary loss is CTC over the rows that the speech adapter gives: each is compared by cosine with the language
     model's frozen embeddings of the answer's tokens, so that the adapter says in the model's own input what it heard
     and where. It fits answers that repeat what is said, a row with one utterance each; other rows have no part in it.
-    An answer's tokens are told from those of all answers in the micro-batch, not from the whole vocabulary.
+    An answer's tokens are told from those of all answers in the micro-batch, not from the whole vocabulary. Where there
+    is nothing new to hear stands the embedding of `blank`; where an answer has that token, it is not asked for.
 
     Args:
         ctc_weight: of the auxiliary loss, per token of the answers. next_token_weight: of the language model's.
         distillation_weight: of the divergence from the language model that reads the transcript, per token of the
             answers (`mm.training.distillation`). With 0 and next_token_weight 0 the language model is not run at all.
+        blank: see `blank_token`; ctc_weight needs it.
 
     Raises:
-        ValueError: a weight below 0, or none above.
+        ValueError: a weight below 0, or none above; no blank for CTC.
     """
 
     whole_passes = (*NextTokenObjective.whole_passes, "hear")
 
     def __init__(
-        self, ctc_weight: float = 0.0, next_token_weight: float = 1.0, distillation_weight: float = 0.0
+        self,
+        ctc_weight: float = 0.0,
+        next_token_weight: float = 1.0,
+        distillation_weight: float = 0.0,
+        blank: int | None = None,
     ) -> None:
         super().__init__()
         weights = {"next_token_weight": next_token_weight, "distillation_weight": distillation_weight}
         check_weights(ctc_weight=ctc_weight, **weights)
         self.ctc_weight, self.next_token_weight = ctc_weight, next_token_weight
         self.distillation_weight = distillation_weight
+        if ctc_weight and blank is None:
+            raise ValueError("ctc_weight needs a blank, the token that stands where nothing new is heard")
+        self.blank = blank
         self.rms: Tensor | None = None
         self.padding = Padding()
 
@@ -88,7 +98,7 @@ class SpeechObjective(NextTokenObjective):
         if heard:
             self.rms = heard[0].detach().float().square().mean().sqrt()
             if self.ctc_weight:
-                loss = loss + self.ctc_weight * ctc_loss(module, batch, heard[0])
+                loss = loss + self.ctc_weight * ctc_loss(module, batch, heard[0], self.blank)
         return loss
 
     def observe(self, module: MultimodalModel) -> dict[str, float]:
@@ -122,20 +132,35 @@ def packed(tokens: Tensor, lengths: Tensor) -> Tensor:
     return torch.cat([row[:count] for row, count in zip(tokens, lengths.tolist(), strict=True)])
 
 
-def ctc_loss(model: MultimodalModel, batch: Batch, heard: Tensor) -> Tensor:
+def blank_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token of a space. A language model reads over spaces, so between words they do the least harm.
+
+    Raises:
+        ValueError: a space is no single token.
+    """
+    tokens = tokenizer(" ", add_special_tokens=False).input_ids
+    if len(tokens) != 1:
+        raise ValueError(
+            f"a space is {len(tokens)} tokens to this tokenizer; CTC needs one: leave ctc_weight at 0"
+        )
+    return tokens[0]
+
+
+def ctc_loss(model: MultimodalModel, batch: Batch, heard: Tensor, blank: int) -> Tensor:
     """Negative log-likelihood of the answers' tokens, summed over rows with one utterance and an answer that fits it.
 
     Of an empty answer it is that of hearing nothing, which only words elsewhere in the micro-batch make uncertain.
 
     Args:
         heard: what the batch's utterances became, packed, [N, D].
+        blank: the token that stands where nothing new is heard.
     """
     utterances = iter(heard.split([num_tokens(len(mel)) for mel in batch.speech]))
-    stops = set(model.config.language_model.stop_tokens)
+    unheard = {IGNORED, blank, *model.config.language_model.stop_tokens}
     rows, answers = [], []
     for labels, number in zip(batch.host.labels.tolist(), batch.speech_per_row, strict=True):
         own = [next(utterances) for _ in range(number)]
-        answer = [label for label in labels if label != IGNORED and label not in stops]
+        answer = [label for label in labels if label not in unheard]
         if number == 1 and any(label != IGNORED for label in labels):
             rows.append(own[0])
             answers.append(answer)  # of a sound in which nothing is said an empty one
@@ -143,9 +168,8 @@ def ctc_loss(model: MultimodalModel, batch: Batch, heard: Tensor) -> Tensor:
         return heard.sum() * 0.0
     spoken = torch.tensor([token for answer in answers for token in answer], dtype=torch.long)
     classes, places = spoken.unique(return_inverse=True)
-    # The audio token's own frozen row, which nothing else uses, is CTC's blank; it comes first.
-    rows_of = torch.cat([torch.tensor([model.config.audio_token_id]), classes]).to(heard.device)
-    table = F.normalize(model.embed(rows_of[None])[0].float(), dim=-1)  # [C, D]
+    tokens = torch.cat([torch.tensor([blank]), classes]).to(heard.device)
+    table = F.normalize(model.embed(tokens[None])[0].float(), dim=-1)  # [C, D]
     x = F.normalize(pad_sequence(rows).float(), dim=-1)  # [N, B, D]
     return F.ctc_loss(
         (SCALE * x @ table.T).log_softmax(-1),

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from transformers import BatchEncoding
 
 import mm
 from data_prep.recordings import transcription_record
+from mm.batch import IGNORED
 from mm.checkpoint import hash_weights, load_encoder, read_description, save
 from mm.evaluation.evaluate import evaluate
 from mm.language_model import LanguageModelConfig
@@ -18,10 +20,11 @@ from mm.speech_encoders import load_speech_encoder, save_speech_encoder
 from mm.training.config import TrainingConfig
 from mm.training.distillation import with_twin
 from mm.training.objectives import next_token_loss
-from mm.training.speech import SpeechObjective
+from mm.training.speech import SpeechObjective, blank_token, ctc_loss
 from shards.format import Record
 from shards.reader import ShardSet
 from shards.writer import write_shards
+from speech.adapter import num_tokens
 from speech.conformer import SpeechEncoder, SpeechEncoderConfig
 from speech.features import FeatureStatistics, SpecAugmentConfig
 from stages.train_speech_adapter import TrainSpeechAdapter, main, prepared
@@ -180,7 +183,7 @@ def test_a_model_that_only_hears_learns_by_alignment_and_goes_on_with_the_langua
     model, processor = mm.load(first)
     assert model.vision_encoder is None
     samples = [processor.record_example(record(n, "test")) for record in (hush, tones) for n in range(100, 108)]
-    objective = SpeechObjective(1.0, 0.0)
+    objective = SpeechObjective(1.0, 0.0, blank=blank_token(processor.tokenizer))
     with torch.no_grad():
         batch = mm.collate(samples)
         assert objective.loss(model, batch) / objective.count(batch) < 0.3
@@ -194,6 +197,30 @@ def test_a_model_that_only_hears_learns_by_alignment_and_goes_on_with_the_langua
     other, _ = mm.load(second)
     assert torch.equal(other.speech_encoder.feature_mean, model.speech_encoder.feature_mean)
     assert not torch.equal(other.speech_adapter.boundaries, model.speech_adapter.boundaries)
+
+
+def test_what_is_heard_stands_among_blanks(repeater):
+    """Rows that are the embeddings of the answer's tokens, and of the blank between them, cost next to nothing; the
+    blank itself is not asked for, since it stands there anyway."""
+    model, processor = mm.load(repeater)
+    blank = blank_token(processor.tokenizer)
+    first, second = 70, 80
+    answer = [first, blank, second, *model.config.language_model.stop_tokens]
+    batch = mm.collate([mm.Sample([5, *answer], [IGNORED, *answer], speech=[torch.zeros(40, 80)])])
+
+    def cost(*heard: int) -> float:
+        assert len(heard) == num_tokens(40)
+        return float(ctc_loss(model, batch, model.embed(torch.tensor([heard]))[0], blank))
+
+    with torch.no_grad():
+        right = cost(blank, first, first, blank, second)
+        assert right < 0.01
+        assert cost(blank, second, blank, blank, first) > 10
+        assert cost(*[blank] * 5) > 10
+    with pytest.raises(ValueError, match="needs a blank"):
+        SpeechObjective(ctc_weight=0.5)
+    with pytest.raises(ValueError, match="a space is 2 tokens"):
+        blank_token(lambda *_, **__: BatchEncoding({"input_ids": [3, 4]}))
 
 
 def test_hearing_is_held_against_reading(speech_config, repeater, recordings):
