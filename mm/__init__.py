@@ -1,4 +1,4 @@
-"""mm-adapters: eyes for a frozen language model.
+"""mm-adapters: eyes and ears for a frozen language model.
 
 model, processor = mm.load("runs/demo")
 print(mm.generate(model, processor, messages, max_new_tokens=64))
