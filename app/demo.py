@@ -87,8 +87,8 @@ def compute_options() -> list[str]:
     return ["--training.compute", "bf16" if multiplies_bf16 else "fp32"]
 
 
-def prepare_all(sets: dict[str, tuple[str, Callable]]) -> None:
-    """Make the shards of each set, (asset, function of its folder), unless they are there.
+def prepare_all(sets: dict[str, tuple]) -> None:
+    """Make the shards of each set, unless they are there; a set is what `prepare` needs of it.
 
     Raises:
         ValueError: a program that fetches or draws a set is missing.
@@ -96,8 +96,8 @@ def prepare_all(sets: dict[str, tuple[str, Callable]]) -> None:
     missing = missing_programs()
     if missing and not all((DATA / name).exists() for name in sets):
         raise ValueError(f"the demo needs {', '.join(missing)}")
-    for name, (asset, to_samples) in sets.items():
-        prepare(DATA / name, to_samples, asset)
+    for name, (to_samples, *assets) in sets.items():
+        prepare(DATA / name, to_samples, *assets)
 
 
 def prepare(folder: Path, to_samples: Callable, *assets: str) -> None:
@@ -109,9 +109,10 @@ def prepare(folder: Path, to_samples: Callable, *assets: str) -> None:
     if folder.exists():
         return
     sources = [fetch(asset) for asset in assets]
-    licenses = "\n\n".join(license_text(source) for source in sources)
+    names = ["LICENSE"] if len(assets) == 1 else [f"LICENSE.{asset}" for asset in assets]
+    licenses = {name: license_text(source) for name, source in zip(names, sources, strict=True)}
     dropped: list[tuple[str, str]] = []
-    count = write_shards(to_samples(*sources, dropped), folder, files={"LICENSE": licenses} if sources else {})
+    count = write_shards(to_samples(*sources, dropped), folder, files=licenses)
     print(f"{folder}: {count} samples, {len(dropped)} left out", file=sys.stderr)
 
 
@@ -197,10 +198,10 @@ def examples(sets: dict[str, ShardSet], reports: dict[str, Report]) -> dict[str,
 
 
 SETS = {
-    "easy_vqa": ("easy-vqa", data_prep.easy_vqa.to_samples),
-    "easy_vqa_captions": ("easy-vqa", data_prep.easy_vqa.to_captions),
-    "openmoji": ("openmoji", partial(curated, "openmoji")),
-    "tuxpaint": ("tuxpaint-stamps", partial(curated, "tuxpaint-stamps")),
+    "easy_vqa": (data_prep.easy_vqa.to_samples, "easy-vqa"),
+    "easy_vqa_captions": (data_prep.easy_vqa.to_captions, "easy-vqa"),
+    "openmoji": (partial(curated, "openmoji"), "openmoji"),
+    "tuxpaint": (partial(curated, "tuxpaint-stamps"), "tuxpaint-stamps"),
 }
 
 

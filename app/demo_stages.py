@@ -30,9 +30,9 @@ from shards.writer import write_shards
 
 PICTURE_SIZE = 192  # px: 2 x 2 of the annealing's tiles; before it, 2 x 2 of the adapter's 64 px, as the demo's 128 px
 MORE_SETS = {
-    "openmoji_192": ("openmoji", partial(data_prep.openmoji.to_samples, picture_size=PICTURE_SIZE)),
-    "tuxpaint_192": ("tuxpaint-stamps", partial(data_prep.tuxpaint.to_samples, picture_size=PICTURE_SIZE)),
-    "easy_vqa_chats": ("easy-vqa", data_prep.easy_vqa.to_conversations),
+    "openmoji_192": (partial(data_prep.openmoji.to_samples, picture_size=PICTURE_SIZE), "openmoji"),
+    "tuxpaint_192": (partial(data_prep.tuxpaint.to_samples, picture_size=PICTURE_SIZE), "tuxpaint-stamps"),
+    "easy_vqa_chats": (data_prep.easy_vqa.to_conversations, "easy-vqa"),
 }
 CHATS = {"openmoji_chats": "openmoji_192", "tuxpaint_chats": "tuxpaint_192"}
 HELD_OUT = {"answers": "easy_vqa", "openmoji": "openmoji_192", "tuxpaint": "tuxpaint_192"}

@@ -1,4 +1,4 @@
-"""Error rates of a run that hears, on each set of recordings that it never heard, beside the control.
+"""Error rates, BLEU and chrF of a run that hears, on each set of recordings that it never heard, beside the control.
 
     python -m app.speech_sets
     python -m app.speech_report [--model runs/speech-transcription] [--sets asterisk_en,librivox]
@@ -25,14 +25,16 @@ ERROR_RATES = ("wer", "cer")  # of all other sets
 
 
 def report(run: Path, data: Path, sets: Sequence[str], limit: int | None = None) -> dict[str, list[Report]]:
-    """Evaluate a run on the held-out recordings of sets; set -> what was heard, and with another recording's sound.
+    """Evaluate a run on the held-out recordings of sets; set -> what was heard, and but for silences the same
+    with another recording's sound.
 
     Raises:
         ValueError: a set is not there, or holds too few recordings; a limit below 2.
     """
     if limit is not None and limit < 2:
         raise ValueError(f"limit is {limit}; the control needs 2 recordings or more")
-    held_out = {name: ShardSet(data / name).select(split="test") for name in sets}
+    tasks = {name: None if name in METRICS else "transcription" for name in sets}
+    held_out = {name: ShardSet(data / name).select(split="test", task=task) for name, task in tasks.items()}
     for name, records in held_out.items():
         if len(records) < 2:
             raise ValueError(f"{data / name} holds {len(records)} held-out recordings; the control needs 2 or more")

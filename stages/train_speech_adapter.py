@@ -24,6 +24,7 @@ from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
 from mm.training.data import RecordDataset, Source, readable_samples
 from mm.training.distillation import with_twin
+from mm.training.objectives import check_weights
 from mm.training.order import seed_of
 from mm.training.parallel import Ranks
 from mm.training.speech import SpeechObjective, blank_token, set_statistics
@@ -76,9 +77,11 @@ class TrainSpeechAdapter:
 
 def train_speech_adapter(config: TrainSpeechAdapter) -> None:
     """Train a speech encoder and a speech adapter for a frozen language model."""
+    weights = (config.ctc_weight, config.next_token_weight, config.distillation_weight)
+    check_weights(**dict(zip(("ctc_weight", "next_token_weight", "distillation_weight"), weights, strict=True)))
     model, processor, language_model = starting_point(config)
     blank = blank_token(processor.tokenizer) if config.ctc_weight else None
-    objective = SpeechObjective(config.ctc_weight, config.next_token_weight, config.distillation_weight, blank)
+    objective = SpeechObjective(*weights, blank)
     prepare = partial(prepared, processor=processor, config=config)
     train_adapters(model, processor, config, "speech adapter", only="speech_", objective=objective, prepare=prepare)
     if not objective.runs_language_model:

@@ -53,7 +53,7 @@ FRAMES: dict[str, Callable[[Sample], Sample]] = {
 
 
 def with_other_sound(records: ShardSet | Sequence[Record], numbers: Sequence[int], number: int) -> Record:
-    """A record with the sound of the next among `numbers` that wants another answer, itself as it is.
+    """A record with the sound of the next among `numbers` that has another and wants another answer, itself as it is.
 
     Raises:
         ValueError: the record or the other one has no sound, or all want the same answer.
@@ -62,7 +62,7 @@ def with_other_sound(records: ShardSet | Sequence[Record], numbers: Sequence[int
     wanted = record_answer(record).casefold()
     for other_number in [*numbers[place + 1 :], *numbers[:place]]:
         other = records[other_number]
-        if record_answer(other).casefold() != wanted:
+        if record_answer(other).casefold() != wanted and other.media != record.media:
             break
     else:
         raise ValueError(f"no record wants another answer than {record.id}: there is no sound to exchange its own with")

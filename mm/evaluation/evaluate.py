@@ -107,7 +107,7 @@ def evaluate(
             answer's likelihood is the product over its tokens *and its stop token*, the probability that the model
             says just that: so it needs no division by the number of tokens, which would favour long answers.
         blank_images: every picture becomes mid-grey with as many tiles: the control that sees nothing.
-        max_new_tokens: of an answer; a transcript has at most two for each token of its sound, 25 a second.
+        max_new_tokens: of an answer; a transcript has at most three for each token of its sound, 37 a second.
         exchange_speech: every record is given the sound of the next one (the first follows the last) that wants another
             answer: the control that hears something else.
         frames: of every clip: "all", the middle "one" alone, or "shuffled" under the true times (see

@@ -133,17 +133,16 @@ def packed(tokens: Tensor, lengths: Tensor) -> Tensor:
 
 
 def blank_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token of a space. A language model reads over spaces, so between words they do the least harm.
+    """The token of one space. A language model reads over spaces, so between words they do the least harm.
 
     Raises:
-        ValueError: a space is no single token.
+        ValueError: the vocabulary has none.
     """
-    tokens = tokenizer(" ", add_special_tokens=False).input_ids
-    if len(tokens) != 1:
-        raise ValueError(
-            f"a space is {len(tokens)} tokens to this tokenizer; CTC needs one: leave ctc_weight at 0"
-        )
-    return tokens[0]
+    vocabulary = tokenizer.get_vocab()
+    for space in ("\u0120", "\u2581"):  # as byte-level and as SentencePiece vocabularies write it
+        if space in vocabulary:
+            return vocabulary[space]
+    raise ValueError("ctc_weight needs a tokenizer that has a token of one space, and this one has none: leave it at 0")
 
 
 def ctc_loss(model: MultimodalModel, batch: Batch, heard: Tensor, blank: int) -> Tensor:

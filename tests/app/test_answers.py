@@ -96,18 +96,29 @@ def test_speech_is_written_down(mm_command, everything_run, media, monkeypatch):
     files = [media / name for name in ("said.wav", "told.wav", "silence.wav")]
     command = ("transcribe", *files, "--model", everything_run, "--max-new-tokens", 6)
     model, processor = mm.load(everything_run)
-    asked, generate = [], mm.generate
-    monkeypatch.setattr(mm, "generate", lambda *given: asked.append(given[2]) or generate(*given))
+    asked, prompt = [], mm.Processor.prompt
+    monkeypatch.setattr(mm.Processor, "prompt", lambda self, given: asked.append(given) or prompt(self, given))
     for language, options in (("English", ()), ("Spanish", ("--language", "Spanish"))):
         code, out, err = mm_command(*command, *options)
         request = {"type": "text", "text": f"Repeat after me in {language}:"}
         contents = [[request, {"type": "audio", "audio": str(file)}] for file in files]
         conversations = [[{"role": "user", "content": content}] for content in contents]
         assert asked == conversations
-        said = [generate(model, processor, messages, 6) for messages in conversations]
+        said = [mm.generate(model, processor, messages, 6) for messages in conversations]
         assert (code, err) == (0, "")
         assert out == "".join(f"{file}: {text}\n" for file, text in zip(files, said, strict=True))
         asked.clear()
+
+
+def test_a_transcript_ends_with_its_sound(mm_command, everything_run, media, monkeypatch):
+    """Not at once: a second of sound has room for 37 tokens. What runs on is cut."""
+    limits, generate = [], mm.generate_tokens
+    monkeypatch.setattr(mm, "generate_tokens", lambda *given: limits.append(given[2]) or generate(*given))
+    code, _, _ = mm_command("transcribe", media / "said.wav", "--model", everything_run, "--max-new-tokens", 99)
+    model, processor = mm.load(everything_run)
+    content = [{"type": "audio", "audio": str(media / "said.wav")}]
+    rows = processor.prompt([{"role": "user", "content": content}]).tokens.count(model.config.audio_token_id)
+    assert code == 0 and limits == [3 * rows] and 3 * rows < 99
 
 
 def test_good_sounds_among_bad_ones_are_written_down(mm_command, everything_run, media):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from app.speech_report import main
-from data_prep.recordings import transcription_record
+from data_prep.recordings import transcription_record, translation_record
 from data_prep.spoken_words import silences
 from shards.writer import write_shards
 
@@ -18,6 +18,10 @@ def sets(tmp_path):
         sounds = (np.random.default_rng(number).normal(0, 900, 4000).astype(np.int16) for number in range(count))
         records = [transcription_record(f"{name}/{n}", "test", "en", f"word {n}", s) for n, s in enumerate(sounds)]
         write_shards(records, tmp_path / "speech" / name)
+    words = ("uno", "due", "tre")
+    sounds = (np.random.default_rng(number).normal(0, 900, 4000).astype(np.int16) for number in range(3))
+    records = [translation_record(word, "test", "it", word, s, "one") for word, s in zip(words, sounds, strict=True)]
+    write_shards(records, tmp_path / "speech" / "asterisk_translations")
     write_shards(silences(60), tmp_path / "speech" / "silences")
     return tmp_path / "speech"
 
@@ -34,6 +38,15 @@ def test_every_set_has_its_rates_and_its_control(everything_run, sets, tmp_path,
     assert rows[0][2].startswith(f"wer {100 * wer['value']:.1f} ± {100 * wer['interval']:.1f}, cer ")
 
 
+def test_translations_have_bleu(everything_run, sets, tmp_path, capsys):
+    run = shutil.copytree(everything_run, tmp_path / "run")
+    main(["--model", str(run), "--data", str(sets), "--sets", "asterisk_translations"])
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if "±" in line)
+    chrf = json.loads((run / "evaluation" / "asterisk_translations" / "scores.json").read_text())["scores"]["chrf"]
+    assert row.startswith("| asterisk_translations | 3 | bleu ")
+    assert f"chrf {chrf['value']:.1f} ± {chrf['interval']:.1f} | bleu " in row
+
+
 def test_of_silences_the_share_of_empty_transcripts_is_told(everything_run, sets, tmp_path, capsys):
     run = shutil.copytree(everything_run, tmp_path / "run")
     main(["--model", str(run), "--data", str(sets), "--sets", "silences", "--limit", "3"])
@@ -41,6 +54,8 @@ def test_of_silences_the_share_of_empty_transcripts_is_told(everything_run, sets
     assert row.startswith("| silences | 3 | exact_match ")
     rows = [json.loads(line) for line in (run / "evaluation" / "silences" / "predictions.jsonl").open()]
     assert len(rows) == 3 and all(row["reference"] == "" for row in rows)
+    share = 100 * sum(not row["prediction"] for row in rows) / 3
+    assert row.startswith(f"| silences | 3 | exact_match {share:.1f} ")
     assert not (run / "evaluation" / "silences-exchanged").exists()
 
 

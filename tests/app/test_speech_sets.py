@@ -1,5 +1,7 @@
 """Sets of real recordings: each by its name, those that are there kept. The sets themselves are small stand-ins."""
 
+import inspect
+
 import numpy as np
 import pytest
 
@@ -41,12 +43,21 @@ def test_each_set_is_written_once_with_its_licence(fetched, tmp_path, capfd):
     for name, assets in of_sets.items():
         (record,) = ShardSet(tmp_path / "speech" / name)
         assert record.json["messages"][1]["content"][0]["text"] == "+".join(assets)
-        license = tmp_path / "speech" / name / "LICENSE"
-        assert license.is_file() == bool(assets)
-        assert not assets or license.read_text() == "\n\n".join(f"licence of {asset}" for asset in assets)
+        licenses = {file.name: file.read_text() for file in (tmp_path / "speech" / name).glob("LICENSE*")}
+        of_one = {"LICENSE": f"licence of {assets[0]}"} if assets else {}
+        of_all = {f"LICENSE.{asset}": f"licence of {asset}" for asset in assets}
+        assert licenses == (of_one if len(assets) < 2 else of_all)
     fetched.clear()
     app.speech_sets.main(["--output", str(tmp_path / "speech")])
     assert not fetched
+
+
+def test_makers_take_as_many_folders_as_there_are_assets():
+    for to_samples, *assets in app.speech_sets.SETS.values():
+        inspect.signature(to_samples).bind(*assets, [])
+    to_samples, *_ = app.speech_sets.SETS["silences"]
+    records = list(to_samples([]))
+    assert len(records) == app.speech_sets.NUM_SILENCES and {one.json["task"] for one in records} == {"silence"}
 
 
 def test_a_mistake_is_one_line(capsys):

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 import mm
-from data_prep.recordings import transcription_record
+from data_prep.recordings import transcription_record, translation_record
 from mm.assembly import add_speech
 from mm.evaluation.controls import with_other_sound
 from mm.evaluation.evaluate import evaluate
 from shards.format import Record
-from speech.adapter import SpeechAdapterConfig
+from speech.adapter import SpeechAdapterConfig, num_tokens
 from speech.conformer import SpeechEncoder, SpeechEncoderConfig
 
 WORDS = ("apple", "Apple", "bird", "cow", "dog")
@@ -54,6 +54,22 @@ def test_error_rates_and_the_control_that_hears_something_else(hearing, records,
     assert [row["reference"] for row in exchanged.predictions] == list(WORDS)
     exchanged.write(tmp_path)
     assert '"exchanged_speech": true' in (tmp_path / "scores.json").read_text()
+
+
+def test_transcripts_end_with_their_sound(hearing, records, monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        "mm.evaluation.evaluate.generate_tokens",
+        lambda _, samples, limits: given.extend(zip(samples, limits, strict=True)) or [[]] * len(samples),
+    )
+    samples = np.random.default_rng(9).normal(0, 3000, 3000).astype(np.int16)
+    silent = transcription_record("noise/9", "test", "en", "", samples)
+    translated = translation_record("noise/9", "test", "es", "manzana", samples, said="apple")
+    evaluate(*hearing, [*records, silent, translated], ["bleu"], max_new_tokens=20)
+    lengths = [len(hearing[1].record_prompt(record)[0].speech[0]) for record in (*records, silent)]
+    of_transcripts = [3 * num_tokens(length) for length in lengths]
+    assert max(of_transcripts) < 20
+    assert sorted(limit for _, limit in given) == sorted([*of_transcripts, 20])
 
 
 def test_without_another_answer_or_a_sound_the_record_has_failed(hearing, records, square_record):
