@@ -13,6 +13,8 @@ from mm.batch import Sample, collate
 from mm.model import Cache, MultimodalModel
 from mm.processor import Processor
 
+LOOP = 12  # tokens that a transcript spends on going round before it is one
+
 
 def generate(
     model: MultimodalModel,
@@ -150,6 +152,18 @@ def transcript_limit(model: MultimodalModel, sample: Sample, max_new_tokens: int
     about 4 in a second, and a script that the tokenizer spells byte by byte about 25.
     """
     return min(max_new_tokens, max(1, 3 * sample.tokens.count(model.config.audio_token_id)))
+
+
+def without_loops(tokens: Sequence[int]) -> list[int]:
+    """A transcript's tokens up to where it begins to go round: what stands three times or more in a row, and so fills
+    12 tokens or more, is kept once, and what comes after it is left out."""
+    for start in range(len(tokens)):
+        for length in range(1, (len(tokens) - start) // 3 + 1):
+            times = max(3, -(-LOOP // length))
+            once = list(tokens[start : start + length])
+            if list(tokens[start : start + times * length]) == once * times:
+                return list(tokens[: start + length])
+    return list(tokens)
 
 
 def prefill(model: MultimodalModel, samples: Sequence[Sample], length: int) -> tuple[Tensor, Cache]:

@@ -20,7 +20,7 @@ from mm.evaluation import metrics as scoring
 from mm.evaluation.controls import FRAMES, blank, with_other_sound
 from mm.evaluation.likelihood import answer_log_likelihoods
 from mm.evaluation.metrics import Score
-from mm.generation import generate_tokens, transcript_limit
+from mm.generation import generate_tokens, transcript_limit, without_loops
 from mm.model import MultimodalModel
 from mm.processor import Processor, record_answer, record_said
 from shards.format import Record
@@ -107,7 +107,8 @@ def evaluate(
             answer's likelihood is the product over its tokens *and its stop token*, the probability that the model
             says just that: so it needs no division by the number of tokens, which would favour long answers.
         blank_images: every picture becomes mid-grey with as many tiles: the control that sees nothing.
-        max_new_tokens: of an answer; a transcript has at most three for each token of its sound, 37 a second.
+        max_new_tokens: of an answer; a transcript has at most three for each token of its sound, 37 a second, and loses
+            what goes round and round.
         exchange_speech: every record is given the sound of the next one (the first follows the last) that wants another
             answer: the control that hears something else.
         frames: of every clip: "all", the middle "one" alone, or "shuffled" under the true times (see
@@ -225,7 +226,7 @@ def _answer(
             for asked in group
         ]
         for asked, tokens in zip(group, generate_tokens(model, samples, limits), strict=True):
-            asked.row["prediction"] = processor.decode(tokens)
+            asked.row["prediction"] = processor.decode(without_loops(tokens) if asked.transcribes else tokens)
     if choosing:
         likelihoods = answer_log_likelihoods(model, samples, [asked.choice_tokens for asked in group])
         for asked, values in zip(group, likelihoods, strict=True):

@@ -8,7 +8,7 @@ import torch
 
 import mm
 import mm.generation
-from mm.generation import transcript_limit
+from mm.generation import transcript_limit, without_loops
 from vision.tiling import Tiles
 
 PATTERNS = [".i...", "....", ".ii..i...", "i", "....i", "..iii", "." * 30]
@@ -101,6 +101,22 @@ def test_a_transcript_has_at_most_three_tokens_for_each_of_its_sound(tiny_model)
     sound = tiny_model.config.audio_token_id
     limits = [transcript_limit(tiny_model, mm.Sample([5, *[sound] * number, 6]), 20) for number in (0, 1, 6, 7)]
     assert limits == [1, 3, 18, 20]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "kept"),
+    [
+        ([], []),
+        ([1, 2, 3, 4] * 3, [1, 2, 3, 4]),
+        ([9, *[1, 2, 3, 4] * 3, 1, 2], [9, 1, 2, 3, 4]),
+        ([9, *[1, 2, 3, 4] * 2, 1, 2, 3, 8], [9, *[1, 2, 3, 4] * 2, 1, 2, 3, 8]),  # not for the third time
+        ([5, 7] + [6] * 12, [5, 7, 6]),
+        ([5, 7] + [6] * 11, [5, 7] + [6] * 11),  # "no, no, no" may be said
+        ([1, 2, 3] * 4 + [9], [1, 2, 3]),
+    ],
+)
+def test_a_transcript_that_goes_round_is_kept_once(tokens, kept):
+    assert without_loops(tokens) == kept
 
 
 def test_none_means_the_models_own_stop_tokens(build_model, tiny_config, samples):
