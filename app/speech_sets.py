@@ -3,8 +3,9 @@
     python -m app.speech_sets [--output data/speech]
 
 Sets: Asterisk's prompts and Tux Paint's spoken stamps, in five languages each and one set for each language; the
-prompts' translations into each other; English sentences, WordNet's, in synthetic voices; sounds in which nothing is
-said; LibriVox readings and the Montreal Forced Aligner's clips. Each that is there is kept.
+English prompts with a question behind each; the prompts' translations into each other; English sentences, WordNet's, in
+synthetic voices; sounds in which nothing is said; LibriVox readings and the Montreal Forced Aligner's clips. Each that
+is there is kept.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,10 @@ def _spoken_sentences(texts: Path, flite: Path, _: recordings.Dropped) -> Iterat
     return spoken_sentences(read_texts(texts), voices, NUM_SENTENCES)
 
 
+def _asked_prompts(folder: Path, dropped: recordings.Dropped) -> Iterator[Record]:
+    return map(recordings.asked_freely, recordings.asterisk_samples(folder, dropped, languages=("en",)))
+
+
 def _silences(_: recordings.Dropped) -> Iterator[Record]:
     return silences(NUM_SILENCES)
 
@@ -42,6 +47,7 @@ SETS: dict[str, tuple] = {  # name -> what makes its records, and the assets tha
     **_in_languages("asterisk", "asterisk-sounds", recordings.asterisk_samples, recordings.ASTERISK_LANGUAGES),
     **_in_languages("stamps", "tuxpaint-speech", recordings.spoken_stamps, recordings.STAMP_LANGUAGES),
     "asterisk_translations": (recordings.asterisk_translations, "asterisk-sounds"),
+    "asterisk_en_asked": (_asked_prompts, "asterisk-sounds"),
     "sentences": (_spoken_sentences, "wordnet-base", "flite-voices"),
     "silences": (_silences,),
     "librivox": (recordings.librivox_readings, "pocketsphinx-speech"),

@@ -8,6 +8,7 @@ import gzip
 import io
 import re
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +20,7 @@ from data_prep.splits import join_concepts, split_of
 from shards.format import Record, make_id
 
 SAMPLE_RATE = 16_000
+QUESTIONS = ("What did they say?", "What is said here?", "Write down what you hear.", "What do you hear?")
 VALIDATION_SHARE, TEST_SHARE = 0.02, 0.08  # of the sentences
 LANGUAGES = {
     "bg": "Bulgarian",
@@ -52,6 +54,17 @@ def transcription_record(source: str, split: str, language: str, text: str, samp
     """
     request = f"Repeat after me in {LANGUAGES[language]}:"
     return _answered(source, split, "transcription" if text else "silence", language, request, text, samples)
+
+
+def asked_freely(record: Record) -> Record:
+    """A transcription that is asked for behind the sound, in one of QUESTIONS, by its id; the paper has one wording.
+
+    A model that has been asked in one wording alone answers no other.
+    """
+    sound = record.json["messages"][0]["content"][1]
+    question = QUESTIONS[int(record.id, 16) // 8 % len(QUESTIONS)]
+    asked = {"role": "user", "content": [sound, {"type": "text", "text": question}]}
+    return replace(record, json={**record.json, "messages": [asked, *record.json["messages"][1:]]})
 
 
 def translation_record(source: str, split: str, language: str, text: str, samples: np.ndarray, said: str) -> Record:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.recordings import SAMPLE_RATE, resampled, side_of, transcription_record
+from data_prep.recordings import SAMPLE_RATE, asked_freely, resampled, side_of, transcription_record
 from data_prep.workers import in_order
 from shards.format import Record, make_id
 from shards.writer import write_shards
@@ -67,6 +67,7 @@ WORDS = (
     "window",
 )
 MAX_WORDS = 5
+ASKED_FREELY = 4  # each so many-th recording is asked about in words of one's own
 CHUNK = 20  # sentences that one worker speaks at a time
 
 
@@ -155,7 +156,8 @@ def write_spoken_words(
     workers: int = 1,
     overwrite: bool = False,
 ) -> int:
-    """Writes each sentence in each voice, and returns how many records there are; a sentence is in one split.
+    """Writes each sentence in each voice, and returns how many records there are; a sentence is in one split, and a
+    quarter of the recordings is `asked_freely` about.
 
     Args:
         num_silences: sounds in which nothing is said, beside them: see `silence`.
@@ -200,7 +202,8 @@ def silences(number: int, seed: int = 0) -> Iterator[Record]:
 
 
 def _spoken(sentences: list[str], voices: tuple[Espeak | Flite, ...]) -> list[Record]:
-    return [_said(text, voice, split_of_sentence(text)) for text in sentences for voice in voices]
+    records = [_said(text, voice, split_of_sentence(text)) for text in sentences for voice in voices]
+    return [asked_freely(record) if int(record.id, 16) % ASKED_FREELY == 0 else record for record in records]
 
 
 def _said(text: str, voice: Espeak | Flite, split: str) -> Record:

@@ -7,7 +7,9 @@ import pytest
 import soundfile
 
 from data_prep.recordings import (
+    QUESTIONS,
     aligner_clips,
+    asked_freely,
     asterisk_samples,
     asterisk_translations,
     librivox_readings,
@@ -112,6 +114,11 @@ def test_prompts_of_every_language_less_bracketed_lines(tmp_path):
         {"type": "text", "text": "Repeat after me in Spanish:"},
         {"type": "audio", "audio": "flac"},
     ]
+    asked = [asked_freely(record) for record in records]
+    for record, other in zip(records, asked, strict=True):
+        sound, question = request_of(other)
+        assert sound == {"type": "audio", "audio": "flac"} and question["text"] in QUESTIONS
+        assert text_of(other) == text_of(record) and other.media == record.media and other.id == record.id
     assert list(asterisk_samples(folder, languages=["es"])) == records[2:]
     with pytest.raises(ValueError, match=r"core-sounds"):
         list(asterisk_samples(tmp_path / "doc"))

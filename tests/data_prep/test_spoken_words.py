@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from data_prep.recordings import side_of
+from data_prep.recordings import QUESTIONS, side_of
 from data_prep.spoken_words import (
     MAX_WORDS,
     WORDS,
@@ -32,20 +32,23 @@ def test_sentences_are_of_the_closed_set_and_the_same_for_a_seed():
 def test_every_voice_says_every_sentence_and_held_out_ones_are_never_in_training(tmp_path):
     voices = [Espeak("en-us"), Espeak("en-us+f3")]
     assert write_spoken_words(voices, tmp_path / "set", num_sentences=90) == 180
-    said, sides, seconds = {}, {}, 0.0
+    said, sides, seconds, asked = {}, {}, 0.0, [0, 0]
     for record in ShardSet(tmp_path / "set"):
         text = record.json["messages"][1]["content"][0]["text"]
         samples, rate = soundfile.read(io.BytesIO(record.media["flac"]), dtype="int16")
         assert rate == 16_000 and np.abs(samples).max() > 3000
         assert len(samples) / rate == pytest.approx(record.json["duration"], abs=0.001)
         assert 0.2 < record.json["duration"] < 0.8 * len(text.split()) + 0.6
-        assert record.json["messages"][0]["content"][0]["text"] == "Repeat after me in English:"
+        first, second = record.json["messages"][0]["content"]
+        freely = first["type"] == "audio"
+        asked[freely] += 1
+        assert second["text"] in QUESTIONS if freely else first["text"] == "Repeat after me in English:"
         said.setdefault(text, []).append(samples)
         sides.setdefault(text, set()).add(record.json["split"])
         seconds += record.json["duration"]
     assert set(said) == set(sentences_of(90)) and all(len(samples) == 2 for samples in said.values())
     assert all(side == ({"train"} if text in WORDS else {side_of(text)}) for text, side in sides.items())
-    assert any(side == {"test"} for side in sides.values())
+    assert any(side == {"test"} for side in sides.values()) and 25 < asked[True] < 65
     index = pq.read_table(tmp_path / "set" / "index.parquet")
     assert sum(index["duration"].to_pylist()) == pytest.approx(seconds) and set(index["task"].to_pylist()) == {
         "transcription"
