@@ -62,7 +62,7 @@ def asked_freely(record: Record) -> Record:
     A model that has been asked in one wording alone answers no other.
     """
     sound = record.json["messages"][0]["content"][1]
-    question = QUESTIONS[int(record.id, 16) // 8 % len(QUESTIONS)]
+    question = QUESTIONS[int(record.id, 16) // 8 % len(QUESTIONS)]  # the lowest bits may have chosen the record
     asked = {"role": "user", "content": [sound, {"type": "text", "text": question}]}
     return replace(record, json={**record.json, "messages": [asked, *record.json["messages"][1:]]})
 

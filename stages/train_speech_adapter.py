@@ -77,11 +77,11 @@ class TrainSpeechAdapter:
 
 def train_speech_adapter(config: TrainSpeechAdapter) -> None:
     """Train a speech encoder and a speech adapter for a frozen language model."""
-    weights = (config.ctc_weight, config.next_token_weight, config.distillation_weight)
-    check_weights(**dict(zip(("ctc_weight", "next_token_weight", "distillation_weight"), weights, strict=True)))
+    weights = {name: getattr(config, name) for name in ("ctc_weight", "next_token_weight", "distillation_weight")}
+    check_weights(**weights)  # before a language model is read for nothing
     model, processor, language_model = starting_point(config)
     blank = blank_token(processor.tokenizer) if config.ctc_weight else None
-    objective = SpeechObjective(*weights, blank)
+    objective = SpeechObjective(**weights, blank=blank)
     prepare = partial(prepared, processor=processor, config=config)
     train_adapters(model, processor, config, "speech adapter", only="speech_", objective=objective, prepare=prepare)
     if not objective.runs_language_model:

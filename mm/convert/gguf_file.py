@@ -145,7 +145,7 @@ def _tensors(
             continue
         try:
             values = dequantize(stored.data, stored.tensor_type)
-        except NotImplementedError as error:
+        except NotImplementedError as error:  # how the gguf package refuses a type that it does not unpack
             raise ValueError(f"{path}: {stored.name} is stored as {stored.tensor_type.name}: {error}") from error
         values = values.reshape(tuple(int(size) for size in reversed(stored.shape)))
         part = stored.name.split(".")[-2] if "." in stored.name else stored.name

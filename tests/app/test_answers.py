@@ -111,7 +111,7 @@ def test_speech_is_written_down(mm_command, everything_run, media, monkeypatch):
 
 
 def test_a_transcript_ends_with_its_sound(mm_command, everything_run, media, monkeypatch):
-    """Not at once: a second of sound has room for 37 tokens. What runs on is cut."""
+    """Three tokens for each of the sound's are the most, however many more are allowed."""
     limits, generate = [], mm.generate_tokens
     monkeypatch.setattr(mm, "generate_tokens", lambda *given: limits.append(given[2]) or generate(*given))
     code, _, _ = mm_command("transcribe", media / "said.wav", "--model", everything_run, "--max-new-tokens", 99)

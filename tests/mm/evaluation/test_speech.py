@@ -75,6 +75,9 @@ def test_transcripts_end_with_their_sound(hearing, records, monkeypatch):
 def test_without_another_answer_or_a_sound_the_record_has_failed(hearing, records, square_record):
     with pytest.raises(ValueError, match="wants another answer"):
         with_other_sound(records[:2], [0, 1], 0)  # the same word, twice
+    samples = np.random.default_rng(9).normal(0, 3000, 3000).astype(np.int16)
+    twice = [translation_record(f"noise/{to}", "test", to, to, samples, said="apple") for to in ("es", "fr")]
+    assert with_other_sound([*twice, records[2]], [0, 1, 2], 0).media == records[2].media  # not its own once more
     report = evaluate(*hearing, [*records, square_record(1, "test")], ["wer"], max_new_tokens=2, exchange_speech=True)
     assert {row["id"] for row in report.failed} == {records[-1].id, "square-0001"}
     assert all("holds no sound" in row["reason"] for row in report.failed)
