@@ -1,10 +1,9 @@
 """Models put together from parts that exist and adapters that are new, each new one drawn from its own seed."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mm.config import ModelConfig
 from mm.cross_attention import ImageAdapter, ImageAdapterConfig
@@ -109,15 +108,6 @@ def set_factor(model: MultimodalModel, factor: int) -> None:
     model.config = replace(model.config, video_adapter=adapter)
     model.video_adapter.config = adapter
     model.video_adapter.aggregator.config = adapter.aggregator
-
-
-@torch.no_grad()
-def match_embeddings(model: MultimodalModel, speech: Sequence[Tensor]) -> None:
-    """Bring what the model hears of some utterances, each [T, num_mels], to the size of its language model's embeddings
-    (root mean square); in place. A loss that compares directions alone leaves the size open."""
-    table = model.language_model.model.embed_tokens.weight.float()
-    heard = model.hear(speech).float()
-    model.speech_adapter.scale_output(float(table.square().mean().sqrt() / heard.square().mean().sqrt()))
 
 
 def add_speech(

@@ -2,7 +2,7 @@
 
     images -> vision_encoder -> projection -> vision tokens (once)
     clips -> vision_encoder -> video_adapter.aggregator -> vision tokens of their own (once)
-    utterances -> speech_encoder -> speech_adapter -> rows of the language model's input
+    utterances -> speech_encoder -> speech_adapter (-> readout) -> rows of the language model's input
     tokens -> embedding -> LM layers, with cross-attention blocks between them at the adapters' positions -> logits
 
 Shapes: B rows, T text tokens, V vocabulary, D width of the language model, S vision tokens.
@@ -22,6 +22,7 @@ from mm.language_model import LanguageModel
 from mm.video_adapter import VideoAdapter
 from speech.adapter import SpeechAdapter, num_tokens
 from speech.conformer import SpeechEncoder
+from speech.readout import read_out
 from speech.whisper import WhisperEncoder, WhisperEncoderConfig
 from video.sampling import Clip
 from vision.encoder import VisionEncoder
@@ -218,8 +219,8 @@ class MultimodalModel(nn.Module):
         return [groups(len(clip.frames)) * self.vision_encoder.num_vision_tokens(clip.frames[0]) for clip in clips]
 
     def hear(self, speech: Sequence[Tensor]) -> Tensor:
-        """Utterances, each float32 [T, num_mels] -> rows of the language model's input, packed: [N, D], N the sum of
-        `speech.adapter.num_tokens(T)`."""
+        """Utterances, each float32 [T, num_mels] -> what the adapter makes of them, before any readout, packed: [N, D],
+        N the sum of `speech.adapter.num_tokens(T)`."""
         return self._hear(speech)
 
     def _hear(self, speech: Sequence[Tensor]) -> Tensor:  # apart for the reason that `_watch` is
@@ -234,6 +235,11 @@ class MultimodalModel(nn.Module):
         if not batch.speech:
             return x
         packed = self._hear(batch.speech)
+        if self.config.speech_adapter.readout:
+            lengths = torch.tensor([num_tokens(len(mel)) for mel in batch.speech])
+            table = self.language_model.model.embed_tokens.weight
+            blank = self.extra_embeddings[self.config.audio_token_id - len(table)]
+            packed = read_out(packed, lengths, table, blank, rest=self.speech_adapter.boundaries[1])
         rows, columns = (
             places.to(x.device, non_blocking=True)
             for places in _found(batch.host, self.config.audio_token_id).nonzero(as_tuple=True)

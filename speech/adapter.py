@@ -21,13 +21,19 @@ KERNEL, STRIDE = 3, 2
 
 @dataclass(frozen=True)
 class SpeechAdapterConfig:
-    """Shape of the adapter; the defaults are the paper's: 102M parameters between widths 1536 and 4096."""
+    """Shape of the adapter; the defaults are the paper's: 102M parameters between widths 1536 and 4096.
+
+    Attributes:
+        readout: the language model is given what the rows say, see `speech.readout`, in place of the rows; for an
+            adapter that CTC aligned. The paper has none.
+    """
 
     hidden_size: int = 3072
     intermediate_size: int = 4096
     num_heads: int = 24
     rotary_theta: float = 10_000.0
     norm_eps: float = 1e-5
+    readout: bool = False
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "intermediate_size", "num_heads"):

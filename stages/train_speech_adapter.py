@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import mm.convert.llama
-from mm.assembly import add_speech, match_embeddings, without_senses
+from mm.assembly import add_speech, without_senses
 from mm.batch import IGNORED, Sample
 from mm.checkpoint import language_model_of, load, save
 from mm.model import MultimodalModel
@@ -27,7 +27,7 @@ from mm.training.distillation import with_twin
 from mm.training.objectives import check_weights
 from mm.training.order import seed_of
 from mm.training.parallel import Ranks
-from mm.training.speech import SpeechObjective, blank_token, set_statistics
+from mm.training.speech import SpeechObjective, set_statistics
 from shards.format import Record
 from speech.adapter import SpeechAdapterConfig
 from speech.conformer import SpeechEncoder, SpeechEncoderConfig
@@ -80,12 +80,14 @@ def train_speech_adapter(config: TrainSpeechAdapter) -> None:
     weights = {name: getattr(config, name) for name in ("ctc_weight", "next_token_weight", "distillation_weight")}
     check_weights(**weights)  # before a language model is read for nothing
     model, processor, language_model = starting_point(config)
-    blank = blank_token(processor.tokenizer) if config.ctc_weight else None
-    objective = SpeechObjective(**weights, blank=blank)
+    if config.ctc_weight and not model.config.speech_adapter.readout:
+        raise ValueError(
+            "ctc_weight teaches rows that a language model can read only with a readout: give the new adapter "
+            "`readout: true`, or leave ctc_weight at 0"
+        )
+    objective = SpeechObjective(**weights)
     prepare = partial(prepared, processor=processor, config=config)
     train_adapters(model, processor, config, "speech adapter", only="speech_", objective=objective, prepare=prepare)
-    if not objective.runs_language_model:
-        match_embeddings(model, sounds_of(config, processor))
     if Ranks.here().first:
         bundle = config.bundle or language_model is None
         save(config.output, model, processor, language_model=None if bundle else language_model, bundle=bundle)

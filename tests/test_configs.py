@@ -84,7 +84,7 @@ def test_speech_trains_ears_alone(file):
     rates = apply_rates(model, config.training.rates)
     trained = {"speech_adapter"} if file.name.startswith("whisper") else {"speech_encoder", "speech_adapter"}
     assert {name.partition(".")[0] for name in rates} == trained
-    assert SpeechObjective(config.ctc_weight, config.next_token_weight, config.distillation_weight, blank=0)
+    assert SpeechObjective(config.ctc_weight, config.next_token_weight, config.distillation_weight)
     held_out = {"data/speech/librivox", "data/speech/aligner"}
     assert not held_out & {source.path for source in config.data}
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
 
 from mm.batch import IGNORED, Batch, Sample
 from mm.model import MultimodalModel
@@ -25,18 +24,17 @@ class SpeechObjective(NextTokenObjective):
 
     The auxiliary loss is CTC over the rows that the speech adapter gives: each is compared by cosine with the language
     model's frozen embeddings of the answer's tokens, so that the adapter says in the model's own input what it heard
-    and where. It fits answers that repeat what is said, a row with one utterance each; other rows have no part in it.
-    An answer's tokens are told from those of all answers in the micro-batch, not from the whole vocabulary. Where there
-    is nothing new to hear stands the embedding of `blank`; where an answer has that token, it is not asked for.
+    and where; the language model reads that by `speech.readout`. It fits answers that repeat what is said, a row with
+    one utterance each; other rows have no part in it. An answer's tokens are told from those of all answers in the
+    micro-batch, not from the whole vocabulary. Where there is nothing new to hear stands the audio token's own row.
 
     Args:
         ctc_weight: of the auxiliary loss, per token of the answers. next_token_weight: of the language model's.
         distillation_weight: of the divergence from the language model that reads the transcript, per token of the
             answers (`mm.training.distillation`). With 0 and next_token_weight 0 the language model is not run at all.
-        blank: see `blank_token`; ctc_weight needs it.
 
     Raises:
-        ValueError: a weight below 0, or none above; no blank for CTC.
+        ValueError: a weight below 0, or none above.
     """
 
     whole_passes = (*NextTokenObjective.whole_passes, "hear")
@@ -46,16 +44,12 @@ class SpeechObjective(NextTokenObjective):
         ctc_weight: float = 0.0,
         next_token_weight: float = 1.0,
         distillation_weight: float = 0.0,
-        blank: int | None = None,
     ) -> None:
         super().__init__()
         weights = {"next_token_weight": next_token_weight, "distillation_weight": distillation_weight}
         check_weights(ctc_weight=ctc_weight, **weights)
         self.ctc_weight, self.next_token_weight = ctc_weight, next_token_weight
         self.distillation_weight = distillation_weight
-        if ctc_weight and blank is None:
-            raise ValueError("ctc_weight needs a blank, the token that stands where nothing new is heard")
-        self.blank = blank
         self.rms: Tensor | None = None
         self.padding = Padding()
 
@@ -98,7 +92,7 @@ class SpeechObjective(NextTokenObjective):
         if heard:
             self.rms = heard[0].detach().float().square().mean().sqrt()
             if self.ctc_weight:
-                loss = loss + self.ctc_weight * ctc_loss(module, batch, heard[0], self.blank)
+                loss = loss + self.ctc_weight * ctc_loss(module, batch, heard[0])
         return loss
 
     def observe(self, module: MultimodalModel) -> dict[str, float]:
@@ -132,30 +126,17 @@ def packed(tokens: Tensor, lengths: Tensor) -> Tensor:
     return torch.cat([row[:count] for row, count in zip(tokens, lengths.tolist(), strict=True)])
 
 
-def blank_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token of one space. A language model reads over spaces, so between words they do the least harm.
-
-    Raises:
-        ValueError: the vocabulary has none.
-    """
-    vocabulary = tokenizer.get_vocab()
-    for space in ("\u0120", "\u2581"):  # as byte-level and as SentencePiece vocabularies write it
-        if space in vocabulary:
-            return vocabulary[space]
-    raise ValueError("ctc_weight needs a tokenizer that has a token of one space, and this one has none: leave it at 0")
-
-
-def ctc_loss(model: MultimodalModel, batch: Batch, heard: Tensor, blank: int) -> Tensor:
+def ctc_loss(model: MultimodalModel, batch: Batch, heard: Tensor) -> Tensor:
     """Negative log-likelihood of the answers' tokens, summed over rows with one utterance and an answer that fits it.
 
     Of an empty answer it is that of hearing nothing, which only words elsewhere in the micro-batch make uncertain.
 
     Args:
         heard: what the batch's utterances became, packed, [N, D].
-        blank: the token that stands where nothing new is heard.
     """
+    blank = model.config.audio_token_id
     utterances = iter(heard.split([num_tokens(len(mel)) for mel in batch.speech]))
-    unheard = {IGNORED, blank, *model.config.language_model.stop_tokens}
+    unheard = {IGNORED, *model.config.language_model.stop_tokens}
     rows, answers = [], []
     for labels, number in zip(batch.host.labels.tolist(), batch.speech_per_row, strict=True):
         own = [next(utterances) for _ in range(number)]

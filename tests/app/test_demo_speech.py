@@ -27,7 +27,7 @@ def home(tmp_path, monkeypatch, language_model_folder) -> Path:
     (tmp_path / "configs" / "demo").mkdir(parents=True)
     data = {"data": [{"path": "data/demo_speech/words"}]}
     shape = {"num_layers": 1, "width": 16, "ffn_width": 24, "num_heads": 2}
-    adapter = {"hidden_size": 16, "intermediate_size": 24, "num_heads": 2}
+    adapter = {"hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "readout": True}
     first = {"encoder": shape, "adapter": adapter, "ctc_weight": 1.0, "next_token_weight": 0.0}
     for name, values in (("speech_alignment", first), ("speech", {})):
         text = yaml.safe_dump({**data, **values, "training": TRAINING}, sort_keys=False)

@@ -13,14 +13,13 @@ import mm
 from data_prep.recordings import transcription_record
 from mm.batch import IGNORED
 from mm.checkpoint import hash_weights, load_encoder, read_description, save
-from mm.convert.gguf_tokenizer import build_tokenizer
 from mm.evaluation.evaluate import evaluate
 from mm.language_model import LanguageModelConfig
 from mm.speech_encoders import load_speech_encoder, save_speech_encoder
 from mm.training.config import TrainingConfig
 from mm.training.distillation import with_twin
 from mm.training.objectives import next_token_loss
-from mm.training.speech import SpeechObjective, blank_token, ctc_loss
+from mm.training.speech import SpeechObjective, ctc_loss
 from shards.format import Record
 from shards.reader import ShardSet
 from shards.writer import write_shards
@@ -31,6 +30,7 @@ from stages.train_speech_adapter import TrainSpeechAdapter, main, prepared
 
 ENCODER = {"num_layers": 1, "width": 32, "ffn_width": 48, "num_heads": 2}
 ADAPTER = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 2}
+READER = {**ADAPTER, "readout": True}
 WORDS = {"yes": 440, "no": 1500}  # Hz
 RATES = {"speech_*": 3e-3, "*": None}
 TWO_STEPS = {"steps": 2, "batch_size": 4, "rates": RATES, "workers": 0}
@@ -174,7 +174,12 @@ def test_a_model_that_only_hears_learns_by_alignment_and_goes_on_with_the_langua
     speech_config, recordings, language_model_folder
 ):
     """CTC alone never runs the language model, and its run trains on with the model's own loss."""
-    alone = {"ctc_weight": 1.0, "next_token_weight": 0.0, "training": {**TWO_STEPS, "steps": 40, "batch_size": 16}}
+    alone = {
+        "ctc_weight": 1.0,
+        "next_token_weight": 0.0,
+        "training": {**TWO_STEPS, "steps": 40, "batch_size": 16},
+        "adapter": READER,
+    }
     alone["training"] |= {"log_every": 10}
     file, first = speech_config("alone", start_from=None, language_model=str(language_model_folder), **alone)
     main(["--config", str(file)])
@@ -183,7 +188,7 @@ def test_a_model_that_only_hears_learns_by_alignment_and_goes_on_with_the_langua
     model, processor = mm.load(first)
     assert model.vision_encoder is None
     samples = [processor.record_example(record(n, "test")) for record in (hush, tones) for n in range(100, 108)]
-    objective = SpeechObjective(1.0, 0.0, blank=blank_token(processor.tokenizer))
+    objective = SpeechObjective(1.0, 0.0)
     with torch.no_grad():
         batch = mm.collate(samples)
         assert objective.loss(model, batch) / objective.count(batch) < 0.3
@@ -200,36 +205,22 @@ def test_a_model_that_only_hears_learns_by_alignment_and_goes_on_with_the_langua
 
 
 def test_what_is_heard_stands_among_blanks(repeater):
-    """Rows that are the embeddings of the answer's tokens, and of the blank between them, cost next to nothing; the
-    blank itself is not asked for, since it stands there anyway."""
-    model, processor = mm.load(repeater)
-    blank = blank_token(processor.tokenizer)
+    """Rows that are the embeddings of the answer's tokens, and of the blank between them, cost next to nothing."""
+    model, _ = mm.load(repeater)
+    blank = model.config.audio_token_id
     first, second = 70, 80
-    answer = [first, blank, second, *model.config.language_model.stop_tokens]
+    answer = [first, second, *model.config.language_model.stop_tokens]
     batch = mm.collate([mm.Sample([5, *answer], [IGNORED, *answer], speech=[torch.zeros(40, 80)])])
 
     def cost(*heard: int) -> float:
         assert len(heard) == num_tokens(40)
-        return float(ctc_loss(model, batch, model.embed(torch.tensor([heard]))[0], blank))
+        return float(ctc_loss(model, batch, model.embed(torch.tensor([heard]))[0]))
 
     with torch.no_grad():
         right = cost(blank, first, first, blank, second)
         assert right < 0.01
         assert cost(blank, second, blank, blank, first) > 10
         assert cost(*[blank] * 5) > 10
-
-
-def test_the_blank_is_one_space_of_any_tokenizer(tokenizer):
-    assert tokenizer.decode([blank_token(tokenizer)]) == " "
-    pieces = ["<unk>", "<s>", "</s>", "▁▁", "▁", "a", "1"]
-    values = {"ggml.model": "llama", "ggml.tokens": pieces, "ggml.scores": [0.0, 0.0, 0.0, -1.0, -2.0, -3.0, -4.0]}
-    values |= {"ggml.token_type": [2, 3, 3, 1, 1, 1, 1], "ggml.unknown_token_id": 0}
-    assert blank_token(build_tokenizer(values, "here")) == 4  # not that of two, which a prefix makes of one
-    spaceless = build_tokenizer(values | {"ggml.tokens": ["<unk>", "<s>", "</s>", "b", "c", "a", "1"]}, "here")
-    with pytest.raises(ValueError, match="has none: leave it at 0"):
-        blank_token(spaceless)
-    with pytest.raises(ValueError, match="needs a blank"):
-        SpeechObjective(ctc_weight=0.5)
 
 
 def test_hearing_is_held_against_reading(speech_config, repeater, recordings):
@@ -266,9 +257,9 @@ def test_hearing_is_held_against_reading(speech_config, repeater, recordings):
 
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(speech_config, monkeypatch):
     training = {**TWO_STEPS, "steps": 4, "save_every": 2}
-    file, whole = speech_config("whole", training=training, ctc_weight=0.5)
+    file, whole = speech_config("whole", training=training, ctc_weight=0.5, adapter=READER)
     main(["--config", str(file)])
-    file, halves = speech_config("halves", training=training, ctc_weight=0.5)
+    file, halves = speech_config("halves", training=training, ctc_weight=0.5, adapter=READER)
     loss, calls = SpeechObjective.loss, []
 
     def interrupted(*arguments):
@@ -330,6 +321,7 @@ def test_an_encoder_of_its_own_folder_is_taken_as_it_is(speech_config, tmp_path)
         ({"speech_encoder": "somewhere"}, "one of the two"),
         ({"start_from": None}, "name start_from"),
         ({"ctc_weight": -1.0}, "ctc_weight is -1"),
+        ({"ctc_weight": 0.5}, "only with a readout: give the new adapter `readout: true`"),
         ({"next_token_weight": 0.0}, "are all 0"),
         ({"encoder": None, "speech_encoder": "nowhere.pt"}, "nowhere.pt: no such file"),
     ],
