@@ -32,15 +32,17 @@ def read_out(rows: Tensor, lengths: Tensor, table: Tensor, blank: Tensor, rest: 
         [N, D], in the type of `rows`.
     """
     utterance = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(rows.device)
-    x, vocabulary = F.normalize(rows.float(), dim=-1), F.normalize(torch.cat([table, blank[None]]).float(), dim=-1)
+    x = F.normalize(rows.float(), dim=-1)
     with torch.no_grad():
-        cosines = x @ vocabulary.T
-        token = cosines.argmax(-1)
-        near = cosines[:, :-1].topk(min(NEAREST, len(table)), dim=-1).indices
+        sizes = torch.linalg.vector_norm(table, dim=-1, dtype=torch.float32)  # the table itself is never copied
+        cosines = (x.to(table.dtype) @ table.T).float() / sizes.clamp(min=1e-6)
+        best, near = cosines.topk(min(NEAREST, len(table)), dim=-1)
+        token = near[:, 0].masked_fill(x @ F.normalize(blank.float(), dim=0) >= best[:, 0], -1)
         again = torch.zeros_like(token, dtype=torch.bool)
         again[1:] = (token[1:] == token[:-1]) & (utterance[1:] == utterance[:-1])
-        begins = ~again & (token != len(table))
+        begins = ~again & (token >= 0)
         order = (2 * utterance + ~begins).argsort(stable=True)
-    weights = (SHARPNESS * (x[:, None] * vocabulary[near]).sum(-1)).softmax(-1)
-    read = (weights[..., None] * table[near].float()).sum(1)
+    embeddings = table[near].float()  # [N, NEAREST, D]
+    weights = (SHARPNESS * F.cosine_similarity(x[:, None], embeddings, dim=-1)).softmax(-1)
+    read = (weights[..., None] * embeddings).sum(1)
     return torch.where(begins[:, None], read, rest.float())[order].to(rows.dtype)
