@@ -137,11 +137,15 @@ class MultimodalModel(nn.Module):
                 hook.remove()
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """tokens [B, T] -> [B, T, D], from the frozen table and the extra rows behind it."""
+        """tokens [...] -> [..., D], from the frozen table and the extra rows behind it."""
         table = self.language_model.model.embed_tokens
         extra = tokens - self.config.language_model.vocab_size
         embedded = table(torch.where(extra < 0, tokens, 0))
         return torch.where(extra[..., None] < 0, embedded, self.extra_embeddings[extra.clamp(min=0)].to(embedded.dtype))
+
+    def blank(self, device: torch.device) -> Tensor:
+        """The token whose embedding CTC has for hearing nothing new, [1]: the audio token itself."""
+        return torch.tensor([self.config.audio_token_id], device=device)
 
     def blocks(self) -> dict[tuple[int, str], CrossAttentionBlock]:
         """Each cross-attention block that is held here, under the number of LM layers before it and what it sees."""
@@ -237,8 +241,7 @@ class MultimodalModel(nn.Module):
         packed = self._hear(batch.speech)
         if self.config.speech_adapter.readout:
             lengths = torch.tensor([num_tokens(len(mel)) for mel in batch.speech])
-            table = self.language_model.model.embed_tokens.weight
-            blank = self.extra_embeddings[self.config.audio_token_id - len(table)]
+            table, blank = self.language_model.model.embed_tokens.weight, self.embed(self.blank(x.device))[0]
             packed = read_out(packed, lengths, table, blank, rest=self.speech_adapter.boundaries[1])
         rows, columns = (
             places.to(x.device, non_blocking=True)

@@ -126,12 +126,6 @@ class SpeechAdapter(nn.Module):
         self.output_proj.bias.zero_()
         self.boundaries.mul_(rms / self.boundaries.float().square().mean(-1, keepdim=True).sqrt())
 
-    @torch.no_grad()
-    def scale_output(self, factor: float) -> None:
-        """Make every token so many times as large."""
-        self.output_proj.weight.mul_(factor)
-        self.output_proj.bias.mul_(factor)
-
 
 def token_rms(tokens: Tensor, lengths: Tensor) -> Tensor:
     """Root mean square of the real tokens of a batch: tokens [B, N, D], lengths [B] -> scalar."""

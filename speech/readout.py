@@ -15,13 +15,15 @@ from torch.nn import functional as F
 
 NEAREST = 8  # embeddings that a row is a mean of
 SHARPNESS = 40.0  # of cosines to the logits of their weights
+ROWS, TOKENS = 256, 8192  # of a block
 
 
 def read_out(rows: Tensor, lengths: Tensor, table: Tensor, blank: Tensor, rest: Tensor) -> Tensor:
     """Rows of utterances, packed -> as many rows for a language model to read.
 
     A row's token is the one whose embedding is nearest by cosine. It begins where it is no blank and not the token of
-    the utterance's row before, as in CTC. Where a row goes is no matter of gradients; what it becomes is.
+    the utterance's row before, as in CTC. Gradients go through the means alone: which embeddings are near, whether a
+    token begins and where its row goes has none.
 
     Args:
         rows: [N, D]. lengths: rows of each utterance, int64, their sum N.
@@ -33,16 +35,30 @@ def read_out(rows: Tensor, lengths: Tensor, table: Tensor, blank: Tensor, rest: 
     """
     utterance = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(rows.device)
     x = F.normalize(rows.float(), dim=-1)
-    with torch.no_grad():
-        sizes = torch.linalg.vector_norm(table, dim=-1, dtype=torch.float32)  # the table itself is never copied
-        cosines = (x.to(table.dtype) @ table.T).float() / sizes.clamp(min=1e-6)
-        best, near = cosines.topk(min(NEAREST, len(table)), dim=-1)
-        token = near[:, 0].masked_fill(x @ F.normalize(blank.float(), dim=0) >= best[:, 0], -1)
-        again = torch.zeros_like(token, dtype=torch.bool)
-        again[1:] = (token[1:] == token[:-1]) & (utterance[1:] == utterance[:-1])
-        begins = ~again & (token >= 0)
-        order = (2 * utterance + ~begins).argsort(stable=True)
-    embeddings = table[near].float()  # [N, NEAREST, D]
-    weights = (SHARPNESS * F.cosine_similarity(x[:, None], embeddings, dim=-1)).softmax(-1)
-    read = (weights[..., None] * embeddings).sum(1)
+    near = _nearest(x, table)
+    with torch.autocast(rows.device.type, enabled=False):  # what is decided here is decided alike in any type
+        embeddings = table[near].float()  # [N, NEAREST, D]
+        cosines = F.cosine_similarity(x[:, None], embeddings, dim=-1)
+        read = ((SHARPNESS * cosines).softmax(-1)[..., None] * embeddings).sum(1)
+        best, place = cosines.max(-1)
+        token = near.gather(1, place[:, None])[:, 0]
+        new = x @ F.normalize(blank.float(), dim=0) < best
+    token = token.where(new, -1)
+    again = torch.zeros_like(new)
+    again[1:] = (token[1:] == token[:-1]) & (utterance[1:] == utterance[:-1])
+    begins = new & ~again
+    order = (2 * utterance + ~begins).argsort(stable=True)
     return torch.where(begins[:, None], read, rest.float())[order].to(rows.dtype)
+
+
+@torch.no_grad()
+def _nearest(x: Tensor, table: Tensor) -> Tensor:
+    """Of unit rows [N, D], the tokens with the embeddings of largest cosine, [N, NEAREST]; a block of each at a time,
+    for N times V numbers may not fit."""
+    sizes = torch.cat([torch.linalg.vector_norm(block.float(), dim=-1) for block in table.split(TOKENS)])
+    number = min(NEAREST, len(table))
+    blocks = [
+        ((block.to(table.dtype) @ table.T) / sizes.clamp(min=1e-6)).topk(number, dim=-1).indices
+        for block in x.split(ROWS)
+    ]
+    return torch.cat(blocks)

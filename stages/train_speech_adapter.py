@@ -44,7 +44,7 @@ class TrainSpeechAdapter:
         language_model: a Hugging Face folder or a GGUF file in place of that, for a model that only hears.
         encoder: shape of a new conformer. speech_encoder: in place of that, a folder of `pretrain_speech_encoder`, a
             run that hears, or one of OpenAI's Whisper files (`.pt`). Neither, where the run hears already.
-        adapter: of the new speech adapter.
+        adapter: of the new speech adapter; `readout` and `ctc_weight` belong together.
         data: shards of recordings with conversations. validation: shards to report loss and accuracy on; null reports
             nothing.
         statistics_samples: so many samples give a new conformer the mean and deviation of its features.
@@ -80,11 +80,6 @@ def train_speech_adapter(config: TrainSpeechAdapter) -> None:
     weights = {name: getattr(config, name) for name in ("ctc_weight", "next_token_weight", "distillation_weight")}
     check_weights(**weights)  # before a language model is read for nothing
     model, processor, language_model = starting_point(config)
-    if config.ctc_weight and not model.config.speech_adapter.readout:
-        raise ValueError(
-            "ctc_weight teaches rows that a language model can read only with a readout: give the new adapter "
-            "`readout: true`, or leave ctc_weight at 0"
-        )
     objective = SpeechObjective(**weights)
     prepare = partial(prepared, processor=processor, config=config)
     train_adapters(model, processor, config, "speech adapter", only="speech_", objective=objective, prepare=prepare)
@@ -97,7 +92,8 @@ def starting_point(config: TrainSpeechAdapter) -> tuple[MultimodalModel, Process
     """The model in FP32 with ears, its processor, and where its language model lies.
 
     Raises:
-        ValueError: nothing or too much to start from, no encoder, or one for a run that has its own.
+        ValueError: nothing or too much to start from, no encoder, or one for a run that has its own; CTC for an adapter
+            without a readout, or a new one with a readout that nothing aligns.
     """
     if (config.start_from is None) == (config.language_model is None):
         raise ValueError(
@@ -116,6 +112,11 @@ def starting_point(config: TrainSpeechAdapter) -> tuple[MultimodalModel, Process
         tokenizer, settings = mm.convert.llama.load_tokenizer(language_model), {}
     given = (config.encoder, config.speech_encoder)
     if model.speech_encoder is not None:
+        if config.ctc_weight and not model.config.speech_adapter.readout:
+            raise ValueError(
+                f"ctc_weight needs an adapter with a readout, and {config.start_from} has one without: leave it at 0, "
+                "or align a new adapter with `readout: true` for the run or the language model that got that one"
+            )
         if given != (None, None) or config.adapter != SpeechAdapterConfig():
             raise ValueError(
                 f"{config.start_from} brings its own speech encoder and adapter: leave `encoder`, `speech_encoder` and "
@@ -124,6 +125,11 @@ def starting_point(config: TrainSpeechAdapter) -> tuple[MultimodalModel, Process
     elif (config.encoder is None) == (config.speech_encoder is None):
         raise ValueError(
             "give `encoder`, the shape of a new conformer, or `speech_encoder`, the place of one; one of the two"
+        )
+    elif config.adapter.readout != bool(config.ctc_weight):
+        raise ValueError(
+            "a new adapter has a readout and CTC that aligns it, or neither: set both `adapter.readout: true` and "
+            "ctc_weight, or none of them"
         )
     else:
         add_speech(model, encoder_of(config), config.adapter, seed=config.training.seed)

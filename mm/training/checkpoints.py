@@ -143,12 +143,8 @@ class Checkpoints:
             going_on = state["step"], Position(**state["position"]), state["unlogged"]
             owner = self.ranks.rank if state["ranks"] == self.ranks.size else 0
             old = state["fingerprint"]
-        # A setting that is off and did not exist when the checkpoint was written makes no difference.
-        off = (None, False, 0)
         differing = [
-            name
-            for name in sorted({*old, *self.fingerprint})
-            if (name in old or self.fingerprint[name] not in off) and old.get(name) != self.fingerprint.get(name)
+            name for name in sorted({*old, *self.fingerprint}) if not _alike(old.get(name), self.fingerprint.get(name))
         ]
         if differing:
             raise ValueError(
@@ -200,6 +196,13 @@ class _Writer(FileSystemWriter):
         _onto_disk(self.final.parent)
         for old in _whole(self.final.parent)[: -self.keep]:
             shutil.rmtree(old.rename(old.with_name(f".old-{old.name}")))
+
+
+def _alike(old: object, new: object) -> bool:
+    """Whether a setting is what it was, in every field. One that is off and did not exist makes no difference."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return all(_alike(old.get(name), new.get(name)) for name in {*old, *new})
+    return old == new or (old is None and new in (None, False, 0))
 
 
 def _whole(place: Path) -> list[Path]:

@@ -26,7 +26,7 @@ class SpeechObjective(NextTokenObjective):
     model's frozen embeddings of the answer's tokens, so that the adapter says in the model's own input what it heard
     and where; the language model reads that by `speech.readout`. It fits answers that repeat what is said, a row with
     one utterance each; other rows have no part in it. An answer's tokens are told from those of all answers in the
-    micro-batch, not from the whole vocabulary. Where there is nothing new to hear stands the audio token's own row.
+    micro-batch, not from the whole vocabulary. CTC's blank is the audio token's own row.
 
     Args:
         ctc_weight: of the auxiliary loss, per token of the answers. next_token_weight: of the language model's.
@@ -96,9 +96,10 @@ class SpeechObjective(NextTokenObjective):
         return loss
 
     def observe(self, module: MultimodalModel) -> dict[str, float]:
-        """As the base, the share of padding, and how large what was heard last is beside the LM's embeddings."""
+        """As the base, the share of padding, and how large what was heard last is beside the LM's embeddings, of which
+        a readout leaves nothing."""
         values = {**super().observe(module), **self.padding.take()}
-        if self.rms is not None:
+        if self.rms is not None and not module.config.speech_adapter.readout:
             table = whole(module.language_model.model.embed_tokens.weight).float()
             values["speech/rms_ratio"] = float(self.rms / table.square().mean().sqrt())
         return values
@@ -134,7 +135,6 @@ def ctc_loss(model: MultimodalModel, batch: Batch, heard: Tensor) -> Tensor:
     Args:
         heard: what the batch's utterances became, packed, [N, D].
     """
-    blank = model.config.audio_token_id
     utterances = iter(heard.split([num_tokens(len(mel)) for mel in batch.speech]))
     unheard = {IGNORED, *model.config.language_model.stop_tokens}
     rows, answers = [], []
@@ -148,8 +148,8 @@ def ctc_loss(model: MultimodalModel, batch: Batch, heard: Tensor) -> Tensor:
         return heard.sum() * 0.0
     spoken = torch.tensor([token for answer in answers for token in answer], dtype=torch.long)
     classes, places = spoken.unique(return_inverse=True)
-    tokens = torch.cat([torch.tensor([blank]), classes]).to(heard.device)
-    table = F.normalize(model.embed(tokens[None])[0].float(), dim=-1)  # [C, D]
+    tokens = torch.cat([model.blank(heard.device), classes.to(heard.device)])
+    table = F.normalize(model.embed(tokens).float(), dim=-1)  # [C, D]
     x = F.normalize(pad_sequence(rows).float(), dim=-1)  # [N, B, D]
     return F.ctc_loss(
         (SCALE * x @ table.T).log_softmax(-1),

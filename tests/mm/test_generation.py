@@ -9,6 +9,8 @@ import torch
 import mm
 import mm.generation
 from mm.generation import transcript_limit, without_loops
+from speech.adapter import SpeechAdapterConfig
+from speech.conformer import SpeechEncoderConfig
 from vision.tiling import Tiles
 
 PATTERNS = [".i...", "....", ".ii..i...", "i", "....i", "..iii", "." * 30]
@@ -101,6 +103,15 @@ def test_a_transcript_has_at_most_three_tokens_for_each_of_its_sound(tiny_model)
     sound = tiny_model.config.audio_token_id
     limits = [transcript_limit(tiny_model, mm.Sample([5, *[sound] * number, 6]), 20) for number in (0, 1, 6, 7)]
     assert limits == [1, 3, 18, 20]
+
+
+def test_of_what_is_read_out_a_transcript_has_one_token_a_row(tiny_config, beside_tiny_model):
+    encoder = SpeechEncoderConfig(num_layers=1, width=32, ffn_width=48, num_heads=2)
+    adapter = SpeechAdapterConfig(hidden_size=32, intermediate_size=48, num_heads=2, readout=True)
+    model = beside_tiny_model(replace(tiny_config, speech_encoder=encoder, speech_adapter=adapter), seed=0)
+    sound = model.config.audio_token_id
+    limits = [transcript_limit(model, mm.Sample([5, *[sound] * number, 6]), 20) for number in (0, 6, 21)]
+    assert limits == [1, 6, 20]
 
 
 @pytest.mark.parametrize(

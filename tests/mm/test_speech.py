@@ -129,8 +129,15 @@ def test_what_stands_before_speech_does_not_hear_it(model, sample):
     assert ((a - b).abs().amax(-1)[4:] > 1e-4).all()
 
 
-def test_cached_decoding_equals_the_whole_pass(model, sample):
-    rows = [sample("s.v.", (33,)), sample("i.s", (8,), 1)]
+@pytest.mark.parametrize("readout", [False, True])
+def test_cached_decoding_equals_the_whole_pass(model, sample, readout, beside_tiny_model, config):
+    """In rows side by side, one of two utterances of which the first is cut in two."""
+    rows = [sample("s.v.", (33,)), sample("i.s.s", (100, 8), 1)]
+    if readout:
+        adapter = replace(config.speech_adapter, readout=True)
+        reader = beside_tiny_model(replace(config, speech_adapter=adapter), seed=2)
+        assert not torch.allclose(logits(model, rows[1]), logits(reader, rows[1]), **CLOSE)
+        model = reader
     new = [[5, 9, 11], [7, 8, 20]]
     step, cache = prefill(model, rows, 40)
     for count in range(3):

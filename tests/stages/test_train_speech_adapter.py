@@ -200,6 +200,7 @@ def test_a_model_that_only_hears_learns_by_alignment_and_goes_on_with_the_langua
     file, second = speech_config("second", **on)
     main(["--config", str(file)])
     other, _ = mm.load(second)
+    assert other.config.speech_adapter.readout
     assert torch.equal(other.speech_encoder.feature_mean, model.speech_encoder.feature_mean)
     assert not torch.equal(other.speech_adapter.boundaries, model.speech_adapter.boundaries)
 
@@ -309,6 +310,15 @@ def test_an_encoder_of_its_own_folder_is_taken_as_it_is(speech_config, tmp_path)
         load_encoder(tmp_path / "encoder")
 
 
+def test_what_hears_without_a_readout_is_not_aligned_any_more(speech_config, capsys):
+    file, first = speech_config("first", training=TWO_STEPS)
+    main(["--config", str(file)])
+    file, _ = speech_config("on", start_from=str(first), encoder=None, adapter={}, ctc_weight=0.5)
+    with pytest.raises(SystemExit, match="1"):
+        main(["--config", str(file)])
+    assert f"needs an adapter with a readout, and {first} has one without" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -321,7 +331,8 @@ def test_an_encoder_of_its_own_folder_is_taken_as_it_is(speech_config, tmp_path)
         ({"speech_encoder": "somewhere"}, "one of the two"),
         ({"start_from": None}, "name start_from"),
         ({"ctc_weight": -1.0}, "ctc_weight is -1"),
-        ({"ctc_weight": 0.5}, "only with a readout: give the new adapter `readout: true`"),
+        ({"ctc_weight": 0.5}, "a readout and CTC that aligns it, or neither"),
+        ({"adapter": READER}, "a readout and CTC that aligns it, or neither"),
         ({"next_token_weight": 0.0}, "are all 0"),
         ({"encoder": None, "speech_encoder": "nowhere.pt"}, "nowhere.pt: no such file"),
     ],

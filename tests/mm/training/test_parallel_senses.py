@@ -67,7 +67,7 @@ def test_gradients_are_those_of_one_process(model, random_tiles, config, tmp_pat
         "watching": (watching(model, random_tiles), VideoObjective(0.5, 1.0), "video_adapter.*"),
         "ctc": (hearing(model), SpeechObjective(1.0, 0.0), "speech_encoder.*"),
         "hearing": (hearing(model), SpeechObjective(0.5, 1.0), "speech_*"),
-        "reading": (hearing(model), SpeechObjective(0.5, 1.0), "speech_*"),
+        "reading": (hearing(model), SpeechObjective(0.0, 1.0), "speech_*"),
         "distilled": (with_twins(hearing(model)), SpeechObjective(0.5, 1.0, 0.5), "speech_*"),
     }
     for name, (samples, objective, trained) in cases.items():
@@ -79,6 +79,8 @@ def test_gradients_are_those_of_one_process(model, random_tiles, config, tmp_pat
         assert found["gradients"].keys() == expected["gradients"].keys()
         largest = max(float(gradient.abs().max()) for gradient in expected["gradients"].values())
         assert largest > 1e-3  # there is something to compare
+        if name == "reading":  # what the language model says of its means reaches the encoder
+            assert any(one.abs().max() > 1e-5 for key, one in expected["gradients"].items() if "speech_encoder" in key)
         for parameter, gradient in expected["gradients"].items():
             torch.testing.assert_close(found["gradients"][parameter], gradient, **CLOSE, msg=f"{name} {parameter}")
         learner.zero_grad()
