@@ -143,10 +143,7 @@ class Checkpoints:
             going_on = state["step"], Position(**state["position"]), state["unlogged"]
             owner = self.ranks.rank if state["ranks"] == self.ranks.size else 0
             old = state["fingerprint"]
-        differing = [
-            name for name in sorted({*old, *self.fingerprint}) if not _alike(old.get(name), self.fingerprint.get(name))
-        ]
-        if differing:
+        if differing := _differing(old, self.fingerprint):
             raise ValueError(
                 f"{self.place.parent} holds a run with another {', '.join(differing)}; name another output folder, "
                 f"remove {self.place}, or go on with the same configuration"
@@ -198,11 +195,17 @@ class _Writer(FileSystemWriter):
             shutil.rmtree(old.rename(old.with_name(f".old-{old.name}")))
 
 
-def _alike(old: object, new: object) -> bool:
-    """Whether a setting is what it was, in every field. One that is off and did not exist makes no difference."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        return all(_alike(old.get(name), new.get(name)) for name in {*old, *new})
-    return old == new or (old is None and new in (None, False, 0))
+def _differing(old: dict, new: dict) -> list[str]:
+    """The settings that are not what they were, in any field of theirs. One that is off and did not exist yet makes no
+    difference."""
+
+    def alike(name: str) -> bool:
+        was, now = old.get(name), new.get(name)
+        if isinstance(was, dict) and isinstance(now, dict):
+            return not _differing(was, now)
+        return was == now or (name not in old and now in (False, 0))
+
+    return [name for name in sorted({*old, *new}) if not alike(name)]
 
 
 def _whole(place: Path) -> list[Path]:

@@ -177,17 +177,25 @@ def test_what_an_interrupted_write_left_is_no_obstacle(tmp_path):
 def test_settings_that_came_later_are_no_difference_while_they_are_off(tmp_path):
     module = nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(module.parameters())
-    with Checkpoints(tmp_path, 1, {"batch_size": 4, "shape": {"width": 8}}, module, optimizer) as checkpoints:
+    with Checkpoints(
+        tmp_path, 1, {"batch_size": 4, "shape": {"width": 8}, "limit": None}, module, optimizer
+    ) as checkpoints:
         checkpoints.save(1, Position(0), {})
-    old = {"batch_size": 4, "shape": {"width": 8}}
+    old = {"batch_size": 4, "shape": {"width": 8}, "limit": None}
     later = {**old, "budget": None, "weight": 0.0, "twins": False}
     for fingerprint in (later, old, {**old, "shape": {"width": 8, "readout": False}}):
         with Checkpoints(tmp_path, 1, fingerprint, module, optimizer) as checkpoints:
             assert checkpoints.resume() == (1, Position(0), {})
     shapes = ({"width": 8, "readout": True}, {"width": 9}, {}, None)
-    others = ({**old, "budget": 9}, {**old, "budget": [1]}, {**old, "batch_size": 5}, {"shape": {"width": 8}})
+    others = (
+        {**old, "budget": 9},
+        {**old, "budget": [1]},
+        {**old, "batch_size": 5},
+        {**old, "limit": 0},
+        {"shape": {"width": 8}},
+    )
     for fingerprint in (*others, *({**old, "shape": shape} for shape in shapes)):
-        refused = pytest.raises(ValueError, match=r"holds a run with another (budget|batch_size|shape);")
+        refused = pytest.raises(ValueError, match=r"holds a run with another (budget|batch_size|limit|shape);")
         with Checkpoints(tmp_path, 1, fingerprint, module, optimizer) as checkpoints, refused:
             checkpoints.resume()
 
