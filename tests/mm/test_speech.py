@@ -205,6 +205,12 @@ def test_wrong_use_is_named(model, tiny_model, sample, config):
         replace(config, speech_adapter=None)
 
 
+def test_a_configuration_from_before_the_readout_has_none(config):
+    values = mm.config.to_dict(config)
+    assert values["speech_adapter"].pop("readout") is False
+    assert mm.config.from_dict(values) == config
+
+
 def test_presets_have_the_published_size():
     with torch.device("meta"):
         model = mm.MultimodalModel(mm.preset("8b", speech=True))
