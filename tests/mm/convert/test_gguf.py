@@ -187,6 +187,13 @@ def test_other_architectures_and_other_files_are_refused(tmp_path, randomise):
         llama.load(tmp_path / "not.gguf")
 
 
+def test_a_type_that_cannot_be_unpacked_is_refused_with_its_tensor(tmp_path, randomise):
+    whole_numbers = {"blk.0.ffn_up.weight_scale": np.zeros((4, 4), np.int8)}
+    file = write(tmp_path / "int8.gguf", random_model(randomise), extra=whole_numbers)
+    with pytest.raises(ValueError, match=r"int8.gguf: blk.0.ffn_up.weight_scale is stored as I8: "):
+        llama.load(file)
+
+
 def test_a_sliding_window_limits_the_context(tmp_path, randomise):
     path = write(tmp_path / "m.gguf", random_model(randomise), metadata={"llama.attention.sliding_window": 16})
     model = llama.load(path)
