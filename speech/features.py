@@ -1,12 +1,10 @@
-"""From a waveform to log-mel features, their statistics over a corpus, and SpecAugment.
+"""From a waveform to log-mel features, and their statistics over a corpus.
 
 The features are Kaldi's: equal to `torchaudio.compliance.kaldi.fbank` without dither, to rounding.
 Shapes: T frames of 10 ms, 80 mel bins.
 """
 
 import functools
-import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -79,15 +77,21 @@ def _bank_of_pairs(device: torch.device) -> Tensor:
         return mel_bank().repeat_interleave(2, dim=0).float().to(device)
 
 
+def mel_of(hertz: Tensor | float) -> Tensor:
+    """Where frequencies lie on the mel scale, float64."""
+    return 1127.0 * torch.log1p(torch.as_tensor(hertz, dtype=torch.float64) / 700.0)
+
+
+def mel_edges() -> Tensor:
+    """Where Kaldi's triangles begin, have their tops and end on the mel scale, at equal distances: float64 [82]."""
+    return torch.linspace(float(mel_of(LOW_HZ)), float(mel_of(HIGH_HZ)), NUM_MELS + 2, dtype=torch.float64)
+
+
 def mel_bank() -> Tensor:
     """Kaldi's triangles on the mel scale: float64 [257, 80], weights of each spectral bin in each mel bin."""
-
-    def mel(hertz: Tensor | float) -> Tensor:
-        return 1127.0 * torch.log1p(torch.as_tensor(hertz, dtype=torch.float64) / 700.0)
-
-    edges = torch.linspace(float(mel(LOW_HZ)), float(mel(HIGH_HZ)), NUM_MELS + 2, dtype=torch.float64)
+    edges = mel_edges()
     left, centre, right = edges[:-2], edges[1:-1], edges[2:]
-    bins = mel(torch.arange(FFT // 2, dtype=torch.float64) * SAMPLE_RATE / FFT)[:, None]
+    bins = mel_of(torch.arange(FFT // 2, dtype=torch.float64) * SAMPLE_RATE / FFT)[:, None]
     triangles = torch.minimum((bins - left) / (centre - left), (right - bins) / (right - centre)).clamp_(min=0.0)
     return torch.cat([triangles, torch.zeros(1, NUM_MELS, dtype=torch.float64)])  # Kaldi leaves out the last bin
 
@@ -124,49 +128,3 @@ class FeatureStatistics:
         mean = self.sums / self.num_frames
         variance = (self.squares / self.num_frames - mean.square()).clamp_(min=0.0)
         return mean.float(), variance.sqrt().clamp_(min=smallest_std).float()
-
-
-@dataclass(frozen=True)
-class SpecAugmentConfig:
-    """Stripes that are hidden from a training utterance (Park et al. 2019); the defaults are its LibriSpeech policy.
-
-    Attributes:
-        num_time_masks, max_time: stripes over time and the longest, in frames.
-        max_time_share: longest stripe as a share of the utterance, so that short ones are not hidden whole.
-        num_mel_masks, max_mels: stripes over mel bins and the widest.
-    """
-
-    num_time_masks: int = 2
-    max_time: int = 100
-    max_time_share: float = 0.2
-    num_mel_masks: int = 2
-    max_mels: int = 27
-
-    def __post_init__(self) -> None:
-        for name in ("num_time_masks", "max_time", "num_mel_masks", "max_mels"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
-        if not 0 <= self.max_time_share <= 1:
-            raise ValueError(f"max_time_share is {self.max_time_share}; it must be within 0 and 1")
-        if self.max_mels > NUM_MELS:
-            raise ValueError(f"max_mels is {self.max_mels}, over the {NUM_MELS} bins that there are")
-
-
-def spec_augment(mel: Tensor, config: SpecAugmentConfig, generator: torch.Generator) -> Tensor:
-    """A copy of an utterance's features [T, 80] with stripes of the utterance's own mean per bin."""
-    out, fill = mel.clone(), mel.mean(0)
-    length, bins = mel.shape
-    longest = min(config.max_time, math.floor(config.max_time_share * length))
-    for _ in range(config.num_time_masks):
-        start, end = _stripe(length, longest, generator)
-        out[start:end] = fill
-    for _ in range(config.num_mel_masks):
-        start, end = _stripe(bins, config.max_mels, generator)
-        out[:, start:end] = fill[start:end]
-    return out
-
-
-def _stripe(length: int, longest: int, generator: torch.Generator) -> tuple[int, int]:
-    width = int(torch.randint(longest + 1, (), generator=generator))
-    start = int(torch.randint(length - width + 1, (), generator=generator))
-    return start, start + width

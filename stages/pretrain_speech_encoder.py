@@ -33,6 +33,7 @@ from mm.training.speech_pretraining import (
     spelling,
 )
 from shards.format import AUDIO, Record
+from speech.augmentation import SpecAugmentConfig, spec_augment
 from speech.best_rq import BestRqConfig
 from speech.conformer import ConformerLayer, SpeechEncoder, SpeechEncoderConfig
 from speech.features import FRAMES_PER_SECOND
@@ -53,6 +54,7 @@ class PretrainSpeechEncoder:
         encoder: shape of a new conformer; null with start_from, a folder of this stage whose encoder trains on.
         transcripts: learn the letters of what is said in place of BEST-RQ; records with more sound than the encoder
             takes, or other letters than Latin, Greek and Cyrillic, are left out.
+        spec_augment: how what is spelt is changed each time it is heard; null changes nothing.
         best_rq: masks and codes, which are not kept.
         statistics_samples: so many recordings give a new conformer the mean and deviation of the features.
     """
@@ -63,6 +65,7 @@ class PretrainSpeechEncoder:
     encoder: SpeechEncoderConfig | None = None
     start_from: str | None = None
     transcripts: bool = False
+    spec_augment: SpecAugmentConfig | None = None
     best_rq: BestRqConfig = field(default_factory=BestRqConfig)
     statistics_samples: int = 512
     device: str = "cpu"
@@ -74,16 +77,18 @@ def pretrain_speech_encoder(config: PretrainSpeechEncoder) -> None:
         raise ValueError("the encoder runs whole: leave training.tensor_ranks and training.pipeline_ranks at 1")
     if config.transcripts and config.best_rq != BestRqConfig():
         raise ValueError("best_rq has no part in a run with transcripts: true; leave one of them out")
+    if config.spec_augment is not None and not config.transcripts:
+        raise ValueError("spec_augment is for transcripts: true; BEST-RQ hides parts of its own, so leave it out")
     device = usable_device(config.device)
     torch.manual_seed(config.training.seed)
     encoder = starting_point(config)
     if config.transcripts:
         model, objective = SpellingEncoder(encoder), SpellingObjective()
-        dataset = RecordDataset(config.data, partial(transcribed_of, encoder=encoder.config))
+        prepare = partial(prepared, encoder=encoder.config, augment=config.spec_augment, seed=config.training.seed)
     else:
         model, objective = SpeechPretraining(encoder, config.best_rq), BestRqObjective(config.best_rq)
         prepare = partial(utterance_of, encoder=encoder.config, seed=config.training.seed)
-        dataset = RecordDataset(config.data, prepare, by_epoch=True)
+    dataset = RecordDataset(config.data, prepare, by_epoch=True)
     if config.start_from is None:
         known = readable_samples(dataset, config.statistics_samples)
         set_statistics(encoder, [one.mel for one in known if isinstance(one, Utterance) or one.letters])
@@ -147,6 +152,22 @@ def transcribed_of(record: Record, encoder: SpeechEncoderConfig) -> Transcribed:
     if said is None:
         raise ValueError(f"record {record.id} does not tell what is said in it")
     return Transcribed(mel, spelling(said))
+
+
+def prepared(
+    record: Record, epoch: int, encoder: SpeechEncoderConfig, augment: SpecAugmentConfig | None, seed: int
+) -> Transcribed:
+    """What is heard of a record and the letters of what is said in it; how the sound is changed follows from record,
+    epoch and seed.
+
+    Raises:
+        ValueError: as `transcribed_of`.
+    """
+    sample = transcribed_of(record, encoder)
+    if augment is None:
+        return sample
+    generator = torch.Generator().manual_seed(seed_of(f"{seed}/{epoch}/{record.id}"))
+    return Transcribed(spec_augment(sample.mel, augment, generator), sample.letters)
 
 
 def utterance_of(record: Record, epoch: int, encoder: SpeechEncoderConfig, seed: int) -> Utterance:

@@ -30,8 +30,9 @@ from mm.training.parallel import Ranks
 from mm.training.speech import SpeechObjective, set_statistics
 from shards.format import Record
 from speech.adapter import SpeechAdapterConfig
+from speech.augmentation import SpecAugmentConfig, spec_augment
 from speech.conformer import SpeechEncoder, SpeechEncoderConfig
-from speech.features import SpecAugmentConfig, spec_augment
+from speech.whisper import WhisperEncoder
 
 
 @dataclass
@@ -48,7 +49,7 @@ class TrainSpeechAdapter:
         data: shards of recordings with conversations. validation: shards to report loss and accuracy on; null reports
             nothing.
         statistics_samples: so many samples give a new conformer the mean and deviation of its features.
-        spec_augment: hide stripes of each training utterance, others in each epoch; null hides nothing.
+        spec_augment: how each training utterance is changed, otherwise in each epoch; null changes nothing.
         ctc_weight, next_token_weight, distillation_weight: see `mm.training.speech.SpeechObjective`. The paper has the
             second loss only.
         chat_template: see `mm.processor.Processor`.
@@ -133,6 +134,9 @@ def starting_point(config: TrainSpeechAdapter) -> tuple[MultimodalModel, Process
         )
     else:
         add_speech(model, encoder_of(config), config.adapter, seed=config.training.seed)
+    augment = config.spec_augment
+    if augment and augment.max_warp + augment.max_noise > 0 and isinstance(model.speech_encoder, WhisperEncoder):
+        raise ValueError("spec_augment: max_warp and max_noise are for a conformer's features; Whisper's are others")
     if config.chat_template is not None:
         settings["chat_template"] = config.chat_template
     processor = Processor(tokenizer, model.config, **settings)
@@ -150,8 +154,8 @@ def sounds_of(config: TrainSpeechAdapter, processor: Processor) -> list[Tensor]:
 
 
 def prepared(record: Record, epoch: int, processor: Processor, config: TrainSpeechAdapter) -> Sample:
-    """A training sample, with its twin if it is distilled from, and with stripes of its utterances hidden if any are to
-    be, which follow from record, epoch and seed."""
+    """A training sample, with its twin if it is distilled from; how its utterances are changed follows from record,
+    epoch and seed."""
     sample = with_twin(record, processor) if config.distillation_weight else processor.record_example(record)
     if config.spec_augment is None:
         return sample

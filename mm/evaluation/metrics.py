@@ -5,7 +5,7 @@ Flow: `evaluate.py` hands over predictions and references; a `Score` comes out.
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
@@ -168,6 +168,15 @@ def count_errors(name: str, said: str, wanted: str) -> tuple[int, int]:
     jiwer = _import("jiwer")
     counted = (jiwer.process_words if name == "wer" else jiwer.process_characters)(wanted, said)
     return counted.substitutions + counted.deletions + counted.insertions, length
+
+
+def count_edits(said: Sequence[Hashable], wanted: Sequence[Hashable]) -> int:
+    """How many items are to be substituted, deleted or inserted to get one sequence from the other.
+
+    Raises:
+        ValueError: rapidfuzz is missing.
+    """
+    return _import("rapidfuzz.distance").Levenshtein.distance(said, wanted)
 
 
 @lru_cache(maxsize=100_000)

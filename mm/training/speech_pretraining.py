@@ -4,7 +4,6 @@ import functools
 import re
 import sys
 import unicodedata
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from layers.linear import Linear
-from mm.evaluation.metrics import count_errors
+from mm.evaluation.metrics import count_edits
 from mm.training.speech import Padding
 from speech.best_rq import BestRq, BestRqConfig, BestRqOutput, CodeStatistics, draw_masks
 from speech.conformer import STACK, SpeechEncoder, num_frames
@@ -156,16 +155,6 @@ def spelling(text: str) -> list[int]:
     return [alphabet()[letter] for letter in words]
 
 
-def written(letters: Sequence[int]) -> str:
-    """The text that classes of `alphabet` spell."""
-    return "".join(_letters()[number] for number in letters)
-
-
-@functools.cache
-def _letters() -> dict[int, str]:
-    return {number: letter for letter, number in alphabet().items()}
-
-
 @dataclass
 class Transcribed:
     """Log-mel features [T, num_mels], and the `spelling` of what is said."""
@@ -236,10 +225,11 @@ class SpellingObjective(EncoderObjective):
             reduction="none",
             zero_infinity=True,  # more letters than frames
         )
-        for row, length, letters in zip(scores.detach(), num_frames(batch.lengths), batch.letters, strict=True):
-            wrong, number = count_errors("cer", written(likeliest(row[:length])), written(letters.tolist()))
-            if number:
-                self.wrong, self.letters = self.wrong + wrong, self.letters + number
+        paths = scores.detach().argmax(-1).cpu()  # once: to read is to wait for the device
+        for path, length, letters in zip(paths, num_frames(batch.lengths), batch.letters, strict=True):
+            if len(letters):
+                self.wrong += count_edits(heard_letters(path[:length]), letters.tolist())
+                self.letters += len(letters)
         return losses[(num_letters > 0).to(losses.device)].sum()
 
     def observe(self, module: SpellingEncoder) -> dict[str, float]:
@@ -248,6 +238,6 @@ class SpellingObjective(EncoderObjective):
         return values
 
 
-def likeliest(scores: Tensor) -> list[int]:
-    """The classes along the likeliest path, [S, classes] -> repeated ones and blanks left out."""
-    return [int(number) for number in scores.argmax(-1).unique_consecutive() if number]
+def heard_letters(path: Tensor) -> list[int]:
+    """A path of classes, int64 [S] -> repeated ones and blanks left out."""
+    return [number for number in path.unique_consecutive().tolist() if number]

@@ -1,4 +1,4 @@
-"""Features beside torchaudio's Kaldi features, statistics beside those of the whole corpus, and SpecAugment."""
+"""Features beside torchaudio's Kaldi features, statistics beside those of the whole corpus."""
 
 import pytest
 import torch
@@ -6,10 +6,8 @@ from torchaudio.compliance import kaldi
 
 from speech.features import (
     FeatureStatistics,
-    SpecAugmentConfig,
     log_mel,
     num_mel_frames,
-    spec_augment,
 )
 
 
@@ -62,34 +60,3 @@ def test_a_bin_that_never_changes_can_be_divided_by():
         statistics.mean_std()
     statistics.update(torch.full((50, 80), -15.94))
     assert (statistics.mean_std()[1] >= 1e-2).all()
-
-
-def test_spec_augment_hides_stripes_within_its_limits():
-    mel = torch.randn(90, 80)
-    config = SpecAugmentConfig(num_time_masks=1, max_time=100, max_time_share=0.2, num_mel_masks=1, max_mels=10)
-    hidden_frames, hidden_bins = [], []
-    for seed in range(40):
-        augmented = spec_augment(mel, config, torch.Generator().manual_seed(seed))
-        changed = augmented != mel
-        hidden_frames.append(int(changed.all(1).sum()))
-        hidden_bins.append(int(changed.all(0).sum()))
-        torch.testing.assert_close(augmented[changed], mel.mean(0).expand_as(mel)[changed])
-    assert 0 < max(hidden_frames) <= 18 and 0 < max(hidden_bins) <= 10
-    assert len(set(hidden_frames)) > 5
-
-
-def test_spec_augment_is_a_function_of_its_generator():
-    mel = torch.randn(50, 80)
-    one, again, other = (
-        spec_augment(mel, SpecAugmentConfig(), torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
-    )
-    assert torch.equal(one, again) and not torch.equal(one, other)
-    nothing = SpecAugmentConfig(num_time_masks=0, num_mel_masks=0)
-    assert torch.equal(spec_augment(mel, nothing, torch.Generator()), mel)
-
-
-def test_spec_augment_refuses_impossible_stripes():
-    with pytest.raises(ValueError, match="max_mels is 81, over the 80 bins"):
-        SpecAugmentConfig(max_mels=81)
-    with pytest.raises(ValueError, match="max_time_share"):
-        SpecAugmentConfig(max_time_share=1.5)

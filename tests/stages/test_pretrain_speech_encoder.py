@@ -18,16 +18,17 @@ from mm.training.speech_pretraining import (
     SpellingObjective,
     Transcribed,
     Utterance,
-    likeliest,
+    alphabet,
+    heard_letters,
     spelling,
-    written,
 )
 from shards.format import Record
 from shards.reader import ShardSet
 from shards.writer import write_shards
+from speech.augmentation import SpecAugmentConfig
 from speech.best_rq import BestRqConfig
 from speech.conformer import SpeechEncoder, SpeechEncoderConfig
-from stages.pretrain_speech_encoder import main, transcribed_of, utterance_of
+from stages.pretrain_speech_encoder import main, prepared, transcribed_of, utterance_of
 
 ENCODER = {"num_layers": 1, "width": 32, "ffn_width": 48, "num_heads": 2}
 BEST_RQ = {"mask_span": 8, "mask_probability": 0.08, "code_dim": 8, "codebook_size": 32, "num_codebooks": 2}
@@ -168,6 +169,22 @@ def test_letters_are_learnt_from_transcripts_and_a_run_starts_from_another(confi
     assert all(torch.equal(later[name], value) for name, value in earlier.items())
 
 
+def test_what_is_spelt_is_changed_by_record_and_epoch(config, spoken):
+    augment = SpecAugmentConfig(max_warp=0.1, max_noise=8.0)
+    record, encoder = ShardSet(spoken)[0], SpeechEncoderConfig(**ENCODER)
+    plain = transcribed_of(record, encoder)
+    first, again, later = (prepared(record, epoch, encoder, augment, seed=0) for epoch in (0, 0, 1))
+    assert first.letters == later.letters == plain.letters and first.mel.shape == plain.mel.shape
+    assert torch.equal(first.mel, again.mel) and not torch.equal(first.mel, later.mel)
+    assert torch.equal(prepared(record, 1, encoder, None, seed=0).mel, plain.mel)
+    training = {"steps": 2, "batch_size": 4, "rates": {"*": 1e-3}, "workers": 0}
+    file, folder = config(
+        data=[{"path": str(spoken)}], transcripts=True, best_rq={}, training=training, spec_augment={"max_warp": 0.1}
+    )
+    main(["--config", str(file)])
+    assert (folder / "metrics.jsonl").exists()
+
+
 def test_the_loss_over_letters_is_the_sum_of_each_utterance_alone():
     torch.manual_seed(0)
     module, objective = SpellingEncoder(SpeechEncoder(SpeechEncoderConfig(**ENCODER))), SpellingObjective()
@@ -180,7 +197,8 @@ def test_the_loss_over_letters_is_the_sum_of_each_utterance_alone():
 
 def test_what_is_said_is_spelt_in_small_letters_without_punctuation():
     def spelt(text: str) -> str:
-        return written(spelling(text))
+        letters = {number: letter for letter, number in alphabet().items()}
+        return "".join(letters[number] for number in spelling(text))
 
     assert spelt("  Don’t  press “#1” -- 'naïve' ÉTÉ! ") == "don't press 1 naïve été"
     assert spelt("Звёзды, Straße Ωμέγα") == "звёзды strasse ωμέγα"
@@ -191,7 +209,7 @@ def test_what_is_said_is_spelt_in_small_letters_without_punctuation():
 
 def test_the_likeliest_path_leaves_out_blanks_and_repeats():
     path = torch.tensor([0, 3, 3, 0, 3, 5, 5, 0])
-    assert likeliest(torch.nn.functional.one_hot(path, 6)) == [3, 3, 5]
+    assert heard_letters(path) == [3, 3, 5]
 
 
 def test_what_is_said_is_spelt_and_not_what_is_answered(spoken):
@@ -224,6 +242,7 @@ def test_the_error_rate_is_of_all_that_was_said_since_the_last_report():
         ({"encoder": None}, "one of the two"),
         ({"encoder": None, "start_from": "nowhere"}, "nowhere"),
         ({"transcripts": True}, "leave one of them out"),
+        ({"spec_augment": {}}, "spec_augment is for transcripts: true"),
         (
             {"transcripts": True, "best_rq": {}, "encoder": {**ENCODER, "max_seconds": 0.1}},
             "more than the encoder's 0.1 s",

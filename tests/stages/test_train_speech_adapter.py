@@ -24,8 +24,10 @@ from shards.format import Record
 from shards.reader import ShardSet
 from shards.writer import write_shards
 from speech.adapter import num_tokens
+from speech.augmentation import SpecAugmentConfig
 from speech.conformer import SpeechEncoder, SpeechEncoderConfig
-from speech.features import FeatureStatistics, SpecAugmentConfig
+from speech.features import FeatureStatistics
+from speech.whisper import WhisperEncoder, WhisperEncoderConfig
 from stages.train_speech_adapter import TrainSpeechAdapter, main, prepared
 
 ENCODER = {"num_layers": 1, "width": 32, "ffn_width": 48, "num_heads": 2}
@@ -308,6 +310,19 @@ def test_an_encoder_of_its_own_folder_is_taken_as_it_is(speech_config, tmp_path)
     assert torch.equal(load_speech_encoder(folder).feature_std, encoder.feature_std)  # a run's own, too
     with pytest.raises(ValueError, match="holds no image encoder"):
         load_encoder(tmp_path / "encoder")
+
+
+def test_noise_and_warps_are_not_for_whispers_features(speech_config, tmp_path, capsys):
+    encoder = WhisperEncoder(WhisperEncoderConfig(num_layers=1, width=16, ffn_width=32, num_heads=2, max_seconds=2.0))
+    save_speech_encoder(tmp_path / "whisper", encoder)
+    shared = {"encoder": None, "speech_encoder": str(tmp_path / "whisper"), "training": TWO_STEPS}
+    file, _ = speech_config("noisy", **shared, spec_augment={"max_noise": 3.0})
+    with pytest.raises(SystemExit, match="1"):
+        main(["--config", str(file)])
+    assert "max_warp and max_noise are for a conformer's features" in capsys.readouterr().err
+    file, folder = speech_config("louder", **shared, spec_augment={"max_gain": 0.1})
+    main(["--config", str(file)])
+    assert (folder / "config.yaml").exists()
 
 
 def test_what_hears_without_a_readout_is_not_aligned_any_more(speech_config, capsys):
