@@ -1,6 +1,6 @@
 """The paper's 8B model on one GPU: training images/s and decoding tokens/s, against what the device can do.
 
-    python -m benchmarks.gpu_train            # for one GPU of 80 GB, in under 8 minutes
+    python -m benchmarks.gpu_train            # for one GPU of 80 GB; two minutes on an H200
     python -m benchmarks.gpu_train --quick    # a tiny shape on the CPU, to see that it runs; its numbers mean nothing
 
 Random weights, made on the device: speed does not depend on them. The frozen language model's matrices are bf16, the

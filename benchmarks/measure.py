@@ -98,10 +98,13 @@ def _attention_backward_flops(_grad_shape, q_shape, k_shape, *_args, out_shape=N
     return 10 * torch.Size(q_shape).numel() * k_shape[2]
 
 
-# The counter does not know the CPU's fused attention, and would count 0.
+# The counter does not know the CPU's fused attention, and would count 0; a GPU's with fewer heads of keys than of
+# queries it takes for a mistake.
+FUSED = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
 ATTENTION_FLOPS = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    getattr(torch.ops.aten, f"_scaled_dot_product_{name}{suffix}"): count
+    for name in FUSED
+    for suffix, count in (("", _attention_flops), ("_backward", _attention_backward_flops))
 }
 
 

@@ -1,0 +1,182 @@
+"""The paper's speech parts on one GPU: seconds of sound a second of training hears, and the share of the device's rate.
+
+    python -m benchmarks.gpu_speech            # for one GPU of 80 GB, in about a minute
+    python -m benchmarks.gpu_speech --quick    # a tiny shape on the CPU, to see that it runs; its numbers mean nothing
+
+Two stages in bf16, with random weights: BEST-RQ of the conformer, and next tokens of the frozen 8B language model after
+what conformer and adapter hear, all of which train. FLOPs are those that PyTorch's counter finds in a step.
+"""
+
+import argparse
+import os
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import mm
+from benchmarks import measure
+from benchmarks.gpu_train import SPECIFIED, share, tiny_plan
+from benchmarks.ours import RATES, random_model
+from mm.training.config import TrainingConfig
+from mm.training.guards import Guard
+from mm.training.loop import train_step
+from mm.training.objectives import Objective
+from mm.training.optimizer import apply_rates, build_optimizer
+from mm.training.speech import SpeechObjective
+from mm.training.speech_pretraining import BestRqObjective, SpeechPretraining, Utterance
+from speech.adapter import SpeechAdapterConfig, num_tokens
+from speech.best_rq import BestRqConfig
+from speech.conformer import SpeechEncoder, SpeechEncoderConfig
+from speech.features import FRAMES_PER_SECOND, NUM_MELS
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured.
+
+    Attributes:
+        seconds: of each utterance. text_tokens: of the question and the answer. utterances: of a step, tried in turn.
+        repetitions: of a step, after one that does not count.
+    """
+
+    config: mm.ModelConfig
+    best_rq: BestRqConfig
+    device: str
+    seconds: float
+    text_tokens: int
+    utterances: tuple[int, ...]
+    repetitions: int
+    matmul_side: int
+
+
+def whole_plan() -> Plan:
+    config = replace(mm.preset("8b", speech=True), vision_encoder=None, image_adapter=None)
+    return Plan(config, BestRqConfig(), "cuda", 15.0, 64, (8, 16, 32, 64), 5, 8192)
+
+
+def small_plan() -> Plan:
+    encoder = SpeechEncoderConfig(num_layers=2, width=32, ffn_width=64, num_heads=2)
+    adapter = SpeechAdapterConfig(hidden_size=32, intermediate_size=64, num_heads=2)
+    config = mm.ModelConfig(tiny_plan().config.language_model, speech_encoder=encoder, speech_adapter=adapter)
+    return Plan(config, BestRqConfig(codebook_size=32, num_codebooks=2), "cpu", 2.0, 8, (1, 2), 1, 64)
+
+
+def sounds(plan: Plan, number: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(number)
+    shape = (round(plan.seconds * FRAMES_PER_SECOND), NUM_MELS)
+    return [15 + 4 * torch.randn(shape, generator=generator) for _ in range(number)]
+
+
+def heard(plan: Plan, number: int) -> list[mm.Sample]:
+    """Rows of one utterance each, with random text behind it, which is the answer."""
+    config, generator = plan.config, torch.Generator().manual_seed(number)
+    samples = []
+    for mel in sounds(plan, number):
+        sound = [config.speech_start_id, *[config.audio_token_id] * num_tokens(len(mel)), config.speech_end_id]
+        text = torch.randint(3, config.language_model.vocab_size, (plan.text_tokens,), generator=generator).tolist()
+        samples.append(mm.Sample([*sound, *text], [-100] * len(sound) + text, speech=[mel]))
+    return samples
+
+
+def stages(plan: Plan) -> Iterator[tuple[str, nn.Module, dict, Objective, Callable[[int], list]]]:
+    """(name, module, its rates, objective, samples of a step of so many utterances), made one after the other."""
+    with torch.device(plan.device):
+        pretraining = SpeechPretraining(SpeechEncoder(plan.config.speech_encoder), plan.best_rq)
+    pretraining.speech_encoder.set_feature_statistics(torch.full((NUM_MELS,), 15.0), torch.full((NUM_MELS,), 4.0))
+
+    def utterances(number: int) -> list[Utterance]:
+        return [Utterance(mel, seed) for seed, mel in enumerate(sounds(plan, number))]
+
+    yield "BEST-RQ", pretraining, {"*": 1e-5}, BestRqObjective(plan.best_rq), utterances
+    del pretraining
+    model = random_model(plan.config, plan.device, frozen_in_bf16=True)
+    model.speech_encoder.set_feature_statistics(torch.full((NUM_MELS,), 15.0), torch.full((NUM_MELS,), 4.0))
+    yield "frozen language model", model, RATES, SpeechObjective(), partial(heard, plan)
+
+
+def rows(plan: Plan, ceilings: dict[str, float | None]) -> Iterator[dict]:
+    """A row per stage and number of utterances, in their order."""
+    for name, module, rates, objective, samples_of in stages(plan):
+        module.train()
+        optimizer = build_optimizer(module, apply_rates(module, rates), 0.01, (0.9, 0.95))
+        for number in plan.utterances:
+            config = TrainingConfig(steps=1, batch_size=number, rates=rates, compute="bf16")
+            batches = [objective.collate(samples_of(number))]
+            step = partial(train_step, module, objective, optimizer, batches, config, plan.device, Guard(None, 0))
+            row = {"stage": name, "utterances": number}
+            found = measured(step, plan)
+            if found is None:
+                yield {**row, "fits": False}
+                break
+            seconds, flops, peak = found
+            yield {
+                **row,
+                "fits": True,
+                "seconds": seconds,
+                "audio_seconds_per_second": number * plan.seconds / seconds,
+                "flops_per_second": flops / seconds,
+                "share_of_measured": flops / seconds / ceilings["matmul"],
+                "share_of_specified": ceilings["specified_matmul"] and flops / seconds / ceilings["specified_matmul"],
+                "peak_bytes": peak,
+            }
+
+
+def measured(step: Callable[[], object], plan: Plan) -> tuple[float, int, int | None] | None:
+    """Median time of a step, its FLOPs and the device's most allocated bytes; None for a step that does not fit."""
+    on_gpu = plan.device == "cuda"
+    try:
+        flops = measure.count_flops(step)  # the warm-up
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        timed = measure.seconds_of(step, plan.device)
+        seconds = statistics.median(timed() for _ in range(plan.repetitions))
+        return seconds, flops, torch.cuda.max_memory_allocated() if on_gpu else None
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        if on_gpu:
+            torch.cuda.empty_cache()
+
+
+def line(row: dict) -> str:
+    head = f"| {row['stage']} | {row['utterances']} | "
+    if not row["fits"]:
+        return head + "does not fit | | | | |"
+    peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.1f}"
+    shares = f"{share(row['share_of_measured'])} | {share(row['share_of_specified'])}"
+    speed = f"{row['audio_seconds_per_second']:.3g} | {row['flops_per_second'] / 1e12:.3g}"
+    return head + f"{speed} | {shares} | {peak} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a tiny shape on the CPU: does it run?")
+    parser.add_argument("--output", type=Path, default=measure.RESULTS, help="folder of the JSON file")
+    arguments = parser.parse_args()
+    if not arguments.quick and not torch.cuda.is_available():
+        raise SystemExit("there is no GPU here, and this measures one; --quick runs a tiny shape on the CPU")
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when the device is first used
+    plan = small_plan() if arguments.quick else whole_plan()
+    name = torch.cuda.get_device_name() if plan.device == "cuda" else "cpu"
+    ceilings = {
+        "matmul": measure.matmul_ceiling(plan.matmul_side, 20, plan.device, torch.bfloat16),
+        "specified_matmul": SPECIFIED.get(name, (None, None))[0],
+    }
+    values = {"machine": {**measure.machine(), "device": name}, "ceilings": ceilings, "training": []}
+    print(f"{name}: {ceilings['matmul'] / 1e12:.3g} TFLOP/s bf16 measured; utterances of {plan.seconds:g} s\n")
+    print("| stage | utterances | s of sound/s | TFLOP/s | of measured | of specified | peak memory, GiB |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    for row in rows(plan, ceilings):
+        values["training"].append(row)
+        measure.write_results("gpu_speech", values, arguments.output)
+        print(line(row), flush=True)
+    print(f"\nwritten: {arguments.output / 'gpu_speech.json'}")
+
+
+if __name__ == "__main__":
+    main()

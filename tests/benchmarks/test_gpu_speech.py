@@ -1,0 +1,68 @@
+"""The GPU's benchmark of speech runs in small on a CPU, its rows agree, and it says what does not fit."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+import benchmarks.gpu_speech as gpu_speech
+from benchmarks.measure import count_flops
+from speech.adapter import num_tokens
+
+
+@pytest.fixture
+def start(monkeypatch):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["gpu_speech", *map(str, arguments)])
+        gpu_speech.main()
+
+    return run
+
+
+def test_it_runs_on_a_tiny_shape(start, tmp_path, capsys):
+    start("--quick", "--output", tmp_path)
+    values = json.loads((tmp_path / "gpu_speech.json").read_text())
+    plan, shown = gpu_speech.small_plan(), capsys.readouterr().out
+    assert [(row["stage"], row["utterances"]) for row in values["training"]] == [
+        (stage, number) for stage in ("BEST-RQ", "frozen language model") for number in plan.utterances
+    ]
+    for row in values["training"]:
+        assert row["audio_seconds_per_second"] * row["seconds"] == pytest.approx(row["utterances"] * plan.seconds)
+        assert gpu_speech.line(row) in shown
+    single, pair = (row["flops_per_second"] * row["seconds"] for row in values["training"][2:])
+    assert pair == pytest.approx(2 * single, rel=1e-6)  # utterances of one length: all of a step is twice as much
+
+
+def test_rows_hear_what_they_say_and_the_language_model_is_frozen():
+    plan = gpu_speech.small_plan()
+    (sample,) = gpu_speech.heard(plan, 1)
+    assert sample.tokens.count(plan.config.audio_token_id) == num_tokens(len(sample.speech[0]))
+    assert sum(label != -100 for label in sample.labels) == plan.text_tokens
+    _, (_, model, *_) = gpu_speech.stages(plan)
+    assert not any(weight.requires_grad for weight in model.language_model.parameters())
+    assert all(weight.requires_grad for weight in model.speech_encoder.parameters())
+
+
+def test_what_does_not_fit_is_said(start, tmp_path, monkeypatch, capsys):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(gpu_speech, "train_step", full)
+    start("--quick", "--output", tmp_path)
+    assert "| BEST-RQ | 1 | does not fit |" in capsys.readouterr().out
+    values = json.loads((tmp_path / "gpu_speech.json").read_text())
+    assert [row["fits"] for row in values["training"]] == [False, False]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_ends_with_a_line(start, tmp_path):
+    with pytest.raises(SystemExit, match="there is no GPU here"):
+        start("--output", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_attention_of_fewer_heads_of_keys_is_counted():
+    q, k = torch.randn(2, 8, 5, 16), torch.randn(2, 2, 7, 16)
+    work = torch.nn.functional.scaled_dot_product_attention
+    assert count_flops(lambda: work(q, k, k, enable_gqa=True)) == 4 * q.numel() * 7
