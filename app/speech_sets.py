@@ -4,10 +4,11 @@
 
 Sets: Asterisk's prompts and Tux Paint's spoken stamps, in five languages each and one set for each language; the
 English prompts with a question behind each; the prompts' translations into each other; English sentences, WordNet's, in
-synthetic voices; sounds in which nothing is said; LibriVox readings and the Montreal Forced Aligner's clips. Each that
-is there is kept.
+twelve synthetic voices; sounds in which nothing is said; LibriVox readings and the Montreal Forced Aligner's clips.
+Each that is there is kept. The sentences take two cores six minutes.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,14 +22,15 @@ from data_prep.spoken_words import Espeak, Flite, silences, spoken_sentences
 from mm.training.command import mistakes_in_one_line
 from shards.format import Record
 
-NUM_SENTENCES = 4000
+NUM_SENTENCES = 40_000
 NUM_SILENCES = 300
-VOICES = (Espeak("en-us"), Espeak("en-us+f3"), Espeak("en-gb-x-rp"), Espeak("en-gb-scotland+m3"))
+NAMES = ("en-us", "en-us+f3", "en-us+f5", "en-us+m7", "en-us-nyc", "en-gb-x-rp", "en-gb-x-rp+f2", "en-gb-scotland+m3")
+FLITE = ("slt", "rms", "awb", "kal16")
 
 
 def _spoken_sentences(texts: Path, flite: Path, _: recordings.Dropped) -> Iterator[Record]:
-    voices = (*VOICES, Flite(flite, "slt"), Flite(flite, "rms"))
-    return spoken_sentences(read_texts(texts), voices, NUM_SENTENCES)
+    voices = [*map(Espeak, NAMES), *[Flite(flite, name) for name in FLITE] * 2]  # as many of the one as of the other
+    return spoken_sentences(read_texts(texts), voices, NUM_SENTENCES, workers=os.cpu_count() or 1)
 
 
 def _asked_prompts(folder: Path, dropped: recordings.Dropped) -> Iterator[Record]:

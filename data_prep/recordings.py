@@ -14,10 +14,12 @@ from importlib import import_module
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from data_prep import tuxpaint
 from data_prep.splits import join_concepts, split_of
 from shards.format import Record, make_id
+from speech.reading import resample
 
 SAMPLE_RATE = 16_000
 QUESTIONS = ("What did they say?", "What is said here?", "Write down what you hear.", "What do you hear?")
@@ -294,11 +296,8 @@ def resampled(samples: np.ndarray, rate: int) -> np.ndarray:
     """int16 [T] at any rate -> int16 [T'] at 16 kHz."""
     if rate == SAMPLE_RATE:
         return samples
-    av = _import("av")
-    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples)[None], "s16", "mono")
-    frame.sample_rate = rate
-    resampler = av.AudioResampler("s16", "mono", SAMPLE_RATE)
-    return np.concatenate([piece.to_ndarray()[0] for one in (frame, None) for piece in resampler.resample(one)])
+    wave = resample(torch.from_numpy(samples.astype(np.float32)), rate)
+    return wave.round().clamp(-32768, 32767).to(torch.int16).numpy()
 
 
 def to_flac(samples: np.ndarray) -> bytes:

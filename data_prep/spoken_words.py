@@ -94,7 +94,7 @@ class Espeak:
 
 @dataclass(frozen=True)
 class Flite:
-    """A voice of flite, "slt" or "rms", from the libraries `libflite*.so.2.2` in a folder."""
+    """A voice of flite, "slt", "rms", "awb" or "kal16", from the libraries `libflite*.so.2.2` in a folder."""
 
     folder: Path
     voice: str = "slt"
@@ -122,24 +122,30 @@ def sentences_of(number: int, seed: int = 0) -> list[str]:
 
 
 def spoken_sentences(
-    texts: Iterable[str], voices: Sequence[Espeak | Flite], number: int, seed: int = 0
+    texts: Iterable[str], voices: Sequence[Espeak | Flite], number: int, seed: int = 0, workers: int = 1
 ) -> Iterator[Record]:
     """Yields so many sentences of texts, each in one of the voices; both are drawn with `seed`.
 
-    A text's first clause is a sentence where it has 3 to 12 words of plain letters.
+    A clause of a text is a sentence where it has 3 to 12 words of plain letters.
+
+    Args:
+        workers: processes that speak.
 
     Raises:
         ValueError: there are fewer such sentences; a voice is missing.
     """
-    clauses = (" ".join(re.split(r"[;:()\"]", text)[0].split()) for text in texts)
+    clauses = (" ".join(part.split()) for text in texts for part in re.split(r"[;:()\"]", text))
     plain = re.compile(r"[A-Za-z'-]+(,? [A-Za-z'-]+){2,11}")
     sentences = sorted({clause for clause in clauses if plain.fullmatch(clause)})
     if len(sentences) < number:
         raise ValueError(f"{number} sentences are asked for, and there are {len(sentences)} of 3 to 12 plain words")
     rng = np.random.default_rng(seed)
-    for place in rng.permutation(len(sentences))[:number]:
-        voice = voices[int(rng.integers(len(voices)))]
-        yield _said(sentences[place], voice, side_of(sentences[place]))
+    drawn = [
+        (sentences[place], voices[int(rng.integers(len(voices)))]) for place in rng.permutation(len(sentences))[:number]
+    ]
+    chunks = [drawn[start : start + CHUNK] for start in range(0, number, CHUNK)]
+    for records in in_order(_said_by_one, chunks, workers):
+        yield from records
 
 
 def split_of_sentence(text: str) -> str:
@@ -204,6 +210,10 @@ def silences(number: int, seed: int = 0) -> Iterator[Record]:
 def _spoken(sentences: list[str], voices: tuple[Espeak | Flite, ...]) -> list[Record]:
     records = [_said(text, voice, split_of_sentence(text)) for text in sentences for voice in voices]
     return [asked_freely(record) if int(record.id, 16) % ASKED_FREELY == 0 else record for record in records]
+
+
+def _said_by_one(drawn: list[tuple[str, Espeak | Flite]]) -> list[Record]:
+    return [_said(text, voice, side_of(text)) for text, voice in drawn]
 
 
 def _said(text: str, voice: Espeak | Flite, split: str) -> Record:

@@ -206,10 +206,10 @@ ASSETS = {
             package="libflite1 2.2-5 (Debian, amd64)",
             command=("apt-get", "download", "--quiet", "libflite1:amd64"),
             archive="*.deb",
-            used=r"usr/lib/x86_64-linux-gnu/(libflite(?:_usenglish|_cmulex|_cmu_us_slt|_cmu_us_rms)?\.so\.2\.2)",
+            used=r"usr/lib/x86_64-linux-gnu/(libflite(?:_usenglish|_cmulex|_cmu_us_(?:slt|rms|awb|kal16))?\.so\.2\.2)",
             license_file="usr/share/doc/libflite1/copyright",
             license="BSD-like (CMU)",
-            digest="4d6ea77a9b785825f44f3a8096ab3a86b9b35361c443dea976f9da3d700198f8",
+            digest="f43c0794d7cc68072c911c7c2c04bcfadf325567e49e71ce4f79fa48c3ff47d1",
         ),
     )
 }
