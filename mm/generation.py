@@ -149,11 +149,15 @@ def transcript_limit(model: MultimodalModel, sample: Sample, max_new_tokens: int
     """The tokens that a transcript of a prompt's sound may have: `max_new_tokens`, or fewer where the sound is short.
 
     A model that goes round and round is cut at 37 tokens a second, three for each that the sound takes. English has
-    about 4 in a second, and a script that the tokenizer spells byte by byte about 25. With a readout it is one for
-    each: more are never read out.
+    about 4 in a second, and a script that the tokenizer spells byte by byte about 25. With a readout it is known how
+    many tokens were heard: a transcript may have a quarter and two more, for what was not.
     """
-    per_row = 1 if model.config.speech_adapter and model.config.speech_adapter.readout else 3
-    return min(max_new_tokens, max(1, per_row * sample.tokens.count(model.config.audio_token_id)))
+    adapter = model.config.speech_adapter
+    if adapter is None or not adapter.readout or not sample.speech:
+        return min(max_new_tokens, max(1, 3 * sample.tokens.count(model.config.audio_token_id)))
+    device = model.extra_embeddings.device
+    heard = int(model.num_read([mel.to(device) for mel in sample.speech]).sum())
+    return min(max_new_tokens, heard + heard // 4 + 2)
 
 
 def without_loops(tokens: Sequence[int]) -> list[int]:

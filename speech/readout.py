@@ -18,7 +18,7 @@ SHARPNESS = 40.0  # of cosines to the logits of their weights
 ROWS, TOKENS = 256, 8192  # of a block
 
 
-def read_out(rows: Tensor, lengths: Tensor, table: Tensor, blank: Tensor, rest: Tensor) -> Tensor:
+def read_out(rows: Tensor, lengths: Tensor, table: Tensor, blank: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of utterances, packed -> as many rows for a language model to read.
 
     A row's token is the one whose embedding is nearest by cosine. It begins where it is no blank and not the token of
@@ -31,7 +31,7 @@ def read_out(rows: Tensor, lengths: Tensor, table: Tensor, blank: Tensor, rest: 
         rest: what stands in the rows behind, [D].
 
     Returns:
-        [N, D], in the type of `rows`.
+        [N, D], in the type of `rows`, and how many of them say something for each utterance, int64 as `lengths`.
     """
     utterance = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(rows.device)
     x = F.normalize(rows.float(), dim=-1)
@@ -48,7 +48,8 @@ def read_out(rows: Tensor, lengths: Tensor, table: Tensor, blank: Tensor, rest: 
     again[1:] = (token[1:] == token[:-1]) & (utterance[1:] == utterance[:-1])
     begins = new & ~again
     order = (2 * utterance + ~begins).argsort(stable=True)
-    return torch.where(begins[:, None], read, rest.float())[order].to(rows.dtype)
+    counts = torch.bincount(utterance[begins], minlength=len(lengths))
+    return torch.where(begins[:, None], read, rest.float())[order].to(rows.dtype), counts
 
 
 @torch.no_grad()

@@ -105,13 +105,16 @@ def test_a_transcript_has_at_most_three_tokens_for_each_of_its_sound(tiny_model)
     assert limits == [1, 3, 18, 20]
 
 
-def test_of_what_is_read_out_a_transcript_has_one_token_a_row(tiny_config, beside_tiny_model):
+def test_of_what_is_read_out_a_transcript_has_little_more(tiny_config, beside_tiny_model):
     encoder = SpeechEncoderConfig(num_layers=1, width=32, ffn_width=48, num_heads=2)
     adapter = SpeechAdapterConfig(hidden_size=32, intermediate_size=48, num_heads=2, readout=True)
     model = beside_tiny_model(replace(tiny_config, speech_encoder=encoder, speech_adapter=adapter), seed=0)
-    sound = model.config.audio_token_id
-    limits = [transcript_limit(model, mm.Sample([5, *[sound] * number, 6]), 20) for number in (0, 6, 21)]
-    assert limits == [1, 6, 20]
+    utterances = [torch.randn(length, 80, generator=torch.Generator().manual_seed(length)) for length in (40, 400)]
+    heard = [int(model.num_read([mel])) for mel in utterances]
+    assert model.num_read(utterances).tolist() == heard and 0 < heard[0] <= 5 < heard[1] <= 50
+    sample = mm.Sample([5], speech=utterances)
+    assert transcript_limit(model, sample, 200) == sum(heard) + sum(heard) // 4 + 2
+    assert transcript_limit(model, sample, 4) == 4
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ REST = torch.full((WIDTH,), 7.0)
 
 
 def read(rows: torch.Tensor, lengths: list[int], table: torch.Tensor) -> torch.Tensor:
-    return read_out(rows, torch.tensor(lengths), table[:BLANK], table[BLANK], REST)
+    return read_out(rows, torch.tensor(lengths), table[:BLANK], table[BLANK], REST)[0]
 
 
 def noisy(tokens: list[int], table: torch.Tensor, seed: int = 0) -> torch.Tensor:
@@ -49,7 +49,7 @@ def test_equals_a_loop_over_rows(table):
     tokens[tokens % 3 == 0] = BLANK
     tokens[6:8] = 11  # an utterance's last token is the next one's first
     rows = noisy(tokens.tolist(), table)
-    expected = []
+    expected, counts = [], []
     for utterance in rows.split(lengths):
         first, behind, previous = [], [], None
         for row in utterance:
@@ -62,7 +62,9 @@ def test_equals_a_loop_over_rows(table):
                 first.append((SHARPNESS * cosines[chosen]).softmax(-1) @ table[chosen])
             previous = token
         expected += first + behind
+        counts.append(len(first))
     torch.testing.assert_close(read(rows, lengths, table), torch.stack(expected), rtol=1e-4, atol=1e-5)
+    assert read_out(rows, torch.tensor(lengths), table[:BLANK], table[BLANK], REST)[1].tolist() == counts
 
 
 def test_an_utterance_is_read_as_it_is_alone(table):
@@ -75,13 +77,13 @@ def test_an_utterance_is_read_as_it_is_alone(table):
 def test_gradients_reach_the_rows_that_say_something_and_the_rest(table):
     rows = noisy([BLANK, 5, 5, 9], table).requires_grad_(True)
     rest = REST.clone().requires_grad_(True)
-    read_out(rows, torch.tensor([4]), table[:BLANK], table[BLANK], rest).square().sum().backward()
+    read_out(rows, torch.tensor([4]), table[:BLANK], table[BLANK], rest)[0].square().sum().backward()
     assert [bool(row.abs().max() > 0) for row in rows.grad] == [False, True, False, True]
     torch.testing.assert_close(rest.grad, 2 * 2 * REST)  # two rows stand behind
 
 
 def test_a_vocabulary_may_be_small(table):
-    heard = read_out(noisy([0, 1, BLANK], table), torch.tensor([3]), table[:3], table[BLANK], REST)
+    heard, _ = read_out(noisy([0, 1, BLANK], table), torch.tensor([3]), table[:3], table[BLANK], REST)
     assert torch.equal(heard[2], REST) and not torch.equal(heard[1], REST)
 
 
@@ -94,6 +96,6 @@ def test_bf16_and_blocks_change_nothing_but_roundings(table, monkeypatch):
     assert torch.equal(read(rows, [40, 20], table), expected)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(read(rows, [40, 20], table), expected, rtol=1e-5, atol=1e-5)
-    heard = read_out(rows.bfloat16(), torch.tensor([40, 20]), table[:BLANK].bfloat16(), table[BLANK], REST)
+    heard, _ = read_out(rows.bfloat16(), torch.tensor([40, 20]), table[:BLANK].bfloat16(), table[BLANK], REST)
     assert heard.dtype == torch.bfloat16
     torch.testing.assert_close(heard.float(), expected, rtol=0, atol=0.1)
