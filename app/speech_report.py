@@ -20,7 +20,8 @@ from mm.evaluation.metrics import Score
 from mm.training.command import mistakes_in_one_line
 from shards.reader import ShardSet
 
-METRICS = {"asterisk_translations": ("bleu", "chrf"), "silences": ("exact_match",)}
+ANSWERS = ("bleu", "chrf")  # of what is not what was said
+METRICS = {"asterisk_translations": ANSWERS, "asterisk_en_dialogues": ANSWERS, "silences": ("exact_match",)}
 ERROR_RATES = ("wer", "cer")  # of all other sets
 
 

@@ -296,7 +296,12 @@ def resampled(samples: np.ndarray, rate: int) -> np.ndarray:
     """int16 [T] at any rate -> int16 [T'] at 16 kHz."""
     if rate == SAMPLE_RATE:
         return samples
-    wave = resample(torch.from_numpy(samples.astype(np.float32)), rate)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # processes that speak have a core each
+    try:
+        wave = resample(torch.from_numpy(samples.astype(np.float32)), rate)
+    finally:
+        torch.set_num_threads(threads)
     return wave.round().clamp(-32768, 32767).to(torch.int16).numpy()
 
 

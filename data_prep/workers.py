@@ -14,8 +14,6 @@ from functools import cache, partial
 from multiprocessing import get_context, parent_process
 from typing import Literal, TypeVar
 
-import torch
-
 Engine = Literal["in_process", "ray"]
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
@@ -118,10 +116,9 @@ def _fetched(reference) -> Callable:
 
 
 def _begin(function: Callable | None) -> None:
-    """A killed parent says nothing: its workers would wait for it for ever. Each has a core, not all that there are."""
+    """A killed parent says nothing: its workers would wait for it for ever."""
     global _function
     _function = function
-    torch.set_num_threads(1)
 
     def watch() -> None:
         parent_process().join()

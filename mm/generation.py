@@ -145,19 +145,21 @@ def stream_tokens(
             logits = decode_step(model, tokens, [length + taken for length in lengths], cache)
 
 
-def transcript_limit(model: MultimodalModel, sample: Sample, max_new_tokens: int) -> int:
-    """The tokens that a transcript of a prompt's sound may have: `max_new_tokens`, or fewer where the sound is short.
+def transcript_limits(model: MultimodalModel, samples: Sequence[Sample], max_new_tokens: int) -> list[int]:
+    """The tokens that a transcript of each prompt's sound may have: `max_new_tokens`, or fewer where it is short.
 
     A model that goes round and round is cut at 37 tokens a second, three for each that the sound takes. English has
     about 4 in a second, and a script that the tokenizer spells byte by byte about 25. With a readout it is known how
     many tokens were heard: a transcript may have a quarter and two more, for what was not.
     """
-    adapter = model.config.speech_adapter
-    if adapter is None or not adapter.readout or not sample.speech:
-        return min(max_new_tokens, max(1, 3 * sample.tokens.count(model.config.audio_token_id)))
+    adapter, speech = model.config.speech_adapter, [mel for sample in samples for mel in sample.speech]
+    if adapter is None or not adapter.readout or not speech:
+        rows = [sample.tokens.count(model.config.audio_token_id) for sample in samples]
+        return [min(max_new_tokens, max(1, 3 * number)) for number in rows]
     device = model.extra_embeddings.device
-    heard = int(model.num_read([mel.to(device) for mel in sample.speech]).sum())
-    return min(max_new_tokens, heard + heard // 4 + 2)
+    counts = iter(model.num_read([mel.to(device) for mel in speech]).tolist())
+    heard = [sum(next(counts) for _ in sample.speech) for sample in samples]
+    return [min(max_new_tokens, number + number // 4 + 2) for number in heard]
 
 
 def without_loops(tokens: Sequence[int]) -> list[int]:

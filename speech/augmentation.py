@@ -25,8 +25,9 @@ class SpecAugmentConfig:
         num_mel_masks, max_mels: stripes over mel bins and the widest.
         max_warp: frequencies are multiplied by 1 - max_warp to 1 + max_warp; below 0.5.
         max_gain: the log energies rise or fall by at most so much; 1 is 4.3 dB.
-        max_noise: the highest log energy of the noise, whose level is anything from 0 up and tilts by up to 2 towards
-            either end; 0 adds none. Speech is at 15 to 20, a quiet room's noise at 6, a loud one's at 11.
+        max_noise: the highest mean of the noise's log energies, which is anything from 0 up; either end of the bins may
+            lie up to 2 higher. 0 adds none. Recordings' quietest tenth is at about 8 (a telephone's prompts) to 11 (a
+            reader at home), what is said at 20.
     """
 
     num_time_masks: int = 2
@@ -37,6 +38,11 @@ class SpecAugmentConfig:
     max_warp: float = 0.0
     max_gain: float = 0.0
     max_noise: float = 0.0
+
+    @property
+    def changes_sound(self) -> bool:
+        """Beyond stripes: by amounts that are of a conformer's features."""
+        return self.max_warp + self.max_gain + self.max_noise > 0
 
     def __post_init__(self) -> None:
         for name in ("num_time_masks", "max_time", "num_mel_masks", "max_mels", "max_gain", "max_noise"):

@@ -31,7 +31,7 @@ def read_out(rows: Tensor, lengths: Tensor, table: Tensor, blank: Tensor, rest: 
         rest: what stands in the rows behind, [D].
 
     Returns:
-        [N, D], in the type of `rows`, and how many of them say something for each utterance, int64 as `lengths`.
+        [N, D], in the type of `rows`, and how many of each utterance's say something, int64, on the device of `rows`.
     """
     utterance = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(rows.device)
     x = F.normalize(rows.float(), dim=-1)
@@ -48,7 +48,7 @@ def read_out(rows: Tensor, lengths: Tensor, table: Tensor, blank: Tensor, rest: 
     again[1:] = (token[1:] == token[:-1]) & (utterance[1:] == utterance[:-1])
     begins = new & ~again
     order = (2 * utterance + ~begins).argsort(stable=True)
-    counts = torch.bincount(utterance[begins], minlength=len(lengths))
+    counts = torch.zeros(len(lengths), dtype=torch.long, device=rows.device).index_add_(0, utterance, begins.long())
     return torch.where(begins[:, None], read, rest.float())[order].to(rows.dtype), counts
 
 

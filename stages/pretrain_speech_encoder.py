@@ -90,7 +90,8 @@ def pretrain_speech_encoder(config: PretrainSpeechEncoder) -> None:
         prepare = partial(utterance_of, encoder=encoder.config, seed=config.training.seed)
     dataset = RecordDataset(config.data, prepare, by_epoch=True)
     if config.start_from is None:
-        known = readable_samples(dataset, config.statistics_samples)
+        plain = RecordDataset(config.data, partial(heard_of, encoder=encoder.config, transcripts=config.transcripts))
+        known = readable_samples(plain, config.statistics_samples)
         set_statistics(encoder, [one.mel for one in known if isinstance(one, Utterance) or one.letters])
     output = Path(config.output)
     train(
@@ -154,11 +155,16 @@ def transcribed_of(record: Record, encoder: SpeechEncoderConfig) -> Transcribed:
     return Transcribed(mel, spelling(said))
 
 
+def heard_of(record: Record, encoder: SpeechEncoderConfig, transcripts: bool) -> Transcribed | Utterance:
+    """A record as a new conformer's statistics are taken of it: whole or cut as in the first epoch, and not changed."""
+    return transcribed_of(record, encoder) if transcripts else utterance_of(record, 0, encoder, seed=0)
+
+
 def prepared(
-    record: Record, epoch: int, encoder: SpeechEncoderConfig, augment: SpecAugmentConfig | None, seed: int
+    record: Record, visit: int, encoder: SpeechEncoderConfig, augment: SpecAugmentConfig | None, seed: int
 ) -> Transcribed:
     """What is heard of a record and the letters of what is said in it; how the sound is changed follows from record,
-    epoch and seed.
+    visit (which time it comes, from 0) and seed.
 
     Raises:
         ValueError: as `transcribed_of`.
@@ -166,7 +172,7 @@ def prepared(
     sample = transcribed_of(record, encoder)
     if augment is None:
         return sample
-    generator = torch.Generator().manual_seed(seed_of(f"{seed}/{epoch}/{record.id}"))
+    generator = torch.Generator().manual_seed(seed_of(f"{seed}/{visit}/{record.id}"))
     return Transcribed(spec_augment(sample.mel, augment, generator), sample.letters)
 
 

@@ -135,8 +135,11 @@ def starting_point(config: TrainSpeechAdapter) -> tuple[MultimodalModel, Process
     else:
         add_speech(model, encoder_of(config), config.adapter, seed=config.training.seed)
     augment = config.spec_augment
-    if augment and augment.max_warp + augment.max_noise > 0 and isinstance(model.speech_encoder, WhisperEncoder):
-        raise ValueError("spec_augment: max_warp and max_noise are for a conformer's features; Whisper's are others")
+    if augment and augment.changes_sound and isinstance(model.speech_encoder, WhisperEncoder):
+        raise ValueError(
+            "spec_augment: max_warp, max_gain and max_noise are for a conformer's features, and Whisper's are others: "
+            "leave them out"
+        )
     if config.chat_template is not None:
         settings["chat_template"] = config.chat_template
     processor = Processor(tokenizer, model.config, **settings)
@@ -153,13 +156,13 @@ def sounds_of(config: TrainSpeechAdapter, processor: Processor) -> list[Tensor]:
     return [mel for sample in samples if set(sample.labels) - stops for mel in sample.speech]
 
 
-def prepared(record: Record, epoch: int, processor: Processor, config: TrainSpeechAdapter) -> Sample:
+def prepared(record: Record, visit: int, processor: Processor, config: TrainSpeechAdapter) -> Sample:
     """A training sample, with its twin if it is distilled from; how its utterances are changed follows from record,
-    epoch and seed."""
+    visit (which time it comes, from 0) and seed."""
     sample = with_twin(record, processor) if config.distillation_weight else processor.record_example(record)
     if config.spec_augment is None:
         return sample
-    generator = torch.Generator().manual_seed(seed_of(f"{config.training.seed}/{epoch}/{record.id}"))
+    generator = torch.Generator().manual_seed(seed_of(f"{config.training.seed}/{visit}/{record.id}"))
     return replace(sample, speech=[spec_augment(mel, config.spec_augment, generator) for mel in sample.speech])
 
 

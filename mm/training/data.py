@@ -77,8 +77,8 @@ class RecordDataset(Dataset):
     Args:
         sources: where the records lie. A source's records are there `repeat` times, rounded up.
         prepare: Record -> sample; what it raises marks the record as unreadable.
-        by_epoch: `prepare` is given the epoch, from 0, too: for what is drawn anew each time a record comes. Indices
-            then say the epoch as well, as if all epochs stood one behind the other.
+        by_epoch: `prepare` is given a number, too, another one each time the record comes: where a source's `repeat` is
+            1, the epoch, from 0. Indices then say the epoch as well, as if all epochs stood one behind the other.
 
     Attributes:
         draws: what of them an epoch leaves out. blocks: of each index the block that it comes with, int64 [len(self)];
@@ -90,6 +90,7 @@ class RecordDataset(Dataset):
             raise ValueError("no data: name at least one source")
         self.prepare, self.by_epoch = prepare, by_epoch
         self.sets: list[ShardSet] = []
+        self.copies: list[tuple[int, int]] = []  # of each set: which of its source's it is, and how many there are
         self.draws: list[Draw] = []
         together: list[int] = []
         for number, source in enumerate(sources):
@@ -99,7 +100,9 @@ class RecordDataset(Dataset):
             if rest:
                 self.draws.append(Draw(number, sum(map(len, self.sets)), len(shards), rest))
                 self.sets.append(shards)
-            together += [source.together] * (len(self.sets) - len(together))
+            copies = len(self.sets) - len(together)
+            self.copies += [(copy, copies) for copy in range(copies)]
+            together += [source.together] * copies
         self.ends = torch.tensor([len(shards) for shards in self.sets]).cumsum(0)
         self.blocks: torch.Tensor | None = None
         if any(number > 1 for number in together):
@@ -120,7 +123,8 @@ class RecordDataset(Dataset):
         shards = self.sets[number]
         row = index - (int(self.ends[number]) - len(shards))
         try:
-            return self.prepare(shards[row], epoch) if self.by_epoch else self.prepare(shards[row])
+            copy, copies = self.copies[number]
+            return self.prepare(shards[row], epoch * copies + copy) if self.by_epoch else self.prepare(shards[row])
         except Exception as error:  # a record can be malformed in any way; the others still teach
             reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             return Unreadable(shards.index["id"][row].as_py(), reason)

@@ -8,7 +8,7 @@ import torch
 
 import mm
 import mm.generation
-from mm.generation import transcript_limit, without_loops
+from mm.generation import transcript_limits, without_loops
 from speech.adapter import SpeechAdapterConfig
 from speech.conformer import SpeechEncoderConfig
 from vision.tiling import Tiles
@@ -101,8 +101,8 @@ def test_each_sample_has_a_limit_of_its_own(tiny_model, samples):
 
 def test_a_transcript_has_at_most_three_tokens_for_each_of_its_sound(tiny_model):
     sound = tiny_model.config.audio_token_id
-    limits = [transcript_limit(tiny_model, mm.Sample([5, *[sound] * number, 6]), 20) for number in (0, 1, 6, 7)]
-    assert limits == [1, 3, 18, 20]
+    prompts = [mm.Sample([5, *[sound] * number, 6]) for number in (0, 1, 6, 7)]
+    assert transcript_limits(tiny_model, prompts, 20) == [1, 3, 18, 20]
 
 
 def test_of_what_is_read_out_a_transcript_has_little_more(tiny_config, beside_tiny_model):
@@ -112,9 +112,10 @@ def test_of_what_is_read_out_a_transcript_has_little_more(tiny_config, beside_ti
     utterances = [torch.randn(length, 80, generator=torch.Generator().manual_seed(length)) for length in (40, 400)]
     heard = [int(model.num_read([mel])) for mel in utterances]
     assert model.num_read(utterances).tolist() == heard and 0 < heard[0] <= 5 < heard[1] <= 50
-    sample = mm.Sample([5], speech=utterances)
-    assert transcript_limit(model, sample, 200) == sum(heard) + sum(heard) // 4 + 2
-    assert transcript_limit(model, sample, 4) == 4
+    prompts = [mm.Sample([5], speech=utterances), mm.Sample([5]), mm.Sample([5], speech=utterances[:1])]
+    wanted = [number + number // 4 + 2 for number in (sum(heard), 0, heard[0])]
+    assert transcript_limits(model, prompts, 200) == wanted
+    assert transcript_limits(model, prompts, 4) == [4, 2, 4]
 
 
 @pytest.mark.parametrize(

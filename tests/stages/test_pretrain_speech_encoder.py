@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -169,20 +170,48 @@ def test_letters_are_learnt_from_transcripts_and_a_run_starts_from_another(confi
     assert all(torch.equal(later[name], value) for name, value in earlier.items())
 
 
-def test_what_is_spelt_is_changed_by_record_and_epoch(config, spoken):
+def test_what_is_spelt_is_changed_by_record_and_visit(spoken):
     augment = SpecAugmentConfig(max_warp=0.1, max_noise=8.0)
     record, encoder = ShardSet(spoken)[0], SpeechEncoderConfig(**ENCODER)
+    other = Record("another", {**record.json, "id": "another"}, record.media)
     plain = transcribed_of(record, encoder)
-    first, again, later = (prepared(record, epoch, encoder, augment, seed=0) for epoch in (0, 0, 1))
+    first, again, later = (prepared(record, visit, encoder, augment, seed=0) for visit in (0, 0, 1))
     assert first.letters == later.letters == plain.letters and first.mel.shape == plain.mel.shape
     assert torch.equal(first.mel, again.mel) and not torch.equal(first.mel, later.mel)
+    assert not torch.equal(first.mel, prepared(other, 0, encoder, augment, seed=0).mel)
     assert torch.equal(prepared(record, 1, encoder, None, seed=0).mel, plain.mel)
-    training = {"steps": 2, "batch_size": 4, "rates": {"*": 1e-3}, "workers": 0}
-    file, folder = config(
-        data=[{"path": str(spoken)}], transcripts=True, best_rq={}, training=training, spec_augment={"max_warp": 0.1}
-    )
-    main(["--config", str(file)])
-    assert (folder / "metrics.jsonl").exists()
+
+
+def test_a_stage_hears_changed_sounds_and_takes_its_statistics_of_plain_ones(config, spoken):
+    training = {"steps": 2, "batch_size": 4, "rates": {"*": 1e-3}, "log_every": 1, "workers": 0}
+    losses, deviations = [], []
+    for augment in (None, {"max_gain": 3.0, "max_noise": 12.0}):
+        file, folder = config(
+            data=[{"path": str(spoken)}], transcripts=True, best_rq={}, training=training, spec_augment=augment
+        )
+        main(["--config", str(file), "--output", f"{folder}-{bool(augment)}"])
+        run = folder.with_name(f"{folder.name}-{bool(augment)}")
+        losses.append(json.loads((run / "metrics.jsonl").open().readline())["loss"])
+        deviations.append(load_speech_encoder(run).feature_std)
+    assert losses[0] != losses[1] and torch.equal(*deviations)
+
+
+def test_a_record_that_comes_several_times_in_an_epoch_comes_otherwise_each_time(spoken):
+    augment, encoder = SpecAugmentConfig(max_warp=0.1), SpeechEncoderConfig(**ENCODER)
+
+    def prepare(record, visit):
+        return record.id, visit, prepared(record, visit, encoder, augment, seed=0).mel
+
+    dataset = RecordDataset([Source(str(spoken), repeat=2.5), Source(str(spoken))], prepare, by_epoch=True)
+    size, number = len(dataset), len(ShardSet(spoken).select(split="train"))
+    places = [0, number, 2 * number]
+    came = [dataset[epoch * size + place] for epoch in (0, 1) for place in places]
+    assert {one[0] for one in came} == {came[0][0]} and [one[1] for one in came] == [0, 1, 2, 3, 4, 5]
+    assert all(not torch.equal(one[2], other[2]) for one, other in combinations(came, 2))
+    assert [dataset[epoch * size + 3 * number][1] for epoch in (0, 1)] == [
+        0,
+        1,
+    ]  # of the second source, which repeats none
 
 
 def test_the_loss_over_letters_is_the_sum_of_each_utterance_alone():
