@@ -20,7 +20,7 @@ from torch import nn
 
 import mm
 from benchmarks import measure
-from benchmarks.gpu_train import SPECIFIED, share, tiny_plan
+from benchmarks.gpu_train import matmul_ceilings, share, tiny_plan
 from benchmarks.ours import RATES, random_model
 from mm.training.config import TrainingConfig
 from mm.training.guards import Guard
@@ -40,7 +40,7 @@ class Plan:
     """What is measured.
 
     Attributes:
-        seconds: of each utterance. text_tokens: of the question and the answer. utterances: of a step, tried in turn.
+        seconds: of each utterance. text_tokens: of the answer. utterances: of a step, tried in turn.
         repetitions: of a step, after one that does not count.
     """
 
@@ -124,6 +124,7 @@ def rows(plan: Plan, ceilings: dict[str, float | None]) -> Iterator[dict]:
                 "share_of_specified": ceilings["specified_matmul"] and flops / seconds / ceilings["specified_matmul"],
                 "peak_bytes": peak,
             }
+        del module, optimizer, step  # before the next stage is made
 
 
 def measured(step: Callable[[], object], plan: Plan) -> tuple[float, int, int | None] | None:
@@ -163,10 +164,7 @@ def main() -> None:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when the device is first used
     plan = small_plan() if arguments.quick else whole_plan()
     name = torch.cuda.get_device_name() if plan.device == "cuda" else "cpu"
-    ceilings = {
-        "matmul": measure.matmul_ceiling(plan.matmul_side, 20, plan.device, torch.bfloat16),
-        "specified_matmul": SPECIFIED.get(name, (None, None))[0],
-    }
+    ceilings = matmul_ceilings(name, plan.device, plan.matmul_side)
     values = {"machine": {**measure.machine(), "device": name}, "ceilings": ceilings, "training": []}
     print(f"{name}: {ceilings['matmul'] / 1e12:.3g} TFLOP/s bf16 measured; utterances of {plan.seconds:g} s\n")
     print("| stage | utterances | s of sound/s | TFLOP/s | of measured | of specified | peak memory, GiB |")

@@ -162,6 +162,12 @@ def decoding_rows(plan: Plan, model: mm.MultimodalModel, ceilings: dict[str, flo
         }
 
 
+def matmul_ceilings(name: str, device: str, side: int) -> dict[str, float | None]:
+    """A device's FLOP/s of bf16 products, measured now and as its maker specifies them."""
+    measured = measure.matmul_ceiling(side, 20, device, torch.bfloat16)
+    return {"matmul": measured, "specified_matmul": SPECIFIED.get(name, (None, None))[0]}
+
+
 def share(value: float | None) -> str:
     return "-" if value is None else f"{value:.0%}"
 
@@ -190,12 +196,10 @@ def main() -> None:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when the device is first used
     plan = tiny_plan() if arguments.quick else whole_plan()
     name = torch.cuda.get_device_name() if plan.device == "cuda" else "cpu"
-    matmul, bandwidth = SPECIFIED.get(name, (None, None))
     ceilings = {
-        "matmul": measure.matmul_ceiling(plan.matmul_side, 20, plan.device, torch.bfloat16),
+        **matmul_ceilings(name, plan.device, plan.matmul_side),
         "bandwidth": measure.bandwidth_ceiling(plan.megabytes, 20, plan.device),
-        "specified_matmul": matmul,
-        "specified_bandwidth": bandwidth,
+        "specified_bandwidth": SPECIFIED.get(name, (None, None))[1],
     }
     values = {"machine": {**measure.machine(), "device": name}, "ceilings": ceilings, "training": [], "decoding": []}
 

@@ -5,6 +5,7 @@ disturbs the others, and each median stands beside what the machine gives at bes
 """
 
 import json
+import math
 import platform
 import statistics
 import time
@@ -98,6 +99,13 @@ def _attention_backward_flops(_grad_shape, q_shape, k_shape, *_args, out_shape=N
     return 10 * torch.Size(q_shape).numel() * k_shape[2]
 
 
+def _convolution_backward_flops(grad_shape, x_shape, weight_shape, *args, out_shape) -> int:
+    """Of input and weights, each as much as the forward pass; the counter's own forgets groups."""
+    output_mask = args[-1]
+    kernel = math.prod(weight_shape[1:])  # of one output: the channels of its group, times positions
+    return 2 * torch.Size(grad_shape).numel() * kernel * sum(output_mask[:2])
+
+
 # The counter does not know the CPU's fused attention, and would count 0; a GPU's with fewer heads of keys than of
 # queries it takes for a mistake.
 FUSED = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
@@ -106,11 +114,12 @@ ATTENTION_FLOPS = {
     for name in FUSED
     for suffix, count in (("", _attention_flops), ("_backward", _attention_backward_flops))
 }
+OWN_COUNTS = {**ATTENTION_FLOPS, torch.ops.aten.convolution_backward: _convolution_backward_flops}
 
 
 def count_flops(work: Callable[[], object]) -> int:
     """FLOPs of matrix products and attention in `work`, which runs once; a multiplication and an addition are two."""
-    with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter:
+    with FlopCounterMode(display=False, custom_mapping=OWN_COUNTS) as counter:
         work()
     return counter.get_total_flops()
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import benchmarks.gpu_speech as gpu_speech
-from benchmarks.measure import count_flops
+from benchmarks.measure import FUSED, OWN_COUNTS, count_flops
 from speech.adapter import num_tokens
 
 
@@ -62,7 +62,18 @@ def test_without_a_gpu_it_ends_with_a_line(start, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_attention_of_fewer_heads_of_keys_is_counted():
-    q, k = torch.randn(2, 8, 5, 16), torch.randn(2, 2, 7, 16)
-    work = torch.nn.functional.scaled_dot_product_attention
-    assert count_flops(lambda: work(q, k, k, enable_gqa=True)) == 4 * q.numel() * 7
+@pytest.mark.parametrize("name", FUSED[1:])
+def test_a_gpus_attention_of_fewer_heads_of_keys_is_counted(name):
+    q, k = torch.empty(2, 8, 5, 16, device="meta"), torch.empty(2, 2, 7, 16, device="meta")
+    work = getattr(torch.ops.aten, f"_scaled_dot_product_{name}")
+    more = {"flash_attention": (), "efficient_attention": (None, False), "cudnn_attention": (None, False)}[name]
+    assert count_flops(lambda: work(q, k, k, *more)) == 4 * q.numel() * 7
+    assert OWN_COUNTS[getattr(torch.ops.aten, f"_scaled_dot_product_{name}_backward")] is not None
+
+
+def test_a_depthwise_convolutions_gradients_cost_twice_what_it_does():
+    x = torch.randn(2, 6, 9, requires_grad=True)
+    depthwise = torch.nn.Conv1d(6, 6, 3, padding=1, groups=6)
+    forward = count_flops(lambda: depthwise(x.detach()))
+    assert forward == 2 * 2 * 9 * 6 * 3
+    assert count_flops(lambda: depthwise(x).sum().backward()) == 3 * forward

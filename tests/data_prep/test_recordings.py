@@ -5,6 +5,7 @@ import av
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from data_prep.recordings import (
     QUESTIONS,
@@ -74,6 +75,11 @@ def test_any_rate_and_channels_become_16_khz_mono(tmp_path):
     assert (read_sound(tmp_path / "d.wav") == tone()).all()
     down = resampled(tone(22_050), 22_050)
     assert abs(len(down) - 8000) < 40 and abs(hertz_of(down) - 440) < 4
+    square = np.where(np.arange(22_050) // 50 % 2, 32767, -32768).astype(np.int16)  # overshoots when it is resampled
+    limited, threads = resampled(square, 22_050), torch.get_num_threads()
+    assert limited.min() == -32768 and limited.max() == 32767
+    assert (np.diff(np.sign(limited.astype(int))) != 0).sum() == (np.diff(np.sign(square.astype(int))) != 0).sum()
+    assert torch.get_num_threads() == threads
 
 
 def test_what_is_no_sound_is_named(tmp_path):

@@ -69,7 +69,8 @@ def test_sounds_without_words_differ_in_kind_loudness_and_length(tmp_path):
 
 def test_sentences_of_a_text_are_said_by_one_voice_each():
     clauses = [f"a sort of {noun}, not a large one" for noun in ("cat", "dog", "cow", "fish", "bird", "tree")]
-    texts = [f'{clause}; "an example"' for clause in clauses] + ["two words", "room 101 is taken", clauses[0]]
+    pairs = [f"{first}; {second}" for first, second in zip(clauses[::2], clauses[1::2], strict=True)]
+    texts = [f'{pair}; "an example"' for pair in pairs] + ["two words", "room 101 is taken", clauses[0]]
     voices = [Espeak("en-us"), Espeak("en-us+f3")]
     records = list(spoken_sentences(texts, voices, 6))
     said = [record.json["messages"][1]["content"][0]["text"] for record in records]
@@ -78,6 +79,8 @@ def test_sentences_of_a_text_are_said_by_one_voice_each():
     ]
     assert all(record.json["split"] == side_of(text) for record, text in zip(records, said, strict=True))
     assert all(1 < record.json["duration"] < 5 for record in records)
+    by_two = list(spoken_sentences(texts, voices, 6, workers=2))
+    assert [record.id for record in by_two] == [record.id for record in records]  # ids are of texts and voices
     with pytest.raises(ValueError, match="7 sentences are asked for, and there are 6"):
         list(spoken_sentences(texts, voices, 7))
 

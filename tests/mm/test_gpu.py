@@ -114,7 +114,6 @@ def test_losses_and_gradients_are_the_cpus(model, samples):
                 atol=2e-3 * max(1.0, float(value.abs().max())),
                 msg=lambda m, name=name: f"{name}: {m}",
             )
-        assert objective.observe(module) is not None
 
 
 def gradients(loss: torch.Tensor, module: torch.nn.Module) -> dict[str, torch.Tensor]:

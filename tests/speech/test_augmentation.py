@@ -68,17 +68,28 @@ def test_warped_features_are_those_of_the_tone_at_another_pitch(factor):
     torch.testing.assert_close(warped(mel, 1.0), mel, atol=1e-5, rtol=0)
 
 
+def test_a_warp_stands_still_beyond_the_last_bins():
+    slope = torch.arange(80.0).expand(3, -1)
+    higher, lower = warped(slope, 1.3), warped(slope, 0.7)
+    assert torch.equal(higher[:, 0], slope[:, 0]) and torch.equal(lower[:, -5:], slope[:, -1:].expand(-1, 5))
+    assert min(higher.min(), lower.min()) >= 0 and max(higher.max(), lower.max()) <= 79
+    assert (higher[:, 20:] < slope[:, 20:]).all() and (lower[:, 5:-1] > slope[:, 5:-1]).all()
+
+
 def test_gain_moves_all_alike_and_noise_fills_what_is_still():
     mel = torch.cat([torch.full((40, 80), -15.9), torch.full((40, 80), 20.0)])
-    gains = {
-        float((spec_augment(mel, SpecAugmentConfig(max_gain=1.5, **NO_STRIPES), generator(seed)) - mel).unique().mean())
-        for seed in range(30)
-    }
+    changes = [
+        spec_augment(mel, SpecAugmentConfig(max_gain=1.5, **NO_STRIPES), generator(seed)) - mel for seed in range(30)
+    ]
+    assert all(float(one.max() - one.min()) < 1e-5 for one in changes)
+    gains = {float(one.mean()) for one in changes}
     assert len(gains) == 30 and -1.5 <= min(gains) < -1 and 1 < max(gains) <= 1.5
     noisy = [spec_augment(mel, SpecAugmentConfig(max_noise=10.0, **NO_STRIPES), generator(seed)) for seed in range(30)]
     still, loud = (torch.stack([one[part] for one in noisy]) for part in (slice(40), slice(40, None)))
     levels = still.mean((1, 2))
     assert 0 <= levels.min() < 2 and 8 < levels.max() <= 10.1
     assert still.std(1).mean() == pytest.approx(0.5, abs=0.02)
+    tilts = (still[:, :, -8:] - still[:, :, :8]).mean((1, 2))
+    assert -4 < tilts.min() < -2 and 2 < tilts.max() < 4
     assert (loud - 20.0).abs().max() < 0.02
     assert torch.equal(noisy[3], spec_augment(mel, SpecAugmentConfig(max_noise=10.0, **NO_STRIPES), generator(3)))

@@ -140,3 +140,14 @@ def test_wrong_configs_are_refused(wrong, message):
 def test_lengths_outside_the_batch_are_refused(tiny_encoder, lengths):
     with pytest.raises(ValueError, match=r"outside 1\.\.8"):
         tiny_encoder(torch.zeros(2, 8, 80), torch.tensor(lengths))
+
+
+def test_a_gpus_convolution_over_time_is_a_cpus(tiny_encoder):
+    """The branch for GPUs, by its parts: the same numbers and gradients."""
+    module = tiny_encoder.layers[0].convolution
+    x = torch.randn(2, 11, tiny_encoder.config.width, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    ours, plain = module._over_time(x), module.depthwise(x.transpose(1, 2).contiguous()).transpose(1, 2)
+    torch.testing.assert_close(ours, plain)
+    weights = (x, module.depthwise.weight, module.depthwise.bias)
+    for one, other in zip(*(torch.autograd.grad(y.sin().sum(), weights) for y in (ours, plain)), strict=True):
+        torch.testing.assert_close(one, other)

@@ -1,11 +1,22 @@
 """Scores against their definitions, and the VQA normalisation against cases worked out by hand from its rules."""
 
 import math
+import random
+import sys
 
 import pytest
 import sacrebleu
 
-from mm.evaluation.metrics import average, bleu, chrf, error_rate, exact_match, normalise_answer, vqa_accuracy
+from mm.evaluation.metrics import (
+    average,
+    bleu,
+    chrf,
+    count_edits,
+    error_rate,
+    exact_match,
+    normalise_answer,
+    vqa_accuracy,
+)
 
 
 @pytest.mark.parametrize(
@@ -134,3 +145,21 @@ def test_the_interval_of_an_error_rate_is_that_of_its_records():
     assert score.value == 0.5 and score.interval == pytest.approx(0.049, abs=0.005)
     with pytest.raises(ValueError, match="no reference holds a word"):
         error_rate("wer", ["a"], [["..."]], ["de"])
+
+
+def test_edits_are_those_of_the_dynamic_program():
+    generator = random.Random(0)
+    for _ in range(50):
+        said, wanted = ([generator.randrange(4) for _ in range(generator.randrange(9))] for _ in range(2))
+        costs = list(range(len(wanted) + 1))
+        for row, one in enumerate(said, start=1):
+            before, costs = costs, [row]
+            for place, other in enumerate(wanted):
+                costs.append(min(before[place + 1] + 1, costs[-1] + 1, before[place] + (one != other)))
+        assert count_edits(said, wanted) == costs[-1]
+
+
+def test_edits_need_their_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rapidfuzz.distance", None)
+    with pytest.raises(ValueError, match=r"the package rapidfuzz: pip install 'mm-adapters\[speech\]'"):
+        count_edits([1], [2])
