@@ -7,7 +7,7 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 import mm
-from mm.generation import transcript_limits, without_loops
+from mm.generation import transcribe_tokens
 from mm.training.command import one_line
 from video.readers import is_animation, open_animation
 from video.timeline import MAX_PIXELS
@@ -70,8 +70,7 @@ def transcribe(arguments: Namespace) -> int:
     def write_down(file: str) -> str:
         content = [request, {"type": "audio", "audio": file}]
         sample = processor.prompt([{"role": "user", "content": content}])
-        limits = transcript_limits(model, [sample], arguments.max_new_tokens)
-        return processor.decode(without_loops(mm.generate_tokens(model, [sample], limits)[0]))
+        return processor.decode(transcribe_tokens(model, [sample], arguments.max_new_tokens)[0])
 
     return _each(arguments.files, write_down)
 

@@ -145,12 +145,27 @@ def stream_tokens(
             logits = decode_step(model, tokens, [length + taken for length in lengths], cache)
 
 
+def transcribe_tokens(model: MultimodalModel, samples: Sequence[Sample], max_new_tokens: int) -> list[list[int]]:
+    """The tokens of a transcript of each prompt's sound, within its limit; what goes round and round stands once.
+
+    Where a readout finds that nothing is said there are none, whatever the language model would say to that.
+    """
+    limits = transcript_limits(model, samples, max_new_tokens)
+    new: list[list[int]] = [[] for _ in samples]
+    spoken = [row for row, limit in enumerate(limits) if limit]
+    if spoken:
+        of_spoken = [samples[row] for row in spoken], [limits[row] for row in spoken]
+        for row, tokens in zip(spoken, generate_tokens(model, *of_spoken), strict=True):
+            new[row] = without_loops(tokens)
+    return new
+
+
 def transcript_limits(model: MultimodalModel, samples: Sequence[Sample], max_new_tokens: int) -> list[int]:
     """The tokens that a transcript of each prompt's sound may have: `max_new_tokens`, or fewer where it is short.
 
     A model that goes round and round is cut at 37 tokens a second, three for each that the sound takes. English has
     about 4 in a second, and a script that the tokenizer spells byte by byte about 25. With a readout it is known how
-    many tokens were heard: a transcript may have a quarter and two more, for what was not.
+    many tokens were heard: a transcript may have a quarter and two more, for what was not, and of nothing none.
     """
     adapter, speech = model.config.speech_adapter, [mel for sample in samples for mel in sample.speech]
     if adapter is None or not adapter.readout or not speech:
@@ -159,7 +174,7 @@ def transcript_limits(model: MultimodalModel, samples: Sequence[Sample], max_new
     device = model.extra_embeddings.device
     counts = iter(model.num_read([mel.to(device) for mel in speech]).tolist())
     heard = [sum(next(counts) for _ in sample.speech) for sample in samples]
-    return [min(max_new_tokens, number + number // 4 + 2) for number in heard]
+    return [min(max_new_tokens, number + number // 4 + 2) if number else 0 for number in heard]
 
 
 def without_loops(tokens: Sequence[int]) -> list[int]:

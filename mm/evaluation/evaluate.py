@@ -20,7 +20,7 @@ from mm.evaluation import metrics as scoring
 from mm.evaluation.controls import FRAMES, blank, with_other_sound
 from mm.evaluation.likelihood import answer_log_likelihoods
 from mm.evaluation.metrics import Score
-from mm.generation import generate_tokens, transcript_limits, without_loops
+from mm.generation import generate_tokens, transcribe_tokens
 from mm.model import MultimodalModel
 from mm.processor import Processor, record_answer, record_said
 from shards.format import Record
@@ -221,13 +221,11 @@ def _answer(
     """Fills the rows of one batch."""
     samples = [asked.sample for asked in group]
     if saying:
-        limits = [max_new_tokens] * len(group)
-        if any(asked.transcribes for asked in group):
-            of_transcripts = transcript_limits(model, samples, max_new_tokens)
-            pairs = zip(group, of_transcripts, strict=True)
-            limits = [limit if asked.transcribes else max_new_tokens for asked, limit in pairs]
-        for asked, tokens in zip(group, generate_tokens(model, samples, limits), strict=True):
-            asked.row["prediction"] = processor.decode(without_loops(tokens) if asked.transcribes else tokens)
+        for generate, transcribes in ((transcribe_tokens, True), (generate_tokens, False)):
+            part = [asked for asked in group if asked.transcribes == transcribes]
+            new = generate(model, [asked.sample for asked in part], max_new_tokens) if part else []
+            for asked, tokens in zip(part, new, strict=True):
+                asked.row["prediction"] = processor.decode(tokens)
     if choosing:
         likelihoods = answer_log_likelihoods(model, samples, [asked.choice_tokens for asked in group])
         for asked, values in zip(group, likelihoods, strict=True):

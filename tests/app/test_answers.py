@@ -113,7 +113,7 @@ def test_speech_is_written_down(mm_command, everything_run, media, monkeypatch):
 def test_a_transcript_ends_with_its_sound(mm_command, everything_run, media, monkeypatch):
     """Three tokens for each of the sound's are the most, however many more are allowed."""
     limits, generate = [], mm.generate_tokens
-    monkeypatch.setattr(mm, "generate_tokens", lambda *given: limits.append(given[2]) or generate(*given))
+    monkeypatch.setattr("mm.generation.generate_tokens", lambda *given: limits.append(given[2]) or generate(*given))
     code, _, _ = mm_command("transcribe", media / "said.wav", "--model", everything_run, "--max-new-tokens", 99)
     model, processor = mm.load(everything_run)
     content = [{"type": "audio", "audio": str(media / "said.wav")}]

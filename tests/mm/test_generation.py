@@ -8,8 +8,8 @@ import torch
 
 import mm
 import mm.generation
-from mm.generation import transcript_limits, without_loops
-from speech.adapter import SpeechAdapterConfig
+from mm.generation import transcribe_tokens, transcript_limits, without_loops
+from speech.adapter import SpeechAdapterConfig, num_tokens
 from speech.conformer import SpeechEncoderConfig
 from vision.tiling import Tiles
 
@@ -105,7 +105,7 @@ def test_a_transcript_has_at_most_three_tokens_for_each_of_its_sound(tiny_model)
     assert transcript_limits(tiny_model, prompts, 20) == [1, 3, 18, 20]
 
 
-def test_of_what_is_read_out_a_transcript_has_little_more(tiny_config, beside_tiny_model):
+def test_of_what_is_read_out_a_transcript_has_little_more(tiny_config, beside_tiny_model, monkeypatch):
     encoder = SpeechEncoderConfig(num_layers=1, width=32, ffn_width=48, num_heads=2)
     adapter = SpeechAdapterConfig(hidden_size=32, intermediate_size=48, num_heads=2, readout=True)
     model = beside_tiny_model(replace(tiny_config, speech_encoder=encoder, speech_adapter=adapter), seed=0)
@@ -113,9 +113,20 @@ def test_of_what_is_read_out_a_transcript_has_little_more(tiny_config, beside_ti
     heard = [int(model.num_read([mel])) for mel in utterances]
     assert model.num_read(utterances).tolist() == heard and 0 < heard[0] <= 5 < heard[1] <= 50
     prompts = [mm.Sample([5], speech=utterances), mm.Sample([5]), mm.Sample([5], speech=utterances[:1])]
-    wanted = [number + number // 4 + 2 for number in (sum(heard), 0, heard[0])]
-    assert transcript_limits(model, prompts, 200) == wanted
-    assert transcript_limits(model, prompts, 4) == [4, 2, 4]
+    most = [sum(heard) + sum(heard) // 4 + 2, 0, heard[0] + heard[0] // 4 + 2]
+    assert transcript_limits(model, prompts, 200) == most
+    assert transcript_limits(model, prompts, 4) == [4, 0, 4]
+    sound = (model.config.speech_start_id, model.config.audio_token_id, model.config.speech_end_id)
+    prompts = [
+        mm.Sample([5, sound[0], *[sound[1]] * num_tokens(len(mel)), sound[2]], speech=[mel]) for mel in utterances
+    ]
+    limits = transcript_limits(model, prompts, 9)
+    plain = [mm.generate_tokens(model, [prompt], limit)[0] for prompt, limit in zip(prompts, limits, strict=True)]
+    assert transcribe_tokens(model, prompts, 9) == [without_loops(tokens) for tokens in plain]
+    monkeypatch.setattr(mm.MultimodalModel, "num_read", lambda _, speech: torch.tensor([0, 3][: len(speech)]))
+    nothing, something = transcribe_tokens(model, prompts, 9)
+    assert nothing == [] and something == mm.generate_tokens(model, [prompts[1]], 5)[0]
+    assert transcribe_tokens(model, prompts[:1], 9) == [[]]
 
 
 @pytest.mark.parametrize(

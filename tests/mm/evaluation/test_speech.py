@@ -41,7 +41,7 @@ def test_error_rates_and_the_control_that_hears_something_else(hearing, records,
     def say_the_length(_, samples, __):
         return [hearing[1].tokenizer(f"{len(sample.speech[0])} frames").input_ids for sample in samples]
 
-    monkeypatch.setattr("mm.evaluation.evaluate.generate_tokens", say_the_length)
+    monkeypatch.setattr("mm.generation.generate_tokens", say_the_length)
     heard = evaluate(*hearing, records, ["wer", "cer", "exact_match"], max_new_tokens=6, batch_size=2)
     assert list(heard.scores) == ["wer", "cer", "exact_match"] and heard.scores["wer"].value > 0.5
     assert heard.real_time_factor > 0 and "real-time factor" in str(heard)
@@ -57,11 +57,12 @@ def test_error_rates_and_the_control_that_hears_something_else(hearing, records,
 
 
 def test_transcripts_end_with_their_sound(hearing, records, monkeypatch):
-    given = []
-    monkeypatch.setattr(
-        "mm.evaluation.evaluate.generate_tokens",
-        lambda _, samples, limits: given.extend(zip(samples, limits, strict=True)) or [[]] * len(samples),
-    )
+    given, others = [], []
+    for place, into in (("mm.generation", given), ("mm.evaluation.evaluate", others)):
+        monkeypatch.setattr(
+            f"{place}.generate_tokens",
+            lambda _, samples, limits, into=into: into.append(limits) or [[]] * len(samples),
+        )
     samples = np.random.default_rng(9).normal(0, 3000, 3000).astype(np.int16)
     silent = transcription_record("noise/9", "test", "en", "", samples)
     translated = translation_record("noise/9", "test", "es", "manzana", samples, said="apple")
@@ -69,7 +70,7 @@ def test_transcripts_end_with_their_sound(hearing, records, monkeypatch):
     lengths = [len(hearing[1].record_prompt(record)[0].speech[0]) for record in (*records, silent)]
     of_transcripts = [3 * num_tokens(length) for length in lengths]
     assert max(of_transcripts) < 20
-    assert sorted(limit for _, limit in given) == sorted([*of_transcripts, 20])
+    assert sorted(limit for limits in given for limit in limits) == sorted(of_transcripts) and others == [20]
 
 
 def test_without_another_answer_or_a_sound_the_record_has_failed(hearing, records, square_record):
