@@ -51,8 +51,8 @@ def report(run: Path, data: Path, sets: Sequence[str], limit: int | None = None)
             one.write(run / "evaluation" / (f"{name}-exchanged" if exchange else name))
             reports[name].append(one)
         scores = [", ".join(map(shown, one.scores.values())) for one in reports[name]]
-        number, factor = reports[name][0].scores[metrics[0]].num_samples, reports[name][0].real_time_factor
-        print(f"| {name} | {number} | {scores[0]} | {' '.join(scores[1:])} | {factor:.2f} |", flush=True)
+        number, factor = reports[name][0].scores[metrics[0]].num_samples, reports[name][0].shown_factor()
+        print(f"| {name} | {number} | {scores[0]} | {' '.join(scores[1:])} | {factor} |", flush=True)
     return reports
 
 

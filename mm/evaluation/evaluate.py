@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
@@ -45,7 +46,7 @@ class Report:
         exchanged_speech: whether each record was given another one's sound.
         frames: of clips, which the model was shown.
         real_time_factor: seconds that answering took per second of sound, with what is in a batch at once; None where
-            nothing was heard.
+            nothing was heard. real_time_interval: half of its 95% interval over batches; None of a single one.
     """
 
     scores: dict[str, Score]
@@ -55,6 +56,7 @@ class Report:
     exchanged_speech: bool = False
     frames: str = "all"
     real_time_factor: float | None = None
+    real_time_interval: float | None = None
 
     def __str__(self) -> str:
         control = " with blanked images" if self.blank_images else ""
@@ -64,8 +66,13 @@ class Report:
         )
         lines = [str(score) + control for score in self.scores.values()]
         if self.real_time_factor is not None:
-            lines.append(f"real-time factor {self.real_time_factor:.2f}")
+            lines.append(f"real-time factor {self.shown_factor()}")
         return "\n".join([*lines, *(f"not read: {row['id']}: {row['reason']}" for row in self.failed)])
+
+    def shown_factor(self) -> str:
+        """The real-time factor, with its interval where there is one."""
+        interval = "" if self.real_time_interval is None else f" ± {self.real_time_interval:.2f}"
+        return f"{self.real_time_factor:.2f}{interval}"
 
     def write(self, folder: str | Path) -> None:
         """scores.json and predictions.jsonl; scores.json comes last, so that a folder with it is whole."""
@@ -75,7 +82,8 @@ class Report:
         }
         summary = {"scores": scores, "blank_images": self.blank_images, "frames": self.frames, "failed": self.failed}
         if self.real_time_factor is not None:
-            summary |= {"exchanged_speech": self.exchanged_speech, "real_time_factor": self.real_time_factor}
+            factor = {"real_time_factor": self.real_time_factor, "real_time_interval": self.real_time_interval}
+            summary |= {"exchanged_speech": self.exchanged_speech, **factor}
         with replaced_files(folder, last="scores.json") as new:
             rows = (json.dumps(row, ensure_ascii=False) + "\n" for row in self.predictions)
             (new / "predictions.jsonl").write_text("".join(rows), encoding="utf-8")
@@ -107,8 +115,7 @@ def evaluate(
             answer's likelihood is the product over its tokens *and its stop token*, the probability that the model
             says just that: so it needs no division by the number of tokens, which would favour long answers.
         blank_images: every picture becomes mid-grey with as many tiles: the control that sees nothing.
-        max_new_tokens: of an answer; a transcript has at most three for each token of its sound, 37 a second, and loses
-            what goes round and round.
+        max_new_tokens: of an answer; a transcript has its own limit below that, see `mm.generation.transcribe_tokens`.
         exchange_speech: every record is given the sound of the next one (the first follows the last) that wants another
             answer: the control that hears something else.
         frames: of every clip: "all", the middle "one" alone, or "shuffled" under the true times (see
@@ -130,7 +137,8 @@ def evaluate(
     failed: list[dict] = []
     references: list[list[str]] = []
     languages: list[str] = []
-    heard, seconds = 0.0, 0.0
+    seconds: list[float] = []  # of each batch, and of the sound in it
+    heard: list[float] = []
 
     with tqdm(total=len(numbers), desc="evaluate", unit="record", disable=None) as progress:
         for start in range(0, len(numbers), _WINDOW * batch_size):
@@ -155,8 +163,8 @@ def evaluate(
                 group = by_length[first : first + batch_size]
                 started = time.perf_counter()
                 _answer(model, processor, group, max_new_tokens, saying, choosing)
-                seconds += time.perf_counter() - started
-                heard += sum(len(mel) for asked in group for mel in asked.sample.speech) / FRAMES_PER_SECOND
+                seconds.append(time.perf_counter() - started)
+                heard.append(sum(len(mel) for asked in group for mel in asked.sample.speech) / FRAMES_PER_SECOND)
                 progress.update(len(group))
             for asked in window:
                 predictions.append(asked.row)
@@ -166,8 +174,9 @@ def evaluate(
     if not predictions:
         raise ValueError(f"none of the {len(numbers)} records could be read; the first: {failed[0]['reason']}")
     scores = _score(metrics, predictions, references, languages)
-    real_time_factor = seconds / heard if heard else None
-    return Report(scores, predictions, failed, blank_images, exchange_speech, frames, real_time_factor)
+    factor = sum(seconds) / sum(heard) if any(heard) else None
+    interval = scoring.ratio_interval(np.array(seconds), np.array(heard)) if factor and len(heard) > 1 else None
+    return Report(scores, predictions, failed, blank_images, exchange_speech, frames, factor, interval)
 
 
 @dataclass

@@ -143,11 +143,16 @@ def error_rate(
     errors, lengths = np.array(pairs, dtype=np.float64).T
     if not lengths.sum():
         raise ValueError(f"{name}: no reference holds a word; there is nothing to count errors in")
-    draws, count = np.random.default_rng(12345), len(pairs)
+    return Score(name, float(errors.sum() / lengths.sum()), ratio_interval(errors, lengths), len(pairs))
+
+
+def ratio_interval(tops: np.ndarray, bottoms: np.ndarray) -> float:
+    """Half the width of the bootstrap's 95% interval of a sum over another, of parts drawn together, each [N]."""
+    draws, count = np.random.default_rng(12345), len(tops)
     chosen = [draws.integers(0, count, count) for _ in range(NUM_BOOTSTRAP)]
-    resampled = [errors[rows].sum() / max(1.0, lengths[rows].sum()) for rows in chosen]
-    _, interval = estimate_ci(np.array(resampled))
-    return Score(name, float(errors.sum() / lengths.sum()), float(interval), count)
+    ratios = [tops[rows].sum() / bottoms[rows].sum() for rows in chosen if bottoms[rows].sum()]
+    _, interval = estimate_ci(np.array(ratios))
+    return float(interval)
 
 
 def _count_errors(name: str, prediction: str, reference: str, language: str) -> tuple[int, int]:

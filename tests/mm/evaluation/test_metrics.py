@@ -4,6 +4,7 @@ import math
 import random
 import sys
 
+import numpy as np
 import pytest
 import sacrebleu
 
@@ -15,6 +16,7 @@ from mm.evaluation.metrics import (
     error_rate,
     exact_match,
     normalise_answer,
+    ratio_interval,
     vqa_accuracy,
 )
 
@@ -145,6 +147,15 @@ def test_the_interval_of_an_error_rate_is_that_of_its_records():
     assert score.value == 0.5 and score.interval == pytest.approx(0.049, abs=0.005)
     with pytest.raises(ValueError, match="no reference holds a word"):
         error_rate("wer", ["a"], [["..."]], ["de"])
+
+
+def test_a_ratios_interval_is_that_of_normal_theory_for_many_parts():
+    draws = np.random.default_rng(0)
+    tops, bottoms = draws.normal(3, 1, 400), draws.uniform(1, 2, 400)
+    ratio = tops.sum() / bottoms.sum()
+    wanted = 1.96 * np.std(tops - ratio * bottoms) / (bottoms.mean() * 20)  # the delta method
+    assert ratio_interval(tops, bottoms) == pytest.approx(wanted, rel=0.1)
+    assert ratio_interval(2 * bottoms, bottoms) == pytest.approx(0, abs=1e-9)
 
 
 def test_edits_are_those_of_the_dynamic_program():

@@ -44,7 +44,10 @@ def test_error_rates_and_the_control_that_hears_something_else(hearing, records,
     monkeypatch.setattr("mm.generation.generate_tokens", say_the_length)
     heard = evaluate(*hearing, records, ["wer", "cer", "exact_match"], max_new_tokens=6, batch_size=2)
     assert list(heard.scores) == ["wer", "cer", "exact_match"] and heard.scores["wer"].value > 0.5
-    assert heard.real_time_factor > 0 and "real-time factor" in str(heard)
+    assert heard.real_time_factor > 0 and heard.real_time_interval > 0
+    assert f"real-time factor {heard.real_time_factor:.2f} ± {heard.real_time_interval:.2f}" in str(heard)
+    at_once = evaluate(*hearing, records, ["wer"], max_new_tokens=6, batch_size=9)
+    assert at_once.real_time_interval is None and str(at_once).endswith(f"real-time factor {at_once.shown_factor()}")
     exchanged = evaluate(*hearing, records, ["wer"], max_new_tokens=6, batch_size=3, exchange_speech=True)
     assert "another record's sound" in str(exchanged) and exchanged.exchanged_speech
     # Each is asked for its own words, and says what is said of the sound it was given.
