@@ -7,20 +7,17 @@ Two stages in bf16, with random weights: BEST-RQ of the conformer, and next toke
 what conformer and adapter hear, all of which train. FLOPs are those that PyTorch's counter finds in a step.
 """
 
-import argparse
-import os
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
 
 import mm
 from benchmarks import measure
-from benchmarks.gpu_train import matmul_ceilings, share, tiny_plan
+from benchmarks.gpu_train import device_name, matmul_ceilings, read_arguments, tiny_plan, use_of_device
 from benchmarks.ours import RATES, random_model
 from mm.training.config import TrainingConfig
 from mm.training.guards import Guard
@@ -148,22 +145,13 @@ def line(row: dict) -> str:
     head = f"| {row['stage']} | {row['utterances']} | "
     if not row["fits"]:
         return head + "does not fit | | | | |"
-    peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.1f}"
-    shares = f"{share(row['share_of_measured'])} | {share(row['share_of_specified'])}"
-    speed = f"{row['audio_seconds_per_second']:.3g} | {row['flops_per_second'] / 1e12:.3g}"
-    return head + f"{speed} | {shares} | {peak} |"
+    return head + f"{row['audio_seconds_per_second']:.3g} | {use_of_device(row)}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a tiny shape on the CPU: does it run?")
-    parser.add_argument("--output", type=Path, default=measure.RESULTS, help="folder of the JSON file")
-    arguments = parser.parse_args()
-    if not arguments.quick and not torch.cuda.is_available():
-        raise SystemExit("there is no GPU here, and this measures one; --quick runs a tiny shape on the CPU")
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when the device is first used
+    arguments = read_arguments(__doc__)
     plan = small_plan() if arguments.quick else whole_plan()
-    name = torch.cuda.get_device_name() if plan.device == "cuda" else "cpu"
+    name = device_name(plan.device)
     ceilings = matmul_ceilings(name, plan.device, plan.matmul_side)
     values = {"machine": {**measure.machine(), "device": name}, "ceilings": ceilings, "training": []}
     print(f"{name}: {ceilings['matmul'] / 1e12:.3g} TFLOP/s bf16 measured; utterances of {plan.seconds:g} s\n")

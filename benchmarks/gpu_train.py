@@ -176,9 +176,7 @@ def training_line(row: dict) -> str:
     head = f"| {row['activations']} | {row['micro_batch']} | {row['passes']} | "
     if not row["fits"]:
         return head + "does not fit | | | | |"
-    peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.1f}"
-    shares = f"{share(row['share_of_measured'])} | {share(row['share_of_specified'])}"
-    return head + f"{row['images_per_second']:.3g} | {row['flops_per_second'] / 1e12:.3g} | {shares} | {peak} |"
+    return head + f"{row['images_per_second']:.3g} | {use_of_device(row)}"
 
 
 def decoding_line(row: dict) -> str:
@@ -186,16 +184,33 @@ def decoding_line(row: dict) -> str:
     return f"| {row['batch']} | {row['tokens_per_second']:.3g} | {row['bytes_per_second'] / 1e9:.3g} | {shares} |"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def use_of_device(row: dict) -> str:
+    """The end of a trained row's line: TFLOP/s, its shares of the device's, and the peak of memory."""
+    peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.1f}"
+    shares = f"{share(row['share_of_measured'])} | {share(row['share_of_specified'])}"
+    return f"{row['flops_per_second'] / 1e12:.3g} | {shares} | {peak} |"
+
+
+def read_arguments(description: str) -> argparse.Namespace:
+    """`--quick` and `--output` of a benchmark for a GPU; ends the process where there is none to be measured."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tiny shape on the CPU: does it run?")
     parser.add_argument("--output", type=Path, default=measure.RESULTS, help="folder of the JSON file")
     arguments = parser.parse_args()
     if not arguments.quick and not torch.cuda.is_available():
         raise SystemExit("there is no GPU here, and this measures one; --quick runs a tiny shape on the CPU")
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when the device is first used
+    return arguments
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else "cpu"
+
+
+def main() -> None:
+    arguments = read_arguments(__doc__)
     plan = tiny_plan() if arguments.quick else whole_plan()
-    name = torch.cuda.get_device_name() if plan.device == "cuda" else "cpu"
+    name = device_name(plan.device)
     ceilings = {
         **matmul_ceilings(name, plan.device, plan.matmul_side),
         "bandwidth": measure.bandwidth_ceiling(plan.megabytes, 20, plan.device),

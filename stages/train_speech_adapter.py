@@ -49,7 +49,7 @@ class TrainSpeechAdapter:
         data: shards of recordings with conversations. validation: shards to report loss and accuracy on; null reports
             nothing.
         statistics_samples: so many samples give a new conformer the mean and deviation of its features.
-        spec_augment: how each training utterance is changed, otherwise in each epoch; null changes nothing.
+        spec_augment: how each training utterance is changed, otherwise each time it comes; null changes nothing.
         ctc_weight, next_token_weight, distillation_weight: see `mm.training.speech.SpeechObjective`. The paper has the
             second loss only.
         chat_template: see `mm.processor.Processor`.
