@@ -7,6 +7,7 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 import mm
+from data_prep.recordings import TRANSCRIBE
 from mm.generation import transcribe_tokens
 from mm.training.command import one_line
 from video.readers import is_animation, open_animation
@@ -65,7 +66,7 @@ def transcribe(arguments: Namespace) -> int:
     model, processor = load_model(arguments)
     if model.speech_encoder is None:
         raise ValueError(f"{arguments.model} has no speech_encoder: `mm train train_speech_adapter` gives a run ears")
-    request = {"type": "text", "text": f"Repeat after me in {arguments.language}:"}  # as recordings are asked about
+    request = {"type": "text", "text": f"{TRANSCRIBE} {arguments.language}:"}
 
     def write_down(file: str) -> str:
         content = [request, {"type": "audio", "audio": file}]

@@ -43,18 +43,20 @@ _MFA_LANGUAGES = {
     "se10x016": "sv",
 }  # by how a file's name begins; else English
 
+TRANSCRIBE = "Repeat after me in"  # how a transcript in a language is asked for (paper §8.2.2 has this prompt)
+
 Dropped = list[tuple[str, str]]
 
 
 def transcription_record(source: str, split: str, language: str, text: str, samples: np.ndarray) -> Record:
-    """A record that asks to repeat what is said (paper §8.2.2 has this prompt); without text, "silence" is its task.
+    """A record that asks to repeat what is said; without text, "silence" is its task.
 
     Args:
         source: names the recording; the id follows from it.
         language: a key of LANGUAGES.
         samples: int16 [T] at 16 kHz.
     """
-    request = f"Repeat after me in {LANGUAGES[language]}:"
+    request = f"{TRANSCRIBE} {LANGUAGES[language]}:"
     return _answered(source, split, "transcription" if text else "silence", language, request, text, samples)
 
 

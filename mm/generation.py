@@ -3,7 +3,8 @@
 Every row gets the tokens that it would get alone, whatever stands beside it: prompts of any length, any images.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +13,9 @@ from layers.attention import DecodeStep
 from mm.batch import Sample, collate
 from mm.model import Cache, MultimodalModel
 from mm.processor import Processor
+from speech.prefixes import PrefixScores
 
+HEARD = 0.5  # weight of what was heard in the choice of a transcript's tokens; 0.3 to 0.9 give the same error rates
 LOOP = 12  # tokens that a transcript spends on going round before it is one
 
 
@@ -76,16 +79,20 @@ def generate_tokens(
     seed: int = 0,
 ) -> list[list[int]]:
     """The new tokens of each sample, without the stop token that ended it. Arguments as in `stream_tokens`."""
-    new: list[list[int]] = [[] for _ in samples]
     options = {"temperature": temperature, "top_p": top_p, "seed": seed}
-    for step in stream_tokens(model, samples, max_new_tokens, stop_tokens, **options):
-        for row, token in zip(new, step, strict=True):
+    return _collected(stream_tokens(model, samples, max_new_tokens, stop_tokens, **options), len(samples))
+
+
+def _collected(steps: Iterator[list[int | None]], number: int) -> list[list[int]]:
+    """The tokens of `number` rows."""
+    rows: list[list[int]] = [[] for _ in range(number)]
+    for step in steps:
+        for row, token in zip(rows, step, strict=True):
             if token is not None:
                 row.append(token)
-    return new
+    return rows
 
 
-@torch.inference_mode()  # as a decorator it is left at each yield; around a yield it would reach into the caller
 def stream_tokens(
     model: MultimodalModel,
     samples: Sequence[Sample],
@@ -112,23 +119,39 @@ def stream_tokens(
     limits = [max_new_tokens] * len(samples) if isinstance(max_new_tokens, int) else max_new_tokens
     if len(limits) != len(samples):
         raise ValueError(f"max_new_tokens has {len(limits)} limits for {len(samples)} samples; give one, or one each")
-    for limit in limits:
-        if limit < 1:
-            raise ValueError(f"max_new_tokens is {limit}; it must be at least 1")
     if temperature < 0:
         raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or more")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}; it must lie in (0, 1]")
-    config = model.config.language_model
-    stops = set(config.stop_tokens if stop_tokens is None else stop_tokens)
     generators = [torch.Generator().manual_seed(seed) for _ in samples]
+    stops = set(model.config.language_model.stop_tokens if stop_tokens is None else stop_tokens)
+
+    def choose(logits: Tensor) -> list[int | None]:
+        drawn = _choose(logits, temperature, top_p, generators)
+        return [None if token in stops else token for token in drawn]
+
+    yield from _steps(model, samples, limits, choose)
+
+
+@torch.inference_mode()  # as a decorator it is left at each yield; around a yield it would reach into the caller
+def _steps(
+    model: MultimodalModel,
+    samples: Sequence[Sample],
+    limits: Sequence[int],
+    choose: Callable[[Tensor], list[int | None]],
+) -> Iterator[list[int | None]]:
+    """As `stream_tokens`; `choose` takes the logits [B, V] of a step and gives a token for each row, None to end it."""
+    for limit in limits:
+        if limit < 1:
+            raise ValueError(f"max_new_tokens is {limit}; it must be at least 1")
+    context = model.config.language_model.context
     lengths = [len(sample.tokens) for sample in samples]
-    room = [min(limit, config.context - length) for limit, length in zip(limits, lengths, strict=True)]
+    room = [min(limit, context - length) for limit, length in zip(limits, lengths, strict=True)]
     for row, length in enumerate(lengths):
-        if length >= config.context:
+        if length >= context:
             raise ValueError(
-                f"prompt {row} has {length} tokens and leaves no room for an answer in the context of "
-                f"{config.context}: shorten it"
+                f"prompt {row} has {length} tokens and leaves no room for an answer in the context of {context}: "
+                "shorten it"
             )
     if not samples:
         return
@@ -136,45 +159,68 @@ def stream_tokens(
     logits, cache = prefill(model, samples, max(lengths) + max(room))
     active = [True] * len(samples)
     for taken in range(max(room)):
-        tokens = _choose(logits, temperature, top_p, generators)
-        active = [active[row] and tokens[row] not in stops and taken < room[row] for row in rows]
+        tokens = choose(logits)
+        active = [active[row] and tokens[row] is not None and taken < room[row] for row in rows]
         if not any(active):
             return
         yield [tokens[row] if active[row] else None for row in rows]
         if taken + 1 < max(room):
-            logits = decode_step(model, tokens, [length + taken for length in lengths], cache)
+            logits = decode_step(model, [token or 0 for token in tokens], [length + taken for length in lengths], cache)
 
 
 def transcribe_tokens(model: MultimodalModel, samples: Sequence[Sample], max_new_tokens: int) -> list[list[int]]:
-    """The tokens of a transcript of each prompt's sound, within its limit; what goes round and round stands once.
+    """The tokens of a transcript of each prompt's sound.
 
-    Where a readout finds that nothing is said there are none, whatever the language model would say to that.
+    With a readout each token is chosen by what the language model expects and by what was heard, see `Hearing`. Without
+    one, a transcript has at most 37 tokens a second, three for each that the sound takes (English has about 4 in a
+    second, and a script that the tokenizer spells byte by byte about 25), and what goes round and round stands once.
+
+    Raises:
+        ValueError: as `stream_tokens`.
     """
-    limits = transcript_limits(model, samples, max_new_tokens)
-    new: list[list[int]] = [[] for _ in samples]
-    spoken = [row for row, limit in enumerate(limits) if limit]
-    if spoken:
-        of_spoken = [samples[row] for row in spoken], [limits[row] for row in spoken]
-        for row, tokens in zip(spoken, generate_tokens(model, *of_spoken), strict=True):
-            new[row] = without_loops(tokens)
-    return new
+    adapter = model.config.speech_adapter
+    if adapter is not None and adapter.readout:
+        steps = _steps(model, samples, [max_new_tokens] * len(samples), Hearing(model, samples).choose)
+        return _collected(steps, len(samples))
+    sounds = [sample.tokens.count(model.config.audio_token_id) for sample in samples]
+    limits = [min(max_new_tokens, max(1, 3 * number)) for number in sounds]
+    return [without_loops(tokens) for tokens in generate_tokens(model, samples, limits)]
 
 
-def transcript_limits(model: MultimodalModel, samples: Sequence[Sample], max_new_tokens: int) -> list[int]:
-    """The tokens that a transcript of each prompt's sound may have: `max_new_tokens`, or fewer where it is short.
+class Hearing:
+    """Chooses a transcript's tokens: each is the likeliest by a mean of the language model's log-probability and of
+    CTC's, that what each row's sound says goes on so. What was not heard is not said, and all that was heard is.
 
-    A model that goes round and round is cut at 37 tokens a second, three for each that the sound takes. English has
-    about 4 in a second, and a script that the tokenizer spells byte by byte about 25. With a readout it is known how
-    many tokens were heard: a transcript may have a quarter and two more, for what was not, and of nothing none.
+    Args:
+        model: one whose speech adapter has a readout. samples: prompts; of one without a sound nothing was heard.
     """
-    adapter, speech = model.config.speech_adapter, [mel for sample in samples for mel in sample.speech]
-    if adapter is None or not adapter.readout or not speech:
-        rows = [sample.tokens.count(model.config.audio_token_id) for sample in samples]
-        return [min(max_new_tokens, max(1, 3 * number)) for number in rows]
-    device = model.extra_embeddings.device
-    counts = iter(model.num_read([mel.to(device) for mel in speech]).tolist())
-    heard = [sum(next(counts) for _ in sample.speech) for sample in samples]
-    return [min(max_new_tokens, number + number // 4 + 2) if number else 0 for number in heard]
+
+    def __init__(self, model: MultimodalModel, samples: Sequence[Sample]) -> None:
+        self.stops = list(model.config.language_model.stop_tokens)
+        device = model.extra_embeddings.device
+        self.rows: list[PrefixScores | None] = []  # None where the transcript has ended
+        with torch.inference_mode():
+            for sample in samples:
+                speech = [mel.to(device) for mel in sample.speech]
+                self.rows.append(PrefixScores(*model.heard_tokens(speech)) if speech else None)
+
+    def choose(self, logits: Tensor) -> list[int | None]:
+        """One token per row of logits [B, V]; None where all was said."""
+        expected = logits.float().log_softmax(-1).cpu()
+        tokens = [scores and self._likeliest(scores, row) for scores, row in zip(self.rows, expected, strict=True)]
+        for place, token in enumerate(tokens):
+            if token is None:
+                self.rows[place] = None
+            else:
+                self.rows[place].append(token)
+        return tokens
+
+    def _likeliest(self, scores: PrefixScores, expected: Tensor) -> int | None:
+        end = HEARD * scores.end() + (1 - HEARD) * (float(expected[self.stops].max()) if self.stops else 0.0)
+        likely = HEARD * scores.next() + (1 - HEARD) * expected[scores.tokens]
+        likely[torch.isin(scores.tokens, torch.tensor(self.stops))] = -math.inf
+        best, place = likely.max(0)
+        return int(scores.tokens[place]) if best > end else None
 
 
 def without_loops(tokens: Sequence[int]) -> list[int]:

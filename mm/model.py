@@ -22,7 +22,7 @@ from mm.language_model import LanguageModel
 from mm.video_adapter import VideoAdapter
 from speech.adapter import SpeechAdapter, num_tokens
 from speech.conformer import SpeechEncoder
-from speech.readout import read_out
+from speech.readout import read_out, token_scores
 from speech.whisper import WhisperEncoder, WhisperEncoderConfig
 from video.sampling import Clip
 from vision.encoder import VisionEncoder
@@ -234,22 +234,24 @@ class MultimodalModel(nn.Module):
         heard, counts = self.speech_adapter(*self.speech_encoder(pad_sequence(pieces, batch_first=True), lengths))
         return torch.cat([row[:count] for row, count in zip(heard, counts.tolist(), strict=True)])
 
-    @torch.no_grad()
-    def num_read(self, speech: Sequence[Tensor]) -> Tensor:
-        """How many tokens a readout finds in utterances, each float32 [T, num_mels]: int64 [utterances]."""
-        return self._read(speech)[1]
+    def heard_tokens(self, speech: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """What utterances, each float32 [T, num_mels], say by themselves, row by row, packed: see
+        `speech.readout.token_scores`; for adapters with a readout."""
+        return token_scores(self._hear(speech), *self._readable())
 
-    def _read(self, speech: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        heard, lengths = self._hear(speech), torch.tensor([num_tokens(len(mel)) for mel in speech])
-        table, blank = self.language_model.model.embed_tokens.weight, self.embed(self.blank(heard.device))[0]
-        return read_out(heard, lengths, table, blank, rest=self.speech_adapter.boundaries[1])
+    def _readable(self) -> tuple[Tensor, Tensor]:
+        """The embeddings that a readout finds in rows, and that of the blank."""
+        device = self.extra_embeddings.device
+        return self.language_model.model.embed_tokens.weight, self.embed(self.blank(device))[0]
 
     def _listen(self, x: Tensor, batch: Batch) -> Tensor:
         """Embedded tokens [B, T, D], with what is heard in the audio tokens' rows and the adapter's marks around it."""
         if not batch.speech:
             return x
-        readout = self.config.speech_adapter.readout
-        packed = self._read(batch.speech)[0] if readout else self._hear(batch.speech)
+        packed = self._hear(batch.speech)
+        if self.config.speech_adapter.readout:
+            lengths = torch.tensor([num_tokens(len(mel)) for mel in batch.speech])
+            packed = read_out(packed, lengths, *self._readable(), rest=self.speech_adapter.boundaries[1])
         rows, columns = (
             places.to(x.device, non_blocking=True)
             for places in _found(batch.host, self.config.audio_token_id).nonzero(as_tuple=True)

@@ -18,7 +18,7 @@ SHARPNESS = 40.0  # of cosines to the logits of their weights
 ROWS, TOKENS = 256, 8192  # of a block
 
 
-def read_out(rows: Tensor, lengths: Tensor, table: Tensor, blank: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+def read_out(rows: Tensor, lengths: Tensor, table: Tensor, blank: Tensor, rest: Tensor) -> Tensor:
     """Rows of utterances, packed -> as many rows for a language model to read.
 
     A row's token is the one whose embedding is nearest by cosine. It begins where it is no blank and not the token of
@@ -31,25 +31,38 @@ def read_out(rows: Tensor, lengths: Tensor, table: Tensor, blank: Tensor, rest: 
         rest: what stands in the rows behind, [D].
 
     Returns:
-        [N, D], in the type of `rows`, and how many of each utterance's say something, int64, on the device of `rows`.
+        [N, D], in the type of `rows`.
     """
     utterance = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(rows.device)
-    x = F.normalize(rows.float(), dim=-1)
-    near = _nearest(x, table)
-    with torch.autocast(rows.device.type, enabled=False):  # what is decided here is decided alike in any type
-        embeddings = table[near].float()  # [N, NEAREST, D]
-        cosines = F.cosine_similarity(x[:, None], embeddings, dim=-1)
-        read = ((SHARPNESS * cosines).softmax(-1)[..., None] * embeddings).sum(1)
-        best, place = cosines.max(-1)
-        token = near.gather(1, place[:, None])[:, 0]
-        new = x @ F.normalize(blank.float(), dim=0) < best
-    token = token.where(new, -1)
+    near, embeddings, cosines = _neighbours(rows, table, blank)
+    read = ((SHARPNESS * cosines[:, :-1]).softmax(-1)[..., None] * embeddings).sum(1)
+    best, place = cosines[:, :-1].max(-1)
+    new = cosines[:, -1] < best
+    token = near.gather(1, place[:, None])[:, 0].where(new, -1)
     again = torch.zeros_like(new)
     again[1:] = (token[1:] == token[:-1]) & (utterance[1:] == utterance[:-1])
     begins = new & ~again
     order = (2 * utterance + ~begins).argsort(stable=True)
-    counts = torch.zeros(len(lengths), dtype=torch.long, device=rows.device).index_add_(0, utterance, begins.long())
-    return torch.where(begins[:, None], read, rest.float())[order].to(rows.dtype), counts
+    return torch.where(begins[:, None], read, rest.float())[order].to(rows.dtype)
+
+
+@torch.no_grad()
+def token_scores(rows: Tensor, table: Tensor, blank: Tensor) -> tuple[Tensor, Tensor]:
+    """What each row says, as CTC has it: the tokens of the nearest embeddings, int64 [N, NEAREST], and the
+    log-probabilities of these and, last, of the blank, FP32 [N, NEAREST + 1]. Arguments as in `read_out`."""
+    near, _, cosines = _neighbours(rows, table, blank)
+    return near, (SHARPNESS * cosines).log_softmax(-1)
+
+
+def _neighbours(rows: Tensor, table: Tensor, blank: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The nearest tokens of each row, [N, NEAREST]; their embeddings, FP32 [N, NEAREST, D]; the cosines to them and,
+    last, to the blank's, FP32 [N, NEAREST + 1]."""
+    x = F.normalize(rows.float(), dim=-1)
+    near = _nearest(x, table)
+    with torch.autocast(rows.device.type, enabled=False):  # what is decided here is decided alike in any type
+        embeddings = table[near].float()
+        cosines = F.cosine_similarity(x[:, None], embeddings, dim=-1)
+        return near, embeddings, torch.cat([cosines, (x @ F.normalize(blank.float(), dim=0))[:, None]], dim=1)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from data_prep.recordings import TRANSCRIBE
 from mm.batch import IGNORED, Sample
 from mm.checkpoint import replaced_files
 from mm.evaluation import metrics as scoring
@@ -23,7 +24,7 @@ from mm.evaluation.likelihood import answer_log_likelihoods
 from mm.evaluation.metrics import Score
 from mm.generation import generate_tokens, transcribe_tokens
 from mm.model import MultimodalModel
-from mm.processor import Processor, record_answer, record_said
+from mm.processor import Processor, record_answer
 from shards.format import Record
 from shards.reader import ShardSet
 from speech.features import FRAMES_PER_SECOND
@@ -115,7 +116,8 @@ def evaluate(
             answer's likelihood is the product over its tokens *and its stop token*, the probability that the model
             says just that: so it needs no division by the number of tokens, which would favour long answers.
         blank_images: every picture becomes mid-grey with as many tiles: the control that sees nothing.
-        max_new_tokens: of an answer; a transcript has its own limit below that, see `mm.generation.transcribe_tokens`.
+        max_new_tokens: of an answer. A sound with `Repeat after me in` before it is answered as by
+            `mm transcribe`, see `mm.generation.transcribe_tokens`.
         exchange_speech: every record is given the sound of the next one (the first follows the last) that wants another
             answer: the control that hears something else.
         frames: of every clip: "all", the middle "one" alone, or "shuffled" under the true times (see
@@ -220,7 +222,7 @@ def _ask(
     if length + longest > context:
         raise ValueError(f"the prompt has {length} tokens; with an answer that is over the context of {context}")
     row = {"id": record.id, "question": _question(processor, record), "reference": reference, "scores": {}}
-    transcribes = bool(sample.speech) and record_said(record) == reference
+    transcribes = bool(sample.speech) and row["question"].startswith(TRANSCRIBE)
     return _Asked(sample, references, choices, choice_tokens, row, str(record.json.get("language")), transcribes)
 
 

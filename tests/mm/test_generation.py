@@ -1,6 +1,7 @@
 """Generation: each row as if alone, distributions as asked for, ends where it should, pieces that join to the whole."""
 
 import io
+import math
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 import mm
 import mm.generation
-from mm.generation import transcribe_tokens, transcript_limits, without_loops
+from mm.generation import transcribe_tokens, without_loops
 from speech.adapter import SpeechAdapterConfig, num_tokens
 from speech.conformer import SpeechEncoderConfig
 from vision.tiling import Tiles
@@ -102,31 +103,66 @@ def test_each_sample_has_a_limit_of_its_own(tiny_model, samples):
 def test_a_transcript_has_at_most_three_tokens_for_each_of_its_sound(tiny_model):
     sound = tiny_model.config.audio_token_id
     prompts = [mm.Sample([5, *[sound] * number, 6]) for number in (0, 1, 6, 7)]
-    assert transcript_limits(tiny_model, prompts, 20) == [1, 3, 18, 20]
+    free = mm.generate_tokens(tiny_model, prompts, [1, 3, 18, 20])
+    assert transcribe_tokens(tiny_model, prompts, 20) == [without_loops(tokens) for tokens in free]
+    assert any(len(tokens) > 3 for tokens in free)
 
 
-def test_of_what_is_read_out_a_transcript_has_little_more(tiny_config, beside_tiny_model, monkeypatch):
+@pytest.fixture(scope="module")
+def reading_model(tiny_config, beside_tiny_model) -> mm.MultimodalModel:
+    """A model whose adapter has a readout."""
     encoder = SpeechEncoderConfig(num_layers=1, width=32, ffn_width=48, num_heads=2)
     adapter = SpeechAdapterConfig(hidden_size=32, intermediate_size=48, num_heads=2, readout=True)
-    model = beside_tiny_model(replace(tiny_config, speech_encoder=encoder, speech_adapter=adapter), seed=0)
-    utterances = [torch.randn(length, 80, generator=torch.Generator().manual_seed(length)) for length in (40, 400)]
-    heard = [int(model.num_read([mel])) for mel in utterances]
-    assert model.num_read(utterances).tolist() == heard and 0 < heard[0] <= 5 < heard[1] <= 50
-    prompts = [mm.Sample([5], speech=utterances), mm.Sample([5]), mm.Sample([5], speech=utterances[:1])]
-    most = [sum(heard) + sum(heard) // 4 + 2, 0, heard[0] + heard[0] // 4 + 2]
-    assert transcript_limits(model, prompts, 200) == most
-    assert transcript_limits(model, prompts, 4) == [4, 0, 4]
-    sound = (model.config.speech_start_id, model.config.audio_token_id, model.config.speech_end_id)
-    prompts = [
-        mm.Sample([5, sound[0], *[sound[1]] * num_tokens(len(mel)), sound[2]], speech=[mel]) for mel in utterances
-    ]
-    limits = transcript_limits(model, prompts, 9)
-    plain = [mm.generate_tokens(model, [prompt], limit)[0] for prompt, limit in zip(prompts, limits, strict=True)]
-    assert transcribe_tokens(model, prompts, 9) == [without_loops(tokens) for tokens in plain]
-    monkeypatch.setattr(mm.MultimodalModel, "num_read", lambda _, speech: torch.tensor([0, 3][: len(speech)]))
-    nothing, something = transcribe_tokens(model, prompts, 9)
-    assert nothing == [] and something == mm.generate_tokens(model, [prompts[1]], 5)[0]
-    assert transcribe_tokens(model, prompts[:1], 9) == [[]]
+    return beside_tiny_model(replace(tiny_config, speech_encoder=encoder, speech_adapter=adapter), seed=0)
+
+
+def sounding(model: mm.MultimodalModel, *lengths: int) -> list[mm.Sample]:
+    """Prompts with one sound each, of so many mel frames."""
+    start, sound, end = (model.config.speech_start_id, model.config.audio_token_id, model.config.speech_end_id)
+    mels = [torch.randn(length, 80, generator=torch.Generator().manual_seed(length)) for length in lengths]
+    return [mm.Sample([5, start, *[sound] * num_tokens(len(mel)), end], speech=[mel]) for mel in mels]
+
+
+def test_a_transcript_is_the_same_whatever_stands_beside_it(reading_model):
+    prompts = [*sounding(reading_model, 40, 400, 120), mm.Sample([5, 6])]
+    alone = [transcribe_tokens(reading_model, [prompt], 9)[0] for prompt in prompts]
+    assert transcribe_tokens(reading_model, prompts, 9) == alone
+    assert alone[3] == [] and len(alone[1]) == 9 and alone[0] != alone[1]
+    assert [len(tokens) for tokens in transcribe_tokens(reading_model, prompts, 2)] == [2, 2, 2, 0]
+
+
+@pytest.fixture
+def says(monkeypatch):
+    """says(sounds): what each sound to come says, in rows of weights of token 9, of token 4 and of the blank."""
+
+    def set_sounds(*sounds):
+        rows = iter([torch.tensor(sound).clamp(min=1e-9) for sound in sounds])
+
+        def heard_tokens(_, __):
+            weights = next(rows)
+            return torch.tensor([[9, 4]]).expand(len(weights), 2), (weights / weights.sum(-1, keepdim=True)).log()
+
+        monkeypatch.setattr(mm.MultimodalModel, "heard_tokens", heard_tokens)
+
+    return set_sounds
+
+
+def test_what_was_heard_is_said_once(reading_model, says):
+    nine, four, nothing = [1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]
+    says([nine, nine, nothing, four, nothing, four], [nothing] * 5, [nothing, four, nine])
+    assert transcribe_tokens(reading_model, sounding(reading_model, 40, 40, 40), 9) == [[9, 4, 4], [], [4, 9]]
+
+
+@pytest.mark.parametrize(("expected", "heard", "chosen"), [(2.0, 1.0, 9), (2.0, 3.0, 4), (0.0, 1.0, 4), (1.0, 0.0, 9)])
+def test_the_language_model_and_the_sound_choose_together(
+    tiny_model, reading_model, says, constant_logits, expected, heard, chosen
+):
+    """Log-odds of the language model for 9, of the sound for 4."""
+    logits = torch.full((tiny_model.config.language_model.vocab_size,), -9.0)
+    logits[9], logits[4] = expected, 0.0
+    constant_logits(logits)
+    says([[0.0, 0.0, 1.0], [1.0, math.exp(heard), 0.0], [0.0, 0.0, 1.0]])
+    assert transcribe_tokens(reading_model, sounding(reading_model, 40), 9) == [[chosen]]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from speech.readout import NEAREST, SHARPNESS, read_out
+from speech.readout import NEAREST, SHARPNESS, read_out, token_scores
 
 VOCABULARY, WIDTH, BLANK = 40, 16, 40
 
@@ -21,7 +21,7 @@ REST = torch.full((WIDTH,), 7.0)
 
 
 def read(rows: torch.Tensor, lengths: list[int], table: torch.Tensor) -> torch.Tensor:
-    return read_out(rows, torch.tensor(lengths), table[:BLANK], table[BLANK], REST)[0]
+    return read_out(rows, torch.tensor(lengths), table[:BLANK], table[BLANK], REST)
 
 
 def noisy(tokens: list[int], table: torch.Tensor, seed: int = 0) -> torch.Tensor:
@@ -49,7 +49,7 @@ def test_equals_a_loop_over_rows(table):
     tokens[tokens % 3 == 0] = BLANK
     tokens[6:8] = 11  # an utterance's last token is the next one's first
     rows = noisy(tokens.tolist(), table)
-    expected, counts = [], []
+    expected = []
     for utterance in rows.split(lengths):
         first, behind, previous = [], [], None
         for row in utterance:
@@ -62,9 +62,18 @@ def test_equals_a_loop_over_rows(table):
                 first.append((SHARPNESS * cosines[chosen]).softmax(-1) @ table[chosen])
             previous = token
         expected += first + behind
-        counts.append(len(first))
     torch.testing.assert_close(read(rows, lengths, table), torch.stack(expected), rtol=1e-4, atol=1e-5)
-    assert read_out(rows, torch.tensor(lengths), table[:BLANK], table[BLANK], REST)[1].tolist() == counts
+
+
+def test_scores_of_a_row_are_of_its_nearest_tokens_and_the_blank(table):
+    rows = noisy([4, BLANK, 30], table)
+    near, scores = token_scores(rows, table[:BLANK], table[BLANK])
+    assert near.shape == (3, NEAREST) and near[:, 0].tolist()[::2] == [4, 30] and int(scores[1].argmax()) == NEAREST
+    for row, tokens, logs in zip(rows, near, scores, strict=True):
+        cosines = F.cosine_similarity(row[None], table)
+        assert set(tokens.tolist()) == set(cosines[:BLANK].topk(NEAREST).indices.tolist())
+        expected = (SHARPNESS * cosines[[*tokens.tolist(), BLANK]]).log_softmax(0)
+        torch.testing.assert_close(logs, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_an_utterance_is_read_as_it_is_alone(table):
@@ -77,13 +86,13 @@ def test_an_utterance_is_read_as_it_is_alone(table):
 def test_gradients_reach_the_rows_that_say_something_and_the_rest(table):
     rows = noisy([BLANK, 5, 5, 9], table).requires_grad_(True)
     rest = REST.clone().requires_grad_(True)
-    read_out(rows, torch.tensor([4]), table[:BLANK], table[BLANK], rest)[0].square().sum().backward()
+    read_out(rows, torch.tensor([4]), table[:BLANK], table[BLANK], rest).square().sum().backward()
     assert [bool(row.abs().max() > 0) for row in rows.grad] == [False, True, False, True]
     torch.testing.assert_close(rest.grad, 2 * 2 * REST)  # two rows stand behind
 
 
 def test_a_vocabulary_may_be_small(table):
-    heard, _ = read_out(noisy([0, 1, BLANK], table), torch.tensor([3]), table[:3], table[BLANK], REST)
+    heard = read_out(noisy([0, 1, BLANK], table), torch.tensor([3]), table[:3], table[BLANK], REST)
     assert torch.equal(heard[2], REST) and not torch.equal(heard[1], REST)
 
 
@@ -96,6 +105,6 @@ def test_bf16_and_blocks_change_nothing_but_roundings(table, monkeypatch):
     assert torch.equal(read(rows, [40, 20], table), expected)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(read(rows, [40, 20], table), expected, rtol=1e-5, atol=1e-5)
-    heard, _ = read_out(rows.bfloat16(), torch.tensor([40, 20]), table[:BLANK].bfloat16(), table[BLANK], REST)
+    heard = read_out(rows.bfloat16(), torch.tensor([40, 20]), table[:BLANK].bfloat16(), table[BLANK], REST)
     assert heard.dtype == torch.bfloat16
     torch.testing.assert_close(heard.float(), expected, rtol=0, atol=0.1)
