@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from layers.attention import DecodeStep
 from mm.batch import Sample, collate
 from mm.model import Cache, MultimodalModel
 from mm.processor import Processor
+from speech.adapter import num_tokens
 from speech.prefixes import PrefixScores
 
 HEARD = 0.5  # weight of what was heard in the choice of a transcript's tokens; 0.3 to 0.9 give the same error rates
@@ -176,7 +178,7 @@ def transcribe_tokens(model: MultimodalModel, samples: Sequence[Sample], max_new
     second, and a script that the tokenizer spells byte by byte about 25), and what goes round and round stands once.
 
     Raises:
-        ValueError: as `stream_tokens`.
+        ValueError: as `stream_tokens`; with a readout, also a prompt with several sounds.
     """
     adapter = model.config.speech_adapter
     if adapter is not None and adapter.readout:
@@ -189,36 +191,59 @@ def transcribe_tokens(model: MultimodalModel, samples: Sequence[Sample], max_new
 
 class Hearing:
     """Chooses a transcript's tokens: each is the likeliest by a mean of the language model's log-probability and of
-    CTC's, that what each row's sound says goes on so. What was not heard is not said, and all that was heard is.
+    CTC's, that what the prompt's sound says goes on so; likewise its end. What was not heard is not said.
 
     Args:
         model: one whose speech adapter has a readout. samples: prompts; of one without a sound nothing was heard.
+
+    Raises:
+        ValueError: a prompt with several sounds.
     """
 
     def __init__(self, model: MultimodalModel, samples: Sequence[Sample]) -> None:
-        self.stops = list(model.config.language_model.stop_tokens)
-        device = model.extra_embeddings.device
-        self.rows: list[PrefixScores | None] = []  # None where the transcript has ended
-        with torch.inference_mode():
-            for sample in samples:
-                speech = [mel.to(device) for mel in sample.speech]
-                self.rows.append(PrefixScores(*model.heard_tokens(speech)) if speech else None)
+        for row, sample in enumerate(samples):
+            if len(sample.speech) > 1:
+                raise ValueError(f"prompt {row} has {len(sample.speech)} sounds; a transcript is of one: ask for each")
+        self.model = model
+        self.speech = {row: sample.speech[0] for row, sample in enumerate(samples) if sample.speech}
+        self.stops = torch.tensor(model.config.language_model.stop_tokens, dtype=torch.long)
+        self.rows: dict[int, PrefixScores] | None = None  # the transcripts that have not ended
 
     def choose(self, logits: Tensor) -> list[int | None]:
         """One token per row of logits [B, V]; None where all was said."""
-        expected = logits.float().log_softmax(-1).cpu()
-        tokens = [scores and self._likeliest(scores, row) for scores, row in zip(self.rows, expected, strict=True)]
-        for place, token in enumerate(tokens):
+        if self.rows is None:  # not before the prompts' pass has found them in order
+            self.rows = self._hear(logits.device)
+        likely = {row: torch.cat([self.stops, scores.tokens]) for row, scores in self.rows.items()}
+        tokens: list[int | None] = [None] * len(logits)
+        if not likely:
+            return tokens
+        index = pad_sequence(list(likely.values()), batch_first=True).to(logits.device)
+        expected = logits[list(likely)].float().log_softmax(-1).gather(1, index).cpu()
+        for (row, scores), own in zip(list(self.rows.items()), expected, strict=True):
+            token = self._likeliest(scores, own)
             if token is None:
-                self.rows[place] = None
+                del self.rows[row]
             else:
-                self.rows[place].append(token)
+                scores.append(token)
+            tokens[row] = token
         return tokens
 
+    def _hear(self, device: torch.device) -> dict[int, PrefixScores]:
+        if not self.speech:
+            return {}
+        lengths = [num_tokens(len(mel)) for mel in self.speech.values()]
+        near, log_probs = self.model.heard_tokens([mel.to(device) for mel in self.speech.values()])
+        heard = zip(near.split(lengths), log_probs.split(lengths), strict=True)
+        return {row: PrefixScores(*one) for row, one in zip(self.speech, heard, strict=True)}
+
     def _likeliest(self, scores: PrefixScores, expected: Tensor) -> int | None:
-        end = HEARD * scores.end() + (1 - HEARD) * (float(expected[self.stops].max()) if self.stops else 0.0)
-        likely = HEARD * scores.next() + (1 - HEARD) * expected[scores.tokens]
-        likely[torch.isin(scores.tokens, torch.tensor(self.stops))] = -math.inf
+        """Args: expected: the language model's log-probabilities of the stop tokens, and of `scores.tokens` behind."""
+        if not len(scores.tokens):
+            return None
+        stop, expected = expected[: len(self.stops)], expected[len(self.stops) :][: len(scores.tokens)]
+        likely = HEARD * scores.following + (1 - HEARD) * expected
+        likely[torch.isin(scores.tokens, self.stops)] = -math.inf
+        end = HEARD * scores.end + (1 - HEARD) * float(stop.logsumexp(0))
         best, place = likely.max(0)
         return int(scores.tokens[place]) if best > end else None
 

@@ -10,51 +10,82 @@ import math
 import torch
 from torch import Tensor
 
+NEGLIGIBLE = 100.0  # nats below the likeliest place of a prefix's end; places there are left out
+
 
 class PrefixScores:
     """The prefix of one sound's transcript, empty at first, as the sum over all paths of CTC that begin with it.
 
+    Time and memory of a step are those of the rows in which the prefix may end, not of the whole sound.
+
     Args:
         near: the tokens that each row may say, int64 [N, K], none twice in a row. log_probs: theirs and, last, the
             blank's, [N, K + 1].
+
+    Attributes:
+        tokens: what the rows may say next, int64 [C], ascending. following: the log-probability that it comes next,
+            FP64 [C]. end: that nothing comes next. prefix: that the sound begins with the prefix.
     """
 
     def __init__(self, near: Tensor, log_probs: Tensor) -> None:
         self.near = near.cpu()
         log_probs = log_probs.detach().cpu().double()
-        self.scores, self.blank = log_probs[:, :-1], log_probs[:, -1].tolist()
-        self.tokens, self.place = self.near.unique(return_inverse=True)  # [C], [N, K]
-        self.last = -1
-        self.prefix = 0.0  # log-probability that the sound begins with the prefix
-        # Of all paths through the first t rows that say the prefix, by whether the last row says a token or a blank.
-        self.spoken = torch.full((len(self.near) + 1,), -math.inf, dtype=torch.double)
-        self.silent = torch.cat([self.spoken.new_zeros(1), log_probs[:, -1].cumsum(0)])
+        self.said, self.blank = log_probs[:, :-1], log_probs[:, -1].tolist()
+        self.last, self.prefix = -1, 0.0
+        self._walk(0, [], spoken=-math.inf, silent=0.0)
 
-    def next(self) -> Tensor:
-        """Log-probability that each of `tokens` comes next, FP64 [C]."""
-        before = torch.logaddexp(self.spoken, self.silent)[:-1, None].expand_as(self.scores)
-        before = torch.where(self.near == self.last, self.silent[:-1, None], before)  # a token again needs a blank
-        paths, place = (before + self.scores).flatten(), self.place.flatten()
+    def append(self, token: int) -> None:
+        """Make the prefix one of `tokens` longer.
+
+        Raises:
+            ValueError: the token cannot come next.
+        """
+        place = int(torch.searchsorted(self.tokens, token))
+        if not bool((self.tokens[place : place + 1] == token).any()) or float(self.following[place]) == -math.inf:
+            raise ValueError(f"no row says token {token} after {self.last}; choose among `tokens`")
+        self.prefix += float(self.following[place])
+        again = token == self.last  # a token again needs a blank before it
+        before = self.silent if again else [_add(*both) for both in zip(self.spoken, self.silent, strict=True)]
+        self.last = token
+        self._walk(self.start, before, spoken=-math.inf, silent=-math.inf)
+
+    def _walk(self, start: int, before: list[float], spoken: float, silent: float) -> None:
+        """Find the places at which the prefix may end, from `start` on, and what comes next.
+
+        Place t is the one before row t. Of all paths up to there that say the prefix, `spoken` is the log-probability
+        of those whose last row says a token, `silent` of those whose last row says a blank.
+
+        Args:
+            before: what must have come before the prefix's last token, by place. spoken, silent: at `start`.
+        """
+        said = self.said[start:].masked_fill(self.near[start:] != self.last, -math.inf).amax(1).tolist()
+        both, best = [(spoken, silent)], max(spoken, silent)
+        for place, say in enumerate(said):
+            ended = before[place] if place < len(before) else -math.inf
+            spoken, silent = _add(spoken, ended) + say, _add(spoken, silent) + self.blank[start + place]
+            both.append((spoken, silent))
+            best = max(best, spoken, silent)
+            if place >= len(before) and max(spoken, silent) < best - NEGLIGIBLE:
+                break
+        first = next(place for place, pair in enumerate(both) if max(pair) >= best - NEGLIGIBLE)
+        self.start = start + first
+        self.spoken, self.silent = map(list, zip(*both[first:], strict=True))
+        self._look_ahead()
+
+    def _look_ahead(self) -> None:
+        rows = slice(self.start, self.start + len(self.spoken))
+        near, said = self.near[rows], self.said[rows]  # a row fewer than places where the last place is the sound's end
+        spoken, silent = (torch.tensor(values, dtype=torch.double) for values in (self.spoken, self.silent))
+        whole = self.start + len(self.spoken) == len(self.near) + 1
+        self.end = float(torch.logaddexp(spoken[-1], silent[-1])) - self.prefix if whole else -math.inf
+        before = torch.logaddexp(spoken, silent)[: len(near), None].expand_as(said)
+        before = torch.where(near == self.last, silent[: len(near), None], before)
+        self.tokens, place = near.unique(return_inverse=True)
+        paths, place = (before + said).flatten(), place.flatten()
         lowest = torch.finfo(paths.dtype).min
         most = paths.new_full((len(self.tokens),), lowest).scatter_reduce(0, place, paths, "amax")
         sums = torch.zeros_like(most).index_add(0, place, (paths - most[place]).exp())
-        return most + sums.log() - self.prefix
-
-    def end(self) -> float:
-        """Log-probability that nothing comes next."""
-        return float(torch.logaddexp(self.spoken[-1], self.silent[-1])) - self.prefix
-
-    def append(self, token: int) -> None:
-        """Make the prefix one of `tokens` longer."""
-        self.prefix += float(self.next()[torch.searchsorted(self.tokens, token)])
-        before = self.silent if token == self.last else torch.logaddexp(self.spoken, self.silent)
-        said = self.scores.masked_fill(self.near != token, -math.inf).amax(1).tolist()
-        spoken, silent = [-math.inf], [-math.inf]
-        for ended, say, rest in zip(before.tolist(), said, self.blank, strict=False):
-            silent.append(_add(spoken[-1], silent[-1]) + rest)
-            spoken.append(_add(spoken[-1], ended) + say)
-        self.spoken, self.silent = before.new_tensor(spoken), before.new_tensor(silent)
-        self.last = token
+        self.following = most + sums.log() - self.prefix
 
 
 def _add(a: float, b: float) -> float:

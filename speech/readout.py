@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 NEAREST = 8  # embeddings that a row is a mean of
-SHARPNESS = 40.0  # of cosines to the logits of their weights
+SHARPNESS = 40.0  # of cosines to the logits of their weights in the mean
+SCALE = 30.0  # of cosines to CTC's logits: embeddings have much in common, so other tokens' are not far from a row
 ROWS, TOKENS = 256, 8192  # of a block
 
 
@@ -48,20 +49,26 @@ def read_out(rows: Tensor, lengths: Tensor, table: Tensor, blank: Tensor, rest: 
 
 @torch.no_grad()
 def token_scores(rows: Tensor, table: Tensor, blank: Tensor) -> tuple[Tensor, Tensor]:
-    """What each row says, as CTC has it: the tokens of the nearest embeddings, int64 [N, NEAREST], and the
-    log-probabilities of these and, last, of the blank, FP32 [N, NEAREST + 1]. Arguments as in `read_out`."""
-    near, _, cosines = _neighbours(rows, table, blank)
-    return near, (SHARPNESS * cosines).log_softmax(-1)
+    """What each row says, as CTC is trained to have it: the tokens of the K nearest embeddings, int64 [N, K], K being
+    NEAREST or the vocabulary's size, and the log-probabilities of these and, last, of the blank, FP32 [N, K + 1]; all
+    other tokens have none. Arguments as in `read_out`."""
+    parts = []
+    for block in rows.split(ROWS):
+        near, _, cosines = _neighbours(block, table, blank)
+        parts.append((near, (SCALE * cosines).log_softmax(-1)))
+    near, log_probs = zip(*parts, strict=True)
+    return torch.cat(near), torch.cat(log_probs)
 
 
 def _neighbours(rows: Tensor, table: Tensor, blank: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The nearest tokens of each row, [N, NEAREST]; their embeddings, FP32 [N, NEAREST, D]; the cosines to them and,
-    last, to the blank's, FP32 [N, NEAREST + 1]."""
+    """The nearest tokens of each row, [N, K]; their embeddings, FP32 [N, K, D]; the cosines to them and, last, to the
+    blank's, FP32 [N, K + 1]."""
     x = F.normalize(rows.float(), dim=-1)
     near = _nearest(x, table)
     with torch.autocast(rows.device.type, enabled=False):  # what is decided here is decided alike in any type
         embeddings = table[near].float()
-        cosines = F.cosine_similarity(x[:, None], embeddings, dim=-1)
+        sizes = torch.linalg.vector_norm(embeddings, dim=-1).clamp(min=1e-6)
+        cosines = torch.einsum("nd,nkd->nk", x, embeddings) / sizes
         return near, embeddings, torch.cat([cosines, (x @ F.normalize(blank.float(), dim=0))[:, None]], dim=1)
 
 

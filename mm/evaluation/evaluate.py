@@ -116,8 +116,8 @@ def evaluate(
             answer's likelihood is the product over its tokens *and its stop token*, the probability that the model
             says just that: so it needs no division by the number of tokens, which would favour long answers.
         blank_images: every picture becomes mid-grey with as many tiles: the control that sees nothing.
-        max_new_tokens: of an answer. A sound with `Repeat after me in` before it is answered as by
-            `mm transcribe`, see `mm.generation.transcribe_tokens`.
+        max_new_tokens: of an answer. What is asked about one sound in the words of `TRANSCRIBE` is answered as by
+            `mm transcribe`, see `mm.generation.transcribe_tokens`; all else as by `mm ask`.
         exchange_speech: every record is given the sound of the next one (the first follows the last) that wants another
             answer: the control that hears something else.
         frames: of every clip: "all", the middle "one" alone, or "shuffled" under the true times (see
@@ -222,7 +222,7 @@ def _ask(
     if length + longest > context:
         raise ValueError(f"the prompt has {length} tokens; with an answer that is over the context of {context}")
     row = {"id": record.id, "question": _question(processor, record), "reference": reference, "scores": {}}
-    transcribes = bool(sample.speech) and row["question"].startswith(TRANSCRIBE)
+    transcribes = len(sample.speech) == 1 and row["question"].startswith(TRANSCRIBE)
     return _Asked(sample, references, choices, choice_tokens, row, str(record.json.get("language")), transcribes)
 
 

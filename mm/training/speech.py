@@ -15,8 +15,7 @@ from mm.training.parallel import whole
 from speech.adapter import num_tokens
 from speech.conformer import SpeechEncoder
 from speech.features import FeatureStatistics
-
-SCALE = 30.0  # of cosines to logits: embeddings of tokens have much in common, so other tokens' are not far from a row
+from speech.readout import SCALE
 
 
 class SpeechObjective(NextTokenObjective):
@@ -151,8 +150,10 @@ def ctc_loss(model: MultimodalModel, batch: Batch, heard: Tensor) -> Tensor:
     tokens = torch.cat([model.blank(heard.device), classes.to(heard.device)])
     table = F.normalize(model.embed(tokens).float(), dim=-1)  # [C, D]
     x = F.normalize(pad_sequence(rows).float(), dim=-1)  # [N, B, D]
+    with torch.autocast(heard.device.type, enabled=False):  # a bf16 cosine near 1 is known to 0.1 of a logit
+        logits = SCALE * x @ table.T
     return F.ctc_loss(
-        (SCALE * x @ table.T).log_softmax(-1),
+        logits.log_softmax(-1),
         places.to(heard.device) + 1,
         torch.tensor([len(row) for row in rows]),
         torch.tensor([len(answer) for answer in answers]),

@@ -136,10 +136,9 @@ def says(monkeypatch):
     """says(sounds): what each sound to come says, in rows of weights of token 9, of token 4 and of the blank."""
 
     def set_sounds(*sounds):
-        rows = iter([torch.tensor(sound).clamp(min=1e-9) for sound in sounds])
-
-        def heard_tokens(_, __):
-            weights = next(rows)
+        def heard_tokens(_, speech):
+            assert [num_tokens(len(mel)) for mel in speech] == list(map(len, sounds))
+            weights = torch.tensor([row for sound in sounds for row in sound]).clamp(min=1e-9)
             return torch.tensor([[9, 4]]).expand(len(weights), 2), (weights / weights.sum(-1, keepdim=True)).log()
 
         monkeypatch.setattr(mm.MultimodalModel, "heard_tokens", heard_tokens)
@@ -150,7 +149,8 @@ def says(monkeypatch):
 def test_what_was_heard_is_said_once(reading_model, says):
     nine, four, nothing = [1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]
     says([nine, nine, nothing, four, nothing, four], [nothing] * 5, [nothing, four, nine])
-    assert transcribe_tokens(reading_model, sounding(reading_model, 40, 40, 40), 9) == [[9, 4, 4], [], [4, 9]]
+    first, second, third = sounding(reading_model, 48, 40, 24)
+    assert transcribe_tokens(reading_model, [first, mm.Sample([5]), second, third], 9) == [[9, 4, 4], [], [], [4, 9]]
 
 
 @pytest.mark.parametrize(("expected", "heard", "chosen"), [(2.0, 1.0, 9), (2.0, 3.0, 4), (0.0, 1.0, 4), (1.0, 0.0, 9)])
@@ -162,7 +162,35 @@ def test_the_language_model_and_the_sound_choose_together(
     logits[9], logits[4] = expected, 0.0
     constant_logits(logits)
     says([[0.0, 0.0, 1.0], [1.0, math.exp(heard), 0.0], [0.0, 0.0, 1.0]])
-    assert transcribe_tokens(reading_model, sounding(reading_model, 40), 9) == [[chosen]]
+    assert transcribe_tokens(reading_model, sounding(reading_model, 24), 9) == [[chosen]]
+
+
+@pytest.mark.parametrize(
+    ("expected", "heard", "said"), [(2.0, 1.0, []), (2.0, 3.0, [9]), (-2.0, -1.0, [9]), (-2.0, -3.0, [])]
+)
+def test_a_transcript_ends_likewise(tiny_config, reading_model, says, constant_logits, expected, heard, said):
+    """Log-odds of the language model for a stop token, of the sound for 9."""
+    logits = torch.full((tiny_config.language_model.vocab_size,), -9.0)
+    logits[4], logits[9] = expected, 0.0
+    constant_logits(logits)
+    says([[math.exp(heard), 0.0, 1.0]])
+    lm = replace(tiny_config.language_model, stop_tokens=(4, 11))
+    stopping = mm.MultimodalModel(replace(reading_model.config, language_model=lm))
+    assert transcribe_tokens(stopping, sounding(reading_model, 8), 9) == [said]
+    says([[0.0, 1.0, math.exp(-heard)]])  # a stop token is heard, and not said
+    assert transcribe_tokens(stopping, sounding(reading_model, 8), 9) == [[]]
+
+
+def test_a_prompt_that_is_refused_is_not_heard(reading_model, monkeypatch):
+    monkeypatch.setattr(mm.MultimodalModel, "heard_tokens", lambda *_: pytest.fail("heard"))
+    short, long = sounding(reading_model, 40), sounding(reading_model, 40)
+    with pytest.raises(ValueError, match="prompt 0 has 2 sounds"):
+        transcribe_tokens(reading_model, [mm.Sample([5], speech=short[0].speech * 2)], 9)
+    with pytest.raises(ValueError, match="max_new_tokens is 0"):
+        transcribe_tokens(reading_model, short, 0)
+    long[0].tokens[:0] = [5] * 160
+    with pytest.raises(ValueError, match="leaves no room"):
+        transcribe_tokens(reading_model, long, 9)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from speech.readout import NEAREST, SHARPNESS, read_out, token_scores
+from speech.readout import NEAREST, SCALE, SHARPNESS, read_out, token_scores
 
 VOCABULARY, WIDTH, BLANK = 40, 16, 40
 
@@ -65,14 +65,15 @@ def test_equals_a_loop_over_rows(table):
     torch.testing.assert_close(read(rows, lengths, table), torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
-def test_scores_of_a_row_are_of_its_nearest_tokens_and_the_blank(table):
+def test_scores_of_a_row_are_of_its_nearest_tokens_and_the_blank(table, monkeypatch):
     rows = noisy([4, BLANK, 30], table)
+    monkeypatch.setattr("speech.readout.ROWS", 2)
     near, scores = token_scores(rows, table[:BLANK], table[BLANK])
     assert near.shape == (3, NEAREST) and near[:, 0].tolist()[::2] == [4, 30] and int(scores[1].argmax()) == NEAREST
     for row, tokens, logs in zip(rows, near, scores, strict=True):
         cosines = F.cosine_similarity(row[None], table)
         assert set(tokens.tolist()) == set(cosines[:BLANK].topk(NEAREST).indices.tolist())
-        expected = (SHARPNESS * cosines[[*tokens.tolist(), BLANK]]).log_softmax(0)
+        expected = (SCALE * cosines[[*tokens.tolist(), BLANK]]).log_softmax(0)
         torch.testing.assert_close(logs, expected, rtol=1e-4, atol=1e-4)
 
 

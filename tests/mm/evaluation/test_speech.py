@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import mm
-from data_prep.recordings import transcription_record, translation_record
+from data_prep.recordings import asked_freely, transcription_record, translation_record
 from mm.assembly import add_speech
 from mm.evaluation.controls import with_other_sound
 from mm.evaluation.evaluate import evaluate
@@ -69,7 +69,8 @@ def test_transcripts_end_with_their_sound(hearing, records, monkeypatch):
     samples = np.random.default_rng(9).normal(0, 3000, 3000).astype(np.int16)
     silent = transcription_record("noise/9", "test", "en", "", samples)
     translated = translation_record("noise/9", "test", "es", "manzana", samples, said="apple")
-    evaluate(*hearing, [*records, silent, translated], ["bleu"], max_new_tokens=20)
+    freely = asked_freely(records[0])  # by the same answer, and not in the words of `mm transcribe`
+    evaluate(*hearing, [*records, silent, translated, freely], ["bleu"], max_new_tokens=20)
     lengths = [len(hearing[1].record_prompt(record)[0].speech[0]) for record in (*records, silent)]
     of_transcripts = [3 * num_tokens(length) for length in lengths]
     assert max(of_transcripts) < 20
