@@ -243,7 +243,8 @@ class Hearing:
         stop, expected = expected[: len(self.stops)], expected[len(self.stops) :][: len(scores.tokens)]
         likely = HEARD * scores.following + (1 - HEARD) * expected
         likely[torch.isin(scores.tokens, self.stops)] = -math.inf
-        end = HEARD * scores.end + (1 - HEARD) * float(stop.logsumexp(0))
+        expected_end = stop.logsumexp(0) if len(stop) else expected.max()  # without stop tokens, what was heard decides
+        end = HEARD * scores.end + (1 - HEARD) * float(expected_end)
         best, place = likely.max(0)
         return int(scores.tokens[place]) if best > end else None
 

@@ -6,11 +6,13 @@ is not in the paper. Shapes: N rows, K tokens that a row may say, C different on
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 NEGLIGIBLE = 100.0  # nats below the likeliest place of a prefix's end; places there are left out
+BLOCK = 64  # rows that are looked up at a time
 
 
 class PrefixScores:
@@ -58,9 +60,8 @@ class PrefixScores:
         Args:
             before: what must have come before the prefix's last token, by place. spoken, silent: at `start`.
         """
-        said = self.said[start:].masked_fill(self.near[start:] != self.last, -math.inf).amax(1).tolist()
         both, best = [(spoken, silent)], max(spoken, silent)
-        for place, say in enumerate(said):
+        for place, say in enumerate(self._last_said(start)):
             ended = before[place] if place < len(before) else -math.inf
             spoken, silent = _add(spoken, ended) + say, _add(spoken, silent) + self.blank[start + place]
             both.append((spoken, silent))
@@ -71,6 +72,12 @@ class PrefixScores:
         self.start = start + first
         self.spoken, self.silent = map(list, zip(*both[first:], strict=True))
         self._look_ahead()
+
+    def _last_said(self, start: int) -> Iterator[float]:
+        """The log-probability that each row from `start` on says the prefix's last token."""
+        for first in range(start, len(self.near), BLOCK):
+            near, said = self.near[first : first + BLOCK], self.said[first : first + BLOCK]
+            yield from said.masked_fill(near != self.last, -math.inf).amax(1).tolist()
 
     def _look_ahead(self) -> None:
         rows = slice(self.start, self.start + len(self.spoken))

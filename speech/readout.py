@@ -49,9 +49,9 @@ def read_out(rows: Tensor, lengths: Tensor, table: Tensor, blank: Tensor, rest: 
 
 @torch.no_grad()
 def token_scores(rows: Tensor, table: Tensor, blank: Tensor) -> tuple[Tensor, Tensor]:
-    """What each row says, as CTC is trained to have it: the tokens of the K nearest embeddings, int64 [N, K], K being
-    NEAREST or the vocabulary's size, and the log-probabilities of these and, last, of the blank, FP32 [N, K + 1]; all
-    other tokens have none. Arguments as in `read_out`."""
+    """What each row says, by the scale that CTC is trained with: the tokens of the K nearest embeddings, int64 [N, K],
+    K being NEAREST or the vocabulary's size, and the log-probabilities of these and, last, of the blank, FP32
+    [N, K + 1]; all other tokens have none. Arguments as in `read_out`."""
     parts = []
     for block in rows.split(ROWS):
         near, _, cosines = _neighbours(block, table, blank)

@@ -166,12 +166,12 @@ def test_the_language_model_and_the_sound_choose_together(
 
 
 @pytest.mark.parametrize(
-    ("expected", "heard", "said"), [(2.0, 1.0, []), (2.0, 3.0, [9]), (-2.0, -1.0, [9]), (-2.0, -3.0, [])]
+    ("expected", "heard", "said"), [(2.0, 1.5, []), (2.0, 2.5, [9]), (-2.0, -1.5, [9]), (-2.0, -2.5, [])]
 )
 def test_a_transcript_ends_likewise(tiny_config, reading_model, says, constant_logits, expected, heard, said):
-    """Log-odds of the language model for a stop token, of the sound for 9."""
+    """Log-odds of the language model for one of two stop tokens, as likely as each other, of the sound for 9."""
     logits = torch.full((tiny_config.language_model.vocab_size,), -9.0)
-    logits[4], logits[9] = expected, 0.0
+    logits[[4, 11]], logits[9] = expected - math.log(2), 0.0
     constant_logits(logits)
     says([[math.exp(heard), 0.0, 1.0]])
     lm = replace(tiny_config.language_model, stop_tokens=(4, 11))
@@ -179,6 +179,13 @@ def test_a_transcript_ends_likewise(tiny_config, reading_model, says, constant_l
     assert transcribe_tokens(stopping, sounding(reading_model, 8), 9) == [said]
     says([[0.0, 1.0, math.exp(-heard)]])  # a stop token is heard, and not said
     assert transcribe_tokens(stopping, sounding(reading_model, 8), 9) == [[]]
+
+
+def test_without_stop_tokens_what_was_heard_ends_a_transcript(tiny_config, reading_model, says):
+    lm = replace(tiny_config.language_model, stop_tokens=())
+    endless = mm.MultimodalModel(replace(reading_model.config, language_model=lm))
+    says([[1.0, 0.0, 0.1], [0.0, 0.0, 1.0], [0.0, 0.1, 1.0]])
+    assert transcribe_tokens(endless, sounding(endless, 24), 9) == [[9]]
 
 
 def test_a_prompt_that_is_refused_is_not_heard(reading_model, monkeypatch):

@@ -224,6 +224,11 @@ def test_what_is_heard_stands_among_blanks(repeater):
         assert right < 0.01
         assert cost(blank, second, blank, blank, first) > 10
         assert cost(*[blank] * 5) > 10
+        near = model.embed(torch.tensor([blank, first, blank, second, second]))
+        near = near + 0.5 * near.std() * torch.randn(near.shape, generator=torch.Generator().manual_seed(0))
+        exact = float(ctc_loss(model, batch, near))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert float(ctc_loss(model, batch, near)) == pytest.approx(exact, rel=1e-5)
 
 
 def test_hearing_is_held_against_reading(speech_config, repeater, recordings):

@@ -70,7 +70,10 @@ def test_transcripts_end_with_their_sound(hearing, records, monkeypatch):
     silent = transcription_record("noise/9", "test", "en", "", samples)
     translated = translation_record("noise/9", "test", "es", "manzana", samples, said="apple")
     freely = asked_freely(records[0])  # by the same answer, and not in the words of `mm transcribe`
-    evaluate(*hearing, [*records, silent, translated, freely], ["bleu"], max_new_tokens=20)
+    request = "Repeat after me in English: apple"  # and nothing to be heard
+    messages = [{"role": "user", "content": request}, {"role": "assistant", "content": "apple"}]
+    read = Record("read", {"id": "read", "split": "test", "task": "text", "messages": messages})
+    evaluate(*hearing, [*records, silent, translated, freely, read], ["bleu"], max_new_tokens=20)
     lengths = [len(hearing[1].record_prompt(record)[0].speech[0]) for record in (*records, silent)]
     of_transcripts = [3 * num_tokens(length) for length in lengths]
     assert max(of_transcripts) < 20
