@@ -128,7 +128,7 @@ def stream_tokens(
     generators = [torch.Generator().manual_seed(seed) for _ in samples]
     stops = set(model.config.language_model.stop_tokens if stop_tokens is None else stop_tokens)
 
-    def choose(logits: Tensor) -> list[int | None]:
+    def choose(logits: Tensor, _: Cache) -> list[int | None]:
         drawn = _choose(logits, temperature, top_p, generators)
         return [None if token in stops else token for token in drawn]
 
@@ -140,9 +140,10 @@ def _steps(
     model: MultimodalModel,
     samples: Sequence[Sample],
     limits: Sequence[int],
-    choose: Callable[[Tensor], list[int | None]],
+    choose: Callable[[Tensor, Cache], list[int | None]],
 ) -> Iterator[list[int | None]]:
-    """As `stream_tokens`; `choose` takes the logits [B, V] of a step and gives a token for each row, None to end it."""
+    """As `stream_tokens`; `choose` takes the logits [B, V] of a step and the caches, and gives a token for each row,
+    None to end it."""
     for limit in limits:
         if limit < 1:
             raise ValueError(f"max_new_tokens is {limit}; it must be at least 1")
@@ -161,7 +162,7 @@ def _steps(
     logits, cache = prefill(model, samples, max(lengths) + max(room))
     active = [True] * len(samples)
     for taken in range(max(room)):
-        tokens = choose(logits)
+        tokens = choose(logits, cache)
         active = [active[row] and tokens[row] is not None and taken < room[row] for row in rows]
         if not any(active):
             return
@@ -205,14 +206,14 @@ class Hearing:
             if len(sample.speech) > 1:
                 raise ValueError(f"prompt {row} has {len(sample.speech)} sounds; a transcript is of one: ask for each")
         self.model = model
-        self.speech = {row: sample.speech[0] for row, sample in enumerate(samples) if sample.speech}
+        self.lengths = {row: num_tokens(len(sample.speech[0])) for row, sample in enumerate(samples) if sample.speech}
         self.stops = torch.tensor(model.config.language_model.stop_tokens, dtype=torch.long)
         self.rows: dict[int, PrefixScores] | None = None  # the transcripts that have not ended
 
-    def choose(self, logits: Tensor) -> list[int | None]:
+    def choose(self, logits: Tensor, cache: Cache) -> list[int | None]:
         """One token per row of logits [B, V]; None where all was said."""
-        if self.rows is None:  # not before the prompts' pass has found them in order
-            self.rows = self._hear(logits.device)
+        if self.rows is None:
+            self.rows = self._hear(cache.heard) if self.lengths else {}
         likely = {row: torch.cat([self.stops, scores.tokens]) for row, scores in self.rows.items()}
         tokens: list[int | None] = [None] * len(logits)
         if not likely:
@@ -228,13 +229,11 @@ class Hearing:
             tokens[row] = token
         return tokens
 
-    def _hear(self, device: torch.device) -> dict[int, PrefixScores]:
-        if not self.speech:
-            return {}
-        lengths = [num_tokens(len(mel)) for mel in self.speech.values()]
-        near, log_probs = self.model.heard_tokens([mel.to(device) for mel in self.speech.values()])
-        heard = zip(near.split(lengths), log_probs.split(lengths), strict=True)
-        return {row: PrefixScores(*one) for row, one in zip(self.speech, heard, strict=True)}
+    def _hear(self, heard: Tensor) -> dict[int, PrefixScores]:
+        near, log_probs = self.model.heard_tokens(heard)
+        lengths = list(self.lengths.values())
+        said = zip(near.split(lengths), log_probs.split(lengths), strict=True)
+        return {row: PrefixScores(*one) for row, one in zip(self.lengths, said, strict=True)}
 
     def _likeliest(self, scores: PrefixScores, expected: Tensor) -> int | None:
         """Args: expected: the language model's log-probabilities of the stop tokens, and of `scores.tokens` behind."""

@@ -46,6 +46,7 @@ class Cache:
         ]
         self.vision = {place: VisionCache() for place in model.blocks()}
         self.seen: Seen = {}  # what the last token of each row sees
+        self.heard: Tensor | None = None  # what the adapter made of the utterances, before any readout, packed [N, D]
 
 
 class MultimodalModel(nn.Module):
@@ -102,7 +103,7 @@ class MultimodalModel(nn.Module):
         self._check(batch)
         seen = self._look(batch, cache)
         positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-        x = self._walk(self._listen(self.embed(batch.tokens), batch), positions, seen, cache)
+        x = self._walk(self._listen(self.embed(batch.tokens), batch, cache), positions, seen, cache)
         return self.language_model.model.norm(x)
 
     def decode(self, tokens: Tensor, positions: Tensor, step: DecodeStep, cache: Cache) -> Tensor:
@@ -234,21 +235,23 @@ class MultimodalModel(nn.Module):
         heard, counts = self.speech_adapter(*self.speech_encoder(pad_sequence(pieces, batch_first=True), lengths))
         return torch.cat([row[:count] for row, count in zip(heard, counts.tolist(), strict=True)])
 
-    def heard_tokens(self, speech: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """What utterances, each float32 [T, num_mels], say by themselves, row by row, packed: see
-        `speech.readout.token_scores`; for adapters with a readout."""
-        return token_scores(self._hear(speech), *self._readable())
+    def heard_tokens(self, heard: Tensor) -> tuple[Tensor, Tensor]:
+        """What rows as `hear` gives them, [N, D], say by themselves: see `speech.readout.token_scores`; for adapters
+        with a readout."""
+        return token_scores(heard, *self._readable())
 
     def _readable(self) -> tuple[Tensor, Tensor]:
         """The embeddings that a readout finds in rows, and that of the blank."""
         device = self.extra_embeddings.device
         return self.language_model.model.embed_tokens.weight, self.embed(self.blank(device))[0]
 
-    def _listen(self, x: Tensor, batch: Batch) -> Tensor:
+    def _listen(self, x: Tensor, batch: Batch, cache: Cache | None = None) -> Tensor:
         """Embedded tokens [B, T, D], with what is heard in the audio tokens' rows and the adapter's marks around it."""
         if not batch.speech:
             return x
         packed = self._hear(batch.speech)
+        if cache is not None:
+            cache.heard = packed
         if self.config.speech_adapter.readout:
             lengths = torch.tensor([num_tokens(len(mel)) for mel in batch.speech])
             packed = read_out(packed, lengths, *self._readable(), rest=self.speech_adapter.boundaries[1])

@@ -10,6 +10,7 @@ import torch
 import mm
 import mm.generation
 from mm.generation import transcribe_tokens, without_loops
+from mm.model import Cache
 from speech.adapter import SpeechAdapterConfig, num_tokens
 from speech.conformer import SpeechEncoderConfig
 from vision.tiling import Tiles
@@ -30,7 +31,7 @@ def constant_logits(monkeypatch, tiny_model):
     def constant(row):
         row = torch.as_tensor(row, dtype=torch.float32)
         monkeypatch.setattr(
-            mm.generation, "prefill", lambda model, samples, length: (row.repeat(len(samples), 1), None)
+            mm.generation, "prefill", lambda model, samples, length: (row.repeat(len(samples), 1), Cache(model, 1, 1))
         )
         monkeypatch.setattr(mm.generation, "decode_step", lambda model, tokens, *_: row.repeat(len(tokens), 1))
 
@@ -134,13 +135,21 @@ def test_a_transcript_is_the_same_whatever_stands_beside_it(reading_model):
     assert [len(tokens) for tokens in transcribe_tokens(reading_model, prompts, 2)] == [2, 2, 2, 0]
 
 
+def test_a_sound_is_heard_once(reading_model, monkeypatch):
+    heard = []
+    hear = reading_model.speech_encoder.forward
+    monkeypatch.setattr(reading_model.speech_encoder, "forward", lambda *given: heard.append(given) or hear(*given))
+    assert transcribe_tokens(reading_model, sounding(reading_model, 40, 400), 9)[1]
+    assert len(heard) == 1
+
+
 @pytest.fixture
 def says(monkeypatch):
     """says(sounds): what each sound to come says, in rows of weights of token 9, of token 4 and of the blank."""
 
     def set_sounds(*sounds):
-        def heard_tokens(_, speech):
-            assert [num_tokens(len(mel)) for mel in speech] == list(map(len, sounds))
+        def heard_tokens(_, heard):
+            assert heard is None or len(heard) == sum(map(len, sounds))  # None where there was no prompts' pass
             weights = torch.tensor([row for sound in sounds for row in sound]).clamp(min=1e-9)
             return torch.tensor([[9, 4]]).expand(len(weights), 2), (weights / weights.sum(-1, keepdim=True)).log()
 
