@@ -6,14 +6,14 @@ BIN := $(VENV)/bin
 .PHONY: demo demo-video demo-speech test lint programs
 
 demo: programs $(VENV)/.installed
-	$(BIN)/python -m app.demo $(ARGS)
+	$(BIN)/python -m demos.image $(ARGS)
 
 demo-video: programs $(VENV)/.installed
-	$(BIN)/python -m app.demo_video $(ARGS)
+	$(BIN)/python -m demos.video $(ARGS)
 
 demo-speech: $(VENV)/.installed
 	@test -d data/demo_speech/words || command -v apt-get >/dev/null || { echo "apt-get is missing: the demo fetches a voice with it"; exit 1; }
-	$(BIN)/python -m app.demo_speech $(ARGS)
+	$(BIN)/python -m demos.speech $(ARGS)
 
 programs:
 	@test -d data/demo/tuxpaint || for program in npm apt-get dpkg-deb; do \

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-import app.data
+import app.commands.data
 import mm
 import mm.convert.mllama
 import mm.convert.open_clip
@@ -22,12 +22,12 @@ import stages.sweep
 import stages.train_image_adapter
 import stages.train_speech_adapter
 import stages.train_video_adapter
-from app.answers import MEDIA, WHAT_IS_A_CLIP, Medium, ask, caption, load_model, transcribe
+from app.commands.answer import MEDIA, WHAT_IS_A_CLIP, Medium, ask, caption, load_model, transcribe
+from foundation.errors import UserError, one_line
 from mm.averaging import average, average_best
-from mm.checkpoint import CONFIG_FILE, save, save_encoder
 from mm.evaluation.evaluate import evaluate
+from mm.run_folder import CONFIG_FILE, save, save_encoder
 from mm.speech_encoders import save_speech_encoder
-from mm.training.command import one_line
 from mm.training.planner import expected_samples, plan
 from shards.reader import ShardSet
 from stages.train_image_adapter import TrainImageAdapter
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments[:1] == ["train"]:
         sys.exit(_train(arguments[1:]))
     if arguments[:1] == ["data"]:
-        sys.exit(app.data.main(arguments[1:]))
+        sys.exit(app.commands.data.main(arguments[1:]))
     if arguments[:1] == ["sweep"]:
         sys.exit(stages.sweep.main(arguments[1:]))
     sys.exit(_run(arguments))
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def evaluate_shards(arguments: Namespace) -> int:
     """Score a model on a folder of shards."""
     if arguments.output and Path(arguments.output).is_file():  # said before the work, not after it
-        raise ValueError(f"{arguments.output} is a file; name a folder for the scores")
+        raise UserError(f"{arguments.output} is a file; name a folder for the scores")
     model, processor = load_model(arguments)
     records = ShardSet(arguments.data).select(split=arguments.split, task=arguments.task)
     report = evaluate(
@@ -147,7 +147,7 @@ def convert_to_mllama(arguments: Namespace) -> int:
 
 def _refuse_existing(output: str) -> None:
     if (Path(output) / CONFIG_FILE).exists():
-        raise ValueError(f"{output} holds a run already; name another folder, or remove it first")
+        raise UserError(f"{output} holds a run already; name another folder, or remove it first")
 
 
 def _train(arguments: list[str]) -> int:
@@ -164,7 +164,7 @@ def _train(arguments: list[str]) -> int:
 def _run(arguments: list[str]) -> int:
     try:
         if not arguments:
-            raise ValueError(f"name a command: {', '.join([*COMMANDS, 'train', 'data', 'sweep', 'convert'])}")
+            raise UserError(f"name a command: {', '.join([*COMMANDS, 'train', 'data', 'sweep', 'convert'])}")
         parser = _parser()
         chosen = parser.instantiate(parser.parse_args(arguments))
         command = chosen[chosen.subcommand]
@@ -260,7 +260,9 @@ def _parser() -> ArgumentParser:
 
     train = ArgumentParser(description=f"Run a training stage: {', '.join(STAGES)}.", exit_on_error=False)
     commands.add_subcommand("train", train)
-    data = ArgumentParser(description=f"Curate raw pairs: {', '.join(app.data.COMMANDS)}.", exit_on_error=False)
+    data = ArgumentParser(
+        description=f"Curate raw pairs: {', '.join(app.commands.data.COMMANDS)}.", exit_on_error=False
+    )
     commands.add_subcommand("data", data)
     sweep = ArgumentParser(description="Finetune many times and average the best runs.", exit_on_error=False)
     commands.add_subcommand("sweep", sweep)

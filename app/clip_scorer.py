@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from foundation.errors import UserError
+
 
 @dataclass(frozen=True)
 class OpenClip:
@@ -27,13 +29,13 @@ class OpenClip:
 
     @classmethod
     def of_file(cls, model: str, pretrained: Path) -> "OpenClip":
-        """Raises ValueError for a name that open_clip does not know, or a file that is not there."""
+        """Raises UserError for a name that open_clip does not know, or a file that is not there."""
         import open_clip
 
         known = open_clip.list_models()
         if model not in known:
             near = ", ".join(difflib.get_close_matches(model, known)) or "ViT-B-32"
-            raise ValueError(f"clip_score: open_clip has no {model!r}; it has {near} and others")
+            raise UserError(f"clip_score: open_clip has no {model!r}; it has {near} and others")
         return cls(model, pretrained, _digest(pretrained))
 
     @property
@@ -41,7 +43,7 @@ class OpenClip:
         return f"open_clip-{self.model}-{self.sha256}"
 
     def score(self, picture: Image.Image, captions: Sequence[str]) -> list[float]:
-        """See data_prep.clip_score.PairScorer."""
+        """See data_prep.steps.clip_score.PairScorer."""
         model, preprocess, tokenize = _load(self)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -60,13 +62,13 @@ def _load(scorer: OpenClip):
     import open_clip
 
     if _digest(scorer.pretrained) != scorer.sha256:
-        raise ValueError(f"{scorer.pretrained}: has changed since the run began; start it again")
+        raise UserError(f"{scorer.pretrained}: has changed since the run began; start it again")
     try:
         model, _, preprocess = open_clip.create_model_and_transforms(scorer.model, str(scorer.pretrained))
         return model.eval().requires_grad_(False), preprocess, open_clip.get_tokenizer(scorer.model)
     except Exception as error:  # open_clip raises many kinds here
         said = " ".join(str(error).split())[:300]
-        raise ValueError(f"open_clip cannot load {scorer.model} with weights {scorer.pretrained}: {said}") from None
+        raise UserError(f"open_clip cannot load {scorer.model} with weights {scorer.pretrained}: {said}") from None
 
 
 def _digest(path: Path) -> str:
@@ -74,4 +76,4 @@ def _digest(path: Path) -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise ValueError(f"{path}: the weights of the CLIP score's model cannot be read ({error.strerror})") from None
+        raise UserError(f"{path}: the weights of the CLIP score's model cannot be read ({error.strerror})") from None

@@ -21,13 +21,13 @@ from io import BytesIO
 from pathlib import Path
 
 from benchmarks.pictures import jpeg, scene
-from data_prep import measuring, writing
-from data_prep.caption_rules import CaptionRules
-from data_prep.curation import Curate, run
-from data_prep.image_rules import ImageRules
-from data_prep.near_duplicates import NearDuplicatesConfig
-from data_prep.pool import Source
-from data_prep.resampling import ResamplingConfig
+from data_prep.pipeline import measuring, writing
+from data_prep.pipeline.curation import Curate, run
+from data_prep.pipeline.pool import Source
+from data_prep.steps.caption_rules import CaptionRules
+from data_prep.steps.image_rules import ImageRules
+from data_prep.steps.near_duplicates import NearDuplicatesConfig
+from data_prep.steps.resampling import ResamplingConfig
 
 TIMES = (1, 2, 4)
 PER_TAR = 2000

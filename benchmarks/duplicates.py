@@ -22,10 +22,10 @@ import pyarrow.parquet as pq
 
 from benchmarks.measure import machine, write_results
 from benchmarks.pictures import known_graph
-from data_prep.curation import Curate, rethreshold, run
-from data_prep.embedders import LowFrequencies
-from data_prep.near_duplicates import EDGES, NODES, NearDuplicatesConfig
-from data_prep.pool import Source
+from data_prep.pipeline.curation import Curate, rethreshold, run
+from data_prep.pipeline.pool import Source
+from data_prep.steps.deduplication.embedders import LowFrequencies
+from data_prep.steps.near_duplicates import EDGES, NODES, NearDuplicatesConfig
 
 INSTALL = "pip install --no-deps imagededup==0.3.3.post2 scikit-learn joblib cloudpickle threadpoolctl narwhals"
 STRICTER = (0.9, 0.95, 0.98, 0.99)  # thresholds that the same run is decided with anew

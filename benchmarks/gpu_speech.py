@@ -21,11 +21,11 @@ from benchmarks.gpu_train import device_name, matmul_ceilings, read_arguments, t
 from benchmarks.ours import RATES, random_model
 from mm.training.config import TrainingConfig
 from mm.training.guards import Guard
-from mm.training.loop import train_step
 from mm.training.objectives import Objective
 from mm.training.optimizer import apply_rates, build_optimizer
 from mm.training.speech import SpeechObjective
 from mm.training.speech_pretraining import BestRqObjective, SpeechPretraining, Utterance
+from mm.training.trainer import train_step
 from speech.adapter import SpeechAdapterConfig, num_tokens
 from speech.best_rq import BestRqConfig
 from speech.conformer import SpeechEncoder, SpeechEncoderConfig

@@ -35,7 +35,7 @@ from mm.cross_attention import ImageAdapterConfig
 from mm.language_model import LanguageModelConfig
 from mm.training.config import TrainingConfig
 from mm.training.flops import Row, training_flops
-from mm.training.loop import recomputed
+from mm.training.trainer import recomputed
 from vision.encoder import VisionEncoderConfig
 
 TILES = 4

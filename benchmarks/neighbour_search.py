@@ -13,7 +13,7 @@ import time
 import numpy as np
 
 from benchmarks.measure import interleave, machine, seconds_of, spread, write_results
-from data_prep.neighbours import SLACK, candidates, cosine, near_pairs, num_clusters, train
+from data_prep.steps.deduplication.neighbours import SLACK, candidates, cosine, near_pairs, num_clusters, train
 
 DIM, FLOOR = 512, 0.6
 WARMED = 20_000  # vectors up to which a round is run that does not count: beyond, one takes minutes

@@ -14,10 +14,10 @@ from mm.language_model import DecoderLayer
 from mm.training.config import TrainingConfig
 from mm.training.data import collate_step
 from mm.training.guards import Guard
-from mm.training.loop import train_step
 from mm.training.metrics import Step
 from mm.training.objectives import NextTokenObjective
 from mm.training.optimizer import apply_rates, build_optimizer
+from mm.training.trainer import train_step
 from vision.encoder import EncoderLayer
 from vision.tiling import Tiles
 

@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from foundation.errors import UserError
+
 WIDTH, HEIGHT, LEFT, GAP, TOP, BOTTOM = 176, 150, 62, 20, 46, 50  # of a panel, and around it, in pixels
 
 
@@ -34,11 +36,11 @@ def draw(rows: dict[str, dict[str, PowerLaw]]) -> str:
     """An SVG document: a row of panels for each label, in it a panel for each name; a row's panels share their axis.
 
     Raises:
-        ValueError: no panels, or a number that is not above 0.
+        UserError: no panels, or a number that is not above 0.
     """
     laws = [law for panels in rows.values() for law in panels.values()]
     if not laws or min(min(*law.values, *law.amounts) for law in laws) <= 0:
-        raise ValueError("logarithmic axes need numbers, all above 0")
+        raise UserError("logarithmic axes need numbers, all above 0")
     columns = max(map(len, rows.values()))
     width, height = LEFT + columns * (WIDTH + GAP), len(rows) * (TOP + HEIGHT + BOTTOM)
     parts = [

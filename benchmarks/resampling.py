@@ -17,11 +17,11 @@ from itertools import islice, pairwise
 import numpy as np
 import pyarrow as pa
 
-from app.data import locate
+from app.commands.data import locate
 from benchmarks.measure import interleave, machine, seconds_of, spread, write_results
-from data_prep.ngrams import Vocabulary, read_texts, words_of
-from data_prep.pool import RawPair, Source, parts_of
-from data_prep.resampling import critical_thresholds, frequencies, keep_probabilities
+from data_prep.pipeline.pool import RawPair, Source, parts_of
+from data_prep.steps.ngrams import Vocabulary, read_texts, words_of
+from data_prep.steps.resampling import critical_thresholds, frequencies, keep_probabilities
 
 SOURCES = (
     Source("asset:openmoji", "folder", captions="openmoji"),

@@ -24,10 +24,10 @@ from benchmarks.ours import RATES, adamw, random_model, random_samples, training
 from benchmarks.plot import PowerLaw, draw
 from mm.cross_attention import CrossAttentionBlock, ImageAdapterConfig
 from mm.language_model import DecoderLayer, LanguageModelConfig
+from mm.parallel.ranks import Layout, Ranks, shard
 from mm.training.config import TrainingConfig
 from mm.training.flops import Row, training_flops
 from mm.training.objectives import NextTokenObjective
-from mm.training.parallel import Layout, Ranks, shard
 from vision.encoder import VisionEncoder, VisionEncoderConfig
 
 ROOT = Path(__file__).parent.parent

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.scaling import Size, measured
-from mm.training.parallel import joined
+from mm.parallel.ranks import joined
 
 
 def main(size: str, repetitions: str, file: str) -> None:

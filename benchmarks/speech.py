@@ -5,7 +5,7 @@
 
 The conformer layer is the preset's (1536 wide, 24 heads, kernel 7), on one utterance of 30 s (750 frames). Its floor is
 its ten matrix products with weights alone, by the faster of PyTorch's two kernels: no attention, no norms. Padding is
-that of steps drawn from shards (`python -m app.speech_sets` makes them), as they come and in buckets of duration.
+that of steps drawn from shards (`python -m demos.speech_sets` makes them), as they come and in buckets of duration.
 """
 
 import argparse
@@ -27,11 +27,11 @@ from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import (
 )
 
 from benchmarks.measure import interleave, machine, seconds_of, spread, write_results
-from data_prep.recordings import ASTERISK_LANGUAGES
+from data_prep.sources.recordings import ASTERISK_LANGUAGES
 from layers.linear import linear
 from layers.rotary import RotaryConfig, rotary_angles
 from mm.training.data import RecordDataset, Source
-from mm.training.order import Buckets, steps
+from mm.training.sampler import Buckets, steps
 from mm.training.speech import Padding
 from speech.best_rq import BestRqConfig, RandomQuantizer
 from speech.conformer import STACK, ConformerLayer, SpeechEncoderConfig
@@ -226,7 +226,8 @@ def main() -> None:
         print(f"| padding, steps of {name} sorted together | | | {share:.1%} |")
     if "padding" not in rows:
         print(
-            f"padding: not measured, {', '.join(arguments.data)} are made by python -m app.speech_sets", file=sys.stderr
+            f"padding: not measured, {', '.join(arguments.data)} are made by python -m demos.speech_sets",
+            file=sys.stderr,
         )
     print(
         f"\nto reach: layer <= {LAYER_TO_REACH} x the floor, targets >= {QUANTISER_TO_REACH:.0f} x, "

@@ -27,9 +27,9 @@ from benchmarks.pair import TINY, Shape, build_pair, make_samples, padding, thei
 from mm.generation import prefill
 from mm.training.config import TrainingConfig
 from mm.training.guards import Guard
-from mm.training.loop import train_step
 from mm.training.objectives import NextTokenObjective
 from mm.training.optimizer import apply_rates, build_optimizer
+from mm.training.trainer import train_step
 
 OURS, EXACT, THEIRS = "ours", "ours, llama32", "transformers"
 ACCELERATE = "transformers, accelerate"

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from foundation.errors import UserError
 from layers.linear import Linear
 
 
@@ -26,7 +27,7 @@ class MLP(nn.Module):
     def __init__(self, hidden_size: int, intermediate_size: int, activation: str = "gelu") -> None:
         super().__init__()
         if activation not in ("gelu", "quick_gelu"):
-            raise ValueError(f"activation {activation!r} is not supported; it can be gelu or quick_gelu")
+            raise UserError(f"activation {activation!r} is not supported; it can be gelu or quick_gelu")
         self.activation = activation
         self.fc1 = Linear(hidden_size, intermediate_size)
         self.fc2 = Linear(intermediate_size, hidden_size)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from foundation.errors import UserError
+
 
 @dataclass(frozen=True)
 class RotaryConfig:
@@ -28,7 +30,7 @@ class RotaryConfig:
 
     def __post_init__(self) -> None:
         if self.scaling not in ("none", "linear", "llama3"):
-            raise ValueError(f"rotary scaling {self.scaling!r} is not supported; it can be none, linear or llama3")
+            raise UserError(f"rotary scaling {self.scaling!r} is not supported; it can be none, linear or llama3")
 
 
 def inverse_frequencies(config: RotaryConfig, head_dim: int) -> Tensor:

@@ -6,11 +6,11 @@ print(mm.generate(model, processor, messages, max_new_tokens=64))
 
 import vision.tiling as _tiling  # noqa: F401  scripts reach vision.tiling after `import mm` alone
 from mm.batch import Batch, Sample, collate
-from mm.checkpoint import load
 from mm.config import ModelConfig, preset
 from mm.generation import generate, generate_tokens, stream
 from mm.model import MultimodalModel
 from mm.processor import Processor
+from mm.run_folder import load
 
 __all__ = [
     "Batch",

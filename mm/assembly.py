@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 import torch
 from torch import nn
 
+from foundation.errors import UserError
 from mm.config import ModelConfig
 from mm.cross_attention import ImageAdapter, ImageAdapterConfig
 from mm.language_model import LanguageModel
@@ -64,7 +65,7 @@ def exchange_language_model(model: MultimodalModel, other: LanguageModel) -> Non
     Angles, context and stop tokens become the other's.
 
     Raises:
-        ValueError: another shape; names the fields that differ.
+        UserError: another shape; names the fields that differ.
     """
     old, new = asdict(model.config.language_model), asdict(other.config)
     differing = [
@@ -73,7 +74,7 @@ def exchange_language_model(model: MultimodalModel, other: LanguageModel) -> Non
         if name not in OF_ITS_OWN and old[name] != new[name]
     ]
     if differing:
-        raise ValueError(
+        raise UserError(
             f"the language model has {', '.join(differing)}; the adapter fits one of the shape it was trained with"
         )
     model.language_model = other
@@ -84,10 +85,10 @@ def add_video_adapter(model: MultimodalModel, adapter: VideoAdapterConfig, seed:
     """Give a model that sees images a new video adapter; in place, in the type of its image adapter.
 
     Raises:
-        ValueError: a model without an image adapter, or one that has a video adapter.
+        UserError: a model without an image adapter, or one that has a video adapter.
     """
     if model.video_adapter is not None:
-        raise ValueError("the model has a video_adapter already; train it on instead of adding one")
+        raise UserError("the model has a video_adapter already; train it on instead of adding one")
     config = replace(model.config, video_adapter=adapter)
     projection = model.image_adapter.projection
     with torch.random.fork_rng(devices=[]):
@@ -101,7 +102,7 @@ def set_factor(model: MultimodalModel, factor: int) -> None:
     """Let the temporal aggregator merge up to `factor` frames into one; in place, no weight depends on it.
 
     Raises:
-        ValueError: a factor below 1.
+        UserError: a factor below 1.
     """
     adapter = model.config.video_adapter
     adapter = replace(adapter, aggregator=replace(adapter.aggregator, factor=factor))
@@ -117,10 +118,10 @@ def add_speech(
     model's embeddings are; in place.
 
     Raises:
-        ValueError: the model hears already.
+        UserError: the model hears already.
     """
     if model.speech_encoder is not None:
-        raise ValueError("the model has a speech_encoder already; train it on instead of adding one")
+        raise UserError("the model has a speech_encoder already; train it on instead of adding one")
     config = replace(model.config, speech_encoder=encoder.config, speech_adapter=adapter)
     table = model.language_model.model.embed_tokens.weight
     with torch.random.fork_rng(devices=[]):

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mm.checkpoint import CONFIG_FILE, read_description, read_part, replaced_files, write_parts, write_yaml
+from foundation.errors import UserError
+from mm.run_folder import CONFIG_FILE, read_description, read_part, replaced_files, write_parts, write_yaml
 
 
 @dataclass(frozen=True)
@@ -36,20 +37,20 @@ def average(runs: Sequence[str | Path], output: str | Path) -> None:
     """Write a run folder with the mean of the runs' weights, taken in FP32; what is equal in all is copied.
 
     Raises:
-        ValueError: no runs, runs that differ in anything but their weights, or a broken one.
+        UserError: no runs, runs that differ in anything but their weights, or a broken one.
     """
     folders = [Path(run) for run in runs]
     if not folders:
-        raise ValueError("name at least one run to average")
+        raise UserError("name at least one run to average")
     descriptions = [read_description(folder) for folder in folders]
     first = descriptions[0]
     if "model" not in first:
-        raise ValueError(f"{folders[0]} holds an image encoder alone; runs are averaged")
+        raise UserError(f"{folders[0]} holds an image encoder alone; runs are averaged")
     for folder, description in zip(folders, descriptions, strict=True):
         differing = [name for name in ("model", "processor", "language_model") if description.get(name) != first[name]]
         if differing or description["parts"].keys() != first["parts"].keys():
             named = " and ".join(name.replace("_", " ") for name in differing) or "parts"
-            raise ValueError(f"{folder} has another {named} than {folders[0]}: average runs of one model")
+            raise UserError(f"{folder} has another {named} than {folders[0]}: average runs of one model")
     with replaced_files(output, last=CONFIG_FILE) as new:
         hashes = {}
         for part in first["parts"]:
@@ -70,11 +71,11 @@ def average_best(runs: Sequence[str | Path], output: str | Path, score: Callable
         score: of a run folder, the higher the better.
 
     Raises:
-        ValueError: as `average`.
+        UserError: as `average`.
     """
     ranked = sorted(((Path(run), score(Path(run))) for run in runs), key=lambda pair: -pair[1])
     if not ranked:
-        raise ValueError("name at least one run to average")
+        raise UserError("name at least one run to average")
     averages = [ranked[0][1]]
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     for number in range(2, len(ranked) + 1):

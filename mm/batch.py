@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from foundation.errors import UserError
 from video.sampling import Clip
 from vision.tiling import Tiles
 
@@ -86,20 +87,20 @@ def collate(samples: Sequence[Sample]) -> Batch:
     """Put samples side by side.
 
     Raises:
-        ValueError: no samples, a sample without tokens, or labels of another length or value than its tokens.
+        UserError: no samples, a sample without tokens, or labels of another length or value than its tokens.
     """
     if not samples:
-        raise ValueError("a batch needs at least one sample")
+        raise UserError("a batch needs at least one sample")
     for index, sample in enumerate(samples):
         if not sample.tokens:
-            raise ValueError(f"sample {index} has no tokens")
+            raise UserError(f"sample {index} has no tokens")
         if sample.labels is not None:
             if len(sample.labels) != len(sample.tokens):
-                raise ValueError(f"sample {index} has {len(sample.tokens)} tokens and {len(sample.labels)} labels")
+                raise UserError(f"sample {index} has {len(sample.tokens)} tokens and {len(sample.labels)} labels")
             pairs = zip(sample.tokens, sample.labels, strict=True)
             wrong = next((i for i, (token, label) in enumerate(pairs) if label not in (token, IGNORED)), None)
             if wrong is not None:
-                raise ValueError(
+                raise UserError(
                     f"sample {index} has label {sample.labels[wrong]} at token {wrong}, which is "
                     f"{sample.tokens[wrong]}; a label is its own token or {IGNORED} (the loss does the shift)"
                 )

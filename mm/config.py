@@ -3,8 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
-import torch
-
+from foundation.errors import UserError
 from mm.cross_attention import ImageAdapterConfig
 from mm.language_model import LanguageModelConfig
 from mm.video_adapter import VideoAdapterConfig
@@ -40,16 +39,16 @@ class ModelConfig:
         if self.image_token_id is None:
             object.__setattr__(self, "image_token_id", vocab)
         if not 0 <= self.image_token_id < vocab + NUM_EXTRA_TOKENS:
-            raise ValueError(
+            raise UserError(
                 f"image_token_id {self.image_token_id} lies outside the vocabulary of {vocab} and its "
                 f"{NUM_EXTRA_TOKENS} extra rows"
             )
         if (self.vision_encoder is None) != (self.image_adapter is None):
-            raise ValueError("a model that sees needs both vision_encoder and image_adapter; one of them is missing")
+            raise UserError("a model that sees needs both vision_encoder and image_adapter; one of them is missing")
         if self.video_adapter is not None and self.image_adapter is None:
-            raise ValueError("a video_adapter stands among the blocks of an image_adapter, and there is none")
+            raise UserError("a video_adapter stands among the blocks of an image_adapter, and there is none")
         if (self.speech_encoder is None) != (self.speech_adapter is None):
-            raise ValueError("a model that hears needs both speech_encoder and speech_adapter; one of them is missing")
+            raise UserError("a model that hears needs both speech_encoder and speech_adapter; one of them is missing")
 
     @property
     def video_token_id(self) -> int:
@@ -84,10 +83,10 @@ def preset(name: str, tile_size: int = 336, video: bool = False, speech: bool = 
         speech: with the paper's conformer and speech adapter too.
 
     Raises:
-        ValueError: an unknown name, or a tile size that patches do not fill.
+        UserError: an unknown name, or a tile size that patches do not fill.
     """
     if name not in LANGUAGE_MODELS:
-        raise ValueError(f"there is no preset {name!r}; there are {', '.join(LANGUAGE_MODELS)}")
+        raise UserError(f"there is no preset {name!r}; there are {', '.join(LANGUAGE_MODELS)}")
     return ModelConfig(
         LANGUAGE_MODELS[name],
         VisionEncoderConfig(tile_size=tile_size),
@@ -96,19 +95,6 @@ def preset(name: str, tile_size: int = 336, video: bool = False, speech: bool = 
         speech_encoder=SpeechEncoderConfig() if speech else None,
         speech_adapter=SpeechAdapterConfig() if speech else None,
     )
-
-
-def usable_device(name: torch.device | str) -> torch.device:
-    """A device by its name, such as "cpu" or "cuda:1".
-
-    Raises:
-        ValueError: torch does not know it, or this machine does not have it.
-    """
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {str(name)!r} cannot be used on this machine: {reason}") from error
 
 
 def to_dict(config: ModelConfig) -> dict:
@@ -120,19 +106,19 @@ def from_dict(values: dict) -> ModelConfig:
     """A configuration from plain values.
 
     Raises:
-        ValueError: a field that does not exist, or a missing part, by name.
+        UserError: a field that does not exist, or a missing part, by name.
     """
     try:
         return _build(ModelConfig, values)
     except TypeError as error:
-        raise ValueError(f"the model configuration is not valid: {error}") from error
+        raise UserError(f"the model configuration is not valid: {error}") from error
 
 
 def _build(kind: type, values: dict):
     fields = {field.name: field for field in dataclasses.fields(kind)}
     unknown = set(values) - set(fields)
     if unknown:
-        raise ValueError(f"{kind.__name__} has no field {', '.join(sorted(unknown))}")
+        raise UserError(f"{kind.__name__} has no field {', '.join(sorted(unknown))}")
     built = {}
     for name, value in values.items():
         nested = _NESTED.get((kind, name))

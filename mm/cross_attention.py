@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from foundation.errors import UserError
 from layers.attention import CrossAttention
 from layers.feed_forward import SwiGLU
 from layers.linear import Linear
@@ -41,7 +42,7 @@ class ImageAdapterConfig:
         """The positions in a language model of `num_layers`, ascending."""
         positions = tuple(range(4, num_layers + 1, 4)) if self.positions is None else tuple(self.positions)
         if sorted(set(positions)) != list(positions) or any(not 0 <= p <= num_layers for p in positions):
-            raise ValueError(
+            raise UserError(
                 f"adapter positions {positions} must ascend within 0..{num_layers}, the number of completed LM layers"
             )
         return positions

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from foundation.errors import UserError
 from layers.attention import DecodeStep
 from mm.batch import Sample, collate
 from mm.model import Cache, MultimodalModel
 from mm.processor import Processor
 from speech.adapter import num_tokens
-from speech.prefixes import PrefixScores
+from speech.ctc_prefix_score import PrefixScores
 
 HEARD = 0.5  # weight of what was heard in the choice of a transcript's tokens; 0.3 to 0.9 give the same error rates
 LOOP = 12  # tokens that a transcript spends on going round before it is one
@@ -38,7 +39,7 @@ def generate(
         temperature, top_p, seed: as in `stream_tokens`.
 
     Raises:
-        ValueError: a message that cannot be read, or what `generate_tokens` raises.
+        UserError: a message that cannot be read, or what `generate_tokens` raises.
     """
     options = {"temperature": temperature, "top_p": top_p, "seed": seed}
     (tokens,) = generate_tokens(model, [processor.prompt(messages)], max_new_tokens, **options)
@@ -116,15 +117,15 @@ def stream_tokens(
             reaches it. seed: of each row's own draws, so that a row's tokens do not depend on its neighbours.
 
     Raises:
-        ValueError: an option out of range, not a limit for each sample, or a prompt that the model does not take.
+        UserError: an option out of range, not a limit for each sample, or a prompt that the model does not take.
     """
     limits = [max_new_tokens] * len(samples) if isinstance(max_new_tokens, int) else max_new_tokens
     if len(limits) != len(samples):
-        raise ValueError(f"max_new_tokens has {len(limits)} limits for {len(samples)} samples; give one, or one each")
+        raise UserError(f"max_new_tokens has {len(limits)} limits for {len(samples)} samples; give one, or one each")
     if temperature < 0:
-        raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or more")
+        raise UserError(f"temperature is {temperature}; it must be 0 (greedy) or more")
     if not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}; it must lie in (0, 1]")
+        raise UserError(f"top_p is {top_p}; it must lie in (0, 1]")
     generators = [torch.Generator().manual_seed(seed) for _ in samples]
     stops = set(model.config.language_model.stop_tokens if stop_tokens is None else stop_tokens)
 
@@ -146,13 +147,13 @@ def _steps(
     None to end it."""
     for limit in limits:
         if limit < 1:
-            raise ValueError(f"max_new_tokens is {limit}; it must be at least 1")
+            raise UserError(f"max_new_tokens is {limit}; it must be at least 1")
     context = model.config.language_model.context
     lengths = [len(sample.tokens) for sample in samples]
     room = [min(limit, context - length) for limit, length in zip(limits, lengths, strict=True)]
     for row, length in enumerate(lengths):
         if length >= context:
-            raise ValueError(
+            raise UserError(
                 f"prompt {row} has {length} tokens and leaves no room for an answer in the context of {context}: "
                 "shorten it"
             )
@@ -179,7 +180,7 @@ def transcribe_tokens(model: MultimodalModel, samples: Sequence[Sample], max_new
     second, and a script that the tokenizer spells byte by byte about 25), and what goes round and round stands once.
 
     Raises:
-        ValueError: as `stream_tokens`; with a readout, also a prompt with several sounds.
+        UserError: as `stream_tokens`; with a readout, also a prompt with several sounds.
     """
     adapter = model.config.speech_adapter
     if adapter is not None and adapter.readout:
@@ -198,13 +199,13 @@ class Hearing:
         model: one whose speech adapter has a readout. samples: prompts; of one without a sound nothing was heard.
 
     Raises:
-        ValueError: a prompt with several sounds.
+        UserError: a prompt with several sounds.
     """
 
     def __init__(self, model: MultimodalModel, samples: Sequence[Sample]) -> None:
         for row, sample in enumerate(samples):
             if len(sample.speech) > 1:
-                raise ValueError(f"prompt {row} has {len(sample.speech)} sounds; a transcript is of one: ask for each")
+                raise UserError(f"prompt {row} has {len(sample.speech)} sounds; a transcript is of one: ask for each")
         self.model = model
         self.lengths = {row: num_tokens(len(sample.speech[0])) for row, sample in enumerate(samples) if sample.speech}
         self.stops = torch.tensor(model.config.language_model.stop_tokens, dtype=torch.long)

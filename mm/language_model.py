@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from foundation.errors import UserError
 from layers.attention import DecodeStep, KeyValueCache, SelfAttention
 from layers.feed_forward import SwiGLU
 from layers.linear import Linear
@@ -46,10 +47,10 @@ class LanguageModelConfig:
     def __post_init__(self) -> None:
         if self.head_dim is None:
             if self.hidden_size % self.num_heads:
-                raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+                raise UserError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+            raise UserError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
 
 
 class DecoderLayer(nn.Module):

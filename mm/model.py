@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from foundation.errors import UserError
 from layers.attention import DecodeStep, KeyValueCache
 from mm.batch import IGNORED, Batch, Sight, Visibility, visibility_intervals
 from mm.config import NUM_EXTRA_TOKENS, ModelConfig
@@ -22,7 +23,7 @@ from mm.language_model import LanguageModel
 from mm.video_adapter import VideoAdapter
 from speech.adapter import SpeechAdapter, num_tokens
 from speech.conformer import SpeechEncoder
-from speech.readout import read_out, token_scores
+from speech.ctc_readout import read_out, token_scores
 from speech.whisper import WhisperEncoder, WhisperEncoderConfig
 from video.sampling import Clip
 from vision.encoder import VisionEncoder
@@ -86,7 +87,7 @@ class MultimodalModel(nn.Module):
         """Logits of every token, [B, T, V]; what stands behind a row's length is padding.
 
         Raises:
-            ValueError: see `hidden_states`.
+            UserError: see `hidden_states`.
         """
         return self.language_model.lm_head(self.hidden_states(batch))
 
@@ -97,7 +98,7 @@ class MultimodalModel(nn.Module):
             cache: filled on the way, for `decode` to go on from.
 
         Raises:
-            ValueError: placeholders that do not match images, clips and utterances, a token outside the vocabulary,
+            UserError: placeholders that do not match images, clips and utterances, a token outside the vocabulary,
                 text longer than the context, or something to see or hear for a model without eyes or ears.
         """
         self._check(batch)
@@ -120,10 +121,10 @@ class MultimodalModel(nn.Module):
         `batch`; see `CrossAttentionBlock.fit_inputs`.
 
         Raises:
-            ValueError: a batch without targets.
+            UserError: a batch without targets.
         """
         if batch.labels is None:
-            raise ValueError("fit_inputs is given samples without targets; it needs the tokens before some answers")
+            raise UserError("fit_inputs is given samples without targets; it needs the tokens before some answers")
         targets = batch.labels != IGNORED
         asked = nn.functional.pad(targets[:, 1:] & ~targets[:, :-1], (0, 1))  # the next token begins an answer
         hooks = [
@@ -236,8 +237,8 @@ class MultimodalModel(nn.Module):
         return torch.cat([row[:count] for row, count in zip(heard, counts.tolist(), strict=True)])
 
     def heard_tokens(self, heard: Tensor) -> tuple[Tensor, Tensor]:
-        """What rows as `hear` gives them, [N, D], say by themselves: see `speech.readout.token_scores`; for adapters
-        with a readout."""
+        """What rows as `hear` gives them, [N, D], say by themselves: see `speech.ctc_readout.token_scores`; for
+        adapters with a readout."""
         return token_scores(heard, *self._readable())
 
     def _readable(self) -> tuple[Tensor, Tensor]:
@@ -275,25 +276,25 @@ class MultimodalModel(nn.Module):
     def _check(self, batch: Batch) -> None:
         config, batch = self.config, batch.host
         if batch.images and self.vision_encoder is None:
-            raise ValueError("the batch holds images and the model has no vision_encoder")
+            raise UserError("the batch holds images and the model has no vision_encoder")
         if batch.videos and self.video_adapter is None:
-            raise ValueError("the batch holds clips and the model has no video_adapter")
+            raise UserError("the batch holds clips and the model has no video_adapter")
         if batch.speech and self.speech_encoder is None:
-            raise ValueError("the batch holds speech and the model has no speech_encoder")
+            raise UserError("the batch holds speech and the model has no speech_encoder")
         if batch.tokens.shape[1] > config.language_model.context:
-            raise ValueError(
+            raise UserError(
                 f"the text has {batch.tokens.shape[1]} tokens; the language model's context is "
                 f"{config.language_model.context}: shorten it"
             )
         limit = config.language_model.vocab_size + NUM_EXTRA_TOKENS
         low, high = int(batch.tokens.min()), int(batch.tokens.max())
         if low < 0 or high >= limit:
-            raise ValueError(f"token {low if low < 0 else high} lies outside the vocabulary, 0..{limit - 1}")
+            raise UserError(f"token {low if low < 0 else high} lies outside the vocabulary, 0..{limit - 1}")
         for kind, (token_id, per_row) in self._placed(batch).items():
             placeholders = _found(batch, token_id).sum(1).tolist()
             for row, (found, given) in enumerate(zip(placeholders, per_row, strict=True)):
                 if found != given:
-                    raise ValueError(
+                    raise UserError(
                         f"row {row} has {found} {kind} tokens (id {token_id}) and {given} {kind}s; "
                         f"put one token where each {kind} stands"
                     )
@@ -304,7 +305,7 @@ class MultimodalModel(nn.Module):
         for row, number in enumerate(batch.speech_per_row or [0] * len(batch.tokens)):
             needed = sum(num_tokens(len(next(mels))) for _ in range(number))
             if found[row] != needed:
-                raise ValueError(
+                raise UserError(
                     f"row {row} has {found[row]} audio tokens (id {config.audio_token_id}) and {number} utterances, "
                     f"which take {needed}: speech.adapter.num_tokens(T) each"
                 )

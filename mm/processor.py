@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from foundation.errors import UserError
 from mm.batch import IGNORED, Sample
 from mm.config import ModelConfig
 from shards.format import CLIPS, Record, picture_suffixes
@@ -78,11 +79,11 @@ class Processor:
         most = config.vision_encoder.max_num_tiles if config.vision_encoder else 1
         self.max_tiles = most if max_tiles is None else max_tiles
         if not 1 <= self.max_tiles <= most:
-            raise ValueError(f"max_tiles is {max_tiles}; this model's image encoder takes 1 to {most}")
+            raise UserError(f"max_tiles is {max_tiles}; this model's image encoder takes 1 to {most}")
         if max_frames < 1:
-            raise ValueError(f"max_frames is {max_frames}; it must be at least 1")
+            raise UserError(f"max_frames is {max_frames}; it must be at least 1")
         if max_frame_tiles is not None and not 1 <= max_frame_tiles <= most:
-            raise ValueError(f"max_frame_tiles is {max_frame_tiles}; this model's image encoder takes 1 to {most}")
+            raise UserError(f"max_frame_tiles is {max_frame_tiles}; this model's image encoder takes 1 to {most}")
         self.max_frames, self.max_frame_tiles = max_frames, max_frame_tiles
         self.caption_prompt, self.video_prompt = caption_prompt, video_prompt
         self.chat_template = chat_template or tokenizer.chat_template or PLAIN_TEMPLATE
@@ -96,7 +97,7 @@ class Processor:
         """The sample after which the assistant speaks.
 
         Raises:
-            ValueError: messages of another form, an empty one, a picture that cannot be read.
+            UserError: messages of another form, an empty one, a picture that cannot be read.
         """
         flat, media = self._flatten(messages)
         tokens = self._tokenize(self._render(flat, answer_follows=True), iter(media.speech))
@@ -106,12 +107,12 @@ class Processor:
         """A training sample: every assistant turn is a target, up to and with its stop token.
 
         Raises:
-            ValueError: as `prompt`, or a conversation without an assistant turn.
+            UserError: as `prompt`, or a conversation without an assistant turn.
         """
         while messages and not _is_answer(messages[-1]):  # what follows the last answer teaches nothing
             messages = messages[:-1]
         if not messages:
-            raise ValueError("the conversation has no assistant turn to learn from")
+            raise UserError("the conversation has no assistant turn to learn from")
         flat, media = self._flatten(messages)
         utterances = iter(media.speech)
         first_extra = self.config.language_model.vocab_size
@@ -124,7 +125,7 @@ class Processor:
             before = self._render(flat[:index], answer_follows=True)
             after = self._render(flat[: index + 1], answer_follows=False)
             if not (before.startswith(done) and after.startswith(before)):
-                raise ValueError(
+                raise UserError(
                     "the chat template rewrites earlier turns when later ones follow, so targets cannot be told apart; "
                     "give another chat_template"
                 )
@@ -154,10 +155,10 @@ class Processor:
         """A training sample whose target is the caption; arguments as in `caption_prompt_for`.
 
         Raises:
-            ValueError: an empty caption, one that holds the mark of media, a picture or clip that cannot be read.
+            UserError: an empty caption, one that holds the mark of media, a picture or clip that cannot be read.
         """
         if not caption.strip():
-            raise ValueError("the caption is empty")
+            raise UserError("the caption is empty")
         _refuse_mark(caption, "the caption")
         prompt = self._caption_question(kind)
         if prompt is not None:
@@ -172,7 +173,7 @@ class Processor:
         """A training sample from a shard's record: its messages, or its picture or clip and caption.
 
         Raises:
-            ValueError: as `example` and `caption_example`, or a sample longer than the context.
+            UserError: as `example` and `caption_example`, or a sample longer than the context.
         """
         if "messages" in record.json:
             sample = self.example(record_messages(record))
@@ -180,7 +181,7 @@ class Processor:
             kind, source = record_medium(record)
             sample = self.caption_example(source, record.json["caption"], kind)
         if len(sample.tokens) > self.context:
-            raise ValueError(f"the sample has {len(sample.tokens)} tokens, over the context of {self.context}")
+            raise UserError(f"the sample has {len(sample.tokens)} tokens, over the context of {self.context}")
         return sample
 
     def record_prompt(self, record: Record) -> tuple[Sample, str]:
@@ -201,14 +202,14 @@ class Processor:
     def _flatten(self, messages: list[dict]) -> tuple[list[dict], Media]:
         """Messages with plain text as content and marks where media stood, and the media."""
         if not messages:
-            raise ValueError("there are no messages")
+            raise UserError("there are no messages")
         flat, media = [], Media()
         for index, message in enumerate(messages):
             if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-                raise ValueError(f'message {index} must be {{"role": ..., "content": ...}}')
+                raise UserError(f'message {index} must be {{"role": ..., "content": ...}}')
             content = message["content"]
             if not isinstance(content, str | list):
-                raise ValueError(f"message {index} has {content!r} as content; it can be text or a list of parts")
+                raise UserError(f"message {index} has {content!r} as content; it can be text or a list of parts")
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
             text = ""
             for part in parts:
@@ -226,13 +227,13 @@ class Processor:
                         _refuse_mark(words, f"message {index}")
                         text += words
                     case _:
-                        raise ValueError(
+                        raise UserError(
                             f'message {index} holds {part!r}; a part is {{"type": "text", "text": ...}}, '
                             '{"type": "image", "image": file}, {"type": "video", "video": file} or '
                             '{"type": "audio", "audio": file}'
                         )
             if not text.strip() and not (_is_answer(message) and flat and AUDIO_MARK in flat[-1]["content"]):
-                raise ValueError(
+                raise UserError(
                     f"message {index} ({message['role']}) is empty: give it text, an image, a clip or sound"
                 )  # but for an answer to a sound in which nothing is said
             flat.append({"role": message["role"], "content": text})
@@ -240,7 +241,7 @@ class Processor:
 
     def _clip(self, source: str | Path | bytes) -> Clip:
         if self.config.video_adapter is None:
-            raise ValueError("a clip was given to a model that has no video_adapter")
+            raise UserError("a clip was given to a model that has no video_adapter")
         frames = sample_frames(source, self.max_frames)
         most = self.max_frame_tiles or self.max_tiles
         tiles = [tile_image(Image.fromarray(pixels), self.tile_size, most) for pixels in frames.pixels]
@@ -248,17 +249,17 @@ class Processor:
 
     def _speech(self, source: str | Path | bytes) -> Tensor:
         if self.config.speech_encoder is None:
-            raise ValueError("sound was given to a model that has no speech_encoder")
+            raise UserError("sound was given to a model that has no speech_encoder")
         sound = read_sound(source)
         try:
             return self.config.speech_encoder.features(sound)
         except ValueError as error:
             name = "sound" if isinstance(source, bytes) else source
-            raise ValueError(f"{name}: {error}") from error
+            raise UserError(f"{name}: {error}") from error
 
     def _tiles(self, picture: Source) -> Tiles:
         if self.tile_size is None:
-            raise ValueError("a picture was given to a model that has no vision_encoder")
+            raise UserError("a picture was given to a model that has no vision_encoder")
         image = to_rgb(picture) if isinstance(picture, Image.Image) else read_picture(picture)
         return tile_image(image, self.tile_size, self.max_tiles)
 
@@ -271,13 +272,13 @@ class Processor:
                 shown, chat_template=self.chat_template, tokenize=False, add_generation_prompt=answer_follows
             )
         except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template refuses these messages: {error}") from error
+            raise UserError(f"the chat template refuses these messages: {error}") from error
         if places_images:
             text = text.replace(own_text, IMAGE_MARK)
         for kind, mark in (("images", IMAGE_MARK), ("clips", VIDEO_MARK), ("utterances", AUDIO_MARK)):
             expected = sum(message["content"].count(mark) for message in flat)
             if text.count(mark) != expected:
-                raise ValueError(
+                raise UserError(
                     f"the chat template gives {text.count(mark)} places for {expected} {kind}; give another "
                     "chat_template, and leave the image token's own text out of the messages"
                 )
@@ -306,7 +307,7 @@ class Processor:
 
 def _refuse_mark(text: str, where: str) -> None:
     if found := MARKS.search(text):
-        raise ValueError(f"{where} holds {found[0]}, which stands for media: leave it out")
+        raise UserError(f"{where} holds {found[0]}, which stands for media: leave it out")
 
 
 def _is_answer(message: dict) -> bool:
@@ -328,11 +329,11 @@ def record_pictures(record: Record) -> list[bytes]:
     """The record's pictures, in the order of their members.
 
     Raises:
-        ValueError: there is none.
+        UserError: there is none.
     """
     pictures = [record.media[suffix] for suffix in picture_suffixes(record.media)]
     if not pictures:
-        raise ValueError(f"record {record.id} holds no picture; its members are {', '.join(record.media) or 'none'}")
+        raise UserError(f"record {record.id} holds no picture; its members are {', '.join(record.media) or 'none'}")
     return pictures
 
 
@@ -340,13 +341,13 @@ def record_medium(record: Record) -> tuple[str, bytes]:
     """What a captioned record's caption is of: ("image", its first picture) or ("video", its clip).
 
     Raises:
-        ValueError: there is neither.
+        UserError: there is neither.
     """
     if pictures := picture_suffixes(record.media):
         return "image", record.media[pictures[0]]
     clips = [data for suffix, data in record.media.items() if suffix in CLIPS]
     if not clips:
-        raise ValueError(
+        raise UserError(
             f"record {record.id} holds neither picture nor clip; its members are {', '.join(record.media) or 'none'}"
         )
     return "video", clips[0]
@@ -356,12 +357,12 @@ def record_answer(record: Record) -> str:
     """The text that a record wants for an answer: its last assistant turn, or its caption.
 
     Raises:
-        ValueError: the conversation does not end with an assistant's turn.
+        UserError: the conversation does not end with an assistant's turn.
     """
     if "messages" not in record.json:
         return record.json["caption"]
     if not record.json["messages"] or record.json["messages"][-1]["role"] != "assistant":
-        raise ValueError(f"record {record.id} does not end with an assistant's turn")
+        raise UserError(f"record {record.id} does not end with an assistant's turn")
     content = record.json["messages"][-1]["content"]
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
@@ -382,7 +383,7 @@ def record_messages(record: Record) -> list[dict]:
         if kind not in ("image", "video", "audio"):
             return part
         if part[kind] not in record.media:
-            raise ValueError(
+            raise UserError(
                 f"record {record.id} names the {kind} {part[kind]!r}; its members are {', '.join(record.media)}"
             )
         return {**part, kind: record.media[part[kind]]}

@@ -6,7 +6,9 @@ from pathlib import Path
 import torch
 
 import mm.convert.whisper
-from mm.checkpoint import (
+from foundation.errors import UserError
+from mm.convert.report import put
+from mm.run_folder import (
     CONFIG_FILE,
     FORMAT,
     read_description,
@@ -15,7 +17,6 @@ from mm.checkpoint import (
     write_parts,
     write_yaml,
 )
-from mm.convert.report import put
 from speech.conformer import SpeechEncoder, SpeechEncoderConfig
 from speech.whisper import WhisperEncoder, WhisperEncoderConfig
 
@@ -31,7 +32,7 @@ def load_speech_encoder(path: str | Path) -> SpeechEncoder | WhisperEncoder:
     """A speech encoder from a folder of `save_speech_encoder`, from a run folder, or from a Whisper `.pt`.
 
     Raises:
-        ValueError: there is no whole encoder at that place.
+        UserError: there is no whole encoder at that place.
     """
     path = Path(path)
     if path.suffix == ".pt":
@@ -39,12 +40,12 @@ def load_speech_encoder(path: str | Path) -> SpeechEncoder | WhisperEncoder:
     description = read_description(path)
     values = description.get("speech_encoder") or description.get("model", {}).get("speech_encoder")
     if values is None:
-        raise ValueError(f"{path} holds no speech encoder")
+        raise UserError(f"{path} holds no speech encoder")
     whisper = "kernel_size" not in values  # every field is written, and only a conformer has this one
     try:
         config = WhisperEncoderConfig(**values) if whisper else SpeechEncoderConfig(**values)
     except TypeError as error:
-        raise ValueError(f"{path / CONFIG_FILE} does not describe a speech encoder: {error}") from error
+        raise UserError(f"{path / CONFIG_FILE} does not describe a speech encoder: {error}") from error
     with torch.device("meta"):
         encoder = WhisperEncoder(config) if whisper else SpeechEncoder(config)
     put(encoder, read_part(path, "speech_encoder", description), source=path)

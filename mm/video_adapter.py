@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from foundation.errors import UserError
 from mm.cross_attention import CrossAttentionBlock
 from mm.language_model import LanguageModelConfig
 from video.aggregator import AggregatorConfig, TemporalAggregator, passes
@@ -40,17 +41,17 @@ class VideoAdapterConfig:
     def __post_init__(self) -> None:
         for name in ("interval", "frames_per_pass"):
             if getattr(self, name) < 1:
-                raise ValueError(f"video_adapter.{name} is {getattr(self, name)}; it must be at least 1")
+                raise UserError(f"video_adapter.{name} is {getattr(self, name)}; it must be at least 1")
 
     def block_positions(self, image_positions: Sequence[int]) -> tuple[int, ...]:
         """The number of LM layers completed before each block.
 
         Raises:
-            ValueError: fewer image blocks than `interval`, so that no block would stand anywhere.
+            UserError: fewer image blocks than `interval`, so that no block would stand anywhere.
         """
         positions = tuple(image_positions[self.interval - 1 :: self.interval])
         if not positions:
-            raise ValueError(
+            raise UserError(
                 f"video_adapter.interval is {self.interval} and the image adapter has {len(image_positions)} blocks: "
                 f"there is no place for a video block; take an interval of at most {len(image_positions)}"
             )

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 from PIL import Image
 
+from foundation.errors import UserError
+
 INDEX_NAME = "index.parquet"
 PICTURES = ("jpg", "jpeg", "png", "webp")
 CLIPS = ("clip.mp4", "clip.webm", "clip.webp", "clip.gif")
@@ -77,25 +79,25 @@ def picture_suffixes(media: dict[str, bytes]) -> list[str]:
 
 
 def check_record(record: Record) -> None:
-    """Raises ValueError, naming the record and the field, for a record that breaks the format."""
+    """Raises UserError, naming the record and the field, for a record that breaks the format."""
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,80}", record.id):
-        raise ValueError(f"record id {record.id!r}: use 1 to 80 letters, digits, '_' and '-' (make_id() makes one)")
+        raise UserError(f"record id {record.id!r}: use 1 to 80 letters, digits, '_' and '-' (make_id() makes one)")
     where = f"record {record.id}"
     for key in ("id", "split", "task", "language"):
         if not isinstance(record.json.get(key), str) or not record.json[key]:
-            raise ValueError(f"{where}: json[{key!r}] is {record.json.get(key)!r}; a non-empty string is needed")
+            raise UserError(f"{where}: json[{key!r}] is {record.json.get(key)!r}; a non-empty string is needed")
     if record.json["id"] != record.id:
-        raise ValueError(f"{where}: json['id'] is {record.json['id']!r}; it must be the record's own id")
+        raise UserError(f"{where}: json['id'] is {record.json['id']!r}; it must be the record's own id")
     if ("caption" in record.json) == ("messages" in record.json):
-        raise ValueError(f"{where}: json needs either 'caption' or 'messages', and not both")
+        raise UserError(f"{where}: json needs either 'caption' or 'messages', and not both")
     for suffix in record.media:
         if _without_number(suffix) not in (*PICTURES, *CLIPS, *AUDIO):
-            raise ValueError(f"{where}: medium {suffix!r} is none of {', '.join((*PICTURES, *CLIPS, *AUDIO))}")
+            raise UserError(f"{where}: medium {suffix!r} is none of {', '.join((*PICTURES, *CLIPS, *AUDIO))}")
     for message in record.json.get("messages", ()):
         for part in message["content"] if isinstance(message["content"], list) else ():
             name = part.get(part["type"]) if part["type"] != "text" else None
             if name is not None and name not in record.media:
-                raise ValueError(f"{where}: a message names the medium {name!r}; there are {sorted(record.media)}")
+                raise UserError(f"{where}: a message names the medium {name!r}; there are {sorted(record.media)}")
 
 
 def index_row(record: Record, shard: str | None, offset: int | None, size: int) -> dict:

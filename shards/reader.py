@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from foundation.errors import UserError
 from shards.format import INDEX_NAME, INDEX_SCHEMA, Record, index_row, index_table
 
 _MAX_OPEN_FILES = 64
@@ -27,7 +28,7 @@ class ShardSet:
     positioned, so nobody moves a file position that another one uses.
 
     Raises:
-        ValueError: a missing folder, one without tars, a broken tar, an index that disagrees with the tars.
+        UserError: a missing folder, one without tars, a broken tar, an index that disagrees with the tars.
     """
 
     def __init__(self, folder: str | Path):
@@ -57,22 +58,22 @@ class ShardSet:
         data = os.pread(self._file(shard).fileno(), size, int(self._offset[i]))
         where, key = f"{self.folder / shard}, offset {self._offset[i]}", self.index["id"][i].as_py()
         if len(data) < size:
-            raise ValueError(f"{where}: the file ends within record {key}; it is truncated, get it again")
+            raise UserError(f"{where}: the file ends within record {key}; it is truncated, get it again")
         found = list(_records(io.BytesIO(data), where, whole=False))
         if len(found) != 1 or found[0][0].id != key:
             names = [record.id for record, _, _ in found]
-            raise ValueError(f"{where}: {INDEX_NAME} says record {key}, the tar has {names}; build the index again")
+            raise UserError(f"{where}: {INDEX_NAME} says record {key}, the tar has {names}; build the index again")
         return found[0][0]
 
     def select(self, split: str | None = None, task: str | None = None) -> "ShardSet":
-        """The records of one split and/or task, in the same order; ValueError when there are none."""
+        """The records of one split and/or task, in the same order; UserError when there are none."""
         keep = np.ones(len(self), bool)
         for column, value in (("split", split), ("task", task)):
             if value is not None:
                 keep &= self.index[column].to_numpy(zero_copy_only=False) == value
                 if not keep.any():
                     there = sorted({str(name) for name in self.index[column].unique().to_pylist()})
-                    raise ValueError(f"{self.folder}: no records of {column} {value!r}; there are: {', '.join(there)}")
+                    raise UserError(f"{self.folder}: no records of {column} {value!r}; there are: {', '.join(there)}")
         chosen = object.__new__(ShardSet)
         chosen.folder, chosen.index = self.folder, self.index.filter(pa.array(keep)).combine_chunks()
         chosen._set_rows()
@@ -96,14 +97,14 @@ def scan(folder: str | Path) -> pa.Table:
     A record without a `.json` member gets its caption from its `.txt` member; split, task and the like stay null.
 
     Raises:
-        ValueError: no tars, a corrupt or truncated tar, a record whose members do not follow one another.
+        UserError: no tars, a corrupt or truncated tar, a record whose members do not follow one another.
     """
     rows, seen = [], set()
     for path in _tars(Path(folder)):
         with open(path, "rb") as file:
             for record, offset, size in _records(file, str(path), whole=True):
                 if record.id in seen:
-                    raise ValueError(f"{path}: record {record.id} is there twice, or its members are not together")
+                    raise UserError(f"{path}: record {record.id} is there twice, or its members are not together")
                 seen.add(record.id)
                 rows.append(index_row(record, path.name, offset, size))
     return index_table(rows)
@@ -111,10 +112,10 @@ def scan(folder: str | Path) -> pa.Table:
 
 def _tars(folder: Path) -> list[Path]:
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder of shards")
+        raise UserError(f"{folder}: no such folder of shards")
     tars = sorted(folder.glob("*.tar"))
     if not tars:
-        raise ValueError(f"{folder}: there are no .tar files in it, so it is not a folder of shards")
+        raise UserError(f"{folder}: there are no .tar files in it, so it is not a folder of shards")
     return tars
 
 
@@ -125,18 +126,18 @@ def _load_index(folder: Path) -> pa.Table:
     try:
         index = pq.read_table(folder / INDEX_NAME).combine_chunks()
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(
+        raise UserError(
             f"{folder / INDEX_NAME}: cannot be read ({error}); delete it to have the tars scanned"
         ) from None
     missing = [name for name in INDEX_SCHEMA.names if name not in index.column_names]
     if missing:
-        raise ValueError(f"{folder / INDEX_NAME}: lacks the columns {', '.join(missing)}")
+        raise UserError(f"{folder / INDEX_NAME}: lacks the columns {', '.join(missing)}")
     ends = index.append_column("end", pa.array(index["offset"].to_numpy() + index["size"].to_numpy()))
     for row in ends.group_by("shard").aggregate([("end", "max")]).to_pylist():
         if row["shard"] not in sizes:
-            raise ValueError(f"{folder}: {INDEX_NAME} names {row['shard']}, which is missing")
+            raise UserError(f"{folder}: {INDEX_NAME} names {row['shard']}, which is missing")
         if sizes[row["shard"]] < row["end_max"]:
-            raise ValueError(
+            raise UserError(
                 f"{folder / row['shard']}: has {sizes[row['shard']]:,} bytes where {INDEX_NAME} needs "
                 f"{row['end_max']:,}; it is truncated or not the indexed file, get it again"
             )
@@ -172,7 +173,7 @@ def _records(file: io.BufferedIOBase, where: str, whole: bool) -> Iterator[tuple
             if any(rest) or (whole and len(rest) < tarfile.BLOCKSIZE):
                 raise tarfile.ReadError(f"broken header or no end mark at byte {end}")
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise ValueError(f"{where}: corrupt or truncated tar ({error}); get it again") from None
+        raise UserError(f"{where}: corrupt or truncated tar ({error}); get it again") from None
     if members:
         yield _record(key, members, where), offset, end - offset
 
@@ -182,9 +183,9 @@ def _record(key: str, members: dict[str, bytes], where: str) -> Record:
     try:
         content = json.loads(text) if text is not None else {"id": key}
         if not isinstance(content, dict):
-            raise ValueError("not an object")
+            raise UserError("not an object")
         if caption is not None and "caption" not in content and "messages" not in content:
             content["caption"] = caption.decode().strip()
     except ValueError as error:  # json and utf-8 errors are ValueErrors
-        raise ValueError(f"{where}: record {key} has a broken .json or .txt member ({error})") from None
+        raise UserError(f"{where}: record {key} has a broken .json or .txt member ({error})") from None
     return Record(key, content, members)

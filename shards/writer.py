@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from foundation.errors import UserError
 from shards.format import INDEX_NAME, INDEX_SCHEMA, Record, check_record, index_row, index_table, member_order
 
 INDEX_GROUP = 20_000  # rows of the index in memory at once, and in a row group
@@ -31,7 +32,7 @@ class ShardWriter:
         files: further files to put beside the tars, name -> text (e.g. the source's LICENSE).
 
     Raises:
-        ValueError: the folder exists and overwrite is False; a broken record; an id used twice.
+        UserError: the folder exists and overwrite is False; a broken record; an id used twice.
     """
 
     def __init__(
@@ -43,9 +44,9 @@ class ShardWriter:
     ):
         self.folder = Path(folder)
         if samples_per_shard < 1:
-            raise ValueError(f"samples_per_shard is {samples_per_shard}; at least 1 is needed")
+            raise UserError(f"samples_per_shard is {samples_per_shard}; at least 1 is needed")
         if self.folder.exists() and not overwrite:
-            raise ValueError(f"{self.folder} exists already; choose another folder, or replace it with overwrite=True")
+            raise UserError(f"{self.folder} exists already; choose another folder, or replace it with overwrite=True")
         self.samples_per_shard = samples_per_shard
         self.files = files or {}
         self.rows: list[tuple[str, int, int, int]] = []  # (id, place in the spool, bytes, bytes of the index row after)
@@ -78,11 +79,11 @@ class ShardWriter:
 
     def _write_shards(self) -> None:
         if not self.rows:
-            raise ValueError(f"{self.folder}: no records to write")
+            raise UserError(f"{self.folder}: no records to write")
         self.rows.sort()
         for row, following in pairwise(self.rows):
             if row[0] == following[0]:
-                raise ValueError(f"record id {row[0]} is used twice; ids must be unique in a set")
+                raise UserError(f"record id {row[0]} is used twice; ids must be unique in a set")
         index, waiting = [], []
         for start in range(0, len(self.rows), self.samples_per_shard):
             name = f"{start // self.samples_per_shard:06d}.tar"

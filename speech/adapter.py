@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from foundation.errors import UserError
 from layers.attention import SelfAttention
 from layers.feed_forward import SwiGLU
 from layers.linear import Linear
@@ -24,7 +25,7 @@ class SpeechAdapterConfig:
     """Shape of the adapter; the defaults are the paper's: 102M parameters between widths 1536 and 4096.
 
     Attributes:
-        readout: the language model is given what the rows say, see `speech.readout`, in place of the rows; for an
+        readout: the language model is given what the rows say, see `speech.ctc_readout`, in place of the rows; for an
             adapter that CTC aligned. The paper has none.
     """
 
@@ -38,9 +39,9 @@ class SpeechAdapterConfig:
     def __post_init__(self) -> None:
         for name in ("hidden_size", "intermediate_size", "num_heads"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+                raise UserError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         if self.hidden_size % (2 * self.num_heads):
-            raise ValueError(
+            raise UserError(
                 f"hidden_size {self.hidden_size} over num_heads {self.num_heads} is no even number of channels per "
                 "head, which rotary positions need"
             )
@@ -52,10 +53,10 @@ def num_tokens(num_mel_frames: int) -> int:
     The one place that knows: T / 8 rounded up, 12.5 per second. Every utterance has at least one.
 
     Raises:
-        ValueError: no mel frame at all.
+        UserError: no mel frame at all.
     """
     if num_mel_frames < 1:
-        raise ValueError(f"{num_mel_frames} mel frames make no token; an utterance has at least one mel frame (25 ms)")
+        raise UserError(f"{num_mel_frames} mel frames make no token; an utterance has at least one mel frame (25 ms)")
     return int(_num_tokens(num_frames(num_mel_frames)))
 
 
@@ -96,7 +97,7 @@ class SpeechAdapter(nn.Module):
             up; token n is made of frames 2n - 1 to 2n + 1.
 
         Raises:
-            ValueError: lengths outside 1..S.
+            UserError: lengths outside 1..S.
         """
         x = without_padding(frames, frame_mask(lengths, frames.shape[1], frames.device))
         lengths = _num_tokens(lengths)
@@ -117,10 +118,10 @@ class SpeechAdapter(nn.Module):
         `token_rms` measures what comes out.
 
         Raises:
-            ValueError: a root mean square that is not over 0.
+            UserError: a root mean square that is not over 0.
         """
         if not rms > 0:
-            raise ValueError(f"the embeddings' root mean square is {rms}; it must be over 0")
+            raise UserError(f"the embeddings' root mean square is {rms}; it must be over 0")
         weight = self.output_proj.weight
         weight.mul_(rms / (weight.float().square().mean().sqrt() * weight.shape[1] ** 0.5))
         self.output_proj.bias.zero_()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from foundation.errors import UserError
 from speech.features import NUM_MELS, mel_edges, mel_of
 
 
@@ -47,13 +48,13 @@ class SpecAugmentConfig:
     def __post_init__(self) -> None:
         for name in ("num_time_masks", "max_time", "num_mel_masks", "max_mels", "max_gain", "max_noise"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+                raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         if not 0 <= self.max_time_share <= 1:
-            raise ValueError(f"max_time_share is {self.max_time_share}; it must be within 0 and 1")
+            raise UserError(f"max_time_share is {self.max_time_share}; it must be within 0 and 1")
         if self.max_mels > NUM_MELS:
-            raise ValueError(f"max_mels is {self.max_mels}, over the {NUM_MELS} bins that there are")
+            raise UserError(f"max_mels is {self.max_mels}, over the {NUM_MELS} bins that there are")
         if not 0 <= self.max_warp < 0.5:
-            raise ValueError(f"max_warp is {self.max_warp}; it must be 0 or more and below 0.5")
+            raise UserError(f"max_warp is {self.max_warp}; it must be 0 or more and below 0.5")
 
 
 def spec_augment(mel: Tensor, config: SpecAugmentConfig, generator: torch.Generator) -> Tensor:

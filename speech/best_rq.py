@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from foundation.errors import UserError
 from layers.linear import Linear, linear
 from speech.conformer import STACK, SpeechEncoder, frame_mask
 
@@ -40,9 +41,9 @@ class BestRqConfig:
     def __post_init__(self) -> None:
         for name in ("mask_span", "code_dim", "codebook_size", "num_codebooks"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+                raise UserError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         if not 0 < self.mask_probability <= 1:
-            raise ValueError(f"mask_probability is {self.mask_probability}; it must be over 0 and at most 1")
+            raise UserError(f"mask_probability is {self.mask_probability}; it must be over 0 and at most 1")
 
 
 def draw_masks(lengths: Sequence[int] | Tensor, seeds: Sequence[int], config: BestRqConfig) -> Tensor:

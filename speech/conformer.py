@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from foundation.errors import UserError
 from layers.attention import SelfAttention
 from layers.linear import Linear
 from layers.rotary import RotaryConfig, rotary_angles
@@ -42,18 +43,18 @@ class SpeechEncoderConfig:
     def __post_init__(self) -> None:
         for name in ("num_layers", "width", "ffn_width", "num_heads", "kernel_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+                raise UserError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         if self.width % (2 * self.num_heads):
-            raise ValueError(
+            raise UserError(
                 f"width {self.width} over num_heads {self.num_heads} is no even number of channels per head, "
                 "which rotary positions need"
             )
         if self.kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size {self.kernel_size} is even; a frame stands in the middle of an odd one")
+            raise UserError(f"kernel_size {self.kernel_size} is even; a frame stands in the middle of an odd one")
         if self.num_mels != NUM_MELS:
-            raise ValueError(f"num_mels {self.num_mels} is not supported: speech.features.log_mel gives {NUM_MELS}")
+            raise UserError(f"num_mels {self.num_mels} is not supported: speech.features.log_mel gives {NUM_MELS}")
         if self.max_seconds <= 0:
-            raise ValueError(f"max_seconds is {self.max_seconds}; it must be over 0")
+            raise UserError(f"max_seconds is {self.max_seconds}; it must be over 0")
 
     @property
     def output_width(self) -> int:
@@ -81,12 +82,12 @@ def frame_mask(lengths: Tensor, num_frames: int, device: torch.device) -> Tensor
     Whether there is padding is asked of lengths on the CPU only: the answer would make a GPU wait.
 
     Raises:
-        ValueError: lengths outside 1..num_frames (again only where they lie on the CPU).
+        UserError: lengths outside 1..num_frames (again only where they lie on the CPU).
     """
     if lengths.device.type == "cpu":
         shortest, longest = (int(end) for end in lengths.aminmax())
         if shortest < 1 or longest > num_frames:
-            raise ValueError(
+            raise UserError(
                 f"utterances are {shortest} to {longest} frames long, outside 1..{num_frames}, the batch's frames"
             )
         if shortest == num_frames:
@@ -201,7 +202,7 @@ class SpeechEncoder(nn.Module):
             up: the last frame is filled up with the corpus' mean.
 
         Raises:
-            ValueError: lengths outside 1..T.
+            UserError: lengths outside 1..T.
         """
         return self.encode(*self.embed(*self.stack(mel, lengths)))
 

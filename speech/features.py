@@ -9,6 +9,8 @@ import functools
 import torch
 from torch import Tensor
 
+from foundation.errors import UserError
+
 SAMPLE_RATE = 16_000
 FRAMES_PER_SECOND = 100
 NUM_MELS = 80
@@ -34,13 +36,13 @@ def log_mel(waveform: Tensor) -> Tensor:
         float32 [T, 80], T = 1 + (samples - 400) // 160.
 
     Raises:
-        ValueError: another shape or type, or less than one window of 400 samples.
+        UserError: another shape or type, or less than one window of 400 samples.
     """
     if waveform.dim() != 1 or waveform.dtype is not torch.float32:
-        raise ValueError(f"a waveform is float32 [samples]; this is {waveform.dtype} {list(waveform.shape)}")
+        raise UserError(f"a waveform is float32 [samples]; this is {waveform.dtype} {list(waveform.shape)}")
     total = num_mel_frames(len(waveform))
     if not total:
-        raise ValueError(
+        raise UserError(
             f"{len(waveform)} samples at 16 kHz are shorter than one window of {WINDOW} (25 ms); give a longer sound"
         )
     device = waveform.device
@@ -121,10 +123,10 @@ class FeatureStatistics:
         """float32 [80] each; a bin that never changes gets `smallest_std`, so that it can be divided by.
 
         Raises:
-            ValueError: nothing was counted.
+            UserError: nothing was counted.
         """
         if not self.num_frames:
-            raise ValueError("no features were counted; call update with at least one utterance")
+            raise UserError("no features were counted; call update with at least one utterance")
         mean = self.sums / self.num_frames
         variance = (self.squares / self.num_frames - mean.square()).clamp_(min=0.0)
         return mean.float(), variance.sqrt().clamp_(min=smallest_std).float()

@@ -1,7 +1,7 @@
 """Any sound file -> one channel at 16 kHz: the first step of every walk that starts from a sound.
 
 WAV, FLAC, OGG, MP3, AIFF and AU are read by libsndfile (`soundfile`), everything else, the sound of videos too, by
-FFmpeg's libraries (PyAV). Whatever a file holds, the caller gets finite samples or a `ValueError` that names the file
+FFmpeg's libraries (PyAV). Whatever a file holds, the caller gets finite samples or a `UserError` that names the file
 and the reason. Channels are averaged; rates change by torchaudio's windowed sinc.
 """
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from foundation.errors import UserError
 from speech.features import SAMPLE_RATE
 
 MAX_SECONDS = 7200.0  # two hours: 460 MB of samples
@@ -41,7 +42,7 @@ def read_sound(
         float32 [samples], one channel at 16 kHz, full scale 1.
 
     Raises:
-        ValueError: a missing, empty, truncated or unreadable file, one without sound or samples, samples that are no
+        UserError: a missing, empty, truncated or unreadable file, one without sound or samples, samples that are no
             finite numbers, or more than `max_seconds`; also where an extra's package is absent.
     """
     name = "sound" if isinstance(source, bytes) else str(source)
@@ -51,18 +52,18 @@ def read_sound(
     try:
         samples, rate = _decode(_open(source), raw_format, max_seconds)
         if rate not in RATES:
-            raise ValueError(f"{rate} samples per second are outside {RATES[0]:,} to {RATES[-1]:,} Hz")
+            raise UserError(f"{rate} samples per second are outside {RATES[0]:,} to {RATES[-1]:,} Hz")
         if not len(samples):
-            raise ValueError("holds no samples")
+            raise UserError("holds no samples")
         if not np.isfinite(samples).all():
-            raise ValueError(f"{int((~np.isfinite(samples)).sum()):,} samples are not finite numbers (NaN or infinite)")
+            raise UserError(f"{int((~np.isfinite(samples)).sum()):,} samples are not finite numbers (NaN or infinite)")
         return resample(torch.from_numpy(samples), rate)
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise UserError(f"{name}: {error}") from error
     except MemoryError as error:
-        raise ValueError(f"{name}: not enough memory to decode this sound; lower max_seconds to refuse it") from error
+        raise UserError(f"{name}: not enough memory to decode this sound; lower max_seconds to refuse it") from error
     except Exception as error:  # the decoders raise many kinds on broken files
-        raise ValueError(f"{name}: broken or truncated sound ({type(error).__name__}: {error})") from error
+        raise UserError(f"{name}: broken or truncated sound ({type(error).__name__}: {error})") from error
 
 
 def resample(samples: Tensor, rate: int) -> Tensor:
@@ -79,15 +80,15 @@ def _open(source: Path | bytes) -> BinaryIO:
     if isinstance(source, bytes):
         file = io.BytesIO(source)
     elif source.is_dir():
-        raise ValueError("is a folder; give the path of a sound file")
+        raise UserError("is a folder; give the path of a sound file")
     elif not source.exists():
-        raise ValueError("no such file")
+        raise UserError("no such file")
     elif not source.is_file():
-        raise ValueError("is not a regular file")
+        raise UserError("is not a regular file")
     else:
         file = source.open("rb")
     if not _size(file):
-        raise ValueError("the file is empty (0 bytes)")
+        raise UserError("the file is empty (0 bytes)")
     return file
 
 
@@ -121,7 +122,7 @@ def _import(name: str):
         return importlib.import_module(name)
     except ImportError:
         package = name.partition(".")[0]
-        raise ValueError(f"sound needs the package {package}: pip install 'mm-adapters[speech]'") from None
+        raise UserError(f"sound needs the package {package}: pip install 'mm-adapters[speech]'") from None
 
 
 # -------------------------------------------------------------------------------------------------------- libsndfile
@@ -150,11 +151,11 @@ def _decode_sndfile(sound, file: BinaryIO, head: bytes, max_seconds: float) -> t
         _check_duration(count / rate, max_seconds)
     slack = 0 if head[:4] == b"fLaC" else MISSING_SECONDS * rate
     if known and count + slack < stated:
-        raise ValueError(f"truncated: {count / rate:.2f} s of the {stated / rate:.2f} s that its header says")
+        raise UserError(f"truncated: {count / rate:.2f} s of the {stated / rate:.2f} s that its header says")
     if head[:4] in (b"RIFF", b"RIFX") and (missing := _missing_wav_bytes(file)):
-        raise ValueError(f"truncated: {missing:,} bytes fewer than its header says")
+        raise UserError(f"truncated: {missing:,} bytes fewer than its header says")
     if head[:4] == b"OggS" and not _ogg_ends(file):
-        raise ValueError("truncated: it ends before the page that is marked as its last")
+        raise UserError("truncated: it ends before the page that is marked as its last")
     return np.concatenate([np.zeros(0, np.float32), *blocks]), rate
 
 
@@ -192,11 +193,11 @@ def _decode_av(file: BinaryIO, raw_format: str | None, max_seconds: float) -> tu
     try:
         container = av.open(file, format=raw_format)
     except av.error.FFmpegError as error:
-        raise ValueError(f"no sound or video in a known format, or truncated ({error.strerror})") from None
+        raise UserError(f"no sound or video in a known format, or truncated ({error.strerror})") from None
     with container:
         if not container.streams.audio:
             kind = "a video or picture" if container.streams.video else "a file"
-            raise ValueError(f"is {kind} without sound")
+            raise UserError(f"is {kind} without sound")
         stream = container.streams.audio[0]
         rate = stream.rate
         stated = _stated_seconds(stream)
@@ -208,7 +209,7 @@ def _decode_av(file: BinaryIO, raw_format: str | None, max_seconds: float) -> tu
             count += len(block)
             _check_duration(count / rate, max_seconds)
         if stated is not None and raw_format is None and count / rate + MISSING_SECONDS < stated:
-            raise ValueError(f"truncated: {count / rate:.2f} s of the {stated:.2f} s that its header says")
+            raise UserError(f"truncated: {count / rate:.2f} s of the {stated:.2f} s that its header says")
         return np.concatenate([np.zeros(0, np.float32), *blocks]), rate
 
 
@@ -235,7 +236,7 @@ def _stated_seconds(stream) -> float | None:
 
 def _check_duration(seconds: float, max_seconds: float) -> None:
     if seconds > max_seconds:
-        raise ValueError(
+        raise UserError(
             f"{seconds:,.0f} s or more of sound, over the limit of {max_seconds:,.0f} s; "
             "cut it into parts, or raise max_seconds"
         )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from foundation.errors import UserError
 from speech.conformer import STACK, frame_mask, num_frames, without_padding
 from speech.features import SAMPLE_RATE
 
@@ -43,11 +44,11 @@ class WhisperEncoderConfig:
     def __post_init__(self) -> None:
         for name in ("num_layers", "width", "ffn_width", "num_heads", "num_mels"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+                raise UserError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         if self.width % self.num_heads:
-            raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
+            raise UserError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
         if not 8 <= self.max_seconds * HOPS <= WINDOW_FRAMES:
-            raise ValueError(f"max_seconds is {self.max_seconds}; it must be 0.08 or more, and at most Whisper's 30")
+            raise UserError(f"max_seconds is {self.max_seconds}; it must be 0.08 or more, and at most Whisper's 30")
 
     @property
     def output_width(self) -> int:
@@ -85,13 +86,13 @@ def whisper_log_mel(waveform: Tensor, num_mels: int = 80, window_frames: int = W
         float32 [T, num_mels], T = (samples + 200) / 160 rounded up, and at most window_frames.
 
     Raises:
-        ValueError: another shape or type, no samples, or more than the window.
+        UserError: another shape or type, no samples, or more than the window.
     """
     if waveform.dim() != 1 or waveform.dtype is not torch.float32:
-        raise ValueError(f"a waveform is float32 [samples]; this is {waveform.dtype} {list(waveform.shape)}")
+        raise UserError(f"a waveform is float32 [samples]; this is {waveform.dtype} {list(waveform.shape)}")
     most = HOP * window_frames
     if not 0 < len(waveform) <= most:
-        raise ValueError(
+        raise UserError(
             f"{len(waveform):,} samples at 16 kHz are outside Whisper's window of 1 to {most:,} "
             f"({window_frames / HOPS:g} s); cut longer sounds before"
         )
@@ -151,11 +152,11 @@ class WhisperEncoder(nn.Module):
             rounded up.
 
         Raises:
-            ValueError: lengths outside 1..T, or over the window.
+            UserError: lengths outside 1..T, or over the window.
         """
         num_mel_frames, most = mel.shape[1], self.config.max_mel_frames
         if num_mel_frames > most:
-            raise ValueError(f"{num_mel_frames} mel frames are over Whisper's window of {most} ({most / HOPS:g} s)")
+            raise UserError(f"{num_mel_frames} mel frames are over Whisper's window of {most} ({most / HOPS:g} s)")
         window = self._window(mel, frame_mask(lengths, num_mel_frames, mel.device))
         frames = self.encoder(window.transpose(1, 2).to(self.encoder.conv1.weight.dtype)).last_hidden_state
         count = num_frames(num_mel_frames)

@@ -11,14 +11,14 @@ import torch
 
 import mm.convert.llama
 from mm.assembly import exchange_language_model
-from mm.checkpoint import load, save
 from mm.model import MultimodalModel
+from mm.parallel.ranks import Ranks
 from mm.processor import Processor
+from mm.run_folder import load, save
 from mm.training.adapters import train_adapters
 from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
 from mm.training.data import Source
-from mm.training.parallel import Ranks
 
 
 @dataclass

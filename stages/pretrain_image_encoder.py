@@ -13,23 +13,24 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from mm.checkpoint import save_encoder
-from mm.config import usable_device
+from foundation.errors import UserError
+from mm.device import resolve_device
+from mm.parallel.ranks import Ranks
 from mm.processor import record_pictures
+from mm.run_folder import save_encoder
 from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
 from mm.training.data import RecordDataset, Source, readable_samples
 from mm.training.flops import contrastive_flops, matmul_rate
-from mm.training.loop import train
 from mm.training.objectives import ContrastiveModel, ContrastiveObjective, Pair, TextTowerConfig, initialise_encoder
 from mm.training.optimizer import apply_rates
-from mm.training.parallel import Ranks
+from mm.training.trainer import train
 from shards.format import Record
 from vision.encoder import EncoderLayer, VisionEncoder, VisionEncoderConfig
 from vision.reading import read_picture
 from vision.tiling import tile_image
 
-# What may differ when an interrupted run is taken up again; `mm.training.loop` judges `training` itself.
+# What may differ when an interrupted run is taken up again; `mm.training.trainer` judges `training` itself.
 FREE_TO_CHANGE = ("output", "training", "validation", "validation_pairs", "device")
 
 
@@ -60,16 +61,16 @@ class PretrainImageEncoder:
 def pretrain_image_encoder(config: PretrainImageEncoder) -> None:
     """Train an image encoder and a text tower by contrast; keep the encoder."""
     if config.training.micro_batch_size not in (None, config.training.batch_size) or config.training.micro_batch_tokens:
-        raise ValueError(
+        raise UserError(
             "contrastive training compares all pairs of a step: leave training.micro_batch_size and "
             "training.micro_batch_tokens out"
         )
     if config.training.tensor_ranks * config.training.pipeline_ranks > 1:
-        raise ValueError("both towers run whole: leave training.tensor_ranks and training.pipeline_ranks at 1")
+        raise UserError("both towers run whole: leave training.tensor_ranks and training.pipeline_ranks at 1")
     max_tiles = config.encoder.max_num_tiles if config.max_tiles is None else config.max_tiles
     if not 1 <= max_tiles <= config.encoder.max_num_tiles:
-        raise ValueError(f"max_tiles is {max_tiles}; the encoder takes 1 to {config.encoder.max_num_tiles}")
-    device = usable_device(config.device)
+        raise UserError(f"max_tiles is {max_tiles}; the encoder takes 1 to {config.encoder.max_num_tiles}")
+    device = resolve_device(config.device)
     torch.manual_seed(config.training.seed)
     model = ContrastiveModel(config.encoder, config.text, config.loss)
     initialise_encoder(model.vision_encoder, config.training.seed)

@@ -13,15 +13,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mm.config import usable_device
+from foundation.errors import UserError
+from mm.device import resolve_device
+from mm.parallel.ranks import Ranks
 from mm.processor import record_said
 from mm.speech_encoders import load_speech_encoder, save_speech_encoder
 from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
 from mm.training.data import RecordDataset, Source, readable_samples
-from mm.training.loop import train
-from mm.training.order import seed_of
-from mm.training.parallel import Ranks
+from mm.training.sampler import seed_of
 from mm.training.speech import set_statistics
 from mm.training.speech_pretraining import (
     BestRqObjective,
@@ -32,6 +32,7 @@ from mm.training.speech_pretraining import (
     Utterance,
     spelling,
 )
+from mm.training.trainer import train
 from shards.format import AUDIO, Record
 from speech.augmentation import SpecAugmentConfig, spec_augment
 from speech.best_rq import BestRqConfig
@@ -39,7 +40,7 @@ from speech.conformer import ConformerLayer, SpeechEncoder, SpeechEncoderConfig
 from speech.features import FRAMES_PER_SECOND
 from speech.reading import read_sound
 
-# What may differ when an interrupted run is taken up again; `mm.training.loop` judges `training` itself.
+# What may differ when an interrupted run is taken up again; `mm.training.trainer` judges `training` itself.
 FREE_TO_CHANGE = ("output", "training", "device")
 
 
@@ -74,12 +75,12 @@ class PretrainSpeechEncoder:
 def pretrain_speech_encoder(config: PretrainSpeechEncoder) -> None:
     """Train a speech encoder on sound alone, or on the letters of what is said; keep the encoder."""
     if config.training.tensor_ranks * config.training.pipeline_ranks > 1:
-        raise ValueError("the encoder runs whole: leave training.tensor_ranks and training.pipeline_ranks at 1")
+        raise UserError("the encoder runs whole: leave training.tensor_ranks and training.pipeline_ranks at 1")
     if config.transcripts and config.best_rq != BestRqConfig():
-        raise ValueError("best_rq has no part in a run with transcripts: true; leave one of them out")
+        raise UserError("best_rq has no part in a run with transcripts: true; leave one of them out")
     if config.spec_augment is not None and not config.transcripts:
-        raise ValueError("spec_augment is for transcripts: true; BEST-RQ hides parts of its own, so leave it out")
-    device = usable_device(config.device)
+        raise UserError("spec_augment is for transcripts: true; BEST-RQ hides parts of its own, so leave it out")
+    device = resolve_device(config.device)
     torch.manual_seed(config.training.seed)
     encoder = starting_point(config)
     if config.transcripts:
@@ -114,17 +115,17 @@ def starting_point(config: PretrainSpeechEncoder) -> SpeechEncoder:
     """A new encoder, or the one of an earlier run, in FP32.
 
     Raises:
-        ValueError: both or neither are asked for; the earlier one is no conformer.
+        UserError: both or neither are asked for; the earlier one is no conformer.
     """
     if (config.encoder is None) == (config.start_from is None):
-        raise ValueError(
+        raise UserError(
             "give `encoder`, the shape of a new conformer, or `start_from`, the folder of one; one of the two"
         )
     if config.encoder is not None:
         return SpeechEncoder(config.encoder)
     encoder = load_speech_encoder(config.start_from)
     if not isinstance(encoder, SpeechEncoder):
-        raise ValueError(f"{config.start_from} holds Whisper's encoder; this stage trains conformers")
+        raise UserError(f"{config.start_from} holds Whisper's encoder; this stage trains conformers")
     return encoder.float()
 
 
@@ -132,11 +133,11 @@ def sound_of(record: Record, encoder: SpeechEncoderConfig) -> Tensor:
     """The features of a record's first recording, [T, num_mels].
 
     Raises:
-        ValueError: there is none, or it cannot be read.
+        UserError: there is none, or it cannot be read.
     """
     sounds = [data for name, data in record.media.items() if name.rpartition(".")[2] in AUDIO]
     if not sounds:
-        raise ValueError(f"record {record.id} holds no sound; its members are {', '.join(record.media) or 'none'}")
+        raise UserError(f"record {record.id} holds no sound; its members are {', '.join(record.media) or 'none'}")
     return encoder.features(read_sound(sounds[0]))
 
 
@@ -144,14 +145,14 @@ def transcribed_of(record: Record, encoder: SpeechEncoderConfig) -> Transcribed:
     """A record's first recording with the letters of what is said in it.
 
     Raises:
-        ValueError: there is none, it cannot be read or is too long, other letters, or nobody knows what is said.
+        UserError: there is none, it cannot be read or is too long, other letters, or nobody knows what is said.
     """
     mel = sound_of(record, encoder)
     if len(mel) > encoder.max_mel_frames:
-        raise ValueError(f"{len(mel) / FRAMES_PER_SECOND:.1f} s are more than the encoder's {encoder.max_seconds} s")
+        raise UserError(f"{len(mel) / FRAMES_PER_SECOND:.1f} s are more than the encoder's {encoder.max_seconds} s")
     said = record_said(record)
     if said is None:
-        raise ValueError(f"record {record.id} does not tell what is said in it")
+        raise UserError(f"record {record.id} does not tell what is said in it")
     return Transcribed(mel, spelling(said))
 
 
@@ -167,7 +168,7 @@ def prepared(
     visit (which time it comes, from 0) and seed.
 
     Raises:
-        ValueError: as `transcribed_of`.
+        UserError: as `transcribed_of`.
     """
     sample = transcribed_of(record, encoder)
     if augment is None:
@@ -180,7 +181,7 @@ def utterance_of(record: Record, epoch: int, encoder: SpeechEncoderConfig, seed:
     """A record's first recording; where it is cut and what is masked follow from record, epoch and seed.
 
     Raises:
-        ValueError: there is none, or it cannot be read.
+        UserError: there is none, or it cannot be read.
     """
     mel = sound_of(record, encoder)
     own = seed_of(f"{seed}/{epoch}/{record.id}")

@@ -16,13 +16,14 @@ import yaml
 
 import mm.training.adapters
 import mm.training.config
+from foundation.errors import UserError, one_line
 from mm.averaging import average_best
-from mm.checkpoint import CONFIG_FILE, load, replaced_files, write_yaml
 from mm.evaluation.evaluate import METRICS, evaluate
 from mm.evaluation.metrics import Score
-from mm.training.command import one_line, run_stage
+from mm.parallel.ranks import Ranks
+from mm.run_folder import CONFIG_FILE, load, replaced_files, write_yaml
+from mm.training.command import run_stage
 from mm.training.data import Source
-from mm.training.parallel import Ranks
 from shards.reader import ShardSet
 from stages.finetune import Finetune, finetune
 
@@ -89,16 +90,16 @@ def sweep(config: Sweep) -> None:
     """Finetune every combination that is not done yet, average the best of the runs, and write `sweep.md` and `.json`.
 
     Raises:
-        ValueError: as `combinations_of`; no records to score on; several processes; and at the end, when everything
+        UserError: as `combinations_of`; no records to score on; several processes; and at the end, when everything
             else is done, if some runs failed.
     """
     if Ranks.here().size > 1:
-        raise ValueError(
+        raise UserError(
             f"a sweep is one process; under torchrun start its runs one by one, with the {SETTINGS_FILE} in each folder"
         )
     combinations = combinations_of(config)
     if config.scoring.metric not in METRICS:
-        raise ValueError(f"scoring.metric is {config.scoring.metric!r}; choose from {', '.join(METRICS)}")
+        raise UserError(f"scoring.metric is {config.scoring.metric!r}; choose from {', '.join(METRICS)}")
     records = ShardSet(config.scoring.path).select(split=config.scoring.split)
     failed: dict[Path, str] = {}
     for number, combination in enumerate(combinations, start=1):
@@ -112,7 +113,7 @@ def sweep(config: Sweep) -> None:
     reasons = "; ".join(f"{run.name}: {reason}" for run, reason in failed.items())
     done = [combination for combination in combinations if combination.run not in failed]
     if not done:
-        raise ValueError(f"all {len(combinations)} runs failed: {reasons}")
+        raise UserError(f"all {len(combinations)} runs failed: {reasons}")
     summary = choose(done, config, records)
     summary["failed"] = [{"run": run.name, "reason": reason} for run, reason in failed.items()]
     with replaced_files(config.output, last="sweep.json") as new:
@@ -120,29 +121,29 @@ def sweep(config: Sweep) -> None:
         (new / "sweep.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(table(summary))
     if failed:
-        raise ValueError(f"{len(failed)} of {len(combinations)} runs failed: {reasons}")
+        raise UserError(f"{len(failed)} of {len(combinations)} runs failed: {reasons}")
 
 
 def combinations_of(config: Sweep) -> list[Combination]:
     """Every run of a sweep, subset by subset.
 
     Raises:
-        ValueError: nothing to try in one of the lists, a base or a subset without data, a name that is no folder's or
+        UserError: nothing to try in one of the lists, a base or a subset without data, a name that is no folder's or
             is there twice, numbers out of range.
     """
     for name in ("subsets", "rate_factors", "weight_decays"):
         if not getattr(config, name):
-            raise ValueError(f"{name} is empty; give it at least one entry")
+            raise UserError(f"{name} is empty; give it at least one entry")
     if not config.base.data:
-        raise ValueError("base.data is empty; give a finetuning configuration that would run by itself")
+        raise UserError("base.data is empty; give a finetuning configuration that would run by itself")
     for subset in config.subsets:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", subset.name):
-            raise ValueError(f"subset {subset.name!r}: a name has letters, digits, '_' and '-'")
+            raise UserError(f"subset {subset.name!r}: a name has letters, digits, '_' and '-'")
         if not subset.data:
-            raise ValueError(f"subset {subset.name} has no data; name at least one source")
+            raise UserError(f"subset {subset.name} has no data; name at least one source")
     for factor in config.rate_factors:
         if not 0 < factor < math.inf:
-            raise ValueError(f"rate_factors has {factor}; a factor must be above 0")
+            raise UserError(f"rate_factors has {factor}; a factor must be above 0")
     combinations = [
         Combination(subset.name, factor, decay, _settings(config, subset, factor, decay))
         for subset in config.subsets
@@ -152,7 +153,7 @@ def combinations_of(config: Sweep) -> list[Combination]:
     names = [combination.run.name for combination in combinations]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"{', '.join(twice)}: there twice; name each subset, rate factor and weight decay once")
+        raise UserError(f"{', '.join(twice)}: there twice; name each subset, rate factor and weight decay once")
     return combinations
 
 
@@ -160,7 +161,7 @@ def finish(settings: Finetune) -> None:
     """Finetune, from the newest checkpoint if there is one; a run that has ended stays as it is.
 
     Raises:
-        ValueError: the folder's run has ended and was made with other settings, or as `finetune`.
+        UserError: the folder's run has ended and was made with other settings, or as `finetune`.
     """
     folder = Path(settings.output)
     described = json.loads(json.dumps(asdict(settings)))
@@ -170,7 +171,7 @@ def finish(settings: Finetune) -> None:
         old, new = _decisive(earlier), _decisive(described)
         differing = [name for name in new if old.get(name) != new[name]]
         if differing:
-            raise ValueError(
+            raise UserError(
                 f"{folder} holds a run with another {', '.join(differing)}; name another output folder, or remove it"
             )
         return

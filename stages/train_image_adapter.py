@@ -11,17 +11,18 @@ from dataclasses import dataclass, field, replace
 import torch
 
 import mm.convert.llama
+from foundation.errors import UserError
 from mm.assembly import assemble
-from mm.checkpoint import load, load_encoder, read_encoder_shape, read_shape, save
 from mm.config import ModelConfig
 from mm.cross_attention import ImageAdapterConfig
 from mm.model import MultimodalModel
+from mm.parallel.ranks import Ranks
 from mm.processor import Processor
+from mm.run_folder import load, load_encoder, read_encoder_shape, read_shape, save
 from mm.training.adapters import train_adapters
 from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
 from mm.training.data import Source
-from mm.training.parallel import Ranks
 from vision.encoder import at_tile_size
 
 
@@ -72,7 +73,7 @@ def starting_point(config: TrainImageAdapter) -> tuple[MultimodalModel, Processo
     named = (config.language_model, config.vision_encoder)
     if config.start_from is None:
         if None in named:
-            raise ValueError(
+            raise UserError(
                 "name language_model and vision_encoder for a new adapter, or start_from for an earlier one"
             )
         language_model = mm.convert.llama.load(config.language_model, dtype=torch.float32)
@@ -82,9 +83,9 @@ def starting_point(config: TrainImageAdapter) -> tuple[MultimodalModel, Processo
         tokenizer, template = mm.convert.llama.load_tokenizer(config.language_model), config.chat_template
     else:
         if named != (None, None):
-            raise ValueError("start_from brings its own language_model and vision_encoder: leave those two out")
+            raise UserError("start_from brings its own language_model and vision_encoder: leave those two out")
         if config.adapter != ImageAdapterConfig():
-            raise ValueError("start_from brings its own adapter: leave `adapter` out")
+            raise UserError("start_from brings its own adapter: leave `adapter` out")
         model, earlier = load(config.start_from, dtype=torch.float32)
         tokenizer, template = earlier.tokenizer, config.chat_template or earlier.chat_template
         if config.tile_size is not None:
@@ -97,17 +98,17 @@ def shapes(config: TrainImageAdapter) -> ModelConfig:
     """The configuration of what is trained from `starting_point`, or from `stages.finetune`'s, without any weights.
 
     Raises:
-        ValueError: nothing to start from is named, or what is named does not describe a model.
+        UserError: nothing to start from is named, or what is named does not describe a model.
     """
     if config.start_from is not None:
         model = read_shape(config.start_from)
     elif None in (config.language_model, config.vision_encoder):
-        raise ValueError("name language_model and vision_encoder, or start_from, for their shapes; or take a --preset")
+        raise UserError("name language_model and vision_encoder, or start_from, for their shapes; or take a --preset")
     else:
         language_model = mm.convert.llama.read_shape(config.language_model)
         model = ModelConfig(language_model, read_encoder_shape(config.vision_encoder), config.adapter)
     if model.vision_encoder is None:
-        raise ValueError(f"{config.start_from} has no vision_encoder: there are no pictures to plan for")
+        raise UserError(f"{config.start_from} has no vision_encoder: there are no pictures to plan for")
     tile_size = config.tile_size or model.vision_encoder.tile_size
     return replace(model, vision_encoder=replace(model.vision_encoder, tile_size=tile_size))
 

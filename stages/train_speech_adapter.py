@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 import mm.convert.llama
+from foundation.errors import UserError
 from mm.assembly import add_speech, without_senses
 from mm.batch import IGNORED, Sample
-from mm.checkpoint import language_model_of, load, save
 from mm.model import MultimodalModel
+from mm.parallel.ranks import Ranks
 from mm.processor import Processor
+from mm.run_folder import language_model_of, load, save
 from mm.speech_encoders import load_speech_encoder
 from mm.training.adapters import train_adapters
 from mm.training.command import run_stage
@@ -25,8 +27,7 @@ from mm.training.config import TrainingConfig
 from mm.training.data import RecordDataset, Source, readable_samples
 from mm.training.distillation import with_twin
 from mm.training.objectives import check_weights
-from mm.training.order import seed_of
-from mm.training.parallel import Ranks
+from mm.training.sampler import seed_of
 from mm.training.speech import SpeechObjective, set_statistics
 from shards.format import Record
 from speech.adapter import SpeechAdapterConfig
@@ -93,11 +94,11 @@ def starting_point(config: TrainSpeechAdapter) -> tuple[MultimodalModel, Process
     """The model in FP32 with ears, its processor, and where its language model lies.
 
     Raises:
-        ValueError: nothing or too much to start from, no encoder, or one for a run that has its own; CTC for an adapter
+        UserError: nothing or too much to start from, no encoder, or one for a run that has its own; CTC for an adapter
             without a readout, or a new one with a readout that nothing aligns.
     """
     if (config.start_from is None) == (config.language_model is None):
-        raise ValueError(
+        raise UserError(
             "name start_from, a run that gets ears or trains on, or language_model for a model that only hears; one "
             "of the two"
         )
@@ -114,21 +115,21 @@ def starting_point(config: TrainSpeechAdapter) -> tuple[MultimodalModel, Process
     given = (config.encoder, config.speech_encoder)
     if model.speech_encoder is not None:
         if config.ctc_weight and not model.config.speech_adapter.readout:
-            raise ValueError(
+            raise UserError(
                 f"ctc_weight needs an adapter with a readout, and {config.start_from} has one without: leave it at 0, "
                 "or align a new adapter with `readout: true` for the run or the language model that got that one"
             )
         if given != (None, None) or config.adapter != SpeechAdapterConfig():
-            raise ValueError(
+            raise UserError(
                 f"{config.start_from} brings its own speech encoder and adapter: leave `encoder`, `speech_encoder` and "
                 "`adapter` out"
             )
     elif (config.encoder is None) == (config.speech_encoder is None):
-        raise ValueError(
+        raise UserError(
             "give `encoder`, the shape of a new conformer, or `speech_encoder`, the place of one; one of the two"
         )
     elif config.adapter.readout != bool(config.ctc_weight):
-        raise ValueError(
+        raise UserError(
             "a new adapter has a readout and CTC that aligns it, or neither: set both `adapter.readout: true` and "
             "ctc_weight, or none of them"
         )
@@ -136,7 +137,7 @@ def starting_point(config: TrainSpeechAdapter) -> tuple[MultimodalModel, Process
         add_speech(model, encoder_of(config), config.adapter, seed=config.training.seed)
     augment = config.spec_augment
     if augment and augment.changes_sound and isinstance(model.speech_encoder, WhisperEncoder):
-        raise ValueError(
+        raise UserError(
             "spec_augment: max_warp, max_gain and max_noise are for a conformer's features, and Whisper's are others: "
             "leave them out"
         )

@@ -10,15 +10,16 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from foundation.errors import UserError
 from mm.assembly import add_video_adapter, set_factor
-from mm.checkpoint import language_model_of, load, save
 from mm.model import MultimodalModel
+from mm.parallel.ranks import Ranks
 from mm.processor import Processor
+from mm.run_folder import language_model_of, load, save
 from mm.training.adapters import train_adapters
 from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
 from mm.training.data import Source
-from mm.training.parallel import Ranks
 from mm.training.video import VideoObjective
 from mm.video_adapter import VideoAdapterConfig
 from vision.encoder import at_tile_size
@@ -77,7 +78,7 @@ def starting_point(config: TrainVideoAdapter) -> tuple[MultimodalModel, Processo
     new.
 
     Raises:
-        ValueError: a run without image adapter; an adapter's configuration for a run that has one.
+        UserError: a run without image adapter; an adapter's configuration for a run that has one.
     """
     model, earlier = load(config.start_from, dtype=torch.float32)
     if config.tile_size is not None:
@@ -87,7 +88,7 @@ def starting_point(config: TrainVideoAdapter) -> tuple[MultimodalModel, Processo
     if new:
         add_video_adapter(model, config.adapter, seed=config.training.seed)
     elif config.adapter != VideoAdapterConfig():
-        raise ValueError(f"{config.start_from} brings its own video adapter: leave `adapter` out")
+        raise UserError(f"{config.start_from} brings its own video adapter: leave `adapter` out")
     if config.factor is not None:
         set_factor(model, config.factor)
     settings = {

@@ -16,10 +16,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 import mm
+from app.cli import main
 from layers.rotary import RotaryConfig
-from mm.checkpoint import save_encoder
 from mm.cross_attention import ImageAdapterConfig
 from mm.language_model import LanguageModelConfig
+from mm.run_folder import save_encoder
 from mm.video_adapter import VideoAdapterConfig
 from shards.format import Record
 from shards.writer import write_shards
@@ -267,7 +268,7 @@ def encoder_folder(tiny_model, tmp_path_factory) -> Path:
 def run_folder(tiny_model, tiny_processor, language_model_folder, tmp_path_factory) -> Path:
     """The whole tiny model as a run folder: not to be changed."""
     folder = tmp_path_factory.mktemp("run")
-    mm.checkpoint.save(folder, tiny_model, tiny_processor, language_model=language_model_folder)
+    mm.run_folder.save(folder, tiny_model, tiny_processor, language_model=language_model_folder)
     return folder
 
 
@@ -284,5 +285,31 @@ def everything_run(tiny_config, build_model, tokenizer, tmp_path_factory) -> Pat
         speech_adapter=SpeechAdapterConfig(hidden_size=32, intermediate_size=48, num_heads=2),
     )
     folder = tmp_path_factory.mktemp("everything")
-    mm.checkpoint.save(folder, build_model(config, seed=3), mm.Processor(tokenizer, config), bundle=True)
+    mm.run_folder.save(folder, build_model(config, seed=3), mm.Processor(tokenizer, config), bundle=True)
     return folder
+
+
+@pytest.fixture
+def mm_command(capsys):
+    """mm_command(*arguments) -> (exit code, what is printed, what is said on stderr)."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        shown = capsys.readouterr()
+        return ended.value.code, shown.out, shown.err
+
+    return run
+
+
+@pytest.fixture
+def refused(mm_command):
+    """refused(*arguments) -> the one line that is said; nothing is printed, nothing appears on the disk."""
+
+    def run(*arguments) -> str:
+        code, out, err = mm_command(*arguments)
+        assert code == 1 and out == ""
+        assert err.count("\n") == 1 and err.endswith("\n") and "Traceback" not in err and len(err) < 600
+        return err.strip()
+
+    return run

@@ -8,7 +8,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 import mm
-from app.speech_sets import SETS
+from demos.speech_sets import SETS
 from mm.cross_attention import ImageAdapterConfig
 from mm.language_model import LanguageModelConfig
 from mm.training.objectives import ContrastiveModel

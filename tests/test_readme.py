@@ -15,7 +15,7 @@ import app.cli
 import mm.convert.mllama
 import mm.convert.open_clip
 import mm.convert.whisper
-from mm.checkpoint import save
+from mm.run_folder import save
 from shards.format import Record, make_id
 from shards.writer import write_shards
 from speech.whisper import WhisperEncoder, WhisperEncoderConfig

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from foundation.errors import UserError
 from layers.attention import SelfAttention
 from layers.feed_forward import MLP
 from layers.linear import Linear
@@ -54,9 +55,9 @@ class AggregatorConfig:
     def __post_init__(self) -> None:
         for name in ("factor", "num_layers", "num_waves"):
             if getattr(self, name) < 1:
-                raise ValueError(f"aggregator.{name} is {getattr(self, name)}; it must be at least 1")
+                raise UserError(f"aggregator.{name} is {getattr(self, name)}; it must be at least 1")
         if self.hidden_size % self.num_heads:
-            raise ValueError(
+            raise UserError(
                 f"aggregator.hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}"
             )
 

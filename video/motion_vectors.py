@@ -21,7 +21,7 @@ def codec_speed(source: bytes) -> float | None:
         alone.
 
     Raises:
-        ValueError: as `video.timeline.open_video`.
+        UserError: as `video.timeline.open_video`.
     """
     av = pyav()
     picture = av.video.frame.PictureType

@@ -8,6 +8,7 @@ from fractions import Fraction
 import numpy as np
 from PIL import Image
 
+from foundation.errors import UserError
 from video.timeline import MAX_PACKETS, Timeline, Undecodable, Video, decoded, hops, pyav
 from vision.reading import to_rgb
 
@@ -19,7 +20,7 @@ def read_pyav(video: Video, timeline: Timeline, indices: np.ndarray, time_limit:
 
     Raises:
         Undecodable: the stream does not yield one of these frames.
-        ValueError: the time limit is over.
+        UserError: the time limit is over.
     """
     av = pyav()
     bilinear = av.video.reformatter.Interpolation.BILINEAR  # decord's; it is how chroma is spread
@@ -69,9 +70,9 @@ def open_animation(data: bytes, max_pixels: int) -> Image.Image:
             warnings.simplefilter("ignore")  # of large pictures: our own limit stands in for it
             picture = Image.open(io.BytesIO(data), formats=("GIF", "WEBP"))
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ... on broken files
-        raise ValueError(f"broken or truncated animation ({type(error).__name__}: {error})") from None
+        raise UserError(f"broken or truncated animation ({type(error).__name__}: {error})") from None
     if picture.width * picture.height > max_pixels:
-        raise ValueError(f"{picture.width} x {picture.height} pixels a frame, over the limit of {max_pixels:,}")
+        raise UserError(f"{picture.width} x {picture.height} pixels a frame, over the limit of {max_pixels:,}")
     return picture
 
 
@@ -80,9 +81,9 @@ def animation_timeline(data: bytes, picture: Image.Image) -> Timeline:
     try:
         durations = _webp_durations(data) if picture.format == "WEBP" else _gif_durations(picture)
     except Exception as error:
-        raise ValueError(f"broken or truncated animation ({type(error).__name__}: {error})") from None
+        raise UserError(f"broken or truncated animation ({type(error).__name__}: {error})") from None
     if len(durations) > MAX_PACKETS:
-        raise ValueError(f"over {MAX_PACKETS:,} frames, the limit")
+        raise UserError(f"over {MAX_PACKETS:,} frames, the limit")
     durations = [duration or STILL for duration in durations] if len(durations) > 1 else [0]
     ends = np.cumsum(durations, dtype=np.int64)
     return Timeline(ends - durations, int(ends[-1]), Fraction(1, 1000))
@@ -116,5 +117,5 @@ def read_animation(picture: Image.Image, indices: np.ndarray) -> np.ndarray:
             picture.seek(index)
             pixels[row] = np.asarray(to_rgb(picture.copy()))
     except Exception as error:
-        raise ValueError(f"broken or truncated animation ({type(error).__name__}: {error})") from None
+        raise UserError(f"broken or truncated animation ({type(error).__name__}: {error})") from None
     return pixels

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from foundation.errors import UserError
 from video import decord_reader, readers
 from video.timeline import (
     MAX_PIXELS,
@@ -108,13 +109,13 @@ def sample_frames(
         the frames; `pixels` may be backed by memory shared with no other array.
 
     Raises:
-        ValueError: a missing, empty, truncated or unreadable file, one without a video stream or frame, one over a
+        UserError: a missing, empty, truncated or unreadable file, one without a video stream or frame, one over a
             limit, or a missing package; names the file and says why.
     """
     if max_frames < 1:
-        raise ValueError(f"max_frames is {max_frames}: give at least 1")
+        raise UserError(f"max_frames is {max_frames}: give at least 1")
     if reader not in (None, "decord", "pyav"):
-        raise ValueError(f"no reader {reader!r}: give 'decord', 'pyav' or None")
+        raise UserError(f"no reader {reader!r}: give 'decord', 'pyav' or None")
     name = "clip" if isinstance(source, bytes) else str(source)
     try:
         data = source if isinstance(source, bytes) else _check_file(Path(source))
@@ -124,22 +125,22 @@ def sample_frames(
             return _sample_animation(data, max_frames, max_pixels, max_seconds)
         return _sample_video(source, max_frames, reader, max_pixels, max_seconds, time_limit)
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise UserError(f"{name}: {error}") from error
     except MemoryError as error:
-        raise ValueError(f"{name}: not enough memory for its frames; lower max_frames or max_pixels") from error
+        raise UserError(f"{name}: not enough memory for its frames; lower max_frames or max_pixels") from error
 
 
 def _check_file(path: Path) -> bytes:
     """The first bytes of a file."""
     if not path.exists():
-        raise ValueError("no such file")
+        raise UserError("no such file")
     if not path.is_file():
-        raise ValueError("is not a regular file; give the path of a clip")
+        raise UserError("is not a regular file; give the path of a clip")
     try:
         with path.open("rb") as file:
             return file.read(64)
     except OSError as error:
-        raise ValueError(f"cannot be read ({error.strerror})") from error
+        raise UserError(f"cannot be read ({error.strerror})") from error
 
 
 def _sample_animation(data: bytes, max_frames: int, max_pixels: int, max_seconds: float) -> Frames:
@@ -176,9 +177,7 @@ def _sample_video(
                 pixels = decord_reader.read(source, video, wanted, time_limit)
                 obstacle = "decord failed or took too long"
             if pixels is None and reader == "decord":
-                raise ValueError(
-                    f"decord does not read this as PyAV does ({obstacle}); leave the choice of reader open"
-                )
+                raise UserError(f"decord does not read this as PyAV does ({obstacle}); leave the choice of reader open")
         if pixels is None:
             try:
                 pixels = readers.read_pyav(video, timeline, wanted, time_limit)
@@ -190,18 +189,18 @@ def _sample_video(
                 try:
                     pixels = readers.read_pyav(video, timeline, wanted, time_limit)
                 except Undecodable as error:
-                    raise ValueError(f"its frames do not decode alike twice ({error})") from None
+                    raise UserError(f"its frames do not decode alike twice ({error})") from None
         return _frames(video.upright(pixels), repeats, indices, timeline)
 
 
 def _pick(timeline: Timeline, size: int, max_frames: int, max_seconds: float) -> np.ndarray:
     if timeline.seconds > max_seconds:
-        raise ValueError(f"{timeline.seconds:,.0f} seconds long, over the limit of {max_seconds:,.0f}; cut it")
+        raise UserError(f"{timeline.seconds:,.0f} seconds long, over the limit of {max_seconds:,.0f}; cut it")
     if len(timeline.ticks) > 1 and timeline.duration <= 0:
-        raise ValueError("0 frames per second: its frames have no times")
+        raise UserError("0 frames per second: its frames have no times")
     indices = sample_indices(timeline.ticks, timeline.duration, max_frames)
     if size * len(indices) > MAX_SAMPLED_PIXELS:
-        raise ValueError(
+        raise UserError(
             f"{len(indices)} frames of {size:,} pixels are over the limit of {MAX_SAMPLED_PIXELS:,} together; "
             "lower max_frames"
         )

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from foundation.errors import UserError
+
 MAX_PIXELS = 2**25  # of a frame; 8K (7680 x 4320) is just below
 MAX_SECONDS = 3600.0
 TIME_LIMIT = 120.0  # seconds that one reader may take over one clip
@@ -105,7 +107,7 @@ def pyav() -> ModuleType:
     try:
         import av
     except ImportError:
-        raise ValueError("video needs the package av: pip install 'mm-adapters[video]'") from None
+        raise UserError("video needs the package av: pip install 'mm-adapters[video]'") from None
     return av
 
 
@@ -114,17 +116,17 @@ def open_video(source: str | Path | bytes, max_pixels: int, max_seconds: float) 
     """Opens a file with PyAV, checks it against the limits and finds its timeline and its first frame.
 
     Raises:
-        ValueError: what is wrong with it, without the file's name.
+        UserError: what is wrong with it, without the file's name.
     """
     av = pyav()
     with io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as file:
         if not file.read(1):
-            raise ValueError("the file is empty (0 bytes)")
+            raise UserError("the file is empty (0 bytes)")
         file.seek(0)
         try:
             container = av.open(file, options={"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"})
         except av.error.FFmpegError as error:
-            raise ValueError(f"not a video, or one cut off or broken at its start ({error.strerror})") from None
+            raise UserError(f"not a video, or one cut off or broken at its start ({error.strerror})") from None
         with container:
             yield _probe(av, container, max_pixels, max_seconds)
 
@@ -132,22 +134,22 @@ def open_video(source: str | Path | bytes, max_pixels: int, max_seconds: float) 
 def _probe(av: ModuleType, container: Any, max_pixels: int, max_seconds: float) -> Video:
     streams = [stream for stream in container.streams.video if not _is_cover(av, stream)]
     if not streams:
-        raise ValueError("no video stream" + (" (sound only)" if container.streams.audio else ""))
+        raise UserError("no video stream" + (" (sound only)" if container.streams.audio else ""))
     best = container.streams.best("video")
     stream = best if best in streams else streams[0]
     if stream.codec_context is None:
-        raise ValueError("its codec is not supported")
+        raise UserError("its codec is not supported")
     stream.codec_context.thread_count = 1  # loaders run one process per core
     width, height = stream.codec_context.width, stream.codec_context.height
     if width * height > max_pixels:
-        raise ValueError(f"{width} x {height} = {width * height:,} pixels a frame, over the limit of {max_pixels:,}")
+        raise UserError(f"{width} x {height} = {width * height:,} pixels a frame, over the limit of {max_pixels:,}")
     seconds = (container.duration or 0) / av.time_base
     if seconds > max_seconds:
-        raise ValueError(f"{seconds:,.0f} seconds long, over the limit of {max_seconds:,.0f}; cut it")
+        raise UserError(f"{seconds:,.0f} seconds long, over the limit of {max_seconds:,.0f}; cut it")
     timeline, skips = _demux(av, container, stream)
     first = _first_frame(av, container, stream)
     if first.width * first.height > max_pixels:
-        raise ValueError(f"{first.width} x {first.height} pixels a frame, over the limit of {max_pixels:,}")
+        raise UserError(f"{first.width} x {first.height} pixels a frame, over the limit of {max_pixels:,}")
     video = Video(container, stream, timeline, first.width, first.height, first.format.name, _matrix(first), skips)
     if not timeline.from_packets:
         video.timeline = timeline_by_decoding(video)
@@ -173,8 +175,8 @@ def _first_frame(av: ModuleType, container: Any, stream: Any) -> Any:
         for frame in container.decode(stream):
             return frame
     except (av.error.FFmpegError, ValueError) as error:
-        raise ValueError(f"its first frame does not decode ({stream.codec_context.name}: {error})") from None
-    raise ValueError("no frame in it decodes")
+        raise UserError(f"its first frame does not decode ({stream.codec_context.name}: {error})") from None
+    raise UserError("no frame in it decodes")
 
 
 def rewind(av: ModuleType, container: Any, stream: Any) -> None:
@@ -183,7 +185,7 @@ def rewind(av: ModuleType, container: Any, stream: Any) -> None:
     try:
         container.seek(min(0, start or 0) if start is not None else 0, stream=stream)
     except av.error.FFmpegError as error:
-        raise ValueError(
+        raise UserError(
             f"a bare stream, with no times (0 frames per second) and no way back to its start ({error.strerror}); "
             "put it into a container such as MP4 or Matroska"
         ) from None
@@ -199,7 +201,7 @@ def _demux(av: ModuleType, container: Any, stream: Any) -> tuple[Timeline, bool]
                 continue  # the end
             packets += 1
             if packets > MAX_PACKETS:
-                raise ValueError(f"over {MAX_PACKETS:,} frames, the limit")
+                raise UserError(f"over {MAX_PACKETS:,} frames, the limit")
             hidden = stream.codec_context.name == "vp8" and not bytes(packet)[0] & 0x10
             if packet.is_discard or packet.is_corrupt or hidden:
                 skips = True
@@ -212,9 +214,9 @@ def _demux(av: ModuleType, container: Any, stream: Any) -> tuple[Timeline, bool]
         pass  # cut off: what came before it counts
     announced = stream.frames
     if announced and packets < MIN_PRESENT * announced:
-        raise ValueError(f"cut off: holds {packets} of the {announced} frames that it announces")
+        raise UserError(f"cut off: holds {packets} of the {announced} frames that it announces")
     if not packets:
-        raise ValueError("its video stream holds no frame")
+        raise UserError("its video stream holds no frame")
     stamps = [pts for pts, _, _ in shown]
     if not timed or not shown or len(set(stamps)) < len(stamps):
         return Timeline(np.zeros(1, np.int64), 0, stream.time_base, from_packets=False), skips
@@ -247,9 +249,9 @@ def timeline_by_decoding(video: Video, time_limit: float = 600.0) -> Timeline:
         stamps.append(frame.pts)
         duration = frame.duration or 0
     if not stamps:
-        raise ValueError("no frame in it decodes")
+        raise UserError("no frame in it decodes")
     if any(stamp is None for stamp in stamps) or any(b <= a for a, b in pairwise(stamps)):
-        raise ValueError("0 frames per second: its frames have no times")
+        raise UserError("0 frames per second: its frames have no times")
     timeline = _timeline(stamps, duration, stream)
     timeline.keys, timeline.from_packets = (0,), False
     return timeline
@@ -264,7 +266,7 @@ def decoded(av: ModuleType, video: Video, deadline: float, start: int | None = N
     try:
         for packet in video.container.demux(video.stream):
             if time.monotonic() > deadline:
-                raise ValueError("takes longer to decode than the time limit")
+                raise UserError("takes longer to decode than the time limit")
             try:
                 yield from packet.decode()
             except av.error.InvalidDataError:

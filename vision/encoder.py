@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from foundation.errors import UserError
 from layers.attention import SelfAttention
 from layers.feed_forward import MLP
 from layers.linear import Linear
@@ -53,16 +54,16 @@ class VisionEncoderConfig:
 
     def __post_init__(self) -> None:
         if self.tile_size % self.patch_size:
-            raise ValueError(f"tile_size {self.tile_size} is not a multiple of patch_size {self.patch_size}")
+            raise UserError(f"tile_size {self.tile_size} is not a multiple of patch_size {self.patch_size}")
         if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+            raise UserError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         wrong = [point for point in self.tap_points if not 0 <= point <= self.num_layers]
         if wrong:
-            raise ValueError(f"tap_points {wrong} are outside 0..{self.num_layers}, the number of completed blocks")
+            raise UserError(f"tap_points {wrong} are outside 0..{self.num_layers}, the number of completed blocks")
         if self.padding not in ("ragged", "llama32"):
-            raise ValueError(f"padding {self.padding!r} is not known; it can be ragged or llama32")
+            raise UserError(f"padding {self.padding!r} is not known; it can be ragged or llama32")
         if not 1 <= self.max_num_tiles <= MAX_TILES:
-            raise ValueError(f"max_num_tiles is {self.max_num_tiles}; it can be 1 to {MAX_TILES}")
+            raise UserError(f"max_num_tiles is {self.max_num_tiles}; it can be 1 to {MAX_TILES}")
 
     @property
     def patches_per_side(self) -> int:
@@ -167,7 +168,7 @@ class VisionEncoder(nn.Module):
             [sum of K_n * P, feature_size]: image by image, tile by tile, CLS first in each tile.
 
         Raises:
-            ValueError: a tile of another size than the encoder's, or more tiles than it takes.
+            UserError: a tile of another size than the encoder's, or more tiles than it takes.
         """
         self._check(images)
         groups: dict[int, list[int]] = defaultdict(list)
@@ -253,12 +254,12 @@ class VisionEncoder(nn.Module):
     def _check(self, images: Sequence[Tiles]) -> None:
         for index, tiles in enumerate(images):
             if tiles.pixels.shape[-1] != self.config.tile_size:
-                raise ValueError(
+                raise UserError(
                     f"image {index} has tiles of {tiles.pixels.shape[-1]} px; the encoder takes "
                     f"{self.config.tile_size} px (tile_image(..., tile_size={self.config.tile_size}))"
                 )
             if tiles.num_tiles > self.config.max_num_tiles:
-                raise ValueError(
+                raise UserError(
                     f"image {index} has {tiles.num_tiles} tiles; the encoder takes at most {self.config.max_num_tiles}"
                 )
 

@@ -1,6 +1,6 @@
 """Any picture file -> an RGB picture, safely: the first step of every walk that starts from a file.
 
-Whatever a file holds, the caller gets a decoded `PIL.Image` in mode RGB or a `ValueError` that names the file and the
+Whatever a file holds, the caller gets a decoded `PIL.Image` in mode RGB or a `UserError` that names the file and the
 reason. Sizes are checked before anything is decoded; an SVG may not load anything from outside itself.
 """
 
@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from foundation.errors import UserError
 
 MAX_PIXELS = 2**26  # 67 million, e.g. 8192 x 8192: about 200 MB once decoded
 MAX_SVG_BYTES = 2**24
@@ -47,7 +49,7 @@ def read_picture(
         a decoded picture in mode RGB, not tied to the file.
 
     Raises:
-        ValueError: a missing, empty, truncated, too large or unreadable file; names it and says why.
+        UserError: a missing, empty, truncated, too large or unreadable file; names it and says why.
     """
     return _read(source, max_pixels, svg_size, svg_fonts, cutout=False)
 
@@ -66,7 +68,7 @@ def _read(source: str | Path | bytes, max_pixels: int, svg_size: int, svg_fonts:
     name = "picture" if isinstance(source, bytes) else str(source)
     data = source if isinstance(source, bytes) else _read_file(Path(source))
     if not data:
-        raise ValueError(f"{name}: the file is empty (0 bytes)")
+        raise UserError(f"{name}: the file is empty (0 bytes)")
     try:
         if _looks_like_svg(data):
             picture = _render_svg(data, max_pixels, svg_size, svg_fonts, background=None if cutout else "#ffffff")
@@ -76,24 +78,24 @@ def _read(source: str | Path | bytes, max_pixels: int, svg_size: int, svg_fonts:
             return picture.convert("RGBA")
         return to_rgb(picture).convert("RGBA") if cutout else to_rgb(picture)
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise UserError(f"{name}: {error}") from error
     except MemoryError as error:
-        raise ValueError(f"{name}: not enough memory to decode this picture; lower max_pixels to refuse it") from error
+        raise UserError(f"{name}: not enough memory to decode this picture; lower max_pixels to refuse it") from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ... on broken files
-        raise ValueError(f"{name}: broken or truncated picture ({type(error).__name__}: {error})") from error
+        raise UserError(f"{name}: broken or truncated picture ({type(error).__name__}: {error})") from error
 
 
 def _read_file(path: Path) -> bytes:
     if path.is_dir():
-        raise ValueError(f"{path}: is a folder; give the path of a picture file")
+        raise UserError(f"{path}: is a folder; give the path of a picture file")
     if not path.exists():
-        raise ValueError(f"{path}: no such file")
+        raise UserError(f"{path}: no such file")
     if not path.is_file():
-        raise ValueError(f"{path}: is not a regular file")
+        raise UserError(f"{path}: is not a regular file")
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 # ---------------------------------------------------------------------------------------------------- raster pictures
@@ -110,12 +112,12 @@ def _open(data: bytes, max_pixels: int, formats: tuple[str, ...] = _FORMATS) -> 
         try:
             picture = Image.open(io.BytesIO(data), formats=formats)
         except Image.UnidentifiedImageError:
-            raise ValueError(f"not a picture in a known format ({', '.join(formats)}, SVG)") from None
+            raise UserError(f"not a picture in a known format ({', '.join(formats)}, SVG)") from None
         except Image.DecompressionBombError:
-            raise ValueError(f"over the limit of {max_pixels:,} pixels") from None
+            raise UserError(f"over the limit of {max_pixels:,} pixels") from None
     width, height = picture.size
     if width * height > max_pixels:
-        raise ValueError(
+        raise UserError(
             f"{width} x {height} = {width * height:,} pixels, over the limit of {max_pixels:,}; "
             "shrink the picture, or raise max_pixels if its source is trusted"
         )
@@ -176,25 +178,25 @@ def _svg_text(data: bytes) -> str:
         with gzip.open(io.BytesIO(data)) as file:
             data = file.read(MAX_SVG_BYTES + 1)
     if len(data) > MAX_SVG_BYTES:
-        raise ValueError(f"SVG over the limit of {MAX_SVG_BYTES:,} bytes")
+        raise UserError(f"SVG over the limit of {MAX_SVG_BYTES:,} bytes")
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return data.decode("utf-16")
     declared = re.match(rb"<\?xml[^>]*?encoding\s*=\s*[\"']([A-Za-z0-9._-]+)", data)
     try:
         return data.decode(declared.group(1).decode() if declared else "utf-8-sig")
     except (LookupError, UnicodeDecodeError) as error:
-        raise ValueError(f"SVG is not in the text encoding it declares ({error})") from None
+        raise UserError(f"SVG is not in the text encoding it declares ({error})") from None
 
 
 def _render_svg(data: bytes, max_pixels: int, svg_size: int, svg_fonts: bool, background: str | None) -> Image.Image:
     if not 1 <= svg_size**2 <= max_pixels:
-        raise ValueError(f"svg_size {svg_size} is not within 1 and {int(max_pixels**0.5)}, the side of max_pixels")
+        raise UserError(f"svg_size {svg_size} is not within 1 and {int(max_pixels**0.5)}, the side of max_pixels")
     text = _svg_text(data)
     has_text = _check_svg(text, max_pixels)
     try:
         import resvg_py
     except ImportError:
-        raise ValueError("SVG needs the package resvg-py: pip install 'mm-adapters[demo]'") from None
+        raise UserError("SVG needs the package resvg-py: pip install 'mm-adapters[demo]'") from None
     # Width and height together are a box to fit into. Fonts are searched for (slow) only where there is text.
     png = resvg_py.svg_to_bytes(
         svg_string=text,
@@ -225,23 +227,21 @@ def _check_svg(text: str, max_pixels: int) -> bool:
         nonlocal embedded
         index, local = len(names), name.rpartition(":")[2]
         if not names and local != "svg":
-            raise ValueError(f"not a picture: its first element is <{local}>, not <svg>")
+            raise UserError(f"not a picture: its first element is <{local}>, not <svg>")
         names.append(local)
         ends.append(index + 1)
         depths.append(len(open_elements) + 1)
         open_elements.append(index)
         if len(open_elements) > MAX_SVG_DEPTH:
-            raise ValueError(f"SVG nests its elements over {MAX_SVG_DEPTH} deep")
+            raise UserError(f"SVG nests its elements over {MAX_SVG_DEPTH} deep")
         if len(attributes.get("numOctaves", "").strip()) > 2:  # the work is per octave and pixel; 8 bits see about 8
-            raise ValueError(
-                f"SVG asks for {attributes['numOctaves'][:20]} octaves of turbulence, over the limit of 99"
-            )
+            raise UserError(f"SVG asks for {attributes['numOctaves'][:20]} octaves of turbulence, over the limit of 99")
         ids.setdefault(attributes.get("id", ""), index)
         for key, value in attributes.items():
             if key.rpartition(":")[2] == "href" and local != "a":
                 embedded += _check_link(value.strip(), local, max_pixels)
                 if embedded > max_pixels:
-                    raise ValueError(f"SVG holds pictures of {embedded:,} pixels, over the limit of {max_pixels:,}")
+                    raise UserError(f"SVG holds pictures of {embedded:,} pixels, over the limit of {max_pixels:,}")
                 references.extend((index, value.strip()[1:]) for _ in range(local == "use"))
             references.extend((index, target) for target in re.findall(r"url\(\s*[\"']?#([^\"')\s]+)", value))
 
@@ -253,7 +253,7 @@ def _check_svg(text: str, max_pixels: int) -> bool:
     try:
         parser.Parse(text.encode(), True)
     except xml.parsers.expat.ExpatError as error:
-        raise ValueError(f"broken or truncated SVG ({error})") from None
+        raise UserError(f"broken or truncated SVG ({error})") from None
     _check_expansion(ends, depths, references, ids)
     return "text" in names
 
@@ -271,13 +271,13 @@ def _check_link(link: str, element: str, max_pixels: int) -> int:
         return 0
     embedded = re.match(r"data:(?:image/(?:png|jpe?g|gif|webp))?\s*(;[^,]*)?,", link)
     if not embedded:
-        raise ValueError(f"SVG wants to load {link[:60]!r} in <{element}>: only raster data within the file is allowed")
+        raise UserError(f"SVG wants to load {link[:60]!r} in <{element}>: only raster data within the file is allowed")
     data = urllib.parse.unquote_to_bytes(link[embedded.end() :])
     if (embedded.group(1) or "").rstrip().lower().endswith(";base64"):
         try:
             data = base64.b64decode(b"".join(data.split()), validate=True)
         except ValueError:
-            raise ValueError(f"SVG has broken base64 data in <{element}>") from None
+            raise UserError(f"SVG has broken base64 data in <{element}>") from None
     width, height = _open(data, max_pixels, _EMBEDDED_FORMATS).size
     return width * height
 
@@ -293,7 +293,7 @@ def _check_expansion(
         if element in sizes:
             return sizes[element]
         if chain > MAX_SVG_DEPTH:
-            raise ValueError(f"SVG chains its references over {MAX_SVG_DEPTH} deep")
+            raise UserError(f"SVG chains its references over {MAX_SVG_DEPTH} deep")
         sizes[element] = (0, 0)  # a cycle draws nothing: the renderer cuts it
         size = ends[element] - element
         depth = max(depths[element : ends[element]]) - depths[element] + 1
@@ -304,9 +304,9 @@ def _check_expansion(
                 size += inner_size
                 depth = max(depth, depths[source] - depths[element] + 1 + inner_depth)
         if size > MAX_SVG_ELEMENTS:
-            raise ValueError(f"SVG draws over {MAX_SVG_ELEMENTS:,} elements once its references are followed")
+            raise UserError(f"SVG draws over {MAX_SVG_ELEMENTS:,} elements once its references are followed")
         if depth > MAX_SVG_DEPTH:
-            raise ValueError(f"SVG nests its elements over {MAX_SVG_DEPTH} deep once its references are followed")
+            raise UserError(f"SVG nests its elements over {MAX_SVG_DEPTH} deep once its references are followed")
         sizes[element] = (size, depth)
         return size, depth
 

@@ -12,6 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
+from foundation.errors import UserError
+
 # (rows, cols) of tiles; a canvas's id is its place in this list counted from 1, and 0 means "no image".
 CANVASES = ((1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1))
 MAX_TILES = 4
@@ -32,10 +34,10 @@ class Tiles:
     def __post_init__(self) -> None:
         rows, cols = self.grid
         if self.grid not in CANVASES:
-            raise ValueError(f"grid {self.grid} is not one of the canvases {CANVASES}")
+            raise UserError(f"grid {self.grid} is not one of the canvases {CANVASES}")
         shape = tuple(self.pixels.shape)
         if len(shape) != 4 or shape[:2] != (rows * cols, 3) or shape[2] != shape[3] or self.pixels.dtype != torch.uint8:
-            raise ValueError(
+            raise UserError(
                 f"pixels are {self.pixels.dtype} {list(shape)}; a grid of {rows} x {cols} needs torch.uint8 "
                 f"[{rows * cols}, 3, S, S]"
             )
@@ -88,14 +90,14 @@ def tile_image(image: Image.Image, tile_size: int, max_tiles: int = MAX_TILES) -
         max_tiles: 1..4; canvases with more tiles are not considered.
 
     Raises:
-        ValueError: another mode than RGB, or a limit out of range.
+        UserError: another mode than RGB, or a limit out of range.
     """
     if image.mode != "RGB":
-        raise ValueError(f"the picture has mode {image.mode}; convert it to RGB (vision.reading.read_picture does)")
+        raise UserError(f"the picture has mode {image.mode}; convert it to RGB (vision.reading.read_picture does)")
     if not 1 <= max_tiles <= MAX_TILES:
-        raise ValueError(f"max_tiles is {max_tiles}; it can be 1 to {MAX_TILES}")
+        raise UserError(f"max_tiles is {max_tiles}; it can be 1 to {MAX_TILES}")
     if tile_size < 1:
-        raise ValueError(f"tile_size is {tile_size}; it must be at least 1")
+        raise UserError(f"tile_size is {tile_size}; it must be at least 1")
     grid = choose_canvas(image.width, image.height, tile_size, max_tiles)
     width, height = fit_size(image.width, image.height, grid, tile_size)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)

@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from foundation.errors import UserError
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -21,17 +23,17 @@ def read_json(path: str | Path) -> dict:
     """A JSON object from a file.
 
     Raises:
-        ValueError: no such file, or no JSON object in it.
+        UserError: no such file, or no JSON object in it.
     """
     path = Path(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a JSON {type(values).__name__}; an object is needed")
+        raise UserError(f"{path} holds a JSON {type(values).__name__}; an object is needed")
     return values
 
 
@@ -39,15 +41,15 @@ def read_config(folder: str | Path) -> tuple[dict, dict]:
     """A folder's config.json and its generation_config.json; the second is {} where there is none.
 
     Raises:
-        ValueError: not a folder, no config.json, or a file that is not valid JSON.
+        UserError: not a folder, no config.json, or a file that is not valid JSON.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder")
+        raise UserError(f"{folder} is not a folder")
     if not (folder / "config.json").is_file():
         ggufs = sorted(path.name for path in folder.glob("*.gguf"))
         hint = f"; name the file itself to read {ggufs[0]}" if ggufs else ""
-        raise ValueError(f"{folder} has no config.json, so it is not a Hugging Face model folder{hint}")
+        raise UserError(f"{folder} has no config.json, so it is not a Hugging Face model folder{hint}")
     generation = folder / "generation_config.json"
     return read_json(folder / "config.json"), read_json(generation) if generation.is_file() else {}
 
@@ -59,7 +61,7 @@ def read_tensors(folder: str | Path, dtype: torch.dtype | None = None) -> dict[s
         dtype: floating-point tensors are converted one by one while they are read; None keeps them as stored.
 
     Raises:
-        ValueError: no safetensors files, a missing or damaged one, or a tensor that two shards hold.
+        UserError: no safetensors files, a missing or damaged one, or a tensor that two shards hold.
     """
     tensors: dict[str, Tensor] = {}
     for path in _weight_files(Path(folder)):
@@ -67,11 +69,11 @@ def read_tensors(folder: str | Path, dtype: torch.dtype | None = None) -> dict[s
             with safe_open(path, framework="pt", device="cpu") as file:
                 for name in file.keys():  # noqa: SIM118  the file is no dict
                     if name in tensors:
-                        raise ValueError(f"{path} holds {name}, which another shard holds too")
+                        raise UserError(f"{path} holds {name}, which another shard holds too")
                     tensor = file.get_tensor(name)
                     tensors[name] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
+            raise UserError(f"{path} cannot be read as safetensors: {error}") from error
     return tensors
 
 
@@ -81,22 +83,22 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{folder / INDEX} has no weight_map")
+            raise UserError(f"{folder / INDEX} has no weight_map")
         names = sorted({str(name) for name in weight_map.values()})
         foreign = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
         if foreign:
-            raise ValueError(f"{folder / INDEX} names {foreign[0]!r}, which is not a safetensors file of this folder")
+            raise UserError(f"{folder / INDEX} names {foreign[0]!r}, which is not a safetensors file of this folder")
         absent = [name for name in names if not (folder / name).is_file()]
         if absent:
-            raise ValueError(f"{folder} lacks {', '.join(absent)}, named by {INDEX}; fetch the rest of the folder")
+            raise UserError(f"{folder} lacks {', '.join(absent)}, named by {INDEX}; fetch the rest of the folder")
         return [folder / name for name in names]
     pickles = sorted(path.name for path in folder.glob("*.bin")) + sorted(path.name for path in folder.glob("*.pt*"))
     if pickles:
-        raise ValueError(
+        raise UserError(
             f"{folder} holds {pickles[0]}, a pickle, which could run code when read. Convert it once, where you trust "
             f'it: transformers.AutoModelForCausalLM.from_pretrained("{folder}").save_pretrained("OUT")'
         )
-    raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX}")
+    raise UserError(f"{folder} holds neither {SINGLE} nor {INDEX}")
 
 
 @contextmanager
@@ -104,11 +106,11 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its name when the block succeeds, and vanishes when it fails.
 
     Raises:
-        ValueError: `folder` exists and holds something.
+        UserError: `folder` exists and holds something.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists already; name a new or an empty folder")
+        raise UserError(f"{folder} exists already; name a new or an empty folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:

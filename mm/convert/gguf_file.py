@@ -12,6 +12,7 @@ from gguf import GGUFReader, GGUFValueType
 from gguf.quants import dequantize
 from torch import Tensor
 
+from foundation.errors import UserError
 from layers.rotary import RotaryConfig, inverse_frequencies
 from mm.convert.gguf_tokenizer import build_tokenizer
 from mm.convert.llama_config import limit_context
@@ -41,19 +42,19 @@ def open_gguf(path: str | Path) -> GGUFReader:
     """A reader over a memory-mapped file.
 
     Raises:
-        ValueError: not a GGUF file, a damaged one, or one part of a split file.
+        UserError: not a GGUF file, a damaged one, or one part of a split file.
     """
     path = Path(path)
     try:
         with path.open("rb") as file:
             magic = file.read(4)
         if magic != b"GGUF":
-            raise ValueError(f"{path} is not a GGUF file")
+            raise UserError(f"{path} is not a GGUF file")
         reader = GGUFReader(path)
     except (OSError, IndexError, KeyError, UnicodeDecodeError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as GGUF: {error}") from error
+        raise UserError(f"{path} cannot be read as GGUF: {error}") from error
     if (_metadata(reader, "split.count") or 1) > 1:
-        raise ValueError(f"{path} is one part of a split GGUF file; join the parts with llama.cpp's gguf-split --merge")
+        raise UserError(f"{path} is one part of a split GGUF file; join the parts with llama.cpp's gguf-split --merge")
     return reader
 
 
@@ -69,7 +70,7 @@ def read(
         configuration, tensors, names of tensors left out with the reason, and notes for the report.
 
     Raises:
-        ValueError: an architecture, setting or quantisation that is not supported, or missing metadata, by name; a
+        UserError: an architecture, setting or quantisation that is not supported, or missing metadata, by name; a
             file that is damaged.
     """
     reader = open_gguf(path)
@@ -85,28 +86,28 @@ def read_shape(path: str | Path) -> LanguageModelConfig:
 def _config(reader: GGUFReader, path: str | Path) -> tuple[LanguageModelConfig, list[str]]:
     architecture = _metadata(reader, "general.architecture")
     if architecture not in ARCHITECTURES:
-        raise ValueError(f"{path}: architecture {architecture!r} is not supported; it can be llama or qwen2")
+        raise UserError(f"{path}: architecture {architecture!r} is not supported; it can be llama or qwen2")
 
     def setting(name: str, default=None, needed: bool = False):
         value = _metadata(reader, f"{architecture}.{name}")
         if value is None and needed:
-            raise ValueError(f"{path} lacks {architecture}.{name}")
+            raise UserError(f"{path} lacks {architecture}.{name}")
         return default if value is None else value
 
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     if setting("expert_count", 0) > 1 or any("_exps." in name for name in tensors):
-        raise ValueError(f"{path} is a mixture of experts, which this decoder does not compute")
+        raise UserError(f"{path} is a mixture of experts, which this decoder does not compute")
     if "token_embd.weight" not in tensors:
-        raise ValueError(f"{path} lacks the tensor token_embd.weight")
+        raise UserError(f"{path} lacks the tensor token_embd.weight")
     hidden_size, num_heads = setting("embedding_length", needed=True), setting("attention.head_count", needed=True)
     num_kv_heads, intermediate_size = setting("attention.head_count_kv", num_heads), setting("feed_forward_length")
     varying = [n for n, v in (("heads", num_heads), ("KV heads", num_kv_heads)) if isinstance(v, list)]
     if varying or not isinstance(intermediate_size, int):
-        raise ValueError(f"{path} has {' and '.join(varying) or 'a feed-forward'} of its own per layer: not supported")
+        raise UserError(f"{path} has {' and '.join(varying) or 'a feed-forward'} of its own per layer: not supported")
     head_dim = setting("attention.key_length", hidden_size // num_heads)
     for name in ("attention.value_length", "rope.dimension_count"):
         if setting(name, head_dim) != head_dim:
-            raise ValueError(
+            raise UserError(
                 f"{path}: {architecture}.{name} is {setting(name)}; only the head size {head_dim} is possible"
             )
     context, notes = limit_context(setting("context_length", needed=True), setting("attention.sliding_window") or None)
@@ -146,7 +147,7 @@ def _tensors(
         try:
             values = dequantize(stored.data, stored.tensor_type)
         except NotImplementedError as error:  # how the gguf package refuses a type that it does not unpack
-            raise ValueError(f"{path}: {stored.name} is stored as {stored.tensor_type.name}: {error}") from error
+            raise UserError(f"{path}: {stored.name} is stored as {stored.tensor_type.name}: {error}") from error
         values = values.reshape(tuple(int(size) for size in reversed(stored.shape)))
         part = stored.name.split(".")[-2] if "." in stored.name else stored.name
         if part in permuted and stored.name.startswith("blk."):
@@ -160,7 +161,7 @@ def read_tokenizer(path: str | Path):
     """The `transformers` tokenizer of a file, with its chat template.
 
     Raises:
-        ValueError: a kind of tokenizer that is not known, by name.
+        UserError: a kind of tokenizer that is not known, by name.
     """
     reader = open_gguf(path)
     prefix = "tokenizer."
@@ -192,12 +193,12 @@ def _rotary(path: str | Path, setting, factors, head_dim: int) -> RotaryConfig:
     kind = setting("rope.scaling.type", "none")
     linear = float(setting("rope.scaling.factor", setting("rope.scale_linear", 1.0)) or 1.0)
     if kind not in ("none", "linear"):
-        raise ValueError(f"{path}: rope scaling {kind!r} is not supported; it can be none, linear or Llama 3.1's")
+        raise UserError(f"{path}: rope scaling {kind!r} is not supported; it can be none, linear or Llama 3.1's")
     scaled = kind == "linear" or setting("rope.scale_linear") is not None
     if factors is None:
         return RotaryConfig(theta, "linear", linear) if scaled and linear != 1 else RotaryConfig(theta)
     if scaled and linear != 1:
-        raise ValueError(f"{path} has both linear rope scaling and {ROPE_FACTORS}, which is not supported")
+        raise UserError(f"{path} has both linear rope scaling and {ROPE_FACTORS}, which is not supported")
     divisors = torch.from_numpy(np.array(dequantize(factors.data, factors.tensor_type), dtype=np.float32))
     candidates = [RotaryConfig(theta), RotaryConfig(theta, "linear", float(divisors[0]))]
     # Llama 3.1 and 3.2 differ in the factor, which is the divisor of every low frequency, and in nothing else.
@@ -208,7 +209,7 @@ def _rotary(path: str | Path, setting, factors, head_dim: int) -> RotaryConfig:
             inverse_frequencies(candidate, head_dim), wanted / divisors, rtol=1e-4, atol=0
         ):
             return candidate
-    raise ValueError(f"{path}: the divisors in {ROPE_FACTORS} are not those of Llama 3.1's rope scaling")
+    raise UserError(f"{path}: the divisors in {ROPE_FACTORS} are not those of Llama 3.1's rope scaling")
 
 
 def _metadata(reader: GGUFReader, name: str):

@@ -6,6 +6,8 @@ before a digit differently from SmolLM2), so the cutting rules that llama.cpp na
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from foundation.errors import UserError
+
 CONTROL, USER_DEFINED = 3, 4  # llama.cpp's token types
 
 # How Llama 3 cuts text: contractions, words, runs of up to three digits, other signs, line ends, white space.
@@ -30,20 +32,20 @@ def build_tokenizer(values: dict, source: object):
         source: the file, for messages.
 
     Raises:
-        ValueError: a kind of tokenizer, or a way of cutting the text, that is not known, by name.
+        UserError: a kind of tokenizer, or a way of cutting the text, that is not known, by name.
     """
     from transformers import PreTrainedTokenizerFast
 
     kind, cut = values.get("ggml.model"), values.get("ggml.pre")
     pieces = values.get("ggml.tokens")
     if not pieces:
-        raise ValueError(f"{source} holds no tokenizer")
+        raise UserError(f"{source} holds no tokenizer")
     if kind == "gpt2":
         tokenizer = _byte_level(values, source)
     elif kind == "llama":
         tokenizer = _sentence_pieces(values)
     else:
-        raise ValueError(f"{source}: tokenizer {kind!r} is not supported; it can be gpt2 or llama")
+        raise UserError(f"{source}: tokenizer {kind!r} is not supported; it can be gpt2 or llama")
     types = values.get("ggml.token_type") or [1] * len(pieces)
     added = [
         AddedToken(piece, special=piece_type == CONTROL, normalized=False)
@@ -83,7 +85,7 @@ def _byte_level(values: dict, source: object) -> Tokenizer:
             pattern = pattern.replace("{1,3}", "")
         cutting = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), plain])
     else:
-        raise ValueError(
+        raise UserError(
             f"{source}: its tokenizer cuts text the way {cut!r}, which is not known (smollm, llama-bpe, qwen2 and "
             "gpt-2 are); load the tokenizer from the model's Hugging Face folder instead"
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from foundation.errors import UserError
 from mm.convert import gguf_file
 from mm.convert.folder import read_config, read_tensors
 from mm.convert.llama_config import check_num_layers, language_model_config, stop_tokens
@@ -28,7 +29,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None) -> LanguageModel:
         the model, with what happened to each tensor in its attribute `report`.
 
     Raises:
-        ValueError: an architecture, setting or tensor that the decoder does not have, by name; a damaged file;
+        UserError: an architecture, setting or tensor that the decoder does not have, by name; a damaged file;
             weights stored as pickles.
     """
     path = Path(path)
@@ -48,7 +49,7 @@ def read_shape(path: str | Path) -> LanguageModelConfig:
     """What `load` would load, without its weights.
 
     Raises:
-        ValueError: an architecture or setting that the decoder does not have, by name; a damaged file.
+        UserError: an architecture or setting that the decoder does not have, by name; a damaged file.
     """
     path = Path(path)
     if path.is_file():
@@ -81,13 +82,13 @@ def load_tokenizer(path: str | Path):
     """The `transformers` tokenizer, with its chat template, of a Hugging Face folder or a `.gguf` file.
 
     Raises:
-        ValueError: no tokenizer there, or a kind of tokenizer in a GGUF file that is not known, by name.
+        UserError: no tokenizer there, or a kind of tokenizer in a GGUF file that is not known, by name.
     """
     path = Path(path)
     if path.is_file():
         return gguf_file.read_tokenizer(path)
     if not path.is_dir():
-        raise ValueError(f"{path} is neither a folder nor a file")
+        raise UserError(f"{path} is neither a folder nor a file")
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     # AutoTokenizer of transformers 5 rebuilds some classes from vocabulary and merges alone: of SmolLM2's folder, a
@@ -96,4 +97,4 @@ def load_tokenizer(path: str | Path):
     try:
         return kind.from_pretrained(path, local_files_only=True)
     except Exception as error:  # transformers raises many kinds here
-        raise ValueError(f"{path} holds no tokenizer that transformers can read: {error}") from error
+        raise UserError(f"{path} holds no tokenizer that transformers can read: {error}") from error

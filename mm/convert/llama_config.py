@@ -5,6 +5,7 @@ Shared by language-model folders, Llama 3.2 Vision folders and (the sliding wind
 
 from collections.abc import Iterable
 
+from foundation.errors import UserError
 from layers.rotary import RotaryConfig
 from mm.language_model import LanguageModelConfig
 
@@ -41,7 +42,7 @@ def stop_tokens(values: dict, generation: dict) -> tuple[int, ...]:
         if eos is not None:
             tokens = tuple(eos) if isinstance(eos, list) else (eos,)
             if any(type(token) is not int or token < 0 for token in tokens):
-                raise ValueError(f"eos_token_id is {eos!r}; a token id or a list of them is needed")
+                raise UserError(f"eos_token_id is {eos!r}; a token id or a list of them is needed")
             return tokens
     return ()
 
@@ -56,18 +57,18 @@ def language_model_config(
         num_layers: in place of num_hidden_layers.
 
     Raises:
-        ValueError: a model type or setting that the decoder does not compute, or a missing field, by name.
+        UserError: a model type or setting that the decoder does not compute, or a missing field, by name.
     """
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in DEFAULTS:
-        raise ValueError(
+        raise UserError(
             f"model_type {kind!r} is not supported; this decoder computes llama (Llama 1-3.x, SmolLM2), mistral, qwen2"
         )
     for name, harmless in REFUSED.items():
         if values.get(name) not in harmless:
-            raise ValueError(f"{name} = {values[name]!r} is not supported by this decoder")
+            raise UserError(f"{name} = {values[name]!r} is not supported by this decoder")
     if values.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act {values['hidden_act']!r} is not supported; this decoder computes silu")
+        raise UserError(f"hidden_act {values['hidden_act']!r} is not supported; this decoder computes silu")
     check_whole_numbers(
         values,
         ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -103,22 +104,22 @@ def check_whole_numbers(values: dict, needed: Iterable[str], optional: Iterable[
     """Make sure that a configuration's counts and sizes are whole numbers from 1.
 
     Raises:
-        ValueError: those that are missing, or one that is no such number, by name.
+        UserError: those that are missing, or one that is no such number, by name.
     """
     needed = tuple(needed)
     absent = [name for name in needed if values.get(name) is None]
     if absent:
-        raise ValueError(f"config.json lacks {', '.join(absent)}")
+        raise UserError(f"config.json lacks {', '.join(absent)}")
     for name in (*needed, *optional):
         value = values.get(name)
         if value is not None and (type(value) is not int or not 1 <= value < 2**31):
-            raise ValueError(f"config.json has {name} = {value!r}; a whole number from 1 is needed")
+            raise UserError(f"config.json has {name} = {value!r}; a whole number from 1 is needed")
 
 
 def check_num_layers(num_layers: int, num_tensors: int) -> None:
     """Refuse an absurd number of layers before a model of that size is laid out."""
     if num_layers > max(1000, num_tensors):
-        raise ValueError(f"the configuration describes {num_layers} layers, the weights hold {num_tensors} tensors")
+        raise UserError(f"the configuration describes {num_layers} layers, the weights hold {num_tensors} tensors")
 
 
 def limit_context(context: int, window: int | None) -> tuple[int, list[str]]:
@@ -134,7 +135,7 @@ def _window(values: dict, kind: str, default: int | None) -> int | None:
     kinds = values.get("layer_types")
     unknown = set(kinds or ()) - {"full_attention", "sliding_attention"}
     if unknown:
-        raise ValueError(f"layer_types {sorted(unknown)} are not supported; layers can be full or sliding attention")
+        raise UserError(f"layer_types {sorted(unknown)} are not supported; layers can be full or sliding attention")
     if kind == "qwen2":
         if not values.get("use_sliding_window", False):
             return None
@@ -149,23 +150,23 @@ def rotary_config(values: dict, default_theta: float) -> RotaryConfig:
     """Rotary settings in either spelling: `rope_theta` and `rope_scaling`, or `rope_parameters` (transformers 5).
 
     Raises:
-        ValueError: another kind than default, linear or llama3, or a missing number, by name.
+        UserError: another kind than default, linear or llama3, or a missing number, by name.
     """
     settings = {}
     for name in ("rope_scaling", "rope_parameters"):
         part = values.get(name) or {}
         if not isinstance(part, dict):
-            raise ValueError(f"config.json has {name} = {part!r}; an object is needed")
+            raise UserError(f"config.json has {name} = {part!r}; an object is needed")
         settings |= part
     nested = [name for name, value in settings.items() if isinstance(value, dict)]
     if nested:
-        raise ValueError(f"rope_parameters of their own for {', '.join(nested)} layers are not supported")
+        raise UserError(f"rope_parameters of their own for {', '.join(nested)} layers are not supported")
     kind = settings.get("rope_type", settings.get("type", "default"))
     theta = _number(settings, "rope_theta", _number(values, "rope_theta", default_theta))
     if settings.get("partial_rotary_factor", 1) != 1:
-        raise ValueError(f"partial_rotary_factor {settings['partial_rotary_factor']} is not supported; it can be 1")
+        raise UserError(f"partial_rotary_factor {settings['partial_rotary_factor']} is not supported; it can be 1")
     if kind not in ("default", "linear", "llama3"):
-        raise ValueError(f"rope type {kind!r} is not supported; it can be default, linear or llama3")
+        raise UserError(f"rope type {kind!r} is not supported; it can be default, linear or llama3")
     if kind == "default":
         return RotaryConfig(theta=theta)
     context = settings.get("original_max_position_embeddings", values.get("original_max_position_embeddings"))
@@ -175,7 +176,7 @@ def rotary_config(values: dict, default_theta: float) -> RotaryConfig:
         needed["original_max_position_embeddings"] = context
     absent = [name for name, value in needed.items() if value is None]
     if absent:
-        raise ValueError(f"the {kind} rope settings lack {', '.join(absent)}")
+        raise UserError(f"the {kind} rope settings lack {', '.join(absent)}")
     if kind == "linear":
         return RotaryConfig(theta, "linear", _number(settings, "factor"))
     bands = (_number(settings, name) for name in ("factor", "low_freq_factor", "high_freq_factor"))
@@ -185,5 +186,5 @@ def rotary_config(values: dict, default_theta: float) -> RotaryConfig:
 def _number(values: dict, name: str, default: float | None = None) -> float:
     value = values.get(name, default)
     if type(value) not in (int, float):
-        raise ValueError(f"config.json has {name} = {value!r}; a number is needed")
+        raise UserError(f"config.json has {name} = {value!r}; a number is needed")
     return float(value)

@@ -81,7 +81,7 @@ def load(
         the model, with what happened to each tensor in its attribute `report`.
 
     Raises:
-        ValueError: another kind of model, a setting or tensor that the model does not have, by name, or damage.
+        UserError: another kind of model, a setting or tensor that the model does not have, by name, or damage.
     """
     folder = Path(folder)
     values, generation = read_config(folder)
@@ -134,7 +134,7 @@ def save(model: MultimodalModel, folder: str | Path, max_shard_bytes: int = 5 * 
         max_shard_bytes: of one safetensors file; more tensors than fit are spread over several, with an index.
 
     Raises:
-        ValueError: a field that mllama cannot express, by name, or a folder that holds something.
+        UserError: a field that mllama cannot express, by name, or a folder that holds something.
     """
     source = getattr(model, "mllama_source", None)
     dtypes = {parameter.dtype for parameter in model.parameters()}

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import torch
 
+from foundation.errors import UserError
 from mm.config import NUM_EXTRA_TOKENS, ModelConfig
 from mm.convert.llama_config import check_whole_numbers, language_model_config, stop_tokens
 from mm.cross_attention import ImageAdapterConfig
@@ -43,29 +44,29 @@ def model_config(
         has_head: the folder holds an output table of its own.
 
     Raises:
-        ValueError: another kind of model, or a setting that this model does not have, by name.
+        UserError: another kind of model, or a setting that this model does not have, by name.
     """
     if values.get("model_type") != "mllama":
-        raise ValueError(f"model_type {values.get('model_type')!r} is not mllama, the kind of Llama 3.2 Vision folders")
+        raise UserError(f"model_type {values.get('model_type')!r} is not mllama, the kind of Llama 3.2 Vision folders")
     text, vision = values.get("text_config"), values.get("vision_config")
     if not isinstance(text, dict) or not isinstance(vision, dict):
-        raise ValueError("config.json lacks text_config or vision_config")
+        raise UserError("config.json lacks text_config or vision_config")
     if values.get("quantization_config") is not None:
-        raise ValueError("quantization_config is not supported; use the folder with plain weights")
+        raise UserError("quantization_config is not supported; use the folder with plain weights")
     text = {"model_type": "mllama_text_model", "num_hidden_layers": 40, **text}
     if text.get("cross_attention_layers") is None:
         text["cross_attention_layers"] = CROSS_ATTENTION_LAYERS
     cross_layers = sorted(_whole_number_list(text, "cross_attention_layers"))
     check_whole_numbers(text, ("num_hidden_layers",))
     if any(not 0 <= layer < text["num_hidden_layers"] for layer in cross_layers):
-        raise ValueError(f"cross_attention_layers {cross_layers} lie outside 0..{text['num_hidden_layers'] - 1}")
+        raise UserError(f"cross_attention_layers {cross_layers} lie outside 0..{text['num_hidden_layers'] - 1}")
     if any(after - before < 2 for before, after in pairwise(cross_layers)):
-        raise ValueError(f"cross_attention_layers {cross_layers} without a language layer between are not supported")
+        raise UserError(f"cross_attention_layers {cross_layers} without a language layer between are not supported")
     decoder, notes = language_model_config(
         text, stop_tokens(values, generation), text["num_hidden_layers"] - len(cross_layers)
     )
     if decoder.head_dim * decoder.num_heads != decoder.hidden_size:
-        raise ValueError(f"head_dim {decoder.head_dim} other than hidden_size / num_attention_heads is not mllama's")
+        raise UserError(f"head_dim {decoder.head_dim} other than hidden_size / num_attention_heads is not mllama's")
     if has_head and decoder.tied_embeddings:
         decoder = dataclasses.replace(decoder, tied_embeddings=False)
         notes.append("tie_word_embeddings is set, but the folder has an output table of its own, which is used")
@@ -73,7 +74,7 @@ def model_config(
     positions = tuple(layer - earlier for earlier, layer in enumerate(cross_layers))
     image_token = values.get("image_token_index", values.get("image_token_id", decoder.vocab_size))
     if type(image_token) is not int:
-        raise ValueError(f"image_token_index is {image_token!r}; a token id is needed")
+        raise UserError(f"image_token_index is {image_token!r}; a token id is needed")
     return ModelConfig(decoder, encoder, ImageAdapterConfig(positions), image_token), notes
 
 
@@ -81,11 +82,11 @@ def config_values(config: ModelConfig) -> dict:
     """A config.json for a model of ours.
 
     Raises:
-        ValueError: every field whose value mllama cannot express.
+        UserError: every field whose value mllama cannot express.
     """
     lm, encoder, adapter = config.language_model, config.vision_encoder, config.image_adapter
     if encoder is None or adapter is None:
-        raise ValueError("mllama cannot express a model without vision_encoder and image_adapter")
+        raise UserError("mllama cannot express a model without vision_encoder and image_adapter")
     _refuse_other_parts(config)
     positions = adapter.block_positions(lm.num_layers)
     wrong = {
@@ -109,7 +110,7 @@ def config_values(config: ModelConfig) -> dict:
     }
     found = [name for name, present in wrong.items() if present]
     if found:
-        raise ValueError(f"mllama cannot express {'; '.join(found)}")
+        raise UserError(f"mllama cannot express {'; '.join(found)}")
     rope = {"rope_type": "default" if lm.rotary.scaling == "none" else lm.rotary.scaling, "rope_theta": lm.rotary.theta}
     if lm.rotary.scaling != "none":
         rope["factor"] = lm.rotary.factor
@@ -170,7 +171,7 @@ def same_meaning(values: dict, config: ModelConfig) -> None:
     Stop tokens and tap points may differ: the first lie in generation_config.json, the second are given back as read.
 
     Raises:
-        ValueError: the fields that changed since, or parts that mllama does not have.
+        UserError: the fields that changed since, or parts that mllama does not have.
     """
     _refuse_other_parts(config)
     tied = config.language_model.tied_embeddings
@@ -186,7 +187,7 @@ def same_meaning(values: dict, config: ModelConfig) -> None:
     if meant.image_token_id != config.image_token_id:
         changed.append(f"image_token_id: {meant.image_token_id} -> {config.image_token_id}")
     if changed:
-        raise ValueError(
+        raise UserError(
             f"the model is no longer the one that its folder describes ({'; '.join(changed)}); set "
             "model.mllama_source = None to write it with a config.json of its own"
         )
@@ -209,7 +210,7 @@ def with_dtype(values: dict, dtypes: set[torch.dtype]) -> dict:
 def _refuse_other_parts(config: ModelConfig) -> None:
     others = [part for part in ("video_adapter", "speech_encoder", "speech_adapter") if getattr(config, part)]
     if others:
-        raise ValueError(
+        raise UserError(
             f"mllama cannot express {', '.join(others)}: convert the run from before they were added, which has the "
             "same language model, encoder and image adapter"
         )
@@ -218,7 +219,7 @@ def _refuse_other_parts(config: ModelConfig) -> None:
 def _whole_number_list(values: dict, name: str) -> tuple[int, ...]:
     numbers = values[name]
     if not isinstance(numbers, list | tuple) or any(type(number) is not int for number in numbers):
-        raise ValueError(f"{name} is {numbers!r}; a list of whole numbers is needed")
+        raise UserError(f"{name} is {numbers!r}; a list of whole numbers is needed")
     return tuple(numbers)
 
 
@@ -232,7 +233,7 @@ def _vision_config(values: dict, tap_points: tuple[int, ...] | None) -> VisionEn
     counts = ("hidden_size", "intermediate_size", "num_hidden_layers", "max_num_tiles")
     check_whole_numbers({**values, **sides, "attention_heads": heads}, (*counts, *sides, "attention_heads"))
     if type(values["num_global_layers"]) is not int or values["num_global_layers"] < 0:
-        raise ValueError(f"num_global_layers is {values['num_global_layers']!r}; a whole number from 0 is needed")
+        raise UserError(f"num_global_layers is {values['num_global_layers']!r}; a whole number from 0 is needed")
     taps = _whole_number_list(values, "intermediate_layers_indices")
     feature_size = values["hidden_size"] * (1 + len(taps))
     wrong = {
@@ -245,9 +246,9 @@ def _vision_config(values: dict, tap_points: tuple[int, ...] | None) -> VisionEn
     }
     found = [f"{name} {values[name]!r}" for name, present in wrong.items() if present]
     if found:
-        raise ValueError(f"vision_config with {'; '.join(found)} is not supported")
+        raise UserError(f"vision_config with {'; '.join(found)} is not supported")
     if tap_points is not None and len(tap_points) != len(taps):
-        raise ValueError(f"tap_points {tuple(tap_points)} are {len(tap_points)}; the projection takes {len(taps)}")
+        raise UserError(f"tap_points {tuple(tap_points)} are {len(tap_points)}; the projection takes {len(taps)}")
     return VisionEncoderConfig(
         tile_size=sides["image_size"],
         patch_size=sides["patch_size"],

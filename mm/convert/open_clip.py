@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from foundation.errors import UserError
 from mm.convert.report import put
 from vision.encoder import CLIP_MEAN, CLIP_STD, VisionEncoder, VisionEncoderConfig, resize_positions
 
@@ -33,18 +34,18 @@ def load(
         tile_size, tap_points, num_gated_layers: see `from_model`.
 
     Raises:
-        ValueError: a name, tag or file that open_clip cannot load, or a tower that `from_model` refuses.
+        UserError: a name, tag or file that open_clip cannot load, or a tower that `from_model` refuses.
     """
     import open_clip
 
     known = open_clip.list_models()
     if ":" not in model_name and model_name not in known:  # a colon stands in names of folders and of the hub
         near = ", ".join(difflib.get_close_matches(model_name, known)) or "ViT-H-14-quickgelu"
-        raise ValueError(f"open_clip cannot load {model_name}: it has {near} and others (open_clip.list_models())")
+        raise UserError(f"open_clip cannot load {model_name}: it has {near} and others (open_clip.list_models())")
     try:
         model = open_clip.create_model(model_name, pretrained=str(pretrained), require_pretrained=True)
     except Exception as error:  # open_clip raises many kinds here
-        raise ValueError(f"open_clip cannot load {model_name} with weights {pretrained}: {error}") from error
+        raise UserError(f"open_clip cannot load {model_name} with weights {pretrained}: {error}") from error
     return from_model(model, tile_size, tap_points, num_gated_layers, source=f"{model_name} ({pretrained})")
 
 
@@ -64,7 +65,7 @@ def from_model(
         source: for the report, which the encoder has in its attribute `report`.
 
     Raises:
-        ValueError: a tower that is no plain ViT, with the option that makes it another.
+        UserError: a tower that is no plain ViT, with the option that makes it another.
     """
     tower = getattr(model, "visual", model)
     left_out = _check(tower)
@@ -150,7 +151,7 @@ def _check(tower: nn.Module) -> dict[str, str]:
     from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer
 
     if not isinstance(tower, VisionTransformer):
-        raise ValueError(f"the tower is a {type(tower).__name__}; only open_clip's own ViT towers can be converted")
+        raise UserError(f"the tower is a {type(tower).__name__}; only open_clip's own ViT towers can be converted")
     blocks = list(tower.transformer.resblocks)
     norms = [tower.ln_pre, tower.ln_post, *(norm for block in blocks for norm in (block.ln_1, block.ln_2))]
     activations = [getattr(block.mlp, "gelu", None) for block in blocks]
@@ -175,7 +176,7 @@ def _check(tower: nn.Module) -> dict[str, str]:
     }
     found = [name for name, present in refusals.items() if present]
     if found:
-        raise ValueError(f"the tower has {'; '.join(found)}: the encoder would not compute what it computes")
+        raise UserError(f"the tower has {'; '.join(found)}: the encoder would not compute what it computes")
     left_out = {"proj": "it projects pooled features into the joint space, after the blocks"}
     if not isinstance(tower.patch_dropout, nn.Identity):
         left_out["patch_dropout"] = "it acts in open_clip's own training only"

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from foundation.errors import UserError
+
 MOST_NAMED = 20  # names that an error lists before it says "and N more"
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -64,7 +66,7 @@ def put(
         reshaped, ignored, notes: what the converter did; they go into the report.
 
     Raises:
-        ValueError: missing or unexpected tensors, wrong shapes, or tensors that are not floating point, by name.
+        UserError: missing or unexpected tensors, wrong shapes, or tensors that are not floating point, by name.
     """
     shared = _shared_names(module)
     expected = {name: tensor.shape for name, tensor in module.state_dict().items() if name not in shared}
@@ -87,7 +89,7 @@ def put(
     problems = _section("missing", report.missing) + _section("unexpected", report.unexpected)
     problems += _section("of another shape", misshapen) + _section("not plain floating point", mistyped)
     if problems:
-        raise ValueError("\n".join([f"{source} does not fit the model that its configuration describes:", *problems]))
+        raise UserError("\n".join([f"{source} does not fit the model that its configuration describes:", *problems]))
     module.load_state_dict({name: tensor.contiguous() for name, tensor in found.items()}, strict=False, assign=True)
     for name, first in shared.items():
         parent, _, last = name.rpartition(".")

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from foundation.errors import UserError
 from mm.convert.report import put
 from speech.whisper import WINDOW_FRAMES, WhisperEncoder, WhisperEncoderConfig
 
@@ -31,26 +32,26 @@ def load(path: str | Path, max_seconds: float = 30.0) -> WhisperEncoder:
         max_seconds: of its window; a shorter one than Whisper's 30 s has the first of its positions.
 
     Raises:
-        ValueError: max_seconds that cannot be, a missing file, one that holds anything but tensors and sizes, or one
+        UserError: max_seconds that cannot be, a missing file, one that holds anything but tensors and sizes, or one
             that is no Whisper model.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise UserError(f"{path}: no such file")
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no pickle fail in any way
         # What torch says is long, and advises to run whatever code the file brings.
-        raise ValueError(f"{path}: not a file of plain tensors, or broken ({type(error).__name__})") from error
+        raise UserError(f"{path}: not a file of plain tensors, or broken ({type(error).__name__})") from error
     if not isinstance(stored, dict) or not {"dims", "model_state_dict"} <= stored.keys():
-        raise ValueError(f"{path}: not one of OpenAI's Whisper files, which hold dims and model_state_dict")
+        raise UserError(f"{path}: not one of OpenAI's Whisper files, which hold dims and model_state_dict")
     dims, state = stored["dims"], stored["model_state_dict"]
     wanted = ("n_mels", "n_audio_ctx", "n_audio_state", "n_audio_head", "n_audio_layer")
     lacking = [name for name in wanted if name not in dims]
     if lacking:
-        raise ValueError(f"{path}: its dims lack {', '.join(lacking)}")
+        raise UserError(f"{path}: its dims lack {', '.join(lacking)}")
     if 2 * dims["n_audio_ctx"] != WINDOW_FRAMES:
-        raise ValueError(f"{path}: a window of {2 * dims['n_audio_ctx']} mel frames; Whisper's has {WINDOW_FRAMES}")
+        raise UserError(f"{path}: a window of {2 * dims['n_audio_ctx']} mel frames; Whisper's has {WINDOW_FRAMES}")
     config = WhisperEncoderConfig(
         num_layers=dims["n_audio_layer"],
         width=dims["n_audio_state"],

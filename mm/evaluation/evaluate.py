@@ -15,19 +15,20 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data_prep.recordings import TRANSCRIBE
+from foundation.errors import UserError
 from mm.batch import IGNORED, Sample
-from mm.checkpoint import replaced_files
 from mm.evaluation import metrics as scoring
-from mm.evaluation.controls import FRAMES, blank, with_other_sound
+from mm.evaluation.baselines import FRAMES, blank, with_other_sound
 from mm.evaluation.likelihood import answer_log_likelihoods
 from mm.evaluation.metrics import Score
 from mm.generation import generate_tokens, transcribe_tokens
 from mm.model import MultimodalModel
 from mm.processor import Processor, record_answer
+from mm.run_folder import replaced_files
 from shards.format import Record
 from shards.reader import ShardSet
 from speech.features import FRAMES_PER_SECOND
+from speech.prompts import TRANSCRIBE
 
 METRICS = ("vqa_accuracy", "exact_match", "choice", "bleu", "chrf", "wer", "cer")
 MAX_SHARED_ANSWERS = 200  # a set with more different answers is no choice among given ones
@@ -121,11 +122,11 @@ def evaluate(
         exchange_speech: every record is given the sound of the next one (the first follows the last) that wants another
             answer: the control that hears something else.
         frames: of every clip: "all", the middle "one" alone, or "shuffled" under the true times (see
-            `mm.evaluation.controls`).
+            `mm.evaluation.baselines`).
         limit: so many records, drawn with `seed`; None takes all.
 
     Raises:
-        ValueError: an option out of range, no records, not one that could be read, or no answers to choose from.
+        UserError: an option out of range, no records, not one that could be read, or no answers to choose from.
     """
     _check_options(metrics, frames, batch_size, limit, len(records))
     numbers = list(range(len(records)))
@@ -174,7 +175,7 @@ def evaluate(
                 languages.append(asked.language)
 
     if not predictions:
-        raise ValueError(f"none of the {len(numbers)} records could be read; the first: {failed[0]['reason']}")
+        raise UserError(f"none of the {len(numbers)} records could be read; the first: {failed[0]['reason']}")
     scores = _score(metrics, predictions, references, languages)
     factor = sum(seconds) / sum(heard) if any(heard) else None
     interval = scoring.ratio_interval(np.array(seconds), np.array(heard)) if factor and len(heard) > 1 else None
@@ -209,7 +210,7 @@ def _ask(
     """
     for name in ("answers", "choices"):
         if not isinstance(record.json.get(name) or [], list):
-            raise ValueError(f"{name} of record {record.id} is {record.json[name]!r}; it must be a list")
+            raise UserError(f"{name} of record {record.id} is {record.json[name]!r}; it must be a list")
     sample, reference = processor.record_prompt(record)
     references = [str(answer) for answer in record.json.get("answers") or [reference]]
     choices = [] if shared is None else [str(choice) for choice in record.json.get("choices") or shared]
@@ -220,7 +221,7 @@ def _ask(
     choice_tokens = [known[in_messages, choice] for choice in choices]
     length, longest = len(sample.tokens), max((len(tokens) for tokens in choice_tokens), default=1)
     if length + longest > context:
-        raise ValueError(f"the prompt has {length} tokens; with an answer that is over the context of {context}")
+        raise UserError(f"the prompt has {length} tokens; with an answer that is over the context of {context}")
     row = {"id": record.id, "question": _question(processor, record), "reference": reference, "scores": {}}
     transcribes = len(sample.speech) == 1 and row["question"].startswith(TRANSCRIBE)
     return _Asked(sample, references, choices, choice_tokens, row, str(record.json.get("language")), transcribes)
@@ -278,7 +279,7 @@ def _shared_answers(records: ShardSet | Sequence[Record]) -> list[str]:
         except Exception:  # said once, where the record is asked
             continue
     if len(found) > MAX_SHARED_ANSWERS:
-        raise ValueError(
+        raise UserError(
             f"the set has {len(found):,} different answers, over the {MAX_SHARED_ANSWERS} that `choice` chooses from; "
             "give each record its own 'choices', or leave this metric out"
         )
@@ -322,12 +323,12 @@ def _name(records: ShardSet | Sequence[Record], number: int) -> str:
 def _check_options(metrics: Sequence[str], frames: str, batch_size: int, limit: int | None, num_records: int) -> None:
     unknown = [name for name in metrics if name not in METRICS]
     if unknown or not metrics:
-        raise ValueError(f"metrics are {list(metrics)}; choose from {', '.join(METRICS)}")
+        raise UserError(f"metrics are {list(metrics)}; choose from {', '.join(METRICS)}")
     if frames not in FRAMES:
-        raise ValueError(f"frames is {frames!r}; it can be {', '.join(FRAMES)}")
+        raise UserError(f"frames is {frames!r}; it can be {', '.join(FRAMES)}")
     if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        raise UserError(f"batch_size is {batch_size}; it must be at least 1")
     if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}; it must be at least 1, or None for all records")
+        raise UserError(f"limit is {limit}; it must be at least 1, or None for all records")
     if not num_records:
-        raise ValueError("there are no records to evaluate on")
+        raise UserError("there are no records to evaluate on")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from foundation.errors import UserError
 from mm.batch import Sample
 from mm.generation import decode_step, prefill
 from mm.model import MultimodalModel
@@ -28,15 +29,15 @@ def answer_log_likelihoods(
         for each prompt one float per answer.
 
     Raises:
-        ValueError: an answer without tokens, or a prompt that leaves no room for an answer in the context.
+        UserError: an answer without tokens, or a prompt that leaves no room for an answer in the context.
     """
     lengths = [len(sample.tokens) for sample in samples]
     context = model.config.language_model.context
     for length, given in zip(lengths, answers, strict=True):
         if any(not answer for answer in given):
-            raise ValueError("an answer has no tokens, so that it has no likelihood")
+            raise UserError("an answer has no tokens, so that it has no likelihood")
         if length + max((len(answer) for answer in given), default=0) > context:
-            raise ValueError(f"a prompt of {length} tokens and its answers do not fit the context of {context}")
+            raise UserError(f"a prompt of {length} tokens and its answers do not fit the context of {context}")
     longest = max((len(answer) for given in answers for answer in given), default=0)
     totals: list[list[float]] = [[] for _ in samples]
     if not longest:

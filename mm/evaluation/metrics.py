@@ -14,6 +14,8 @@ import numpy as np
 from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.significance import estimate_ci
 
+from foundation.errors import UserError
+
 NUM_BOOTSTRAP = 1000  # resamplings behind the interval of a corpus score
 
 # What the VQA evaluation code rewrites. Each contraction is restored where one of its apostrophes is missing.
@@ -134,7 +136,7 @@ def error_rate(
         languages: of each record, such as "en".
 
     Raises:
-        ValueError: jiwer or whisper-normalizer is missing, or no reference holds a word.
+        UserError: jiwer or whisper-normalizer is missing, or no reference holds a word.
     """
     pairs = [
         min((_count_errors(name, said, one, language) for one in given), key=lambda counts: counts[0])
@@ -142,7 +144,7 @@ def error_rate(
     ]
     errors, lengths = np.array(pairs, dtype=np.float64).T
     if not lengths.sum():
-        raise ValueError(f"{name}: no reference holds a word; there is nothing to count errors in")
+        raise UserError(f"{name}: no reference holds a word; there is nothing to count errors in")
     return Score(name, float(errors.sum() / lengths.sum()), ratio_interval(errors, lengths), len(pairs))
 
 
@@ -165,7 +167,7 @@ def count_errors(name: str, said: str, wanted: str) -> tuple[int, int]:
     texts as they are.
 
     Raises:
-        ValueError: jiwer is missing.
+        UserError: jiwer is missing.
     """
     length = len(wanted.split()) if name == "wer" else len(wanted)
     if not length or not said:
@@ -179,7 +181,7 @@ def count_edits(said: Sequence[Hashable], wanted: Sequence[Hashable]) -> int:
     """How many items are to be substituted, deleted or inserted to get one sequence from the other.
 
     Raises:
-        ValueError: rapidfuzz is missing.
+        UserError: rapidfuzz is missing.
     """
     return _import("rapidfuzz.distance").Levenshtein.distance(said, wanted)
 
@@ -202,7 +204,7 @@ def _import(name: str):
         return import_module(name)
     except ImportError:
         package = name.partition(".")[0].replace("_", "-")
-        raise ValueError(f"error rates need the package {package}: pip install 'mm-adapters[speech]'") from None
+        raise UserError(f"error rates need the package {package}: pip install 'mm-adapters[speech]'") from None
 
 
 def _corpus_score(

@@ -9,27 +9,29 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from foundation.errors import UserError
 from mm.batch import IGNORED, Batch, Sample
-from mm.config import ModelConfig, usable_device
+from mm.config import ModelConfig
 from mm.cross_attention import CrossAttentionBlock
+from mm.device import resolve_device
 from mm.language_model import DecoderLayer
 from mm.model import MultimodalModel
+from mm.parallel.ranks import Ranks
 from mm.processor import Processor
 from mm.training.config import TrainingConfig
 from mm.training.data import RecordDataset, Source, collate_step, readable_samples
 from mm.training.flops import Learning, batch_flops, matmul_rate, text_token_cost
-from mm.training.loop import train
 from mm.training.objectives import NextTokenObjective
 from mm.training.optimizer import apply_rates
-from mm.training.parallel import Ranks
 from mm.training.precision import lossless_bf16
+from mm.training.trainer import train
 from mm.video_adapter import VideoAdapter
 from shards.format import Record
 from speech.conformer import ConformerLayer, SpeechEncoder
 from video.aggregator import AggregatorLayer
 from vision.encoder import EncoderLayer, VisionEncoder
 
-# What may differ when an interrupted run is taken up again; `mm.training.loop` judges `training` itself.
+# What may differ when an interrupted run is taken up again; `mm.training.trainer` judges `training` itself.
 FREE_TO_CHANGE = ("output", "training", "validation", "validation_samples", "bundle", "device")
 # Layers that are computed anew, if any are.
 LAYERS = (DecoderLayer, EncoderLayer, CrossAttentionBlock, AggregatorLayer, ConformerLayer)
@@ -70,19 +72,19 @@ def train_adapters(
         prepare: a record of the data and its epoch -> sample; None is the processor's `record_example`.
 
     Raises:
-        ValueError: rates that would train the language model, or as `mm.training.loop.train`.
+        UserError: rates that would train the language model, or as `mm.training.trainer.train`.
     """
-    device = usable_device(config.device)
+    device = resolve_device(config.device)
     rates = apply_rates(model, config.training.rates)
     released = [name for name in rates if name.startswith("language_model.")]
     if released:
-        raise ValueError(
+        raise UserError(
             f"training.rates give {released[0]} a rate, and this stage keeps the language model as it is: "
             'put "language_model.*": null before the other patterns'
         )
     others = [name for name in rates if not name.startswith(only)]
     if others:
-        raise ValueError(
+        raise UserError(
             f'training.rates give {others[0]} a rate, and this stage trains {only}* alone: put "{only}*" and its rate '
             'first, and "*": null last'
         )

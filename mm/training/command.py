@@ -7,7 +7,8 @@ from typing import TypeVar
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from mm.training.parallel import joined
+from foundation.errors import one_line
+from mm.parallel.ranks import joined
 
 Config = TypeVar("Config")
 
@@ -17,7 +18,7 @@ def run_stage(
 ) -> None:
     """Read `--config FILE` and overrides such as `--training.steps 10` into `config_class` and call the stage.
 
-    Ends the process with 1 after printing what is wrong, where the configuration or the stage raises `ValueError`, or a
+    Ends the process with 1 after printing what is wrong, where the configuration or the stage raises `UserError`, or a
     file cannot be read or written.
     """
     parser = ArgumentParser(prog=name, description=(stage.__doc__ or "").split("\n")[0], exit_on_error=False)
@@ -46,8 +47,3 @@ def mistakes_in_one_line(name: str) -> Iterator[None]:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, without line breaks: parsers of options and of YAML spread theirs over several lines."""
-    return " ".join(str(error).split())

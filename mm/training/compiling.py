@@ -7,6 +7,8 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
+from foundation.errors import UserError
+
 # Of one kind of layer: with and without a gradient, gates, padding, a mask, or a second row, and all that together.
 MOST_VARIANTS = 64
 
@@ -15,11 +17,11 @@ def require_compiler() -> None:
     """Make sure that there is what `torch.compile` turns its kernels into machine code with.
 
     Raises:
-        ValueError: there is no C++ compiler.
+        UserError: there is no C++ compiler.
     """
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
-        raise ValueError(
+        raise UserError(
             f"training.compile needs a C++ compiler, and {compiler} is not to be found: apt-get install g++, name "
             "another in the variable CXX, or set training.compile to false"
         )

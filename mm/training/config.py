@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass, field
 
+from foundation.errors import UserError
+
 # What a run that goes on may do in another way.
 FREE_TO_CHANGE = (
     "log_every",
@@ -77,35 +79,33 @@ class TrainingConfig:
         counts = ("steps", "batch_size", "log_every", "evaluate_every", "save_every", "keep", "bucket_steps")
         for name in (*counts, "tensor_ranks", "pipeline_ranks"):
             if getattr(self, name) < 1:
-                raise ValueError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
+                raise UserError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("warmup_steps", "final_rate_factor", "weight_decay", "max_skipped", "workers"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"training.{name} is {getattr(self, name)}; it must be 0 or more")
+                raise UserError(f"training.{name} is {getattr(self, name)}; it must be 0 or more")
         for name in ("max_gradient_norm", "rank_timeout"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"training.{name} is {getattr(self, name)}; it must be above 0")
+                raise UserError(f"training.{name} is {getattr(self, name)}; it must be above 0")
         if self.compile and self.tensor_ranks * self.pipeline_ranks > 1:
-            raise ValueError(
+            raise UserError(
                 "training.compile is for whole layers on ranks that run all of them: leave training.tensor_ranks and "
                 "training.pipeline_ranks at 1"
             )
         if self.shard_ranks is not None and self.shard_ranks < 1:
-            raise ValueError(f"training.shard_ranks is {self.shard_ranks}; it must be at least 1, or null")
+            raise UserError(f"training.shard_ranks is {self.shard_ranks}; it must be at least 1, or null")
         if self.spike_factor is not None and not self.spike_factor > 1:
-            raise ValueError(f"training.spike_factor is {self.spike_factor}; it must be above 1, or null")
+            raise UserError(f"training.spike_factor is {self.spike_factor}; it must be above 1, or null")
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"training.betas are {self.betas}; both must lie in [0, 1)")
+            raise UserError(f"training.betas are {self.betas}; both must lie in [0, 1)")
         for pattern, rate in self.rates.items():
             if rate is not None and not 0 <= rate < math.inf:
-                raise ValueError(f"training.rates of {pattern!r} is {rate}; it must be 0 or more, or null to freeze")
+                raise UserError(f"training.rates of {pattern!r} is {rate}; it must be 0 or more, or null to freeze")
         if self.micro_batch_size is not None and not 1 <= self.micro_batch_size <= self.batch_size:
-            raise ValueError(
+            raise UserError(
                 f"training.micro_batch_size is {self.micro_batch_size}; it can be "
                 f"1 to the batch_size, {self.batch_size}"
             )
         if self.micro_batch_tokens is not None and self.micro_batch_tokens < 1:
-            raise ValueError(
-                f"training.micro_batch_tokens is {self.micro_batch_tokens}; it must be at least 1, or null"
-            )
+            raise UserError(f"training.micro_batch_tokens is {self.micro_batch_tokens}; it must be at least 1, or null")
         if self.compute not in ("fp32", "bf16"):
-            raise ValueError(f"training.compute is {self.compute!r}; it can be fp32 or bf16")
+            raise UserError(f"training.compute is {self.compute!r}; it can be fp32 or bf16")

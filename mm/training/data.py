@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from foundation.errors import UserError
+from mm.parallel.ranks import Ranks
 from mm.training.objectives import Objective
-from mm.training.order import Buckets, Draw, epoch_size, steps
-from mm.training.parallel import Ranks
+from mm.training.sampler import Buckets, Draw, epoch_size, steps
 from shards.reader import ShardSet
 from vision.tiling import choose_canvas
 
@@ -42,17 +43,17 @@ class Source:
         """The records.
 
         Raises:
-            ValueError: no such folder, no records, none of the split or task, or a repeat that brings none of them.
+            UserError: no such folder, no records, none of the split or task, or a repeat that brings none of them.
         """
         if not 0 < self.repeat < math.inf:
-            raise ValueError(f"repeat of {self.path} is {self.repeat}; it must be above 0")
+            raise UserError(f"repeat of {self.path} is {self.repeat}; it must be above 0")
         if self.together < 1:
-            raise ValueError(f"together of {self.path} is {self.together}; it must be at least 1")
+            raise UserError(f"together of {self.path} is {self.together}; it must be at least 1")
         shards = ShardSet(self.path).select(split=self.split, task=self.task)
         if not len(shards):
-            raise ValueError(f"{self.path}: there are no records in it")
+            raise UserError(f"{self.path}: there are no records in it")
         if not self.per_epoch(len(shards)):
-            raise ValueError(
+            raise UserError(
                 f"repeat of {self.path} is {self.repeat}; of its {len(shards)} records none would come: it must be at "
                 f"least {1 / len(shards):.2g}"
             )
@@ -87,7 +88,7 @@ class RecordDataset(Dataset):
 
     def __init__(self, sources: Sequence[Source], prepare: Callable[..., Any], by_epoch: bool = False) -> None:
         if not sources:
-            raise ValueError("no data: name at least one source")
+            raise UserError("no data: name at least one source")
         self.prepare, self.by_epoch = prepare, by_epoch
         self.sets: list[ShardSet] = []
         self.copies: list[tuple[int, int]] = []  # of each set: which of its source's it is, and how many there are
@@ -174,15 +175,15 @@ def readable_samples(dataset: RecordDataset, most: int) -> list:
     """Samples to validate on: at most `most` of those that can be read, spread evenly over the dataset.
 
     Raises:
-        ValueError: `most` is below 1, or none can be read.
+        UserError: `most` is below 1, or none can be read.
     """
     if most < 1:
-        raise ValueError(f"{most} samples to validate on; it must be at least 1, or leave `validation` out")
+        raise UserError(f"{most} samples to validate on; it must be at least 1, or leave `validation` out")
     number = min(most, len(dataset))
     samples = [dataset[index * len(dataset) // number] for index in range(number)]
     readable = [sample for sample in samples if not isinstance(sample, Unreadable)]
     if not readable:
-        raise ValueError(f"none of the records to validate on can be read; the first: {samples[0].reason}")
+        raise UserError(f"none of the records to validate on can be read; the first: {samples[0].reason}")
     return readable
 
 
@@ -232,14 +233,14 @@ def step_loader(
         bucket_steps: so many steps' samples are sorted by their seconds, see `Buckets`; 1 sorts nothing.
 
     Raises:
-        ValueError: buckets for a dataset whose index tells no durations, or whose records come together.
+        UserError: buckets for a dataset whose index tells no durations, or whose records come together.
     """
     buckets = None
     if bucket_steps > 1:
         lengths = dataset.durations()
         if not lengths.any() or dataset.blocks is not None:
             why = "the data's indices tell no durations" if dataset.blocks is None else "a source has `together`"
-            raise ValueError(f"training.bucket_steps is {bucket_steps}, and {why}: leave it at 1")
+            raise UserError(f"training.bucket_steps is {bucket_steps}, and {why}: leave it at 1")
         buckets = Buckets(lengths, batch_size, bucket_steps)
     draws, by_epoch = draws_of(dataset), isinstance(dataset, RecordDataset) and dataset.by_epoch
     order = (len(dataset), batch_size, seed, consumed, draws, blocks_of(dataset), buckets)

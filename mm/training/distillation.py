@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from foundation.errors import UserError
 from mm.batch import IGNORED, Batch, Sample, collate
 from mm.model import MultimodalModel
 from mm.processor import Processor, record_messages, record_said
@@ -38,7 +39,7 @@ def with_twin(record: Record, processor: Processor) -> Heard:
     """A record's sample and its twin, which it has if it is known what its one recording says.
 
     Raises:
-        ValueError: as `Processor.record_example`, of the twin too.
+        UserError: as `Processor.record_example`, of the twin too.
     """
     sample = processor.record_example(record)
     said = record_said(record)
@@ -48,7 +49,7 @@ def with_twin(record: Record, processor: Processor) -> Heard:
         return Heard(**vars(sample))
     read = processor.example(_read(messages, said))
     if len(read.tokens) > processor.context:
-        raise ValueError(f"what is said has {len(read.tokens)} tokens, over the context of {processor.context}")
+        raise UserError(f"what is said has {len(read.tokens)} tokens, over the context of {processor.context}")
     return Heard(**vars(sample), read=read)
 
 

@@ -99,7 +99,7 @@ def parameters(config: ModelConfig, rates: Mapping[str, float | None]) -> tuple[
     """Trained and frozen parameters of each part, and what learns, by the names that `rates` give.
 
     Raises:
-        ValueError: rates that do not fit the model, see `mm.training.optimizer.apply_rates`.
+        UserError: rates that do not fit the model, see `mm.training.optimizer.apply_rates`.
     """
     with torch.device("meta"):
         model = MultimodalModel(config)

@@ -5,6 +5,8 @@ from collections import deque
 from collections.abc import Iterable
 from statistics import median
 
+from foundation.errors import UserError
+
 RECENT = 64  # steps whose gradient norms a new one is compared with
 ENOUGH = 16  # of them, before anything is called a spike
 
@@ -29,7 +31,7 @@ class Guard:
         """Why a step of this loss and gradient norm (before clipping) must be left out; None: it counts.
 
         Raises:
-            ValueError: more than `patience` steps in a row must be left out.
+            UserError: more than `patience` steps in a row must be left out.
         """
         reason = self._reason(loss, norm)
         if reason is None:
@@ -38,7 +40,7 @@ class Guard:
             return None
         self.skipped += 1
         if self.skipped > self.patience:
-            raise ValueError(
+            raise UserError(
                 f"{reason}, and {self.patience} steps before it were skipped; lower the rates or lengthen the warm-up, "
                 "and start in a new output folder"
             )

@@ -88,7 +88,7 @@ class ShapeModel:
         layers: of the language model that a pipeline's stage runs; None: all.
 
     Raises:
-        ValueError: rates that do not fit the model.
+        UserError: rates that do not fit the model.
     """
 
     def __init__(

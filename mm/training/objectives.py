@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from foundation.errors import UserError
 from layers.feed_forward import MLP
 from mm.batch import IGNORED, Batch, Sample, collate
 from mm.model import MultimodalModel
-from mm.training.parallel import Ranks, gathered, whole
+from mm.parallel.ranks import Ranks, gathered, whole
 from video.sampling import Clip
 from vision.encoder import VisionEncoder, VisionEncoderConfig
 from vision.tiling import Tiles
@@ -53,10 +54,10 @@ def next_token_loss(model: MultimodalModel, batch: Batch) -> Tensor:
     """Cross-entropy summed over the batch's targets; logits exist only where there is a target.
 
     Raises:
-        ValueError: a target among the extra token rows, which have no logits.
+        UserError: a target among the extra token rows, which have no logits.
     """
     if batch.labels is None:
-        raise ValueError("the batch has no labels, so there is nothing to learn from it")
+        raise UserError("the batch has no labels, so there is nothing to learn from it")
     return loss_of_hidden_states(model, model.hidden_states(batch), batch)
 
 
@@ -67,7 +68,7 @@ def loss_of_hidden_states(model: MultimodalModel, hidden: Tensor, batch: Batch) 
     targets = labels[wanted]
     vocab = model.config.language_model.vocab_size
     if targets.numel() and int(targets.max()) >= vocab:
-        raise ValueError(f"label {int(targets.max())} is not in the vocabulary of {vocab}: image tokens are no targets")
+        raise UserError(f"label {int(targets.max())} is not in the vocabulary of {vocab}: image tokens are no targets")
     rows, columns, targets = (given.to(hidden.device, non_blocking=True) for given in (*wanted, targets))
     logits = model.language_model.lm_head(hidden[rows, columns])
     return F.cross_entropy(logits.float(), targets, reduction="sum")
@@ -77,13 +78,13 @@ def check_weights(**weights: float) -> None:
     """Refuse losses' weights, by name, that are below 0, or all 0.
 
     Raises:
-        ValueError: says which.
+        UserError: says which.
     """
     for name, weight in weights.items():
         if not weight >= 0:
-            raise ValueError(f"{name} is {weight}; it must be 0 or more")
+            raise UserError(f"{name} is {weight}; it must be 0 or more")
     if not any(weights.values()):
-        raise ValueError(f"{' and '.join(weights)} are all 0: nothing is left to learn")
+        raise UserError(f"{' and '.join(weights)} are all 0: nothing is left to learn")
 
 
 class NextTokenObjective:
@@ -169,9 +170,9 @@ class TextTowerConfig:
 
     def __post_init__(self) -> None:
         if self.context < 3:
-            raise ValueError(f"text.context is {self.context}; it must hold a start, a word and an end: at least 3")
+            raise UserError(f"text.context is {self.context}; it must hold a start, a word and an end: at least 3")
         if self.hidden_size % self.num_heads:
-            raise ValueError(f"text.hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+            raise UserError(f"text.hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
 
 
 @dataclass
@@ -208,7 +209,7 @@ class ContrastiveModel(nn.Module):
     def __init__(self, encoder: VisionEncoderConfig, text: TextTowerConfig, loss: str = "clip") -> None:
         super().__init__()
         if loss not in ("clip", "siglip"):
-            raise ValueError(f"loss {loss!r} is not known; it can be clip or siglip")
+            raise UserError(f"loss {loss!r} is not known; it can be clip or siglip")
         self.vision_encoder = VisionEncoder(encoder)
         self.image_projection = nn.Linear(encoder.hidden_size, text.embedding_size, bias=False)
         self.text_tower = open_clip.transformer.TextTransformer(

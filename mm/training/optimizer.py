@@ -9,6 +9,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from foundation.errors import UserError
+
 
 def apply_rates(module: nn.Module, rates: Mapping[str, float | None]) -> dict[str, float]:
     """Freeze and release a module's parameters by name; return the rate of each that trains.
@@ -16,14 +18,14 @@ def apply_rates(module: nn.Module, rates: Mapping[str, float | None]) -> dict[st
     The first pattern (`fnmatch`: `*` stands for anything) that fits a name decides; `None` freezes.
 
     Raises:
-        ValueError: a name that no pattern fits, a pattern that no name fits, or nothing left to train.
+        UserError: a name that no pattern fits, a pattern that no name fits, or nothing left to train.
     """
     chosen: dict[str, float] = {}
     fitting: set[str] = set()
     for name, parameter in module.named_parameters():
         patterns = [pattern for pattern in rates if fnmatchcase(name, pattern)]
         if not patterns:
-            raise ValueError(f"no pattern of `rates` fits {name}; add one (a rate of null freezes)")
+            raise UserError(f"no pattern of `rates` fits {name}; add one (a rate of null freezes)")
         fitting.update(patterns)
         rate = rates[patterns[0]]
         parameter.requires_grad_(rate is not None)
@@ -31,9 +33,9 @@ def apply_rates(module: nn.Module, rates: Mapping[str, float | None]) -> dict[st
             chosen[name] = rate
     idle = [pattern for pattern in rates if pattern not in fitting]
     if idle:
-        raise ValueError(f"these patterns of `rates` fit no parameter: {', '.join(idle)}")
+        raise UserError(f"these patterns of `rates` fit no parameter: {', '.join(idle)}")
     if not chosen:
-        raise ValueError("`rates` freezes every parameter; give one of them a rate")
+        raise UserError("`rates` freezes every parameter; give one of them a rate")
     return chosen
 
 

@@ -11,13 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from foundation.errors import UserError
 from mm.config import ModelConfig
+from mm.parallel.pipeline import stages_of
+from mm.parallel.ranks import Layout
 from mm.training.config import TrainingConfig
 from mm.training.data import RecordDataset, Source
 from mm.training.flops import Flops, Learning, Parameters, Row, parameters, training_flops
 from mm.training.memory import RankBytes, ShapeModel, StepBytes
-from mm.training.parallel import Layout
-from mm.training.pipeline import stages_of
 from shards.format import INDEX_NAME
 
 TILES = 4  # of a picture, where no index tells: the largest canvas
@@ -69,16 +70,16 @@ def expected_samples(
     Where a source has no index (or is not there yet) every sample is taken to have 4, or `max_tiles`.
 
     Raises:
-        ValueError: numbers that no sample can have, or a source that cannot be read.
+        UserError: numbers that no sample can have, or a source that cannot be read.
     """
     encoder = config.vision_encoder
     most = encoder.max_num_tiles if max_tiles is None else max_tiles
     if not 1 <= most <= encoder.max_num_tiles:
-        raise ValueError(f"max_tiles is {max_tiles}; this model's image encoder takes 1 to {encoder.max_num_tiles}")
+        raise UserError(f"max_tiles is {max_tiles}; this model's image encoder takes 1 to {encoder.max_num_tiles}")
     if not 2 <= tokens <= config.language_model.context:
-        raise ValueError(f"text_tokens is {tokens}; it can be 2 to {config.language_model.context}, the context")
+        raise UserError(f"text_tokens is {tokens}; it can be 2 to {config.language_model.context}, the context")
     if tiles is not None and not 1 <= tiles <= most:
-        raise ValueError(f"tiles is {tiles}; it can be 1 to {most}")
+        raise UserError(f"tiles is {tiles}; it can be 1 to {most}")
     if tiles is None and sources and all((Path(source.path) / INDEX_NAME).is_file() for source in sources):
         counts = Counter(
             RecordDataset(sources, prepare=lambda record: record).num_tiles(encoder.tile_size, most).tolist()
@@ -109,7 +110,7 @@ class Arrangements:
         samples: what a step's samples hold. rate: FLOP/s of a GPU; None: not known.
 
     Raises:
-        ValueError: rates that do not fit the model.
+        UserError: rates that do not fit the model.
     """
 
     def __init__(
@@ -341,20 +342,20 @@ def plan(
         teraflops: rate of a GPU's matrix products; None estimates no speed.
 
     Raises:
-        ValueError: numbers below what makes sense, rates that do not fit the model, ranks that do not fit the GPUs, or
+        UserError: numbers below what makes sense, rates that do not fit the model, ranks that do not fit the GPUs, or
             a model with a video adapter or speech parts, whose operations and memory are not reckoned.
     """
     others = [part for part in ("video_adapter", "speech_encoder", "speech_adapter") if getattr(config, part)]
     if others:
-        raise ValueError(
+        raise UserError(
             f"the model has {', '.join(others)}, and what clips and sound cost is not reckoned: plan with the run that "
             "they were added to"
         )
     if gpus < 1:
-        raise ValueError(f"gpus is {gpus}; it must be at least 1")
+        raise UserError(f"gpus is {gpus}; it must be at least 1")
     for name, value in (("gpu_memory", gpu_gigabytes), ("tflops", teraflops)):
         if value is not None and not value > 0:
-            raise ValueError(f"{name} is {value:g}; it must be above 0")
+            raise UserError(f"{name} is {value:g}; it must be above 0")
     ways = Arrangements(config, training, samples, gpus, None if teraflops is None else teraflops * 1e12)
     layout, size = Layout.of(training, gpus), training.micro_batch_size or training.batch_size
     own = training.checkpoint_activations

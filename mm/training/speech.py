@@ -7,15 +7,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from foundation.errors import UserError
 from mm.batch import IGNORED, Batch, Sample
 from mm.model import MultimodalModel
+from mm.parallel.ranks import whole
 from mm.training.distillation import Heard, collate_twins, divergence
 from mm.training.objectives import NextTokenObjective, check_weights, loss_of_hidden_states
-from mm.training.parallel import whole
 from speech.adapter import num_tokens
 from speech.conformer import SpeechEncoder
+from speech.ctc_readout import SCALE
 from speech.features import FeatureStatistics
-from speech.readout import SCALE
 
 
 class SpeechObjective(NextTokenObjective):
@@ -23,8 +24,8 @@ class SpeechObjective(NextTokenObjective):
 
     The auxiliary loss is CTC over the rows that the speech adapter gives: each is compared by cosine with the language
     model's frozen embeddings of the answer's tokens, so that the adapter says in the model's own input what it heard
-    and where; the language model reads that by `speech.readout`. It fits answers that repeat what is said, a row with
-    one utterance each; other rows have no part in it. An answer's tokens are told from those of all answers in the
+    and where; the language model reads that by `speech.ctc_readout`. It fits answers that repeat what is said, a row
+    with one utterance each; other rows have no part in it. An answer's tokens are told from those of all answers in the
     micro-batch, not from the whole vocabulary. CTC's blank is the audio token's own row.
 
     Args:
@@ -33,7 +34,7 @@ class SpeechObjective(NextTokenObjective):
             answers (`mm.training.distillation`). With 0 and next_token_weight 0 the language model is not run at all.
 
     Raises:
-        ValueError: a weight below 0, or none above.
+        UserError: a weight below 0, or none above.
     """
 
     whole_passes = (*NextTokenObjective.whole_passes, "hear")
@@ -166,10 +167,10 @@ def set_statistics(encoder: SpeechEncoder, utterances: Sequence[Tensor]) -> None
     """Give a new conformer the mean and deviation of utterances' features, each [T, num_mels].
 
     Raises:
-        ValueError: there are none.
+        UserError: there are none.
     """
     if not utterances:
-        raise ValueError("no sound in any of the samples that a new conformer's feature statistics are taken of")
+        raise UserError("no sound in any of the samples that a new conformer's feature statistics are taken of")
     statistics = FeatureStatistics()
     for mel in utterances:
         statistics.update(mel)

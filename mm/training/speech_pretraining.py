@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from foundation.errors import UserError
 from layers.linear import Linear
 from mm.evaluation.metrics import count_edits
 from mm.training.speech import Padding
@@ -147,11 +148,11 @@ def spelling(text: str) -> list[int]:
     """A transcript's letters as classes of `alphabet`: its words without punctuation, one blank between them.
 
     Raises:
-        ValueError: it has letters that are not in the alphabet.
+        UserError: it has letters that are not in the alphabet.
     """
     words = " ".join(re.findall(r"[^\W_']+(?:'[^\W_']+)*", normalised(text.replace("\u2019", "'"))))
     if strange := sorted(set(words) - alphabet().keys()):
-        raise ValueError(f"{text[:60]!r} has letters other than Latin, Greek and Cyrillic: {''.join(strange)[:20]}")
+        raise UserError(f"{text[:60]!r} has letters other than Latin, Greek and Cyrillic: {''.join(strange)[:20]}")
     return [alphabet()[letter] for letter in words]
 
 

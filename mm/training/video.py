@@ -26,7 +26,7 @@ class VideoObjective(NextTokenObjective):
             over target tokens; with 0 it is not run at all. A step divides both by its target tokens.
 
     Raises:
-        ValueError: a weight below 0, or none above.
+        UserError: a weight below 0, or none above.
     """
 
     whole_passes = (*NextTokenObjective.whole_passes, "watch")

@@ -13,8 +13,8 @@ import yaml
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 
 import mm
-from mm.checkpoint import load_encoder, read_shape
 from mm.convert import whisper
+from mm.run_folder import load_encoder, read_shape
 from mm.speech_encoders import load_speech_encoder
 from shards.reader import ShardSet
 from speech.whisper import WhisperEncoder, WhisperEncoderConfig

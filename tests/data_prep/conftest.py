@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_prep.caption_rules import CaptionRules
-from data_prep.curation import Curate, run
-from data_prep.image_rules import ImageRules
-from data_prep.pool import Source
-from data_prep.resampling import ResamplingConfig
-from data_prep.writing import WriteConfig
+from data_prep.pipeline.curation import Curate, run
+from data_prep.pipeline.pool import Source
+from data_prep.pipeline.writing import WriteConfig
+from data_prep.steps.caption_rules import CaptionRules
+from data_prep.steps.image_rules import ImageRules
+from data_prep.steps.resampling import ResamplingConfig
 
 NOUNS = ("dog", "cat", "boat", "tree", "house", "bird", "fish", "flower", "car", "mountain")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from data_prep.ocr import Line
+from data_prep.steps.ocr import Line
 
 
 @dataclass(frozen=True)

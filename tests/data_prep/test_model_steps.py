@@ -11,17 +11,18 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageDraw
 
-import data_prep.curation
-from data_prep.clip_score import ClipScore, ClipScoreConfig
-from data_prep.curation import rethreshold, run, write_kept
-from data_prep.faces import MARGIN, FacesConfig, blurred
-from data_prep.forecast import forecast
-from data_prep.ledger import stats, why
-from data_prep.measuring import picture_id
-from data_prep.near_duplicates import NearDuplicatesConfig
-from data_prep.nsfw import NsfwConfig
-from data_prep.ocr import OcrConfig
+import data_prep.pipeline.curation
+from data_prep.pipeline.curation import rethreshold, run, write_kept
+from data_prep.pipeline.forecast import forecast
+from data_prep.pipeline.ledger import stats, why
+from data_prep.pipeline.measuring import picture_id
+from data_prep.steps.clip_score import ClipScore, ClipScoreConfig
+from data_prep.steps.faces import MARGIN, FacesConfig, blurred
+from data_prep.steps.near_duplicates import NearDuplicatesConfig
+from data_prep.steps.nsfw import NsfwConfig
+from data_prep.steps.ocr import OcrConfig
 from shards.reader import ShardSet
+from tests.data_prep.reports import report_of
 from tests.data_prep.scripted import MiddleFace, RednessClassifier, ScriptedScorer, SizeReader
 
 CLIP = ClipScoreConfig("any", "any", threshold=0.1)
@@ -30,9 +31,9 @@ CLIP = ClipScoreConfig("any", "any", threshold=0.1)
 @pytest.fixture
 def scripted(monkeypatch):
     """Stand-ins in the place of every model."""
-    monkeypatch.setattr(data_prep.curation.OpenNsfw, "of_package", RednessClassifier)
-    monkeypatch.setattr(data_prep.curation.CenterFace, "of_file", lambda *_: MiddleFace())
-    monkeypatch.setattr(data_prep.curation.RapidOcr, "of_package", SizeReader)
+    monkeypatch.setattr(data_prep.pipeline.curation.OpenNsfw, "of_package", RednessClassifier)
+    monkeypatch.setattr(data_prep.pipeline.curation.CenterFace, "of_file", lambda *_: MiddleFace())
+    monkeypatch.setattr(data_prep.pipeline.curation.RapidOcr, "of_package", SizeReader)
     return lambda config: ScriptedScorer(config.pretrained)
 
 
@@ -59,9 +60,9 @@ def test_pairs_under_the_clip_score_go_and_deciding_anew_needs_no_model(pool, cu
     )
     rethreshold(work, replace(config, clip_score=replace(CLIP, threshold=0.05)))
     assert write_kept(work) == 15
-    (about,) = forecast(work / "set", data_prep.curation.steps_of(config, Path, scripted))[-1:]
+    (about,) = forecast(work / "set", data_prep.pipeline.curation.steps_of(config, Path, scripted))[-1:]
     assert (about.option, about.pairs, about.kept) == ("clip_score.threshold", 20, 10)
-    assert "clip_score.threshold" in (work / "report.html").read_text()
+    assert "clip_score.threshold" in report_of(work)
     with pytest.raises(ValueError, match="clip_score: scorer cannot be changed without `mm data run`"):
         rethreshold(work, replace(config, clip_score=replace(CLIP, pretrained="another")))
     with pytest.raises(ValueError, match="clip_score needs a model"):
@@ -118,7 +119,7 @@ def test_unsafe_pictures_are_quarantined_and_shown_nowhere(pool, curate, good_pa
     unsafe = {key for key, pair in pairs.items() if redness(pair) > config.nsfw.threshold}
     assert unsafe and count == len(pairs) - len(unsafe)
     assert ("nsfw", "quarantine", "NSFW score too high", len(unsafe)) in stats(work)
-    report = (work / "report.html").read_text()
+    report = report_of(work)
     assert "nsfw.threshold" in report
     section = report.split("nsfw.threshold")[1].split("<h3>")[0]
     assert "<img" not in section and "<svg" in section
@@ -208,13 +209,13 @@ def test_a_report_without_pictures_is_written(pool, curate, good_pairs, scripted
     none = {"caption_rules": None, "image_rules": None, "resampling": None}
     config = curate(pool("tars", "a", good_pairs(4)), "tars", "run", **none, **models)
     assert run(config, Path, scripted) == 4
-    report = (Path(config.output) / "report.html").read_text()
+    report = report_of(Path(config.output))
     assert "nsfw.threshold" in report and "<img" not in report
 
 
 def shown_in(work) -> dict[str, str]:
     """id -> the picture that the report shows of it, as base64."""
-    report = (Path(work) / "report.html").read_text()
+    report = report_of(Path(work))
     found = re.findall(r"base64,([^']+)'>(?:(?!<figure>).)*<small>(\w+)</small>", report)
     return {name: data for data, name in found}
 

@@ -8,9 +8,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image, ImageDraw, ImageFont
 
-from data_prep.faces import FLOOR, CenterFace, faces_of
-from data_prep.nsfw import OpenNsfw
-from data_prep.ocr import RapidOcr
+from data_prep.steps.faces import FLOOR, CenterFace, faces_of
+from data_prep.steps.nsfw import OpenNsfw
+from data_prep.steps.ocr import RapidOcr
 
 
 def test_open_nsfw_says_what_its_package_says(noise):
@@ -46,12 +46,12 @@ def test_text_is_read_where_it_stands():
     ],
 )
 def test_a_package_that_is_absent_is_named_with_its_extra(monkeypatch, tmp_path, package, make):
-    import data_prep.faces
-    import data_prep.ocr
+    import data_prep.steps.faces
+    import data_prep.steps.ocr
 
-    data_prep.faces._load.cache_clear()
-    data_prep.ocr._load.cache_clear()
-    monkeypatch.setattr(data_prep.faces, "_bytes_of", lambda _: b"")
+    data_prep.steps.faces._load.cache_clear()
+    data_prep.steps.ocr._load.cache_clear()
+    monkeypatch.setattr(data_prep.steps.faces, "_bytes_of", lambda _: b"")
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=r"pip install 'mm-adapters\[data\]'"):
         make()

@@ -10,7 +10,7 @@ import yaml
 import mm
 from app.cli import main
 from mm.averaging import average, average_best
-from mm.checkpoint import save
+from mm.run_folder import save
 
 GATE = "image_adapter.blocks.0.gate_attn"
 

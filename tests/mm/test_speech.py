@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import mm
-from mm.checkpoint import save
 from mm.generation import decode_step, prefill
+from mm.run_folder import save
 from mm.video_adapter import VideoAdapterConfig
 from speech.adapter import SpeechAdapterConfig, num_tokens
 from speech.conformer import SpeechEncoderConfig

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import mm
-from mm.evaluation.controls import blank, one_frame, shuffled_frames
+from mm.evaluation.baselines import blank, one_frame, shuffled_frames
 from mm.generation import decode_step, prefill
 from mm.video_adapter import VideoAdapterConfig
 from video.aggregator import AggregatorConfig, TemporalAggregator, passes, time_waves

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mm.checkpoint import load_encoder
+from mm.run_folder import load_encoder
 from mm.training.data import RecordDataset
 from mm.training.objectives import ContrastiveObjective
 from shards.writer import write_shards

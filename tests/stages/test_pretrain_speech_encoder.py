@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from data_prep.recordings import transcription_record
+from data_prep.sources.recordings import transcription_record
 from mm.speech_encoders import load_speech_encoder
 from mm.training.data import RecordDataset, Source, step_loader
 from mm.training.speech_pretraining import (

@@ -15,9 +15,9 @@ import app.cli
 import mm
 import stages.finetune
 import stages.sweep
-from mm.checkpoint import save
 from mm.evaluation.evaluate import Report, evaluate
 from mm.evaluation.metrics import Score
+from mm.run_folder import save
 from mm.training.objectives import NextTokenObjective
 from shards.reader import ShardSet
 from stages.sweep import Sweep, combinations_of

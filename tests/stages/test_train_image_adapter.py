@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mm
-import mm.checkpoint
+import mm.run_folder
 import mm.training.adapters
 from mm.evaluation.evaluate import evaluate
 from shards.reader import ShardSet
@@ -84,14 +84,14 @@ def test_killed_and_run_again_is_uninterrupted(adapter_config, tmp_path):
 
 
 def test_the_run_folder_opens_and_answers(adapter_config, squares, language_model_folder):
-    before = mm.checkpoint.hash_weights(language_model_folder)
+    before = mm.run_folder.hash_weights(language_model_folder)
     file, folder = adapter_config()
     main(["--config", str(file)])
     model, processor = mm.load(folder)
     record = ShardSet(squares).select(split="test", task="vqa")[0]
     messages = [{"role": "user", "content": [{"type": "image", "image": record.media["png"]}]}]
     assert isinstance(mm.generate(model, processor, messages, max_new_tokens=3), str)
-    assert mm.checkpoint.hash_weights(language_model_folder) == before
+    assert mm.run_folder.hash_weights(language_model_folder) == before
     assert {path.name for path in folder.glob("*.safetensors")} == {
         "vision_encoder.safetensors",
         "image_adapter.safetensors",
@@ -191,7 +191,7 @@ def test_a_bundle_is_whole_by_itself(adapter_config):
 
 def test_it_goes_on_from_an_earlier_run_and_from_lower_precision(adapter_config, run_folder, tmp_path):
     model, _ = mm.load(run_folder, dtype=torch.bfloat16)
-    mm.checkpoint.save_encoder(tmp_path / "bf16", model.vision_encoder)
+    mm.run_folder.save_encoder(tmp_path / "bf16", model.vision_encoder)
     for start_from in (run_folder, tmp_path / "bf16"):
         output = tmp_path / f"from-{start_from.name}"
         file, _ = adapter_config(vision_encoder=str(start_from), output=str(output), training={"steps": 2})

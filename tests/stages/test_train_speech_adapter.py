@@ -10,11 +10,11 @@ import torch
 import yaml
 
 import mm
-from data_prep.recordings import transcription_record
+from data_prep.sources.recordings import transcription_record
 from mm.batch import IGNORED
-from mm.checkpoint import hash_weights, load_encoder, read_description, save
 from mm.evaluation.evaluate import evaluate
 from mm.language_model import LanguageModelConfig
+from mm.run_folder import hash_weights, load_encoder, read_description, save
 from mm.speech_encoders import load_speech_encoder, save_speech_encoder
 from mm.training.config import TrainingConfig
 from mm.training.distillation import with_twin

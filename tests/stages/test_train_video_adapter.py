@@ -11,8 +11,8 @@ import yaml
 from PIL import Image
 
 import mm
-from mm.checkpoint import PARTS
 from mm.evaluation.evaluate import evaluate
+from mm.run_folder import PARTS
 from shards.format import Record
 from shards.reader import ShardSet
 from shards.writer import write_shards

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import mm
-from data_prep.recordings import asked_freely, transcription_record, translation_record
+from data_prep.sources.recordings import asked_freely, transcription_record, translation_record
 from mm.assembly import add_speech
-from mm.evaluation.controls import with_other_sound
+from mm.evaluation.baselines import with_other_sound
 from mm.evaluation.evaluate import evaluate
 from shards.format import Record
 from speech.adapter import SpeechAdapterConfig, num_tokens

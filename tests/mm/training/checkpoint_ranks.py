@@ -26,11 +26,11 @@ from torch.utils.data import Dataset
 
 from mm.cross_attention import CrossAttentionBlock
 from mm.language_model import DecoderLayer
-from mm.training.checkpoints import Checkpoints
+from mm.parallel.ranks import Ranks, joined, whole
+from mm.training.checkpoint import Checkpoints
 from mm.training.data import Position
-from mm.training.loop import train
 from mm.training.objectives import NextTokenObjective
-from mm.training.parallel import Ranks, joined, whole
+from mm.training.trainer import train
 from vision.encoder import VisionEncoder
 
 UNITS = (DecoderLayer, VisionEncoder, CrossAttentionBlock)

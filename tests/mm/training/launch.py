@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["mm.training.adapters", "mm.training.pipeline", "open_clip", "torch.utils.tensorboard"])
+FORKED.set_forkserver_preload(["mm.training.adapters", "mm.parallel.pipeline", "open_clip", "torch.utils.tensorboard"])
 GRACE = 5.0  # seconds that the others have when one rank has failed
 
 

@@ -13,15 +13,15 @@ from torch.nn import functional as F
 
 import mm
 from mm.batch import IGNORED
-from mm.training import loop
+from mm.training import trainer as loop
 from mm.training.adapters import LAYERS
 from mm.training.compiling import compiled
 from mm.training.config import TrainingConfig
 from mm.training.data import collate_step
 from mm.training.guards import Guard
-from mm.training.loop import recomputed, train_step
 from mm.training.objectives import NextTokenObjective
 from mm.training.optimizer import apply_rates
+from mm.training.trainer import recomputed, train_step
 
 
 class Spy(torch.optim.SGD):

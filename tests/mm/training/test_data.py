@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import mm
+from mm.parallel.ranks import Ranks
 from mm.training.adapters import loads_of
 from mm.training.data import RecordDataset, Source, Unreadable, collate_step, deal, parts_of, step_loader
 from mm.training.flops import text_token_cost
 from mm.training.objectives import NextTokenObjective
-from mm.training.order import Buckets, epoch_order, steps
-from mm.training.parallel import Ranks
+from mm.training.sampler import Buckets, epoch_order, steps
 from shards.format import Record
 from shards.writer import write_shards
 from vision.tiling import tile_image

@@ -24,9 +24,9 @@ from mm.training.flops import (
     text_token_cost,
     training_flops,
 )
-from mm.training.loop import recomputed as recomputed_layers
 from mm.training.objectives import ContrastiveModel, ContrastiveObjective, TextTowerConfig, next_token_loss
 from mm.training.optimizer import apply_rates
+from mm.training.trainer import recomputed as recomputed_layers
 
 FROZEN = {"language_model.*": None, "extra_embeddings": None}
 BATCHES = {

@@ -14,12 +14,12 @@ from mm.training.config import TrainingConfig
 from mm.training.flops import Row
 from mm.training.guards import Guard
 from mm.training.live_bytes import LiveBytes
-from mm.training.loop import recomputed as recomputed_layers
-from mm.training.loop import train_step
 from mm.training.memory import ShapeModel
 from mm.training.objectives import NextTokenObjective, next_token_loss
 from mm.training.optimizer import apply_rates, build_optimizer
 from mm.training.precision import lossless_bf16
+from mm.training.trainer import recomputed as recomputed_layers
+from mm.training.trainer import train_step
 from vision.encoder import VisionEncoderConfig
 from vision.tiling import Tiles
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 import mm
+from mm.parallel.ranks import Layout
 from mm.training.config import TrainingConfig
 from mm.training.data import Source
 from mm.training.flops import Learning, Row, training_flops
-from mm.training.parallel import Layout
 from mm.training.planner import USABLE, Arrangements, Samples, expected_samples, plan
 from shards.reader import ShardSet
 from vision.tiling import choose_canvas

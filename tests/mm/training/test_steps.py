@@ -15,9 +15,9 @@ from mm.cross_attention import CrossAttentionBlock
 from mm.language_model import DecoderLayer
 from mm.training.data import collate_step
 from mm.training.guards import Guard
-from mm.training.loop import train_step
 from mm.training.objectives import NextTokenObjective
 from mm.training.optimizer import apply_rates, build_optimizer
+from mm.training.trainer import train_step
 from vision.encoder import EncoderLayer
 
 TOLERANCE = {"rtol": 2e-4, "atol": 2e-6}  # fp32 sums in another order, through six layers and their gradients

@@ -1,0 +1,124 @@
+"""easy-VQA (questions about one coloured shape, 64 x 64 px) -> shard records: questions, captions or conversations.
+
+The set: `{train,test}/images/{n}.png` and `{train,test}/questions.json`, a list of [question, answer, n].
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_prep.sources.conversations import REQUEST, conversations
+from data_prep.sources.splits import split_of
+from foundation.errors import UserError
+from shards.format import Record, make_id
+from vision.reading import read_picture
+
+VALIDATION_SHARE = 0.02  # of the training pictures, with all their questions
+SHAPES = ("circle", "rectangle", "triangle")
+
+
+def to_samples(folder: str | Path, dropped: list[tuple[str, str]] | None = None) -> Iterator[Record]:
+    """Yields the records of the whole set: its own test split, and its train split less some validation pictures.
+
+    Args:
+        folder: holds `train` and `test`.
+        dropped: gets (file, reason) for each picture that cannot be read; its questions are left out.
+
+    Raises:
+        UserError: the folder lacks a split, or its questions are not as described above.
+    """
+    folder, dropped = Path(folder), [] if dropped is None else dropped
+    for part in ("train", "test"):
+        pictures: dict[int, bytes | None] = {}
+        for number, (question, answer, image) in enumerate(_questions(folder / part / "questions.json")):
+            name = f"{part}/images/{image}.png"
+            if image not in pictures:
+                pictures[image] = _read(folder, name, dropped)
+            if pictures[image] is None:
+                continue
+            record_id = make_id(f"easy-vqa/{part}/{number}")
+            content = {
+                "id": record_id,
+                "split": _split(name),
+                "task": "vqa",
+                "language": "en",
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [{"type": "image", "image": "png"}, {"type": "text", "text": question}],
+                    },
+                    {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+                ],
+            }
+            yield Record(record_id, content, {"png": pictures[image]})
+
+
+def to_captions(folder: str | Path, dropped: list[tuple[str, str]] | None = None) -> Iterator[Record]:
+    """Yields a captioned record, "a blue circle", for each training picture whose answers name both colour and shape.
+
+    Splits are those of `to_samples`; the test pictures are left out, so nothing of them is ever learnt.
+
+    Args and errors: as `to_samples`.
+    """
+    folder, dropped = Path(folder), [] if dropped is None else dropped
+    for image, turns in _by_picture(folder, "train").items():
+        name, caption = f"train/images/{image}.png", _caption(turns)
+        picture = None if caption is None else _read(folder, name, dropped)
+        if picture is None:
+            continue
+        record_id = make_id(f"easy-vqa/caption/{image}")
+        content = {"id": record_id, "split": _split(name), "task": "caption", "language": "en", "caption": caption}
+        yield Record(record_id, content, {"png": picture})
+
+
+def to_conversations(folder: str | Path, dropped: list[tuple[str, str]] | None = None) -> Iterator[Record]:
+    """Yields conversations of several turns about one picture, with all its questions and its caption among them.
+
+    Splits are those of `to_samples`.
+
+    Args and errors: as `to_samples`.
+    """
+    folder, dropped = Path(folder), [] if dropped is None else dropped
+    for part in ("train", "test"):
+        for image, turns in _by_picture(folder, part).items():
+            name, caption = f"{part}/images/{image}.png", _caption(turns)
+            picture = _read(folder, name, dropped)
+            if picture is None:
+                continue
+            described = [] if caption is None else [(REQUEST, caption)]
+            yield from conversations(f"easy-vqa/{name}", _split(name), {"png": picture}, [*turns, *described])
+
+
+def _split(name: str) -> str:
+    return "test" if name.startswith("test/") else split_of(name, validation=VALIDATION_SHARE, test=0.0)
+
+
+def _by_picture(folder: Path, part: str) -> dict[int, list[tuple[str, str]]]:
+    """(question, answer) of each picture, by its number."""
+    turns: dict[int, list[tuple[str, str]]] = {}
+    for question, answer, image in _questions(folder / part / "questions.json"):
+        turns.setdefault(image, []).append((question, answer))
+    return turns
+
+
+def _caption(turns: list[tuple[str, str]]) -> str | None:
+    """ "a blue circle", where the answers name both colour and shape."""
+    named = {"shape" if answer in SHAPES else "color": answer for _, answer in turns if answer not in ("yes", "no")}
+    return f"a {named['color']} {named['shape']}" if len(named) == 2 else None
+
+
+def _questions(path: Path) -> list[tuple[str, str, int]]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return [(str(question), str(answer), int(image)) for question, answer, image in rows]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: no list of [question, answer, picture number] ({error})") from None
+
+
+def _read(folder: Path, name: str, dropped: list[tuple[str, str]]) -> bytes | None:
+    try:
+        read_picture(folder / name)
+        return (folder / name).read_bytes()
+    except ValueError as error:
+        dropped.append((name, str(error)))
+        return None

@@ -1,0 +1,61 @@
+"""matplotlib as the builders of drawings use it: the same picture on every machine, whatever its settings and fonts."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageFont
+
+from foundation.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FAMILIES = ("DejaVu Sans", "DejaVu Serif", "STIXGeneral")  # matplotlib brings them
+FONT_FILES = ("DejaVuSans.ttf", "DejaVuSerif.ttf", "DejaVuSansMono.ttf")
+
+
+@contextmanager
+def canvas(family: str, size: float) -> Iterator[None]:
+    """Within it, matplotlib has its own defaults, and this font."""
+    matplotlib = _matplotlib()
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({"font.family": family, "font.size": size})
+        yield
+
+
+def drawn(figure: "Figure") -> Image.Image:
+    """A figure as an RGB picture."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    agg = FigureCanvasAgg(figure)
+    agg.draw()
+    return Image.fromarray(np.asarray(agg.buffer_rgba())[..., :3].copy())
+
+
+@lru_cache(maxsize=64)
+def font(file: str, size: int) -> ImageFont.FreeTypeFont:
+    """One of matplotlib's font files, for drawing with Pillow; the size in pixels."""
+    path = Path(_matplotlib().get_data_path()) / "fonts" / "ttf" / file
+    return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
+
+
+@lru_cache(maxsize=8)
+def signs_of(file: str) -> frozenset[int]:
+    """The code points that one of matplotlib's font files has a glyph for."""
+    path = Path(_matplotlib().get_data_path()) / "fonts" / "ttf" / file
+    from matplotlib.ft2font import FT2Font
+
+    return frozenset(FT2Font(path).get_charmap())
+
+
+def _matplotlib():
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("drawings need the package matplotlib: pip install 'mm-adapters[data]'") from None
+    return matplotlib

@@ -1,0 +1,23 @@
+"""Which device a command or a stage runs on."""
+
+import torch
+
+from foundation.errors import UserError
+
+
+def resolve_device(name: torch.device | str = "auto") -> torch.device:
+    """A device by its name; "auto" is CUDA where this machine has it, else the CPU.
+
+    Args:
+        name: such as "auto", "cpu" or "cuda:1".
+
+    Raises:
+        UserError: torch does not know the device, or this machine does not have it.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {str(name)!r} cannot be used on this machine: {reason}") from error

@@ -1,0 +1,165 @@
+"""`mm data build`: each set by the command alone, and what is built is learnt from."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image, ImageDraw
+
+import app.commands.data
+import app.commands.data_build
+import mm
+from app.cli import main
+from app.commands.data_build import BUILDERS, read_builder
+from data_prep.sources.recordings import transcription_record
+from data_prep.synthetic.documents import QUESTION
+from shards.reader import ShardSet
+from shards.writer import write_shards
+from stages.finetune import main as finetune
+from stages.train_image_adapter import main as train_image_adapter
+
+SHIPPED = Path(__file__).parent.parent.parent.parent / "configs" / "data"
+FROZEN = {"language_model.*": None, "extra_embeddings": None}
+
+
+@pytest.fixture
+def mm_build(capsys):
+    """mm_build(*arguments) -> (exit code, what is printed, what is said on stderr)."""
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            main(["data", "build", *map(str, arguments)])
+        shown = capsys.readouterr()
+        return ended.value.code, shown.out, shown.err
+
+    return run
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A folder with the shipped configurations, cut-outs under an asset's name, a text, and a table of questions."""
+    monkeypatch.chdir(tmp_path)
+    cutouts = tmp_path / "cache" / "openmoji"
+    (cutouts / "color" / "svg").mkdir(parents=True)
+    (cutouts / "data").mkdir()
+    rows = [{"hexcode": f"{n}", "annotation": f"thing {n}"} for n in range(12)]
+    for row in rows:
+        circle = f'<circle cx="4" cy="4" r="3" fill="#00{row["hexcode"]:0>2}00"/>'
+        svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9">{circle}</svg>'
+        (cutouts / "color" / "svg" / f"{row['hexcode']}.svg").write_text(svg)
+    (cutouts / "data" / "openmoji.json").write_text(json.dumps(rows))
+    (cutouts / "LICENSE").write_text("free for all")
+    monkeypatch.setattr(app.commands.data, "fetch", lambda name: tmp_path / "cache" / name)
+    Path("documents").mkdir()
+    Path("documents/a.txt").write_text("A text of some length, to be read.\n" * 5)
+    lines = []
+    for n, colour in enumerate(("red", "green", "blue", "black")):
+        picture = Image.new("RGB", (28, 28), "white")
+        ImageDraw.Draw(picture).rectangle((4, 4, 20, 20), fill=colour)
+        picture.save(f"{n}.png")
+        lines.append(f'{{"image": "{n}.png", "question": "what colour?", "answer": "{colour}"}}\n')
+    Path("questions.jsonl").write_text("".join(lines))
+    return tmp_path
+
+
+def build_shipped(mm_build, *names):
+    small = {"charts": ["--count", 2], "equations": ["--count", 2], "flowcharts": ["--count", 2]}
+    small |= {"tables": ["--count", 2], "grounding": ["--count", 4, "--validation", 0, "--test", 0]}
+    for name in names:
+        options = [*small.get(name, ()), "--workers", 1]
+        assert mm_build(name, "--config", SHIPPED / f"{name}.yaml", *options)[::2] == (0, ""), name
+
+
+def test_shipped_configurations_build_what_the_processor_reads(home, mm_build, tiny_config, tokenizer):
+    names = ("charts", "documents", "equations", "flowcharts", "grounding", "questions", "tables")
+    build_shipped(mm_build, *names)
+    wide = replace(tiny_config, language_model=replace(tiny_config.language_model, context=8192))
+    processor = mm.Processor(tokenizer, wide, max_tiles=4)
+    for name in names:
+        shards = ShardSet(Path("data") / name)
+        assert len(shards) >= 1 and {"built.yaml", "left_out.tsv"} <= {path.name for path in shards.folder.iterdir()}
+        for record in shards:
+            sample = processor.record_example(record)
+            wanted = processor.decode([label for label in sample.labels if label >= 0])
+            answer = record.json["messages"][-1]["content"][0]["text"]
+            assert len(sample.images) == 1 and " ".join(answer.split()) in " ".join(wanted.split()), name
+    assert "free for all" in Path("data/grounding/LICENSE").read_text()
+    (text,) = ShardSet("data/documents")
+    assert text.json["messages"][0]["content"][1]["text"] == QUESTION
+
+
+def test_mixed_and_recaptioned_sets_are_trained_on(home, mm_build, squares, run_folder):
+    build_shipped(mm_build, "questions")
+    code, out, err = mm_build(
+        "recaptions", "--config", SHIPPED / "recaptions.yaml", "--model", run_folder, "--source", squares,
+        "--output", "data/recaptioned", "--limit", 6, "--max-new-tokens", 5, "--min_words", 1, "--overwrite", "true",
+    )  # fmt: skip
+    assert (code, err) == (0, "") and "records in data/recaptioned" in out
+    (record, *_) = ShardSet("data/recaptioned")
+    processor = mm.load(run_folder)[1]
+    model = mm.load(run_folder)[0]
+    sample = processor.caption_prompt_for(record.media["png"])
+    said = processor.decode(mm.generate_tokens(model, [sample], 5)[0])
+    assert record.json["caption"] == " ".join(said.split()) and record.json["language"] == "und"
+    assert yaml.safe_load(Path("data/recaptioned/built.yaml").read_text())["max_new_tokens"] == 5
+
+    sources = [{"path": "data/recaptioned", "weight": 1}, {"path": str(squares), "weight": 3}]
+    sources.append({"path": "data/questions", "weight": 1})
+    Path("mix.yaml").write_text(yaml.safe_dump({"output": "data/mix", "budget": 15, "sources": sources}))
+    code, out, err = mm_build("mix", "--config", "mix.yaml")
+    assert (code, err) == (0, "") and "15 records in data/mix" in out and "9    0.6000 of 0.6000 wanted" in out
+    assert mm_build("mix", "--config", "mix.yaml", "--budget", 9999, "--output", "x")[0] == 1
+    for stage, name in ((finetune, "chat"), (train_image_adapter, "annealed")):
+        training = {"steps": 1, "batch_size": 4, "rates": {**FROZEN, "*": 1e-3}, "workers": 0}
+        values = {"output": name, "start_from": str(run_folder), "data": [{"path": "data/mix"}], "training": training}
+        Path("stage.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+        stage(["--config", "stage.yaml"])
+        assert mm.load(name)
+
+
+def test_what_is_said_is_answered_by_a_run(home, mm_build, run_folder):
+    records = [transcription_record(said, "train", "en", said, np.zeros(800, np.int16)) for said in ("a", "is it red?")]
+    write_shards(records, "data/recordings")
+    options = ("--model", run_folder, "--source", "data/recordings", "--max-new-tokens", 5)
+    code, out, err = mm_build("dialogues", "--config", SHIPPED / "dialogues.yaml", *options)
+    assert (code, err) == (0, "") and "records in data/dialogues" in out
+    model, processor = mm.load(run_folder)
+    for record in ShardSet("data/dialogues"):
+        said = mm.generate(model, processor, [{"role": "user", "content": record.json["said"]}], 5)
+        assert record.json["messages"][1]["content"][0]["text"] == said.strip()
+
+
+def test_every_set_has_a_configuration_that_is_read():
+    for name in BUILDERS:
+        path = SHIPPED / f"{name}.yaml"
+        assert f"mm data build {name} --config configs/data/{name}.yaml" in path.read_text()
+        assert isinstance(read_builder(name, ["--config", str(path)]), BUILDERS[name])
+
+
+def test_mistakes_are_one_line(home, mm_build):
+    for arguments, words in (
+        ((), "name a set to build: charts, dialogues, documents"),
+        (("castles",), "name a set to build"),
+        (("charts", "--output", "x", "--count", "0"), "count is 0"),
+        (("charts", "--output", "x", "--tallness", "0"), "tallness"),
+        (("charts",), "output"),
+        (("mix", "--config", SHIPPED / "mix.yaml"), "no such folder"),
+        (("questions", "--table", "gone.csv", "--output", "x"), "gone.csv: no such file"),
+        (("documents", "--folder", "cache", "--output", "x"), "there are no files"),
+        (("recaptions", "--source", "gone", "--model", "m", "--output", "x"), "gone"),
+    ):
+        code, out, err = mm_build(*arguments)
+        assert (code, out) == (1, "") and words in err and err.count("\n") == 1, arguments
+    assert not Path("x").exists()
+
+
+def test_an_interrupted_build_starts_over(home, mm_build, monkeypatch):
+    def interrupted(argv, locate):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(app.commands.data, "build_set", interrupted)
+    code, out, err = mm_build("charts", "--output", "x")
+    assert (code, out) == (130, "") and "starts over" in err and "goes on" not in err

@@ -1,0 +1,12 @@
+"""`mm data run` on a disk that takes no file beyond so many bytes: limited_run.py CONFIG BYTES"""
+
+import resource
+import signal
+import sys
+
+from app.commands.data import main
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+    sys.exit(main(["run", "--config", sys.argv[1]]))

@@ -1,0 +1,99 @@
+import json
+
+import pytest
+from PIL import Image
+
+from data_prep.sources.conversations import REQUEST
+from data_prep.sources.easy_vqa import to_captions, to_conversations, to_samples
+from shards.format import check_record
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for part, count in (("train", 200), ("test", 5)):
+        (tmp_path / part / "images").mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (4, 4), (i, count, 0)).save(tmp_path / part / "images" / f"{i}.png")
+        questions = [[f"what is {j}?", "yes" if j else "red", i] for i in range(count) for j in range(2)]
+        (tmp_path / part / "questions.json").write_text(json.dumps(questions))
+    return tmp_path
+
+
+def question_and_answer(record):
+    user, assistant = record.json["messages"]
+    return user["content"][1]["text"], assistant["content"][0]["text"]
+
+
+def test_a_record_for_each_question_with_its_own_picture(folder):
+    records = list(to_samples(folder))
+    assert len(records) == 410 == len({record.id for record in records})
+    for record in records:
+        check_record(record)
+        assert record.json["task"] == "vqa" and record.json["messages"][0]["content"][0] == {
+            "type": "image",
+            "image": "png",
+        }
+    assert [question_and_answer(record) for record in records[:2]] == [("what is 0?", "red"), ("what is 1?", "yes")]
+    assert records[7].media["png"] == (folder / "train" / "images" / "3.png").read_bytes()
+
+
+def test_validation_is_some_training_pictures_with_all_their_questions(folder):
+    sides = {}
+    for record in to_samples(folder):
+        sides.setdefault(record.media["png"], []).append(record.json["split"])
+    assert len(sides) == 205 and all(len(splits) == 2 and len(set(splits)) == 1 for splits in sides.values())
+    splits = [record.json["split"] for record in to_samples(folder)]
+    assert splits.count("test") == 10 and 0 < splits.count("validation") < 20
+    assert splits == [record.json["split"] for record in to_samples(folder)]
+
+
+def test_captions_come_from_the_answers_of_training_pictures_alone(folder):
+    questions = [
+        ["what color?", "blue", 0],
+        ["is it?", "no", 0],
+        ["what shape?", "circle", 0],
+        ["what color?", "red", 1],
+    ]
+    (folder / "train" / "questions.json").write_text(json.dumps(questions))
+    (record,) = to_captions(folder)
+    check_record(record)
+    assert record.json["caption"] == "a blue circle" and record.json["task"] == "caption"
+    assert record.media["png"] == (folder / "train" / "images" / "0.png").read_bytes()
+    (asked, *_) = to_samples(folder)
+    assert record.json["split"] == asked.json["split"]
+
+
+def test_conversations_hold_all_that_is_known_of_a_picture(folder):
+    questions = [[f"what {thing}?", answer, 0] for thing, answer in (("color", "blue"), ("shape", "circle"))]
+    questions += [[f"is it {number}?", "no", 0] for number in range(6)]
+    (folder / "test" / "questions.json").write_text(json.dumps(questions))
+    chats, turns = list(to_conversations(folder)), {}
+    for chat in chats:
+        check_record(chat)
+        said = [message["content"][-1]["text"] for message in chat.json["messages"]]
+        turns.setdefault(chat.media["png"], []).extend(zip(said[::2], said[1::2], strict=True))
+    expected = [(question, answer) for question, answer, _ in questions] + [(REQUEST, "a blue circle")]
+    assert sorted(turns[(folder / "test" / "images" / "0.png").read_bytes()]) == sorted(expected)
+    assert sorted(turns[(folder / "train" / "images" / "0.png").read_bytes()]) == [
+        ("what is 0?", "red"),
+        ("what is 1?", "yes"),
+    ]
+    splits = {record.media["png"]: record.json["split"] for record in to_samples(folder)}
+    assert {chat.json["split"] for chat in chats} == {"train", "validation", "test"}
+    assert all(splits[chat.media["png"]] == chat.json["split"] for chat in chats)
+
+
+def test_a_broken_picture_is_reported_once_and_the_rest_is_done(folder):
+    (folder / "train" / "images" / "3.png").write_bytes(b"")
+    (folder / "train" / "images" / "4.png").unlink()
+    dropped = []
+    assert len(list(to_samples(folder, dropped))) == 406 and len(list(to_conversations(folder))) == 203
+    assert [name for name, _ in dropped] == ["train/images/3.png", "train/images/4.png"]
+    assert "empty" in dropped[0][1] and "no such file" in dropped[1][1]
+
+
+def test_a_folder_that_is_not_the_set(folder, tmp_path):
+    (folder / "train" / "questions.json").write_text("[[1]]")
+    for place in (folder, tmp_path / "absent"):
+        with pytest.raises(ValueError, match=r"questions\.json: no list"):
+            list(to_samples(place))

@@ -1,0 +1,78 @@
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from data_prep.steps.caption_rules import BOILER_PLATE, CaptionRules, flaw_of, mend, symbol_share
+
+
+def judged(captions, **settings):
+    """caption -> (decision, reason) where there is one."""
+    rules = CaptionRules(**settings)
+    measured = rules.measure({"caption": captions})
+    columns = {name: pa.array(values, rules.adds[name]) for name, values in measured.items()}
+    table = pa.table({"id": captions, "caption": captions, **columns})
+    return {captions[row["row"]]: (row["decision"], row["reason"]) for row in rules.decide(table, Path()).to_pylist()}
+
+
+ENGLISH = [
+    "A red apple lies on the table.",
+    "Two dogs run along the beach at sunset",
+    "An owl.",
+    "A cat.",
+    "flag of Norway",
+]
+OTHERS = [
+    "Ein roter Apfel liegt auf dem Tisch.", "Deux chiens courent sur la plage", "Два пса бегут по берегу моря", "Сова.",
+    "一只猫头鹰", "Une chouette blanche",
+]  # fmt: skip
+
+
+def test_languages():
+    said = judged(ENGLISH + OTHERS, min_short_language_score=0.09)
+    assert set(said) == set(OTHERS) and all("another language" in reason for _, reason in said.values())
+    assert set(judged(ENGLISH[:2] + OTHERS[:3], languages=("de", "ru"))) == {*ENGLISH[:2], OTHERS[1]}
+
+
+def test_short_captions_are_judged_by_a_score_of_their_own():
+    assert "A cat." in judged(["A cat."], min_short_language_score=0.2)
+    assert not judged(["A cat."], min_short_language_score=0.05, min_language_score=0.99)
+    assert "(a short caption)" not in judged([OTHERS[0]])[OTHERS[0]][1]
+
+
+@pytest.mark.parametrize(
+    ("caption", "flaw"),
+    [
+        ("IMG_1234.JPG", "a file name"), ("dsc0042", "a file name"), ("arrow_left_blue", "a file name"),
+        ("red-apple-02", "a file name"), ("my holiday.png", None), ("a well-known face", None), ("T-shirt", None),
+        ("1950s", None), ("Click here to see more dogs", "boiler-plate"), ("Untitled", "boiler-plate"),
+        ("photo 12", "a file name"), ("Part of the Flat Icon Collection (2004)", "boiler-plate"),
+        ("a photo of a dog", None), ("see www.example.org for dogs", "a URL"), ("at https://dogs.example", "a URL"),
+        ("A dog. Come and see", None),
+    ],
+)  # fmt: skip
+def test_flaws(caption, flaw):
+    assert flaw_of(caption, BOILER_PLATE) == flaw
+
+
+def test_lengths_symbols_and_repetition():
+    long = "a dog " + "very " * 5 + "nice thing on the wall here"
+    captions = ["!!!", "dog " * 6, "the dog and the cat and the bird", long, "$$ ** dog ## @@"]
+    said = judged(captions, max_words=12, min_language_score=0.0, min_short_language_score=0.0)
+    assert {caption: reason for caption, (_, reason) in said.items() if _ == "drop"} == {
+        "!!!": "too few words", "dog " * 6: "repeats itself", long: "too many words",
+        "$$ ** dog ## @@": "too many symbols",
+    }  # fmt: skip
+    assert symbol_share("Ein Hund – „wau“!") == 0 and symbol_share("हिन्दी में") == 0 and symbol_share("") == 0
+
+
+def test_capitals_are_mended_and_said_so():
+    assert mend("A RED  APPLE\n") == "A red apple" and mend("NASA") == "NASA" and mend("USB A") == "USB A"
+    assert mend("The NASA logo") == "The NASA logo"
+    said = judged(["A RED APPLE ON THE OLD TABLE", "A dog on the old table"])
+    assert said == {"A RED APPLE ON THE OLD TABLE": ("change", "capitals or blanks mended")}
+
+
+def test_a_broken_pattern_is_named():
+    with pytest.raises(ValueError, match=r"boiler_plate '\(' is no regular expression"):
+        judged(["a dog"], boiler_plate=("(",))

@@ -1,0 +1,122 @@
+"""What `torchrun` starts in the tests of pipelines: one process of several, told what to do by a pickled plan.
+
+    torchrun ... staged_ranks.py FOLDER
+
+FOLDER/plan.pt holds {"samples", "steps": {name: (model, TrainingConfig)}, "records", "runs": [(folder, model,
+TrainingConfig, checkpoint of an earlier run that it goes on from, or None, step in which the last rank is told to end,
+or None)]}. The first rank leaves FOLDER/{name}.pt with what each rank found in one step over the samples, and in the
+folder of each run over the records its trained weights.
+"""
+
+import copy
+import math
+import os
+import shutil
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import Dataset
+
+from mm.batch import collate
+from mm.cross_attention import CrossAttentionBlock
+from mm.language_model import DecoderLayer
+from mm.parallel.pipeline import cut
+from mm.parallel.ranks import Layout, Ranks, joined, shard, whole
+from mm.training.adapters import answer_accuracy
+from mm.training.data import collate_step
+from mm.training.guards import Guard
+from mm.training.objectives import NextTokenObjective
+from mm.training.optimizer import apply_rates
+from mm.training.trainer import train, train_step
+from vision.encoder import EncoderLayer, VisionEncoder
+
+UNITS = (DecoderLayer, VisionEncoder, CrossAttentionBlock)
+LAYERS = (DecoderLayer, EncoderLayer, CrossAttentionBlock)
+
+
+class Spy(torch.optim.SGD):
+    """Takes no step; gathers the gradients it would have taken."""
+
+    def __init__(self, module) -> None:
+        self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        super().__init__([{"params": list(self.trained.values())}], lr=1.0)
+
+    def step(self) -> None:
+        self.seen = {name: whole(p.grad).clone() for name, p in self.trained.items() if p.grad is not None}
+
+
+def one_step(model, samples, config, ranks) -> dict:
+    """Of a step in which each pipeline takes its share of the samples."""
+    objective, layout = NextTokenObjective(), Layout.of(config, ranks.size)
+    readers = layout.readers(ranks.rank)
+    apply_rates(model, config.rates)
+    share = math.ceil(len(samples) / readers.size)
+    mine = samples[readers.rank :: readers.size]
+    work = collate_step(mine, objective, config.micro_batch_size, objective.idle(model), share)
+    stage = cut(model, config, layout, "cpu")
+    if readers.size * layout.tensor > 1:
+        shard(stage, UNITS, layout, config.compute, "cpu", objective.whole_passes)
+    spy = Spy(stage)
+    step = train_step(stage, objective, spy, work.batches, config, "cpu", Guard(None, 0))
+    return {
+        "shapes": [batch.tokens.shape for batch in work.batches],
+        "loss": step.loss,
+        "norms": step.norms,
+        "gradients": spy.seen,
+        "held": {name: getattr(p, "_local_tensor", p).numel() for name, p in stage.named_parameters()},
+        "frozen_with_gradient": [n for n, p in stage.named_parameters() if not p.requires_grad and p.grad is not None],
+    }
+
+
+class Ending(Dataset):
+    """Records; when those of the given step are asked for, the last rank is told to end. Each rank draws at random."""
+
+    def __init__(self, records: list, at: int | None, ranks: Ranks) -> None:
+        self.records, self.at, self.ranks, self.steps = records, at, ranks, 0
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitems__(self, indices: list[int]) -> list:
+        self.steps += 1
+        torch.rand(1 + self.ranks.rank)
+        if self.steps == self.at and self.ranks.rank == self.ranks.size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return [self.records[index] for index in indices]
+
+
+def run(model, plan: dict, config, folder: Path, ended_in: int | None, ranks: Ranks) -> None:
+    model, dataset = copy.deepcopy(model), Ending(plan["records"], ended_in, ranks)
+    code = 0
+    try:
+        evaluate = partial(answer_accuracy, batches=[collate(plan["samples"])], device=torch.device("cpu"))
+        options = {"evaluate": evaluate, "layers": LAYERS, "units": UNITS}
+        train(model, NextTokenObjective(), dataset, config, folder, "test", **options)
+    except SystemExit as end:
+        code = end.code
+    assert code == (143 if ended_in else 0)
+    if ranks.first:
+        torch.save(model.state_dict(), folder / "weights.pt")
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    with joined() as ranks:
+        plan = torch.load(folder / "plan.pt", weights_only=False)
+        for name, (model, config) in plan["steps"].items():
+            found: list = [None] * ranks.size
+            dist.all_gather_object(found, one_step(copy.deepcopy(model), plan["samples"], config, ranks))
+            if ranks.first:
+                torch.save(found, folder / f"{name}.pt")
+        for name, model, config, earlier, ended_in in plan["runs"]:
+            if earlier and ranks.first:
+                shutil.copytree(folder / earlier, folder / name / "checkpoints" / Path(earlier).name)
+            run(model, plan, config, folder / name, ended_in, ranks)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,158 @@
+"""What `torchrun` starts in the tests of tensor parallelism: one process of several, told what to do by a pickled plan.
+
+    torchrun ... tensor_ranks.py FOLDER
+
+FOLDER/plan.pt holds {"steps": {name: (model, samples, TrainingConfig)}, "refused": {name: (model, ranks)},
+"runs": [(folder, model, samples, TrainingConfig, checkpoint of an earlier run that it goes on from, or None)]}. The
+first rank leaves FOLDER/{name}.pt with what came of one step, FOLDER/refused.pt with what was said, and the trained
+weights and the other numbers of each run in its folder.
+"""
+
+import copy
+import hashlib
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from mm.batch import collate
+from mm.cross_attention import CrossAttentionBlock
+from mm.language_model import DecoderLayer
+from mm.parallel.ranks import Layout, joined, mesh_of, shard, whole
+from mm.parallel.tensor_parallel import split_products
+from mm.training.adapters import answer_accuracy
+from mm.training.data import collate_step
+from mm.training.guards import Guard
+from mm.training.objectives import NextTokenObjective
+from mm.training.optimizer import apply_rates, build_optimizer
+from mm.training.trainer import train, train_step
+from vision.encoder import EncoderLayer, VisionEncoder
+
+UNITS = (DecoderLayer, VisionEncoder, CrossAttentionBlock)
+LAYERS = (DecoderLayer, EncoderLayer, CrossAttentionBlock)
+
+
+class Spy(torch.optim.SGD):
+    """Takes no step; gathers the gradients it would have taken."""
+
+    def step(self) -> None:
+        trained = [p for group in self.param_groups for p in group["params"]]
+        self.types = {p.grad.dtype for p in trained if p.grad is not None}
+        self.seen = [None if p.grad is None else whole(p.grad).clone() for p in trained]
+
+
+def one_step(model, samples, config, ranks) -> dict:
+    """What one step of all ranks gives, and what this rank had to do with it."""
+    objective, layout = NextTokenObjective(), Layout.of(config, ranks.size)
+    readers = layout.readers(ranks.rank)
+    module = copy.deepcopy(model)
+    names = list(apply_rates(module, config.rates))
+    idle, share = objective.idle(model) if readers.size > 1 else None, -(-len(samples) // readers.size)
+    work = collate_step(samples[readers.rank :: readers.size], objective, config.micro_batch_size, idle, share)
+    shard(module, UNITS, layout, config.compute, "cpu", objective.whole_passes)
+    layers = [layer for layer in module.modules() if isinstance(layer, DecoderLayer)]
+    held = sum(p.to_local().numel() for layer in layers for p in layer.parameters())
+    build_optimizer(module, apply_rates(module, config.rates), 0.1, (0.9, 0.95))
+    spy = Spy([module.get_parameter(name) for name in names], lr=1.0)
+    tokens, types, vision = watch_tokens(module), watch_types(module), watch_vision(module)
+    step = train_step(module, objective, spy, work.batches, config, "cpu", Guard(None, 0))
+    return {
+        "loss": step.loss,
+        "norms": step.norms,
+        "gradients": {name: seen for name, seen in zip(names, spy.seen, strict=True) if seen is not None},
+        "gradient_types": spy.types,
+        "master_types": {p.dtype for p in module.parameters()},
+        "layer_types": types,
+        "vision": [(x.grad.dtype, whole(x.grad.float())) for x in vision] if config.compute == "bf16" else [],
+        "held_of_layers": held,
+        "tokens": tokens,
+    }
+
+
+def watch_tokens(module: nn.Module) -> set[tuple[int, int, int]]:
+    """Gets, for each pass of a layer of the encoder, the tokens before it, in its norms, and in its attention."""
+    seen, passing = set(), {}
+    for layer in (layer for layer in module.modules() if isinstance(layer, EncoderLayer)):
+        layer.register_forward_pre_hook(lambda _, x: passing.update(whole=x[0].shape[1]), prepend=True)
+        layer.input_layernorm.register_forward_pre_hook(lambda _, x: passing.update(own=x[0].shape[1]))
+        layer.self_attn.q_proj.register_forward_hook(lambda _, x, y: passing.update(attention=y.shape[1]))
+        layer.register_forward_hook(lambda *_: seen.add((passing["whole"], passing["own"], passing["attention"])))
+    return seen
+
+
+def watch_types(module: nn.Module) -> set[torch.dtype]:
+    """Gets the types that the weights of sharded layers have when they run."""
+    seen = set()
+    for layer in (layer for layer in module.modules() if isinstance(layer, (DecoderLayer, CrossAttentionBlock))):
+        layer.mlp.up_proj.register_forward_hook(lambda product, *_: seen.add(product.weight.dtype))
+    return seen
+
+
+def watch_vision(module: nn.Module) -> list[torch.Tensor]:
+    """Gets, block by block, the vision tokens that come to it, and what it computes its keys and its values of."""
+    seen = []
+
+    def keep(_, inputs: tuple) -> None:
+        inputs[-1].retain_grad()
+        seen.append(inputs[-1])
+
+    for block in module.image_adapter.blocks:
+        block.register_forward_pre_hook(lambda _, inputs: keep(_, inputs[:3]), prepend=True)  # before FSDP's own
+        for product in (block.cross_attn.k_proj, block.cross_attn.v_proj):
+            product.register_forward_pre_hook(keep)
+    return seen
+
+
+def evaluated(module: nn.Module, batches: list, layout: Layout) -> dict[str, float]:
+    """What validation gives, and whether all that is not split over tensor ranks is the same on them, bit for bit."""
+    digest, number = hashlib.sha256(), 0
+    for parameter in module.parameters():
+        names = parameter.device_mesh.mesh_dim_names
+        if "tensor" not in names or parameter.placements[names.index("tensor")].is_replicate():
+            digest.update(parameter.to_local().detach().numpy().tobytes())
+            number += 1
+    group = mesh_of(layout, "cpu")["tensor"].get_group()
+    digests = [None] * layout.tensor
+    dist.all_gather_object(digests, digest.hexdigest(), group=group)
+    same = len(set(digests)) == 1
+    return answer_accuracy(module, batches, torch.device("cpu")) | {"same": float(same), "number": float(number)}
+
+
+def refusal(model, ranks: int) -> str:
+    try:
+        split_products(copy.deepcopy(model), mesh_of(Layout(tensor=ranks), "cpu")["tensor"])
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    with joined() as ranks:
+        plan = torch.load(folder / "plan.pt", weights_only=False)
+        for name, (model, samples, config) in plan["steps"].items():
+            found = one_step(model, samples, config, ranks)
+            everyone = [None] * ranks.size
+            dist.all_gather_object(everyone, {key: found[key] for key in ("held_of_layers", "tokens")})
+            if ranks.first:
+                torch.save(found | {"everyone": everyone}, folder / f"{name}.pt")
+        refused = {name: refusal(*case) for name, case in plan["refused"].items()}
+        if ranks.first:
+            torch.save(refused, folder / "refused.pt")
+        for name, model, samples, config, earlier in plan["runs"]:
+            if earlier and ranks.first:
+                shutil.copytree(folder / earlier, folder / name / "checkpoints" / Path(earlier).name)
+            module = copy.deepcopy(model)
+            evaluate = partial(evaluated, batches=[collate(samples)], layout=Layout.of(config, ranks.size))
+            options = {"evaluate": evaluate, "layers": LAYERS, "units": UNITS}
+            train(module, NextTokenObjective(), samples, config, folder / name, "test", **options)
+            if ranks.first:
+                torch.save(module.state_dict(), folder / name / "weights.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,86 @@
+"""Several processes learn to watch and to hear as one does, by the losses that need no language model and with it."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+import mm
+from mm.batch import IGNORED
+from mm.training.adapters import UNITS
+from mm.training.distillation import Heard
+from mm.training.speech import SpeechObjective
+from mm.training.video import VideoObjective
+from speech.adapter import num_tokens
+from tests.mm.parallel.test_ranks import CLOSE, alone, carry_out, opened
+from video.sampling import Clip
+
+ANSWERS = ([10, 11], [10, 11], [20], [20])  # of two ranks, each has both: answers are told apart within a micro-batch
+
+
+@pytest.fixture
+def model(everything_run) -> mm.MultimodalModel:
+    return opened(mm.load(everything_run)[0]).train()
+
+
+def answered(tokens: list[int], answer: list[int], **media) -> mm.Sample:
+    return mm.Sample([5, *tokens, 6, *answer], [IGNORED] * (len(tokens) + 2) + answer, **media)
+
+
+def watching(model: mm.MultimodalModel, random_tiles) -> list[mm.Sample]:
+    samples = []
+    for number, answer in enumerate(ANSWERS):
+        frames = [random_tiles(10 * number + frame) for frame in range(3 + 2 * number)]  # of one and of several groups
+        clip = Clip(frames, torch.arange(len(frames), dtype=torch.float64) / 5)
+        samples.append(answered([model.config.video_token_id], answer, videos=[clip]))
+    return samples
+
+
+def hearing(model: mm.MultimodalModel) -> list[mm.Sample]:
+    config, samples = model.config, []
+    for number, answer in enumerate(ANSWERS):
+        mel = torch.randn(40 + 10 * number, 80, generator=torch.Generator().manual_seed(number))
+        tokens = [config.audio_token_id] * num_tokens(len(mel))
+        samples.append(answered([config.speech_start_id, *tokens, config.speech_end_id], answer, speech=[mel]))
+    return samples
+
+
+def with_twins(samples: list[mm.Sample]) -> list[mm.Sample]:
+    """With the answer in the recording's place to read; one sample has no twin."""
+    reads = [answered(answer, answer) for answer in ANSWERS]
+    return [*(Heard(**vars(one), read=read) for one, read in zip(samples[:3], reads, strict=False)), samples[3]]
+
+
+def reading(model: mm.MultimodalModel) -> mm.MultimodalModel:
+    """The model with a readout of what it hears."""
+    model = copy.deepcopy(model)
+    adapter = replace(model.config.speech_adapter, readout=True)
+    model.config = replace(model.config, speech_adapter=adapter)
+    return model
+
+
+@pytest.mark.slow
+def test_gradients_are_those_of_one_process(model, random_tiles, config, tmp_path):
+    cases = {
+        "matching": (watching(model, random_tiles), VideoObjective(1.0, 0.0), "video_adapter.aggregator.*"),
+        "watching": (watching(model, random_tiles), VideoObjective(0.5, 1.0), "video_adapter.*"),
+        "ctc": (hearing(model), SpeechObjective(1.0, 0.0), "speech_encoder.*"),
+        "hearing": (hearing(model), SpeechObjective(0.5, 1.0), "speech_*"),
+        "reading": (hearing(model), SpeechObjective(0.0, 1.0), "speech_*"),
+        "distilled": (with_twins(hearing(model)), SpeechObjective(0.5, 1.0, 0.5), "speech_*"),
+    }
+    for name, (samples, objective, trained) in cases.items():
+        settings = config(max_gradient_norm=1e9, rates={trained: 1e-3, "*": None})
+        folder, learner = tmp_path / name, reading(model) if name == "reading" else model
+        carry_out(folder, 2, samples, {name: (learner, settings)}, objective=objective, units=UNITS)
+        found, expected = torch.load(folder / f"{name}.pt"), alone(learner, samples, settings, objective)
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4), name
+        assert found["gradients"].keys() == expected["gradients"].keys()
+        largest = max(float(gradient.abs().max()) for gradient in expected["gradients"].values())
+        assert largest > 1e-3  # there is something to compare
+        if name == "reading":  # what the language model says of its means reaches the encoder
+            assert any(one.abs().max() > 1e-5 for key, one in expected["gradients"].items() if "speech_encoder" in key)
+        for parameter, gradient in expected["gradients"].items():
+            torch.testing.assert_close(found["gradients"][parameter], gradient, **CLOSE, msg=f"{name} {parameter}")
+        learner.zero_grad()

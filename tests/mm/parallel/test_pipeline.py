@@ -1,0 +1,330 @@
+"""A pipeline's stages train as the whole model does: what each holds, gradients, norms, weights; with FSDP as well."""
+
+import copy
+import json
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import FileSystemReader
+
+import mm
+from mm.batch import IGNORED
+from mm.config import preset
+from mm.cross_attention import ImageAdapterConfig
+from mm.parallel.pipeline import Stage, alike, cut, stages_of
+from mm.parallel.ranks import Layout
+from mm.training.adapters import answer_accuracy
+from mm.training.data import Unreadable, collate_step
+from mm.training.guards import Guard
+from mm.training.objectives import ContrastiveModel, NextTokenObjective, TextTowerConfig, next_token_loss
+from mm.training.optimizer import apply_rates
+from mm.training.trainer import train, train_step
+from tests.mm.training.launch import launch
+
+# Sums over micro-batches and ranks run in another order than in one pass: fp32 rounding of gradients of size 1e-3 to 1.
+CLOSE = {"rtol": 1e-3, "atol": 2e-6}
+PROGRAM = Path(__file__).with_name("staged_ranks.py")
+PAPER = tuple(range(4, 125, 4))  # the blocks of 405B
+FROZEN = {"language_model.*": None, "extra_embeddings": None}
+
+
+def carry_out(folder: Path, size: int, **plan) -> str:
+    """What was said meanwhile."""
+    folder.mkdir(exist_ok=True)
+    torch.save(plan, folder / "plan.pt")
+    done = launch(PROGRAM, folder, size)
+    assert done.returncode == 0, done.said[-6000:]
+    return done.said
+
+
+@pytest.fixture
+def uneven(samples) -> list[mm.Sample]:
+    """Rows of 3 to 15 tokens with no, one and two images, one of them without a target."""
+    text, seeing = [s for s in samples if not s.images], [s for s in samples if s.images]
+    silent = mm.Sample(text[0].tokens, [IGNORED] * len(text[0].tokens))
+    return [seeing[0], text[0], seeing[1], silent, seeing[2], text[1], seeing[3]]
+
+
+def alone(model, samples, config) -> dict:
+    """Loss, norms and gradients of one step of one process over all samples at once."""
+    model = copy.deepcopy(model)
+    apply_rates(model, config.rates)
+
+    class Spy(torch.optim.SGD):
+        def step(self) -> None:
+            self.seen = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    spy = Spy([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    batches = collate_step(list(samples), NextTokenObjective(), None).batches
+    step = train_step(
+        model, NextTokenObjective(), spy, batches, replace(config, pipeline_ranks=1), "cpu", Guard(None, 0)
+    )
+    return {"loss": step.loss, "norms": step.norms, "gradients": spy.seen}
+
+
+def stages(model, ranks: int) -> list[Stage]:
+    cuts = stages_of(model.image_adapter.positions, model.config.language_model.num_layers, ranks)
+    return [Stage(model, cuts, rank) for rank in range(ranks)]
+
+
+def names(module) -> set[str]:
+    return {name for name, _ in module.named_parameters()}
+
+
+def count(module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_the_papers_stages():
+    cuts = stages_of(PAPER, 126, 31)
+    assert cuts == [range(start, start + 4) for start in range(0, 120, 4)] + [range(120, 126)]
+    assert [len(layers) // 4 for layers in stages_of(PAPER, 126, 16)] == [2] * 15 + [1]
+    assert [len(layers) for layers in stages_of(PAPER, 126, 8)] == [16] * 7 + [14]
+    assert stages_of(PAPER, 126, 1) == [range(126)]
+
+
+@pytest.mark.parametrize("positions", [PAPER, tuple(range(3, 126, 4)), (0, 5, 6, 20, 126)])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_stages_are_cut_behind_blocks_and_hold_about_equally_many(positions, ranks):
+    cuts = stages_of(positions, 126, ranks)
+    assert [depth for layers in cuts for depth in layers] == list(range(126))
+    assert {layers.stop for layers in cuts[:-1]} <= set(positions)
+    blocks = [sum(max(position - 1, 0) in layers for position in positions if position) for layers in cuts]
+    assert max(blocks) - min(blocks) <= 1 and sum(blocks) == len([p for p in positions if p])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_stage_holds_its_layers_and_what_every_rank_needs(build_model, tiny_config, tied):
+    language_model = replace(tiny_config.language_model, tied_embeddings=tied)
+    model = build_model(replace(tiny_config, language_model=language_model))
+    first, middle, last = stages(model, 3)
+    everywhere = {n for n in names(model) if n.startswith(("vision_encoder", "extra_", "image_adapter.projection"))}
+    table, head = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
+
+    def own(start: int, block: int) -> set[str]:
+        modules = [f"language_model.model.layers.{depth}." for depth in (start, start + 1)]
+        prefixes = (*modules, f"image_adapter.blocks.{block}.")
+        return everywhere | {name for name in names(model) if name.startswith(prefixes)}
+
+    assert names(first) == own(0, 0) | {table}
+    assert names(middle) == own(2, 1)
+    assert names(last) == own(4, 2) | {"language_model.model.norm.weight"} | ({table} if tied else {head})
+    for stage in (first, middle, last):
+        for name, parameter in stage.named_parameters():
+            assert torch.equal(parameter, model.get_parameter(name))
+            assert parameter is not model.get_parameter(name)
+    assert first.holders["vision_encoder.class_embedding"] == [0, 1, 2]
+    assert first.holders[table] == ([0, 2] if tied else [0])
+
+
+def test_405b_is_cut_without_its_weights():
+    with torch.device("meta"):
+        model = mm.MultimodalModel(preset("405b"))
+    everywhere = count(model.vision_encoder) + count(model.image_adapter.projection) + model.extra_embeddings.numel()
+    layer, block = count(model.language_model.model.layers[0]), count(model.image_adapter.blocks[0])
+    head = count(model.language_model.model.norm) + count(model.language_model.lm_head)
+
+    def held(ranks: int, rank: int) -> int:
+        return count(Stage(model, stages_of(model.image_adapter.positions, 126, ranks), rank))
+
+    ordinary = held(31, 1)
+    assert ordinary == everywhere + 4 * layer + block == pytest.approx(17e9, rel=0.02)  # of 505B
+    assert held(31, 0) == ordinary + count(model.language_model.model.embed_tokens)
+    assert held(31, 30) == ordinary + 2 * layer + head
+    assert held(16, 15) == everywhere + 6 * layer + block + head
+    assert held(8, 7) == everywhere + 14 * layer + 3 * block + head
+
+
+@pytest.mark.parametrize("positions", [(2, 4, 6), (0, 3, 5)])
+def test_stages_one_after_another_are_the_model(build_model, tiny_config, uneven, positions):
+    model = build_model(replace(tiny_config, image_adapter=ImageAdapterConfig(positions=positions)))
+    batch = mm.collate(uneven)
+    hidden: tuple = ()
+    for stage in stages(model, 2):
+        stage.batches = [batch]
+        hidden = (stage(*hidden, index=torch.tensor([0])),)
+    assert hidden[0] == next_token_loss(model, batch)
+
+
+def test_padding_to_the_largest_batch_changes_nothing(model, uneven):
+    apply_rates(model, {**FROZEN, "*": 1e-3})
+    parts = [mm.collate(uneven[start : start + 3]) for start in (0, 3, 6)]
+    padded = alike(parts)
+    assert {batch.tokens.shape for batch in padded} == {(3, 15)} and len({b.tokens.shape for b in parts}) == 3
+    for part, larger in zip(parts, padded, strict=True):
+        found = []
+        for batch in (part, larger):
+            loss = next_token_loss(model, batch)
+            loss.backward()
+            found.append((loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+            model.zero_grad()
+        (loss, gradients), (same_loss, same_gradients) = found
+        assert same_loss == pytest.approx(loss, rel=1e-5) and gradients.keys() == same_gradients.keys()
+        for name, gradient in gradients.items():
+            # not divided by the number of targets, so some 20 times as large
+            torch.testing.assert_close(same_gradients[name], gradient, rtol=1e-3, atol=4e-5, msg=name)
+
+
+def test_what_a_pipeline_cannot_do_is_said(model, config):
+    settings, two = config(pipeline_ranks=2), Layout(pipeline=2)
+    with pytest.raises(ValueError, match=r"pipeline_ranks is 4; .* has 3 of them .* at most 3 ranks"):
+        stages_of((2, 4, 6), 6, 4)
+    with pytest.raises(ValueError, match=r"pipeline_ranks is 2, .* 1 micro-batches \(of 7 in 7 samples\)"):
+        cut(model, settings, two, "cpu")
+    with pytest.raises(ValueError, match=r"1 micro-batches \(of 4 in 4 samples\)"):
+        cut(model, config(pipeline_ranks=2, micro_batch_size=4), Layout(pipeline=2, shards=2), "cpu")
+    bare = mm.MultimodalModel(replace(model.config, vision_encoder=None, image_adapter=None))
+    contrastive = ContrastiveModel(
+        model.config.vision_encoder, TextTowerConfig(hidden_size=8, num_layers=1, num_heads=1, embedding_size=8)
+    )
+    for other in (bare, contrastive):
+        with pytest.raises(ValueError, match="only a language model with an image adapter is cut"):
+            cut(other, settings, two, "cpu")
+
+
+def test_what_is_wrong_with_a_sample_is_said_as_by_the_whole_model(model, make_sample, tmp_path):
+    answer = make_sample(".i")
+    wrong = mm.collate([mm.Sample(answer.tokens, answer.tokens, answer.images)])
+    unplaced = mm.collate([mm.Sample([5, 6], [5, 6], answer.images)])
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        stage = Stage(model, [range(6)], 0, group=dist.group.WORLD)
+        with pytest.raises(ValueError, match="image tokens are no targets"):
+            stage.learn([wrong], 1.0)
+        with pytest.raises(ValueError, match="row 0 has 0 image tokens"):
+            stage.learn([unplaced], 1.0)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_steps_and_runs_are_those_of_one_process(build_model, tiny_config, tiny_model, uneven, config, tmp_path, size):
+    """Pipelines of 2 and 3 ranks, and with 4 ranks of 2, each stage sharded over 2, in 2 copies, or with each product
+    shared by 2.
+
+    Runs are interrupted and go on, with as many ranks in the same layout and in others.
+    """
+
+    def settings(**changes):
+        pipeline_ranks = 3 if size == 3 else 2
+        return config(**{"max_gradient_norm": 1e9, "micro_batch_size": 2, "pipeline_ranks": pipeline_ranks, **changes})
+
+    steps = {"plain": (tiny_model, settings()), "clipped": (tiny_model, settings(max_gradient_norm=0.1))}
+    released = replace(tiny_config, image_adapter=ImageAdapterConfig(positions=(0, 3, 5)))
+    if size == 2:
+        steps["released"] = (build_model(released), settings(micro_batch_size=3))
+    if size == 3:
+        frozen = dict.fromkeys(("vision_encoder.*", "image_adapter.projection.*", "image_adapter.blocks.0.*"))
+        steps["frozen first stage"] = (tiny_model, settings(rates={**FROZEN, **frozen, "*": 1e-3}))
+        tied = replace(tiny_config, language_model=replace(tiny_config.language_model, tied_embeddings=True))
+        steps["tied"] = (build_model(tied), settings(micro_batch_size=1))
+    if size == 4:
+        steps["copies"] = (tiny_model, settings(shard_ranks=1))
+        steps["bf16"] = (build_model(released), settings(compute="bf16"))
+        steps["tensor"] = (tiny_model, settings(tensor_ranks=2))
+        steps["tensor bf16"] = (tiny_model, settings(tensor_ranks=2, compute="bf16"))
+    long = {"steps": 4, "batch_size": 6, "save_every": 2, "rates": {**FROZEN, "*": 1e-4}, "micro_batch_size": 1}
+    staged = settings(**long, max_gradient_norm=1.0, checkpoint_activations=True, evaluate_every=3)
+    whole, second = replace(staged, pipeline_ranks=1), "checkpoints/step-00000002"
+    records, lone = [*uneven, Unreadable("square-0007", "broken picture")], copy.deepcopy(tiny_model)
+    evaluate = partial(answer_accuracy, batches=[mm.collate(uneven)], device=torch.device("cpu"))
+    train(lone, NextTokenObjective(), records, whole, tmp_path / "alone", "test", evaluate=evaluate)
+    runs = [
+        ("run", tiny_model, staged, None, None),
+        ("ended", tiny_model, staged, None, 3),
+        ("ended", tiny_model, staged, None, None),
+    ]
+    if size == 2:
+        runs += [("from one process", tiny_model, staged, f"alone/{second}", None)]
+    if size == 4:
+        runs += [
+            ("sharded", tiny_model, whole, None, None),
+            ("to shards", tiny_model, whole, f"run/{second}", None),
+            ("from shards", tiny_model, staged, f"sharded/{second}", None),
+            ("to tensor ranks", tiny_model, replace(staged, tensor_ranks=2), f"run/{second}", None),
+            ("bf16 run", tiny_model, replace(staged, compute="bf16"), None, None),
+        ]
+    said = carry_out(tmp_path, size, samples=uneven, steps=steps, records=records, runs=runs)
+
+    for name, (model, case) in steps.items():
+        assert_same_step(torch.load(tmp_path / f"{name}.pt"), model, uneven, case, name)
+
+    validated = lines(tmp_path / "alone")[-1]["eval/loss"]
+    for name, _, case, *_ in runs:
+        if case.compute == "bf16":
+            assert lines(tmp_path / name)[-1]["eval/loss"] == pytest.approx(validated, rel=0.02)
+        else:
+            assert_same_weights(torch.load(tmp_path / name / "weights.pt"), lone, tiny_model, name)
+    going_on = copy.deepcopy(tiny_model)
+    shutil.copytree(tmp_path / "run" / second, tmp_path / "to one process" / second)
+    train(going_on, NextTokenObjective(), records, whole, tmp_path / "to one process", "test")
+    assert_same_weights(going_on.state_dict(), lone, tiny_model, "to one process")
+    assert [row["step"] for row in lines(tmp_path / "to one process")] == [3, 4]
+    for one, two in zip(lines(tmp_path / "run"), lines(tmp_path / "alone"), strict=True):
+        assert {n for n in one if "gate/" in n} == {n for n in two if "gate/" in n}
+        for name in ("loss", "gradient_norm", "gate/attn_2", "gate/ffn_6"):
+            assert one[name] == pytest.approx(two[name], rel=1e-3), name
+        assert {n for n in one if "eval/" in n} == {n for n in two if "eval/" in n}
+        for name in (n for n in one if "eval/" in n):
+            assert one[name] == pytest.approx(two[name], rel=1e-4), name
+
+    reported = sum(row.get("unreadable", 0) for name in {name for name, *_ in runs} for row in lines(tmp_path / name))
+    assert said.count("left out record square-0007: broken picture") == reported > 0  # by one rank each time
+
+    checkpoints = {name: sorted((tmp_path / name / "checkpoints").iterdir()) for name in ("run", "ended")}
+    assert [[path.name for path in paths] for paths in checkpoints.values()] == [
+        ["step-00000002", "step-00000004"],
+        ["step-00000003", "step-00000004"],
+    ]
+    last, same = (paths[-1] for paths in checkpoints.values())
+    for file in (*(f"__{rank}_0.distcp" for rank in range(size)), "state.json"):
+        assert (last / file).read_bytes() == (same / file).read_bytes(), file
+    stored = FileSystemReader(last).read_metadata().storage_data.values()
+    assert sum(one.length for one in stored) == sum(file.stat().st_size for file in last.glob("*.distcp"))  # all once
+
+
+def assert_same_step(found: list[dict], model, samples, case, name: str) -> None:
+    """What the ranks found is what one process finds."""
+    expected = alone(model, samples, replace(case, compute="fp32", tensor_ranks=1))
+    near = {"rel": 0.02} if case.compute == "bf16" else {"rel": 1e-4}
+    for rank in found:
+        assert len({shape for shape in rank["shapes"]}) > 1, name  # there was something to pad
+        assert rank["loss"] == pytest.approx(expected["loss"], **near), name
+        assert (rank["loss"], rank["norms"]) == (found[0]["loss"], found[0]["norms"])  # all judge alike
+        assert rank["norms"] == pytest.approx(expected["norms"], **near), name
+        assert rank["frozen_with_gradient"] == []
+    assert {n for rank in found for n in rank["gradients"]} == expected["gradients"].keys()
+    if case.compute == "fp32":
+        for rank in found:
+            for parameter, gradient in rank["gradients"].items():
+                whole = expected["gradients"][parameter]
+                torch.testing.assert_close(gradient, whole, **CLOSE, msg=f"{name} {parameter}")
+    ranks = len(found) // case.pipeline_ranks
+    wholes = [count(stage) for stage in stages(model, case.pipeline_ranks)]
+    shards = case.shard_ranks or ranks // case.tensor_ranks
+    for number, rank in enumerate(found):
+        share = 1.1 / shards if case.tensor_ranks == 1 else 0.7  # embeddings and the projection stand on both
+        assert sum(rank["held"].values()) < share * wholes[number // ranks], name
+    gate = expected["gradients"]["image_adapter.blocks.2.gate_attn"]
+    assert gate.abs() > 1e-4  # there is something to compare
+
+
+def assert_same_weights(found: dict, lone, start, name: str) -> None:
+    """Trained to where one process came, from where both started; the language model as it was."""
+    for parameter, tensor in lone.state_dict().items():
+        before = start.state_dict()[parameter]
+        if parameter.startswith(("language_model.", "extra_embeddings")):
+            assert torch.equal(found[parameter], before), f"{name} {parameter}"
+        else:
+            moved = (tensor - before).norm()
+            assert moved > 0 and (found[parameter] - tensor).norm() < 0.01 * moved, f"{name} {parameter}"
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").open()]

@@ -1,0 +1,104 @@
+"""CTC's prefix scores, against every path there is and against PyTorch's CTC loss."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from speech.ctc_prefix_score import PrefixScores
+
+TOKENS = (3, 7, 8)  # the vocabulary that rows speak of
+
+
+def some_rows(number: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Rows that may say each two of three tokens: the tokens [N, 2], log-probabilities [N, 3] with the blank's last."""
+    generator = torch.Generator().manual_seed(seed)
+    pairs = torch.tensor([TOKENS[:2], TOKENS[1:], (TOKENS[2], TOKENS[0])])
+    near = pairs[torch.randint(0, 3, (number,), generator=generator)]
+    return near, torch.randn(number, 3, generator=generator, dtype=torch.double).log_softmax(-1)
+
+
+def transcripts(near: Tensor, log_probs: Tensor) -> dict[tuple[int, ...], float]:
+    """Every transcript with its probability, from all of the paths."""
+    found: dict[tuple[int, ...], float] = {}
+    for path in itertools.product(range(3), repeat=len(near)):
+        said = [int(near[row, place]) if place < 2 else 0 for row, place in enumerate(path)]
+        probability = math.exp(sum(float(log_probs[row, place]) for row, place in enumerate(path)))
+        transcript = tuple(token for token, _ in itertools.groupby(said) if token)
+        found[transcript] = found.get(transcript, 0.0) + probability
+    return found
+
+
+@pytest.mark.parametrize("prefix", [(), (7,), (7, 7), (3, 8), (8, 3, 7), (7, 3, 3)])
+def test_prefixes_have_the_sum_of_all_paths(prefix):
+    near, log_probs = some_rows(7)
+    every = transcripts(near, log_probs)
+
+    def begins(start: tuple[int, ...]) -> float:
+        return sum(value for transcript, value in every.items() if transcript[: len(start)] == start)
+
+    scores = PrefixScores(near, log_probs)
+    for token in prefix:
+        scores.append(token)
+    assert begins(prefix) > 0 and scores.prefix == pytest.approx(math.log(begins(prefix)))
+    assert math.exp(scores.end) == pytest.approx(every.get(prefix, 0.0) / begins(prefix))
+    following = dict(zip(scores.tokens.tolist(), scores.following.exp().tolist(), strict=True))
+    for token in TOKENS:
+        assert following.get(token, 0.0) == pytest.approx(begins((*prefix, token)) / begins(prefix))
+
+
+def test_what_ends_has_the_probability_that_ctc_loss_gives_it():
+    near, log_probs = some_rows(40, seed=1)
+    dense = torch.full((40, 1 + len(TOKENS)), -math.inf, dtype=torch.double)
+    dense[:, 0] = log_probs[:, -1]
+    for place in range(2):
+        columns = 1 + torch.searchsorted(torch.tensor(TOKENS), near[:, place].contiguous())
+        dense[torch.arange(40), columns] = log_probs[:, place]
+    answer = [7, 7, 3, 8, 3]
+    scores = PrefixScores(near, log_probs)
+    for token in answer:
+        scores.append(token)
+    places = torch.tensor([[1 + TOKENS.index(token) for token in answer]])
+    loss = F.ctc_loss(dense[:, None], places, torch.tensor([40]), torch.tensor([5]), reduction="sum")
+    assert scores.prefix + scores.end == pytest.approx(-float(loss))
+
+
+def test_what_comes_late_is_not_looked_at_early_and_changes_nothing(monkeypatch):
+    near, log_probs = some_rows(300, seed=2)
+    log_probs = (12 * log_probs).log_softmax(-1)  # as sure as rows are that were learnt
+    scores = PrefixScores(near, log_probs)
+    with monkeypatch.context() as patch:
+        patch.setattr("speech.ctc_prefix_score.NEGLIGIBLE", math.inf)
+        every = PrefixScores(near, log_probs)
+        assert len(every.spoken) == 301
+    looked_at = []
+    while float(every.following.max()) > every.end:
+        token = int(every.tokens[every.following.argmax()])
+        exact = dict(zip(every.tokens.tolist(), every.following.tolist(), strict=True))
+        found = dict(zip(scores.tokens.tolist(), scores.following.tolist(), strict=True))
+        assert found.keys() >= {number for number, value in exact.items() if value > -90}
+        for number, value in found.items():
+            assert value == pytest.approx(exact[number]) or max(value, exact[number]) < -90
+        looked_at.append(len(scores.spoken))
+        scores.append(token)
+        with monkeypatch.context() as patch:
+            patch.setattr("speech.ctc_prefix_score.NEGLIGIBLE", math.inf)
+            every.append(token)
+    assert len(looked_at) > 50 and max(looked_at) < 150
+    assert scores.prefix == pytest.approx(every.prefix) and scores.end == pytest.approx(every.end)
+
+
+def test_a_token_that_no_row_has_left_is_refused_and_of_nothing_there_is_only_an_end():
+    near, log_probs = some_rows(2)
+    scores = PrefixScores(near, log_probs)
+    for token in near[:, 0].tolist():
+        scores.append(token)
+    assert scores.end == pytest.approx(0.0)
+    for token in (*TOKENS, 99):
+        with pytest.raises(ValueError, match=f"no row says token {token} after {scores.last}"):
+            scores.append(token)
+    nothing = PrefixScores(near[:0], log_probs[:0])
+    assert nothing.tokens.tolist() == nothing.following.tolist() == [] and nothing.end == 0.0
