@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-video demo-speech test lint programs
+.PHONY: demo demo-video demo-speech test lint coverage programs
 
 demo: programs $(VENV)/.installed
 	$(BIN)/python -m demos.image $(ARGS)
@@ -27,6 +27,11 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+# Branch coverage of the whole suite: a table here, and one page per file in htmlcov/.
+coverage: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-branch --cov-report=term --cov-report=html
 
 $(VENV)/.installed: setup.cfg constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: apt-get install python3.11 python3.11-venv"; exit 1; }
