@@ -16,7 +16,7 @@ from speech.conformer import SpeechEncoder
 from speech.whisper import WhisperEncoder
 from vision.encoder import VisionEncoder
 
-OF_ITS_OWN = (
+FREE_FIELDS = (
     "norm_eps",
     "rotary",
     "context",
@@ -46,7 +46,7 @@ def assemble(
     return model
 
 
-def without_senses(language_model: LanguageModel, seed: int = 0) -> MultimodalModel:
+def from_language_model(language_model: LanguageModel, seed: int = 0) -> MultimodalModel:
     """A model of a language model alone, which `add_speech` gives ears; its extra input rows as in `assemble`."""
     with torch.device("meta"):
         model = MultimodalModel(ModelConfig(language_model.config))
@@ -59,7 +59,7 @@ def without_senses(language_model: LanguageModel, seed: int = 0) -> MultimodalMo
     return model
 
 
-def exchange_language_model(model: MultimodalModel, other: LanguageModel) -> None:
+def replace_language_model(model: MultimodalModel, other: LanguageModel) -> None:
     """Put another language model of the same shape in the place of the model's own (paper §7.5.1).
 
     Angles, context and stop tokens become the other's.
@@ -71,7 +71,7 @@ def exchange_language_model(model: MultimodalModel, other: LanguageModel) -> Non
     differing = [
         f"{name} {new[name]} in place of {old[name]}"
         for name in old
-        if name not in OF_ITS_OWN and old[name] != new[name]
+        if name not in FREE_FIELDS and old[name] != new[name]
     ]
     if differing:
         raise UserError(

@@ -1,6 +1,6 @@
 """From samples to a batch, and which vision tokens each text token sees.
 
-Rows are right-padded text; images of all rows stand in one list, row by row, and so do clips and utterances. Visibility
+Rows are right-padded text; images of all rows stand in one list, row by row, and so do clips and utterances. CrossAttentionMask
 is an interval of the row's own vision tokens per text token, and becomes a mask only where one is needed.
 Shapes: B rows, R rows that hold images, T text tokens, S vision tokens of the row that holds most.
 """
@@ -151,7 +151,7 @@ def visibility_intervals(is_image: Tensor, images_per_row: Sequence[int], vision
     return torch.stack([offsets.gather(1, first), offsets.gather(1, seen)], dim=-1)
 
 
-class Visibility:
+class CrossAttentionMask:
     """What cross-attention needs to know of a batch: which rows hold images, and who sees what.
 
     Attributes:
@@ -177,41 +177,41 @@ class Visibility:
             intervals = intervals[holding]
             self.rows = torch.tensor(holding).to(device, non_blocking=True)
         counts = [counts_per_row[row] for row in holding]
-        self.num_rows, self.most = len(counts), max(counts)
-        self.places = None
-        if min(counts) < self.most:
-            places = torch.cat([torch.arange(count) + row * self.most for row, count in enumerate(counts)])
-            self.places = places.to(device, non_blocking=True)
+        self.num_rows, self.max_tokens = len(counts), max(counts)
+        self.packed_positions = None
+        if min(counts) < self.max_tokens:
+            places = torch.cat([torch.arange(count) + row * self.max_tokens for row, count in enumerate(counts)])
+            self.packed_positions = places.to(device, non_blocking=True)
         start, end = intervals[..., 0], intervals[..., 1]
         seeing = end > start
-        sees_all = (start == 0) & (end == self.most)
+        sees_all = (start == 0) & (end == self.max_tokens)
         all_see, all_alike = bool(seeing.all()), bool((sees_all | ~seeing).all())
         start, end, seeing = (given.to(device, non_blocking=True) for given in (start, end, seeing))
-        self.seeing = None if all_see else seeing[..., None]
+        self.attending = None if all_see else seeing[..., None]
         self.mask = None
         if not all_alike:
-            key = torch.arange(self.most, device=device)
+            key = torch.arange(self.max_tokens, device=device)
             mask = (key >= start[..., None]) & (key < end[..., None])
-            # A token that sees nothing may look anywhere, so that no softmax is empty; `silence` drops the outcome.
+            # A token that sees nothing may look anywhere, so that no softmax is empty; `zero_unattended` drops the outcome.
             self.mask = (mask | ~seeing[..., None])[:, None]
 
-    def silence(self, x: Tensor) -> Tensor:
+    def zero_unattended(self, x: Tensor) -> Tensor:
         """x [R, T, D] with zeros for tokens that see nothing."""
-        return x if self.seeing is None else torch.where(self.seeing, x, 0.0)
+        return x if self.attending is None else torch.where(self.attending, x, 0.0)
 
     def pad(self, packed: Tensor) -> Tensor:
         """Vision tokens of all rows, packed, [sum of S, ...] -> [R, S, ...], zeros behind shorter rows.
 
         By places in a tensor, not by a list of counts: code compiled for one batch then serves others.
         """
-        if self.places is not None:
-            padded = packed.new_zeros(self.num_rows * self.most, *packed.shape[1:])
-            packed = padded.index_copy_(0, self.places, packed)
-        return packed.unflatten(0, (self.num_rows, self.most))
+        if self.packed_positions is not None:
+            padded = packed.new_zeros(self.num_rows * self.max_tokens, *packed.shape[1:])
+            packed = padded.index_copy_(0, self.packed_positions, packed)
+        return packed.unflatten(0, (self.num_rows, self.max_tokens))
 
 
 @dataclass
-class Sight:
+class VisionContext:
     """What the blocks of one kind attend to.
 
     Attributes:
@@ -220,5 +220,5 @@ class Sight:
             what they need of them.
     """
 
-    visible: Visibility
+    visible: CrossAttentionMask
     tokens: Tensor | None = None

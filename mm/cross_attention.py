@@ -13,11 +13,11 @@ from foundation.errors import UserError
 from layers.attention import CrossAttention
 from layers.feed_forward import SwiGLU
 from layers.linear import Linear
-from mm.batch import Visibility
+from mm.batch import CrossAttentionMask
 from mm.language_model import LanguageModelConfig
 
-FITTED_RMS = 1.0  # of what tells states apart; at 3, other tokens drive SwiGLU so far that the first losses are 5
-LARGEST_FACTOR = 60.0  # what says next to nothing, or never differs, is not blown up further
+TARGET_RMS = 1.0  # of what tells states apart; at 3, other tokens drive SwiGLU so far that the first losses are 5
+MAX_SCALE = 60.0  # what says next to nothing, or never differs, is not blown up further
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class CrossAttentionBlock(nn.Module):
             nn.init.zeros_(self.mlp.down_proj.weight)
 
     def forward(
-        self, x: Tensor, visible: Visibility, vision: Tensor | None = None, cache: VisionCache | None = None
+        self, x: Tensor, visible: CrossAttentionMask, vision: Tensor | None = None, cache: VisionCache | None = None
     ) -> Tensor:
         """x [B, T, D] -> [B, T, D], in the weights' precision; rows without images come out as they went in.
 
@@ -95,9 +95,9 @@ class CrossAttentionBlock(nn.Module):
             k, v = cache.keys, cache.values
         rows = x if visible.rows is None else x[visible.rows]
         attended = self.cross_attn(self.input_layernorm(rows), k, v, visible.mask)
-        rows = rows + self.gate_attn.tanh() * visible.silence(attended)
+        rows = rows + self.gate_attn.tanh() * visible.zero_unattended(attended)
         fed = self.mlp(self.post_attention_layernorm(rows))
-        rows = rows + self.gate_ffn.tanh() * visible.silence(fed)
+        rows = rows + self.gate_ffn.tanh() * visible.zero_unattended(fed)
         return rows if visible.rows is None else x.index_copy(0, visible.rows, rows)
 
     @torch.no_grad()
@@ -114,7 +114,7 @@ class CrossAttentionBlock(nn.Module):
             x: hidden states where the block stands, [N, D], of the tokens before an answer.
         """
         normed = nn.functional.rms_norm(x.float(), x.shape[-1:])
-        weight = (1 / normed.square().mean(0).sqrt()).clamp(max=LARGEST_FACTOR)
+        weight = (1 / normed.square().mean(0).sqrt()).clamp(max=MAX_SCALE)
         for norm in (self.input_layernorm, self.post_attention_layernorm):
             norm.weight.copy_(weight)
         mean = (normed * weight).mean(0)
@@ -122,7 +122,7 @@ class CrossAttentionBlock(nn.Module):
         direction = mean / mean.norm()
         for matrix in (self.mlp.gate_proj.weight, self.mlp.up_proj.weight):
             centred = matrix - torch.outer(matrix @ direction, direction)
-            matrix.copy_(centred * (FITTED_RMS / spread.clamp(min=1 / LARGEST_FACTOR)))
+            matrix.copy_(centred * (TARGET_RMS / spread.clamp(min=1 / MAX_SCALE)))
 
 
 class ImageAdapter(nn.Module):

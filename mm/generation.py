@@ -18,8 +18,10 @@ from mm.processor import Processor
 from speech.adapter import num_tokens
 from speech.ctc_prefix_score import PrefixScores
 
-HEARD = 0.5  # weight of what was heard in the choice of a transcript's tokens; 0.3 to 0.9 give the same error rates
-LOOP = 12  # tokens that a transcript spends on going round before it is one
+CTC_WEIGHT = (
+    0.5  # weight of what was heard in the choice of a transcript's tokens; 0.3 to 0.9 give the same error rates
+)
+MIN_REPEATED_TOKENS = 12  # tokens that a transcript spends on going round before it is one
 
 
 def generate(
@@ -175,7 +177,7 @@ def _steps(
 def transcribe_tokens(model: MultimodalModel, samples: Sequence[Sample], max_new_tokens: int) -> list[list[int]]:
     """The tokens of a transcript of each prompt's sound.
 
-    With a readout each token is chosen by what the language model expects and by what was heard, see `Hearing`. Without
+    With a readout each token is chosen by what the language model expects and by what was heard, see `JointCtcDecoder`. Without
     one, a transcript has at most 37 tokens a second, three for each that the sound takes (English has about 4 in a
     second, and a script that the tokenizer spells byte by byte about 25), and what goes round and round stands once.
 
@@ -184,14 +186,14 @@ def transcribe_tokens(model: MultimodalModel, samples: Sequence[Sample], max_new
     """
     adapter = model.config.speech_adapter
     if adapter is not None and adapter.readout:
-        steps = _steps(model, samples, [max_new_tokens] * len(samples), Hearing(model, samples).choose)
+        steps = _steps(model, samples, [max_new_tokens] * len(samples), JointCtcDecoder(model, samples).choose)
         return _collected(steps, len(samples))
     sounds = [sample.tokens.count(model.config.audio_token_id) for sample in samples]
     limits = [min(max_new_tokens, max(1, 3 * number)) for number in sounds]
-    return [without_loops(tokens) for tokens in generate_tokens(model, samples, limits)]
+    return [truncate_repetition(tokens) for tokens in generate_tokens(model, samples, limits)]
 
 
-class Hearing:
+class JointCtcDecoder:
     """Chooses a transcript's tokens: each is the likeliest by a mean of the language model's log-probability and of
     CTC's, that what the prompt's sound says goes on so; likewise its end. What was not heard is not said.
 
@@ -214,7 +216,7 @@ class Hearing:
     def choose(self, logits: Tensor, cache: Cache) -> list[int | None]:
         """One token per row of logits [B, V]; None where all was said."""
         if self.rows is None:
-            self.rows = self._hear(cache.heard) if self.lengths else {}
+            self.rows = self._prefix_scores(cache.audio_embeddings) if self.lengths else {}
         likely = {row: torch.cat([self.stops, scores.tokens]) for row, scores in self.rows.items()}
         tokens: list[int | None] = [None] * len(logits)
         if not likely:
@@ -230,8 +232,8 @@ class Hearing:
             tokens[row] = token
         return tokens
 
-    def _hear(self, heard: Tensor) -> dict[int, PrefixScores]:
-        near, log_probs = self.model.heard_tokens(heard)
+    def _prefix_scores(self, heard: Tensor) -> dict[int, PrefixScores]:
+        near, log_probs = self.model.audio_token_scores(heard)
         lengths = list(self.lengths.values())
         said = zip(near.split(lengths), log_probs.split(lengths), strict=True)
         return {row: PrefixScores(*one) for row, one in zip(self.lengths, said, strict=True)}
@@ -241,20 +243,20 @@ class Hearing:
         if not len(scores.tokens):
             return None
         stop, expected = expected[: len(self.stops)], expected[len(self.stops) :][: len(scores.tokens)]
-        likely = HEARD * scores.following + (1 - HEARD) * expected
+        likely = CTC_WEIGHT * scores.following + (1 - CTC_WEIGHT) * expected
         likely[torch.isin(scores.tokens, self.stops)] = -math.inf
         expected_end = stop.logsumexp(0) if len(stop) else expected.max()  # without stop tokens, what was heard decides
-        end = HEARD * scores.end + (1 - HEARD) * float(expected_end)
+        end = CTC_WEIGHT * scores.end + (1 - CTC_WEIGHT) * float(expected_end)
         best, place = likely.max(0)
         return int(scores.tokens[place]) if best > end else None
 
 
-def without_loops(tokens: Sequence[int]) -> list[int]:
+def truncate_repetition(tokens: Sequence[int]) -> list[int]:
     """A transcript's tokens up to where it begins to go round: what stands three times or more in a row, and so fills
     12 tokens or more, is kept once, and what comes after it is left out."""
     for start in range(len(tokens)):
         for length in range(1, (len(tokens) - start) // 3 + 1):
-            times = max(3, -(-LOOP // length))
+            times = max(3, -(-MIN_REPEATED_TOKENS // length))
             once = list(tokens[start : start + length])
             if list(tokens[start : start + times * length]) == once * times:
                 return list(tokens[: start + length])

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from foundation.errors import UserError
 from layers.attention import DecodeStep, KeyValueCache
-from mm.batch import IGNORED, Batch, Sight, Visibility, visibility_intervals
+from mm.batch import IGNORED, Batch, CrossAttentionMask, VisionContext, visibility_intervals
 from mm.config import NUM_EXTRA_TOKENS, ModelConfig
 from mm.cross_attention import CrossAttentionBlock, ImageAdapter, VisionCache
 from mm.language_model import LanguageModel
@@ -28,7 +28,9 @@ from speech.whisper import WhisperEncoder, WhisperEncoderConfig
 from video.sampling import Clip
 from vision.encoder import VisionEncoder
 
-Seen = dict[str, Sight]  # what is there to be seen: of "image", of "video"; nothing of what a batch does not hold
+VisionContexts = dict[
+    str, VisionContext
+]  # what is there to be seen: of "image", of "video"; nothing of what a batch does not hold
 
 
 class Cache:
@@ -46,8 +48,10 @@ class Cache:
             KeyValueCache(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in range(config.num_layers)
         ]
         self.vision = {place: VisionCache() for place in model.blocks()}
-        self.seen: Seen = {}  # what the last token of each row sees
-        self.heard: Tensor | None = None  # what the adapter made of the utterances, before any readout, packed [N, D]
+        self.contexts: VisionContexts = {}  # what the last token of each row sees
+        self.audio_embeddings: Tensor | None = (
+            None  # what the adapter made of the utterances, before any readout, packed [N, D]
+        )
 
 
 class MultimodalModel(nn.Module):
@@ -102,9 +106,11 @@ class MultimodalModel(nn.Module):
                 text longer than the context, or something to see or hear for a model without eyes or ears.
         """
         self._check(batch)
-        seen = self._look(batch, cache)
+        seen = self.vision_contexts(batch, cache)
         positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-        x = self._walk(self._listen(self.embed(batch.tokens), batch, cache), positions, seen, cache)
+        x = self.run_layers(
+            self.insert_audio_embeddings(self.embed(batch.tokens), batch, cache), positions, seen, cache
+        )
         return self.language_model.model.norm(x)
 
     def decode(self, tokens: Tensor, positions: Tensor, step: DecodeStep, cache: Cache) -> Tensor:
@@ -112,7 +118,7 @@ class MultimodalModel(nn.Module):
 
         New tokens go on seeing what the last token of their row's prompt saw.
         """
-        x = self._walk(self.embed(tokens), positions, cache.seen, cache, step)
+        x = self.run_layers(self.embed(tokens), positions, cache.contexts, cache, step)
         return self.language_model.lm_head(self.language_model.model.norm(x)[:, -1])
 
     @torch.no_grad()
@@ -145,7 +151,7 @@ class MultimodalModel(nn.Module):
         embedded = table(torch.where(extra < 0, tokens, 0))
         return torch.where(extra[..., None] < 0, embedded, self.extra_embeddings[extra.clamp(min=0)].to(embedded.dtype))
 
-    def blank(self, device: torch.device) -> Tensor:
+    def ctc_blank(self, device: torch.device) -> Tensor:
         """The token whose embedding CTC has for hearing nothing new, [1]: the audio token itself."""
         return torch.tensor([self.config.audio_token_id], device=device)
 
@@ -159,11 +165,11 @@ class MultimodalModel(nn.Module):
             for depth, block in adapter.by_position().items()
         }
 
-    def _walk(
+    def run_layers(
         self,
         x: Tensor,
         positions: Tensor,
-        seen: Seen,
+        seen: VisionContexts,
         cache: Cache | None = None,
         step: DecodeStep | None = None,
         layers: range | None = None,
@@ -183,7 +189,7 @@ class MultimodalModel(nn.Module):
                 x = decoder.layers[depth](x, rotary, cache.layers[depth] if cache else None, step)
         return x
 
-    def _look(self, batch: Batch, cache: Cache | None) -> Seen:
+    def vision_contexts(self, batch: Batch, cache: Cache | None) -> VisionContexts:
         """The vision tokens of what the batch holds, and who sees them."""
         encoder, seen = self.vision_encoder, {}
         if batch.images:
@@ -194,12 +200,14 @@ class MultimodalModel(nn.Module):
             vision = vision.to(self.image_adapter.projection.weight.dtype)
             seen["image"] = self._sight("image", counts, vision, batch, cache)
         if batch.videos:
-            vision = self._watch(batch.videos)
+            vision = self._encode_videos(batch.videos)
             vision = vision.to(self.video_adapter.aggregator.output.weight.dtype)  # likewise
             seen["video"] = self._sight("video", self.clip_sizes(batch.videos), vision, batch, cache)
         return seen
 
-    def _sight(self, kind: str, counts: Sequence[int], vision: Tensor, batch: Batch, cache: Cache | None) -> Sight:
+    def _sight(
+        self, kind: str, counts: Sequence[int], vision: Tensor, batch: Batch, cache: Cache | None
+    ) -> VisionContext:
         """Args: counts: vision tokens of each image, or of each clip, of the batch."""
         host, device, (token_id, per_row) = batch.host, batch.tokens.device, self._placed(batch)[kind]
         ends = torch.tensor([0, *counts]).cumsum(0)
@@ -208,14 +216,14 @@ class MultimodalModel(nn.Module):
         intervals = visibility_intervals(_found(host, token_id), per_row, counts)
         if cache is not None:
             last = intervals[torch.arange(len(intervals), device=intervals.device), host.lengths - 1]
-            cache.seen[kind] = Sight(Visibility(last[:, None], counts_per_row, device))
-        return Sight(Visibility(intervals, counts_per_row, device), vision)
+            cache.contexts[kind] = VisionContext(CrossAttentionMask(last[:, None], counts_per_row, device))
+        return VisionContext(CrossAttentionMask(intervals, counts_per_row, device), vision)
 
-    def watch(self, clips: Sequence[Clip]) -> Tensor:
+    def encode_videos(self, clips: Sequence[Clip]) -> Tensor:
         """Clips -> the vision tokens of their effective frames, packed: [N, D], N the sum of `clip_sizes`."""
-        return self._watch(clips)
+        return self._encode_videos(clips)
 
-    def _watch(self, clips: Sequence[Clip]) -> Tensor:
+    def _encode_videos(self, clips: Sequence[Clip]) -> Tensor:
         # Within a pass of the whole model no other one may begin: where weights are sharded, its end gives them back.
         return self.video_adapter(clips, self.vision_encoder)
 
@@ -224,38 +232,38 @@ class MultimodalModel(nn.Module):
         groups = self.config.video_adapter.aggregator.num_groups
         return [groups(len(clip.frames)) * self.vision_encoder.num_vision_tokens(clip.frames[0]) for clip in clips]
 
-    def hear(self, speech: Sequence[Tensor]) -> Tensor:
+    def encode_audio(self, speech: Sequence[Tensor]) -> Tensor:
         """Utterances, each float32 [T, num_mels] -> what the adapter makes of them, before any readout, packed: [N, D],
         N the sum of `speech.adapter.num_tokens(T)`."""
-        return self._hear(speech)
+        return self._encode_audio(speech)
 
-    def _hear(self, speech: Sequence[Tensor]) -> Tensor:  # apart for the reason that `_watch` is
+    def _encode_audio(self, speech: Sequence[Tensor]) -> Tensor:  # apart for the reason that `_encode_videos` is
         # What is longer than the encoder takes is cut; the pieces' tokens follow each other.
         pieces = [piece for mel in speech for piece in mel.split(self.config.speech_encoder.max_mel_frames)]
         lengths = torch.tensor([len(piece) for piece in pieces])
         heard, counts = self.speech_adapter(*self.speech_encoder(pad_sequence(pieces, batch_first=True), lengths))
         return torch.cat([row[:count] for row, count in zip(heard, counts.tolist(), strict=True)])
 
-    def heard_tokens(self, heard: Tensor) -> tuple[Tensor, Tensor]:
+    def audio_token_scores(self, heard: Tensor) -> tuple[Tensor, Tensor]:
         """What rows as `hear` gives them, [N, D], say by themselves: see `speech.ctc_readout.token_scores`; for
         adapters with a readout."""
-        return token_scores(heard, *self._readable())
+        return token_scores(heard, *self._ctc_embeddings())
 
-    def _readable(self) -> tuple[Tensor, Tensor]:
+    def _ctc_embeddings(self) -> tuple[Tensor, Tensor]:
         """The embeddings that a readout finds in rows, and that of the blank."""
         device = self.extra_embeddings.device
-        return self.language_model.model.embed_tokens.weight, self.embed(self.blank(device))[0]
+        return self.language_model.model.embed_tokens.weight, self.embed(self.ctc_blank(device))[0]
 
-    def _listen(self, x: Tensor, batch: Batch, cache: Cache | None = None) -> Tensor:
+    def insert_audio_embeddings(self, x: Tensor, batch: Batch, cache: Cache | None = None) -> Tensor:
         """Embedded tokens [B, T, D], with what is heard in the audio tokens' rows and the adapter's marks around it."""
         if not batch.speech:
             return x
-        packed = self._hear(batch.speech)
+        packed = self._encode_audio(batch.speech)
         if cache is not None:
-            cache.heard = packed
+            cache.audio_embeddings = packed
         if self.config.speech_adapter.readout:
             lengths = torch.tensor([num_tokens(len(mel)) for mel in batch.speech])
-            packed = read_out(packed, lengths, *self._readable(), rest=self.speech_adapter.boundaries[1])
+            packed = read_out(packed, lengths, *self._ctc_embeddings(), rest=self.speech_adapter.boundaries[1])
         rows, columns = (
             places.to(x.device, non_blocking=True)
             for places in _found(batch.host, self.config.audio_token_id).nonzero(as_tuple=True)

@@ -27,7 +27,7 @@ from vision.tiling import Tiles, tile_image
 
 IMAGE_MARK, VIDEO_MARK, AUDIO_MARK = "<|mm-image|>", "<|mm-video|>", "<|mm-audio|>"
 MARKS = re.compile("(" + "|".join(map(re.escape, (IMAGE_MARK, VIDEO_MARK, AUDIO_MARK))) + ")")
-Source = Image.Image | str | Path | bytes  # of a picture; of a clip and of sound, a file or its bytes
+MediaSource = Image.Image | str | Path | bytes  # a picture; clips and sounds come as a file or its bytes
 
 # For language models that come without a chat template.
 PLAIN_TEMPLATE = (
@@ -142,7 +142,7 @@ class Processor:
         end = max(index for index, label in enumerate(labels) if label != IGNORED) + 1
         return Sample(tokens[:end], labels[:end], media.images, media.videos, media.speech)
 
-    def caption_prompt_for(self, source: Source, kind: str = "image") -> Sample:
+    def caption_prompt_for(self, source: MediaSource, kind: str = "image") -> Sample:
         """The sample after which a caption follows. Args: kind: of the source, "image" or "video"."""
         prompt = self._caption_question(kind)
         part = {"type": kind, kind: source}
@@ -151,7 +151,7 @@ class Processor:
         flat, media = self._flatten([{"role": "user", "content": [part]}])
         return Sample([*self._bos(), *self._tokenize(flat[0]["content"])], None, media.images, media.videos)
 
-    def caption_example(self, source: Source, caption: str, kind: str = "image") -> Sample:
+    def caption_example(self, source: MediaSource, caption: str, kind: str = "image") -> Sample:
         """A training sample whose target is the caption; arguments as in `caption_prompt_for`.
 
         Raises:
@@ -257,7 +257,7 @@ class Processor:
             name = "sound" if isinstance(source, bytes) else source
             raise UserError(f"{name}: {error}") from error
 
-    def _tiles(self, picture: Source) -> Tiles:
+    def _tiles(self, picture: MediaSource) -> Tiles:
         if self.tile_size is None:
             raise UserError("a picture was given to a model that has no vision_encoder")
         image = to_rgb(picture) if isinstance(picture, Image.Image) else read_picture(picture)
@@ -367,7 +367,7 @@ def record_answer(record: Record) -> str:
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
-def record_said(record: Record) -> str | None:
+def record_transcript(record: Record) -> str | None:
     """What is said in a record's recording: its `said`, or what a transcription or a silence has for an answer; None
     where that is not known."""
     if "said" in record.json:

@@ -32,7 +32,7 @@ from foundation.errors import UserError
 from mm.config import ModelConfig, from_dict, to_dict
 from mm.convert import mllama_config
 from mm.convert.folder import read_config as folder_config
-from mm.convert.report import put
+from mm.convert.report import load_tensors
 from mm.device import resolve_device
 from mm.language_model import LanguageModel, LanguageModelConfig
 from mm.model import MultimodalModel
@@ -137,7 +137,7 @@ def load_encoder(folder: str | Path, tile_size: int | None = None) -> VisionEnco
     description = read_description(folder)
     with torch.device("meta"):
         encoder = VisionEncoder(read_encoder_shape(folder))
-    put(encoder, read_part(folder, "vision_encoder", description), source=folder)
+    load_tensors(encoder, read_part(folder, "vision_encoder", description), source=folder)
     return encoder if tile_size is None else at_tile_size(encoder, tile_size)
 
 
@@ -217,12 +217,14 @@ def _load_run(folder: Path, language_model: str | Path | None) -> tuple[Multimod
         model = MultimodalModel(config)
     origin = description["language_model"]
     if origin is None:
-        put(model.language_model, read_part(folder, "language_model", description), source=folder)
+        load_tensors(model.language_model, read_part(folder, "language_model", description), source=folder)
     else:
         model.language_model = _load_origin(folder, origin, config.language_model, language_model)
     for name in PARTS:
         if getattr(model, name) is not None:
-            put(getattr(model, name), read_part(folder, name, description), source=folder / f"{name}.safetensors")
+            load_tensors(
+                getattr(model, name), read_part(folder, name, description), source=folder / f"{name}.safetensors"
+            )
     rows = read_part(folder, "extra_embeddings", description)["extra_embeddings"]
     model.extra_embeddings = nn.Parameter(rows, requires_grad=False)
     tokenizer = mm.convert.llama.load_tokenizer(folder / "tokenizer")

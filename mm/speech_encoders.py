@@ -7,7 +7,7 @@ import torch
 
 import mm.convert.whisper
 from foundation.errors import UserError
-from mm.convert.report import put
+from mm.convert.report import load_tensors
 from mm.run_folder import (
     CONFIG_FILE,
     FORMAT,
@@ -48,5 +48,5 @@ def load_speech_encoder(path: str | Path) -> SpeechEncoder | WhisperEncoder:
         raise UserError(f"{path / CONFIG_FILE} does not describe a speech encoder: {error}") from error
     with torch.device("meta"):
         encoder = WhisperEncoder(config) if whisper else SpeechEncoder(config)
-    put(encoder, read_part(path, "speech_encoder", description), source=path)
+    load_tensors(encoder, read_part(path, "speech_encoder", description), source=path)
     return encoder

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 import mm.convert.llama
-from mm.assembly import exchange_language_model
+from mm.assembly import replace_language_model
 from mm.model import MultimodalModel
 from mm.parallel.ranks import Ranks
 from mm.processor import Processor
@@ -18,7 +18,7 @@ from mm.run_folder import load, save
 from mm.training.adapters import train_adapters
 from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
-from mm.training.data import Source
+from mm.training.data import DataSource
 
 
 @dataclass
@@ -37,10 +37,10 @@ class Finetune:
 
     output: str
     start_from: str
-    data: list[Source]
+    data: list[DataSource]
     training: TrainingConfig
     language_model: str | None = None
-    validation: Source | None = None
+    validation: DataSource | None = None
     validation_samples: int = 256
     chat_template: str | None = None
     bundle: bool = False
@@ -63,7 +63,7 @@ def starting_point(config: Finetune) -> tuple[MultimodalModel, Processor]:
     if config.language_model is not None:
         other = mm.convert.llama.load(config.language_model, dtype=torch.float32)
         print(other.report)
-        exchange_language_model(model, other)
+        replace_language_model(model, other)
         tokenizer, template = mm.convert.llama.load_tokenizer(config.language_model), config.chat_template
     return model, Processor(tokenizer, model.config, **{**processor.settings(), "chat_template": template})
 

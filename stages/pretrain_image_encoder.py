@@ -20,7 +20,7 @@ from mm.processor import record_pictures
 from mm.run_folder import save_encoder
 from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
-from mm.training.data import RecordDataset, Source, readable_samples
+from mm.training.data import DataSource, RecordDataset, readable_samples
 from mm.training.flops import contrastive_flops, matmul_rate
 from mm.training.objectives import ContrastiveModel, ContrastiveObjective, Pair, TextTowerConfig, initialise_encoder
 from mm.training.optimizer import apply_rates
@@ -47,12 +47,12 @@ class PretrainImageEncoder:
     """
 
     output: str
-    data: list[Source]
+    data: list[DataSource]
     training: TrainingConfig
     encoder: VisionEncoderConfig = field(default_factory=VisionEncoderConfig)
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
     loss: str = "clip"
-    validation: Source | None = None
+    validation: DataSource | None = None
     validation_pairs: int = 500
     max_tiles: int | None = None
     device: str = "cpu"

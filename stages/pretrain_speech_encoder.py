@@ -16,11 +16,11 @@ from torch import Tensor
 from foundation.errors import UserError
 from mm.device import resolve_device
 from mm.parallel.ranks import Ranks
-from mm.processor import record_said
+from mm.processor import record_transcript
 from mm.speech_encoders import load_speech_encoder, save_speech_encoder
 from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
-from mm.training.data import RecordDataset, Source, readable_samples
+from mm.training.data import DataSource, RecordDataset, readable_samples
 from mm.training.sampler import seed_of
 from mm.training.speech import set_statistics
 from mm.training.speech_pretraining import (
@@ -61,7 +61,7 @@ class PretrainSpeechEncoder:
     """
 
     output: str
-    data: list[Source]
+    data: list[DataSource]
     training: TrainingConfig
     encoder: SpeechEncoderConfig | None = None
     start_from: str | None = None
@@ -150,7 +150,7 @@ def transcribed_of(record: Record, encoder: SpeechEncoderConfig) -> Transcribed:
     mel = sound_of(record, encoder)
     if len(mel) > encoder.max_mel_frames:
         raise UserError(f"{len(mel) / FRAMES_PER_SECOND:.1f} s are more than the encoder's {encoder.max_seconds} s")
-    said = record_said(record)
+    said = record_transcript(record)
     if said is None:
         raise UserError(f"record {record.id} does not tell what is said in it")
     return Transcribed(mel, spelling(said))

@@ -23,7 +23,7 @@ from mm.evaluation.metrics import Score
 from mm.parallel.ranks import Ranks
 from mm.run_folder import CONFIG_FILE, load, replaced_files, write_yaml
 from mm.training.command import run_stage
-from mm.training.data import Source
+from mm.training.data import DataSource
 from shards.reader import ShardSet
 from stages.finetune import Finetune, finetune
 
@@ -36,7 +36,7 @@ class Subset:
     """Data to try, under a name of letters, digits, `_` and `-` that the runs' folders begin with."""
 
     name: str
-    data: list[Source]
+    data: list[DataSource]
 
 
 @dataclass

@@ -22,7 +22,7 @@ from mm.run_folder import load, load_encoder, read_encoder_shape, read_shape, sa
 from mm.training.adapters import train_adapters
 from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
-from mm.training.data import Source
+from mm.training.data import DataSource
 from vision.encoder import at_tile_size
 
 
@@ -43,13 +43,13 @@ class TrainImageAdapter:
     """
 
     output: str
-    data: list[Source]
+    data: list[DataSource]
     training: TrainingConfig
     language_model: str | None = None
     vision_encoder: str | None = None
     start_from: str | None = None
     adapter: ImageAdapterConfig = field(default_factory=ImageAdapterConfig)
-    validation: Source | None = None
+    validation: DataSource | None = None
     validation_samples: int = 256
     tile_size: int | None = None
     max_tiles: int | None = None

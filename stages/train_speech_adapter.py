@@ -14,7 +14,7 @@ from torch import Tensor
 
 import mm.convert.llama
 from foundation.errors import UserError
-from mm.assembly import add_speech, without_senses
+from mm.assembly import add_speech, from_language_model
 from mm.batch import IGNORED, Sample
 from mm.model import MultimodalModel
 from mm.parallel.ranks import Ranks
@@ -24,7 +24,7 @@ from mm.speech_encoders import load_speech_encoder
 from mm.training.adapters import train_adapters
 from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
-from mm.training.data import RecordDataset, Source, readable_samples
+from mm.training.data import DataSource, RecordDataset, readable_samples
 from mm.training.distillation import with_twin
 from mm.training.objectives import check_weights
 from mm.training.sampler import seed_of
@@ -58,14 +58,14 @@ class TrainSpeechAdapter:
     """
 
     output: str
-    data: list[Source]
+    data: list[DataSource]
     training: TrainingConfig
     start_from: str | None = None
     language_model: str | None = None
     encoder: SpeechEncoderConfig | None = None
     speech_encoder: str | None = None
     adapter: SpeechAdapterConfig = field(default_factory=SpeechAdapterConfig)
-    validation: Source | None = None
+    validation: DataSource | None = None
     validation_samples: int = 256
     statistics_samples: int = 512
     spec_augment: SpecAugmentConfig | None = None
@@ -110,7 +110,7 @@ def starting_point(config: TrainSpeechAdapter) -> tuple[MultimodalModel, Process
         language_model = config.language_model
         loaded = mm.convert.llama.load(language_model, dtype=torch.float32)
         print(loaded.report)
-        model = without_senses(loaded, seed=config.training.seed)
+        model = from_language_model(loaded, seed=config.training.seed)
         tokenizer, settings = mm.convert.llama.load_tokenizer(language_model), {}
     given = (config.encoder, config.speech_encoder)
     if model.speech_encoder is not None:

@@ -19,7 +19,7 @@ from mm.run_folder import language_model_of, load, save
 from mm.training.adapters import train_adapters
 from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
-from mm.training.data import Source
+from mm.training.data import DataSource
 from mm.training.video import VideoObjective
 from mm.video_adapter import VideoAdapterConfig
 from vision.encoder import at_tile_size
@@ -45,10 +45,10 @@ class TrainVideoAdapter:
 
     output: str
     start_from: str
-    data: list[Source]
+    data: list[DataSource]
     training: TrainingConfig
     adapter: VideoAdapterConfig = field(default_factory=VideoAdapterConfig)
-    validation: Source | None = None
+    validation: DataSource | None = None
     validation_samples: int = 256
     factor: int | None = None
     max_frames: int = 16

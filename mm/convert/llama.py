@@ -15,7 +15,7 @@ from foundation.errors import UserError
 from mm.convert import gguf_file
 from mm.convert.folder import read_config, read_tensors
 from mm.convert.llama_config import check_num_layers, language_model_config, stop_tokens
-from mm.convert.report import put
+from mm.convert.report import load_tensors
 from mm.language_model import LanguageModel, LanguageModelConfig
 
 
@@ -74,7 +74,7 @@ def build(
     check_num_layers(config.num_layers, len(tensors))
     with torch.device("meta"):
         model = LanguageModel(config)
-    model.report = put(model, tensors, source=source, ignored=ignored, notes=notes)
+    model.report = load_tensors(model, tensors, source=source, ignored=ignored, notes=notes)
     return model
 
 

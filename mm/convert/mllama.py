@@ -20,7 +20,7 @@ from mm.config import ModelConfig
 from mm.convert.folder import new_folder, read_config, read_tensors, write_json, write_tensors
 from mm.convert.llama_config import check_num_layers
 from mm.convert.mllama_config import config_values, model_config, same_meaning, with_dtype
-from mm.convert.report import put
+from mm.convert.report import load_tensors
 from mm.model import MultimodalModel
 
 TABLE = "language_model.model.embed_tokens.weight"
@@ -53,7 +53,7 @@ SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "USE_POLICY*"
 
 
 @dataclass(frozen=True)
-class Source:
+class MllamaSource:
     """The folder that a model was read from, kept on the model as `mllama_source` so that `save` can give it back.
 
     Attributes:
@@ -110,7 +110,7 @@ def load(
         tensors[name] = tensor
     ignored = {name: "rotary frequencies are computed" for name in stored if name.endswith("rotary_emb.inv_freq")}
     tensors |= {name: tensor for name, tensor in stored.items() if name not in ignored}
-    model.report = put(
+    model.report = load_tensors(
         model,
         tensors,
         source=folder,
@@ -119,7 +119,7 @@ def load(
         ignored=ignored,
         notes=notes,
     )
-    model.mllama_source = Source(folder, values, renamed)
+    model.mllama_source = MllamaSource(folder, values, renamed)
     return model
 
 

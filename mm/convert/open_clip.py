@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from foundation.errors import UserError
-from mm.convert.report import put
+from mm.convert.report import load_tensors
 from vision.encoder import CLIP_MEAN, CLIP_STD, VisionEncoder, VisionEncoderConfig, resize_positions
 
 PAPER_LAYERS = 32
@@ -94,7 +94,7 @@ def from_model(
     old = resize_positions(old, image_size // patch_size, config.patches_per_side)
     if config.tile_size != image_size:
         reshaped.append(f"positional_embedding: resized from {image_size} to {config.tile_size} px, bilinear")
-    encoder.report = put(
+    encoder.report = load_tensors(
         encoder,
         new | {name: tensor.clone() for name, tensor in old.items()},
         source=source,

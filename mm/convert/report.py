@@ -1,6 +1,6 @@
 """How tensors read from a file get into a module: strictly, without a second copy, and with a report by name.
 
-Every converter ends here: it turns what it read into tensors under the module's own names and calls `put`.
+Every converter ends here: it turns what it read into tensors under the module's own names and calls `load_tensors`.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,7 +16,7 @@ FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
-class Report:
+class LoadingReport:
     """What happened to every tensor of a file and every parameter of the module; `str` is what commands print.
 
     Attributes:
@@ -45,7 +45,7 @@ class Report:
         return "\n".join(lines)
 
 
-def put(
+def load_tensors(
     module: nn.Module,
     tensors: dict[str, Tensor],
     *,
@@ -54,7 +54,7 @@ def put(
     reshaped: Iterable[str] = (),
     ignored: dict[str, str] | None = None,
     notes: Iterable[str] = (),
-) -> Report:
+) -> LoadingReport:
     """Make `tensors` the parameters of a module, best one built on the meta device: nothing is copied.
 
     Parameters that the module shares under two names are given once, under the first name, and stay shared.
@@ -71,7 +71,7 @@ def put(
     shared = _shared_names(module)
     expected = {name: tensor.shape for name, tensor in module.state_dict().items() if name not in shared}
     found = {name: tensor for name, tensor in tensors.items() if name in expected}
-    report = Report(
+    report = LoadingReport(
         str(source),
         len(found),
         tuple(stored_name(name) for name in expected if name not in tensors),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from foundation.errors import UserError
-from mm.convert.report import put
+from mm.convert.report import load_tensors
 from speech.whisper import WINDOW_FRAMES, WhisperEncoder, WhisperEncoderConfig
 
 PARTS = {  # of a block, by OpenAI's names
@@ -65,7 +65,7 @@ def load(path: str | Path, max_seconds: float = 30.0) -> WhisperEncoder:
     if (positions := state.get(POSITIONS)) is not None:
         state = {**state, POSITIONS: positions[: config.max_mel_frames // 2]}
     tensors = {_our_name(name): tensor for name, tensor in state.items() if name.startswith("encoder.")}
-    encoder.report = put(
+    encoder.report = load_tensors(
         encoder,
         {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()},
         source=path,

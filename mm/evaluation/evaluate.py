@@ -36,7 +36,7 @@ _WINDOW = 16  # batches that are read ahead and sorted by length together; bound
 
 
 @dataclass
-class Report:
+class EvaluationReport:
     """What an evaluation found.
 
     Attributes:
@@ -105,7 +105,7 @@ def evaluate(
     max_new_tokens: int = 32,
     limit: int | None = None,
     seed: int = 0,
-) -> Report:
+) -> EvaluationReport:
     """Greedy answers to the last question of every record, scored.
 
     A record's reference is its last assistant turn or its caption; `"answers"` in its json, a list of strings, gives
@@ -179,7 +179,7 @@ def evaluate(
     scores = _score(metrics, predictions, references, languages)
     factor = sum(seconds) / sum(heard) if any(heard) else None
     interval = scoring.ratio_interval(np.array(seconds), np.array(heard)) if factor and len(heard) > 1 else None
-    return Report(scores, predictions, failed, blank_images, exchange_speech, frames, factor, interval)
+    return EvaluationReport(scores, predictions, failed, blank_images, exchange_speech, frames, factor, interval)
 
 
 @dataclass

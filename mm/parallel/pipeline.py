@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from foundation.errors import UserError
 from mm.batch import IGNORED, Batch
-from mm.model import MultimodalModel, Seen
+from mm.model import MultimodalModel
 from mm.parallel.ranks import Layout, mesh_of, whole
 from mm.training.config import TrainingConfig
 from mm.training.objectives import loss_of_hidden_states
@@ -133,7 +133,7 @@ class Stage(MultimodalModel):
         batch = self.batches[int(index)].to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.compute == "bf16"):
             x = received[0] if received else self.embed(batch.tokens)
-            x = self._run(x, self._look(batch, None))
+            x = self._run(x, self.vision_contexts(batch, None))
             return x if self.rank < self.size - 1 else loss_of_hidden_states(self, x, batch) * self.scale
 
     @torch.no_grad()
@@ -142,7 +142,7 @@ class Stage(MultimodalModel):
         their layers one after another.
         """
         self._check(batch)
-        seen = self._look(batch, None)
+        seen = self.vision_contexts(batch, None)
         shape = (*batch.tokens.shape, self.config.language_model.hidden_size)
         x = self.embed(batch.tokens) if self.rank == 0 else torch.empty(shape, device=batch.tokens.device)
         for rank in range(self.size):
@@ -228,11 +228,11 @@ class Stage(MultimodalModel):
         dist.broadcast(tensor, group=self.group, group_src=holders[0])
         return tensor
 
-    def _run(self, x: Tensor, seen: Seen) -> Tensor:
+    def _run(self, x: Tensor, seen: VisionContexts) -> Tensor:
         """Hidden states [B, T, D] through this rank's layers and blocks, at the last through the final norm too; FP32,
         whatever computed them."""
         positions = torch.arange(x.shape[1], device=x.device)
-        x = self._walk(x, positions, seen, layers=self.layers).float()
+        x = self.run_layers(x, positions, seen, layers=self.layers).float()
         return x if self.rank < self.size - 1 else self.language_model.model.norm(x)
 
     def _sum_replicas(self) -> None:

@@ -19,7 +19,7 @@ from mm.model import MultimodalModel
 from mm.parallel.ranks import Ranks
 from mm.processor import Processor
 from mm.training.config import TrainingConfig
-from mm.training.data import RecordDataset, Source, collate_step, readable_samples
+from mm.training.data import DataSource, RecordDataset, collate_step, readable_samples
 from mm.training.flops import Learning, batch_flops, matmul_rate, text_token_cost
 from mm.training.objectives import NextTokenObjective
 from mm.training.optimizer import apply_rates
@@ -44,9 +44,9 @@ class AdapterStage(Protocol):
     """What such a stage's configuration, a dataclass, has in it."""
 
     output: str
-    data: list[Source]
+    data: list[DataSource]
     training: TrainingConfig
-    validation: Source | None
+    validation: DataSource | None
     validation_samples: int
     device: str
 

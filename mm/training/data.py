@@ -21,7 +21,7 @@ from vision.tiling import choose_canvas
 
 
 @dataclass
-class Source:
+class DataSource:
     """A folder of shards to draw from.
 
     Attributes:
@@ -86,7 +86,7 @@ class RecordDataset(Dataset):
             None where each comes by itself.
     """
 
-    def __init__(self, sources: Sequence[Source], prepare: Callable[..., Any], by_epoch: bool = False) -> None:
+    def __init__(self, sources: Sequence[DataSource], prepare: Callable[..., Any], by_epoch: bool = False) -> None:
         if not sources:
             raise UserError("no data: name at least one source")
         self.prepare, self.by_epoch = prepare, by_epoch

@@ -14,43 +14,43 @@ from torch.nn import functional as F
 from foundation.errors import UserError
 from mm.batch import IGNORED, Batch, Sample, collate
 from mm.model import MultimodalModel
-from mm.processor import Processor, record_messages, record_said
+from mm.processor import Processor, record_messages, record_transcript
 from shards.format import Record
 
 
 @dataclass
-class Heard(Sample):
+class DistillationSample(Sample):
     """A sample with its twin that reads; without one where it is not known what is said."""
 
     read: Sample | None = None
 
 
 @dataclass
-class HeardBatch(Batch):
+class DistillationBatch(Batch):
     """A batch with its rows' twins; a row without a twin has one without targets."""
 
     read: Batch | None = None
 
-    def to(self, device: torch.device | str) -> "HeardBatch":
-        return HeardBatch(**vars(super().to(device)), read=self.read.to(device))
+    def to(self, device: torch.device | str) -> "DistillationBatch":
+        return DistillationBatch(**vars(super().to(device)), read=self.read.to(device))
 
 
-def with_twin(record: Record, processor: Processor) -> Heard:
+def with_twin(record: Record, processor: Processor) -> DistillationSample:
     """A record's sample and its twin, which it has if it is known what its one recording says.
 
     Raises:
         UserError: as `Processor.record_example`, of the twin too.
     """
     sample = processor.record_example(record)
-    said = record_said(record)
+    said = record_transcript(record)
     messages = record_messages(record) if said and sample.speech else []
     sounds = [part for message in messages for part in _parts(message) if part.get("type") == "audio"]
     if len(sounds) != 1:
-        return Heard(**vars(sample))
+        return DistillationSample(**vars(sample))
     read = processor.example(_read(messages, said))
     if len(read.tokens) > processor.context:
         raise UserError(f"what is said has {len(read.tokens)} tokens, over the context of {processor.context}")
-    return Heard(**vars(sample), read=read)
+    return DistillationSample(**vars(sample), read=read)
 
 
 def _read(messages: list[dict], said: str) -> list[dict]:
@@ -65,14 +65,14 @@ def _parts(message: dict) -> list[dict]:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-def collate_twins(samples: Sequence[Sample]) -> HeardBatch:
+def collate_twins(samples: Sequence[Sample]) -> DistillationBatch:
     """Samples side by side, and their twins."""
     nothing = Sample([0], [IGNORED])
-    reads = [sample.read if isinstance(sample, Heard) and sample.read else nothing for sample in samples]
-    return HeardBatch(**vars(collate(samples)), read=collate(reads))
+    reads = [sample.read if isinstance(sample, DistillationSample) and sample.read else nothing for sample in samples]
+    return DistillationBatch(**vars(collate(samples)), read=collate(reads))
 
 
-def divergence(model: MultimodalModel, hidden: Tensor, batch: HeardBatch) -> Tensor:
+def divergence(model: MultimodalModel, hidden: Tensor, batch: DistillationBatch) -> Tensor:
     """KL divergence of hearing's probabilities from reading's, summed over the target tokens of rows with a twin.
 
     Args:

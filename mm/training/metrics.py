@@ -13,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
-class Step(NamedTuple):
+class StepMetrics(NamedTuple):
     """What came of a step.
 
     Attributes:
@@ -52,7 +52,7 @@ class Window:
         # By how much the rank with most tiles, or tokens, had more than the mean.
         self.imbalances: dict[str, list[float]] = {}
 
-    def add(self, step: Step, num_unreadable: int, amounts: dict[str, float]) -> None:
+    def add(self, step: StepMetrics, num_unreadable: int, amounts: dict[str, float]) -> None:
         self.unreadable += num_unreadable
         if step.left_out:
             self.left_out += 1

@@ -16,7 +16,7 @@ from mm.config import ModelConfig
 from mm.parallel.pipeline import stages_of
 from mm.parallel.ranks import Layout
 from mm.training.config import TrainingConfig
-from mm.training.data import RecordDataset, Source
+from mm.training.data import DataSource, RecordDataset
 from mm.training.flops import Flops, Learning, Parameters, Row, parameters, training_flops
 from mm.training.memory import RankBytes, ShapeModel, StepBytes
 from shards.format import INDEX_NAME
@@ -63,7 +63,7 @@ class Samples:
 
 
 def expected_samples(
-    config: ModelConfig, sources: Sequence[Source], max_tiles: int | None, tokens: int, tiles: int | None
+    config: ModelConfig, sources: Sequence[DataSource], max_tiles: int | None, tokens: int, tiles: int | None
 ) -> Samples:
     """Samples of so many tokens and tiles, or, with `tiles` None, of as many tiles as the sources' indices tell.
 

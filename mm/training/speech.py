@@ -11,7 +11,7 @@ from foundation.errors import UserError
 from mm.batch import IGNORED, Batch, Sample
 from mm.model import MultimodalModel
 from mm.parallel.ranks import whole
-from mm.training.distillation import Heard, collate_twins, divergence
+from mm.training.distillation import DistillationSample, collate_twins, divergence
 from mm.training.objectives import NextTokenObjective, check_weights, loss_of_hidden_states
 from speech.adapter import num_tokens
 from speech.conformer import SpeechEncoder
@@ -37,7 +37,7 @@ class SpeechObjective(NextTokenObjective):
         UserError: a weight below 0, or none above.
     """
 
-    whole_passes = (*NextTokenObjective.whole_passes, "hear")
+    whole_passes = (*NextTokenObjective.whole_passes, "encode_audio")
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class SpeechObjective(NextTokenObjective):
         sound = (config.speech_start_id, config.audio_token_id, config.speech_end_id)
         tokens = [token for token in sample.tokens if token not in sound]
         read = Sample(tokens, [IGNORED] * len(tokens), sample.images, sample.videos)
-        return Heard(**vars(sample), read=read)
+        return DistillationSample(**vars(sample), read=read)
 
     def collate(self, samples: list[Sample]) -> Batch:
         return collate_twins(samples) if self.distillation_weight else super().collate(samples)
@@ -75,7 +75,7 @@ class SpeechObjective(NextTokenObjective):
         if not self.runs_language_model:
             if not batch.speech:
                 return batch.tokens.new_zeros((), dtype=torch.float32)
-            heard = [module.hear(batch.speech)]
+            heard = [module.encode_audio(batch.speech)]
             loss = heard[0].new_zeros(())
         else:
             heard = []
@@ -148,7 +148,7 @@ def ctc_loss(model: MultimodalModel, batch: Batch, heard: Tensor) -> Tensor:
         return heard.sum() * 0.0
     spoken = torch.tensor([token for answer in answers for token in answer], dtype=torch.long)
     classes, places = spoken.unique(return_inverse=True)
-    tokens = torch.cat([model.blank(heard.device), classes.to(heard.device)])
+    tokens = torch.cat([model.ctc_blank(heard.device), classes.to(heard.device)])
     table = F.normalize(model.embed(tokens).float(), dim=-1)  # [C, D]
     x = F.normalize(pad_sequence(rows).float(), dim=-1)  # [N, B, D]
     with torch.autocast(heard.device.type, enabled=False):  # a bf16 cosine near 1 is known to 0.1 of a logit

@@ -32,7 +32,7 @@ from mm.training.compiling import compiled, require_compiler
 from mm.training.config import FREE_TO_CHANGE, TrainingConfig
 from mm.training.data import Position, collate_step, step_loader
 from mm.training.guards import Guard
-from mm.training.metrics import MetricsLog, NoLog, Step, Window
+from mm.training.metrics import MetricsLog, NoLog, StepMetrics, Window
 from mm.training.objectives import Objective
 from mm.training.optimizer import apply_rates, build_optimizer, rate_factor, set_rate_factor
 
@@ -201,7 +201,7 @@ def train_step(
     config: TrainingConfig,
     device: torch.device | str,
     guard: Guard,
-) -> Step:
+) -> StepMetrics:
     """One optimizer step over micro-batches, unless `guard` finds its loss or its gradient amiss.
 
     Raises:
@@ -229,7 +229,7 @@ def train_step(
         norms = module.joined_norms(_gradient_norms(module.owned()))
     else:
         norms = _gradient_norms(module.named_parameters())
-    step = Step(layout.sum(sum(float(loss) for loss in losses))[0], norms)
+    step = StepMetrics(layout.sum(sum(float(loss) for loss in losses))[0], norms)
     try:
         reason = guard.reason_to_skip(step.loss, step.norm)
         if reason is None:

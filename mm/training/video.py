@@ -29,7 +29,7 @@ class VideoObjective(NextTokenObjective):
         UserError: a weight below 0, or none above.
     """
 
-    whole_passes = (*NextTokenObjective.whole_passes, "watch")
+    whole_passes = (*NextTokenObjective.whole_passes, "encode_videos")
 
     def __init__(self, matching_weight: float = 0.0, next_token_weight: float = 1.0) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class VideoObjective(NextTokenObjective):
             finally:
                 hook.remove()
         elif batch.videos:
-            watched.append(module.watch(batch.videos))
+            watched.append(module.encode_videos(batch.videos))
         if self.matching_weight and watched:
             matching, right, clips = matching_loss(module, batch, watched[0])
             loss = loss + self.matching_weight * matching

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mm
-from mm.batch import Visibility, visibility_intervals
+from mm.batch import CrossAttentionMask, visibility_intervals
 
 
 def intervals_by_hand(pattern: str, counts: list[int]) -> list[tuple[int, int]]:
@@ -49,24 +49,26 @@ def test_intervals_of_a_worked_example():
 def test_visibility_means_its_intervals(patterns):
     counts = [[3 + n for n in range(pattern.count("i"))] for pattern in patterns]
     intervals = intervals_of(patterns, counts)
-    visible = Visibility(intervals, [sum(row) for row in counts])
+    visible = CrossAttentionMask(intervals, [sum(row) for row in counts])
     rows = list(range(len(patterns))) if visible.rows is None else visible.rows.tolist()
     assert rows == [row for row, given in enumerate(counts) if given]
     ones = torch.ones(len(rows), intervals.shape[1], 1)
-    seeing = visible.silence(ones)[..., 0] == 1
+    seeing = visible.zero_unattended(ones)[..., 0] == 1
     for index, row in enumerate(rows):
         for token, (start, end) in enumerate(intervals[row].tolist()):
             assert bool(seeing[index, token]) == (end > start)
             if end > start:
-                keys = range(visible.most)
-                mask = visible.mask[index, 0, token].tolist() if visible.mask is not None else [True] * visible.most
+                keys = range(visible.max_tokens)
+                mask = (
+                    visible.mask[index, 0, token].tolist() if visible.mask is not None else [True] * visible.max_tokens
+                )
                 assert mask == [start <= key < end for key in keys]
             elif visible.mask is not None:
                 assert visible.mask[index, 0, token].any(), "a softmax over nothing is not a number"
 
 
 def test_pad_puts_packed_rows_apart():
-    visible = Visibility(torch.tensor([[[0, 2]], [[0, 0]], [[0, 3]]]), [2, 0, 3])
+    visible = CrossAttentionMask(torch.tensor([[[0, 2]], [[0, 0]], [[0, 3]]]), [2, 0, 3])
     packed = torch.arange(1.0, 6.0)[:, None]
     assert visible.pad(packed)[..., 0].tolist() == [[1, 2, 0], [3, 4, 5]]
 

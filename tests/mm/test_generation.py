@@ -9,7 +9,7 @@ import torch
 
 import mm
 import mm.generation
-from mm.generation import transcribe_tokens, without_loops
+from mm.generation import transcribe_tokens, truncate_repetition
 from mm.model import Cache
 from speech.adapter import SpeechAdapterConfig, num_tokens
 from speech.conformer import SpeechEncoderConfig
@@ -105,7 +105,7 @@ def test_a_transcript_has_at_most_three_tokens_for_each_of_its_sound(tiny_model,
     sound = tiny_model.config.audio_token_id
     prompts = [mm.Sample([5, *[sound] * number, 6]) for number in (0, 1, 6, 7)]
     free = mm.generate_tokens(tiny_model, prompts, [1, 3, 18, 20])
-    assert transcribe_tokens(tiny_model, prompts, 20) == [without_loops(tokens) for tokens in free]
+    assert transcribe_tokens(tiny_model, prompts, 20) == [truncate_repetition(tokens) for tokens in free]
     given = []
     monkeypatch.setattr(mm.generation, "generate_tokens", lambda _, __, limits: given.append(limits) or [])
     transcribe_tokens(tiny_model, prompts, 20)
@@ -148,12 +148,12 @@ def says(monkeypatch):
     """says(sounds): what each sound to come says, in rows of weights of token 9, of token 4 and of the blank."""
 
     def set_sounds(*sounds):
-        def heard_tokens(_, heard):
+        def audio_token_scores(_, heard):
             assert heard is None or len(heard) == sum(map(len, sounds))  # None where there was no prompts' pass
             weights = torch.tensor([row for sound in sounds for row in sound]).clamp(min=1e-9)
             return torch.tensor([[9, 4]]).expand(len(weights), 2), (weights / weights.sum(-1, keepdim=True)).log()
 
-        monkeypatch.setattr(mm.MultimodalModel, "heard_tokens", heard_tokens)
+        monkeypatch.setattr(mm.MultimodalModel, "audio_token_scores", audio_token_scores)
 
     return set_sounds
 
@@ -201,7 +201,7 @@ def test_without_stop_tokens_what_was_heard_ends_a_transcript(tiny_config, readi
 
 
 def test_a_prompt_that_is_refused_is_not_heard(reading_model, monkeypatch):
-    monkeypatch.setattr(mm.MultimodalModel, "heard_tokens", lambda *_: pytest.fail("heard"))
+    monkeypatch.setattr(mm.MultimodalModel, "audio_token_scores", lambda *_: pytest.fail("heard"))
     short, long = sounding(reading_model, 40), sounding(reading_model, 40)
     with pytest.raises(ValueError, match="prompt 0 has 2 sounds"):
         transcribe_tokens(reading_model, [mm.Sample([5], speech=short[0].speech * 2)], 9)
@@ -225,7 +225,7 @@ def test_a_prompt_that_is_refused_is_not_heard(reading_model, monkeypatch):
     ],
 )
 def test_a_transcript_that_goes_round_is_kept_once(tokens, kept):
-    assert without_loops(tokens) == kept
+    assert truncate_repetition(tokens) == kept
 
 
 def test_none_means_the_models_own_stop_tokens(build_model, tiny_config, samples):

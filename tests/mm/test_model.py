@@ -11,7 +11,7 @@ import torch
 
 import mm
 from mm.batch import IGNORED
-from mm.cross_attention import FITTED_RMS
+from mm.cross_attention import TARGET_RMS
 from mm.generation import decode_step, prefill
 from vision.tiling import Tiles
 
@@ -268,7 +268,7 @@ def test_bad_images_are_named(tiny_model, bare_model, tiny_config, build_model, 
 def test_vision_tokens_sum_their_gradient_in_fp32_under_autocast(tiny_model, make_sample):
     """Every block adds to it; in bf16 the small contributions would be rounded away."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        vision = tiny_model._look(mm.collate([make_sample("i..")]), None)["image"].tokens
+        vision = tiny_model.vision_contexts(mm.collate([make_sample("i..")]), None)["image"].tokens
     assert vision.dtype == torch.float32
 
 
@@ -295,7 +295,7 @@ def test_a_fitted_block_reads_what_differs_before_answers(tiny_config, samples):
         for matrix in (block.mlp.gate_proj.weight, block.mlp.up_proj.weight):
             torch.testing.assert_close(matrix @ read.mean(0), torch.zeros(len(matrix)), rtol=0, atol=1e-4)
             size = matrix.square().mean().sqrt() * spread * (3 * matrix.shape[1]) ** 0.5  # drawn from +-1 / sqrt(D)
-            assert 0.8 * FITTED_RMS < size < 1.2 * FITTED_RMS
+            assert 0.8 * TARGET_RMS < size < 1.2 * TARGET_RMS
     torch.testing.assert_close(model(batch), before, rtol=0, atol=0)  # still the language model, to the bit
 
 

@@ -87,7 +87,7 @@ def test_rows_without_speech_stay_to_the_bit(model, tiny_model, sample, make_sam
 def test_the_input_is_what_was_heard_between_marks_of_its_own(model, config, sample):
     made = sample(".s.", (30,))
     batch = mm.collate([made])
-    x = model._listen(model.embed(batch.tokens), batch)[0]
+    x = model.insert_audio_embeddings(model.embed(batch.tokens), batch)[0]
     mel = made.speech[0]
     heard, counts = model.speech_adapter(*model.speech_encoder(mel[None], torch.tensor([len(mel)])))
     assert counts.tolist() == [4]
@@ -100,11 +100,11 @@ def test_longer_speech_than_the_encoder_takes_is_heard_in_pieces(model, config, 
     long = sample("s", (200,))
     assert config.speech_encoder.max_mel_frames == 80
     batch = mm.collate([long])
-    x = model._listen(model.embed(batch.tokens), batch)[0, 1:-1]
+    x = model.insert_audio_embeddings(model.embed(batch.tokens), batch)[0, 1:-1]
     parts = []
     for piece in long.speech[0].split(80):
         one = mm.Sample([config.audio_token_id] * num_tokens(len(piece)), speech=[piece])
-        parts.append(model._listen(model.embed(mm.collate([one]).tokens), mm.collate([one]))[0])
+        parts.append(model.insert_audio_embeddings(model.embed(mm.collate([one]).tokens), mm.collate([one]))[0])
     assert torch.allclose(x, torch.cat(parts), **CLOSE)
 
 
@@ -181,13 +181,13 @@ def test_a_model_reads_out_what_it_hears(build_model, config, sample):
     made = sample("..s.", (40,))
     said, blank, end = [7, 30], config.audio_token_id, config.speech_end_id
     rows = reader.embed(torch.tensor([[blank, said[0], said[0], blank, said[1]]]))[0]
-    reader._hear = lambda speech: rows
+    reader._encode_audio = lambda speech: rows
     heard = logits(reader, made)
     at = made.tokens.index(blank)
     text = [*made.tokens[:at], *said, end, end, end, *made.tokens[at + 5 :]]
     marks = dict(zip((config.speech_start_id, end), plain.speech_adapter.boundaries, strict=True))
     x = torch.stack([marks.get(token, plain.embed(torch.tensor([[token]]))[0, 0]) for token in text])
-    walked = plain._walk(x[None], torch.arange(len(text)), {})
+    walked = plain.run_layers(x[None], torch.arange(len(text)), {})
     expected = plain.language_model.lm_head(plain.language_model.model.norm(walked))
     torch.testing.assert_close(heard, expected, rtol=1e-2, atol=1e-2)  # a mean of eight has a little of the others
     assert not torch.allclose(heard, logits(plain, made), **CLOSE)

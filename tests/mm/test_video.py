@@ -107,7 +107,7 @@ def test_what_stands_before_a_clip_does_not_see_it(model, sample, make_clip):
 
 def test_images_and_clips_of_a_row_are_seen_by_their_own_blocks(model, sample, make_clip):
     mixed = sample("i.v..", (3,))
-    seen = model._look(mm.collate([mixed]), None)
+    seen = model.vision_contexts(mm.collate([mixed]), None)
     assert set(seen) == {"image", "video"}
     assert seen["image"].tokens.shape[0] == model.vision_encoder.num_vision_tokens(mixed.images[0])
     assert seen["video"].tokens.shape[0] == model.vision_encoder.num_vision_tokens(mixed.videos[0].frames[0])

@@ -9,7 +9,7 @@ import torch
 import mm
 from mm.batch import IGNORED
 from mm.training.adapters import UNITS
-from mm.training.distillation import Heard
+from mm.training.distillation import DistillationSample
 from mm.training.speech import SpeechObjective
 from mm.training.video import VideoObjective
 from speech.adapter import num_tokens
@@ -49,7 +49,10 @@ def hearing(model: mm.MultimodalModel) -> list[mm.Sample]:
 def with_twins(samples: list[mm.Sample]) -> list[mm.Sample]:
     """With the answer in the recording's place to read; one sample has no twin."""
     reads = [answered(answer, answer) for answer in ANSWERS]
-    return [*(Heard(**vars(one), read=read) for one, read in zip(samples[:3], reads, strict=False)), samples[3]]
+    return [
+        *(DistillationSample(**vars(one), read=read) for one, read in zip(samples[:3], reads, strict=False)),
+        samples[3],
+    ]
 
 
 def reading(model: mm.MultimodalModel) -> mm.MultimodalModel:

@@ -12,7 +12,7 @@ import torch
 import mm
 from mm.parallel.ranks import Ranks
 from mm.training.adapters import loads_of
-from mm.training.data import RecordDataset, Source, Unreadable, collate_step, deal, parts_of, step_loader
+from mm.training.data import DataSource, RecordDataset, Unreadable, collate_step, deal, parts_of, step_loader
 from mm.training.flops import text_token_cost
 from mm.training.objectives import NextTokenObjective
 from mm.training.sampler import Buckets, epoch_order, steps
@@ -35,7 +35,7 @@ def name_of(record: Record) -> Record:
 
 @pytest.fixture
 def dataset(squares):
-    return RecordDataset([Source(str(squares), split="test")], name_of)
+    return RecordDataset([DataSource(str(squares), split="test")], name_of)
 
 
 def loaded(dataset, count: int, seed: int = 0, consumed: int = 0, workers: int = 0) -> list[list[str]]:
@@ -77,7 +77,10 @@ def test_workers_and_restarts_change_nothing(dataset):
 
 
 def test_a_source_repeats(squares):
-    sources = [Source(str(squares), split="test", repeat=3), Source(str(squares), split="validation", task="vqa")]
+    sources = [
+        DataSource(str(squares), split="test", repeat=3),
+        DataSource(str(squares), split="validation", task="vqa"),
+    ]
     dataset = RecordDataset(sources, name_of)
     shown = Counter(dataset[index].id for index in range(len(dataset)))
     assert Counter(shown.values()) == {3: 32, 1: 16}
@@ -88,8 +91,8 @@ def test_a_source_repeats(squares):
 def weighed(squares):
     """32 records of which 0.3 come in an epoch, and 16 that come 2.5 times."""
     sources = [
-        Source(str(squares), split="test", repeat=0.3),
-        Source(str(squares), split="validation", task="vqa", repeat=2.5),
+        DataSource(str(squares), split="test", repeat=0.3),
+        DataSource(str(squares), split="validation", task="vqa", repeat=2.5),
     ]
     return RecordDataset(sources, name_of)
 
@@ -119,7 +122,7 @@ def test_what_is_drawn_depends_on_seed_epoch_and_source_alone(weighed, squares):
 
     assert drawn(weighed, 7) == drawn(weighed, 7)
     assert drawn(weighed, 7) != drawn(weighed, 8) and drawn(weighed, 7) != drawn(weighed, 7, seed=4)
-    half = Source(str(squares), split="test", repeat=0.5)
+    half = DataSource(str(squares), split="test", repeat=0.5)
     one, other = (epoch_order(64, 3, 7, [draw]) for draw in RecordDataset([half, half], name_of).draws)
     assert set(one[one < 32].tolist()) != set((other[other >= 32] - 32).tolist())  # two sources are drawn apart
 
@@ -136,8 +139,8 @@ def test_shares_are_the_same_for_any_workers_ranks_and_restarts(weighed):
 
 
 def test_records_that_come_together_follow_each_other_in_one_step(squares):
-    alone = Source(str(squares), split="validation", task="vqa", repeat=0.5)
-    dataset = RecordDataset([alone, Source(str(squares), split="test", together=4)], name_of)
+    alone = DataSource(str(squares), split="validation", task="vqa", repeat=0.5)
+    dataset = RecordDataset([alone, DataSource(str(squares), split="test", together=4)], name_of)
     orders = [epoch_order(len(dataset), 0, epoch, dataset.draws, dataset.blocks).tolist() for epoch in range(3)]
     for order in orders:
         assert len(order) == len(set(order)) == 8 + 32
@@ -146,7 +149,7 @@ def test_records_that_come_together_follow_each_other_in_one_step(squares):
         places = [order.index(first) for first in range(16, 48, 4)]
         assert all(order[place : place + 4] == list(range(order[place], order[place] + 4)) for place in places)
     assert len({tuple(order) for order in orders}) == 3
-    only = RecordDataset([Source(str(squares), split="test", together=2)], name_of)
+    only = RecordDataset([DataSource(str(squares), split="test", together=2)], name_of)
     for step in loaded(only, 8):  # 5 samples each
         assert len(step) == 5
     whole = loaded(only, 20)
@@ -179,14 +182,17 @@ def test_steps_of_samples_about_equally_long():
 
 
 def test_buckets_need_durations_and_nothing_that_comes_together(squares):
-    for source, said in ((Source(str(squares)), "tell no durations"), (Source(str(squares), together=2), "together")):
+    for source, said in (
+        (DataSource(str(squares)), "tell no durations"),
+        (DataSource(str(squares), together=2), "together"),
+    ):
         with pytest.raises(ValueError, match=f"bucket_steps is 4, and .*{said}"):
             step_loader(RecordDataset([source], lambda record: record), list, 4, 0, bucket_steps=4)
 
 
 def test_a_whole_repeat_is_a_source_named_so_often(squares):
-    twice = RecordDataset([Source(str(squares), split="test", repeat=2.0)], name_of)
-    named = RecordDataset([Source(str(squares), split="test")] * 2, name_of)
+    twice = RecordDataset([DataSource(str(squares), split="test", repeat=2.0)], name_of)
+    named = RecordDataset([DataSource(str(squares), split="test")] * 2, name_of)
     assert loaded(twice, 20) == loaded(named, 20) and not twice.draws
 
 
@@ -203,7 +209,7 @@ def test_a_whole_repeat_is_a_source_named_so_often(squares):
 )
 def test_sources_that_cannot_be(squares, source, message):
     with pytest.raises(ValueError, match=message):
-        RecordDataset([Source(**{"path": str(squares), **source})], name_of)
+        RecordDataset([DataSource(**{"path": str(squares), **source})], name_of)
 
 
 def test_no_sources():
@@ -216,7 +222,7 @@ def test_a_set_without_records(tmp_path, square_record):
     (tmp_path / "set" / "index.parquet").unlink()
     (tmp_path / "set" / "000000.tar").write_bytes(bytes(10240))  # a tar's end mark alone
     with pytest.raises(ValueError, match="no records"):
-        RecordDataset([Source(str(tmp_path / "set"), split=None)], name_of)
+        RecordDataset([DataSource(str(tmp_path / "set"), split=None)], name_of)
 
 
 def test_what_cannot_be_prepared_is_named(tmp_path, square_record, tiny_processor):
@@ -224,7 +230,7 @@ def test_what_cannot_be_prepared_is_named(tmp_path, square_record, tiny_processo
     cut.media["png"] = cut.media["png"][:200]
     foreign.json["messages"][0]["content"] = [{"type": "text", "text": "?"}, {"type": "clip"}]
     write_shards([good, cut, foreign], tmp_path / "set")
-    dataset = RecordDataset([Source(str(tmp_path / "set"))], tiny_processor.record_example)
+    dataset = RecordDataset([DataSource(str(tmp_path / "set"))], tiny_processor.record_example)
     assert dataset[0].images
     assert (
         isinstance(dataset[1], Unreadable) and dataset[1].record == "square-0002" and "truncated" in dataset[1].reason
@@ -238,7 +244,7 @@ def test_a_record_malformed_in_any_other_way_is_named_too(squares):
             raise KeyError("caption")  # such as a picture of a foreign set, without any text
         return record
 
-    source = Source(str(squares), split="test")
+    source = DataSource(str(squares), split="test")
     dataset = RecordDataset([source], partial(prepare, broken="square-2003"))
     assert dataset[3] == Unreadable("square-2003", "KeyError: 'caption'")
     assert dataset[4].id == "square-2004"
@@ -246,7 +252,7 @@ def test_a_record_malformed_in_any_other_way_is_named_too(squares):
 
 def test_a_record_that_the_shard_does_not_hold_is_named(tmp_path, square_record):
     write_shards([square_record(n) for n in range(3)], tmp_path / "set")
-    dataset = RecordDataset([Source(str(tmp_path / "set"))], name_of)
+    dataset = RecordDataset([DataSource(str(tmp_path / "set"))], name_of)
     tar = tmp_path / "set" / "000000.tar"
     content = bytearray(tar.read_bytes())
     offset = dataset.sets[0].index["offset"][1].as_py()
@@ -284,7 +290,7 @@ def test_work_is_told_by_the_index(tmp_path, random_picture, square_record, tiny
         about = {"id": f"p{number}", "split": "train", "task": "caption", "language": "en", "caption": caption}
         records.append(Record(f"p{number}", about, {"png": out.getvalue()}))
     write_shards([*records, square_record(1)], tmp_path / "set")
-    dataset = RecordDataset([Source(str(tmp_path / "set"), repeat=1.4)], lambda record: record)
+    dataset = RecordDataset([DataSource(str(tmp_path / "set"), repeat=1.4)], lambda record: record)
     tiles = [*(tile_image(random_picture(*size), 28, 4).num_tiles for size in sizes), 1]
     tokens = [*(len(caption) / 4 for caption in captions), 0]
     assert dataset.num_tiles(28, 4).tolist() == tiles * 2 and len(set(tiles)) > 1

@@ -9,7 +9,7 @@ import pytest
 import mm
 from mm.parallel.ranks import Layout
 from mm.training.config import TrainingConfig
-from mm.training.data import Source
+from mm.training.data import DataSource
 from mm.training.flops import Learning, Row, training_flops
 from mm.training.planner import USABLE, Arrangements, Samples, expected_samples, plan
 from shards.reader import ShardSet
@@ -101,7 +101,7 @@ def test_the_configuration_as_it_stands(tiny_config):
 
 
 def test_tiles_are_those_that_the_index_tells(tiny_config, squares, tmp_path):
-    sources = [Source(str(squares)), Source(str(squares), split="validation", repeat=2)]
+    sources = [DataSource(str(squares)), DataSource(str(squares), split="validation", repeat=2)]
     found = expected_samples(tiny_config, sources, None, 12, None)
     side = tiny_config.vision_encoder.tile_size
     counts = Counter()
@@ -112,7 +112,7 @@ def test_tiles_are_those_that_the_index_tells(tiny_config, squares, tmp_path):
             counts[rows * columns] += 1
     assert not found.assumed and found.tiles == {n: count / counts.total() for n, count in counts.items()}
     assert expected_samples(tiny_config, sources, None, 12, 2) == Samples(12, {2: 1.0}, assumed=True)
-    elsewhere = [*sources, Source(str(tmp_path / "not-there-yet"))]
+    elsewhere = [*sources, DataSource(str(tmp_path / "not-there-yet"))]
     assert expected_samples(tiny_config, elsewhere, 3, 12, None) == Samples(12, {3: 1.0}, assumed=True)
 
 

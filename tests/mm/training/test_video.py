@@ -71,9 +71,9 @@ def test_clips_that_lie_at_their_answers_have_next_to_no_loss(model, row):
 
 def test_rows_without_a_clip_or_with_several_have_no_part(model, row):
     batch = mm.collate([row([10], clips=2), row([20], clips=0), row([30])])
-    assert matching_loss(model, batch, model.watch(batch.videos))[2] == 1
+    assert matching_loss(model, batch, model.encode_videos(batch.videos))[2] == 1
     lonely = mm.collate([row([10], clips=2), row([20], clips=0)])
-    loss, _, compared = matching_loss(model, lonely, model.watch(lonely.videos))
+    loss, _, compared = matching_loss(model, lonely, model.encode_videos(lonely.videos))
     assert (loss.item(), compared) == (0, 0)
     assert float(VideoObjective(1.0, 0.0).loss(model, mm.collate([row([20], clips=0)]))) == 0
 
