@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from foundation.errors import UserError
 from mm.batch import IGNORED, Batch
-from mm.model import MultimodalModel
+from mm.model import MultimodalModel, VisionContexts
 from mm.parallel.ranks import Layout, mesh_of, whole
 from mm.training.config import TrainingConfig
 from mm.training.objectives import loss_of_hidden_states
