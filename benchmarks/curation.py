@@ -23,7 +23,7 @@ from pathlib import Path
 from benchmarks.pictures import jpeg, scene
 from data_prep.pipeline import measuring, writing
 from data_prep.pipeline.curation import Curate, run
-from data_prep.pipeline.pool import Source
+from data_prep.pipeline.pool import RawSource
 from data_prep.steps.caption_rules import CaptionRules
 from data_prep.steps.image_rules import ImageRules
 from data_prep.steps.near_duplicates import NearDuplicatesConfig
@@ -79,7 +79,7 @@ def run_once(pool: str, output: str, text: str) -> None:
     writing.read_picture = timed(writing.read_picture, spent)
     config = Curate(
         output,
-        (Source(pool, "tars"),),
+        (RawSource(pool, "tars"),),
         caption_rules=CaptionRules(),
         image_rules=ImageRules(),
         near_duplicates=NearDuplicatesConfig(),

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from benchmarks.measure import machine, write_results
 from benchmarks.pictures import known_graph
 from data_prep.pipeline.curation import Curate, rethreshold, run
-from data_prep.pipeline.pool import Source
+from data_prep.pipeline.pool import RawSource
 from data_prep.steps.deduplication.embedders import LowFrequencies
 from data_prep.steps.near_duplicates import EDGES, NODES, NearDuplicatesConfig
 
@@ -66,7 +66,7 @@ def ours_at(folder: Path, threshold: float) -> tuple[Pairs, set[str]]:
 
 
 def _config(folder: Path, threshold: float) -> Curate:
-    source = Source(str(folder / "tars"), "tars")
+    source = RawSource(str(folder / "tars"), "tars")
     return Curate(str(folder / "run"), (source,), near_duplicates=NearDuplicatesConfig(threshold=threshold))
 
 

@@ -14,7 +14,7 @@ from mm.language_model import DecoderLayer
 from mm.training.config import TrainingConfig
 from mm.training.data import collate_step
 from mm.training.guards import Guard
-from mm.training.metrics import Step
+from mm.training.metrics import StepMetrics
 from mm.training.objectives import NextTokenObjective
 from mm.training.optimizer import apply_rates, build_optimizer
 from mm.training.trainer import train_step
@@ -76,7 +76,7 @@ def training_step(
     samples: Sequence[mm.Sample],
     config: TrainingConfig,
     device: torch.device | str,
-) -> Callable[[], Step]:
+) -> Callable[[], StepMetrics]:
     """An optimizer step over the samples, in the micro-batches that `config` asks for; they start on the CPU."""
     objective = NextTokenObjective()
     batches = collate_step(list(samples), objective, config.micro_batch_size).batches

@@ -19,14 +19,14 @@ import pyarrow as pa
 
 from app.commands.data import locate
 from benchmarks.measure import interleave, machine, seconds_of, spread, write_results
-from data_prep.pipeline.pool import RawPair, Source, parts_of
+from data_prep.pipeline.pool import RawPair, RawSource, parts_of
 from data_prep.steps.ngrams import Vocabulary, read_texts, words_of
 from data_prep.steps.resampling import critical_thresholds, frequencies, keep_probabilities
 
 SOURCES = (
-    Source("asset:openmoji", "folder", captions="openmoji"),
-    Source("asset:tuxpaint-stamps", "folder", captions="tuxpaint"),
-    Source("asset:openclipart-svg", "folder", captions="title"),
+    RawSource("asset:openmoji", "folder", captions="openmoji"),
+    RawSource("asset:tuxpaint-stamps", "folder", captions="tuxpaint"),
+    RawSource("asset:openclipart-svg", "folder", captions="title"),
 )
 PLAIN = 20  # captions that the plain loop is timed with: it looks for every entry in each
 FEW = 5  # n-grams that fewer expected losses than this come to say nothing in a chi-square

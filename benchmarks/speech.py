@@ -30,7 +30,7 @@ from benchmarks.measure import interleave, machine, seconds_of, spread, write_re
 from data_prep.sources.recordings import ASTERISK_LANGUAGES
 from layers.linear import linear
 from layers.rotary import RotaryConfig, rotary_angles
-from mm.training.data import RecordDataset, Source
+from mm.training.data import DataSource, RecordDataset
 from mm.training.sampler import Buckets, steps
 from mm.training.speech import Padding
 from speech.best_rq import BestRqConfig, RandomQuantizer
@@ -182,7 +182,7 @@ def measure_features(seconds: float, repetitions: int) -> dict:
 
 def measure_padding(folders: list[str]) -> dict:
     """The share of padding in an epoch's steps of 16 and of 32, by how many steps' samples are sorted together."""
-    dataset = RecordDataset([Source(folder) for folder in folders], lambda record: record)
+    dataset = RecordDataset([DataSource(folder) for folder in folders], lambda record: record)
     seconds = dataset.durations()
     shares = {}
     for batch_size, together in product((16, 32), (1, 10, 50)):

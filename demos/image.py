@@ -27,7 +27,7 @@ from data_prep.sources.files import license_text
 from demos.assets import fetch, missing_programs
 from demos.page import Example, scores_shown, write_page
 from foundation.errors import UserError
-from mm.evaluation.evaluate import Report, evaluate
+from mm.evaluation.evaluate import EvaluationReport, evaluate
 from mm.processor import record_pictures
 from mm.run_folder import CONFIG_FILE
 from mm.training.command import mistakes_in_one_line
@@ -41,7 +41,9 @@ ENCODER_CONFIG, ADAPTER_CONFIG = "configs/demo/encoder.yaml", "configs/demo/adap
 PICTURES_SHOWN = 24
 
 
-def demo(output: Path, steps: int | None, questions: int | None, encoder_steps: int | None = None) -> dict[str, Report]:
+def demo(
+    output: Path, steps: int | None, questions: int | None, encoder_steps: int | None = None
+) -> dict[str, EvaluationReport]:
     """Run whatever of the demo has not been run yet, and write `output/index.html`.
 
     Args:
@@ -135,7 +137,7 @@ def curated(asset: str, folder: Path, dropped: list[tuple[str, str]]) -> Iterato
     yield from ShardSet(work / "shards")
 
 
-def show(output: Path, questions: int | None) -> dict[str, Report]:
+def show(output: Path, questions: int | None) -> dict[str, EvaluationReport]:
     """Evaluate the run on held-out data, beside the same model with its pictures blanked, and write the page."""
     sets = held_out({"answers": "easy_vqa", "openmoji": "openmoji", "tuxpaint": "tuxpaint"})
     reports = evaluate_run(output, sets, questions, output / "evaluation")
@@ -149,7 +151,9 @@ def held_out(folders: dict[str, str]) -> dict[str, ShardSet]:
     return {name: ShardSet(DATA / folder).select(split="test") for name, folder in folders.items()}
 
 
-def evaluate_run(run: Path, sets: dict[str, ShardSet], questions: int | None, folder: Path) -> dict[str, Report]:
+def evaluate_run(
+    run: Path, sets: dict[str, ShardSet], questions: int | None, folder: Path
+) -> dict[str, EvaluationReport]:
     """Score a run on each set, and on each again with its pictures blanked, under name_blank.
 
     Args:
@@ -158,7 +162,7 @@ def evaluate_run(run: Path, sets: dict[str, ShardSet], questions: int | None, fo
         folder: gets each report in a folder of its name.
     """
     model, processor = mm.load(run)
-    reports: dict[str, Report] = {}
+    reports: dict[str, EvaluationReport] = {}
     for name, records in sets.items():
         metrics = ["vqa_accuracy"] if name == "answers" else ["bleu", "chrf"]
         for blank in (False, True):
@@ -179,7 +183,7 @@ def evaluate_run(run: Path, sets: dict[str, ShardSet], questions: int | None, fo
     return reports
 
 
-def examples(sets: dict[str, ShardSet], reports: dict[str, Report]) -> dict[str, list[Example]]:
+def examples(sets: dict[str, ShardSet], reports: dict[str, EvaluationReport]) -> dict[str, list[Example]]:
     """Pictures with what was asked, expected and said; drawn at random, the same ones each time."""
     shown: dict[str, list[Example]] = {}
     for name, records in sets.items():

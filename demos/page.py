@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from mm.evaluation.evaluate import Report
+from mm.evaluation.evaluate import EvaluationReport
 from mm.evaluation.metrics import Score, average
 
 TITLES = {
@@ -39,7 +39,9 @@ class Example:
     said_blind: str
 
 
-def write_page(file: Path, reports: dict[str, Report], examples: dict[str, list[Example]], metrics: Path) -> None:
+def write_page(
+    file: Path, reports: dict[str, EvaluationReport], examples: dict[str, list[Example]], metrics: Path
+) -> None:
     """Write the page; `reports` holds each set of `examples` under its name and, blanked, under name_blank."""
     body = ["<h1>A frozen language model that sees</h1>", *_scores(reports, examples), *curves(metrics)]
     for name, shown in examples.items():
@@ -51,7 +53,7 @@ def write_page(file: Path, reports: dict[str, Report], examples: dict[str, list[
     os.replace(new, file)
 
 
-def scores_shown(report: Report) -> dict[str, Score]:
+def scores_shown(report: EvaluationReport) -> dict[str, Score]:
     """A report's scores; accuracy also by kind of answer, since the wording of a yes/no question gives much away."""
     shown = dict(report.scores)
     if "vqa_accuracy" in shown:
@@ -62,7 +64,7 @@ def scores_shown(report: Report) -> dict[str, Score]:
     return shown
 
 
-def _scores(reports: dict[str, Report], examples: dict[str, list[Example]]) -> list[str]:
+def _scores(reports: dict[str, EvaluationReport], examples: dict[str, list[Example]]) -> list[str]:
     rows = []
     for name in examples:
         blinds = scores_shown(reports[f"{name}_blank"])

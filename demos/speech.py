@@ -19,10 +19,10 @@ import stages.train_speech_adapter
 from data_prep.synthetic.spoken_words import Espeak, Flite, write_spoken_words
 from demos.assets import fetch
 from demos.image import compute_options
-from demos.speech_page import Heard, write_page
+from demos.speech_page import SpeechExample, write_page
 from foundation.errors import UserError
 from mm.evaluation.baselines import with_other_sound
-from mm.evaluation.evaluate import Report, evaluate
+from mm.evaluation.evaluate import EvaluationReport, evaluate
 from mm.run_folder import CONFIG_FILE
 from mm.training.command import mistakes_in_one_line
 from shards.reader import ShardSet
@@ -34,7 +34,7 @@ METRICS = ("wer", "cer", "exact_match")
 SHOWN = 16
 
 
-def demo(output: Path, limit: int) -> dict[str, Report]:
+def demo(output: Path, limit: int) -> dict[str, EvaluationReport]:
     """Run whatever of the demo has not been run yet, and write `output/index.html`.
 
     Args:
@@ -77,10 +77,10 @@ def train(output: Path) -> None:
     print(f"trained for {(time.monotonic() - started) / 60:.1f} minutes", file=sys.stderr)
 
 
-def evaluate_run(run: Path, records: ShardSet, silences: ShardSet, limit: int) -> dict[str, Report]:
+def evaluate_run(run: Path, records: ShardSet, silences: ShardSet, limit: int) -> dict[str, EvaluationReport]:
     """Score a run on recordings, again with each one's sound exchanged for another's, and where nothing is said."""
     model, processor = mm.load(run)
-    reports: dict[str, Report] = {}
+    reports: dict[str, EvaluationReport] = {}
     sets = {"heard": (records, METRICS, False), "exchanged": (records, METRICS, True)}
     sets["silence"] = (silences, ("exact_match",), False)
     for name, (given, metrics, exchange) in sets.items():
@@ -93,14 +93,14 @@ def evaluate_run(run: Path, records: ShardSet, silences: ShardSet, limit: int) -
     return reports
 
 
-def examples(records: ShardSet, reports: dict[str, Report]) -> list[Heard]:
+def examples(records: ShardSet, reports: dict[str, EvaluationReport]) -> list[SpeechExample]:
     """Recordings with what was said and what was heard; drawn at random, the same ones each time."""
     numbers = {key: number for number, key in enumerate(records.index["id"].to_pylist())}
     asked = sorted(numbers[row["id"]] for row in reports["heard"].predictions)
     exchanged = {row["id"]: row["prediction"] for row in reports["exchanged"].predictions}
     rows = random.Random(0).sample(reports["heard"].predictions, min(SHOWN, len(reports["heard"].predictions)))
     return [
-        Heard(
+        SpeechExample(
             sound=records[numbers[row["id"]]].media["flac"],
             other_sound=with_other_sound(records, asked, numbers[row["id"]]).media["flac"],
             reference=row["reference"],

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from demos.page import STYLE, chart_of
-from mm.evaluation.evaluate import Report
+from mm.evaluation.evaluate import EvaluationReport
 from speech.best_rq import BestRqConfig, RandomQuantizer, draw_masks
 from speech.conformer import STACK
 from speech.features import NUM_MELS, log_mel
@@ -28,7 +28,7 @@ NAMES = {"wer": "words wrong (WER)", "cer": "characters wrong (CER)", "exact_mat
 
 
 @dataclass(frozen=True)
-class Heard:
+class SpeechExample:
     """A recording (FLAC bytes) with what is said in it and what the model repeated; and the control's recording, with
     what the model repeated of that."""
 
@@ -39,7 +39,7 @@ class Heard:
     said_of_other: str
 
 
-def write_page(file: Path, reports: dict[str, Report], examples: list[Heard], metrics: Path) -> None:
+def write_page(file: Path, reports: dict[str, EvaluationReport], examples: list[SpeechExample], metrics: Path) -> None:
     """Write the page; `reports` holds "heard", "exchanged" and "silence"."""
     curves = (
         ("training loss, per answer token", "loss"),
@@ -95,7 +95,7 @@ def _png(pixels: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-def _scores(reports: dict[str, Report]) -> list[str]:
+def _scores(reports: dict[str, EvaluationReport]) -> list[str]:
     rows = []
     for name, score in reports["heard"].scores.items():
         both = (score, reports["exchanged"].scores[name])
@@ -114,7 +114,7 @@ def _scores(reports: dict[str, Report]) -> list[str]:
     ]
 
 
-def _figure(example: Heard) -> str:
+def _figure(example: SpeechExample) -> str:
     right = example.said.strip().lower() == example.reference.strip().lower()
     expected = "" if right else f"<div>said: {html.escape(example.reference)}</div>"
     return (
@@ -126,7 +126,7 @@ def _figure(example: Heard) -> str:
     )
 
 
-def _pretraining(example: Heard) -> str:
+def _pretraining(example: SpeechExample) -> str:
     hidden, codes = mel_picture(example.sound, masked=True), codes_picture(example.sound)
     return (
         f"<figure><img src='{_data('image/png', hidden)}' alt='features, some of them masked'>"

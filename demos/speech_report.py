@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser
 import mm
 from demos.speech_sets import SETS
 from foundation.errors import UserError
-from mm.evaluation.evaluate import Report, evaluate
+from mm.evaluation.evaluate import EvaluationReport, evaluate
 from mm.evaluation.metrics import Score
 from mm.training.command import mistakes_in_one_line
 from shards.reader import ShardSet
@@ -26,7 +26,7 @@ METRICS = {"asterisk_translations": ANSWERS, "asterisk_en_dialogues": ANSWERS, "
 ERROR_RATES = ("wer", "cer")  # of all other sets
 
 
-def report(run: Path, data: Path, sets: Sequence[str], limit: int | None = None) -> dict[str, list[Report]]:
+def report(run: Path, data: Path, sets: Sequence[str], limit: int | None = None) -> dict[str, list[EvaluationReport]]:
     """Evaluate a run on the held-out recordings of sets; set -> what was heard, and but for silences the same
     with another recording's sound.
 

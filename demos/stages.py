@@ -22,7 +22,7 @@ from data_prep.sources.conversations import caption_conversations
 from demos.image import DATA, ENCODER, SETS, compute_options, evaluate_run, held_out, prepare_all, train
 from demos.page import scores_shown
 from foundation.errors import UserError
-from mm.evaluation.evaluate import Report
+from mm.evaluation.evaluate import EvaluationReport
 from mm.evaluation.metrics import Score
 from mm.run_folder import CONFIG_FILE, read_description, replaced_files
 from mm.training.command import mistakes_in_one_line
@@ -140,7 +140,7 @@ def _cell(of_set: dict, metric: str) -> str:
     return f"{score.value * score.scale:.1f} ± {score.interval * score.scale:.1f} ({blind.value * blind.scale:.1f})"
 
 
-def _numbers(report: Report) -> dict:
+def _numbers(report: EvaluationReport) -> dict:
     return {
         name: {"value": score.value, "interval": score.interval, "num_samples": score.num_samples}
         for name, score in scores_shown(report).items()

@@ -26,7 +26,7 @@ from demos.assets import fetch
 from demos.video_page import Watched, write_page
 from foundation.errors import UserError
 from mm.evaluation.baselines import FRAMES
-from mm.evaluation.evaluate import Report, evaluate
+from mm.evaluation.evaluate import EvaluationReport, evaluate
 from mm.run_folder import CONFIG_FILE
 from mm.training.command import mistakes_in_one_line
 from shards.format import Record
@@ -42,7 +42,7 @@ QUESTIONED = ("direction", "order")
 SHOWN = 8
 
 
-def demo(output: Path, steps: int | None, questions: int) -> dict[str, Report]:
+def demo(output: Path, steps: int | None, questions: int) -> dict[str, EvaluationReport]:
     """Run whatever of the demo has not been run yet, and write `output/index.html`.
 
     Args:
@@ -116,7 +116,7 @@ def train(output: Path, steps: int | None) -> None:
     print(f"trained for {(time.monotonic() - started) / 60:.1f} minutes", file=sys.stderr)
 
 
-def evaluate_run(run: Path, sets: dict[str, ShardSet], questions: int) -> dict[str, Report]:
+def evaluate_run(run: Path, sets: dict[str, ShardSet], questions: int) -> dict[str, EvaluationReport]:
     """Ask each set's questions with all frames, with the middle one alone, and with all in another order."""
     model, processor = mm.load(run)
     reports = {}
@@ -131,7 +131,7 @@ def evaluate_run(run: Path, sets: dict[str, ShardSet], questions: int) -> dict[s
     return reports
 
 
-def watched(sets: dict[str, ShardSet], reports: dict[str, Report]) -> list[Watched]:
+def watched(sets: dict[str, ShardSet], reports: dict[str, EvaluationReport]) -> list[Watched]:
     """Clips with what was asked, expected and said; drawn at random, the same ones each time."""
     shown = []
     for task, records in sets.items():

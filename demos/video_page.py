@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from demos.page import STYLE, curves
-from mm.evaluation.evaluate import Report
+from mm.evaluation.evaluate import EvaluationReport
 from video.sampling import sample_frames
 
 FRAMES_SHOWN, FRAME_SIDE, LABEL = 8, 64, 16  # of each clip; pixels
@@ -28,7 +28,7 @@ class Watched:
 
 
 def write_page(
-    file: Path, reports: dict[str, Report], asked: list[Watched], captioned: list[Watched], metrics: Path
+    file: Path, reports: dict[str, EvaluationReport], asked: list[Watched], captioned: list[Watched], metrics: Path
 ) -> None:
     """Write the page; `reports` are named as `demos.video.demo` names them."""
     body = ["<h1>A frozen language model that watches</h1>", *_scores(reports), *curves(metrics)]
@@ -59,7 +59,7 @@ def strip(clip: bytes, num_frames: int = FRAMES_SHOWN) -> bytes:
     return out.getvalue()
 
 
-def _scores(reports: dict[str, Report]) -> list[str]:
+def _scores(reports: dict[str, EvaluationReport]) -> list[str]:
     rows = []
     for task in dict.fromkeys(name.partition("/")[0] for name in reports):
         scores = [reports[f"{task}/{frames}"].scores["exact_match"] for frames in COLUMNS]

@@ -22,7 +22,7 @@ from data_prep.pipeline.deciding import decide
 from data_prep.pipeline.ledger import LEDGER_NAME, write_ledger
 from data_prep.pipeline.measuring import measure_all
 from data_prep.pipeline.merging import merge
-from data_prep.pipeline.pool import Places, Source, parts_of, root_of
+from data_prep.pipeline.pool import Places, RawSource, parts_of, root_of
 from data_prep.pipeline.workers import Engine
 from data_prep.pipeline.writing import WriteConfig, write
 from data_prep.sources.files import Locate
@@ -67,7 +67,7 @@ class Curate:
     """
 
     output: str
-    sources: tuple[Source, ...]
+    sources: tuple[RawSource, ...]
     hash_lists: HashListsConfig | None = None
     nsfw: NsfwConfig | None = None
     caption_rules: CaptionRules | None = None

@@ -27,7 +27,7 @@ FILES_PER_PART = 256  # pictures of a folder that are read, and kept, as one par
 
 
 @dataclass(frozen=True)
-class Source:
+class RawSource:
     """A place to take pairs from.
 
     Attributes:
@@ -56,7 +56,7 @@ class Source:
         return CLIP_SUFFIXES if self.media == "clips" else PICTURE_SUFFIXES
 
 
-Places = dict[str, tuple[Source, Path]]  # a source as the stored set names it -> the source and its local place
+Places = dict[str, tuple[RawSource, Path]]  # a source as the stored set names it -> the source and its local place
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class BrokenFile:
 class Part:
     """A piece of the pool that is worked on as one: a tar, a parquet file, or some files of a folder."""
 
-    source: Source
+    source: RawSource
     folder: Path
     files: tuple[str, ...]  # paths within the folder
     state: tuple[tuple[int, int], ...]  # bytes and time of change of each file: a changed file is read anew
@@ -100,7 +100,7 @@ class Part:
         return reader(self)
 
 
-def parts_of(source: Source, folder: Path) -> list[Part]:
+def parts_of(source: RawSource, folder: Path) -> list[Part]:
     """What a source is read in.
 
     Args:
@@ -127,7 +127,7 @@ def root_of(folder: Path) -> Path:
     return folder.parent if folder.is_file() else folder
 
 
-def picture_bytes(source: Source, folder: Path, path: str, place: int, size: int) -> bytes:
+def picture_bytes(source: RawSource, folder: Path, path: str, place: int, size: int) -> bytes:
     """A picture's bytes again, from where a RawPair said they lie; UserError or OSError where they no longer do."""
     file = root_of(folder) / path
     if source.kind == "parquet":
@@ -161,12 +161,12 @@ def read_again(row: dict, sources: Places) -> bytes:
     return data
 
 
-def _fits(path: Path, source: Source) -> bool:
+def _fits(path: Path, source: RawSource) -> bool:
     wanted = {"tars": {"tar"}, "parquet": {"parquet"}, "folder": source.suffixes}[source.kind]
     return path.suffix[1:].lower() in wanted
 
 
-def _part(source: Source, folder: Path, files: list[str]) -> Part:
+def _part(source: RawSource, folder: Path, files: list[str]) -> Part:
     stats = [(folder / name).stat() for name in files]
     return Part(source, folder, tuple(files), tuple((stat.st_size, stat.st_mtime_ns) for stat in stats))
 

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_prep.pipeline.pool import Source
+from data_prep.pipeline.pool import RawSource
 from data_prep.sources.splits import split_of
 from data_prep.steps.caption_rules import SHORT, CaptionRules
 from data_prep.steps.step import as_numpy
@@ -42,7 +42,7 @@ class Confusion:
     choices: tuple[tuple[float, float], ...]
 
 
-def confusions(set_folder: Path, rules: CaptionRules, sources: Sequence[Source]) -> list[Confusion]:
+def confusions(set_folder: Path, rules: CaptionRules, sources: Sequence[RawSource]) -> list[Confusion]:
     """Of captions shorter than caption_rules.SHORT words and of all others; empty where the pool has no labelled lines.
 
     A line that is spelt as one in a wanted language is counted as wanted, whatever else it may be; equal lines of one

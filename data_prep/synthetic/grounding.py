@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from data_prep.pipeline.pool import Source
+from data_prep.pipeline.pool import RawSource
 from data_prep.sources.conversations import Turn
 from data_prep.sources.files import Locate, licenses_beside, png
 from data_prep.sources.splits import check_shares, split_of
@@ -30,7 +30,7 @@ Box = tuple[float, float, float, float]  # xmin, ymin, xmax, ymax in pixels
 
 
 @dataclass(frozen=True)
-class Scene:
+class GroundingScene:
     """A picture to compose: its number, and what it may be composed of."""
 
     number: int
@@ -63,7 +63,7 @@ class Grounding(Builder):
         validation, test: shares of the things (of scenes; none of them is in two splits) and of the table's pictures.
     """
 
-    cutouts: tuple[Source, ...] = ()
+    cutouts: tuple[RawSource, ...] = ()
     without: str | None = None
     count: int = 1000
     most: int = 6
@@ -91,8 +91,8 @@ class Grounding(Builder):
                 f"pixels with 2 to {MOST_BOXES} things, and a share of 0 to 1, are needed"
             )
 
-    def tasks(self, locate: Locate) -> Sequence[Scene | Boxed | LeftOut]:
-        tasks: list[Scene | Boxed | LeftOut] = []
+    def tasks(self, locate: Locate) -> Sequence[GroundingScene | Boxed | LeftOut]:
+        tasks: list[GroundingScene | Boxed | LeftOut] = []
         if self.table is not None:
             tasks += self._boxed(locate(self.table))
         if self.cutouts:
@@ -111,11 +111,11 @@ class Grounding(Builder):
                     )
                 chance = random.Random(f"scene/{self.seed}/{number}")
                 chosen = chance.sample(there, chance.randint(2, self.most))
-                tasks.append(Scene(number, split, tuple(chosen)))
+                tasks.append(GroundingScene(number, split, tuple(chosen)))
         return tasks
 
-    def records(self, task: Scene | Boxed) -> list[Record | LeftOut]:
-        if isinstance(task, Scene):
+    def records(self, task: GroundingScene | Boxed) -> list[Record | LeftOut]:
+        if isinstance(task, GroundingScene):
             source, split = f"scene/{self.seed}/{task.number}", task.split
             chance = random.Random(f"{source}/composed")
             try:

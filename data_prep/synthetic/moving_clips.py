@@ -46,7 +46,7 @@ _TIMES = ("never bounces back", "bounces back once", "bounces back twice", "boun
 
 
 @dataclass(frozen=True)
-class Scene:
+class ClipScene:
     """What the clips of a group share: two things (name, RGBA uint8 [h, w, 4]) and a background [size, size, 3]."""
 
     things: Sequence[tuple[str, np.ndarray]]
@@ -189,7 +189,7 @@ def draw_frames(ground: np.ndarray, sprites: Sequence[np.ndarray], places: np.nd
 # ------------------------------------------------------------------------------------------------------------ groups
 
 
-def direction_group(rng: np.random.Generator, scene: Scene, num_frames: int) -> list[Told]:
+def direction_group(rng: np.random.Generator, scene: ClipScene, num_frames: int) -> list[Told]:
     """One thing moves left, right, up, down; each clip is asked about its own axis."""
     (name, sprite), _ = scene.things
     start, step = rng.integers(0, scene.size, 2), _step(rng, scene.size, num_frames, 0.25, 0.45)
@@ -209,7 +209,7 @@ def direction_group(rng: np.random.Generator, scene: Scene, num_frames: int) -> 
     return [told[0], _reversed_of(told[0], told[1]), told[2], _reversed_of(told[2], told[3])]
 
 
-def order_group(rng: np.random.Generator, scene: Scene, num_frames: int, by_name: bool) -> list[Told]:
+def order_group(rng: np.random.Generator, scene: ClipScene, num_frames: int, by_name: bool) -> list[Told]:
     """Of an upper and a lower thing one moves sideways, then the other; and the same backwards."""
     (upper, upper_sprite), (lower, lower_sprite) = scene.things
     sprites = (upper_sprite, lower_sprite)
@@ -233,7 +233,7 @@ def order_group(rng: np.random.Generator, scene: Scene, num_frames: int, by_name
     ]
 
 
-def bounces_group(rng: np.random.Generator, scene: Scene, num_frames: int) -> list[Told]:
+def bounces_group(rng: np.random.Generator, scene: ClipScene, num_frames: int) -> list[Told]:
     """One thing turns back 0, 1, 2, 3 times on its way over the same places."""
     (name, sprite), _ = scene.things
     start, step = rng.integers(0, scene.size, 2), _step(rng, scene.size, num_frames, 0.5, 0.75)
@@ -298,7 +298,7 @@ def _group_records(
     first = int(rng.integers(len(things)))
     second = (first + 1 + int(rng.integers(len(things) - 1))) % len(things)
     chosen = [(things[i][0], _resized(things[i][1], round(size * rng.uniform(0.3, 0.45)))) for i in (first, second)]
-    scene = Scene(chosen, background(int(rng.choice(backgrounds_of(split))), size))
+    scene = ClipScene(chosen, background(int(rng.choice(backgrounds_of(split))), size))
     kind = _kind(task, group)
     return [
         _record(f"{make_id(source)}-{number}", split, task, told, frame_ms)  # a group's stand together in the shards

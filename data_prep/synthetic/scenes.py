@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_prep.pipeline.pool import Source, parts_of
+from data_prep.pipeline.pool import RawSource, parts_of
 from data_prep.sources.captions_beside import CAPTIONS
 from data_prep.synthetic.building import LeftOut
 from foundation.errors import UserError
@@ -28,7 +28,7 @@ class Cutout:
 
 
 def cutouts_of(
-    sources: Sequence[tuple[Source, Path]], without: str | None = None
+    sources: Sequence[tuple[RawSource, Path]], without: str | None = None
 ) -> tuple[list[Cutout], list[LeftOut]]:
     """The things of folders, one for each name and each file's content, ordered by name; and what is left out.
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from data_prep.pipeline.curation import Curate, run
-from data_prep.pipeline.pool import Source
+from data_prep.pipeline.pool import RawSource
 from data_prep.pipeline.writing import WriteConfig
 from data_prep.steps.caption_rules import CaptionRules
 from data_prep.steps.image_rules import ImageRules
@@ -147,7 +147,7 @@ def curate(tmp_path, text) -> Callable[..., Curate]:
     def config(source: Path, kind: str, output: str, **changes) -> Curate:
         settings = {
             "output": str(tmp_path / output),
-            "sources": (Source(str(source), kind),),
+            "sources": (RawSource(str(source), kind),),
             "caption_rules": CaptionRules(),
             "image_rules": ImageRules(),
             "resampling": ResamplingConfig(str(text), threshold=0.3),

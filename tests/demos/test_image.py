@@ -9,7 +9,7 @@ import pytest
 import demos.image
 import mm
 from demos.page import Example, write_page
-from mm.evaluation.evaluate import Report
+from mm.evaluation.evaluate import EvaluationReport
 from mm.evaluation.metrics import Score
 
 
@@ -117,7 +117,7 @@ def test_programs_that_are_missing_are_named_first(home, monkeypatch, capsys):
 
 
 def test_what_a_model_says_cannot_break_the_page(tmp_path, random_picture):
-    report = Report({"vqa_accuracy": Score("vqa_accuracy", 0.5, 0.1, 4)}, [], [])
+    report = EvaluationReport({"vqa_accuracy": Score("vqa_accuracy", 0.5, 0.1, 4)}, [], [])
     picture = tmp_path / "picture.webp"
     random_picture().save(picture)
     said = "<script>alert(1)</script> 'quoted' & \"so on\""

@@ -13,8 +13,8 @@ from PIL import Image
 import demos.speech
 import mm
 from data_prep.synthetic.spoken_words import Espeak, write_spoken_words
-from demos.speech_page import Heard, codes_picture, mel_picture, write_page
-from mm.evaluation.evaluate import Report
+from demos.speech_page import SpeechExample, codes_picture, mel_picture, write_page
+from mm.evaluation.evaluate import EvaluationReport
 from mm.evaluation.metrics import Score
 from tests.demos.test_image import Page
 
@@ -75,14 +75,14 @@ def test_mistakes_are_said_before_minutes_of_work(home, capsys, options, said):
 
 
 def test_what_a_model_says_cannot_break_the_page(tmp_path):
-    report = Report({"wer": Score("wer", 0.5, 0.1, 4)}, [], [])
+    report = EvaluationReport({"wer": Score("wer", 0.5, 0.1, 4)}, [], [])
     said = "<script>alert(1)</script> 'quoted' & \"so on\""
     write_spoken_words([Espeak()], tmp_path / "words", num_sentences=42)
     sound = next(iter(demos.speech.ShardSet(tmp_path / "words"))).media["flac"]
     (tmp_path / "metrics.jsonl").write_text('{"step": 10, "loss": 2.0}\n')
-    silence = Report({"exact_match": Score("exact_match", 1.0, 0.0, 4)}, [], [])
+    silence = EvaluationReport({"exact_match": Score("exact_match", 1.0, 0.0, 4)}, [], [])
     reports = {"heard": report, "exchanged": report, "silence": silence}
-    example = Heard(sound, sound, said + ".", said, "")
+    example = SpeechExample(sound, sound, said + ".", said, "")
     write_page(tmp_path / "index.html", reports, [example], tmp_path / "metrics.jsonl")
     page = Page((tmp_path / "index.html").read_text(encoding="utf-8"))
     assert page.pictures == 3

@@ -62,7 +62,7 @@ def test_kept_scores_are_of_these_weights_and_so_many_questions(tmp_path, run_fo
 
     def evaluate_run(run, sets, questions, folder):
         counted.append(questions)
-        return {name: demos.stages.Report({}, [], []) for key in sets for name in (key, f"{key}_blank")}
+        return {name: demos.stages.EvaluationReport({}, [], []) for key in sets for name in (key, f"{key}_blank")}
 
     monkeypatch.setattr(demos.stages, "evaluate_run", evaluate_run)
     monkeypatch.setattr(demos.stages, "held_out", lambda folders: folders)

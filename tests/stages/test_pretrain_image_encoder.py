@@ -173,6 +173,6 @@ def test_another_shape_is_refused_by_name(encoder_config, capsys):
 
 def test_the_dataset_reads_the_first_picture(squares):
     tokenizer = stage.open_clip.SimpleTokenizer(context_length=8)
-    source = stage.Source(str(squares), split="test", task="caption")
+    source = stage.DataSource(str(squares), split="test", task="caption")
     pair = RecordDataset([source], lambda record: stage.pair_of(record, tokenizer, 28, 1))[0]
     assert pair.tiles.pixels.shape == (1, 3, 28, 28) and tokenizer.decode(pair.text[1:4].tolist()) == "a red square "

@@ -11,7 +11,7 @@ import yaml
 
 from data_prep.sources.recordings import transcription_record
 from mm.speech_encoders import load_speech_encoder
-from mm.training.data import RecordDataset, Source, step_loader
+from mm.training.data import DataSource, RecordDataset, step_loader
 from mm.training.speech_pretraining import (
     BestRqObjective,
     SpeechPretraining,
@@ -105,7 +105,7 @@ def test_masks_and_crops_are_drawn_anew_in_each_epoch_and_alike_on_a_second_run(
         return utterance_of(record, epoch, encoder, seed=0)
 
     def epochs(consumed):
-        dataset = RecordDataset([Source(str(recordings))], prepare, by_epoch=True)
+        dataset = RecordDataset([DataSource(str(recordings))], prepare, by_epoch=True)
         loader = step_loader(dataset, list, 24, seed=0, consumed=consumed)
         return [sorted(step, key=lambda one: one.seed) for step, _ in zip(loader, range(2), strict=False)]
 
@@ -122,7 +122,7 @@ def test_steps_of_equal_length_hold_less_padding(tmp_path):
     objective = BestRqObjective(BestRqConfig(**BEST_RQ))
 
     def padding_share(bucket_steps: int) -> float:
-        dataset = RecordDataset([Source(str(tmp_path / "set"))], lambda record: record)
+        dataset = RecordDataset([DataSource(str(tmp_path / "set"))], lambda record: record)
         loader = step_loader(dataset, list, 4, seed=0, bucket_steps=bucket_steps)
         for step, _ in zip(loader, range(10), strict=False):
             objective.padding.update([round(100 * record.json["duration"]) for record in step])
@@ -202,7 +202,7 @@ def test_a_record_that_comes_several_times_in_an_epoch_comes_otherwise_each_time
     def prepare(record, visit):
         return record.id, visit, prepared(record, visit, encoder, augment, seed=0).mel
 
-    dataset = RecordDataset([Source(str(spoken), repeat=2.5), Source(str(spoken))], prepare, by_epoch=True)
+    dataset = RecordDataset([DataSource(str(spoken), repeat=2.5), DataSource(str(spoken))], prepare, by_epoch=True)
     size, number = len(dataset), len(ShardSet(spoken).select(split="train"))
     places = [0, number, 2 * number]
     came = [dataset[epoch * size + place] for epoch in (0, 1) for place in places]

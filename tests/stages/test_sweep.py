@@ -15,7 +15,7 @@ import app.cli
 import mm
 import stages.finetune
 import stages.sweep
-from mm.evaluation.evaluate import Report, evaluate
+from mm.evaluation.evaluate import EvaluationReport, evaluate
 from mm.evaluation.metrics import Score
 from mm.run_folder import save
 from mm.training.objectives import NextTokenObjective
@@ -121,7 +121,9 @@ def test_as_many_of_the_best_are_averaged_as_score_best_together(
         save(settings.output, model, tiny_processor, bundle=True)
 
     def scored(model, processor, records, metrics, limit):
-        return Report({"chrf": Score("chrf", 9 - abs(model.get_parameter(gate).item() - 1.9), 0.5, limit)}, [], [])
+        return EvaluationReport(
+            {"chrf": Score("chrf", 9 - abs(model.get_parameter(gate).item() - 1.9), 0.5, limit)}, [], []
+        )
 
     monkeypatch.setattr(stages.sweep, "finetune", finetune)
     monkeypatch.setattr(stages.sweep, "evaluate", scored)

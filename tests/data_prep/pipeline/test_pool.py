@@ -8,7 +8,7 @@ import pytest
 
 from data_prep.pipeline.curation import run
 from data_prep.pipeline.ledger import stats, why
-from data_prep.pipeline.pool import BrokenFile, RawPair, Source, parts_of, picture_bytes
+from data_prep.pipeline.pool import BrokenFile, RawPair, RawSource, parts_of, picture_bytes
 
 LINES = "A cow.\nde.utf8=Eine Kuh.\nfr.utf8=Une vache.\n"
 
@@ -29,7 +29,7 @@ def tar_of(path, members):
 def test_pairs_come_out_as_they_lie_and_pictures_are_found_again(pool, good_pairs, kind):
     pairs = good_pairs(20)
     folder = pool(kind, "a", pairs, files=3)
-    source = Source(str(folder), kind)
+    source = RawSource(str(folder), kind)
     raws = read(source, folder)
     assert sorted((raw.picture, raw.caption) for raw in raws) == sorted(pair[1:] for pair in pairs.values())
     assert len({raw.key for raw in raws}) == 20
@@ -39,7 +39,7 @@ def test_pairs_come_out_as_they_lie_and_pictures_are_found_again(pool, good_pair
 
 def test_one_file_is_a_source_too(pool, good_pairs):
     folder = pool("tars", "a", good_pairs(4), files=2)
-    source = Source("x", "tars")
+    source = RawSource("x", "tars")
     raws = read(source, folder / "00.tar")
     assert len(raws) == 2
     raw = raws[1]
@@ -51,7 +51,7 @@ def test_members_of_a_tar(tmp_path):
     tar_of(path, [("b/1.cls", b"7"), ("b/1.JPG", b"one"), ("b/1.txt", b"One."), ("2.json", b'{"caption": "Two."}'),
                   ("2.png", b"two"), ("3.json", b"{"), ("3.png", b"three"), ("4.0.png", b"4"), ("4.1.png", b"5"),
                   ("4.txt", b"Four."), ("5.txt", b"Five.")])  # fmt: skip
-    one, two, three, four, five = read(Source("x", "tars"), path)
+    one, two, three, four, five = read(RawSource("x", "tars"), path)
     assert (one.key, one.picture, one.caption) == ("b/1", b"one", b"One.")
     assert (two.picture, two.caption, two.problem) == (b"two", b"Two.", None)
     assert three.problem == "the json member is broken" and four.problem == "several pictures under one key"
@@ -81,7 +81,7 @@ def test_corrupt_files_cost_only_what_is_in_them(pool, curate, good_pairs):
         broken = sorted(folder.iterdir())[1]
         data = broken.read_bytes()
         broken.write_bytes(data[: len(data) // 2])
-        raws = read(Source("x", kind), folder)
+        raws = read(RawSource("x", kind), folder)
         (bad,) = [raw for raw in raws if isinstance(raw, BrokenFile)]
         assert bad.path == broken.name and bad.problem.startswith(("corrupt or truncated tar", "corrupt or unusable"))
         whole = sum(isinstance(raw, RawPair) for raw in raws)
@@ -101,17 +101,17 @@ def test_a_tar_that_is_damaged_in_the_middle(pool, good_pairs):
     data = bytearray(path.read_bytes())
     data[offset : offset + 100] = b"\7" * 100
     path.write_bytes(data)
-    raws = read(Source("x", "tars"), folder)
+    raws = read(RawSource("x", "tars"), folder)
     assert [type(raw) for raw in raws].count(BrokenFile) == 1 and len(raws) == 4
 
 
 def test_parquet_columns(tmp_path):
     table = pa.table({"jpg": pa.array([b"a", None]), "text": ["A dog.", None], "image": [{"bytes": b"x"}, None]})
     pq.write_table(table, tmp_path / "a.parquet")
-    plain = read(Source("x", "parquet", picture_column="jpg", caption_column="text"), tmp_path)
+    plain = read(RawSource("x", "parquet", picture_column="jpg", caption_column="text"), tmp_path)
     assert [(raw.picture, raw.caption) for raw in plain] == [(b"a", b"A dog."), (None, None)]
-    assert read(Source("x", "parquet", caption_column="text"), tmp_path)[0].picture == b"x"
-    (missing,) = read(Source("x", "parquet"), tmp_path)
+    assert read(RawSource("x", "parquet", caption_column="text"), tmp_path)[0].picture == b"x"
+    (missing,) = read(RawSource("x", "parquet"), tmp_path)
     assert "there is no column caption" in missing.problem
 
 
@@ -122,23 +122,23 @@ def test_captions_in_svg_titles_and_of_known_sets(tmp_path):
         "<svg><metadata><dc:title>Tom &amp; Jerry</dc:title></metadata><title>x</title></svg>"
     )
     (folder / "b.svg").write_text("<svg/>")
-    assert [raw.caption for raw in read(Source("x", "folder", "title"), folder)] == [b"Tom & Jerry", None]
+    assert [raw.caption for raw in read(RawSource("x", "folder", "title"), folder)] == [b"Tom & Jerry", None]
     stamps = tmp_path / "stamps"
     stamps.mkdir()
     (stamps / "cow.txt").write_text(LINES)
     for name in ("cow.png", "cow_mirror.png", "mute.png"):
         (stamps / name).write_bytes(b"x")
-    raws = read(Source("x", "folder", "tuxpaint"), stamps)
+    raws = read(RawSource("x", "folder", "tuxpaint"), stamps)
     assert [(raw.key, raw.caption) for raw in raws[:3]] == [
         ("cow.png#en", b"A cow."), ("cow.png#de", b"Eine Kuh."), ("cow.png#fr", b"Une vache."),
     ]  # fmt: skip
     assert [raw.caption for raw in raws[3:]] == [b"A cow.", b"Eine Kuh.", b"Une vache.", None]
-    (missing,) = read(Source("x", "folder", "openmoji"), stamps)
+    (missing,) = read(RawSource("x", "folder", "openmoji"), stamps)
     assert isinstance(missing, BrokenFile) and "no captions" in missing.problem
 
 
 def test_places_that_are_not_there(tmp_path):
     with pytest.raises(ValueError, match="nowhere: no such file or folder"):
-        parts_of(Source("nowhere", "tars"), tmp_path / "nowhere")
+        parts_of(RawSource("nowhere", "tars"), tmp_path / "nowhere")
     with pytest.raises(ValueError, match="nothing of kind 'tars'"):
-        parts_of(Source("here", "tars"), tmp_path)
+        parts_of(RawSource("here", "tars"), tmp_path)

@@ -13,7 +13,7 @@ import yaml
 
 from data_prep.pipeline.curation import run
 from data_prep.pipeline.ledger import stats
-from data_prep.pipeline.pool import Source
+from data_prep.pipeline.pool import RawSource
 from data_prep.steps.near_duplicates import NearDuplicatesConfig
 from shards.reader import ShardSet
 
@@ -60,7 +60,7 @@ def test_where_nothing_more_can_be_written_what_stands_there_stays(
         f"large{number}": ("png", encode(noise(number, (90, 80))), b"A dog in front of a very old wall %d" % number)
         for number in range(60)
     }
-    more = Source(str(pool("tars", "b", large)), "tars")
+    more = RawSource(str(pool("tars", "b", large)), "tars")
     second = replace(first, sources=(*first.sources, more))
     fresh = replace(second, output=str(tmp_path / "fresh"))
     run(fresh)

@@ -3,13 +3,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.pipeline.pool import Source
+from data_prep.pipeline.pool import RawSource
 from data_prep.report.language_confusion import confusions
 from data_prep.report.report import confusions_html
 from data_prep.sources.splits import split_of
 from data_prep.steps.caption_rules import CaptionRules
 
-TUX, OTHER = Source("stamps", "folder", "tuxpaint"), Source("other", "folder", "text")
+TUX, OTHER = RawSource("stamps", "folder", "tuxpaint"), RawSource("other", "folder", "text")
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import data_prep.pipeline.curation
 from app.commands.data import main
 from data_prep.pipeline.curation import rethreshold, run, write_kept
 from data_prep.pipeline.ledger import stats, why
-from data_prep.pipeline.pool import Source
+from data_prep.pipeline.pool import RawSource
 from data_prep.report.contact_sheets import contact_sheet
 from data_prep.steps.clip_score import ClipScoreConfig
 from data_prep.steps.clips import MAX_FRAMES, ShownClip, container_of, read_clip
@@ -115,7 +115,7 @@ def broken(clips) -> dict:
 @pytest.fixture
 def curate_clips(curate):
     def config(source: Path, kind: str, output: str, **changes):
-        sources = (Source(str(source), kind, media="clips"),)
+        sources = (RawSource(str(source), kind, media="clips"),)
         settings = {"image_rules": None, "resampling": None, "motion": Motion(0.02)}
         return curate(source, kind, output, **{"sources": sources, **settings, **changes})
 
@@ -310,4 +310,4 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path, curate, curat
     with pytest.raises(ValueError, match=r"write\.max_side is for pictures"):
         curate_clips(tmp_path, "tars", "run", write=data_prep.pipeline.curation.WriteConfig(max_side=64))
     with pytest.raises(ValueError, match="pictures and of clips"):
-        curate(tmp_path, "tars", "run", sources=(Source("a", "tars"), Source("b", "tars", media="clips")))
+        curate(tmp_path, "tars", "run", sources=(RawSource("a", "tars"), RawSource("b", "tars", media="clips")))

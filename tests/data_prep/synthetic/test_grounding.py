@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
-from data_prep.pipeline.pool import Source
+from data_prep.pipeline.pool import RawSource
 from data_prep.synthetic.building import build
 from data_prep.synthetic.grounding import Grounding, box_text, with_marks
 
@@ -18,7 +18,7 @@ def scenes(cutouts, tmp_path):
     """scenes(**changes) -> settings for scenes of the eight discs."""
 
     def settings(**changes):
-        source = Source(str(cutouts), "folder")
+        source = RawSource(str(cutouts), "folder")
         return Grounding(**{"output": str(tmp_path / "set"), "cutouts": (source,), "count": 24, "most": 4, **changes})
 
     return settings
@@ -151,7 +151,7 @@ def test_refusals(cutouts, scenes, tmp_path):
     with pytest.raises(ValueError, match="no regular expression"):
         scenes(without="(")
     with pytest.raises(ValueError, match="no such file"):
-        build(scenes(cutouts=(Source(str(tmp_path / "gone"), "folder"),)))
+        build(scenes(cutouts=(RawSource(str(tmp_path / "gone"), "folder"),)))
     with pytest.raises(ValueError, match="most"):
         scenes(most=1)
     Image.new("RGB", (9, 9)).save(cutouts / "red.png")  # nothing to cut out
