@@ -1,1 +1,1 @@
-"""What every package stands on: users' mistakes, weights-file hashes, optional extras, the HTML scaffold."""
+"""What every package may use: the class of users' mistakes, logging, file hashes, optional extras, the HTML scaffold."""
