@@ -22,7 +22,7 @@ from benchmarks.ours import RATES, random_model
 from mm.training.config import TrainingConfig
 from mm.training.guards import Guard
 from mm.training.objectives import Objective
-from mm.training.optimizer import apply_rates, build_optimizer
+from mm.training.optimizer import apply_learning_rates, build_optimizer
 from mm.training.speech import SpeechObjective
 from mm.training.speech_pretraining import BestRqObjective, SpeechPretraining, Utterance
 from mm.training.trainer import train_step
@@ -100,9 +100,9 @@ def rows(plan: Plan, ceilings: dict[str, float | None]) -> Iterator[dict]:
     """A row per stage and number of utterances, in their order."""
     for name, module, rates, objective, samples_of in stages(plan):
         module.train()
-        optimizer = build_optimizer(module, apply_rates(module, rates), 0.01, (0.9, 0.95))
+        optimizer = build_optimizer(module, apply_learning_rates(module, rates), 0.01, (0.9, 0.95))
         for number in plan.utterances:
-            config = TrainingConfig(steps=1, batch_size=number, rates=rates, compute="bf16")
+            config = TrainingConfig(steps=1, batch_size=number, learning_rates=rates, precision="bf16")
             batches = [objective.collate(samples_of(number))]
             step = partial(train_step, module, objective, optimizer, batches, config, plan.device, Guard(None, 0))
             row = {"stage": name, "utterances": number}

@@ -35,7 +35,7 @@ from mm.cross_attention import ImageAdapterConfig
 from mm.language_model import LanguageModelConfig
 from mm.training.config import TrainingConfig
 from mm.training.flops import Row, training_flops
-from mm.training.trainer import recomputed
+from mm.training.trainer import activation_checkpointing
 from vision.encoder import VisionEncoderConfig
 
 TILES = 4
@@ -94,10 +94,10 @@ def tiny_plan() -> Plan:
 
 def training_rows(plan: Plan, model: mm.MultimodalModel, ceilings: dict[str, float | None]) -> Iterator[dict]:
     """A row per trial, in their order."""
-    base = TrainingConfig(steps=1, batch_size=1, rates=RATES, compute="bf16")
+    base = TrainingConfig(steps=1, batch_size=1, learning_rates=RATES, precision="bf16")
     optimizer = adamw(model, base)
     for anew, size, passes in plan.trials:
-        config = replace(base, batch_size=passes * size, micro_batch_size=size, checkpoint_activations=anew)
+        config = replace(base, batch_size=passes * size, micro_batch_size=size, activation_checkpointing=anew)
         seconds, peak = step_seconds(plan, model, optimizer, config)
         row = {"activations": "computed anew" if anew else "kept", "micro_batch": size, "passes": passes}
         if seconds is None:
@@ -126,7 +126,7 @@ def step_seconds(
     samples = random_samples(*shape, config.batch_size, TILES)
     step = measure.seconds_of(training_step(model, optimizer, samples, config, plan.device), plan.device)
     peak = None
-    with recomputed(model, LAYERS, config):
+    with activation_checkpointing(model, LAYERS, config):
         try:
             step()
             if on_gpu:

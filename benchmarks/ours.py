@@ -16,7 +16,7 @@ from mm.training.data import collate_step
 from mm.training.guards import Guard
 from mm.training.metrics import StepMetrics
 from mm.training.objectives import NextTokenObjective
-from mm.training.optimizer import apply_rates, build_optimizer
+from mm.training.optimizer import apply_learning_rates, build_optimizer
 from mm.training.trainer import train_step
 from vision.encoder import EncoderLayer
 from vision.tiling import Tiles
@@ -41,7 +41,7 @@ def random_model(
         if frozen_in_bf16 and isinstance(module, nn.Linear):
             module.to(torch.bfloat16)
     model.to_empty(device=device)
-    apply_rates(model, RATES)
+    apply_learning_rates(model, RATES)
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -67,7 +67,7 @@ def random_samples(tile_size: int, vocab_size: int, text_tokens: int, num_rows: 
 
 
 def adamw(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    return build_optimizer(model, apply_rates(model, RATES), config.weight_decay, config.betas)
+    return build_optimizer(model, apply_learning_rates(model, RATES), config.weight_decay, config.betas)
 
 
 def training_step(

@@ -97,14 +97,16 @@ def measured(size: Size, repetitions: int) -> dict[str, float]:
 
     Of several ranks all call this; the slowest counts, and the one that holds most.
     """
-    ranks = Ranks.here()
+    ranks = Ranks.current()
     assert ranks.size == size.ranks
-    config = TrainingConfig(steps=1, batch_size=ROWS, rates=RATES)
+    config = TrainingConfig(steps=1, batch_size=ROWS, learning_rates=RATES)
     samples = random_samples(TILE_SIZE, VOCABULARY, size.text_tokens, ROWS, size.tiles)
     with measure.LiveBytes() if ranks.size == 1 else measure.ShareBytes() as live:
         model = random_model(model_config(size), "cpu").train()
         if ranks.size > 1:
-            shard(model, UNITS, Layout.of(config, ranks.size), config.compute, "cpu", NextTokenObjective.whole_passes)
+            shard(
+                model, UNITS, Layout.of(config, ranks.size), config.precision, "cpu", NextTokenObjective.forward_methods
+            )
         optimizer = adamw(model, config)
         step = training_step(model, optimizer, samples[ranks.rank :: ranks.size], config, "cpu")
         step()  # makes the optimizer's state
@@ -112,8 +114,8 @@ def measured(size: Size, repetitions: int) -> dict[str, float]:
         step()
     seconds = [measure.seconds_of(step)() for _ in range(repetitions)]
     return {
-        "seconds": ranks.largest(measure.spread(seconds)["median"]),
-        "peak_bytes": ranks.largest(live.peak),
+        "seconds": ranks.all_reduce_max(measure.spread(seconds)["median"]),
+        "peak_bytes": ranks.all_reduce_max(live.peak),
     }
 
 

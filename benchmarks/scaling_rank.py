@@ -19,7 +19,7 @@ def main(size: str, repetitions: str, file: str) -> None:
     torch.set_num_threads(1)
     with joined() as ranks:
         found = measured(Size(**json.loads(size)), int(repetitions))
-        if ranks.first:
+        if ranks.is_main:
             Path(file).write_text(json.dumps(found))
 
 

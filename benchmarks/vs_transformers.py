@@ -28,7 +28,7 @@ from mm.generation import prefill
 from mm.training.config import TrainingConfig
 from mm.training.guards import Guard
 from mm.training.objectives import NextTokenObjective
-from mm.training.optimizer import apply_rates, build_optimizer
+from mm.training.optimizer import apply_learning_rates, build_optimizer
 from mm.training.trainer import train_step
 
 OURS, EXACT, THEIRS = "ours", "ours, llama32", "transformers"
@@ -209,9 +209,11 @@ def training_steps(shape: Shape, ours: mm.MultimodalModel, theirs: nn.Module, nu
     }
     steps = {}
     for name, (module, objective, batch) in parts.items():
-        optimizer = build_optimizer(module, apply_rates(module, rates[name]), config.weight_decay, config.betas)
+        optimizer = build_optimizer(
+            module, apply_learning_rates(module, rates[name]), config.weight_decay, config.betas
+        )
         steps[name] = partial(train_step, module, objective, optimizer, [batch], config, "cpu", Guard(None, 0))
-    optimizer = build_optimizer(theirs, apply_rates(theirs, rates[THEIRS]), config.weight_decay, config.betas)
+    optimizer = build_optimizer(theirs, apply_learning_rates(theirs, rates[THEIRS]), config.weight_decay, config.betas)
     accelerated = accelerate_step(theirs, optimizer, their_batch, config.max_gradient_norm)
 
     def in_padding(mode: str) -> Callable[[], object]:

@@ -52,7 +52,7 @@ def finetune(config: Finetune) -> None:
     model, processor = starting_point(config)
     train_adapters(model, processor, config, "finetune")
     bundle = config.bundle or config.language_model is None
-    if Ranks.here().first:
+    if Ranks.current().is_main:
         save(config.output, model, processor, language_model=config.language_model, bundle=bundle)
 
 

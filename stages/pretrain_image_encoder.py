@@ -20,10 +20,17 @@ from mm.processor import record_pictures
 from mm.run_folder import save_encoder
 from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
+from mm.training.contrastive import (
+    ContrastiveModel,
+    ContrastiveObjective,
+    Pair,
+    TextTowerConfig,
+    contrastive_flops,
+    initialise_encoder,
+)
 from mm.training.data import DataSource, RecordDataset, readable_samples
-from mm.training.flops import contrastive_flops, matmul_rate
-from mm.training.objectives import ContrastiveModel, ContrastiveObjective, Pair, TextTowerConfig, initialise_encoder
-from mm.training.optimizer import apply_rates
+from mm.training.flops import matmul_rate
+from mm.training.optimizer import apply_learning_rates
 from mm.training.trainer import train
 from shards.format import Record
 from vision.encoder import EncoderLayer, VisionEncoder, VisionEncoderConfig
@@ -65,8 +72,8 @@ def pretrain_image_encoder(config: PretrainImageEncoder) -> None:
             "contrastive training compares all pairs of a step: leave training.micro_batch_size and "
             "training.micro_batch_tokens out"
         )
-    if config.training.tensor_ranks * config.training.pipeline_ranks > 1:
-        raise UserError("both towers run whole: leave training.tensor_ranks and training.pipeline_ranks at 1")
+    if config.training.tp_degree * config.training.pp_degree > 1:
+        raise UserError("both towers run whole: leave training.tp_degree and training.pp_degree at 1")
     max_tiles = config.encoder.max_num_tiles if config.max_tiles is None else config.max_tiles
     if not 1 <= max_tiles <= config.encoder.max_num_tiles:
         raise UserError(f"max_tiles is {max_tiles}; the encoder takes 1 to {config.encoder.max_num_tiles}")
@@ -78,7 +85,7 @@ def pretrain_image_encoder(config: PretrainImageEncoder) -> None:
     tokenizer = open_clip.SimpleTokenizer(context_length=config.text.context)
     prepare = partial(pair_of, tokenizer=tokenizer, tile_size=config.encoder.tile_size, max_tiles=max_tiles)
     dataset = RecordDataset(config.data, prepare)
-    trained = apply_rates(model, config.training.rates)
+    trained = apply_learning_rates(model, config.training.learning_rates)
     flops = partial(contrastive_flops, encoder=config.encoder, text=config.text, trained=trained)
     objective = ContrastiveObjective(flops)
     evaluate = None
@@ -97,13 +104,13 @@ def pretrain_image_encoder(config: PretrainImageEncoder) -> None:
         name="image encoder",
         device=device,
         evaluate=evaluate,
-        layers=(EncoderLayer,),
-        units=(VisionEncoder, open_clip.transformer.ResidualAttentionBlock),
-        loads=dataset.num_tiles(config.encoder.tile_size, max_tiles),
-        matmul_rate=matmul_rate(device.type, config.training.compute),
+        checkpointed_modules=(EncoderLayer,),
+        fsdp_modules=(VisionEncoder, open_clip.transformer.ResidualAttentionBlock),
+        sample_costs=dataset.num_tiles(config.encoder.tile_size, max_tiles),
+        matmul_rate=matmul_rate(device.type, config.training.precision),
         identity={name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE},
     )
-    if Ranks.here().first:
+    if Ranks.current().is_main:
         save_encoder(output, model.vision_encoder)
 
 

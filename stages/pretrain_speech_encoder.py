@@ -74,8 +74,8 @@ class PretrainSpeechEncoder:
 
 def pretrain_speech_encoder(config: PretrainSpeechEncoder) -> None:
     """Train a speech encoder on sound alone, or on the letters of what is said; keep the encoder."""
-    if config.training.tensor_ranks * config.training.pipeline_ranks > 1:
-        raise UserError("the encoder runs whole: leave training.tensor_ranks and training.pipeline_ranks at 1")
+    if config.training.tp_degree * config.training.pp_degree > 1:
+        raise UserError("the encoder runs whole: leave training.tp_degree and training.pp_degree at 1")
     if config.transcripts and config.best_rq != BestRqConfig():
         raise UserError("best_rq has no part in a run with transcripts: true; leave one of them out")
     if config.spec_augment is not None and not config.transcripts:
@@ -103,11 +103,11 @@ def pretrain_speech_encoder(config: PretrainSpeechEncoder) -> None:
         output,
         name="speech encoder",
         device=device,
-        layers=(ConformerLayer,),
-        units=(ConformerLayer,),
+        checkpointed_modules=(ConformerLayer,),
+        fsdp_modules=(ConformerLayer,),
         identity={name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE},
     )
-    if Ranks.here().first:
+    if Ranks.current().is_main:
         save_speech_encoder(output, encoder)
 
 

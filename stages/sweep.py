@@ -61,13 +61,13 @@ class Sweep:
         output: folder for the runs, their average and the tables.
         base: a finetuning configuration: a file, named from this one's folder, or its fields. Its output and data are
             replaced in each run, its rates multiplied, its weight decay replaced.
-        rate_factors: what all of the base's rates are multiplied by.
+        learning_rate_factors: what all of the base's rates are multiplied by.
     """
 
     output: str
     base: Finetune
     subsets: list[Subset]
-    rate_factors: list[float]
+    learning_rate_factors: list[float]
     weight_decays: list[float]
     scoring: Scoring
 
@@ -77,7 +77,7 @@ class Combination:
     """One run to do; `settings` are the base with the other three in it."""
 
     subset: str
-    rate_factor: float
+    learning_rate_factor: float
     weight_decay: float
     settings: Finetune
 
@@ -93,7 +93,7 @@ def sweep(config: Sweep) -> None:
         UserError: as `combinations_of`; no records to score on; several processes; and at the end, when everything
             else is done, if some runs failed.
     """
-    if Ranks.here().size > 1:
+    if Ranks.current().size > 1:
         raise UserError(
             f"a sweep is one process; under torchrun start its runs one by one, with the {SETTINGS_FILE} in each folder"
         )
@@ -131,7 +131,7 @@ def combinations_of(config: Sweep) -> list[Combination]:
         UserError: nothing to try in one of the lists, a base or a subset without data, a name that is no folder's or
             is there twice, numbers out of range.
     """
-    for name in ("subsets", "rate_factors", "weight_decays"):
+    for name in ("subsets", "learning_rate_factors", "weight_decays"):
         if not getattr(config, name):
             raise UserError(f"{name} is empty; give it at least one entry")
     if not config.base.data:
@@ -141,13 +141,13 @@ def combinations_of(config: Sweep) -> list[Combination]:
             raise UserError(f"subset {subset.name!r}: a name has letters, digits, '_' and '-'")
         if not subset.data:
             raise UserError(f"subset {subset.name} has no data; name at least one source")
-    for factor in config.rate_factors:
+    for factor in config.learning_rate_factors:
         if not 0 < factor < math.inf:
-            raise UserError(f"rate_factors has {factor}; a factor must be above 0")
+            raise UserError(f"learning_rate_factors has {factor}; a factor must be above 0")
     combinations = [
         Combination(subset.name, factor, decay, _settings(config, subset, factor, decay))
         for subset in config.subsets
-        for factor in config.rate_factors
+        for factor in config.learning_rate_factors
         for decay in config.weight_decays
     ]
     names = [combination.run.name for combination in combinations]
@@ -200,7 +200,7 @@ def choose(done: Sequence[Combination], config: Sweep, records: ShardSet) -> dic
             {
                 "run": combination.run.name,
                 "subset": combination.subset,
-                "rate_factor": combination.rate_factor,
+                "learning_rate_factor": combination.learning_rate_factor,
                 "weight_decay": combination.weight_decay,
                 **_numbers(scores[combination.run]),
             }
@@ -220,7 +220,7 @@ def table(summary: dict) -> str:
 
     lines = ["| run | subset | rate factor | weight decay | score |", "|---|---|---|---|---|"]
     for row in summary["runs"]:
-        settings = f"{row['subset']} | {row['rate_factor']:g} | {row['weight_decay']:g}"
+        settings = f"{row['subset']} | {row['learning_rate_factor']:g} | {row['weight_decay']:g}"
         lines.append(f"| {row['run']} | {settings} | {shown(row)} |")
     lines += ["", "| average of the best | score |", "|---|---|"]
     lines += [f"| {row['num_runs']} | {shown(row)} |" for row in summary["averages"]]
@@ -232,8 +232,8 @@ def table(summary: dict) -> str:
 
 def _settings(config: Sweep, subset: Subset, factor: float, decay: float) -> Finetune:
     base = config.base
-    rates = {pattern: None if rate is None else rate * factor for pattern, rate in base.training.rates.items()}
-    training = replace(base.training, rates=rates, weight_decay=decay)
+    rates = {pattern: None if rate is None else rate * factor for pattern, rate in base.training.learning_rates.items()}
+    training = replace(base.training, learning_rates=rates, weight_decay=decay)
     output = Path(config.output) / f"{subset.name}-rate{factor:g}-decay{decay:g}"
     return replace(base, output=str(output), data=subset.data, training=training)
 
@@ -244,7 +244,9 @@ def _decisive(settings: dict) -> dict:
     chosen = {name: value for name, value in settings.items() if name not in mm.training.adapters.FREE_TO_CHANGE}
     for name, value in training.items():
         if name not in mm.training.config.FREE_TO_CHANGE:
-            chosen[f"training.{name}"] = list(value.items()) if name == "rates" else value  # their order decides
+            chosen[f"training.{name}"] = (
+                list(value.items()) if name == "learning_rates" else value
+            )  # their order decides
     return chosen
 
 

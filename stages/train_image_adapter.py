@@ -64,7 +64,7 @@ def train_image_adapter(config: TrainImageAdapter) -> None:
     model, processor = starting_point(config)
     train_adapters(model, processor, config, "image adapter", new="image" if config.start_from is None else None)
     bundle = config.bundle or config.language_model is None
-    if Ranks.here().first:
+    if Ranks.current().is_main:
         save(config.output, model, processor, language_model=config.language_model, bundle=bundle)
 
 

@@ -85,7 +85,7 @@ def train_speech_adapter(config: TrainSpeechAdapter) -> None:
     objective = SpeechObjective(**weights)
     prepare = partial(prepared, processor=processor, config=config)
     train_adapters(model, processor, config, "speech adapter", only="speech_", objective=objective, prepare=prepare)
-    if Ranks.here().first:
+    if Ranks.current().is_main:
         bundle = config.bundle or language_model is None
         save(config.output, model, processor, language_model=None if bundle else language_model, bundle=bundle)
 

@@ -68,7 +68,7 @@ def train_video_adapter(config: TrainVideoAdapter) -> None:
     model, processor, language_model, new = starting_point(config)
     new = "video" if new else None
     train_adapters(model, processor, config, "video adapter", new=new, only="video_adapter.", objective=objective)
-    if Ranks.here().first:
+    if Ranks.current().is_main:
         bundle = config.bundle or language_model is None
         save(config.output, model, processor, language_model=None if bundle else language_model, bundle=bundle)
 

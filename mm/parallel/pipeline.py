@@ -29,7 +29,7 @@ from mm.training.objectives import loss_of_hidden_states
 Value = TypeVar("Value")
 
 
-def stages_of(positions: Sequence[int], num_layers: int, pipeline_ranks: int) -> list[range]:
+def stages_of(positions: Sequence[int], num_layers: int, pp_degree: int) -> list[range]:
     """The language model's layers that each rank of a pipeline runs, in order, with the blocks after them.
 
     A unit ends with a block; units are dealt out as evenly as possible, the first ranks getting those over. The last
@@ -42,13 +42,13 @@ def stages_of(positions: Sequence[int], num_layers: int, pipeline_ranks: int) ->
         UserError: more ranks than units.
     """
     ends = [position for position in positions if position > 0]  # a block before the first layer goes with the next
-    if pipeline_ranks > len(ends):
+    if pp_degree > len(ends):
         raise UserError(
-            f"training.pipeline_ranks is {pipeline_ranks}; the model is cut behind its cross-attention blocks, and has "
+            f"training.pp_degree is {pp_degree}; the model is cut behind its cross-attention blocks, and has "
             f"{len(ends)} of them with layers before them: at most {len(ends)} ranks"
         )
-    least, over = divmod(len(ends), pipeline_ranks)
-    dealt = accumulate(least + (rank < over) for rank in range(pipeline_ranks - 1))
+    least, over = divmod(len(ends), pp_degree)
+    dealt = accumulate(least + (rank < over) for rank in range(pp_degree - 1))
     return [range(*cuts) for cuts in pairwise([0, *(ends[number - 1] for number in dealt), num_layers])]
 
 
@@ -61,30 +61,30 @@ def cut(model: nn.Module, config: TrainingConfig, layout: Layout, device_type: s
     """
     if not isinstance(model, MultimodalModel) or model.image_adapter is None:
         raise UserError(
-            f"training.pipeline_ranks is {layout.pipeline}; only a language model with an image adapter is cut into "
+            f"training.pp_degree is {layout.pipeline}; only a language model with an image adapter is cut into "
             "stages: set it to 1"
         )
     if model.video_adapter is not None or model.speech_adapter is not None:
         raise UserError(
-            f"training.pipeline_ranks is {layout.pipeline}; a model with a video or speech adapter is not cut into "
+            f"training.pp_degree is {layout.pipeline}; a model with a video or speech adapter is not cut into "
             "stages: set it to 1"
         )
     share = math.ceil(config.batch_size / layout.num_readers)
     num_micro_batches = math.ceil(share / (config.micro_batch_size or share))
     if num_micro_batches < layout.pipeline:
         raise UserError(
-            f"training.pipeline_ranks is {layout.pipeline}, and a step has {num_micro_batches} micro-batches (of "
+            f"training.pp_degree is {layout.pipeline}, and a step has {num_micro_batches} micro-batches (of "
             f"{config.micro_batch_size or share} in {share} samples) for them: at least one for each rank, so lower "
             "micro_batch_size, raise batch_size or take fewer ranks"
         )
     stages = stages_of(model.image_adapter.positions, model.config.language_model.num_layers, layout.pipeline)
     group = mesh_of(layout, device_type)["pipeline"].get_group()
-    stage = Stage(model, stages, dist.get_rank(group), config.compute, group)
+    stage = Stage(model, stages, dist.get_rank(group), config.precision, group)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and 1 < len(stage.holders[name]) < len(stages):
             raise UserError(
-                f"training.rates give {name} a rate; embeddings tied to lm_head stand at both ends of a pipeline: "
-                "freeze them, or set training.pipeline_ranks to 1"
+                f"training.learning_rates give {name} a rate; embeddings tied to lm_head stand at both ends of a pipeline: "
+                "freeze them, or set training.pp_degree to 1"
             )
     return stage
 
@@ -98,7 +98,7 @@ class Stage(MultimodalModel):
     Args:
         model: the whole, from which the stage's tensors are copied.
         stages: the layers of all ranks, see `stages_of`. rank: which of them this one is.
-        compute: "fp32" or "bf16" (autocast).
+        precision: "fp32" or "bf16" (autocast).
         group: the ranks of the pipeline.
 
     Attributes:
@@ -110,7 +110,7 @@ class Stage(MultimodalModel):
         model: MultimodalModel,
         stages: Sequence[range],
         rank: int,
-        compute: str = "fp32",
+        precision: str = "fp32",
         group: dist.ProcessGroup | None = None,
     ) -> None:
         nn.Module.__init__(self)
@@ -118,7 +118,7 @@ class Stage(MultimodalModel):
         elsewhere = {id(module): nn.Identity() for module in _elsewhere(model, stages[rank])}
         self.__dict__.update(copy.deepcopy(model.__dict__, elsewhere))
         self.layers, self.rank, self.size = stages[rank], rank, len(stages)
-        self.compute, self.group = compute, group
+        self.precision, self.group = precision, group
         self.holders = _holders(model, stages)
         self.batches: list[Batch] = []  # of the step
         self.scale = 1.0
@@ -131,7 +131,7 @@ class Stage(MultimodalModel):
         """
         device = self.extra_embeddings.device
         batch = self.batches[int(index)].to(device)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.compute == "bf16"):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
             x = received[0] if received else self.embed(batch.tokens)
             x = self._run(x, self.vision_contexts(batch, None))
             return x if self.rank < self.size - 1 else loss_of_hidden_states(self, x, batch) * self.scale

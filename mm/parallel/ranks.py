@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from foundation.errors import UserError
 from mm.cross_attention import CrossAttentionBlock
-from mm.parallel.tensor_parallel import split_products
+from mm.parallel.tensor_parallel import apply_tensor_parallel
 from mm.training.config import TrainingConfig
 
 
@@ -110,19 +110,19 @@ class Layout:
         Raises:
             UserError: the numbers of the configuration do not divide the number of ranks.
         """
-        if size % (config.tensor_ranks * config.pipeline_ranks):
+        if size % (config.tp_degree * config.pp_degree):
             raise UserError(
-                f"training.tensor_ranks is {config.tensor_ranks} and training.pipeline_ranks {config.pipeline_ranks}; "
+                f"training.tp_degree is {config.tp_degree} and training.pp_degree {config.pp_degree}; "
                 f"their product must divide the number of ranks, {size}"
             )
-        readers = size // (config.tensor_ranks * config.pipeline_ranks)
-        shards = readers if config.shard_ranks is None else config.shard_ranks
+        readers = size // (config.tp_degree * config.pp_degree)
+        shards = readers if config.dp_shard is None else config.dp_shard
         if readers % shards:
             raise UserError(
-                f"training.shard_ranks is {shards}; it must divide the number of ranks that read different samples, "
+                f"training.dp_shard is {shards}; it must divide the number of ranks that read different samples, "
                 f"{readers}"
             )
-        return Layout(config.pipeline_ranks, readers // shards, shards, config.tensor_ranks)
+        return Layout(config.pp_degree, readers // shards, shards, config.tp_degree)
 
     @property
     def num_readers(self) -> int:
@@ -139,14 +139,14 @@ class Layout:
 
     def sum(self, *numbers: float) -> list[float]:
         """The sums of each number over the readers, the same on all ranks."""
-        return [total / (self.tensor * self.pipeline) for total in Ranks.here().sum(*numbers)]
+        return [total / (self.tensor * self.pipeline) for total in Ranks.current().all_reduce_sum(*numbers)]
 
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
     """Join the other processes that `torchrun` has started, and leave them at the end; alone without it."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        yield Ranks.here()
+        yield Ranks.current()
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -154,7 +154,7 @@ def joined() -> Iterator[Ranks]:
     else:
         dist.init_process_group("gloo")
     try:
-        yield Ranks.here()
+        yield Ranks.current()
     finally:
         _host_group.cache_clear()
         mesh_of.cache_clear()
@@ -178,7 +178,7 @@ def shard(
     module: nn.Module,
     units: tuple[type[nn.Module], ...],
     layout: Layout,
-    compute: str,
+    precision: str,
     device_type: str,
     forward_methods: Sequence[str],
 ) -> None:
@@ -186,7 +186,7 @@ def shard(
     ZeRO-3).
 
     A rank holds its share of the FP32 weights, gradients and optimizer state. Each unit is gathered when it runs, in
-    bf16 where `compute` says so; gradients are reduced in FP32. Ranks that share products gather their own parts only;
+    bf16 where `precision` says so; gradients are reduced in FP32. Ranks that share products gather their own parts only;
     one copy that is not shared out any further is handled in the same way, for the same precision.
 
     Args:
@@ -199,9 +199,9 @@ def shard(
     """
     ranks = mesh_of(layout, device_type)
     if layout.tensor > 1:
-        split_products(module, ranks["tensor"])
+        apply_tensor_parallel(module, ranks["tensor"])
     mesh = ranks["shard" if layout.copies == 1 else ("copy", "shard")]
-    low = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if compute == "bf16" else None, reduce_dtype=torch.float32)
+    low = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if precision == "bf16" else None, reduce_dtype=torch.float32)
     for submodule in reversed(list(module.modules())):
         if isinstance(submodule, units):
             # A block takes the vision tokens as they are and rounds them for each of its products, see below.
@@ -227,10 +227,10 @@ def gathered(rows: Tensor) -> Tensor:
     For what all ranks then work out alike and take an equal share of, 1 / number of ranks: their gradients for a rank's
     rows are the same, so that rank's own, so many times, is the sum of all, and none is sent.
     """
-    ranks = Ranks.here()
+    ranks = Ranks.current()
     if ranks.size == 1:
         return rows
-    counts = [int(n) for n in ranks.sum(*(len(rows) * (rank == ranks.rank) for rank in range(ranks.size)))]
+    counts = [int(n) for n in ranks.all_reduce_sum(*(len(rows) * (rank == ranks.rank) for rank in range(ranks.size)))]
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: len(rows)] = rows.detach()
     parts = [torch.empty_like(padded) for _ in counts]

@@ -30,7 +30,7 @@ from mm.language_model import DecoderLayer, LanguageModel
 from vision.encoder import EncoderLayer
 
 
-def split_products(module: nn.Module, mesh: DeviceMesh) -> None:
+def apply_tensor_parallel(module: nn.Module, mesh: DeviceMesh) -> None:
     """Split the layers of a module, in place, over a mesh of one dimension; every rank must hold the same weights.
 
     Raises:
@@ -51,7 +51,7 @@ def split_products(module: nn.Module, mesh: DeviceMesh) -> None:
 
 
 @torch.no_grad()
-def complete_gradients(module: nn.Module, group: dist.ProcessGroup) -> None:
+def all_reduce_partial_gradients(module: nn.Module, group: dist.ProcessGroup) -> None:
     """Sum the gradients of what stands whole on each rank and meets only that rank's heads or tokens.
 
     To be called once per step, after its last backward pass, by all ranks.
@@ -181,4 +181,4 @@ def _check(mesh: DeviceMesh, where: str, attention: SelfAttention | CrossAttenti
     }
     for name, number in numbers.items():
         if number % mesh.size():
-            raise UserError(f"training.tensor_ranks is {mesh.size()}; it must divide {name} of {where}, {number}")
+            raise UserError(f"training.tp_degree is {mesh.size()}; it must divide {name} of {where}, {number}")

@@ -22,7 +22,7 @@ from mm.training.config import TrainingConfig
 from mm.training.data import DataSource, RecordDataset, collate_step, readable_samples
 from mm.training.flops import Learning, batch_flops, matmul_rate, text_token_cost
 from mm.training.objectives import NextTokenObjective
-from mm.training.optimizer import apply_rates
+from mm.training.optimizer import apply_learning_rates
 from mm.training.precision import lossless_bf16
 from mm.training.trainer import train
 from mm.video_adapter import VideoAdapter
@@ -75,17 +75,18 @@ def train_adapters(
         UserError: rates that would train the language model, or as `mm.training.trainer.train`.
     """
     device = resolve_device(config.device)
-    rates = apply_rates(model, config.training.rates)
+    rates = apply_learning_rates(model, config.training.learning_rates)
     released = [name for name in rates if name.startswith("language_model.")]
     if released:
         raise UserError(
-            f"training.rates give {released[0]} a rate, and this stage keeps the language model as it is: "
+            f"training.learning_rates give {released[0]} a rate, and this stage keeps the language model as it is: "
             'put "language_model.*": null before the other patterns'
         )
     others = [name for name in rates if not name.startswith(only)]
     if others:
         raise UserError(
-            f'training.rates give {others[0]} a rate, and this stage trains {only}* alone: put "{only}*" and its rate '
+            f"training.learning_rates give {others[0]} a rate, and this stage trains {only}* alone: "
+            f'put "{only}*" and its rate '
             'first, and "*": null last'
         )
     dataset = RecordDataset(config.data, prepare or processor.record_example, by_epoch=prepare is not None)
@@ -107,7 +108,7 @@ def train_adapters(
         batches = collate_step(samples, objective, size, budget=budget).batches
         evaluate = partial(answer_accuracy, batches=batches, device=device)
     # Ranks share out the language model, and gather it in bf16 as it is.
-    with lossless_bf16(model.language_model, config.training.compute == "bf16" and Ranks.here().size == 1):
+    with lossless_bf16(model.language_model, config.training.precision == "bf16" and Ranks.current().size == 1):
         train(
             model,
             objective,
@@ -117,10 +118,10 @@ def train_adapters(
             name=name,
             device=device,
             evaluate=evaluate,
-            layers=LAYERS,
-            units=UNITS,
-            loads=loads_of(dataset, model.config, processor.max_tiles),
-            matmul_rate=None if flops is None else matmul_rate(device.type, config.training.compute),
+            checkpointed_modules=LAYERS,
+            fsdp_modules=UNITS,
+            sample_costs=loads_of(dataset, model.config, processor.max_tiles),
+            matmul_rate=None if flops is None else matmul_rate(device.type, config.training.precision),
             identity={name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE},
         )
 

@@ -55,7 +55,7 @@ class Checkpoints:
         self.fingerprint = json.loads(json.dumps(fingerprint))
         self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.optimizer = optimizer
-        self.ranks = Ranks.here()
+        self.ranks = Ranks.current()
         # The writing threads' own, so that what they say to each other does not mix with what the training says.
         self.group = dist.new_group(backend="gloo") if self.ranks.size > 1 else None
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -131,10 +131,10 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint is of a run with another configuration, named field by field, or is damaged.
         """
-        if self.ranks.first:
+        if self.ranks.is_main:
             for leftover in self.place.glob(".*-*"):
                 shutil.rmtree(leftover)
-        self.ranks.sum()  # nobody looks before that is done
+        self.ranks.all_reduce_sum()  # nobody looks before that is done
         found = _whole(self.place)
         if not found:
             return None

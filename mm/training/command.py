@@ -27,7 +27,7 @@ def run_stage(
     try:
         values = parser.parse_args(argv)
         built = vars(parser.instantiate(values))
-        with joined() as ranks, nullcontext() if ranks.first else redirect_stdout(None):
+        with joined() as ranks, nullcontext() if ranks.is_main else redirect_stdout(None):
             stage(config_class(**{name: built[name] for name in config_class.__dataclass_fields__}))
     except (ValueError, OSError, ArgumentError) as error:
         print(f"{name}: {one_line(error)}", file=sys.stderr)

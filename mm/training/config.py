@@ -12,9 +12,9 @@ FREE_TO_CHANGE = (
     "save_every",
     "keep",
     "workers",
-    "shard_ranks",
-    "tensor_ranks",
-    "pipeline_ranks",
+    "dp_shard",
+    "tp_degree",
+    "pp_degree",
     "rank_timeout",
 )
 
@@ -30,36 +30,36 @@ class TrainingConfig:
         micro_batch_tokens: the most tokens that a forward pass holds, padding counted (of an encoder's own stage: mel
             frames), so that long samples come few at a time and short ones many; null sets no limit. One process only,
             and `mm plan` reckons without it.
-        rates: name pattern -> learning rate; the first that fits decides, null freezes.
-        warmup_steps, final_rate_factor: linear warm-up, then a cosine down to this share of the rates.
-        compute: "fp32" or "bf16" (autocast; weights, gradients and optimizer stay FP32).
-        checkpoint_activations: compute layers anew in the backward pass instead of keeping their activations.
+        learning_rates: name pattern -> learning rate; the first that fits decides, null freezes.
+        warmup_steps, final_learning_rate_factor: linear warm-up, then a cosine down to this share of the learning_rates.
+        precision: "fp32" or "bf16" (autocast; weights, gradients and optimizer stay FP32).
+        activation_checkpointing: compute layers anew in the backward pass instead of keeping their activations.
         compile: run layers through `torch.compile`, which needs a C++ compiler. Rounding then goes by what sizes come
             first: a run that is taken up again ends as the uninterrupted one to rounding, not bit for bit.
         spike_factor: leave out a step whose gradient norm is this many times the median of recent ones; null leaves out
             only what is not finite.
         max_skipped: steps in a row that may be left out before the run stops.
         log_every, evaluate_every, save_every: in steps. keep: newest checkpoints that stay.
-        bucket_steps: so many steps' samples are sorted by their seconds before they are cut into steps, whose order is
+        length_bucket_steps: so many steps' samples are sorted by their seconds before they are cut into steps, whose order is
             then drawn: less padding of sound. 1 leaves all as drawn.
         workers: processes that read and decode, per rank; they do not change the order.
-        shard_ranks: under torchrun, how many ranks share one copy of the weights (FSDP); null: all that read different
-            samples. tensor_ranks: how many share each product. pipeline_ranks: how many share the layers, in order.
+        dp_shard: under torchrun, how many ranks share one copy of the weights (FSDP); null: all that read different
+            samples. tp_degree: how many share each product. pp_degree: how many share the layers, in order.
         rank_timeout: seconds after which ranks that do not come to a step end the run, by number.
     """
 
     steps: int
     batch_size: int
-    rates: dict[str, float | None] = field(default_factory=dict)
+    learning_rates: dict[str, float | None] = field(default_factory=dict)
     micro_batch_size: int | None = None
     micro_batch_tokens: int | None = None
     warmup_steps: int = 0
-    final_rate_factor: float = 0.0
+    final_learning_rate_factor: float = 0.0
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.95)
     max_gradient_norm: float = 1.0
-    compute: str = "fp32"
-    checkpoint_activations: bool = False
+    precision: str = "fp32"
+    activation_checkpointing: bool = False
     compile: bool = False
     spike_factor: float | None = None
     max_skipped: int = 10
@@ -67,39 +67,41 @@ class TrainingConfig:
     evaluate_every: int = 100
     save_every: int = 100
     keep: int = 2
-    bucket_steps: int = 1
+    length_bucket_steps: int = 1
     workers: int = 1
-    shard_ranks: int | None = None
-    tensor_ranks: int = 1
-    pipeline_ranks: int = 1
+    dp_shard: int | None = None
+    tp_degree: int = 1
+    pp_degree: int = 1
     rank_timeout: float = 300.0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        counts = ("steps", "batch_size", "log_every", "evaluate_every", "save_every", "keep", "bucket_steps")
-        for name in (*counts, "tensor_ranks", "pipeline_ranks"):
+        counts = ("steps", "batch_size", "log_every", "evaluate_every", "save_every", "keep", "length_bucket_steps")
+        for name in (*counts, "tp_degree", "pp_degree"):
             if getattr(self, name) < 1:
                 raise UserError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("warmup_steps", "final_rate_factor", "weight_decay", "max_skipped", "workers"):
+        for name in ("warmup_steps", "final_learning_rate_factor", "weight_decay", "max_skipped", "workers"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"training.{name} is {getattr(self, name)}; it must be 0 or more")
         for name in ("max_gradient_norm", "rank_timeout"):
             if not getattr(self, name) > 0:
                 raise UserError(f"training.{name} is {getattr(self, name)}; it must be above 0")
-        if self.compile and self.tensor_ranks * self.pipeline_ranks > 1:
+        if self.compile and self.tp_degree * self.pp_degree > 1:
             raise UserError(
-                "training.compile is for whole layers on ranks that run all of them: leave training.tensor_ranks and "
-                "training.pipeline_ranks at 1"
+                "training.compile is for whole layers on ranks that run all of them: leave training.tp_degree and "
+                "training.pp_degree at 1"
             )
-        if self.shard_ranks is not None and self.shard_ranks < 1:
-            raise UserError(f"training.shard_ranks is {self.shard_ranks}; it must be at least 1, or null")
+        if self.dp_shard is not None and self.dp_shard < 1:
+            raise UserError(f"training.dp_shard is {self.dp_shard}; it must be at least 1, or null")
         if self.spike_factor is not None and not self.spike_factor > 1:
             raise UserError(f"training.spike_factor is {self.spike_factor}; it must be above 1, or null")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"training.betas are {self.betas}; both must lie in [0, 1)")
-        for pattern, rate in self.rates.items():
+        for pattern, rate in self.learning_rates.items():
             if rate is not None and not 0 <= rate < math.inf:
-                raise UserError(f"training.rates of {pattern!r} is {rate}; it must be 0 or more, or null to freeze")
+                raise UserError(
+                    f"training.learning_rates of {pattern!r} is {rate}; it must be 0 or more, or null to freeze"
+                )
         if self.micro_batch_size is not None and not 1 <= self.micro_batch_size <= self.batch_size:
             raise UserError(
                 f"training.micro_batch_size is {self.micro_batch_size}; it can be "
@@ -107,5 +109,5 @@ class TrainingConfig:
             )
         if self.micro_batch_tokens is not None and self.micro_batch_tokens < 1:
             raise UserError(f"training.micro_batch_tokens is {self.micro_batch_tokens}; it must be at least 1, or null")
-        if self.compute not in ("fp32", "bf16"):
-            raise UserError(f"training.compute is {self.compute!r}; it can be fp32 or bf16")
+        if self.precision not in ("fp32", "bf16"):
+            raise UserError(f"training.precision is {self.precision!r}; it can be fp32 or bf16")

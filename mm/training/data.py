@@ -29,7 +29,7 @@ class DataSource:
         split, task: only these records; null takes all.
         repeat: how often each record comes in an epoch: the weight of the source. Of 2.3 the 2 is for every record, and
             the rest for 30% of them, drawn anew for each epoch.
-        together: so many records that follow each other in the shards come one after the other, in one step where its
+        group_size: so many records that follow each other in the shards come one after the other, in one step where its
             size is a multiple: clips of the same pictures with opposite answers teach what tells them apart.
     """
 
@@ -37,7 +37,7 @@ class DataSource:
     split: str | None = "train"
     task: str | None = None
     repeat: float = 1
-    together: int = 1
+    group_size: int = 1
 
     def open(self) -> ShardSet:
         """The records.
@@ -47,8 +47,8 @@ class DataSource:
         """
         if not 0 < self.repeat < math.inf:
             raise UserError(f"repeat of {self.path} is {self.repeat}; it must be above 0")
-        if self.together < 1:
-            raise UserError(f"together of {self.path} is {self.together}; it must be at least 1")
+        if self.group_size < 1:
+            raise UserError(f"group_size of {self.path} is {self.group_size}; it must be at least 1")
         shards = ShardSet(self.path).select(split=self.split, task=self.task)
         if not len(shards):
             raise UserError(f"{self.path}: there are no records in it")
@@ -103,7 +103,7 @@ class RecordDataset(Dataset):
                 self.sets.append(shards)
             copies = len(self.sets) - len(together)
             self.copies += [(copy, copies) for copy in range(copies)]
-            together += [source.together] * copies
+            together += [source.group_size] * copies
         self.ends = torch.tensor([len(shards) for shards in self.sets]).cumsum(0)
         self.blocks: torch.Tensor | None = None
         if any(number > 1 for number in together):
@@ -155,7 +155,7 @@ class RecordDataset(Dataset):
         return torch.from_numpy(np.concatenate(chars)) / 4.0
 
 
-def deal(loads: Sequence[int], num_ranks: int) -> list[list[int]]:
+def balance_across_ranks(loads: Sequence[int], num_ranks: int) -> list[list[int]]:
     """Positions of a step's samples for each rank: about equal sums of loads, at most ceil(samples / ranks) each.
 
     The heaviest goes first, to the rank that has least and may still take one. Within a rank the order stays.
@@ -222,31 +222,31 @@ def step_loader(
     consumed: int = 0,
     workers: int = 0,
     readers: Ranks | None = None,
-    loads: torch.Tensor | None = None,
-    bucket_steps: int = 1,
+    sample_costs: torch.Tensor | None = None,
+    length_bucket_steps: int = 1,
 ) -> DataLoader:
     """A loader that gives `collate_step(samples)` of this reader's share of each step, from `consumed` samples of
     all readers on, without end.
 
     Args:
-        loads: of each sample, [len(dataset)], by which a step is dealt out evenly; None: all weigh the same.
-        bucket_steps: so many steps' samples are sorted by their seconds, see `Buckets`; 1 sorts nothing.
+        sample_costs: of each sample, [len(dataset)], by which a step is dealt out evenly; None: all weigh the same.
+        length_bucket_steps: so many steps' samples are sorted by their seconds, see `Buckets`; 1 sorts nothing.
 
     Raises:
         UserError: buckets for a dataset whose index tells no durations, or whose records come together.
     """
     buckets = None
-    if bucket_steps > 1:
+    if length_bucket_steps > 1:
         lengths = dataset.durations()
         if not lengths.any() or dataset.blocks is not None:
-            why = "the data's indices tell no durations" if dataset.blocks is None else "a source has `together`"
-            raise UserError(f"training.bucket_steps is {bucket_steps}, and {why}: leave it at 1")
-        buckets = Buckets(lengths, batch_size, bucket_steps)
+            why = "the data's indices tell no durations" if dataset.blocks is None else "a source has `group_size`"
+            raise UserError(f"training.length_bucket_steps is {length_bucket_steps}, and {why}: leave it at 1")
+        buckets = Buckets(lengths, batch_size, length_bucket_steps)
     draws, by_epoch = draws_of(dataset), isinstance(dataset, RecordDataset) and dataset.by_epoch
     order = (len(dataset), batch_size, seed, consumed, draws, blocks_of(dataset), buckets)
     return DataLoader(
         dataset,
-        batch_sampler=_Endless(readers or Ranks(), loads, by_epoch, *order),
+        batch_sampler=_Endless(readers or Ranks(), sample_costs, by_epoch, *order),
         collate_fn=collate_step,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
@@ -263,7 +263,7 @@ class _Endless:
         size = epoch_size(length, draws)
         for indices in steps(*self.order):
             loads = [1] * len(indices) if self.loads is None else self.loads[indices].tolist()
-            dealt = deal(loads, self.readers.size)[self.readers.rank]
+            dealt = balance_across_ranks(loads, self.readers.size)[self.readers.rank]
             epochs = ((consumed + position) // size if self.by_epoch else 0 for position in dealt)
             yield [indices[position] + epoch * length for position, epoch in zip(dealt, epochs, strict=True)]
             consumed += batch_size

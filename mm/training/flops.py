@@ -19,8 +19,7 @@ from layers.linear import linear
 from mm.batch import IGNORED, Batch
 from mm.config import ModelConfig
 from mm.model import MultimodalModel
-from mm.training.objectives import PairBatch, TextTowerConfig
-from mm.training.optimizer import apply_rates
+from mm.training.optimizer import apply_learning_rates
 from vision.encoder import TOKENS_MULTIPLE, VisionEncoderConfig
 
 PARTS = ("language_model", "extra_embeddings", "vision_encoder", "image_adapter")
@@ -95,15 +94,17 @@ class Parameters:
     frozen: int
 
 
-def parameters(config: ModelConfig, rates: Mapping[str, float | None]) -> tuple[dict[str, Parameters], Learning]:
-    """Trained and frozen parameters of each part, and what learns, by the names that `rates` give.
+def parameters(
+    config: ModelConfig, learning_rates: Mapping[str, float | None]
+) -> tuple[dict[str, Parameters], Learning]:
+    """Trained and frozen parameters of each part, and what learns, by the names that `learning_rates` give.
 
     Raises:
-        UserError: rates that do not fit the model, see `mm.training.optimizer.apply_rates`.
+        UserError: learning_rates that do not fit the model, see `mm.training.optimizer.apply_learning_rates`.
     """
     with torch.device("meta"):
         model = MultimodalModel(config)
-    trained = apply_rates(model, rates)
+    trained = apply_learning_rates(model, learning_rates)
     counts = {part: [0, 0] for part in PARTS}
     for name, parameter in model.named_parameters():
         counts[name.partition(".")[0]][name not in trained] += parameter.numel()
@@ -125,7 +126,7 @@ def training_flops(
 
     Args:
         learning: None: the encoder and the whole image adapter learn.
-        recomputed: count too what `checkpoint_activations` adds: layers with a backward pass run forward once more.
+        recomputed: count too what `activation_checkpointing` adds: layers with a backward pass run forward once more.
     """
     return _flops(config, rows, Learning.all(config) if learning is None else learning, again=int(recomputed))
 
@@ -141,34 +142,18 @@ def batch_flops(batch: Batch, config: ModelConfig, learning: Learning) -> int:
     return training_flops(config, rows, learning).total
 
 
-def contrastive_flops(
-    batch: PairBatch, encoder: VisionEncoderConfig, text: TextTowerConfig, trained: Collection[str]
-) -> int:
-    """Of a forward and a backward pass over pairs; comparing the pairs is not counted.
-
-    Args:
-        trained: names of the parameters that train; of a tower that learns, all are taken to.
-    """
-    seeing, reading = (any(name.startswith(tower) for name in trained) for tower in ("vision_encoder.", "text_tower."))
-    images = sum(_encoder_flops(encoder, tiles.num_tiles, seeing, again=0) for tiles in batch.images)
-    images += len(batch.images) * 2 * encoder.hidden_size * text.embedding_size * (1 + 2 * seeing)
-    layer = 24 * text.context * text.hidden_size**2 + 4 * text.context**2 * text.hidden_size
-    tower = text.num_layers * layer + 2 * text.hidden_size * text.embedding_size
-    return images + len(batch.images) * tower * (1 + 2 * reading)
-
-
 @cache
-def matmul_rate(device: str = "cpu", compute: str = "fp32", side: int | None = None, repetitions: int = 4) -> float:
-    """FLOP/s of matrix products on a device at best, in the type that `compute` ("fp32" or "bf16") stands for.
+def matmul_rate(device: str = "cpu", precision: str = "fp32", side: int | None = None, repetitions: int = 4) -> float:
+    """FLOP/s of matrix products on a device at best, in the type that `precision` ("fp32" or "bf16") stands for.
 
     Two ways of PyTorch's are tried: on a CPU they are two kernels, and which is the faster depends on the processor.
 
     Args:
         side: of the matrices; None takes one with which the whole lasts a fraction of a second.
     """
-    on_cpu = 512 if compute == "bf16" else 768  # smaller in bf16, for which many processors have no instructions
+    on_cpu = 512 if precision == "bf16" else 768  # smaller in bf16, for which many processors have no instructions
     side = side or (on_cpu if torch.device(device).type == "cpu" else 8192)
-    dtype = torch.bfloat16 if compute == "bf16" else torch.float32
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = torch.randn(2, side, side, device=device, dtype=dtype)
     finish = torch.get_device_module(device).synchronize
 
@@ -207,7 +192,7 @@ def _flops(config: ModelConfig, rows: Sequence[Row], learning: Learning, again: 
     seen, blocks, first = 0, 0, None  # first: LM layers below the first gradient
     if seeing:
         seen = sum(
-            _encoder_flops(config.vision_encoder, tiles, learning.encoder, again)
+            encoder_flops(config.vision_encoder, tiles, learning.encoder, again)
             for row in seeing
             for tiles in row.tiles
         )
@@ -255,7 +240,7 @@ def _adapter_flops(config: ModelConfig, rows: Sequence[Row], learning: Learning,
     return flops, first
 
 
-def _encoder_flops(encoder: VisionEncoderConfig, tiles: int, trained: bool, again: int) -> int:
+def encoder_flops(encoder: VisionEncoderConfig, tiles: int, trained: bool, again: int) -> int:
     """Of one image."""
     per_tile = encoder.tokens_per_tile
     if encoder.padding == "llama32":

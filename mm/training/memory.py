@@ -23,7 +23,7 @@ from mm.training.adapters import LAYERS, UNITS
 from mm.training.flops import Row
 from mm.training.live_bytes import Ledger
 from mm.training.objectives import next_token_loss
-from mm.training.optimizer import apply_rates
+from mm.training.optimizer import apply_learning_rates
 from vision.tiling import CANVASES, Tiles
 
 # Layers whose products tensor ranks share: by outputs, and by inputs.
@@ -48,17 +48,17 @@ class StepBytes:
         """The most bytes beside finished gradients."""
         return max(self.moments.values())
 
-    def peak(self, shard_ranks: int = 1, more_micro_batches: bool = False, in_flight: int = 1) -> float:
+    def peak(self, dp_shard: int = 1, more_micro_batches: bool = False, in_flight: int = 1) -> float:
         """The most bytes with the gradients.
 
         Args:
-            shard_ranks: that share the gradients which are finished.
+            dp_shard: that share the gradients which are finished.
             more_micro_batches: another has left gradients before. in_flight: micro-batches between their passes.
         """
         waiting = (in_flight - 1) * self.kept
         if more_micro_batches:
-            return max(self.moments) / shard_ranks + self.activations + waiting
-        return max(held + done / shard_ranks for done, held in self.moments.items()) + waiting
+            return max(self.moments) / dp_shard + self.activations + waiting
+        return max(held + done / dp_shard for done, held in self.moments.items()) + waiting
 
 
 @dataclass(frozen=True)
@@ -83,37 +83,37 @@ class ShapeModel:
     """A model without data, or the part of it that one rank of a layout has.
 
     Args:
-        rates: see `mm.training.optimizer.apply_rates`. compute: "fp32" or "bf16".
-        sharded: it runs under FSDP2, if on one rank only. tensor_ranks: that share each product.
+        learning_rates: see `mm.training.optimizer.apply_learning_rates`. precision: "fp32" or "bf16".
+        sharded: it runs under FSDP2, if on one rank only. tp_degree: that share each product.
         layers: of the language model that a pipeline's stage runs; None: all.
 
     Raises:
-        UserError: rates that do not fit the model.
+        UserError: learning_rates that do not fit the model.
     """
 
     def __init__(
         self,
         config: ModelConfig,
-        rates: Mapping[str, float | None],
-        compute: str = "fp32",
+        learning_rates: Mapping[str, float | None],
+        precision: str = "fp32",
         sharded: bool = False,
-        tensor_ranks: int = 1,
+        tp_degree: int = 1,
         layers: range | None = None,
     ) -> None:
         with torch.device("meta"):
             model = MultimodalModel(config)
-        apply_rates(model, rates)
+        apply_learning_rates(model, learning_rates)
         layers = range(config.language_model.num_layers) if layers is None else layers
         self.first, self.last = layers.start == 0, layers.stop == config.language_model.num_layers
         _cut(model, layers)
-        self.model, self.compute, self.sharded = model.train(), compute, sharded
+        self.model, self.precision, self.sharded = model.train(), precision, sharded
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.held, self.learning = self._sizes(tensor_ranks)
+        self.held, self.learning = self._sizes(tp_degree)
         units, lossless = self._units(), self._lossless()
         self.halved = sum(model.get_parameter(name).numel() for name in lossless)
         for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-            low = name in lossless or (sharded and compute == "bf16" and name.startswith(units))
-            split = 1 if name == "language_model.lm_head.weight" else tensor_ranks  # every rank gets all logits
+            low = name in lossless or (sharded and precision == "bf16" and name.startswith(units))
+            split = 1 if name == "language_model.lm_head.weight" else tp_degree  # every rank gets all logits
             with self.fake:
                 data = torch.empty(
                     _local_shape(name, parameter.shape, split), dtype=torch.bfloat16 if low else torch.float32
@@ -122,21 +122,21 @@ class ShapeModel:
             setattr(model.get_submodule(owner), leaf, nn.Parameter(data, requires_grad=parameter.requires_grad))
 
     def bytes_of(
-        self, step: StepBytes, shard_ranks: int = 1, more_micro_batches: bool = False, in_flight: int = 1
+        self, step: StepBytes, dp_shard: int = 1, more_micro_batches: bool = False, in_flight: int = 1
     ) -> RankBytes:
         """What a rank holds at its peak: FP32 weights, gradients and AdamW's two moments, and a step of `step`.
 
         Args:
-            shard_ranks: that share weights, gradients and optimizer state; see `StepBytes.peak` for the others.
+            dp_shard: that share weights, gradients and optimizer state; see `StepBytes.peak` for the others.
         """
-        state = self.state_bytes(shard_ranks)
+        state = self.state_bytes(dp_shard)
         return RankBytes(
             **state,
             activations=step.activations + (in_flight - 1) * step.kept,
-            total=sum(state.values()) - state["gradients"] + step.peak(shard_ranks, more_micro_batches, in_flight),
+            total=sum(state.values()) - state["gradients"] + step.peak(dp_shard, more_micro_batches, in_flight),
         )
 
-    def state_bytes(self, shard_ranks: int = 1) -> dict[str, float]:
+    def state_bytes(self, dp_shard: int = 1) -> dict[str, float]:
         """What a rank holds whatever the batch.
 
         All is FP32 but what `mm.training.precision.lossless_bf16` keeps in bf16: the language model is taken to be one
@@ -149,20 +149,20 @@ class ShapeModel:
         weights, learnt = 4 * sum(self.held.values()) - 2 * self.halved, 4 * sum(self.learning.values())
         gathered = 0
         if self.sharded:
-            wide = 2 if self.compute == "bf16" else 4
+            wide = 2 if self.precision == "bf16" else 4
             units = {unit: number for unit, number in self.held.items() if unit}
             sent = (4 * n + wide * n * (unit == "vision_encoder.") for unit, n in self.learning.items())
             gathered = 4 * self.held[""] + 2 * wide * max(units.values()) + max(sent)
         return {
-            "weights": weights / shard_ranks,
-            "gradients": learnt / shard_ranks,
-            "optimizer": 2 * learnt / shard_ranks,
+            "weights": weights / dp_shard,
+            "gradients": learnt / dp_shard,
+            "optimizer": 2 * learnt / dp_shard,
             "gathered": gathered,
         }
 
     def _lossless(self) -> set[str]:
         """Matrices that one process keeps in bf16, see `mm.training.precision.lossless_bf16`."""
-        if self.sharded or self.compute != "bf16":
+        if self.sharded or self.precision != "bf16":
             return set()
         lm, tied = self.model.language_model, self.model.config.language_model.tied_embeddings
         linears = {f"language_model.{name}" for name, part in lm.named_modules() if isinstance(part, nn.Linear)}
@@ -172,7 +172,7 @@ class ShapeModel:
     def _units(self) -> tuple[str, ...]:
         return tuple(f"{name}." for name, module in self.model.named_modules() if isinstance(module, UNITS))
 
-    def _sizes(self, tensor_ranks: int) -> tuple[dict[str, int], dict[str, int]]:
+    def _sizes(self, tp_degree: int) -> tuple[dict[str, int], dict[str, int]]:
         """Parameters that the rank holds, and of these the ones that train, by FSDP unit; the rest under ""."""
         held, learning = {"": 0}, {"": 0}
         units, tied = self._units(), self.model.config.language_model.tied_embeddings
@@ -181,7 +181,7 @@ class ShapeModel:
         for name, parameter in self.model.named_parameters():
             if not name.startswith(elsewhere):
                 unit = next((unit for unit in units if name.startswith(unit)), "")
-                number = _local_shape(name, parameter.shape, tensor_ranks).numel()
+                number = _local_shape(name, parameter.shape, tp_degree).numel()
                 held[unit] = held.get(unit, 0) + number
                 learning[unit] = learning.get(unit, 0) + number * parameter.requires_grad
         return held, learning
@@ -190,7 +190,7 @@ class ShapeModel:
         """Bytes of a micro-batch's two passes, with fused attention.
 
         Args:
-            recomputed: layers are computed anew in the backward pass (`checkpoint_activations`).
+            recomputed: layers are computed anew in the backward pass (`activation_checkpointing`).
         """
         model, batch, ledger = self.model, self._batch(rows), Ledger(self.fake)
         layers = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
@@ -200,7 +200,7 @@ class ShapeModel:
             for name, parameter in model.named_parameters()
             if parameter.requires_grad and not name.startswith(around)
         ]
-        if self.sharded and self.compute == "bf16":
+        if self.sharded and self.precision == "bf16":
             units = [module for module in model.modules() if isinstance(module, UNITS)]
             rounded = (unit for unit in units if not isinstance(unit, CrossAttentionBlock))  # as by `parallel.shard`
             hooks += [unit.register_forward_pre_hook(_lowered) for unit in rounded]
@@ -210,7 +210,7 @@ class ShapeModel:
             warnings.filterwarnings(
                 "ignore", message="Mismatch dtype between input and weight"
             )  # the last norm is FP32
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.compute == "bf16"):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.precision == "bf16"):
                 loss = next_token_loss(model, batch) if self.last else model.hidden_states(batch).sum()
                 kept = ledger.end_forward()
             if loss.requires_grad:
@@ -238,13 +238,13 @@ def _lowered(unit: nn.Module, inputs: tuple) -> tuple:
     return tree_map_only(Tensor, lambda part: part.bfloat16() if part.is_floating_point() else part, inputs)
 
 
-def _local_shape(name: str, shape: torch.Size, tensor_ranks: int) -> torch.Size:
+def _local_shape(name: str, shape: torch.Size, tp_degree: int) -> torch.Size:
     """Of a rank's part of a parameter."""
     layer, leaf = name.rsplit(".", 2)[-2:] if "." in name else ("", name)
     if layer in _BY_OUTPUTS:
-        return torch.Size((shape[0] // tensor_ranks, *shape[1:]))
+        return torch.Size((shape[0] // tp_degree, *shape[1:]))
     if layer in _BY_INPUTS and leaf == "weight":
-        return torch.Size((shape[0], shape[1] // tensor_ranks))
+        return torch.Size((shape[0], shape[1] // tp_degree))
     return shape
 
 

@@ -110,14 +110,14 @@ class Arrangements:
         samples: what a step's samples hold. rate: FLOP/s of a GPU; None: not known.
 
     Raises:
-        UserError: rates that do not fit the model.
+        UserError: learning_rates that do not fit the model.
     """
 
     def __init__(
         self, config: ModelConfig, training: TrainingConfig, samples: Samples, gpus: int, rate: float | None
     ) -> None:
         self.config, self.training, self.samples, self.gpus, self.rate = config, training, samples, gpus, rate
-        self.parameters, self.learning = parameters(config, training.rates)
+        self.parameters, self.learning = parameters(config, training.learning_rates)
         self._models: dict[tuple[int, int], list[ShapeModel]] = {}
         self._steps: dict[tuple[ShapeModel, int, bool], StepBytes] = {}
 
@@ -221,7 +221,12 @@ class Arrangements:
             stages = stages_of(self._positions(), num_layers, layout.pipeline)
             self._models[products] = [
                 ShapeModel(
-                    self.config, self.training.rates, self.training.compute, self.gpus > 1, layout.tensor, layers
+                    self.config,
+                    self.training.learning_rates,
+                    self.training.precision,
+                    self.gpus > 1,
+                    layout.tensor,
+                    layers,
                 )
                 for layers in dict.fromkeys((stages[0], stages[-1]))
             ]
@@ -245,7 +250,7 @@ class Plan:
     gpus: int
     gpu_gigabytes: float | None
     batch_size: int
-    compute: str
+    precision: str
     samples: Samples
     parameters: dict[str, Parameters]
     flops: Flops
@@ -265,7 +270,7 @@ class Plan:
         tiles = " or ".join(map(str, self.samples.tiles))
         lines = [
             f"a step: {self.batch_size} samples of {self.samples.tokens} text tokens and {tiles} tiles "
-            f"({'assumed' if self.samples.assumed else 'as the index tells'}), {self.compute}",
+            f"({'assumed' if self.samples.assumed else 'as the index tells'}), {self.precision}",
             "",
         ]
         rows = [("", "trained", "frozen", "TFLOP per image", "TFLOP per text token")]
@@ -287,12 +292,12 @@ class Plan:
         total = self.flops.total
         lines.append(
             f"in all {total / 1e12:.3g} TFLOP per sample, {total * self.batch_size / 1e15:.3g} PFLOP per step; "
-            f"{again:+.0%} with checkpoint_activations"
+            f"{again:+.0%} with activation_checkpointing"
         )
         return lines
 
     def _memory(self) -> list[str]:
-        lines = ["GB that a rank holds, as configured, and with checkpoint_activations the other way;"]
+        lines = ["GB that a rank holds, as configured, and with activation_checkpointing the other way;"]
         lines += ["layout: copies x shards x tensor x pipeline ranks", *self._table_of(self.configured)]
         if self.gpu_gigabytes is None:
             return lines
@@ -309,8 +314,8 @@ class Plan:
         if self.enough_gpus is not None:
             yield f"{self.enough_gpus} such GPUs in this layout"
         yield f"GPUs of {math.ceil(held.total / USABLE / 1e9)} GB"
-        if self.compute == "fp32":
-            yield "training.compute: bf16"
+        if self.precision == "fp32":
+            yield "training.precision: bf16"
         if held.activations > held.total / 5:
             yield "fewer or smaller tiles (max_tiles, tile_size)"
 
@@ -342,7 +347,7 @@ def plan(
         teraflops: rate of a GPU's matrix products; None estimates no speed.
 
     Raises:
-        UserError: numbers below what makes sense, rates that do not fit the model, ranks that do not fit the GPUs, or
+        UserError: numbers below what makes sense, learning_rates that do not fit the model, ranks that do not fit the GPUs, or
             a model with a video adapter or speech parts, whose operations and memory are not reckoned.
     """
     others = [part for part in ("video_adapter", "speech_encoder", "speech_adapter") if getattr(config, part)]
@@ -358,7 +363,7 @@ def plan(
             raise UserError(f"{name} is {value:g}; it must be above 0")
     ways = Arrangements(config, training, samples, gpus, None if teraflops is None else teraflops * 1e12)
     layout, size = Layout.of(training, gpus), training.micro_batch_size or training.batch_size
-    own = training.checkpoint_activations
+    own = training.activation_checkpointing
     found, least, enough = [], None, None
     if gpu_gigabytes is not None:
         most = USABLE * gpu_gigabytes * 1e9
@@ -370,7 +375,7 @@ def plan(
         gpus,
         gpu_gigabytes,
         training.batch_size,
-        training.compute,
+        training.precision,
         samples,
         ways.parameters,
         samples.flops(config, ways.learning),

@@ -37,7 +37,7 @@ class SpeechObjective(NextTokenObjective):
         UserError: a weight below 0, or none above.
     """
 
-    whole_passes = (*NextTokenObjective.whole_passes, "encode_audio")
+    forward_methods = (*NextTokenObjective.forward_methods, "encode_audio")
 
     def __init__(
         self,
@@ -57,9 +57,9 @@ class SpeechObjective(NextTokenObjective):
     def runs_language_model(self) -> bool:
         return bool(self.next_token_weight or self.distillation_weight)
 
-    def idle(self, module: MultimodalModel) -> Sample:
+    def dummy_sample(self, module: MultimodalModel) -> Sample:
         """As the base; with a twin that runs through what the twins of other ranks' samples may run through."""
-        sample, config = super().idle(module), module.config
+        sample, config = super().dummy_sample(module), module.config
         if not self.distillation_weight:
             return sample
         sound = (config.speech_start_id, config.audio_token_id, config.speech_end_id)

@@ -23,7 +23,7 @@ from speech.features import FRAMES_PER_SECOND
 class EncoderObjective:
     """What objectives of a speech encoder share; samples have `mel`, batches `mel` and `lengths`."""
 
-    whole_passes = ()
+    forward_methods = ()
 
     def __init__(self) -> None:
         self.padding = Padding()
@@ -86,7 +86,7 @@ class BestRqObjective(EncoderObjective):
     def _begin(self) -> None:
         self.statistics, self.correct, self.targets = CodeStatistics(self.config), 0, 0
 
-    def idle(self, module: SpeechPretraining) -> Utterance:
+    def dummy_sample(self, module: SpeechPretraining) -> Utterance:
         return Utterance(torch.zeros(1, module.speech_encoder.config.num_mels), None)
 
     def collate(self, samples: list[Utterance]) -> UtteranceBatch:
@@ -201,7 +201,7 @@ class SpellingObjective(EncoderObjective):
         super().__init__()
         self.wrong = self.letters = 0
 
-    def idle(self, module: SpellingEncoder) -> Transcribed:
+    def dummy_sample(self, module: SpellingEncoder) -> Transcribed:
         return Transcribed(torch.zeros(1, module.speech_encoder.config.num_mels), [])
 
     def collate(self, samples: list[Transcribed]) -> TranscribedBatch:

@@ -26,7 +26,7 @@ from foundation.errors import UserError
 from mm.device import resolve_device
 from mm.parallel.pipeline import Stage, cut
 from mm.parallel.ranks import Layout, Ranks, mesh_of, shard, total_norm, whole
-from mm.parallel.tensor_parallel import complete_gradients
+from mm.parallel.tensor_parallel import all_reduce_partial_gradients
 from mm.training.checkpoint import Checkpoints
 from mm.training.compiling import compiled, require_compiler
 from mm.training.config import FREE_TO_CHANGE, TrainingConfig
@@ -34,7 +34,7 @@ from mm.training.data import Position, collate_step, step_loader
 from mm.training.guards import Guard
 from mm.training.metrics import MetricsLog, NoLog, StepMetrics, Window
 from mm.training.objectives import Objective
-from mm.training.optimizer import apply_rates, build_optimizer, rate_factor, set_rate_factor
+from mm.training.optimizer import apply_learning_rates, build_optimizer, learning_rate_factor, set_learning_rate_factor
 
 
 def train(
@@ -46,10 +46,10 @@ def train(
     name: str,
     device: torch.device | str = "cpu",
     evaluate: Callable[[Callable], dict[str, float]] | None = None,
-    layers: tuple[type[nn.Module], ...] = (),
-    units: tuple[type[nn.Module], ...] = (),
+    checkpointed_modules: tuple[type[nn.Module], ...] = (),
+    fsdp_modules: tuple[type[nn.Module], ...] = (),
     identity: dict | None = None,
-    loads: Tensor | None = None,
+    sample_costs: Tensor | None = None,
     matmul_rate: float | None = None,
 ) -> None:
     """Train `module` in place for `config.steps` steps, from the newest checkpoint in `folder` if there is one.
@@ -60,9 +60,9 @@ def train(
         name: of the stage, for the progress bar.
         evaluate: called every `evaluate_every` steps and at the end with the module, or with what gives the same for a
             batch where the module is cut into stages; its numbers are logged under `eval/`.
-        layers: kinds of submodules that `checkpoint_activations` and `compile` apply to. units: those that ranks gather
+        checkpointed_modules: kinds of submodules that `activation_checkpointing` and `compile` apply to. fsdp_modules: those that ranks gather
             at a time.
-        loads: how much work each sample is, such as its tokens, [len(dataset)]; ranks get about equal sums of it.
+        sample_costs: how much work each sample is, such as its tokens, [len(dataset)]; ranks get about equal sums of it.
         matmul_rate: FLOP/s of a rank's device at best; the objective's "flops" are reported as a share of it, "mfu".
         identity: what else, besides `config`, a resumed run must have in common with the interrupted one.
 
@@ -74,7 +74,7 @@ def train(
         raise UserError(f"{folder} is a file; name a folder for the run")
     if config.compile:
         require_compiler()
-    device, ranks = resolve_device(device), Ranks.here()
+    device, ranks = resolve_device(device), Ranks.current()
     if config.micro_batch_tokens is not None and ranks.size > 1:
         raise UserError(
             "training.micro_batch_tokens makes other numbers of passes on other ranks: under torchrun limit them by "
@@ -82,22 +82,24 @@ def train(
         )
     layout = Layout.of(config, ranks.size)
     readers = layout.readers(ranks.rank)
-    rates = apply_rates(module, config.rates)
-    rates_in_order = list(config.rates.items())  # the order decides, and a comparison of dicts would not see it
-    fingerprint = {**asdict(config), "rates": rates_in_order, "samples": len(dataset), **(identity or {})}
+    learning_rates = apply_learning_rates(module, config.learning_rates)
+    rates_in_order = list(
+        config.learning_rates.items()
+    )  # the order decides, and a comparison of dicts would not see it
+    fingerprint = {**asdict(config), "learning_rates": rates_in_order, "samples": len(dataset), **(identity or {})}
     for irrelevant in FREE_TO_CHANGE:
         del fingerprint[irrelevant]
-    ranks.agree("configuration", fingerprint)
+    ranks.check_consistent("configuration", fingerprint)
     torch.manual_seed(config.seed)
-    plain, idle = module, objective.idle(module) if layout.num_readers * layout.pipeline > 1 else None
+    plain, idle = module, objective.dummy_sample(module) if layout.num_readers * layout.pipeline > 1 else None
     if layout.pipeline > 1:
         module = cut(plain, config, layout, device.type)
     elif ranks.size > 1:
         module = copy.deepcopy(plain)
     module.to(device).train()
     if layout.num_readers * layout.tensor > 1:
-        shard(module, units, layout, config.compute, device.type, objective.whole_passes)
-    optimizer = build_optimizer(module, rates, config.weight_decay, config.betas)
+        shard(module, fsdp_modules, layout, config.precision, device.type, objective.forward_methods)
+    optimizer = build_optimizer(module, learning_rates, config.weight_decay, config.betas)
     checkpoints = Checkpoints(folder, config.keep, fingerprint, module, optimizer)
     done, position, unlogged = checkpoints.resume() or (0, Position(config.seed), {})
     folder.mkdir(parents=True, exist_ok=True)
@@ -116,14 +118,14 @@ def train(
         position.consumed,
         workers=config.workers,
         readers=readers,
-        loads=loads,
-        bucket_steps=config.bucket_steps,
+        sample_costs=sample_costs,
+        length_bucket_steps=config.length_bucket_steps,
     )
-    log_of = MetricsLog if ranks.first else NoLog
+    log_of = MetricsLog if ranks.is_main else NoLog
     with (
         log_of(folder, done, config.steps, name) as log,
-        compiled(module, layers, config.compile),
-        recomputed(module, layers, config),  # around what is compiled
+        compiled(module, checkpointed_modules, config.compile),
+        activation_checkpointing(module, checkpointed_modules, config),  # around what is compiled
         _termination() as ended,
         checkpoints,
     ):
@@ -132,23 +134,23 @@ def train(
         started = time.perf_counter()
         for step, work in zip(range(done, config.steps), loader, strict=False):
             waited = time.perf_counter() - started
-            ranks.meet(config.rank_timeout)
+            ranks.barrier(config.rank_timeout)
             if not work.batches:
                 raise UserError(f"none of a step's records can be read; the first: {work.unreadable[0].reason}")
-            factor = rate_factor(step, config.steps, config.warmup_steps, config.final_rate_factor)
-            set_rate_factor(optimizer, factor)
+            factor = learning_rate_factor(step, config.steps, config.warmup_steps, config.final_learning_rate_factor)
+            set_learning_rate_factor(optimizer, factor)
             done_step = train_step(module, objective, optimizer, work.batches, config, device, guard)
-            if done_step.left_out and ranks.first:
+            if done_step.left_out and ranks.is_main:
                 print(f"left out step {step + 1}: {done_step.left_out}", file=sys.stderr)
             for bad in work.unreadable if layout.leads(ranks.rank) else ():
                 print(f"left out record {bad.record}: {bad.reason}", file=sys.stderr)
-            asked = ranks.largest(ended.asked)
+            asked = ranks.all_reduce_max(ended.asked)
             num_unreadable, *amounts = layout.sum(len(work.unreadable), *work.amounts.values())
             totals = dict(zip(work.amounts, amounts, strict=True))
             window.add(done_step, int(num_unreadable), totals)
             for imbalance, amount in (("tile_imbalance", "tiles"), ("token_imbalance", "tokens")):
                 if readers.size > 1 and totals.get(amount):
-                    excess = ranks.largest(work.amounts[amount]) * readers.size / totals[amount] - 1
+                    excess = ranks.all_reduce_max(work.amounts[amount]) * readers.size / totals[amount] - 1
                     window.imbalances.setdefault(imbalance, []).append(excess)
             window.clock(waited, time.perf_counter() - started)
             log.advance(done_step.loss)
@@ -167,7 +169,7 @@ def train(
                 window = Window()
             if evaluate is not None and (finished % config.evaluate_every == 0 or last):
                 module.eval()
-                low = config.compute == "bf16" and module is not plain  # ranks gather layers in bf16
+                low = config.precision == "bf16" and module is not plain  # ranks gather layers in bf16
                 with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=low):
                     found = evaluate(module.logits if isinstance(module, Stage) else module)
                     numbers |= {f"eval/{key}": value for key, value in found.items()}
@@ -184,7 +186,7 @@ def train(
     if module is not plain:
         with torch.no_grad():
             parameters = dict(plain.named_parameters())
-            for parameter_name in rates:
+            for parameter_name in learning_rates:
                 goal = parameters[parameter_name]
                 if isinstance(module, Stage):
                     goal.copy_(module.whole(parameter_name, like=goal))
@@ -207,24 +209,24 @@ def train_step(
     Raises:
         UserError: nothing to learn in the step, or more steps to leave out than the guard's patience allows.
     """
-    layout = Layout.of(config, Ranks.here().size)
+    layout = Layout.of(config, Ranks.current().size)
     (count,) = layout.sum(sum(objective.count(batch) for batch in batches))
     if count == 0:
         raise UserError("a step holds no targets; check the data's answers and captions")
     kind = torch.device(device).type
     losses = []
-    with _attention_kernels(config.compute, kind):  # the backward pass too: it may compute activations anew
+    with _attention_kernels(config.precision, kind):  # the backward pass too: it may compute activations anew
         if isinstance(module, Stage):
             losses = [module.learn(batches, scale=layout.num_readers / count) / layout.num_readers]
         else:
             for batch in batches:
-                with torch.autocast(kind, dtype=torch.bfloat16, enabled=config.compute == "bf16"):
+                with torch.autocast(kind, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
                     loss = objective.loss(module, batch.to(device)) / count
                 if loss.requires_grad:  # rows without images depend on nothing that an image adapter trains
                     (loss * layout.num_readers).backward()  # sharded gradients are averaged over the ranks
                 losses.append(loss.detach())  # read when all is under way: to read is to wait for the device
     if layout.tensor > 1:
-        complete_gradients(module, mesh_of(layout, kind)["tensor"].get_group())
+        all_reduce_partial_gradients(module, mesh_of(layout, kind)["tensor"].get_group())
     if isinstance(module, Stage):
         norms = module.joined_norms(_gradient_norms(module.owned()))
     else:
@@ -252,16 +254,16 @@ def _gradient_norms(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str,
     return {part: total_norm(given) for part, given in gradients.items()}
 
 
-def _attention_kernels(compute: str, device_type: str) -> AbstractContextManager:
+def _attention_kernels(precision: str, device_type: str) -> AbstractContextManager:
     """Plain attention for bf16 on a CPU, where its backward pass is 4 times faster; elsewhere PyTorch's own choice."""
-    return sdpa_kernel(SDPBackend.MATH) if compute == "bf16" and device_type == "cpu" else nullcontext()
+    return sdpa_kernel(SDPBackend.MATH) if precision == "bf16" and device_type == "cpu" else nullcontext()
 
 
-class recomputed:
+class activation_checkpointing:
     """While it lasts, layers of the given kinds are computed anew in the backward pass."""
 
     def __init__(self, module: nn.Module, layers: tuple[type[nn.Module], ...], config: TrainingConfig) -> None:
-        active = config.checkpoint_activations
+        active = config.activation_checkpointing
         self.layers = [layer for layer in module.modules() if active and isinstance(layer, layers)]
 
     def __enter__(self) -> None:

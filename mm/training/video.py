@@ -29,7 +29,7 @@ class VideoObjective(NextTokenObjective):
         UserError: a weight below 0, or none above.
     """
 
-    whole_passes = (*NextTokenObjective.whole_passes, "encode_videos")
+    forward_methods = (*NextTokenObjective.forward_methods, "encode_videos")
 
     def __init__(self, matching_weight: float = 0.0, next_token_weight: float = 1.0) -> None:
         super().__init__()

@@ -133,7 +133,12 @@ def test_a_stage_by_its_name(mm_command, squares, language_model_folder, encoder
         "language_model": str(language_model_folder),
         "vision_encoder": str(encoder_folder),
         "data": [{"path": str(squares)}],
-        "training": {"steps": 5, "batch_size": 2, "rates": {"language_model.*": None, "*": 0.001}, "workers": 0},
+        "training": {
+            "steps": 5,
+            "batch_size": 2,
+            "learning_rates": {"language_model.*": None, "*": 0.001},
+            "workers": 0,
+        },
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     train = ("train", "train_image_adapter", "--config", tmp_path / "run.yaml", "--output", tmp_path / "run")
@@ -248,7 +253,7 @@ def test_an_output_that_is_a_file(refused, mllama_folder, tmp_path):
         ("colour: red", "colour"),
         ("training: {steps: many, batch_size: 4}", "training.steps"),
         ("training: {steps: 1, batch_size: 4, stride: 2}", "stride"),
-        ("training: {steps: 1, batch_size: 4, rates: {'*': fast}}", "training.rates"),
+        ("training: {steps: 1, batch_size: 4, learning_rates: {'*': fast}}", "training.learning_rates"),
         ("training: {steps: 1, batch_size: 0}", "training.batch_size is 0"),
         ("data: squares", "data"),
         ("data: [{path: a, repeat: often}]", "data"),
@@ -305,7 +310,7 @@ def test_a_plan_needs_no_weights(mm_command, squares, language_model_folder, enc
     folders = [str(tmp_path / folder.name) for folder in (language_model_folder, encoder_folder, run_folder)]
     rates = {"language_model.*": None, "extra_embeddings": None, "*": 0.001}
     common = {"output": "out", "data": [{"path": str(squares)}]}
-    common |= {"training": {"steps": 5, "batch_size": 4, "rates": rates}}
+    common |= {"training": {"steps": 5, "batch_size": 4, "learning_rates": rates}}
     new = {"language_model": folders[0], "vision_encoder": folders[1], "adapter": {"positions": [2, 4, 6]}, **common}
     plans = []
     for values in (new, {"start_from": folders[2], **common}):

@@ -40,7 +40,7 @@ def test_what_does_not_fit_is_said_and_the_rest_is_measured(start, tmp_path, mon
     def full(model, optimizer, samples, config, device):
         def step():
             model.image_adapter.projection.bias.grad = torch.ones_like(model.image_adapter.projection.bias)
-            if not config.checkpoint_activations:
+            if not config.activation_checkpointing:
                 raise torch.OutOfMemoryError("out of memory")
 
         return step

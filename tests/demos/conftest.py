@@ -79,10 +79,18 @@ def home(tmp_path, monkeypatch, language_model_folder) -> Path:
     curation = (ROOT / demos.image.CURATION).read_text().replace("workers: 2", "workers: 1")
     (tmp_path / demos.image.CURATION).write_text(curation)
     for name, values, more in (
-        ("encoder", encoder, {"steps": 3, "rates": {"*": 0.001}}),
-        ("adapter", adapter, {"steps": 4, "rates": rates}),
-        ("annealing", {**named("openmoji_192", "tuxpaint_192"), "tile_size": 42}, {"steps": 2, "rates": rates}),
-        ("finetune", named("easy_vqa_chats", "openmoji_chats", "tuxpaint_chats"), {"steps": 3, "rates": rates}),
+        ("encoder", encoder, {"steps": 3, "learning_rates": {"*": 0.001}}),
+        ("adapter", adapter, {"steps": 4, "learning_rates": rates}),
+        (
+            "annealing",
+            {**named("openmoji_192", "tuxpaint_192"), "tile_size": 42},
+            {"steps": 2, "learning_rates": rates},
+        ),
+        (
+            "finetune",
+            named("easy_vqa_chats", "openmoji_chats", "tuxpaint_chats"),
+            {"steps": 3, "learning_rates": rates},
+        ),
     ):
         text = yaml.safe_dump({**values, "training": {**TRAINING, **more}}, sort_keys=False)
         (tmp_path / "configs" / "demo" / f"{name}.yaml").write_text(text)

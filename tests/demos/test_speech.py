@@ -18,7 +18,7 @@ from mm.evaluation.evaluate import EvaluationReport
 from mm.evaluation.metrics import Score
 from tests.demos.test_image import Page
 
-TRAINING = {"steps": 2, "batch_size": 4, "rates": {"speech_*": 1e-3, "*": None}, "log_every": 1, "workers": 0}
+TRAINING = {"steps": 2, "batch_size": 4, "learning_rates": {"speech_*": 1e-3, "*": None}, "log_every": 1, "workers": 0}
 
 
 @pytest.fixture

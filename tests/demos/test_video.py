@@ -42,13 +42,13 @@ def home(tmp_path, monkeypatch, run_folder) -> Path:
         write_moving_clips(things, folder, 8, 8, 4, tasks=tasks, size=32, num_frames=8)
     config = {
         "start_from": "elsewhere",
-        "data": [{"path": "data/demo_video/moving", "together": 2}],
+        "data": [{"path": "data/demo_video/moving", "group_size": 2}],
         "adapter": ADAPTER,
         "max_frames": 8,
         "training": {
             "steps": 1,
             "batch_size": 4,
-            "rates": {"video_adapter.*": 1e-3, "*": None},
+            "learning_rates": {"video_adapter.*": 1e-3, "*": None},
             "workers": 0,
         },
         "output": "elsewhere",

@@ -12,7 +12,8 @@ import mm
 from mm.batch import IGNORED
 from mm.cross_attention import ImageAdapterConfig
 from mm.training.config import TrainingConfig
-from mm.training.objectives import ContrastiveModel, NextTokenObjective, Pair, TextTowerConfig
+from mm.training.contrastive import ContrastiveModel, Pair, TextTowerConfig
+from mm.training.objectives import NextTokenObjective
 from mm.training.trainer import train
 
 FROZEN = {"language_model.*": None, "extra_embeddings": None}
@@ -87,7 +88,7 @@ def config():
     """config(**changes) -> three steps of seven samples, everything but the language model trained."""
 
     def build(**changes) -> TrainingConfig:
-        values = {"steps": 3, "batch_size": 7, "rates": {**FROZEN, "*": 1e-3}, "workers": 0, "log_every": 1}
+        values = {"steps": 3, "batch_size": 7, "learning_rates": {**FROZEN, "*": 1e-3}, "workers": 0, "log_every": 1}
         return TrainingConfig(**{**values, **changes})
 
     return build

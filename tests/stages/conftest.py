@@ -19,11 +19,11 @@ TEXT = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "context": 12, "embe
 
 
 def merged(values: dict, changes: dict) -> dict:
-    """`values` with `changes` in them; a nested dict is merged, but for `rates`, everything else is replaced."""
+    """`values` with `changes`: nested dicts are merged (except `learning_rates`), everything else is replaced."""
     nested = {
         name: merged(values[name], change)
         for name, change in changes.items()
-        if isinstance(change, dict) and name in values and name != "rates"
+        if isinstance(change, dict) and name in values and name != "learning_rates"
     }
     return {**values, **changes, **nested}
 
@@ -41,7 +41,7 @@ def adapter_config(squares, language_model_folder, encoder_folder, tmp_path):
         "training": {
             "steps": 8,
             "batch_size": 4,
-            "rates": {"language_model.*": None, "extra_embeddings": None, "*.gate_[af]*": 0.03, "*": 0.001},
+            "learning_rates": {"language_model.*": None, "extra_embeddings": None, "*.gate_[af]*": 0.03, "*": 0.001},
             "warmup_steps": 2,
             "log_every": 1,
             "evaluate_every": 4,
@@ -65,7 +65,7 @@ def encoder_config(squares, tmp_path):
         "training": {
             "steps": 8,
             "batch_size": 16,
-            "rates": {"*.gate_[af]*": 0.01, "*": 0.002},
+            "learning_rates": {"*.gate_[af]*": 0.01, "*": 0.002},
             "log_every": 1,
             "evaluate_every": 4,
             "save_every": 3,

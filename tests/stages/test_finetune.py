@@ -56,7 +56,7 @@ def finetune_config(run_folder, conversations, tmp_path):
             "output": str(tmp_path / "chat"),
             "start_from": str(run_folder),
             "data": [{"path": str(conversations)}],
-            "training": {"steps": 2, "batch_size": 4, "rates": {**FROZEN, "*": 1e-3}, "workers": 0},
+            "training": {"steps": 2, "batch_size": 4, "learning_rates": {**FROZEN, "*": 1e-3}, "workers": 0},
             **changes,
         }
         file = tmp_path / "finetune.yaml"
@@ -103,7 +103,7 @@ def test_only_the_assistants_turns_are_targets(conversations, run_folder):
 
 
 def test_the_loss_falls(finetune_config):
-    training = {"steps": 30, "batch_size": 8, "rates": {**FROZEN, "*": 1e-2}, "workers": 0, "log_every": 5}
+    training = {"steps": 30, "batch_size": 8, "learning_rates": {**FROZEN, "*": 1e-2}, "workers": 0, "log_every": 5}
     file, folder = finetune_config(training=training)
     main(["--config", str(file)])
     losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").open()]
@@ -114,7 +114,10 @@ def test_the_loss_falls(finetune_config):
     ("changes", "said"),
     [
         ({"start_from": "nowhere"}, "nowhere"),
-        ({"training": {"steps": 1, "batch_size": 1, "rates": {"*": 1e-3}}}, "keeps the language model as it is"),
+        (
+            {"training": {"steps": 1, "batch_size": 1, "learning_rates": {"*": 1e-3}}},
+            "keeps the language model as it is",
+        ),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(finetune_config, capsys, changes, said):

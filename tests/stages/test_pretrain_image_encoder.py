@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from mm.run_folder import load_encoder
+from mm.training.contrastive import ContrastiveObjective
 from mm.training.data import RecordDataset
-from mm.training.objectives import ContrastiveObjective
 from shards.writer import write_shards
 from stages import pretrain_image_encoder as stage
 
@@ -44,7 +44,7 @@ def test_pictures_find_their_texts(encoder_config, squares):
     training = {"steps": 40, "batch_size": 32, "warmup_steps": 4, "log_every": 10, "evaluate_every": 20}
     captions = {"path": str(squares), "task": "caption"}
     file, folder = encoder_config(
-        training={**training, "rates": {"*.gate_[af]*": 0.01, "*": 0.003}},
+        training={**training, "learning_rates": {"*.gate_[af]*": 0.01, "*": 0.003}},
         data=[captions],
         validation={**captions, "split": "test"},
     )
@@ -141,9 +141,9 @@ def test_a_record_without_text_is_left_out(encoder_config, square_record, tmp_pa
     ("changes", "said"),
     [
         ({"training": {"micro_batch_size": 8}}, "leave training.micro_batch_size and"),
-        ({"training": {"tensor_ranks": 2}}, "leave training.tensor_ranks and training.pipeline_ranks at 1"),
+        ({"training": {"tp_degree": 2}}, "leave training.tp_degree and training.pp_degree at 1"),
         ({"loss": "triplet"}, "loss 'triplet' is not known; it can be clip or siglip"),
-        ({"training": {"rates": {"*": None}}}, "freezes every parameter"),
+        ({"training": {"learning_rates": {"*": None}}}, "freezes every parameter"),
         ({"encoder": {"num_heads": 5}}, "hidden_size 32 is not a multiple of num_heads 5"),
         ({"encoder": {"tap_points": [3]}}, "tap_points [3] are outside 0..2"),
         ({"encoder": {"activation": "relu"}}, "activation 'relu' is not supported"),

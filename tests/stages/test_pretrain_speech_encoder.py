@@ -73,7 +73,7 @@ def config(recordings, tmp_path):
             "data": [{"path": str(recordings)}],
             "encoder": ENCODER,
             "best_rq": BEST_RQ,
-            "training": {"steps": 60, "batch_size": 8, "rates": {"*": 5e-3}, "log_every": 10, "workers": 0},
+            "training": {"steps": 60, "batch_size": 8, "learning_rates": {"*": 5e-3}, "log_every": 10, "workers": 0},
             **changes,
         }
         file = tmp_path / "config.yaml"
@@ -121,9 +121,9 @@ def test_steps_of_equal_length_hold_less_padding(tmp_path):
     """Utterances of two lengths: drawn as they come, a step holds both."""
     objective = BestRqObjective(BestRqConfig(**BEST_RQ))
 
-    def padding_share(bucket_steps: int) -> float:
+    def padding_share(length_bucket_steps: int) -> float:
         dataset = RecordDataset([DataSource(str(tmp_path / "set"))], lambda record: record)
-        loader = step_loader(dataset, list, 4, seed=0, bucket_steps=bucket_steps)
+        loader = step_loader(dataset, list, 4, seed=0, length_bucket_steps=length_bucket_steps)
         for step, _ in zip(loader, range(10), strict=False):
             objective.padding.update([round(100 * record.json["duration"]) for record in step])
         return objective.padding.take()["padding_share"]
@@ -143,7 +143,7 @@ def test_the_loss_is_over_what_is_masked_and_an_idle_sample_teaches_nothing():
     loss = objective.loss(module, batch)
     targets = objective.statistics.counts[0].sum() * 2
     assert objective.count(batch) == int(targets) > 0
-    more = objective.collate([*samples, objective.idle(module)])
+    more = objective.collate([*samples, objective.dummy_sample(module)])
     assert objective.count(more) == objective.count(batch)
     assert torch.allclose(objective.loss(module, more), loss, rtol=1e-4)
 
@@ -157,7 +157,7 @@ def test_collapsed_codes_are_warned_of(capsys):
 
 
 def test_letters_are_learnt_from_transcripts_and_a_run_starts_from_another(config, spoken):
-    training = {"steps": 80, "batch_size": 8, "rates": {"*": 5e-3}, "log_every": 20, "workers": 0}
+    training = {"steps": 80, "batch_size": 8, "learning_rates": {"*": 5e-3}, "log_every": 20, "workers": 0}
     file, folder = config(data=[{"path": str(spoken)}], transcripts=True, best_rq={}, training=training)
     main(["--config", str(file)])
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
@@ -165,7 +165,7 @@ def test_letters_are_learnt_from_transcripts_and_a_run_starts_from_another(confi
     assert not any("letters" in name for name in load_speech_encoder(folder).state_dict())  # the layer is not kept
     begun = folder.with_name("begun")
     main([*("--config", str(file), "--encoder", "null", "--start_from", str(folder), "--output", str(begun)),
-          *("--training.steps", "1", "--training.rates", '{"*": 0.0}')])  # fmt: skip
+          *("--training.steps", "1", "--training.learning_rates", '{"*": 0.0}')])  # fmt: skip
     earlier, later = (load_speech_encoder(run).state_dict() for run in (folder, begun))
     assert all(torch.equal(later[name], value) for name, value in earlier.items())
 
@@ -183,7 +183,7 @@ def test_what_is_spelt_is_changed_by_record_and_visit(spoken):
 
 
 def test_a_stage_hears_changed_sounds_and_takes_its_statistics_of_plain_ones(config, spoken):
-    training = {"steps": 2, "batch_size": 4, "rates": {"*": 1e-3}, "log_every": 1, "workers": 0}
+    training = {"steps": 2, "batch_size": 4, "learning_rates": {"*": 1e-3}, "log_every": 1, "workers": 0}
     losses, deviations = [], []
     for augment in (None, {"max_gain": 3.0, "max_noise": 12.0}):
         file, folder = config(
@@ -219,7 +219,7 @@ def test_the_loss_over_letters_is_the_sum_of_each_utterance_alone():
     module, objective = SpellingEncoder(SpeechEncoder(SpeechEncoderConfig(**ENCODER))), SpellingObjective()
     samples = [Transcribed(torch.randn(length, 80), spelling(text)) for length, text in ((61, "ab"), (140, "Cab, 'd'"))]
     alone = [objective.collate([sample]) for sample in samples]
-    both = objective.collate([*samples, objective.idle(module)])
+    both = objective.collate([*samples, objective.dummy_sample(module)])
     assert objective.count(both) == sum(map(objective.count, alone)) == 2 + 5
     torch.testing.assert_close(objective.loss(module, both), sum(objective.loss(module, one) for one in alone))
 
@@ -255,7 +255,7 @@ def test_what_is_said_is_spelt_and_not_what_is_answered(spoken):
 def test_the_error_rate_is_of_all_that_was_said_since_the_last_report():
     torch.manual_seed(0)
     module, objective = SpellingEncoder(SpeechEncoder(SpeechEncoderConfig(**ENCODER))), SpellingObjective()
-    samples = [Transcribed(torch.randn(80, 80), spelling("ab")), objective.idle(module)]
+    samples = [Transcribed(torch.randn(80, 80), spelling("ab")), objective.dummy_sample(module)]
     for sample in samples:  # the second, a rank's without work, counts for nothing
         objective.loss(module, objective.collate([sample]))
     rate = objective.observe(module)["letter_error_rate"]

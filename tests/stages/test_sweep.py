@@ -39,7 +39,7 @@ def sweep_config(run_folder, squares, tmp_path):
             "output": "replaced",
             "start_from": str(run_folder),
             "data": [{"path": str(squares)}],
-            "training": {"steps": 6, "batch_size": 4, "rates": RATES, "save_every": 2, "workers": 0},
+            "training": {"steps": 6, "batch_size": 4, "learning_rates": RATES, "save_every": 2, "workers": 0},
         }
         values = {
             "output": str(tmp_path / "sweep"),
@@ -48,7 +48,7 @@ def sweep_config(run_folder, squares, tmp_path):
                 {"name": "questions", "data": [{"path": str(squares), "task": "vqa"}]},
                 {"name": "captions", "data": [{"path": str(squares), "task": "caption"}]},
             ],
-            "rate_factors": [1, 10],
+            "learning_rate_factors": [1, 10],
             "weight_decays": [0],
             "scoring": {"path": str(squares), "metric": "chrf", "limit": 6},
             **changes,
@@ -100,11 +100,16 @@ def test_combinations_differ_in_what_their_names_say_alone(sweep_config):
     assert len(combinations) == len({combination.run for combination in combinations}) == 8
     first, last = asdict(combinations[0].settings), asdict(combinations[-1].settings)
     assert Path(last["output"]).name == "captions-rate10-decay0.1"
-    assert last["training"]["rates"] == pytest.approx({**RATES, "*.gate_[af]*": 0.1, "*": 0.01})
-    assert list(last["training"]["rates"]) == list(RATES)  # the first pattern that fits decides
+    assert last["training"]["learning_rates"] == pytest.approx({**RATES, "*.gate_[af]*": 0.1, "*": 0.01})
+    assert list(last["training"]["learning_rates"]) == list(RATES)  # the first pattern that fits decides
     assert last["training"]["weight_decay"] == 0.1 and last["data"][0]["task"] == "caption"
     for settings in (first, last):
-        del settings["output"], settings["data"], settings["training"]["rates"], settings["training"]["weight_decay"]
+        del (
+            settings["output"],
+            settings["data"],
+            settings["training"]["learning_rates"],
+            settings["training"]["weight_decay"],
+        )
     assert first == last
 
 
@@ -117,7 +122,7 @@ def test_as_many_of_the_best_are_averaged_as_score_best_together(
     def finetune(settings):
         model = copy.deepcopy(tiny_model)
         with torch.no_grad():
-            model.get_parameter(gate).fill_(1000 * settings.training.rates["*"])
+            model.get_parameter(gate).fill_(1000 * settings.training.learning_rates["*"])
         save(settings.output, model, tiny_processor, bundle=True)
 
     def scored(model, processor, records, metrics, limit):
@@ -127,10 +132,12 @@ def test_as_many_of_the_best_are_averaged_as_score_best_together(
 
     monkeypatch.setattr(stages.sweep, "finetune", finetune)
     monkeypatch.setattr(stages.sweep, "evaluate", scored)
-    file, folder = sweep_config(rate_factors=[9, 3, 1], subsets=[{"name": "all", "data": [{"path": "anywhere"}]}])
+    file, folder = sweep_config(
+        learning_rate_factors=[9, 3, 1], subsets=[{"name": "all", "data": [{"path": "anywhere"}]}]
+    )
     assert mm_sweep(file)[0] == 0
     summary = json.loads((folder / "sweep.json").read_text())
-    assert [row["rate_factor"] for row in summary["runs"]] == [1, 3, 9] and summary["num_averaged"] == 2
+    assert [row["learning_rate_factor"] for row in summary["runs"]] == [1, 3, 9] and summary["num_averaged"] == 2
     assert [row["score"] for row in summary["averages"]] == pytest.approx([8.1, 8.9, 9 - (13 / 3 - 1.9)])
     assert mm.load(folder / "best")[0].get_parameter(gate).item() == 2
     assert "| 2 | chrf 8.9 ± 0.5 (6 samples) |" in (folder / "sweep.md").read_text()
@@ -170,7 +177,7 @@ def test_an_interrupted_sweep_goes_on_and_the_best_are_averaged(
     scores = [row["score"] for row in rows]
     assert scores == sorted(scores, reverse=True) and len(set(scores)) > 1
     for row in rows:
-        assert row["run"] == f"{row['subset']}-rate{row['rate_factor']:g}-decay{row['weight_decay']:g}"
+        assert row["run"] == f"{row['subset']}-rate{row['learning_rate_factor']:g}-decay{row['weight_decay']:g}"
 
     averages = [row["score"] for row in summary["averages"]]
     taken = averages.index(max(averages)) + 1
@@ -189,8 +196,8 @@ def test_a_run_that_fails_is_named_and_the_others_are_done(sweep_config, mm_swee
         {"name": "absent", "data": [{"path": str(tmp_path / "nowhere")}]},
         {"name": "questions", "data": [{"path": str(squares), "task": "vqa"}]},
     ]
-    once = {"rate_factors": [1], "scoring": {"path": str(squares), "limit": 2}}
-    training = {"steps": 1, "batch_size": 2, "rates": RATES, "workers": 0}
+    once = {"learning_rate_factors": [1], "scoring": {"path": str(squares), "limit": 2}}
+    training = {"steps": 1, "batch_size": 2, "learning_rates": RATES, "workers": 0}
     file, folder = sweep_config(subsets=subsets, **once, base={"training": training})
     code, out, err = mm_sweep(file)
     summary = json.loads((folder / "sweep.json").read_text())
@@ -210,11 +217,11 @@ def test_a_run_that_fails_is_named_and_the_others_are_done(sweep_config, mm_swee
     ("changes", "said"),
     [
         ({"subsets": []}, "subsets is empty"),
-        ({"rate_factors": []}, "rate_factors is empty"),
+        ({"learning_rate_factors": []}, "learning_rate_factors is empty"),
         ({"weight_decays": []}, "weight_decays is empty"),
-        ({"rate_factors": [1, 2, 1.0]}, "questions-rate1-decay0: there twice"),
+        ({"learning_rate_factors": [1, 2, 1.0]}, "questions-rate1-decay0: there twice"),
         ({"weight_decays": [0.1, 0.1]}, "there twice"),
-        ({"rate_factors": [0]}, "rate_factors has 0"),
+        ({"learning_rate_factors": [0]}, "learning_rate_factors has 0"),
         ({"weight_decays": [-1]}, "training.weight_decay is -1"),
         ({"subsets": [{"name": "a", "data": []}]}, "subset a has no data"),
         ({"subsets": [{"name": "../a", "data": [{"path": "x"}]}]}, "subset '../a'"),
@@ -233,7 +240,7 @@ def test_mistakes_are_one_line_and_leave_nothing(sweep_config, mm_sweep, changes
 
 
 def test_several_processes_are_refused(sweep_config, monkeypatch):
-    monkeypatch.setattr(stages.sweep.Ranks, "here", lambda: stages.sweep.Ranks(0, 2))
+    monkeypatch.setattr(stages.sweep.Ranks, "current", lambda: stages.sweep.Ranks(0, 2))
     file, folder = sweep_config()
     with pytest.raises(ValueError, match="a sweep is one process"):
         stages.sweep.sweep(parsed(file))

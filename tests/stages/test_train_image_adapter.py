@@ -103,7 +103,9 @@ def test_it_learns_to_name_colours_and_the_blind_control_does_not(adapter_config
     """The language model is random: whatever is said comes through the blocks."""
     training = {"steps": 140, "batch_size": 16, "log_every": 20, "save_every": 1000, "evaluate_every": 70}
     rates = {"language_model.*": None, "extra_embeddings": None, "*.gate_[af]*": 0.08, "*": 0.006}
-    file, folder = adapter_config(training={**training, "rates": rates}, data=[{"path": str(squares), "task": "vqa"}])
+    file, folder = adapter_config(
+        training={**training, "learning_rates": rates}, data=[{"path": str(squares), "task": "vqa"}]
+    )
     main(["--config", str(file)])
     rows = numbers(folder)
     reported = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -128,7 +130,7 @@ def test_two_processes_train_as_one(adapter_config, tmp_path):
     main(["--config", str(file)])
     together = tmp_path / "together"
     stage = ["--nproc-per-node", "2", "-m", "stages.train_image_adapter", "--config", str(file)]
-    stage += ["--output", str(together), "--training.checkpoint_activations", "true"]
+    stage += ["--output", str(together), "--training.activation_checkpointing", "true"]
     process = start("-m", "torch.distributed.run", "--standalone", *stage)
     said = process.communicate(timeout=240)[1]
     assert process.returncode == 0, said[-3000:]
@@ -146,7 +148,7 @@ def test_micro_batches_and_recomputed_activations_train_alike(adapter_config, tm
     main(["--config", str(file)])
     main([
         *("--config", str(file), "--output", str(tmp_path / "other"), "--training.micro_batch_size", "3"),
-        *("--training.checkpoint_activations", "true"),
+        *("--training.activation_checkpointing", "true"),
     ])  # fmt: skip
     losses, others = ([row["loss"] for row in numbers(place)] for place in (folder, tmp_path / "other"))
     assert losses == pytest.approx(others, rel=1e-3) and len(losses) == 8
@@ -170,7 +172,7 @@ def test_the_language_model_is_held_in_bf16_while_it_trains_and_written_as_it_wa
     found = {}
     for compute in ("bf16", "fp32"):
         file, folder = adapter_config(
-            language_model=str(released), bundle=True, training={"steps": 4, "compute": compute}
+            language_model=str(released), bundle=True, training={"steps": 4, "precision": compute}
         )
         main(["--config", str(file)])
         found[compute] = numbers(folder)
@@ -244,8 +246,11 @@ def test_records_that_teach_nothing_are_left_out(adapter_config, square_record, 
         ({"adapter": {"positions": [7]}}, r"adapter positions \(7,\) must ascend within 0..6"),
         ({"max_tiles": 5}, "max_tiles is 5; this model's image encoder takes 1 to 4"),
         ({"tile_size": 30}, "tile_size 30 is not a multiple of patch_size 14"),
-        ({"training": {"rates": {"*": 0.001}}}, "keeps the language model as it is"),
-        ({"training": {"rates": {"image_adapter.*": 0.001}}}, "no pattern of `rates` fits extra_embeddings"),
+        ({"training": {"learning_rates": {"*": 0.001}}}, "keeps the language model as it is"),
+        (
+            {"training": {"learning_rates": {"image_adapter.*": 0.001}}},
+            "no pattern of `learning_rates` fits extra_embeddings",
+        ),
         ({"training": {"batch_size": 0}}, "training.batch_size is 0"),
         ({"chat_template": "{% for"}, "chat template"),
         ({"device": "abacus"}, "abacus"),
@@ -311,7 +316,7 @@ def test_it_goes_on_from_an_earlier_model_at_another_resolution(adapter_config, 
         "42",
         "--training.steps",
         "1",
-        "--training.rates",
+        "--training.learning_rates",
     ]
     main([*command, json.dumps({"image_adapter.projection.bias": 1e-3, "*": None})])
     annealed, processor = mm.load(second)

@@ -35,7 +35,7 @@ ADAPTER = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 2}
 READER = {**ADAPTER, "readout": True}
 WORDS = {"yes": 440, "no": 1500}  # Hz
 RATES = {"speech_*": 3e-3, "*": None}
-TWO_STEPS = {"steps": 2, "batch_size": 4, "rates": RATES, "workers": 0}
+TWO_STEPS = {"steps": 2, "batch_size": 4, "learning_rates": RATES, "workers": 0}
 
 
 def words_of(number: int) -> str:
@@ -116,7 +116,7 @@ def speech_config(run_folder, recordings, tmp_path):
             "training": {
                 "steps": 60,
                 "batch_size": 16,
-                "rates": RATES,
+                "learning_rates": RATES,
                 "warmup_steps": 5,
                 "weight_decay": 0.0,
                 "workers": 0,
@@ -197,7 +197,7 @@ def test_a_model_that_only_hears_learns_by_alignment_and_goes_on_with_the_langua
         batch.speech = batch.speech[::-1]  # silence for words and words for silence
         assert objective.loss(model, batch) / objective.count(batch) > 2
     heard = processor.record_example(tones(107, "test")).speech
-    assert model.hear(heard).square().mean() > 0
+    assert model.encode_audio(heard).square().mean() > 0
     on = {"start_from": str(first), "encoder": None, "adapter": {}, "ctc_weight": 0.1, "training": TWO_STEPS}
     file, second = speech_config("second", **on)
     main(["--config", str(file)])
@@ -306,7 +306,7 @@ def test_an_encoder_of_its_own_folder_is_taken_as_it_is(speech_config, tmp_path)
     encoder.set_feature_statistics(torch.full((80,), -3.0), torch.full((80,), 2.5))
     save_speech_encoder(tmp_path / "encoder", encoder)
     assert torch.equal(load_speech_encoder(tmp_path / "encoder").input_proj.weight, encoder.input_proj.weight)
-    only_adapter = {**TWO_STEPS, "rates": {"speech_adapter.*": 1e-3, "*": None}}
+    only_adapter = {**TWO_STEPS, "learning_rates": {"speech_adapter.*": 1e-3, "*": None}}
     file, folder = speech_config(encoder=None, speech_encoder=str(tmp_path / "encoder"), training=only_adapter)
     main(["--config", str(file)])
     model, _ = mm.load(folder)
@@ -342,9 +342,9 @@ def test_what_hears_without_a_readout_is_not_aligned_any_more(speech_config, cap
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"training": {**TWO_STEPS, "rates": {"*": 1e-3}}}, "keeps the language model as it is"),
+        ({"training": {**TWO_STEPS, "learning_rates": {"*": 1e-3}}}, "keeps the language model as it is"),
         (
-            {"training": {**TWO_STEPS, "rates": {"speech_*": 1e-3, "image_adapter.*": 1e-3, "*": None}}},
+            {"training": {**TWO_STEPS, "learning_rates": {"speech_*": 1e-3, "image_adapter.*": 1e-3, "*": None}}},
             r"trains speech_\* alone",
         ),
         ({"encoder": None}, "one of the two"),

@@ -72,12 +72,12 @@ def video_config(run_folder, clips, tmp_path):
             "output": str(tmp_path / name),
             "start_from": str(run_folder),
             "adapter": ADAPTER,
-            "data": [{"path": str(clips), "together": 2}],
+            "data": [{"path": str(clips), "group_size": 2}],
             "max_frames": 4,
             "training": {
                 "steps": 110,
                 "batch_size": 16,
-                "rates": {"video_adapter.*": 5e-3, "*": None},
+                "learning_rates": {"video_adapter.*": 5e-3, "*": None},
                 "workers": 0,
                 "log_every": 10,
             },
@@ -113,7 +113,7 @@ def test_clips_are_learnt_and_nothing_else_changes(video_config, run_folder, cli
 def test_the_aggregator_learns_by_the_answers_embeddings_alone(video_config, run_folder):
     """Without the language model running: what it makes of a clip comes to lie nearest to the clip's answer."""
     rates = {"video_adapter.aggregator.*": 5e-3, "*": None}
-    training = {"steps": 60, "batch_size": 16, "rates": rates, "workers": 0, "log_every": 20}
+    training = {"steps": 60, "batch_size": 16, "learning_rates": rates, "workers": 0, "log_every": 20}
     file, folder = video_config("aligned", training=training, matching_weight=1.0, next_token_weight=0.0)
     main(["--config", str(file)])
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
@@ -124,7 +124,7 @@ def test_the_aggregator_learns_by_the_answers_embeddings_alone(video_config, run
 
 
 def test_finetuning_goes_on_with_more_frames_and_larger_tiles(video_config, clips):
-    two_steps = {"steps": 2, "batch_size": 4, "rates": {"video_adapter.*": 1e-3, "*": None}, "workers": 0}
+    two_steps = {"steps": 2, "batch_size": 4, "learning_rates": {"video_adapter.*": 1e-3, "*": None}, "workers": 0}
     file, first = video_config("first", training=two_steps)
     main(["--config", str(file)])
     changes = {"start_from": str(first), "factor": 2, "tile_size": 42, "max_frames": 3, "adapter": {}}
@@ -137,7 +137,7 @@ def test_finetuning_goes_on_with_more_frames_and_larger_tiles(video_config, clip
     sample = processor.record_example(ShardSet(clips)[0])
     assert len(sample.videos[0].frames) == 3
     assert (
-        model._look(mm.collate([sample]), None)["video"].tokens.shape[0]
+        model.vision_contexts(mm.collate([sample]), None)["video"].tokens.shape[0]
         == 2 * model.vision_encoder.config.tokens_per_tile
     )
 
@@ -145,13 +145,16 @@ def test_finetuning_goes_on_with_more_frames_and_larger_tiles(video_config, clip
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"training": {"steps": 1, "batch_size": 2, "rates": {"*": 1e-3}}}, "keeps the language model as it is"),
+        (
+            {"training": {"steps": 1, "batch_size": 2, "learning_rates": {"*": 1e-3}}},
+            "keeps the language model as it is",
+        ),
         (
             {
                 "training": {
                     "steps": 1,
                     "batch_size": 2,
-                    "rates": {"video_adapter.*": 1e-3, "image_adapter.*": 1e-3, "*": None},
+                    "learning_rates": {"video_adapter.*": 1e-3, "image_adapter.*": 1e-3, "*": None},
                 }
             },
             r"trains video_adapter\.\* alone",
@@ -171,7 +174,7 @@ def test_wrong_settings_are_named(video_config, capsys, changes, message):
 
 
 def test_every_part_has_its_file(video_config):
-    training = {"steps": 1, "batch_size": 2, "rates": {"video_adapter.*": 1e-3, "*": None}, "workers": 0}
+    training = {"steps": 1, "batch_size": 2, "learning_rates": {"video_adapter.*": 1e-3, "*": None}, "workers": 0}
     file, folder = video_config("files", training=training, bundle=True)
     main(["--config", str(file)])
     there = {path.stem for path in folder.glob("*.safetensors")}

@@ -113,7 +113,7 @@ def test_mixed_and_recaptioned_sets_are_trained_on(home, mm_build, squares, run_
     assert (code, err) == (0, "") and "15 records in data/mix" in out and "9    0.6000 of 0.6000 wanted" in out
     assert mm_build("mix", "--config", "mix.yaml", "--budget", 9999, "--output", "x")[0] == 1
     for stage, name in ((finetune, "chat"), (train_image_adapter, "annealed")):
-        training = {"steps": 1, "batch_size": 4, "rates": {**FROZEN, "*": 1e-3}, "workers": 0}
+        training = {"steps": 1, "batch_size": 4, "learning_rates": {**FROZEN, "*": 1e-3}, "workers": 0}
         values = {"output": name, "start_from": str(run_folder), "data": [{"path": "data/mix"}], "training": training}
         Path("stage.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
         stage(["--config", "stage.yaml"])

@@ -2,7 +2,7 @@
 
     torchrun ... many_ranks.py FOLDER
 
-FOLDER/plan.pt holds {"samples", "objective", "units", "gradients": {name: (model, TrainingConfig)},
+FOLDER/plan.pt holds {"samples", "objective", "fsdp_modules", "gradients": {name: (model, TrainingConfig)},
 "runs": [(folder, model, TrainingConfig, checkpoint of an earlier run that it goes on from, or None)]}. The first rank
 leaves FOLDER/{name}.pt with the loss, norms and whole gradients of one step, and the trained weights of each run in its
 folder.
@@ -21,8 +21,8 @@ from mm.training.adapters import LAYERS
 from mm.training.compiling import compiled
 from mm.training.data import collate_step
 from mm.training.guards import Guard
-from mm.training.optimizer import apply_rates, build_optimizer
-from mm.training.trainer import recomputed, train, train_step
+from mm.training.optimizer import apply_learning_rates, build_optimizer
+from mm.training.trainer import activation_checkpointing, train, train_step
 
 
 class Spy(torch.optim.SGD):
@@ -32,18 +32,18 @@ class Spy(torch.optim.SGD):
         self.seen = [whole(p.grad).clone() for group in self.param_groups for p in group["params"]]
 
 
-def gradients_of_a_step(model, samples, objective, units, config, ranks) -> dict:
+def gradients_of_a_step(model, samples, objective, fsdp_modules, config, ranks) -> dict:
     module = copy.deepcopy(model)
-    names = list(apply_rates(module, config.rates))
+    names = list(apply_learning_rates(module, config.learning_rates))
     share = -(-len(samples) // ranks.size)
     work = collate_step(
-        samples[ranks.rank :: ranks.size], objective, config.micro_batch_size, objective.idle(model), share
+        samples[ranks.rank :: ranks.size], objective, config.micro_batch_size, objective.dummy_sample(model), share
     )
-    shard(module, units, Layout.of(config, ranks.size), config.compute, "cpu", objective.whole_passes)
+    shard(module, fsdp_modules, Layout.of(config, ranks.size), config.precision, "cpu", objective.forward_methods)
     held = sum(p.to_local().numel() for p in module.parameters())
-    states = build_optimizer(module, apply_rates(module, config.rates), 0.1, (0.9, 0.95)).param_groups
+    states = build_optimizer(module, apply_learning_rates(module, config.learning_rates), 0.1, (0.9, 0.95)).param_groups
     spy = Spy([module.get_parameter(name) for name in names], lr=1.0)
-    with compiled(module, LAYERS, config.compile), recomputed(module, LAYERS, config):
+    with compiled(module, LAYERS, config.compile), activation_checkpointing(module, LAYERS, config):
         step = train_step(module, objective, spy, work.batches, config, "cpu", Guard(None, 0))
     frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
     return {
@@ -53,7 +53,7 @@ def gradients_of_a_step(model, samples, objective, units, config, ranks) -> dict
         "held": held,
         "optimised": sum(len(group["params"]) for group in states),
         "frozen_with_gradient": [name for name in frozen if module.get_parameter(name).grad is not None],
-        "amounts": dict(zip(work.amounts, ranks.sum(*work.amounts.values()), strict=True)),
+        "amounts": dict(zip(work.amounts, ranks.all_reduce_sum(*work.amounts.values()), strict=True)),
     }
 
 
@@ -62,17 +62,17 @@ def main(folder: Path) -> None:
     torch.compile = partial(torch.compile, backend="aot_eager")  # all of it but machine code, which takes minutes
     with joined() as ranks:
         plan = torch.load(folder / "plan.pt", weights_only=False)
-        samples, objective, units = plan["samples"], plan["objective"], plan["units"]
+        samples, objective, fsdp_modules = plan["samples"], plan["objective"], plan["fsdp_modules"]
         for name, (model, config) in plan["gradients"].items():
-            found = gradients_of_a_step(model, samples, objective, units, config, ranks)
-            if ranks.first:
+            found = gradients_of_a_step(model, samples, objective, fsdp_modules, config, ranks)
+            if ranks.is_main:
                 torch.save(found, folder / f"{name}.pt")
         for name, model, config, earlier in plan["runs"]:
-            if earlier and ranks.first:
+            if earlier and ranks.is_main:
                 shutil.copytree(folder / earlier, folder / name / "checkpoints" / Path(earlier).name)
             model = copy.deepcopy(model)
-            train(model, objective, samples, config, folder / name, "test", units=units)
-            if ranks.first:
+            train(model, objective, samples, config, folder / name, "test", fsdp_modules=fsdp_modules)
+            if ranks.is_main:
                 torch.save(model.state_dict(), folder / name / "weights.pt")
 
 

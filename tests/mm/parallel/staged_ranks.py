@@ -30,7 +30,7 @@ from mm.training.adapters import answer_accuracy
 from mm.training.data import collate_step
 from mm.training.guards import Guard
 from mm.training.objectives import NextTokenObjective
-from mm.training.optimizer import apply_rates
+from mm.training.optimizer import apply_learning_rates
 from mm.training.trainer import train, train_step
 from vision.encoder import EncoderLayer, VisionEncoder
 
@@ -53,13 +53,13 @@ def one_step(model, samples, config, ranks) -> dict:
     """Of a step in which each pipeline takes its share of the samples."""
     objective, layout = NextTokenObjective(), Layout.of(config, ranks.size)
     readers = layout.readers(ranks.rank)
-    apply_rates(model, config.rates)
+    apply_learning_rates(model, config.learning_rates)
     share = math.ceil(len(samples) / readers.size)
     mine = samples[readers.rank :: readers.size]
-    work = collate_step(mine, objective, config.micro_batch_size, objective.idle(model), share)
+    work = collate_step(mine, objective, config.micro_batch_size, objective.dummy_sample(model), share)
     stage = cut(model, config, layout, "cpu")
     if readers.size * layout.tensor > 1:
-        shard(stage, UNITS, layout, config.compute, "cpu", objective.whole_passes)
+        shard(stage, UNITS, layout, config.precision, "cpu", objective.forward_methods)
     spy = Spy(stage)
     step = train_step(stage, objective, spy, work.batches, config, "cpu", Guard(None, 0))
     return {
@@ -99,7 +99,7 @@ def run(model, plan: dict, config, folder: Path, ended_in: int | None, ranks: Ra
     except SystemExit as end:
         code = end.code
     assert code == (143 if ended_in else 0)
-    if ranks.first:
+    if ranks.is_main:
         torch.save(model.state_dict(), folder / "weights.pt")
 
 
@@ -110,10 +110,10 @@ def main(folder: Path) -> None:
         for name, (model, config) in plan["steps"].items():
             found: list = [None] * ranks.size
             dist.all_gather_object(found, one_step(copy.deepcopy(model), plan["samples"], config, ranks))
-            if ranks.first:
+            if ranks.is_main:
                 torch.save(found, folder / f"{name}.pt")
         for name, model, config, earlier, ended_in in plan["runs"]:
-            if earlier and ranks.first:
+            if earlier and ranks.is_main:
                 shutil.copytree(folder / earlier, folder / name / "checkpoints" / Path(earlier).name)
             run(model, plan, config, folder / name, ended_in, ranks)
 

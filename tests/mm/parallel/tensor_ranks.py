@@ -23,12 +23,12 @@ from mm.batch import collate
 from mm.cross_attention import CrossAttentionBlock
 from mm.language_model import DecoderLayer
 from mm.parallel.ranks import Layout, joined, mesh_of, shard, whole
-from mm.parallel.tensor_parallel import split_products
+from mm.parallel.tensor_parallel import apply_tensor_parallel
 from mm.training.adapters import answer_accuracy
 from mm.training.data import collate_step
 from mm.training.guards import Guard
 from mm.training.objectives import NextTokenObjective
-from mm.training.optimizer import apply_rates, build_optimizer
+from mm.training.optimizer import apply_learning_rates, build_optimizer
 from mm.training.trainer import train, train_step
 from vision.encoder import EncoderLayer, VisionEncoder
 
@@ -50,13 +50,13 @@ def one_step(model, samples, config, ranks) -> dict:
     objective, layout = NextTokenObjective(), Layout.of(config, ranks.size)
     readers = layout.readers(ranks.rank)
     module = copy.deepcopy(model)
-    names = list(apply_rates(module, config.rates))
-    idle, share = objective.idle(model) if readers.size > 1 else None, -(-len(samples) // readers.size)
+    names = list(apply_learning_rates(module, config.learning_rates))
+    idle, share = objective.dummy_sample(model) if readers.size > 1 else None, -(-len(samples) // readers.size)
     work = collate_step(samples[readers.rank :: readers.size], objective, config.micro_batch_size, idle, share)
-    shard(module, UNITS, layout, config.compute, "cpu", objective.whole_passes)
+    shard(module, UNITS, layout, config.precision, "cpu", objective.forward_methods)
     layers = [layer for layer in module.modules() if isinstance(layer, DecoderLayer)]
     held = sum(p.to_local().numel() for layer in layers for p in layer.parameters())
-    build_optimizer(module, apply_rates(module, config.rates), 0.1, (0.9, 0.95))
+    build_optimizer(module, apply_learning_rates(module, config.learning_rates), 0.1, (0.9, 0.95))
     spy = Spy([module.get_parameter(name) for name in names], lr=1.0)
     tokens, types, vision = watch_tokens(module), watch_types(module), watch_vision(module)
     step = train_step(module, objective, spy, work.batches, config, "cpu", Guard(None, 0))
@@ -67,7 +67,7 @@ def one_step(model, samples, config, ranks) -> dict:
         "gradient_types": spy.types,
         "master_types": {p.dtype for p in module.parameters()},
         "layer_types": types,
-        "vision": [(x.grad.dtype, whole(x.grad.float())) for x in vision] if config.compute == "bf16" else [],
+        "vision": [(x.grad.dtype, whole(x.grad.float())) for x in vision] if config.precision == "bf16" else [],
         "held_of_layers": held,
         "tokens": tokens,
     }
@@ -124,7 +124,7 @@ def evaluated(module: nn.Module, batches: list, layout: Layout) -> dict[str, flo
 
 def refusal(model, ranks: int) -> str:
     try:
-        split_products(copy.deepcopy(model), mesh_of(Layout(tensor=ranks), "cpu")["tensor"])
+        apply_tensor_parallel(copy.deepcopy(model), mesh_of(Layout(tensor=ranks), "cpu")["tensor"])
     except ValueError as error:
         return str(error)
     return ""
@@ -138,19 +138,19 @@ def main(folder: Path) -> None:
             found = one_step(model, samples, config, ranks)
             everyone = [None] * ranks.size
             dist.all_gather_object(everyone, {key: found[key] for key in ("held_of_layers", "tokens")})
-            if ranks.first:
+            if ranks.is_main:
                 torch.save(found | {"everyone": everyone}, folder / f"{name}.pt")
         refused = {name: refusal(*case) for name, case in plan["refused"].items()}
-        if ranks.first:
+        if ranks.is_main:
             torch.save(refused, folder / "refused.pt")
         for name, model, samples, config, earlier in plan["runs"]:
-            if earlier and ranks.first:
+            if earlier and ranks.is_main:
                 shutil.copytree(folder / earlier, folder / name / "checkpoints" / Path(earlier).name)
             module = copy.deepcopy(model)
             evaluate = partial(evaluated, batches=[collate(samples)], layout=Layout.of(config, ranks.size))
             options = {"evaluate": evaluate, "layers": LAYERS, "units": UNITS}
             train(module, NextTokenObjective(), samples, config, folder / name, "test", **options)
-            if ranks.first:
+            if ranks.is_main:
                 torch.save(module.state_dict(), folder / name / "weights.pt")
 
 

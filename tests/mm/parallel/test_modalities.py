@@ -74,9 +74,9 @@ def test_gradients_are_those_of_one_process(model, random_tiles, config, tmp_pat
         "distilled": (with_twins(hearing(model)), SpeechObjective(0.5, 1.0, 0.5), "speech_*"),
     }
     for name, (samples, objective, trained) in cases.items():
-        settings = config(max_gradient_norm=1e9, rates={trained: 1e-3, "*": None})
+        settings = config(max_gradient_norm=1e9, learning_rates={trained: 1e-3, "*": None})
         folder, learner = tmp_path / name, reading(model) if name == "reading" else model
-        carry_out(folder, 2, samples, {name: (learner, settings)}, objective=objective, units=UNITS)
+        carry_out(folder, 2, samples, {name: (learner, settings)}, objective=objective, fsdp_modules=UNITS)
         found, expected = torch.load(folder / f"{name}.pt"), alone(learner, samples, settings, objective)
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4), name
         assert found["gradients"].keys() == expected["gradients"].keys()

@@ -19,10 +19,11 @@ from mm.cross_attention import ImageAdapterConfig
 from mm.parallel.pipeline import Stage, alike, cut, stages_of
 from mm.parallel.ranks import Layout
 from mm.training.adapters import answer_accuracy
+from mm.training.contrastive import ContrastiveModel, TextTowerConfig
 from mm.training.data import Unreadable, collate_step
 from mm.training.guards import Guard
-from mm.training.objectives import ContrastiveModel, NextTokenObjective, TextTowerConfig, next_token_loss
-from mm.training.optimizer import apply_rates
+from mm.training.objectives import NextTokenObjective, next_token_loss
+from mm.training.optimizer import apply_learning_rates
 from mm.training.trainer import train, train_step
 from tests.mm.training.launch import launch
 
@@ -53,7 +54,7 @@ def uneven(samples) -> list[mm.Sample]:
 def alone(model, samples, config) -> dict:
     """Loss, norms and gradients of one step of one process over all samples at once."""
     model = copy.deepcopy(model)
-    apply_rates(model, config.rates)
+    apply_learning_rates(model, config.learning_rates)
 
     class Spy(torch.optim.SGD):
         def step(self) -> None:
@@ -61,9 +62,7 @@ def alone(model, samples, config) -> dict:
 
     spy = Spy([p for p in model.parameters() if p.requires_grad], lr=1.0)
     batches = collate_step(list(samples), NextTokenObjective(), None).batches
-    step = train_step(
-        model, NextTokenObjective(), spy, batches, replace(config, pipeline_ranks=1), "cpu", Guard(None, 0)
-    )
+    step = train_step(model, NextTokenObjective(), spy, batches, replace(config, pp_degree=1), "cpu", Guard(None, 0))
     return {"loss": step.loss, "norms": step.norms, "gradients": spy.seen}
 
 
@@ -152,7 +151,7 @@ def test_stages_one_after_another_are_the_model(build_model, tiny_config, uneven
 
 
 def test_padding_to_the_largest_batch_changes_nothing(model, uneven):
-    apply_rates(model, {**FROZEN, "*": 1e-3})
+    apply_learning_rates(model, {**FROZEN, "*": 1e-3})
     parts = [mm.collate(uneven[start : start + 3]) for start in (0, 3, 6)]
     padded = alike(parts)
     assert {batch.tokens.shape for batch in padded} == {(3, 15)} and len({b.tokens.shape for b in parts}) == 3
@@ -171,13 +170,13 @@ def test_padding_to_the_largest_batch_changes_nothing(model, uneven):
 
 
 def test_what_a_pipeline_cannot_do_is_said(model, config):
-    settings, two = config(pipeline_ranks=2), Layout(pipeline=2)
-    with pytest.raises(ValueError, match=r"pipeline_ranks is 4; .* has 3 of them .* at most 3 ranks"):
+    settings, two = config(pp_degree=2), Layout(pipeline=2)
+    with pytest.raises(ValueError, match=r"pp_degree is 4; .* has 3 of them .* at most 3 ranks"):
         stages_of((2, 4, 6), 6, 4)
-    with pytest.raises(ValueError, match=r"pipeline_ranks is 2, .* 1 micro-batches \(of 7 in 7 samples\)"):
+    with pytest.raises(ValueError, match=r"pp_degree is 2, .* 1 micro-batches \(of 7 in 7 samples\)"):
         cut(model, settings, two, "cpu")
     with pytest.raises(ValueError, match=r"1 micro-batches \(of 4 in 4 samples\)"):
-        cut(model, config(pipeline_ranks=2, micro_batch_size=4), Layout(pipeline=2, shards=2), "cpu")
+        cut(model, config(pp_degree=2, micro_batch_size=4), Layout(pipeline=2, shards=2), "cpu")
     bare = mm.MultimodalModel(replace(model.config, vision_encoder=None, image_adapter=None))
     contrastive = ContrastiveModel(
         model.config.vision_encoder, TextTowerConfig(hidden_size=8, num_layers=1, num_heads=1, embedding_size=8)
@@ -212,8 +211,8 @@ def test_steps_and_runs_are_those_of_one_process(build_model, tiny_config, tiny_
     """
 
     def settings(**changes):
-        pipeline_ranks = 3 if size == 3 else 2
-        return config(**{"max_gradient_norm": 1e9, "micro_batch_size": 2, "pipeline_ranks": pipeline_ranks, **changes})
+        pp_degree = 3 if size == 3 else 2
+        return config(**{"max_gradient_norm": 1e9, "micro_batch_size": 2, "pp_degree": pp_degree, **changes})
 
     steps = {"plain": (tiny_model, settings()), "clipped": (tiny_model, settings(max_gradient_norm=0.1))}
     released = replace(tiny_config, image_adapter=ImageAdapterConfig(positions=(0, 3, 5)))
@@ -221,17 +220,23 @@ def test_steps_and_runs_are_those_of_one_process(build_model, tiny_config, tiny_
         steps["released"] = (build_model(released), settings(micro_batch_size=3))
     if size == 3:
         frozen = dict.fromkeys(("vision_encoder.*", "image_adapter.projection.*", "image_adapter.blocks.0.*"))
-        steps["frozen first stage"] = (tiny_model, settings(rates={**FROZEN, **frozen, "*": 1e-3}))
+        steps["frozen first stage"] = (tiny_model, settings(learning_rates={**FROZEN, **frozen, "*": 1e-3}))
         tied = replace(tiny_config, language_model=replace(tiny_config.language_model, tied_embeddings=True))
         steps["tied"] = (build_model(tied), settings(micro_batch_size=1))
     if size == 4:
-        steps["copies"] = (tiny_model, settings(shard_ranks=1))
-        steps["bf16"] = (build_model(released), settings(compute="bf16"))
-        steps["tensor"] = (tiny_model, settings(tensor_ranks=2))
-        steps["tensor bf16"] = (tiny_model, settings(tensor_ranks=2, compute="bf16"))
-    long = {"steps": 4, "batch_size": 6, "save_every": 2, "rates": {**FROZEN, "*": 1e-4}, "micro_batch_size": 1}
-    staged = settings(**long, max_gradient_norm=1.0, checkpoint_activations=True, evaluate_every=3)
-    whole, second = replace(staged, pipeline_ranks=1), "checkpoints/step-00000002"
+        steps["copies"] = (tiny_model, settings(dp_shard=1))
+        steps["bf16"] = (build_model(released), settings(precision="bf16"))
+        steps["tensor"] = (tiny_model, settings(tp_degree=2))
+        steps["tensor bf16"] = (tiny_model, settings(tp_degree=2, precision="bf16"))
+    long = {
+        "steps": 4,
+        "batch_size": 6,
+        "save_every": 2,
+        "learning_rates": {**FROZEN, "*": 1e-4},
+        "micro_batch_size": 1,
+    }
+    staged = settings(**long, max_gradient_norm=1.0, activation_checkpointing=True, evaluate_every=3)
+    whole, second = replace(staged, pp_degree=1), "checkpoints/step-00000002"
     records, lone = [*uneven, Unreadable("square-0007", "broken picture")], copy.deepcopy(tiny_model)
     evaluate = partial(answer_accuracy, batches=[mm.collate(uneven)], device=torch.device("cpu"))
     train(lone, NextTokenObjective(), records, whole, tmp_path / "alone", "test", evaluate=evaluate)
@@ -247,8 +252,8 @@ def test_steps_and_runs_are_those_of_one_process(build_model, tiny_config, tiny_
             ("sharded", tiny_model, whole, None, None),
             ("to shards", tiny_model, whole, f"run/{second}", None),
             ("from shards", tiny_model, staged, f"sharded/{second}", None),
-            ("to tensor ranks", tiny_model, replace(staged, tensor_ranks=2), f"run/{second}", None),
-            ("bf16 run", tiny_model, replace(staged, compute="bf16"), None, None),
+            ("to tensor ranks", tiny_model, replace(staged, tp_degree=2), f"run/{second}", None),
+            ("bf16 run", tiny_model, replace(staged, precision="bf16"), None, None),
         ]
     said = carry_out(tmp_path, size, samples=uneven, steps=steps, records=records, runs=runs)
 
@@ -257,7 +262,7 @@ def test_steps_and_runs_are_those_of_one_process(build_model, tiny_config, tiny_
 
     validated = lines(tmp_path / "alone")[-1]["eval/loss"]
     for name, _, case, *_ in runs:
-        if case.compute == "bf16":
+        if case.precision == "bf16":
             assert lines(tmp_path / name)[-1]["eval/loss"] == pytest.approx(validated, rel=0.02)
         else:
             assert_same_weights(torch.load(tmp_path / name / "weights.pt"), lone, tiny_model, name)
@@ -291,8 +296,8 @@ def test_steps_and_runs_are_those_of_one_process(build_model, tiny_config, tiny_
 
 def assert_same_step(found: list[dict], model, samples, case, name: str) -> None:
     """What the ranks found is what one process finds."""
-    expected = alone(model, samples, replace(case, compute="fp32", tensor_ranks=1))
-    near = {"rel": 0.02} if case.compute == "bf16" else {"rel": 1e-4}
+    expected = alone(model, samples, replace(case, precision="fp32", tp_degree=1))
+    near = {"rel": 0.02} if case.precision == "bf16" else {"rel": 1e-4}
     for rank in found:
         assert len({shape for shape in rank["shapes"]}) > 1, name  # there was something to pad
         assert rank["loss"] == pytest.approx(expected["loss"], **near), name
@@ -300,16 +305,16 @@ def assert_same_step(found: list[dict], model, samples, case, name: str) -> None
         assert rank["norms"] == pytest.approx(expected["norms"], **near), name
         assert rank["frozen_with_gradient"] == []
     assert {n for rank in found for n in rank["gradients"]} == expected["gradients"].keys()
-    if case.compute == "fp32":
+    if case.precision == "fp32":
         for rank in found:
             for parameter, gradient in rank["gradients"].items():
                 whole = expected["gradients"][parameter]
                 torch.testing.assert_close(gradient, whole, **CLOSE, msg=f"{name} {parameter}")
-    ranks = len(found) // case.pipeline_ranks
-    wholes = [count(stage) for stage in stages(model, case.pipeline_ranks)]
-    shards = case.shard_ranks or ranks // case.tensor_ranks
+    ranks = len(found) // case.pp_degree
+    wholes = [count(stage) for stage in stages(model, case.pp_degree)]
+    shards = case.dp_shard or ranks // case.tp_degree
     for number, rank in enumerate(found):
-        share = 1.1 / shards if case.tensor_ranks == 1 else 0.7  # embeddings and the projection stand on both
+        share = 1.1 / shards if case.tp_degree == 1 else 0.7  # embeddings and the projection stand on both
         assert sum(rank["held"].values()) < share * wholes[number // ranks], name
     gate = expected["gradients"]["image_adapter.blocks.2.gate_attn"]
     assert gate.abs() > 1e-4  # there is something to compare

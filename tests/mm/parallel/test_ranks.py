@@ -14,10 +14,11 @@ import mm
 from mm.batch import IGNORED
 from mm.cross_attention import CrossAttentionBlock
 from mm.language_model import DecoderLayer
+from mm.training.contrastive import ContrastiveObjective
 from mm.training.data import Unreadable, collate_step
 from mm.training.guards import Guard
-from mm.training.objectives import ContrastiveObjective, NextTokenObjective
-from mm.training.optimizer import apply_rates
+from mm.training.objectives import NextTokenObjective
+from mm.training.optimizer import apply_learning_rates
 from mm.training.trainer import train, train_step
 from tests.mm.training.launch import launch
 from vision.encoder import VisionEncoder
@@ -29,9 +30,9 @@ UNITS = (DecoderLayer, VisionEncoder, CrossAttentionBlock)
 TOWERS = (VisionEncoder, open_clip.transformer.ResidualAttentionBlock)
 
 
-def carry_out(folder: Path, size: int, samples, gradients=None, runs=(), objective=None, units=UNITS) -> None:
+def carry_out(folder: Path, size: int, samples, gradients=None, runs=(), objective=None, fsdp_modules=UNITS) -> None:
     folder.mkdir(exist_ok=True)
-    plan = {"samples": samples, "gradients": gradients or {}, "runs": list(runs), "units": units}
+    plan = {"samples": samples, "gradients": gradients or {}, "runs": list(runs), "fsdp_modules": fsdp_modules}
     torch.save(plan | {"objective": objective or NextTokenObjective()}, folder / "plan.pt")
     done = launch(PROGRAM, folder, size)
     assert done.returncode == 0, done.said[-4000:]
@@ -57,7 +58,7 @@ def opened(model):
 def alone(model, samples, config, objective=None) -> dict:
     """One step of one process over all samples."""
     objective = objective or NextTokenObjective()
-    apply_rates(model, config.rates)
+    apply_learning_rates(model, config.learning_rates)
 
     class Spy(torch.optim.SGD):
         def step(self) -> None:
@@ -75,7 +76,7 @@ def test_gradients_are_those_of_one_process(model, uneven, config, tmp_path, siz
     settings = config(max_gradient_norm=1e9)
     cases = {"sharded": settings, "micro": config(max_gradient_norm=1e9, micro_batch_size=1)}
     if size == 4:
-        cases["copies"] = config(max_gradient_norm=1e9, shard_ranks=2)
+        cases["copies"] = config(max_gradient_norm=1e9, dp_shard=2)
     carry_out(tmp_path, size, uneven, gradients={name: (model, case) for name, case in cases.items()})
     expected = alone(model, uneven, settings)
     total = sum(p.numel() for p in model.parameters())
@@ -88,14 +89,14 @@ def test_gradients_are_those_of_one_process(model, uneven, config, tmp_path, siz
             torch.testing.assert_close(found["gradients"][parameter], gradient, **CLOSE, msg=f"{name} {parameter}")
         assert found["gradients"]["image_adapter.blocks.0.gate_attn"].abs() > 1e-4  # there is something to compare
         assert found["frozen_with_gradient"] == [] and found["optimised"] == len(expected["gradients"])
-        assert found["held"] < 1.1 * total / (case.shard_ranks or size)  # frozen parameters are shared out as well
+        assert found["held"] < 1.1 * total / (case.dp_shard or size)  # frozen parameters are shared out as well
         assert found["amounts"]["images"] == sum(len(sample.images) for sample in uneven)
 
 
 @pytest.mark.slow
 def test_compiled_layers_are_gathered_like_others(shallow_model, uneven, config, tmp_path):
     settings = config(max_gradient_norm=1e9)
-    case = replace(settings, compile=True, checkpoint_activations=True)
+    case = replace(settings, compile=True, activation_checkpointing=True)
     carry_out(tmp_path, 2, uneven, gradients={"compiled": (shallow_model, case)})
     expected, found = alone(shallow_model, uneven, settings), torch.load(tmp_path / "compiled.pt")
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
@@ -105,7 +106,7 @@ def test_compiled_layers_are_gathered_like_others(shallow_model, uneven, config,
 
 @pytest.mark.slow
 def test_runs_are_those_of_one_process_and_go_on_with_any_number_of_ranks(model, uneven, config, tmp_path):
-    settings = {"batch_size": 4, "save_every": 2, "rates": {**config().rates, "*": 1e-4}}
+    settings = {"batch_size": 4, "save_every": 2, "learning_rates": {**config().learning_rates, "*": 1e-4}}
     whole = config(steps=6, **settings)
     once = tmp_path / "alone"
     lone = mm.MultimodalModel(model.config)
@@ -137,24 +138,24 @@ def test_contrastive_gradients_are_those_of_one_process(contrastive_model, make_
     bad = Unreadable("square-0007", "broken or truncated picture")
     pairs = make_pairs(6)
     dealt = [*pairs[:3], bad, *pairs[3:], bad]
-    settings = config(max_gradient_norm=1e9, rates={"*": 1e-3})
+    settings = config(max_gradient_norm=1e9, learning_rates={"*": 1e-3})
     models = {loss: opened(contrastive_model(loss)) for loss in ("clip", "siglip")}
     cases = {loss: (model, settings) for loss, model in models.items()}
-    cases["bf16"] = (models["clip"], replace(settings, compute="bf16"))
+    cases["bf16"] = (models["clip"], replace(settings, precision="bf16"))
     runs = []
     if size == 4:
-        cases["copies"] = (models["clip"], replace(settings, shard_ranks=2))
-        training = config(steps=6, batch_size=8, save_every=2, rates={"*": 1e-3})
+        cases["copies"] = (models["clip"], replace(settings, dp_shard=2))
+        training = config(steps=6, batch_size=8, save_every=2, learning_rates={"*": 1e-3})
         saved = "run/checkpoints/step-00000004"
         runs = [("run", models["clip"], training, None), ("again", models["clip"], training, saved)]
     carry_out(tmp_path, size, dealt, cases, runs, ContrastiveObjective(), TOWERS)
     for name, (model, case) in cases.items():
         found = torch.load(tmp_path / f"{name}.pt")
-        expected = alone(model, pairs, replace(case, shard_ranks=None), ContrastiveObjective())
+        expected = alone(model, pairs, replace(case, dp_shard=None), ContrastiveObjective())
         assert found["gradients"].keys() == expected["gradients"].keys()
-        assert found["held"] < 1.2 * sum(p.numel() for p in model.parameters()) / (case.shard_ranks or size)
+        assert found["held"] < 1.2 * sum(p.numel() for p in model.parameters()) / (case.dp_shard or size)
         assert found["amounts"] == {"images": 6, "tiles": sum(pair.tiles.num_tiles for pair in pairs)}
-        if case.compute == "bf16":  # 8 bits, and sharded layers pass on bf16 where autocast leaves FP32
+        if case.precision == "bf16":  # 8 bits, and sharded layers pass on bf16 where autocast leaves FP32
             assert {gradient.dtype for gradient in found["gradients"].values()} == {torch.float32}
             one, other = (torch.cat([g.flatten() for g in step["gradients"].values()]) for step in (found, expected))
             assert F.cosine_similarity(one, other, dim=0) > 0.99
@@ -179,11 +180,11 @@ def test_a_rank_that_does_not_come_is_named_in_seconds(tmp_path):
         "import time\n"
         "from mm.parallel.ranks import joined\n"
         "with joined() as ranks:\n"
-        "    ranks.agree('configuration', {'rates': 1})\n"
+        "    ranks.check_consistent('configuration', {'learning_rates': 1})\n"
         "    if ranks.rank == 1:\n"
         "        time.sleep(20)\n"
         "    else:\n"
-        "        ranks.meet(2)\n"
+        "        ranks.barrier(2)\n"
     )
     done = launch(program, tmp_path, 2)
     assert done.returncode != 0 and "rank 0 waited 2 s" in done.said and "1" in done.said.split("failed")[1][:200]
@@ -195,7 +196,7 @@ def test_ranks_that_were_started_differently_are_named(tmp_path):
     program.write_text(
         "from mm.parallel.ranks import joined\n"
         "with joined() as ranks:\n"
-        "    ranks.agree('configuration', {'rates': ranks.rank == 1})\n"
+        "    ranks.check_consistent('configuration', {'learning_rates': ranks.rank == 1})\n"
     )
     done = launch(program, tmp_path, 2)
     assert done.returncode != 0 and "ranks 1 have another configuration than rank 0" in done.said

@@ -16,7 +16,7 @@ from mm.training.adapters import answer_accuracy
 from mm.training.data import collate_step
 from mm.training.guards import Guard
 from mm.training.objectives import NextTokenObjective
-from mm.training.optimizer import apply_rates
+from mm.training.optimizer import apply_learning_rates
 from mm.training.trainer import train, train_step
 from tests.mm.training.launch import launch
 
@@ -63,7 +63,7 @@ def models(tiny_config, build_model) -> dict[str, mm.MultimodalModel]:
 def alone(model, samples, config) -> dict:
     """One step of one process over all samples."""
     model = copy.deepcopy(model)
-    apply_rates(model, config.rates)
+    apply_learning_rates(model, config.learning_rates)
 
     class Spy(torch.optim.SGD):
         def step(self) -> None:
@@ -71,7 +71,7 @@ def alone(model, samples, config) -> dict:
 
     spy = Spy([p for p in model.parameters() if p.requires_grad], lr=1.0)
     batches = collate_step(list(samples), NextTokenObjective(), None).batches
-    config = replace(config, tensor_ranks=1, shard_ranks=None)
+    config = replace(config, tp_degree=1, dp_shard=None)
     step = train_step(model, NextTokenObjective(), spy, batches, config, "cpu", Guard(None, 0))
     return {"loss": step.loss, "norms": step.norms, "gradients": spy.seen}
 
@@ -110,18 +110,18 @@ def assert_vision_gradient_is_summed_in_fp32(found: list[tuple[torch.dtype, torc
 def test_gradients_are_those_of_one_process(models, uneven, config, tmp_path, size):
     text = [sample for sample in uneven if not sample.images]
     one = config(max_gradient_norm=1e9)
-    two, four = replace(one, tensor_ranks=2), replace(one, tensor_ranks=4)
+    two, four = replace(one, tp_degree=2), replace(one, tp_degree=4)
     steps = {
         "shared": ("wide", uneven, two),
         "micro": ("wide", uneven, replace(two, micro_batch_size=1)),
-        "bf16": ("wide", uneven, replace(two, compute="bf16")),
+        "bf16": ("wide", uneven, replace(two, precision="bf16")),
     }
     if size == 2:
         steps["text"] = ("wide", text, two)
         steps["released"] = ("released", uneven, two)
-        steps["fsdp_bf16"] = ("wide", uneven, replace(one, compute="bf16"))
+        steps["fsdp_bf16"] = ("wide", uneven, replace(one, precision="bf16"))
     else:
-        steps["copies"] = ("wide", uneven, replace(two, shard_ranks=1))
+        steps["copies"] = ("wide", uneven, replace(two, dp_shard=1))
         steps["four"] = ("four", uneven, four)
     carry_out(tmp_path, size, {name: (models[model], *rest) for name, (model, *rest) in steps.items()})
     for name, (model, samples, case) in steps.items():
@@ -130,15 +130,15 @@ def test_gradients_are_those_of_one_process(models, uneven, config, tmp_path, si
             assert found["gradients"] == found["norms"] == {}
             continue
         expected = alone(model, samples, case)
-        if case.compute == "bf16":
+        if case.precision == "bf16":
             assert_close_in_bf16(found, expected)
         else:
             assert_same_step(found, expected, name)
             assert found["gradients"]["image_adapter.blocks.0.gate_attn"].abs() > 1e-4  # there is something to compare
 
-        ranks = case.tensor_ranks
+        ranks = case.tp_degree
         whole = sum(p.numel() for p in model.language_model.model.layers.parameters())
-        shards = size // ranks if case.shard_ranks is None else case.shard_ranks
+        shards = size // ranks if case.dp_shard is None else case.dp_shard
         for rank in found["everyone"]:  # norms and biases of rows stand whole on each tensor rank
             assert whole / (ranks * shards) <= rank["held_of_layers"] < 1.05 * whole / (ranks * shards)
             for tokens, own, attending in rank["tokens"]:
@@ -153,22 +153,24 @@ def test_runs_are_those_of_one_process_and_mistakes_are_named(
 ):
     """Also those that go on with other numbers of tensor ranks than they were saved with."""
     model, batch = models["wide"], mm.collate(uneven)
-    training = config(steps=4, batch_size=4, save_every=2, evaluate_every=4, rates={**config().rates, "*": 1e-4})
+    training = config(
+        steps=4, batch_size=4, save_every=2, evaluate_every=4, learning_rates={**config().learning_rates, "*": 1e-4}
+    )
     lone = copy.deepcopy(model)
 
     def evaluate(module):
         return answer_accuracy(module, [batch], torch.device("cpu"))
 
     train(lone, NextTokenObjective(), uneven, training, tmp_path / "alone", "test", evaluate=evaluate)
-    shared = replace(training, tensor_ranks=2)
+    shared = replace(training, tp_degree=2)
     runs = [
         ("run", model, uneven, shared, None),
         ("again", model, uneven, shared, "run/checkpoints/step-00000002"),
-        ("anew", model, uneven, replace(shared, checkpoint_activations=True), None),
+        ("anew", model, uneven, replace(shared, activation_checkpointing=True), None),
         ("unshared", model, uneven, training, "run/checkpoints/step-00000002"),
         ("shared", model, uneven, shared, "alone/checkpoints/step-00000002"),
-        ("bf16", model, uneven, replace(shared, compute="bf16"), None),
-        ("fsdp_bf16", model, uneven, replace(training, compute="bf16"), None),
+        ("bf16", model, uneven, replace(shared, precision="bf16"), None),
+        ("fsdp_bf16", model, uneven, replace(training, precision="bf16"), None),
     ]
     narrow = replace(models["four"].config, image_adapter=replace(tiny_config.image_adapter, intermediate_size=90))
     few = replace(narrow, vision_encoder=tiny_config.vision_encoder)
@@ -205,9 +207,8 @@ def test_runs_are_those_of_one_process_and_mistakes_are_named(
     assert last["eval/same"] == 1 and last["eval/number"] > 50
 
     said = torch.load(tmp_path / "refused.pt")
-    assert said["lm"] == "training.tensor_ranks is 4; it must divide num_kv_heads of the language model, 2"
-    assert said["encoder"] == "training.tensor_ranks is 4; it must divide num_heads of the image encoder, 2"
+    assert said["lm"] == "training.tp_degree is 4; it must divide num_kv_heads of the language model, 2"
+    assert said["encoder"] == "training.tp_degree is 4; it must divide num_heads of the image encoder, 2"
     assert (
-        said["adapter"] == "training.tensor_ranks is 4; it must divide "
-        "intermediate_size of the cross-attention blocks, 90"
+        said["adapter"] == "training.tp_degree is 4; it must divide intermediate_size of the cross-attention blocks, 90"
     )

@@ -109,7 +109,7 @@ def write_and_read_in_every_layout(folder: Path, ranks: Ranks) -> None:
             assert found or other == "stages"
             for name, tensor in found.items():
                 assert torch.equal(tensor, expected[name]), f"{layout} -> {other}: {name}"
-        if ranks.first:
+        if ranks.is_main:
             torch.save(expected, folder / layout / "expected.pt")
 
 
@@ -122,7 +122,7 @@ def write_onto_a_full_disk(folder: Path, ranks: Ranks) -> None:
         if ranks.rank == ranks.size - 1:
             (folder / "full" / "checkpoints" / ".new-00000002").mkdir()
             (folder / "full" / "checkpoints" / ".new-00000002" / f"__{ranks.rank}_0.distcp").symlink_to("/dev/full")
-        ranks.sum()
+        ranks.all_reduce_sum()
         checkpoints.save(2, Position(0), {})
         try:
             checkpoints.save(3, Position(0), {})
@@ -172,12 +172,12 @@ def run(model, samples, config, folder: Path, ended_in: int | None, ranks: Ranks
     code = 0
     try:
         evaluate = partial(mean_state, samples=samples)
-        train(model, objective, dataset, config, folder, "test", units=UNITS, evaluate=evaluate)
+        train(model, objective, dataset, config, folder, "test", fsdp_modules=UNITS, evaluate=evaluate)
     except SystemExit as end:
         code = end.code
     (folder / f"ended-{ranks.rank}").write_text(str(code))
     (folder / f"samples-{ranks.size}-{ranks.rank}.json").write_text(json.dumps(dataset.steps))
-    if ranks.first and code == 0:
+    if ranks.is_main and code == 0:
         torch.save(model.state_dict(), folder / "weights.pt")
 
 

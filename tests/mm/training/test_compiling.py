@@ -20,8 +20,8 @@ from mm.training.config import TrainingConfig
 from mm.training.data import collate_step
 from mm.training.guards import Guard
 from mm.training.objectives import NextTokenObjective
-from mm.training.optimizer import apply_rates
-from mm.training.trainer import recomputed, train_step
+from mm.training.optimizer import apply_learning_rates
+from mm.training.trainer import activation_checkpointing, train_step
 
 
 class Spy(torch.optim.SGD):
@@ -33,10 +33,10 @@ class Spy(torch.optim.SGD):
 
 def gradients(model, samples, config) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of one step."""
-    names = list(apply_rates(model, config.rates))
+    names = list(apply_learning_rates(model, config.learning_rates))
     spy = Spy([model.get_parameter(name) for name in names], lr=1.0)
     batches = collate_step(list(samples), NextTokenObjective(), None).batches
-    with compiled(model, LAYERS, config.compile), recomputed(model, LAYERS, config):
+    with compiled(model, LAYERS, config.compile), activation_checkpointing(model, LAYERS, config):
         step = train_step(model, NextTokenObjective(), spy, batches, config, "cpu", Guard(None, 0))
     return step.loss, dict(zip(names, spy.seen, strict=True))
 
@@ -73,7 +73,7 @@ def test_compiled_layers_have_the_gradients_of_others(shallow_model, config, rag
     for name, gradient in exact.items():  # fp32 sums in another order, through three layers and back
         torch.testing.assert_close(seen[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
     assert exact["image_adapter.blocks.0.gate_attn"].abs() > 1e-4  # there is something to compare
-    changes = {"compile": True, "compute": "bf16", "checkpoint_activations": True}
+    changes = {"compile": True, "precision": "bf16", "activation_checkpointing": True}
     found, seen = gradients(shallow_model, samples, replace(settings, **changes))
     assert found != loss and found == pytest.approx(loss, rel=0.02)  # bf16 has 8 bits, and was used
     assert {gradient.dtype for gradient in seen.values()} == {torch.float32}
@@ -109,17 +109,17 @@ def test_other_sizes_need_no_other_code(shallow_model, config, traced, ragged):
 @pytest.mark.slow
 def test_a_run_compiles_and_leaves_the_layers_as_they_were(model, config, run, traced, same):
     other = copy.deepcopy(model)
-    settings = config(steps=2, checkpoint_activations=True)
-    run(model, settings, layers=LAYERS)
+    settings = config(steps=2, activation_checkpointing=True)
+    run(model, settings, checkpointed_modules=LAYERS)
     assert traced() == 0
-    run(other, replace(settings, compile=True), "compiled", layers=LAYERS)
+    run(other, replace(settings, compile=True), "compiled", checkpointed_modules=LAYERS)
     assert traced() > 0
     assert not [layer for layer in other.modules() if "forward" in vars(layer)]
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(other.state_dict()[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
     assert same(model.language_model, other.language_model)
     with pytest.raises(ValueError, match="another compile;"):  # it rounds in another way
-        run(other, settings, "compiled", layers=LAYERS)
+        run(other, settings, "compiled", checkpointed_modules=LAYERS)
 
 
 def test_without_a_compiler_it_is_said_and_nothing_is_left(model, config, run, monkeypatch, tmp_path):
@@ -129,7 +129,7 @@ def test_without_a_compiler_it_is_said_and_nothing_is_left(model, config, run, m
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("ranks", [{"tensor_ranks": 2}, {"pipeline_ranks": 2}])
+@pytest.mark.parametrize("ranks", [{"tp_degree": 2}, {"pp_degree": 2}])
 def test_ranks_that_share_layers_are_refused(ranks):
     with pytest.raises(ValueError, match=r"training\.compile is for whole layers"):
         TrainingConfig(steps=1, batch_size=4, compile=True, **ranks)

@@ -12,7 +12,15 @@ import torch
 import mm
 from mm.parallel.ranks import Ranks
 from mm.training.adapters import loads_of
-from mm.training.data import DataSource, RecordDataset, Unreadable, collate_step, deal, parts_of, step_loader
+from mm.training.data import (
+    DataSource,
+    RecordDataset,
+    Unreadable,
+    balance_across_ranks,
+    collate_step,
+    parts_of,
+    step_loader,
+)
 from mm.training.flops import text_token_cost
 from mm.training.objectives import NextTokenObjective
 from mm.training.sampler import Buckets, epoch_order, steps
@@ -140,7 +148,7 @@ def test_shares_are_the_same_for_any_workers_ranks_and_restarts(weighed):
 
 def test_records_that_come_together_follow_each_other_in_one_step(squares):
     alone = DataSource(str(squares), split="validation", task="vqa", repeat=0.5)
-    dataset = RecordDataset([alone, DataSource(str(squares), split="test", together=4)], name_of)
+    dataset = RecordDataset([alone, DataSource(str(squares), split="test", group_size=4)], name_of)
     orders = [epoch_order(len(dataset), 0, epoch, dataset.draws, dataset.blocks).tolist() for epoch in range(3)]
     for order in orders:
         assert len(order) == len(set(order)) == 8 + 32
@@ -149,7 +157,7 @@ def test_records_that_come_together_follow_each_other_in_one_step(squares):
         places = [order.index(first) for first in range(16, 48, 4)]
         assert all(order[place : place + 4] == list(range(order[place], order[place] + 4)) for place in places)
     assert len({tuple(order) for order in orders}) == 3
-    only = RecordDataset([DataSource(str(squares), split="test", together=2)], name_of)
+    only = RecordDataset([DataSource(str(squares), split="test", group_size=2)], name_of)
     for step in loaded(only, 8):  # 5 samples each
         assert len(step) == 5
     whole = loaded(only, 20)
@@ -184,10 +192,10 @@ def test_steps_of_samples_about_equally_long():
 def test_buckets_need_durations_and_nothing_that_comes_together(squares):
     for source, said in (
         (DataSource(str(squares)), "tell no durations"),
-        (DataSource(str(squares), together=2), "together"),
+        (DataSource(str(squares), group_size=2), "together"),
     ):
-        with pytest.raises(ValueError, match=f"bucket_steps is 4, and .*{said}"):
-            step_loader(RecordDataset([source], lambda record: record), list, 4, 0, bucket_steps=4)
+        with pytest.raises(ValueError, match=f"length_bucket_steps is 4, and .*{said}"):
+            step_loader(RecordDataset([source], lambda record: record), list, 4, 0, length_bucket_steps=4)
 
 
 def test_a_whole_repeat_is_a_source_named_so_often(squares):
@@ -267,7 +275,7 @@ def test_a_step_is_dealt_out_once_and_evenly(num_ranks):
     generator = torch.Generator().manual_seed(num_ranks)
     for _ in range(20):
         loads = torch.randint(0, 5, (64,), generator=generator).tolist()
-        dealt = deal(loads, num_ranks)
+        dealt = balance_across_ranks(loads, num_ranks)
         assert sorted(position for positions in dealt for position in positions) == list(range(64))
         assert max(map(len, dealt)) <= -(-64 // num_ranks)
         sums = [sum(loads[position] for position in positions) for positions in dealt]
@@ -276,8 +284,8 @@ def test_a_step_is_dealt_out_once_and_evenly(num_ranks):
 
 
 def test_equal_loads_keep_numbers_equal():
-    assert [len(positions) for positions in deal([1] * 7, 3)] == [3, 2, 2]
-    assert deal([5], 2) == [[0], []]
+    assert [len(positions) for positions in balance_across_ranks([1] * 7, 3)] == [3, 2, 2]
+    assert balance_across_ranks([5], 2) == [[0], []]
 
 
 def test_work_is_told_by_the_index(tmp_path, random_picture, square_record, tiny_config):

@@ -13,20 +13,20 @@ import mm
 from mm.batch import IGNORED
 from mm.training.adapters import LAYERS
 from mm.training.config import TrainingConfig
+from mm.training.contrastive import ContrastiveModel, ContrastiveObjective, TextTowerConfig, contrastive_flops
 from mm.training.flops import (
     Learning,
     Row,
     batch_flops,
-    contrastive_flops,
     forward_flops,
     matmul_rate,
     parameters,
     text_token_cost,
     training_flops,
 )
-from mm.training.objectives import ContrastiveModel, ContrastiveObjective, TextTowerConfig, next_token_loss
-from mm.training.optimizer import apply_rates
-from mm.training.trainer import recomputed as recomputed_layers
+from mm.training.objectives import next_token_loss
+from mm.training.optimizer import apply_learning_rates
+from mm.training.trainer import activation_checkpointing
 
 FROZEN = {"language_model.*": None, "extra_embeddings": None}
 BATCHES = {
@@ -69,7 +69,7 @@ def counted(work) -> int:
 def test_operations_are_those_that_pytorch_counts(build_model, wide_config, random_tiles, name, encoder):
     rows = BATCHES[name]
     model = copy.deepcopy(build_model(wide_config))
-    apply_rates(model, {**FROZEN, "vision_encoder.*": 1e-3 if encoder else None, "*": 1e-3})
+    apply_learning_rates(model, {**FROZEN, "vision_encoder.*": 1e-3 if encoder else None, "*": 1e-3})
     batch = mm.collate(samples_of(rows, wide_config, random_tiles))
     with torch.no_grad():
         forward = counted(lambda: next_token_loss(model, batch))
@@ -96,9 +96,9 @@ def test_operations_are_those_that_pytorch_counts(build_model, wide_config, rand
 def test_what_is_frozen_costs_less(build_model, wide_config, random_tiles, patterns, recomputed):
     rows = BATCHES["several images"]
     model = copy.deepcopy(build_model(wide_config))
-    trained = apply_rates(model, {**dict.fromkeys(patterns, 1e-3), "*": None})
+    trained = apply_learning_rates(model, {**dict.fromkeys(patterns, 1e-3), "*": None})
     batch = mm.collate(samples_of(rows, wide_config, random_tiles))
-    with recomputed_layers(model, LAYERS, TrainingConfig(1, 1, checkpoint_activations=recomputed)):
+    with activation_checkpointing(model, LAYERS, TrainingConfig(1, 1, activation_checkpointing=recomputed)):
         training = counted(lambda: next_token_loss(model, batch).backward())
     learning = Learning.of(trained, wide_config)
     assert training_flops(wide_config, rows, learning, recomputed).total == pytest.approx(training, rel=0.02)
@@ -108,7 +108,7 @@ def test_what_is_frozen_costs_less(build_model, wide_config, random_tiles, patte
 def test_a_text_token_costs_so_many_vision_tokens(build_model, wide_config, random_tiles):
     """One more tile, and sixty more tokens, counted by PyTorch."""
     model = copy.deepcopy(build_model(wide_config))
-    apply_rates(model, {**FROZEN, "*": 1e-3})
+    apply_learning_rates(model, {**FROZEN, "*": 1e-3})
 
     def operations(tokens: int, tiles: int) -> int:
         batch = mm.collate(samples_of([Row(tokens, tokens, (tiles,))], wide_config, random_tiles))
@@ -125,7 +125,7 @@ def test_an_encoder_that_pads_computes_its_padding(build_model, wide_config, ran
     config = replace(wide_config, vision_encoder=encoder)
     rows = BATCHES["ragged"]
     model = copy.deepcopy(build_model(config))
-    apply_rates(model, {**FROZEN, "*": 1e-3})
+    apply_learning_rates(model, {**FROZEN, "*": 1e-3})
     training = counted(lambda: next_token_loss(model, mm.collate(samples_of(rows, config, random_tiles))).backward())
     assert training_flops(config, rows).total == pytest.approx(training, rel=0.02)
 
@@ -134,9 +134,9 @@ def test_an_encoder_that_pads_computes_its_padding(build_model, wide_config, ran
 def test_layers_that_are_computed_anew_are_counted_once_more(build_model, wide_config, random_tiles, encoder):
     rows = BATCHES["text beside"]
     model = copy.deepcopy(build_model(wide_config))
-    apply_rates(model, {**FROZEN, "vision_encoder.*": 1e-3 if encoder else None, "*": 1e-3})
+    apply_learning_rates(model, {**FROZEN, "vision_encoder.*": 1e-3 if encoder else None, "*": 1e-3})
     batch = mm.collate(samples_of(rows, wide_config, random_tiles))
-    with recomputed_layers(model, LAYERS, TrainingConfig(1, 1, checkpoint_activations=True)):
+    with activation_checkpointing(model, LAYERS, TrainingConfig(1, 1, activation_checkpointing=True)):
         training = counted(lambda: next_token_loss(model, batch).backward())
     learning = Learning.all(wide_config, encoder)
     expected = training_flops(wide_config, rows, learning, recomputed=True).total
@@ -156,7 +156,7 @@ def test_a_batch_tells_what_its_rows_hold(wide_config, random_tiles):
 def test_operations_on_pairs_are_those_that_pytorch_counts(tiny_config, make_pairs, frozen):
     objective, text = ContrastiveObjective(), TextTowerConfig(64, 2, 4, 8, embedding_size=48)
     model = ContrastiveModel(tiny_config.vision_encoder, text)
-    trained = apply_rates(model, {**{f"{tower}*": None for tower in frozen}, "*": 1e-3})
+    trained = apply_learning_rates(model, {**{f"{tower}*": None for tower in frozen}, "*": 1e-3})
     batch = objective.collate(make_pairs(4))
     training = counted(lambda: objective.loss(model, batch).backward())
     expected = contrastive_flops(batch, tiny_config.vision_encoder, text, trained)
@@ -174,7 +174,7 @@ def test_the_rate_is_that_of_the_fastest_product(monkeypatch):
 def test_text_alone_costs_the_language_model_once(build_model, wide_config, random_tiles):
     rows = [Row(10, 4)]
     model = build_model(wide_config)
-    apply_rates(model, {**FROZEN, "*": 1e-3})
+    apply_learning_rates(model, {**FROZEN, "*": 1e-3})
     batch = mm.collate(samples_of(rows, wide_config, random_tiles))
     forward = counted(lambda: next_token_loss(model, batch))
     assert training_flops(wide_config, rows).total == pytest.approx(forward, rel=0.02)

@@ -16,10 +16,9 @@ from mm.training.guards import Guard
 from mm.training.live_bytes import LiveBytes
 from mm.training.memory import ShapeModel
 from mm.training.objectives import NextTokenObjective, next_token_loss
-from mm.training.optimizer import apply_rates, build_optimizer
+from mm.training.optimizer import apply_learning_rates, build_optimizer
 from mm.training.precision import lossless_bf16
-from mm.training.trainer import recomputed as recomputed_layers
-from mm.training.trainer import train_step
+from mm.training.trainer import activation_checkpointing, train_step
 from vision.encoder import VisionEncoderConfig
 from vision.tiling import Tiles
 
@@ -52,16 +51,16 @@ def collated(rows: list[Row]) -> mm.Batch:
     return mm.collate(samples)
 
 
-def trained(config: mm.ModelConfig, rates=RATES):
+def trained(config: mm.ModelConfig, learning_rates=RATES):
     torch.manual_seed(0)
     model = mm.MultimodalModel(config).train()
-    return model, build_optimizer(model, apply_rates(model, rates), 0.1, (0.9, 0.95))
+    return model, build_optimizer(model, apply_learning_rates(model, learning_rates), 0.1, (0.9, 0.95))
 
 
 def live_bytes(config: mm.ModelConfig, batches: list, settings: TrainingConfig) -> int:
     """The most bytes that a whole training step makes beside weights and optimizer state, which is there already."""
-    model, optimizer = trained(config, settings.rates)
-    with recomputed_layers(model, LAYERS, settings):
+    model, optimizer = trained(config, settings.learning_rates)
+    with activation_checkpointing(model, LAYERS, settings):
         for _ in range(2):
             with LiveBytes().exclude(model) as live:
                 train_step(model, NextTokenObjective(), optimizer, batches, settings, "cpu", Guard(None, 0))
@@ -73,7 +72,7 @@ def live_bytes(config: mm.ModelConfig, batches: list, settings: TrainingConfig) 
 @pytest.mark.parametrize("padding", ["ragged", "llama32"])
 def test_a_step_holds_what_a_real_step_holds(name, recomputed, padding):
     config = replace(CONFIG, vision_encoder=replace(CONFIG.vision_encoder, padding=padding))
-    settings = TrainingConfig(1, 4, rates=RATES, checkpoint_activations=recomputed)
+    settings = TrainingConfig(1, 4, learning_rates=RATES, activation_checkpointing=recomputed)
     real = live_bytes(config, [collated(BATCHES[name])], settings)
     step = ShapeModel(config, RATES).step(BATCHES[name], recomputed)
     assert step.peak() == pytest.approx(real, rel=CLOSE)
@@ -88,15 +87,17 @@ def test_recomputing_and_fewer_tiles_save_memory():
 
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_a_frozen_encoder_keeps_nothing(recomputed):
-    rates = {"vision_encoder.*": None, **RATES}
-    settings = TrainingConfig(1, 4, rates=rates, checkpoint_activations=recomputed)
+    learning_rates = {"vision_encoder.*": None, **RATES}
+    settings = TrainingConfig(1, 4, learning_rates=learning_rates, activation_checkpointing=recomputed)
     real = live_bytes(CONFIG, [collated(BATCHES["four tiles"])], settings)
-    assert ShapeModel(CONFIG, rates).step(BATCHES["four tiles"], recomputed).peak() == pytest.approx(real, rel=CLOSE)
+    assert ShapeModel(CONFIG, learning_rates).step(BATCHES["four tiles"], recomputed).peak() == pytest.approx(
+        real, rel=CLOSE
+    )
 
 
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_a_micro_batch_after_others_finds_their_gradients(recomputed):
-    settings = TrainingConfig(1, 8, rates=RATES, checkpoint_activations=recomputed)
+    settings = TrainingConfig(1, 8, learning_rates=RATES, activation_checkpointing=recomputed)
     real = live_bytes(CONFIG, [collated(BATCHES["one tile"])] * 2, settings)
     step = ShapeModel(CONFIG, RATES).step(BATCHES["one tile"], recomputed)
     assert step.peak(more_micro_batches=True) == pytest.approx(real, rel=CLOSE)
@@ -111,14 +112,14 @@ def test_bf16_holds_casts_of_what_trains(name, recomputed):
     with torch.no_grad():
         for parameter in model.language_model.parameters():
             parameter.copy_(parameter.bfloat16())  # as released: the run keeps its matrices in bf16
-    batch, settings = collated(BATCHES[name]), TrainingConfig(1, 4, checkpoint_activations=recomputed)
+    batch, settings = collated(BATCHES[name]), TrainingConfig(1, 4, activation_checkpointing=recomputed)
     with lossless_bf16(model.language_model):
         weights = sum(parameter.nbytes for parameter in model.parameters())
-        with recomputed_layers(model, LAYERS, settings), LiveBytes().exclude(model) as live:
+        with activation_checkpointing(model, LAYERS, settings), LiveBytes().exclude(model) as live:
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 loss = next_token_loss(model, batch)
             loss.backward()
-    shapes = ShapeModel(CONFIG, RATES, compute="bf16")
+    shapes = ShapeModel(CONFIG, RATES, precision="bf16")
     assert shapes.state_bytes()["weights"] == weights
     assert shapes.step(BATCHES[name], recomputed).peak() == pytest.approx(live.peak, rel=CLOSE)
 
@@ -147,7 +148,7 @@ def test_weights_gradients_and_optimizer_state(tied):
 
 def test_shards_share_what_lasts_and_gather_units():
     alone, shared = ShapeModel(CONFIG, RATES), ShapeModel(CONFIG, RATES, sharded=True)
-    whole, quarter = alone.state_bytes(), shared.state_bytes(shard_ranks=4)
+    whole, quarter = alone.state_bytes(), shared.state_bytes(dp_shard=4)
     for part in ("weights", "gradients", "optimizer"):
         assert quarter[part] == whole[part] / 4
     model = mm.MultimodalModel(CONFIG)
@@ -155,17 +156,17 @@ def test_shards_share_what_lasts_and_gather_units():
     units = [model.vision_encoder, *model.language_model.model.layers, *model.image_adapter.blocks]
     root = sum(p.numel() for p in model.parameters()) - sum(p.numel() for unit in units for p in unit.parameters())
     assert shared.state_bytes(4)["gathered"] == 4 * root + 2 * 4 * encoder + (4 + 4) * encoder
-    low = ShapeModel(CONFIG, RATES, compute="bf16", sharded=True)
+    low = ShapeModel(CONFIG, RATES, precision="bf16", sharded=True)
     assert low.state_bytes(4)["gathered"] == 4 * root + 2 * 2 * encoder + (2 + 4) * encoder
     step = low.step(BATCHES["four tiles"])
     assert step.activations < alone.step(BATCHES["four tiles"]).activations
-    assert low.bytes_of(step, shard_ranks=4).total < low.bytes_of(step, shard_ranks=2).total
+    assert low.bytes_of(step, dp_shard=4).total < low.bytes_of(step, dp_shard=2).total
 
 
 def test_tensor_ranks_hold_their_heads_and_channels():
     """Of every layer's products half is held; embeddings, norms, the projection and added biases are whole."""
     model = mm.MultimodalModel(CONFIG)
-    whole, half = (ShapeModel(CONFIG, RATES, sharded=True, tensor_ranks=ranks) for ranks in (1, 2))
+    whole, half = (ShapeModel(CONFIG, RATES, sharded=True, tp_degree=ranks) for ranks in (1, 2))
     products = ("proj.weight", "fc1.weight", "fc1.bias", "fc2.weight", "lm_head.weight")
     shared = sum(parameter.numel() for name, parameter in model.named_parameters() if name.endswith(products))
     assert whole.state_bytes()["weights"] - half.state_bytes()["weights"] == 4 * shared / 2
@@ -186,5 +187,5 @@ def test_stages_of_a_pipeline_hold_their_layers_and_the_encoder_each():
 
 
 def test_rates_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="no pattern of `rates` fits"):
+    with pytest.raises(ValueError, match="no pattern of `learning_rates` fits"):
         ShapeModel(CONFIG, {"language_model.*": None})

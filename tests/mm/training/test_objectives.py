@@ -8,12 +8,8 @@ from torch.nn import functional as F
 
 import mm
 from mm.batch import IGNORED
-from mm.training.objectives import (
-    ContrastiveObjective,
-    NextTokenObjective,
-    initialise_encoder,
-    next_token_loss,
-)
+from mm.training.contrastive import ContrastiveObjective, initialise_encoder
+from mm.training.objectives import NextTokenObjective, next_token_loss
 from vision.encoder import VisionEncoder
 
 
@@ -78,7 +74,7 @@ def test_an_idle_pair_is_compared_with_nothing(contrastive, pairs):
     """It runs through both towers and changes neither the loss nor any gradient."""
     objective = ContrastiveObjective()
     found = []
-    for samples in (pairs, [*pairs, objective.idle(contrastive)]):
+    for samples in (pairs, [*pairs, objective.dummy_sample(contrastive)]):
         contrastive.zero_grad()
         batch = objective.collate(samples)
         loss = objective.loss(contrastive, batch)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mm.training.optimizer import apply_rates, build_optimizer, rate_factor, set_rate_factor
+from mm.training.optimizer import apply_learning_rates, build_optimizer, learning_rate_factor, set_learning_rate_factor
 
 
 @pytest.fixture
@@ -19,40 +19,40 @@ def trained(module) -> set[str]:
 
 
 def test_the_first_pattern_that_fits_decides(module):
-    rates = apply_rates(module, {"mouth.*": None, "*.bias": 0.5, "*": 0.1})
-    assert rates == {"eye.weight": 0.1, "eye.bias": 0.5, "norm.weight": 0.1, "norm.bias": 0.5}
-    assert trained(module) == set(rates)
+    learning_rates = apply_learning_rates(module, {"mouth.*": None, "*.bias": 0.5, "*": 0.1})
+    assert learning_rates == {"eye.weight": 0.1, "eye.bias": 0.5, "norm.weight": 0.1, "norm.bias": 0.5}
+    assert trained(module) == set(learning_rates)
 
 
 def test_what_was_frozen_can_be_released(module):
-    apply_rates(module, {"eye.*": None, "*": 0.1})
-    assert set(apply_rates(module, {"eye.*": 0.1, "*": None})) == trained(module) == {"eye.weight", "eye.bias"}
+    apply_learning_rates(module, {"eye.*": None, "*": 0.1})
+    assert set(apply_learning_rates(module, {"eye.*": 0.1, "*": None})) == trained(module) == {"eye.weight", "eye.bias"}
 
 
 @pytest.mark.parametrize(
-    ("rates", "message"),
+    ("learning_rates", "message"),
     [
-        ({"eye.*": 0.1, "norm.*": 0.1}, "no pattern of `rates` fits mouth.weight"),
-        ({}, "no pattern of `rates` fits eye.weight"),
+        ({"eye.*": 0.1, "norm.*": 0.1}, "no pattern of `learning_rates` fits mouth.weight"),
+        ({}, "no pattern of `learning_rates` fits eye.weight"),
         ({"ear.*": 0.1, "Eye.*": None, "*": 0.1}, r"fit no parameter: ear\.\*, Eye\.\*"),
         ({"*": None}, "freezes every parameter"),
     ],
 )
-def test_mistakes_are_refused(module, rates, message):
+def test_mistakes_are_refused(module, learning_rates, message):
     with pytest.raises(ValueError, match=message):
-        apply_rates(module, rates)
+        apply_learning_rates(module, learning_rates)
 
 
 def test_weight_decay_is_for_matrices(module):
-    rates = apply_rates(module, {"mouth.*": None, "norm.*": 0.5, "*": 0.1})
-    optimizer = build_optimizer(module, rates, weight_decay=0.3, betas=(0.9, 0.95))
+    learning_rates = apply_learning_rates(module, {"mouth.*": None, "norm.*": 0.5, "*": 0.1})
+    optimizer = build_optimizer(module, learning_rates, weight_decay=0.3, betas=(0.9, 0.95))
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     assert groups[id(module["eye"].weight)]["weight_decay"] == 0.3
     assert groups[id(module["eye"].bias)]["weight_decay"] == groups[id(module["norm"].weight)]["weight_decay"] == 0
     assert groups[id(module["norm"].weight)]["lr"] == 0.5
     assert id(module["mouth"].weight) not in groups
-    set_rate_factor(optimizer, 0.5)
-    set_rate_factor(optimizer, 0.1)  # of the rate itself, not of what the last call left
+    set_learning_rate_factor(optimizer, 0.5)
+    set_learning_rate_factor(optimizer, 0.1)  # of the rate itself, not of what the last call left
     assert groups[id(module["norm"].bias)]["lr"] == pytest.approx(0.05)
 
 
@@ -60,7 +60,7 @@ def test_adamw_is_the_formula():
     """One step from nothing moves every weight by its rate against the sign of its gradient, and decays it."""
     module = nn.Linear(3, 2)
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
-    optimizer = build_optimizer(module, apply_rates(module, {"*": 0.01}), weight_decay=0.1, betas=(0.9, 0.95))
+    optimizer = build_optimizer(module, apply_learning_rates(module, {"*": 0.01}), weight_decay=0.1, betas=(0.9, 0.95))
     (module(torch.tensor([[1.0, -2.0, 3.0]])) * torch.tensor([1.0, -1.0])).sum().backward()
     optimizer.step()
     for name, p in module.named_parameters():
@@ -69,7 +69,7 @@ def test_adamw_is_the_formula():
 
 
 def test_warm_up_is_linear_and_the_cosine_ends_where_it_should():
-    factors = [rate_factor(step, num_steps=110, warmup_steps=10, final_factor=0.2) for step in range(111)]
+    factors = [learning_rate_factor(step, num_steps=110, warmup_steps=10, final_factor=0.2) for step in range(111)]
     assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert factors[10] == 1.0
     assert factors[60] == pytest.approx(0.6)  # halfway down
@@ -79,6 +79,6 @@ def test_warm_up_is_linear_and_the_cosine_ends_where_it_should():
 
 
 def test_schedules_at_their_edges():
-    assert rate_factor(0, num_steps=10, warmup_steps=0, final_factor=0) == 1
-    assert rate_factor(9, num_steps=10, warmup_steps=20, final_factor=0) == 0.5  # all of it warm-up
-    assert rate_factor(10, num_steps=10, warmup_steps=10, final_factor=0.3) == 1
+    assert learning_rate_factor(0, num_steps=10, warmup_steps=0, final_factor=0) == 1
+    assert learning_rate_factor(9, num_steps=10, warmup_steps=20, final_factor=0) == 0.5  # all of it warm-up
+    assert learning_rate_factor(10, num_steps=10, warmup_steps=10, final_factor=0.3) == 1

@@ -16,7 +16,7 @@ from shards.reader import ShardSet
 from vision.tiling import choose_canvas
 
 RATES = {"language_model.*": None, "extra_embeddings": None, "*": 1e-3}
-TRAINING = TrainingConfig(steps=1, batch_size=16, micro_batch_size=4, rates=RATES)
+TRAINING = TrainingConfig(steps=1, batch_size=16, micro_batch_size=4, learning_rates=RATES)
 SAMPLES = Samples(12, {4: 1.0}, assumed=True)
 
 
@@ -55,7 +55,7 @@ def test_where_nothing_fits_it_says_what_would_help(tiny_config):
     costs = plan(tiny_config, TRAINING, SAMPLES, 2, gpu_gigabytes=1e-4)
     assert not costs.fitting and costs.least.recomputed and costs.least.micro_batch_size == 1
     said = str(costs)
-    assert "nothing fits 2 GPUs of 0.0001 GB" in said and "training.compute: bf16" in said
+    assert "nothing fits 2 GPUs of 0.0001 GB" in said and "training.precision: bf16" in said
     assert f"lacks {costs.least.held.total / 1e9 - USABLE * 1e-4:.3g} GB" in said
 
 
@@ -88,7 +88,7 @@ def test_a_pipeline_waits_while_it_fills(tiny_config):
 
 
 def test_the_configuration_as_it_stands(tiny_config):
-    training = replace(TRAINING, shard_ranks=2, checkpoint_activations=True)
+    training = replace(TRAINING, dp_shard=2, activation_checkpointing=True)
     costs = plan(tiny_config, training, SAMPLES, 4)
     assert [(one.layout, one.micro_batch_size, one.recomputed) for one in costs.configured] == [
         (Layout(copies=2, shards=2), 4, True),
@@ -129,10 +129,13 @@ def test_samples_without_a_picture_cost_their_text(tiny_config):
     ("change", "said"),
     [
         ({"gpus": 0}, "gpus is 0"),
-        ({"gpus": 3, "training": replace(TRAINING, shard_ranks=2)}, "training.shard_ranks is 2"),
+        ({"gpus": 3, "training": replace(TRAINING, dp_shard=2)}, "training.dp_shard is 2"),
         ({"gpu_gigabytes": 0.0}, "gpu_memory is 0"),
         ({"teraflops": -1.0}, "tflops is -1"),
-        ({"training": replace(TRAINING, rates={"image_adapter.*": 1.0})}, "no pattern of `rates` fits"),
+        (
+            {"training": replace(TRAINING, learning_rates={"image_adapter.*": 1.0})},
+            "no pattern of `learning_rates` fits",
+        ),
     ],
 )
 def test_numbers_that_make_no_sense(tiny_config, change, said):
@@ -157,7 +160,7 @@ def test_samples_that_cannot_be(tiny_config, max_tiles, tokens, tiles, said):
 @pytest.mark.slow
 def test_the_8b_preset_on_a_node():
     """42 GB of FP32 weights and 31 GB more for what trains: eight GPUs are enough, each need not share products."""
-    training = TrainingConfig(1, 64, rates=RATES, compute="bf16")
+    training = TrainingConfig(1, 64, learning_rates=RATES, precision="bf16")
     costs = plan(mm.preset("8b"), training, Samples(64, {4: 1.0}, assumed=True), 8, 80)
     best = costs.fitting[0]
     assert best.layout.tensor == best.layout.pipeline == 1 and not best.recomputed

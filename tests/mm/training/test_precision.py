@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import mm
-from mm.training.optimizer import apply_rates
+from mm.training.optimizer import apply_learning_rates
 from mm.training.precision import lossless_bf16
 
 
@@ -26,8 +26,8 @@ def low(module: nn.Module) -> set[str]:
 
 
 def test_a_run_is_the_same_to_the_bit(released, samples, config, run, same):
-    settings = config(compute="bf16", micro_batch_size=3)
-    apply_rates(released, settings.rates)
+    settings = config(precision="bf16", micro_batch_size=3)
+    apply_learning_rates(released, settings.learning_rates)
     plain, kept = released, copy.deepcopy(released)
     batch = mm.collate(samples[:3])
     reported: dict[str, list[dict]] = {}
@@ -49,7 +49,7 @@ def test_a_run_is_the_same_to_the_bit(released, samples, config, run, same):
 
 
 def test_what_trains_and_what_bf16_cannot_hold_stays_fp32(released, config):
-    apply_rates(released, {"language_model.model.layers.0.*": 1e-3, **config().rates})
+    apply_learning_rates(released, {"language_model.model.layers.0.*": 1e-3, **config().learning_rates})
     layers = released.language_model.model.layers
     exact = layers[1].mlp.up_proj.weight
     with torch.no_grad():

@@ -145,10 +145,16 @@ def test_so_many_checkpoints_are_kept(model, config, train):
     ("change", "named"),
     [
         ({"seed": 1}, "another seed;"),
-        ({"rates": {"language_model.*": None, "extra_embeddings": None, "*": 2e-3}}, "another rates;"),
-        ({"rates": {"language_model.*": None, "*": 1e-3, "extra_embeddings": None}}, "another rates;"),
+        (
+            {"learning_rates": {"language_model.*": None, "extra_embeddings": None, "*": 2e-3}},
+            "another learning_rates;",
+        ),
+        (
+            {"learning_rates": {"language_model.*": None, "*": 1e-3, "extra_embeddings": None}},
+            "another learning_rates;",
+        ),
         ({"steps": 20, "batch_size": 4}, "another batch_size, steps;"),
-        ({"compute": "bf16"}, "another compute;"),
+        ({"precision": "bf16"}, "another precision;"),
     ],
 )
 def test_another_configuration_is_refused_by_name(model, config, train, change, named):

@@ -16,7 +16,7 @@ from mm.language_model import DecoderLayer
 from mm.training.data import collate_step
 from mm.training.guards import Guard
 from mm.training.objectives import NextTokenObjective
-from mm.training.optimizer import apply_rates, build_optimizer
+from mm.training.optimizer import apply_learning_rates, build_optimizer
 from mm.training.trainer import train_step
 from vision.encoder import EncoderLayer
 
@@ -36,7 +36,7 @@ class Spy(torch.optim.SGD):
 
 def gradients(model, samples, config) -> tuple[float, float, dict[str, torch.Tensor]]:
     """Loss, gradient norm and gradients of one step."""
-    apply_rates(model, config.rates)
+    apply_learning_rates(model, config.learning_rates)
     spy = Spy(model)
     batches = collate_step(list(samples), NextTokenObjective(), config.micro_batch_size).batches
     step = train_step(model, NextTokenObjective(), spy, batches, config, "cpu", Guard(None, 0))
@@ -82,10 +82,12 @@ def test_micro_batches_hold_rows_of_similar_length(samples):
 
 
 def test_the_language_model_stays_as_it_is(model, samples, config):
-    settings = config(micro_batch_size=3, rates={"language_model.*": None, "extra_embeddings": None, "*": 0.01})
+    settings = config(
+        micro_batch_size=3, learning_rates={"language_model.*": None, "extra_embeddings": None, "*": 0.01}
+    )
     before = weights_hash(model.language_model, model.extra_embeddings)
     others = weights_hash(model.vision_encoder, model.image_adapter)
-    optimizer = build_optimizer(model, apply_rates(model, settings.rates), 0.1, (0.9, 0.95))
+    optimizer = build_optimizer(model, apply_learning_rates(model, settings.learning_rates), 0.1, (0.9, 0.95))
     batches = collate_step(list(samples), NextTokenObjective(), 3).batches
     for _ in range(4):
         for batch in batches:
@@ -105,8 +107,8 @@ def test_every_trained_tensor_learns(model, samples, config):
 
 
 def test_freezing_a_part_spares_it(model, samples, config):
-    rates = {"language_model.*": None, "extra_embeddings": None, "vision_encoder.*": None, "*": 0.1}
-    _, _, seen = gradients(model, samples, config(rates=rates))
+    learning_rates = {"language_model.*": None, "extra_embeddings": None, "vision_encoder.*": None, "*": 0.1}
+    _, _, seen = gradients(model, samples, config(learning_rates=learning_rates))
     assert {name.split(".")[0] for name in seen} == {"image_adapter"}
 
 
@@ -118,8 +120,10 @@ def test_a_step_of_text_alone_changes_nothing(model, samples, config, run, same,
     assert same(model, tiny_model)
 
 
-@pytest.mark.parametrize("compute", ["fp32", "bf16"])
-def test_activations_computed_anew_give_the_same_gradients(model, config, run, tiny_model, monkeypatch, same, compute):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activations_computed_anew_give_the_same_gradients(
+    model, config, run, tiny_model, monkeypatch, same, precision
+):
     calls = []
     forward = CrossAttentionBlock.forward
 
@@ -129,11 +133,11 @@ def test_activations_computed_anew_give_the_same_gradients(model, config, run, t
 
     monkeypatch.setattr(CrossAttentionBlock, "forward", counting)
     kinds = (DecoderLayer, EncoderLayer, CrossAttentionBlock)
-    settings = config(rates={**config().rates, "*": 0.01}, compute=compute)
-    run(model, settings, layers=kinds)
+    settings = config(learning_rates={**config().learning_rates, "*": 0.01}, precision=precision)
+    run(model, settings, checkpointed_modules=kinds)
     kept = len(calls)
     other = copy.deepcopy(tiny_model)
-    run(other, replace(settings, checkpoint_activations=True), "other", layers=kinds)
+    run(other, replace(settings, activation_checkpointing=True), "other", checkpointed_modules=kinds)
     assert len(calls) - kept == 2 * kept == 2 * 3 * 3  # blocks, steps
     assert same(model, other) and not same(model, tiny_model)
     assert not [layer for layer in other.modules() if "forward" in vars(layer)]  # left as it was found
@@ -141,7 +145,7 @@ def test_activations_computed_anew_give_the_same_gradients(model, config, run, t
 
 def test_bf16_compute_keeps_fp32_weights_and_gradients(model, samples, config):
     exact, _, full = gradients(model, samples, config())
-    loss, _, seen = gradients(model, samples, config(compute="bf16"))
+    loss, _, seen = gradients(model, samples, config(precision="bf16"))
     assert {gradient.dtype for gradient in seen.values()} == {torch.float32}
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert loss != exact and loss == pytest.approx(exact, rel=0.02)  # bf16 has 8 bits, and was used
@@ -158,7 +162,7 @@ def test_the_gradient_of_the_vision_tokens_is_summed_in_fp32_when_blocks_compute
 
     for block in model.image_adapter.blocks:
         block.register_forward_pre_hook(keep)
-    gradients(model, samples, config(compute="bf16"))
+    gradients(model, samples, config(precision="bf16"))
     vision = seen[0]
     assert len(seen) == 3 and all(tokens is vision for tokens in seen)
     assert vision.dtype == vision.grad.dtype == torch.float32
@@ -194,7 +198,7 @@ class BoundlessGradient(NextTokenObjective):
 )
 def test_numbers_that_are_not_finite_are_refused(model, samples, config, objective, message):
     settings = config(micro_batch_size=3)
-    optimizer = build_optimizer(model, apply_rates(model, settings.rates), 0.1, (0.9, 0.95))
+    optimizer = build_optimizer(model, apply_learning_rates(model, settings.learning_rates), 0.1, (0.9, 0.95))
     before = weights_hash(model)
     batches = collate_step(list(samples), objective, 3).batches
     with pytest.raises(ValueError, match=message):
@@ -229,7 +233,7 @@ def test_a_step_asks_the_device_nothing_before_all_of_it_is_under_way(model, sam
     """The meta device computes shapes alone, so that any question about a value is an error."""
     model.vision_encoder.config = replace(model.vision_encoder.config, padding=padding)
     settings = config(micro_batch_size=2)
-    rates = apply_rates(model, settings.rates)
+    learning_rates = apply_learning_rates(model, settings.learning_rates)
     model.to("meta")
     done = []
 
@@ -239,9 +243,11 @@ def test_a_step_asks_the_device_nothing_before_all_of_it_is_under_way(model, sam
             return done[-1]
 
     work = collate_step(list(samples), Counting(), 2)
-    optimizer = build_optimizer(model, rates, 0.1, (0.9, 0.95))
+    optimizer = build_optimizer(model, learning_rates, 0.1, (0.9, 0.95))
     with pytest.raises(RuntimeError, match="item"), BlockingCopies() as copies:
         train_step(model, Counting(), optimizer, work.batches, settings, "cpu", Guard(None, 0))
     assert len(done) == len(work.batches) == 4 and all(loss.is_meta for loss in done)
-    assert all(parameter.grad is not None and parameter.grad.is_meta for parameter in map(model.get_parameter, rates))
+    assert all(
+        parameter.grad is not None and parameter.grad.is_meta for parameter in map(model.get_parameter, learning_rates)
+    )
     assert copies.seen == []

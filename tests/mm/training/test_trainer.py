@@ -60,7 +60,7 @@ def test_tensorboard_has_the_same_numbers(model, config, run):
 
 
 def test_the_loss_falls_on_what_is_seen_again_and_again(model, config, run):
-    rows = lines(run(model, config(steps=12, rates={**config().rates, "*": 0.01})))
+    rows = lines(run(model, config(steps=12, learning_rates={**config().learning_rates, "*": 0.01})))
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
 
 
@@ -129,8 +129,8 @@ def test_a_step_without_anything_to_read_is_refused(model, config, run, workers)
 
 
 def test_a_run_that_cannot_start_leaves_no_folder(model, config, run, tmp_path):
-    with pytest.raises(ValueError, match="no pattern of `rates` fits"):
-        run(model, config(rates={"image_adapter.*": 1e-3}))
+    with pytest.raises(ValueError, match="no pattern of `learning_rates` fits"):
+        run(model, config(learning_rates={"image_adapter.*": 1e-3}))
     assert not (tmp_path / "run").exists()
 
 
@@ -148,7 +148,7 @@ def test_a_file_in_the_place_of_the_folder(model, config, run, tmp_path):
         ("batch_size", -1),
         ("micro_batch_size", 0),
         ("micro_batch_size", 5),
-        ("compute", "fp16"),
+        ("precision", "fp16"),
         ("keep", 0),
         ("log_every", 0),
         ("warmup_steps", -1),
@@ -157,8 +157,8 @@ def test_a_file_in_the_place_of_the_folder(model, config, run, tmp_path):
         ("weight_decay", -0.1),
         ("spike_factor", 1.0),
         ("max_skipped", -1),
-        ("rates", {"*": -1e-3}),
-        ("rates", {"*": float("nan")}),
+        ("learning_rates", {"*": -1e-3}),
+        ("learning_rates", {"*": float("nan")}),
         ("betas", (0.9, 1.5)),
     ],
 )
