@@ -11,8 +11,8 @@ import mm
 from demos.speech_sets import SETS
 from mm.cross_attention import ImageAdapterConfig
 from mm.language_model import LanguageModelConfig
-from mm.training.objectives import ContrastiveModel
-from mm.training.optimizer import apply_rates
+from mm.training.contrastive import ContrastiveModel
+from mm.training.optimizer import apply_learning_rates
 from mm.training.speech import SpeechObjective
 from mm.training.video import VideoObjective
 from mm.video_adapter import VideoAdapterConfig
@@ -60,13 +60,13 @@ def test_gates_have_their_rate_alone_and_the_language_model_is_frozen(file):
             watching = VideoAdapterConfig() if stage is TrainVideoAdapter else None
             shapes = mm.ModelConfig(language_model, encoder, ImageAdapterConfig(), video_adapter=watching)
             model = mm.MultimodalModel(shapes)
-    rates = apply_rates(model, config.training.rates)
+    rates = apply_learning_rates(model, config.training.learning_rates)
     gates = [name for name in rates if name.rpartition(".")[2] in ("gate_attn", "gate_ffn")]
     assert gates and not any(name.startswith(("language_model.", "extra_embeddings")) for name in rates)
     if stage is TrainVideoAdapter:
         assert all(name.startswith("video_adapter.") for name in rates)
         assert VideoObjective(config.matching_weight, config.next_token_weight)
-    common = config.training.rates["video_adapter.*" if stage is TrainVideoAdapter else "*"]
+    common = config.training.learning_rates["video_adapter.*" if stage is TrainVideoAdapter else "*"]
     for name, rate in rates.items():
         if rate > common and not name.endswith(("o_proj.weight", "down_proj.weight")):
             assert model.get_parameter(name).numel() == 1, f"{name} has the gates' rate"
@@ -81,7 +81,7 @@ def test_speech_trains_ears_alone(file):
         model = mm.MultimodalModel(
             mm.ModelConfig(language_model, speech_encoder=encoder, speech_adapter=config.adapter)
         )
-    rates = apply_rates(model, config.training.rates)
+    rates = apply_learning_rates(model, config.training.learning_rates)
     if config.ctc_weight:
         assert {name.partition(".")[0] for name in rates} == {"speech_encoder", "speech_adapter"}
     else:
@@ -109,6 +109,6 @@ def test_the_aggregator_alone_is_aligned():
         model = mm.MultimodalModel(
             mm.ModelConfig(language_model, encoder, ImageAdapterConfig(), video_adapter=config.adapter)
         )
-    rates = apply_rates(model, config.training.rates)
+    rates = apply_learning_rates(model, config.training.learning_rates)
     assert rates and all(name.startswith("video_adapter.aggregator.") for name in rates)
     assert VideoObjective(config.matching_weight, config.next_token_weight)
