@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from foundation.errors import UserError
+from foundation.extras import import_extra
 
 MAX_PIXELS = 2**25  # of a frame; 8K (7680 x 4320) is just below
 MAX_SECONDS = 3600.0
@@ -104,11 +105,8 @@ def hops(indices: np.ndarray, keys: tuple[int, ...]) -> list[int | None]:
 
 
 def pyav() -> ModuleType:
-    try:
-        import av
-    except ImportError:
-        raise UserError("video needs the package av: pip install 'mm-adapters[video]'") from None
-    return av
+    """The module of PyAV, an optional extra."""
+    return import_extra("av", "video", "video")
 
 
 @contextmanager

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from foundation.errors import UserError
+from foundation.extras import import_extra
 
 MAX_PIXELS = 2**26  # 67 million, e.g. 8192 x 8192: about 200 MB once decoded
 MAX_SVG_BYTES = 2**24
@@ -193,10 +194,7 @@ def _render_svg(data: bytes, max_pixels: int, svg_size: int, svg_fonts: bool, ba
         raise UserError(f"svg_size {svg_size} is not within 1 and {int(max_pixels**0.5)}, the side of max_pixels")
     text = _svg_text(data)
     has_text = _check_svg(text, max_pixels)
-    try:
-        import resvg_py
-    except ImportError:
-        raise UserError("SVG needs the package resvg-py: pip install 'mm-adapters[demo]'") from None
+    resvg_py = import_extra("resvg_py", "demo", "SVG")
     # Width and height together are a box to fit into. Fonts are searched for (slow) only where there is text.
     png = resvg_py.svg_to_bytes(
         svg_string=text,

@@ -15,6 +15,7 @@ from multiprocessing import get_context, parent_process
 from typing import Literal, TypeVar
 
 from foundation.errors import UserError
+from foundation.extras import import_extra
 
 Engine = Literal["in_process", "ray"]
 Item, Result = TypeVar("Item"), TypeVar("Result")
@@ -69,11 +70,7 @@ def _ray(function: Callable, workers: int) -> Iterator[tuple[Callable, Callable]
     """Ray tasks of one core each; Ray gives them one thread."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report over the network
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # it would warn of how this will change
-    try:
-        import ray
-        from ray.exceptions import RayTaskError
-    except ImportError:
-        raise UserError("engine ray needs the package ray: pip install 'mm-adapters[data]'") from None
+    ray = import_extra("ray", "data", "engine ray")
     if not ray.is_initialized():  # it stays for what else this process gives it to do, and ends with it
         _start(ray, workers)
     task = ray.remote(num_cpus=1)(_call_shared).remote
@@ -82,7 +79,7 @@ def _ray(function: Callable, workers: int) -> Iterator[tuple[Callable, Callable]
     def result_of(reference):
         try:
             return ray.get(reference)
-        except RayTaskError as error:  # says where in Ray it happened, over a screen
+        except ray.exceptions.RayTaskError as error:  # says where in Ray it happened, over a screen
             raise error.cause from None
 
     yield partial(task, shared), result_of

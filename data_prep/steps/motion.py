@@ -16,7 +16,7 @@ from PIL import Image
 
 from data_prep.steps.clips import MAX_FRAMES, ShownClip, container_of
 from data_prep.steps.step import Columns, Rule, Step, as_numpy, at_least
-from foundation.errors import UserError
+from foundation.extras import import_extra
 from video.motion_vectors import codec_speed
 
 SIDE = 72  # px: the short side of what is looked at
@@ -79,10 +79,7 @@ def _mean_flow(one: np.ndarray, other: np.ndarray) -> float:
     """How far pixels move from one frame to the other, in pixels."""
     if np.array_equal(one, other):
         return 0.0
-    try:
-        import cv2
-    except ImportError:
-        raise UserError("motion needs the package opencv-python-headless: pip install 'mm-adapters[data]'") from None
+    cv2 = import_extra("cv2", "data", "motion")
     cv2.setNumThreads(1)
     flow = cv2.calcOpticalFlowFarneback(
         one, other, None, pyr_scale=0.5, levels=4, winsize=9, iterations=3, poly_n=5, poly_sigma=1.1, flags=0

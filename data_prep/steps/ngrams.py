@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from foundation.errors import UserError
+from foundation.extras import import_extra
 
 _WORD = re.compile(r"\w+")
 
@@ -79,10 +80,7 @@ class Vocabulary:
     @cached_property
     def _automaton(self):
         """Finds all n-grams in one pass over a caption; each stands between blanks, so that words are whole."""
-        try:
-            import ahocorasick_rs
-        except ImportError:
-            raise UserError("resampling needs the package ahocorasick-rs: pip install 'mm-adapters[data]'") from None
+        ahocorasick_rs = import_extra("ahocorasick_rs", "data", "resampling")
         return ahocorasick_rs.AhoCorasick([f" {ngram} " for ngram in self.ngrams], store_patterns=False)
 
     def numbers_in(self, caption: str) -> list[int]:

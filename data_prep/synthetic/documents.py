@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from PIL import Image, ImageDraw
 
@@ -17,6 +18,7 @@ from data_prep.synthetic.browser import print_pdf, require
 from data_prep.synthetic.building import Builder, LeftOut, conversation, writable
 from data_prep.synthetic.plotting import FONT_FILES, font, signs_of
 from foundation.errors import UserError
+from foundation.extras import import_extra
 from shards.format import Record
 
 QUESTION = "Write down the text of this page."
@@ -223,12 +225,8 @@ def _rendered_page(document, number: int, long_side: int) -> Page:
             return Page(number, picture, page_text(textpage.get_text_range()))
 
 
-def _pdfium():
-    try:
-        import pypdfium2
-    except ImportError:
-        raise UserError("PDF needs the package pypdfium2: pip install 'mm-adapters[data]'") from None
-    return pypdfium2
+def _pdfium() -> ModuleType:
+    return import_extra("pypdfium2", "data", "PDF")
 
 
 def _opened(data: bytes):

@@ -4,12 +4,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageFont
 
-from foundation.errors import UserError
+from foundation.extras import import_extra
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,9 +54,5 @@ def signs_of(file: str) -> frozenset[int]:
     return frozenset(FT2Font(path).get_charmap())
 
 
-def _matplotlib():
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("drawings need the package matplotlib: pip install 'mm-adapters[data]'") from None
-    return matplotlib
+def _matplotlib() -> ModuleType:
+    return import_extra("matplotlib", "data", "drawing")

@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from importlib import import_module
 from itertools import chain
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import numpy as np
 from data_prep.pipeline.workers import in_order
 from data_prep.sources.recordings import SAMPLE_RATE, asked_freely, resampled, side_of, transcription_record
 from foundation.errors import UserError
+from foundation.extras import import_extra
 from shards.format import Record, make_id
 from shards.writer import write_shards
 
@@ -225,10 +225,7 @@ def _said(text: str, voice: Espeak | Flite, split: str) -> Record:
 @cache
 def _espeak() -> tuple[ctypes.CDLL, int, list[np.ndarray]]:
     """(library, its sample rate, where its sound goes): one for a process, since it has but one state."""
-    try:
-        loader = import_module("espeakng_loader")
-    except ImportError:
-        raise UserError("eSpeak NG needs the package espeakng-loader: pip install 'mm-adapters[speech]'") from None
+    loader = import_extra("espeakng_loader", "speech", "eSpeak NG")
     library, pieces = ctypes.CDLL(loader.get_library_path()), []
     # 2: sound is fetched, nothing played, calls return when it is done. The library appends "/espeak-ng-data".
     rate = library.espeak_Initialize(2, 0, str(Path(loader.get_data_path()).parent).encode(), 0x8000)

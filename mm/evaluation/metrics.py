@@ -8,13 +8,13 @@ import re
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import import_module
 
 import numpy as np
 from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.significance import estimate_ci
 
 from foundation.errors import UserError
+from foundation.extras import import_extra
 
 NUM_BOOTSTRAP = 1000  # resamplings behind the interval of a corpus score
 
@@ -172,7 +172,7 @@ def count_errors(name: str, said: str, wanted: str) -> tuple[int, int]:
     length = len(wanted.split()) if name == "wer" else len(wanted)
     if not length or not said:
         return max(length, len(said.split()) if name == "wer" else len(said)), length
-    jiwer = _import("jiwer")
+    jiwer = import_extra("jiwer", "speech", "an error rate")
     counted = (jiwer.process_words if name == "wer" else jiwer.process_characters)(wanted, said)
     return counted.substitutions + counted.deletions + counted.insertions, length
 
@@ -183,7 +183,7 @@ def count_edits(said: Sequence[Hashable], wanted: Sequence[Hashable]) -> int:
     Raises:
         UserError: rapidfuzz is missing.
     """
-    return _import("rapidfuzz.distance").Levenshtein.distance(said, wanted)
+    return import_extra("rapidfuzz.distance", "speech", "an edit distance").Levenshtein.distance(said, wanted)
 
 
 @lru_cache(maxsize=100_000)
@@ -195,16 +195,8 @@ def normalise_speech(text: str, language: str) -> str:
 @lru_cache(maxsize=2)
 def _speech_normaliser(english: bool) -> Callable[[str], str]:
     if english:
-        return _import("whisper_normalizer.english").EnglishTextNormalizer()
-    return _import("whisper_normalizer.basic").BasicTextNormalizer()
-
-
-def _import(name: str):
-    try:
-        return import_module(name)
-    except ImportError:
-        package = name.partition(".")[0].replace("_", "-")
-        raise UserError(f"error rates need the package {package}: pip install 'mm-adapters[speech]'") from None
+        return import_extra("whisper_normalizer.english", "speech", "an error rate").EnglishTextNormalizer()
+    return import_extra("whisper_normalizer.basic", "speech", "an error rate").BasicTextNormalizer()
 
 
 def _corpus_score(

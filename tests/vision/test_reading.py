@@ -1,9 +1,9 @@
 import base64
-import builtins
 import contextlib
 import gzip
 import io
 import struct
+import sys
 import warnings
 import zlib
 
@@ -292,14 +292,7 @@ def test_broken_svg():
 
 
 def test_without_the_renderer_the_extra_is_named(monkeypatch):
-    real = builtins.__import__
-
-    def absent(name, *args, **kwargs):
-        if name == "resvg_py":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", absent)
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
     with pytest.raises(ValueError, match=r"mm-adapters\[demo\]"):
         read_picture(svg(""))
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from data_prep.steps.deduplication.cluster_search import alike, nearest_clusters
-from foundation.errors import UserError
+from foundation.extras import import_extra
 
 SEED = 1
 ROUNDS = 10  # of k-means
@@ -156,10 +156,7 @@ def candidates(vectors: np.ndarray, middles, probes: int, radius: float) -> np.n
 
 @contextmanager
 def _one_thread():
-    try:
-        import faiss
-    except ImportError:
-        raise UserError("near duplicates need the package faiss-cpu: pip install 'mm-adapters[data]'") from None
+    faiss = import_extra("faiss", "data", "the search for near duplicates")
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     try:
