@@ -6,6 +6,7 @@ out whole. A sentence of a set is in one split, whoever says it.
 
 import gzip
 import io
+import math
 import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
@@ -21,7 +22,7 @@ from foundation.errors import UserError
 from foundation.extras import MissingExtraError, import_extra
 from shards.format import Record, make_id
 from speech.prompts import TRANSCRIBE
-from speech.reading import resample
+from speech.reading import read_sound, resample
 
 SAMPLE_RATE = 16_000
 QUESTIONS = ("What did they say?", "What is said here?", "Write down what you hear.", "What do you hear?")
@@ -278,21 +279,9 @@ def _decoded(data: bytes) -> str:
 # ------------------------------------------------------------------------------------------------------------- sound
 
 
-def read_sound(path: Path) -> np.ndarray:
-    """A recording in any format that PyAV knows -> int16 [T], mono, 16 kHz; UserError for what is no sound."""
-    av = import_extra("av", "speech", "reading recordings")
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.audio:
-                raise UserError(f"{path}: has no sound")
-            resampler = av.AudioResampler("s16", "mono", SAMPLE_RATE)
-            frames = [*container.decode(audio=0), None]  # None: what the resampler still holds
-            pieces = [piece.to_ndarray()[0] for frame in frames for piece in resampler.resample(frame)]
-    except (av.FFmpegError, OSError) as error:
-        raise UserError(f"{path}: broken or no recording ({error})") from None
-    if not pieces:
-        raise UserError(f"{path}: has no sound in it (0 samples)")
-    return np.concatenate(pieces)
+def read_recording(path: Path) -> np.ndarray:
+    """Read a recording -> int16 [T], mono, 16 kHz; raises UserError as `speech.reading.read_sound`."""
+    return read_sound(path, dtype=torch.int16, max_seconds=math.inf, allow_truncated=True).numpy()
 
 
 def resampled(samples: np.ndarray, rate: int) -> np.ndarray:
@@ -329,7 +318,7 @@ def _record(
         dropped.append((source, "there is no recording of it"))
         return
     try:
-        samples = read_sound(path)
+        samples = read_recording(path)
     except MissingExtraError:
         raise
     except UserError as error:

@@ -15,7 +15,7 @@ from data_prep.sources.recordings import (
     asterisk_translations,
     librivox_readings,
     parse_prompts,
-    read_sound,
+    read_recording,
     resampled,
     side_of,
     spoken_stamps,
@@ -69,10 +69,10 @@ def test_any_rate_and_channels_become_16_khz_mono(tmp_path):
         ("d.wav", 16_000, 1),
     ):
         write(tmp_path / name, np.repeat(tone(rate)[:, None], channels, 1), rate)
-        samples = read_sound(tmp_path / name)
+        samples = read_recording(tmp_path / name)
         assert samples.dtype == np.int16 and abs(len(samples) - 8000) < 400
         assert abs(hertz_of(samples) - 440) < 4 and np.abs(samples).max() > 6000
-    assert (read_sound(tmp_path / "d.wav") == tone()).all()
+    assert (read_recording(tmp_path / "d.wav") == tone()).all()
     down = resampled(tone(22_050), 22_050)
     assert abs(len(down) - 8000) < 40 and abs(hertz_of(down) - 440) < 4
     square = np.where(np.arange(22_050) // 50 % 2, 32767, -32768).astype(np.int16)  # overshoots when it is resampled
@@ -88,7 +88,7 @@ def test_what_is_no_sound_is_named(tmp_path):
     write(tmp_path / "c.wav", tone()[:0])
     for name in ("a.wav", "b.ogg", "c.wav"):
         with pytest.raises(ValueError, match=name):
-            read_sound(tmp_path / name)
+            read_recording(tmp_path / name)
 
 
 def asterisk(tmp_path, **texts):
