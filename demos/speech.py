@@ -42,7 +42,7 @@ def demo(output: Path, limit: int) -> dict[str, EvaluationReport]:
         limit: how many held-out recordings to evaluate on.
 
     Returns:
-        reports: "heard", "exchanged", in which each recording is another one, and "silence", where nothing is said.
+        reports: "heard", "replaced", in which each recording is another one, and "silence", where nothing is said.
     """
     if limit < 1:
         raise UserError(f"limit is {limit}; it must be at least 1")
@@ -78,14 +78,14 @@ def train(output: Path) -> None:
 
 
 def evaluate_run(run: Path, records: ShardSet, silences: ShardSet, limit: int) -> dict[str, EvaluationReport]:
-    """Score a run on recordings, again with each one's sound exchanged for another's, and where nothing is said."""
+    """Score a run on recordings, again with each one's sound replaced for another's, and where nothing is said."""
     model, processor = mm.load(run)
     reports: dict[str, EvaluationReport] = {}
-    sets = {"heard": (records, METRICS, False), "exchanged": (records, METRICS, True)}
+    sets = {"heard": (records, METRICS, False), "replaced": (records, METRICS, True)}
     sets["silence"] = (silences, ("exact_match",), False)
-    for name, (given, metrics, exchange) in sets.items():
+    for name, (given, metrics, replace) in sets.items():
         report = evaluate(
-            model, processor, given, metrics, exchange_speech=exchange, max_new_tokens=16, limit=limit, batch_size=32
+            model, processor, given, metrics, replace_speech=replace, max_new_tokens=16, limit=limit, batch_size=32
         )
         report.write(run / "evaluation" / name)
         reports[name] = report
@@ -97,7 +97,7 @@ def examples(records: ShardSet, reports: dict[str, EvaluationReport]) -> list[Sp
     """Recordings with what was said and what was heard; drawn at random, the same ones each time."""
     numbers = {key: number for number, key in enumerate(records.index["id"].to_pylist())}
     asked = sorted(numbers[row["id"]] for row in reports["heard"].predictions)
-    exchanged = {row["id"]: row["prediction"] for row in reports["exchanged"].predictions}
+    replaced = {row["id"]: row["prediction"] for row in reports["replaced"].predictions}
     rows = random.Random(0).sample(reports["heard"].predictions, min(SHOWN, len(reports["heard"].predictions)))
     return [
         SpeechExample(
@@ -105,7 +105,7 @@ def examples(records: ShardSet, reports: dict[str, EvaluationReport]) -> list[Sp
             other_sound=with_other_sound(records, asked, numbers[row["id"]]).media["flac"],
             reference=row["reference"],
             said=row["prediction"],
-            said_of_other=exchanged[row["id"]],
+            said_of_other=replaced[row["id"]],
         )
         for row in rows
     ]

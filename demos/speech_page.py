@@ -40,7 +40,7 @@ class SpeechExample:
 
 
 def write_page(file: Path, reports: dict[str, EvaluationReport], examples: list[SpeechExample], metrics: Path) -> None:
-    """Write the page; `reports` holds "heard", "exchanged" and "silence"."""
+    """Write the page; `reports` holds "heard", "replaced" and "silence"."""
     curves = (
         ("training loss, per answer token", "loss"),
         ("held-out sentences repeated word for word", "eval/answer_accuracy"),
@@ -98,7 +98,7 @@ def _png(pixels: np.ndarray) -> bytes:
 def _scores(reports: dict[str, EvaluationReport]) -> list[str]:
     rows = []
     for name, score in reports["heard"].scores.items():
-        both = (score, reports["exchanged"].scores[name])
+        both = (score, reports["replaced"].scores[name])
         cells = (f"{one.value * one.scale:.1f} ± {one.interval * one.scale:.1f}" for one in both)
         numbers = "".join(f"<td class=number>{cell}</td>" for cell in cells)
         rows.append(f"<tr><td>{NAMES[name]}</td>{numbers}<td class=number>{score.num_samples:,}</td></tr>")

@@ -46,10 +46,10 @@ def report(run: Path, data: Path, sets: Sequence[str], limit: int | None = None)
     for name, records in held_out.items():
         metrics = METRICS.get(name, ERROR_RATES)
         reports[name] = []
-        for exchange in (False,) if name == "silences" else (False, True):
-            options = {"exchange_speech": exchange, "max_new_tokens": 160, "limit": limit, "batch_size": 16}
+        for replace in (False,) if name == "silences" else (False, True):
+            options = {"replace_speech": replace, "max_new_tokens": 160, "limit": limit, "batch_size": 16}
             one = evaluate(model, processor, records, metrics, **options)
-            one.write(run / "evaluation" / (f"{name}-exchanged" if exchange else name))
+            one.write(run / "evaluation" / (f"{name}-replaced" if replace else name))
             reports[name].append(one)
         scores = [", ".join(map(shown, one.scores.values())) for one in reports[name]]
         number, factor = reports[name][0].scores[metrics[0]].num_samples, reports[name][0].shown_factor()

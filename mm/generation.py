@@ -16,7 +16,7 @@ from mm.batch import Sample, collate
 from mm.model import Cache, MultimodalModel
 from mm.processor import Processor
 from speech.adapter import num_tokens
-from speech.ctc_prefix_score import PrefixScores
+from speech.ctc_prefix_score import CtcPrefixScorer
 
 CTC_WEIGHT = (
     0.5  # weight of what was heard in the choice of a transcript's tokens; 0.3 to 0.9 give the same error rates
@@ -185,7 +185,7 @@ def transcribe_tokens(model: MultimodalModel, samples: Sequence[Sample], max_new
         UserError: as `stream_tokens`; with a readout, also a prompt with several sounds.
     """
     adapter = model.config.speech_adapter
-    if adapter is not None and adapter.readout:
+    if adapter is not None and adapter.ctc_readout:
         steps = _steps(model, samples, [max_new_tokens] * len(samples), JointCtcDecoder(model, samples).choose)
         return _collected(steps, len(samples))
     sounds = [sample.tokens.count(model.config.audio_token_id) for sample in samples]
@@ -211,7 +211,7 @@ class JointCtcDecoder:
         self.model = model
         self.lengths = {row: num_tokens(len(sample.speech[0])) for row, sample in enumerate(samples) if sample.speech}
         self.stops = torch.tensor(model.config.language_model.stop_tokens, dtype=torch.long)
-        self.rows: dict[int, PrefixScores] | None = None  # the transcripts that have not ended
+        self.rows: dict[int, CtcPrefixScorer] | None = None  # the transcripts that have not ended
 
     def choose(self, logits: Tensor, cache: Cache) -> list[int | None]:
         """One token per row of logits [B, V]; None where all was said."""
@@ -232,21 +232,21 @@ class JointCtcDecoder:
             tokens[row] = token
         return tokens
 
-    def _prefix_scores(self, heard: Tensor) -> dict[int, PrefixScores]:
+    def _prefix_scores(self, heard: Tensor) -> dict[int, CtcPrefixScorer]:
         near, log_probs = self.model.audio_token_scores(heard)
         lengths = list(self.lengths.values())
         said = zip(near.split(lengths), log_probs.split(lengths), strict=True)
-        return {row: PrefixScores(*one) for row, one in zip(self.lengths, said, strict=True)}
+        return {row: CtcPrefixScorer(*one) for row, one in zip(self.lengths, said, strict=True)}
 
-    def _likeliest(self, scores: PrefixScores, expected: Tensor) -> int | None:
+    def _likeliest(self, scores: CtcPrefixScorer, expected: Tensor) -> int | None:
         """Args: expected: the language model's log-probabilities of the stop tokens, and of `scores.tokens` behind."""
         if not len(scores.tokens):
             return None
         stop, expected = expected[: len(self.stops)], expected[len(self.stops) :][: len(scores.tokens)]
-        likely = CTC_WEIGHT * scores.following + (1 - CTC_WEIGHT) * expected
+        likely = CTC_WEIGHT * scores.next_log_probs + (1 - CTC_WEIGHT) * expected
         likely[torch.isin(scores.tokens, self.stops)] = -math.inf
         expected_end = stop.logsumexp(0) if len(stop) else expected.max()  # without stop tokens, what was heard decides
-        end = CTC_WEIGHT * scores.end + (1 - CTC_WEIGHT) * float(expected_end)
+        end = CTC_WEIGHT * scores.end_log_prob + (1 - CTC_WEIGHT) * float(expected_end)
         best, place = likely.max(0)
         return int(scores.tokens[place]) if best > end else None
 

@@ -34,7 +34,7 @@ class SpeechAdapterConfig:
     num_heads: int = 24
     rotary_theta: float = 10_000.0
     norm_eps: float = 1e-5
-    readout: bool = False
+    ctc_readout: bool = False
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "intermediate_size", "num_heads"):

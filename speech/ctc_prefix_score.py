@@ -17,7 +17,7 @@ NEGLIGIBLE = 100.0  # nats below the likeliest place of a prefix's end; places t
 BLOCK = 64  # rows that are looked up at a time
 
 
-class PrefixScores:
+class CtcPrefixScorer:
     """The prefix of one sound's transcript, empty at first, as the sum over all paths of CTC that begin with it.
 
     Time and memory of a step are those of the rows in which the prefix may end, not of the whole sound.
@@ -35,7 +35,7 @@ class PrefixScores:
         self.near = near.cpu()
         log_probs = log_probs.detach().cpu().double()
         self.said, self.blank = log_probs[:, :-1], log_probs[:, -1].tolist()
-        self.last, self.prefix = -1, 0.0
+        self.last, self.prefix_log_prob = -1, 0.0
         self._walk(0, [], spoken=-math.inf, silent=0.0)
 
     def append(self, token: int) -> None:
@@ -45,9 +45,9 @@ class PrefixScores:
             UserError: the token cannot come next.
         """
         place = int(torch.searchsorted(self.tokens, token))
-        if not bool((self.tokens[place : place + 1] == token).any()) or float(self.following[place]) == -math.inf:
+        if not bool((self.tokens[place : place + 1] == token).any()) or float(self.next_log_probs[place]) == -math.inf:
             raise UserError(f"no row says token {token} after {self.last}; choose among `tokens`")
-        self.prefix += float(self.following[place])
+        self.prefix_log_prob += float(self.next_log_probs[place])
         again = token == self.last  # a token again needs a blank before it
         before = self.silent if again else [_add(*both) for both in zip(self.spoken, self.silent, strict=True)]
         self.last = token
@@ -86,7 +86,9 @@ class PrefixScores:
         near, said = self.near[rows], self.said[rows]  # a row fewer than places where the last place is the sound's end
         spoken, silent = (torch.tensor(values, dtype=torch.double) for values in (self.spoken, self.silent))
         whole = self.start + len(self.spoken) == len(self.near) + 1
-        self.end = float(torch.logaddexp(spoken[-1], silent[-1])) - self.prefix if whole else -math.inf
+        self.end_log_prob = (
+            float(torch.logaddexp(spoken[-1], silent[-1])) - self.prefix_log_prob if whole else -math.inf
+        )
         before = torch.logaddexp(spoken, silent)[: len(near), None].expand_as(said)
         before = torch.where(near == self.last, silent[: len(near), None], before)
         self.tokens, place = near.unique(return_inverse=True)
@@ -94,7 +96,7 @@ class PrefixScores:
         lowest = torch.finfo(paths.dtype).min
         most = paths.new_full((len(self.tokens),), lowest).scatter_reduce(0, place, paths, "amax")
         sums = torch.zeros_like(most).index_add(0, place, (paths - most[place]).exp())
-        self.following = most + sums.log() - self.prefix
+        self.next_log_probs = most + sums.log() - self.prefix_log_prob
 
 
 def _add(a: float, b: float) -> float:

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-NEAREST = 8  # embeddings that a row is a mean of
-SHARPNESS = 40.0  # of cosines to the logits of their weights in the mean
-SCALE = 30.0  # of cosines to CTC's logits: embeddings have much in common, so other tokens' are not far from a row
+NUM_NEAREST = 8  # embeddings that a row is a mean of
+MEAN_SCALE = 40.0  # of cosines to the logits of their weights in the mean
+CTC_SCALE = 30.0  # of cosines to CTC's logits: embeddings have much in common, so other tokens' are not far from a row
 ROWS, TOKENS = 256, 8192  # of a block
 
 
-def read_out(rows: Tensor, lengths: Tensor, table: Tensor, blank: Tensor, rest: Tensor) -> Tensor:
+def ctc_compress(rows: Tensor, lengths: Tensor, table: Tensor, blank: Tensor, rest: Tensor) -> Tensor:
     """Rows of utterances, packed -> as many rows for a language model to read.
 
     A row's token is the one whose embedding is nearest by cosine. It begins where it is no blank and not the token of
@@ -36,7 +36,7 @@ def read_out(rows: Tensor, lengths: Tensor, table: Tensor, blank: Tensor, rest: 
     """
     utterance = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(rows.device)
     near, embeddings, cosines = _neighbours(rows, table, blank)
-    read = ((SHARPNESS * cosines[:, :-1]).softmax(-1)[..., None] * embeddings).sum(1)
+    read = ((MEAN_SCALE * cosines[:, :-1]).softmax(-1)[..., None] * embeddings).sum(1)
     best, place = cosines[:, :-1].max(-1)
     new = cosines[:, -1] < best
     token = near.gather(1, place[:, None])[:, 0].where(new, -1)
@@ -48,14 +48,14 @@ def read_out(rows: Tensor, lengths: Tensor, table: Tensor, blank: Tensor, rest: 
 
 
 @torch.no_grad()
-def token_scores(rows: Tensor, table: Tensor, blank: Tensor) -> tuple[Tensor, Tensor]:
+def ctc_log_probs(rows: Tensor, table: Tensor, blank: Tensor) -> tuple[Tensor, Tensor]:
     """What each row says, by the scale that CTC is trained with: the tokens of the K nearest embeddings, int64 [N, K],
-    K being NEAREST or the vocabulary's size, and the log-probabilities of these and, last, of the blank, FP32
-    [N, K + 1]; all other tokens have none. Arguments as in `read_out`."""
+    K being NUM_NEAREST or the vocabulary's size, and the log-probabilities of these and, last, of the blank, FP32
+    [N, K + 1]; all other tokens have none. Arguments as in `ctc_compress`."""
     parts = []
     for block in rows.split(ROWS):
         near, _, cosines = _neighbours(block, table, blank)
-        parts.append((near, (SCALE * cosines).log_softmax(-1)))
+        parts.append((near, (CTC_SCALE * cosines).log_softmax(-1)))
     near, log_probs = zip(*parts, strict=True)
     return torch.cat(near), torch.cat(log_probs)
 
@@ -74,10 +74,10 @@ def _neighbours(rows: Tensor, table: Tensor, blank: Tensor) -> tuple[Tensor, Ten
 
 @torch.no_grad()
 def _nearest(x: Tensor, table: Tensor) -> Tensor:
-    """Of unit rows [N, D], the tokens with the embeddings of largest cosine, [N, NEAREST]; a block of each at a time,
+    """Of unit rows [N, D], the tokens with the embeddings of largest cosine, [N, NUM_NEAREST]; a block of each at a time,
     for N times V numbers may not fit."""
     sizes = torch.cat([torch.linalg.vector_norm(block.float(), dim=-1) for block in table.split(TOKENS)])
-    number = min(NEAREST, len(table))
+    number = min(NUM_NEAREST, len(table))
     blocks = [
         ((block.to(table.dtype) @ table.T) / sizes.clamp(min=1e-6)).topk(number, dim=-1).indices
         for block in x.split(ROWS)

@@ -1,6 +1,6 @@
 """Stage 4: an image-trained model learns to converse about pictures (paper §7.5.1, image SFT).
 
-The loss falls on the assistant's turns only. The language model may be exchanged first for another of the same shape,
+The loss falls on the assistant's turns only. The language model may be replaced first for another of the same shape,
 such as the instruction-tuned one; it stays frozen, and encoder and cross-attention train on.
 """
 
@@ -12,7 +12,7 @@ import torch
 import mm.convert.llama
 from mm.assembly import replace_language_model
 from mm.model import MultimodalModel
-from mm.parallel.ranks import Ranks
+from mm.parallel.process_group import Ranks
 from mm.processor import Processor
 from mm.run_folder import load, save
 from mm.training.adapters import train_adapters

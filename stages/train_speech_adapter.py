@@ -17,7 +17,7 @@ from foundation.errors import UserError
 from mm.assembly import add_speech, from_language_model
 from mm.batch import IGNORED, Sample
 from mm.model import MultimodalModel
-from mm.parallel.ranks import Ranks
+from mm.parallel.process_group import Ranks
 from mm.processor import Processor
 from mm.run_folder import language_model_of, load, save
 from mm.speech_encoders import load_speech_encoder
@@ -26,9 +26,9 @@ from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
 from mm.training.data import DataSource, RecordDataset, readable_samples
 from mm.training.distillation import with_twin
-from mm.training.objectives import check_weights
+from mm.training.objectives import check_loss_weights
 from mm.training.sampler import seed_of
-from mm.training.speech import SpeechObjective, set_statistics
+from mm.training.speech import SpeechObjective, set_feature_statistics
 from shards.format import Record
 from speech.adapter import SpeechAdapterConfig
 from speech.augmentation import SpecAugmentConfig, spec_augment
@@ -46,7 +46,7 @@ class TrainSpeechAdapter:
         language_model: a Hugging Face folder or a GGUF file in place of that, for a model that only hears.
         encoder: shape of a new conformer. speech_encoder: in place of that, a folder of `pretrain_speech_encoder`, a
             run that hears, or one of OpenAI's Whisper files (`.pt`). Neither, where the run hears already.
-        adapter: of the new speech adapter; `readout` and `ctc_weight` belong together.
+        adapter: of the new speech adapter; `ctc_readout` and `ctc_weight` belong together.
         data: shards of recordings with conversations. validation: shards to report loss and accuracy on; null reports
             nothing.
         statistics_samples: so many samples give a new conformer the mean and deviation of its features.
@@ -80,7 +80,7 @@ class TrainSpeechAdapter:
 def train_speech_adapter(config: TrainSpeechAdapter) -> None:
     """Train a speech encoder and a speech adapter for a frozen language model."""
     weights = {name: getattr(config, name) for name in ("ctc_weight", "next_token_weight", "distillation_weight")}
-    check_weights(**weights)  # before a language model is read for nothing
+    check_loss_weights(**weights)  # before a language model is read for nothing
     model, processor, language_model = starting_point(config)
     objective = SpeechObjective(**weights)
     prepare = partial(prepared, processor=processor, config=config)
@@ -114,10 +114,10 @@ def starting_point(config: TrainSpeechAdapter) -> tuple[MultimodalModel, Process
         tokenizer, settings = mm.convert.llama.load_tokenizer(language_model), {}
     given = (config.encoder, config.speech_encoder)
     if model.speech_encoder is not None:
-        if config.ctc_weight and not model.config.speech_adapter.readout:
+        if config.ctc_weight and not model.config.speech_adapter.ctc_readout:
             raise UserError(
                 f"ctc_weight needs an adapter with a readout, and {config.start_from} has one without: leave it at 0, "
-                "or align a new adapter with `readout: true` for the run or the language model that got that one"
+                "or align a new adapter with `ctc_readout: true` for the run or the language model that got that one"
             )
         if given != (None, None) or config.adapter != SpeechAdapterConfig():
             raise UserError(
@@ -128,9 +128,9 @@ def starting_point(config: TrainSpeechAdapter) -> tuple[MultimodalModel, Process
         raise UserError(
             "give `encoder`, the shape of a new conformer, or `speech_encoder`, the place of one; one of the two"
         )
-    elif config.adapter.readout != bool(config.ctc_weight):
+    elif config.adapter.ctc_readout != bool(config.ctc_weight):
         raise UserError(
-            "a new adapter has a readout and CTC that aligns it, or neither: set both `adapter.readout: true` and "
+            "a new adapter has a readout and CTC that aligns it, or neither: set both `adapter.ctc_readout: true` and "
             "ctc_weight, or none of them"
         )
     else:
@@ -145,7 +145,7 @@ def starting_point(config: TrainSpeechAdapter) -> tuple[MultimodalModel, Process
         settings["chat_template"] = config.chat_template
     processor = Processor(tokenizer, model.config, **settings)
     if config.encoder is not None:
-        set_statistics(model.speech_encoder, sounds_of(config, processor))
+        set_feature_statistics(model.speech_encoder, sounds_of(config, processor))
     return model, processor, language_model
 
 

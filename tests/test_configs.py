@@ -86,7 +86,9 @@ def test_speech_trains_ears_alone(file):
         assert {name.partition(".")[0] for name in rates} == {"speech_encoder", "speech_adapter"}
     else:
         assert set(rates) == {"speech_adapter.boundaries"}  # what is heard is aligned, and stays
-    assert config.adapter.readout == bool(config.ctc_weight and config.start_from is None)  # a run's own has it already
+    assert config.adapter.ctc_readout == bool(
+        config.ctc_weight and config.start_from is None
+    )  # a run's own has it already
     assert SpeechObjective(config.ctc_weight, config.next_token_weight, config.distillation_weight)
     held_out = {"data/speech/librivox", "data/speech/aligner"}
     assert not held_out & {source.path for source in config.data}

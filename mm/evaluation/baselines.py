@@ -66,7 +66,7 @@ def with_other_sound(records: ShardSet | Sequence[Record], numbers: Sequence[int
         if record_answer(other).casefold() != wanted and other.media != record.media:
             break
     else:
-        raise UserError(f"no record wants another answer than {record.id}: there is no sound to exchange its own with")
+        raise UserError(f"no record wants another answer than {record.id}: there is no sound to replace its own with")
     own, others = ([name for name in one.media if name.rpartition(".")[2] in AUDIO] for one in (record, other))
     if not own or not others:
         raise UserError(f"record {(record if not own else other).id} holds no sound")

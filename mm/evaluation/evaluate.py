@@ -45,7 +45,7 @@ class EvaluationReport:
             (unless only `choice` was asked for), choice (with `choice`), and scores, the record's own averages.
         failed: per record that could not be read: id and reason. They count in no score.
         blank_images: whether the model was shown grey in place of the pictures.
-        exchanged_speech: whether each record was given another one's sound.
+        replaced_speech: whether each record was given another one's sound.
         frames: of clips, which the model was shown.
         real_time_factor: seconds that answering took per second of sound, with what is in a batch at once; None where
             nothing was heard. real_time_interval: half of its 95% interval over batches; None of a single one.
@@ -55,14 +55,14 @@ class EvaluationReport:
     predictions: list[dict]
     failed: list[dict]
     blank_images: bool = False
-    exchanged_speech: bool = False
+    replaced_speech: bool = False
     frames: str = "all"
     real_time_factor: float | None = None
     real_time_interval: float | None = None
 
     def __str__(self) -> str:
         control = " with blanked images" if self.blank_images else ""
-        control += " with another record's sound" if self.exchanged_speech else ""
+        control += " with another record's sound" if self.replaced_speech else ""
         control += (
             "" if self.frames == "all" else {"one": " of one frame", "shuffled": " of shuffled frames"}[self.frames]
         )
@@ -85,7 +85,7 @@ class EvaluationReport:
         summary = {"scores": scores, "blank_images": self.blank_images, "frames": self.frames, "failed": self.failed}
         if self.real_time_factor is not None:
             factor = {"real_time_factor": self.real_time_factor, "real_time_interval": self.real_time_interval}
-            summary |= {"exchanged_speech": self.exchanged_speech, **factor}
+            summary |= {"replaced_speech": self.replaced_speech, **factor}
         with replaced_files(folder, last="scores.json") as new:
             rows = (json.dumps(row, ensure_ascii=False) + "\n" for row in self.predictions)
             (new / "predictions.jsonl").write_text("".join(rows), encoding="utf-8")
@@ -99,7 +99,7 @@ def evaluate(
     metrics: Sequence[str],
     *,
     blank_images: bool = False,
-    exchange_speech: bool = False,
+    replace_speech: bool = False,
     frames: str = "all",
     batch_size: int = 32,
     max_new_tokens: int = 32,
@@ -119,7 +119,7 @@ def evaluate(
         blank_images: every picture becomes mid-grey with as many tiles: the control that sees nothing.
         max_new_tokens: of an answer. What is asked about one sound in the words of `TRANSCRIBE` is answered as by
             `mm transcribe`, see `mm.generation.transcribe_tokens`; all else as by `mm ask`.
-        exchange_speech: every record is given the sound of the next one (the first follows the last) that wants another
+        replace_speech: every record is given the sound of the next one (the first follows the last) that wants another
             answer: the control that hears something else.
         frames: of every clip: "all", the middle "one" alone, or "shuffled" under the true times (see
             `mm.evaluation.baselines`).
@@ -149,7 +149,7 @@ def evaluate(
             for number in numbers[start : start + _WINDOW * batch_size]:
                 try:
                     record = records[number]
-                    if exchange_speech:
+                    if replace_speech:
                         record = with_other_sound(records, numbers, number)
                     asked = _ask(processor, record, context, shared, known)
                 except Exception as error:  # a record can be malformed in any way; the others are still asked
@@ -179,7 +179,7 @@ def evaluate(
     scores = _score(metrics, predictions, references, languages)
     factor = sum(seconds) / sum(heard) if any(heard) else None
     interval = scoring.ratio_interval(np.array(seconds), np.array(heard)) if factor and len(heard) > 1 else None
-    return EvaluationReport(scores, predictions, failed, blank_images, exchange_speech, frames, factor, interval)
+    return EvaluationReport(scores, predictions, failed, blank_images, replace_speech, frames, factor, interval)
 
 
 @dataclass

@@ -27,7 +27,7 @@ def home(tmp_path, monkeypatch, language_model_folder) -> Path:
     (tmp_path / "configs" / "demo").mkdir(parents=True)
     data = {"data": [{"path": "data/demo_speech/words"}]}
     shape = {"num_layers": 1, "width": 16, "ffn_width": 24, "num_heads": 2}
-    adapter = {"hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "readout": True}
+    adapter = {"hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "ctc_readout": True}
     first = {"encoder": shape, "adapter": adapter, "ctc_weight": 1.0, "next_token_weight": 0.0}
     for name, values in (("speech_alignment", first), ("speech", {})):
         text = yaml.safe_dump({**data, **values, "training": TRAINING}, sort_keys=False)
@@ -49,7 +49,7 @@ def test_from_voices_to_a_page_and_what_is_done_is_not_done_again(home, monkeypa
     assert {reference[:22] for reference in page.references} == {"data:image/png;base64,", "data:audio/flac;base64"}
     assert text.count("<audio") == 6 and page.pictures == 6 + 2 * 4  # of four the masks and the codes as well
     assert not re.search(r"https?:|url\(|@import", text)
-    for name in ("heard", "exchanged"):
+    for name in ("heard", "replaced"):
         scores = json.loads((home / "runs" / "demo-speech" / "evaluation" / name / "scores.json").read_text())["scores"]
         wer = scores["wer"]
         assert wer["num_samples"] == 6
@@ -81,7 +81,7 @@ def test_what_a_model_says_cannot_break_the_page(tmp_path):
     sound = next(iter(demos.speech.ShardSet(tmp_path / "words"))).media["flac"]
     (tmp_path / "metrics.jsonl").write_text('{"step": 10, "loss": 2.0}\n')
     silence = EvaluationReport({"exact_match": Score("exact_match", 1.0, 0.0, 4)}, [], [])
-    reports = {"heard": report, "exchanged": report, "silence": silence}
+    reports = {"heard": report, "replaced": report, "silence": silence}
     example = SpeechExample(sound, sound, said + ".", said, "")
     write_page(tmp_path / "index.html", reports, [example], tmp_path / "metrics.jsonl")
     page = Page((tmp_path / "index.html").read_text(encoding="utf-8"))

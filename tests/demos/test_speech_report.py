@@ -31,9 +31,9 @@ def test_every_set_has_its_rates_and_its_control(everything_run, sets, tmp_path,
     main(["--model", str(run), "--data", str(sets), "--sets", "aligner,librivox"])
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if "±" in line]
     assert [row[:2] for row in rows] == [["aligner", "3"], ["librivox", "2"]]
-    for name in ("aligner", "aligner-exchanged"):
+    for name in ("aligner", "aligner-replaced"):
         scores = json.loads((run / "evaluation" / name / "scores.json").read_text())
-        assert scores["exchanged_speech"] == name.endswith("exchanged") and scores["real_time_factor"] > 0
+        assert scores["replaced_speech"] == name.endswith("replaced") and scores["real_time_factor"] > 0
     wer = json.loads((run / "evaluation" / "aligner" / "scores.json").read_text())["scores"]["wer"]
     assert rows[0][2].startswith(f"wer {100 * wer['value']:.1f} ± {100 * wer['interval']:.1f}, cer ")
 
@@ -56,7 +56,7 @@ def test_of_silences_the_share_of_empty_transcripts_is_told(everything_run, sets
     assert len(rows) == 3 and all(row["reference"] == "" for row in rows)
     share = 100 * sum(not row["prediction"] for row in rows) / 3
     assert row.startswith(f"| silences | 3 | exact_match {share:.1f} ")
-    assert not (run / "evaluation" / "silences-exchanged").exists()
+    assert not (run / "evaluation" / "silences-replaced").exists()
 
 
 def test_sets_that_cannot_be_reported(everything_run, sets, capsys):

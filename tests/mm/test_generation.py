@@ -116,7 +116,7 @@ def test_a_transcript_has_at_most_three_tokens_for_each_of_its_sound(tiny_model,
 def reading_model(tiny_config, beside_tiny_model) -> mm.MultimodalModel:
     """A model whose adapter has a readout."""
     encoder = SpeechEncoderConfig(num_layers=1, width=32, ffn_width=48, num_heads=2)
-    adapter = SpeechAdapterConfig(hidden_size=32, intermediate_size=48, num_heads=2, readout=True)
+    adapter = SpeechAdapterConfig(hidden_size=32, intermediate_size=48, num_heads=2, ctc_readout=True)
     return beside_tiny_model(replace(tiny_config, speech_encoder=encoder, speech_adapter=adapter), seed=0)
 
 

@@ -38,7 +38,7 @@ def model(tiny_config, build_model) -> mm.MultimodalModel:
         tiny_config,
         video_adapter=VideoAdapterConfig(aggregator=aggregator, interval=2),
         speech_encoder=SpeechEncoderConfig(num_layers=2, width=32, ffn_width=48, num_heads=2),
-        speech_adapter=SpeechAdapterConfig(hidden_size=32, intermediate_size=48, num_heads=2, readout=True),
+        speech_adapter=SpeechAdapterConfig(hidden_size=32, intermediate_size=48, num_heads=2, ctc_readout=True),
     )
     return build_model(config, seed=4)
 

@@ -129,12 +129,12 @@ def test_what_stands_before_speech_does_not_hear_it(model, sample):
     assert ((a - b).abs().amax(-1)[4:] > 1e-4).all()
 
 
-@pytest.mark.parametrize("readout", [False, True])
+@pytest.mark.parametrize("ctc_readout", [False, True])
 def test_cached_decoding_equals_the_whole_pass(model, sample, readout, beside_tiny_model, config):
     """In rows side by side, one of two utterances of which the first is cut in two."""
     rows = [sample("s.v.", (33,)), sample("i.s.s", (100, 8), 1)]
     if readout:
-        adapter = replace(config.speech_adapter, readout=True)
+        adapter = replace(config.speech_adapter, ctc_readout=True)
         reader = beside_tiny_model(replace(config, speech_adapter=adapter), seed=2)
         assert not torch.allclose(logits(model, rows[1]), logits(reader, rows[1]), **CLOSE)
         model = reader
@@ -176,7 +176,7 @@ def test_a_model_reads_out_what_it_hears(build_model, config, sample):
     """Rows that are embeddings among blanks are to it what their text is, with its end mark in the rows left over;
     nothing else tells the two models apart."""
     plain = build_model(config)
-    reader = build_model(replace(config, speech_adapter=replace(config.speech_adapter, readout=True)))
+    reader = build_model(replace(config, speech_adapter=replace(config.speech_adapter, ctc_readout=True)))
     reader.load_state_dict(plain.state_dict())
     made = sample("..s.", (40,))
     said, blank, end = [7, 30], config.audio_token_id, config.speech_end_id
@@ -207,7 +207,7 @@ def test_wrong_use_is_named(model, tiny_model, sample, config):
 
 def test_a_configuration_from_before_the_readout_has_none(config):
     values = mm.config.to_dict(config)
-    assert values["speech_adapter"].pop("readout") is False
+    assert values["speech_adapter"].pop("ctc_readout") is False
     assert mm.config.from_dict(values) == config
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from speech.ctc_prefix_score import PrefixScores
+from speech.ctc_prefix_score import CtcPrefixScorer
 
 TOKENS = (3, 7, 8)  # the vocabulary that rows speak of
 
@@ -40,12 +40,12 @@ def test_prefixes_have_the_sum_of_all_paths(prefix):
     def begins(start: tuple[int, ...]) -> float:
         return sum(value for transcript, value in every.items() if transcript[: len(start)] == start)
 
-    scores = PrefixScores(near, log_probs)
+    scores = CtcPrefixScorer(near, log_probs)
     for token in prefix:
         scores.append(token)
-    assert begins(prefix) > 0 and scores.prefix == pytest.approx(math.log(begins(prefix)))
-    assert math.exp(scores.end) == pytest.approx(every.get(prefix, 0.0) / begins(prefix))
-    following = dict(zip(scores.tokens.tolist(), scores.following.exp().tolist(), strict=True))
+    assert begins(prefix) > 0 and scores.prefix_log_prob == pytest.approx(math.log(begins(prefix)))
+    assert math.exp(scores.end_log_prob) == pytest.approx(every.get(prefix, 0.0) / begins(prefix))
+    following = dict(zip(scores.tokens.tolist(), scores.next_log_probs.exp().tolist(), strict=True))
     for token in TOKENS:
         assert following.get(token, 0.0) == pytest.approx(begins((*prefix, token)) / begins(prefix))
 
@@ -58,27 +58,27 @@ def test_what_ends_has_the_probability_that_ctc_loss_gives_it():
         columns = 1 + torch.searchsorted(torch.tensor(TOKENS), near[:, place].contiguous())
         dense[torch.arange(40), columns] = log_probs[:, place]
     answer = [7, 7, 3, 8, 3]
-    scores = PrefixScores(near, log_probs)
+    scores = CtcPrefixScorer(near, log_probs)
     for token in answer:
         scores.append(token)
     places = torch.tensor([[1 + TOKENS.index(token) for token in answer]])
     loss = F.ctc_loss(dense[:, None], places, torch.tensor([40]), torch.tensor([5]), reduction="sum")
-    assert scores.prefix + scores.end == pytest.approx(-float(loss))
+    assert scores.prefix_log_prob + scores.end_log_prob == pytest.approx(-float(loss))
 
 
 def test_what_comes_late_is_not_looked_at_early_and_changes_nothing(monkeypatch):
     near, log_probs = some_rows(300, seed=2)
     log_probs = (12 * log_probs).log_softmax(-1)  # as sure as rows are that were learnt
-    scores = PrefixScores(near, log_probs)
+    scores = CtcPrefixScorer(near, log_probs)
     with monkeypatch.context() as patch:
         patch.setattr("speech.ctc_prefix_score.NEGLIGIBLE", math.inf)
-        every = PrefixScores(near, log_probs)
+        every = CtcPrefixScorer(near, log_probs)
         assert len(every.spoken) == 301
     looked_at = []
-    while float(every.following.max()) > every.end:
-        token = int(every.tokens[every.following.argmax()])
-        exact = dict(zip(every.tokens.tolist(), every.following.tolist(), strict=True))
-        found = dict(zip(scores.tokens.tolist(), scores.following.tolist(), strict=True))
+    while float(every.next_log_probs.max()) > every.end_log_prob:
+        token = int(every.tokens[every.next_log_probs.argmax()])
+        exact = dict(zip(every.tokens.tolist(), every.next_log_probs.tolist(), strict=True))
+        found = dict(zip(scores.tokens.tolist(), scores.next_log_probs.tolist(), strict=True))
         assert found.keys() >= {number for number, value in exact.items() if value > -90}
         for number, value in found.items():
             assert value == pytest.approx(exact[number]) or max(value, exact[number]) < -90
@@ -88,17 +88,18 @@ def test_what_comes_late_is_not_looked_at_early_and_changes_nothing(monkeypatch)
             patch.setattr("speech.ctc_prefix_score.NEGLIGIBLE", math.inf)
             every.append(token)
     assert len(looked_at) > 50 and max(looked_at) < 150
-    assert scores.prefix == pytest.approx(every.prefix) and scores.end == pytest.approx(every.end)
+    assert scores.prefix_log_prob == pytest.approx(every.prefix_log_prob)
+    assert scores.end_log_prob == pytest.approx(every.end_log_prob)
 
 
 def test_a_token_that_no_row_has_left_is_refused_and_of_nothing_there_is_only_an_end():
     near, log_probs = some_rows(2)
-    scores = PrefixScores(near, log_probs)
+    scores = CtcPrefixScorer(near, log_probs)
     for token in near[:, 0].tolist():
         scores.append(token)
-    assert scores.end == pytest.approx(0.0)
+    assert scores.end_log_prob == pytest.approx(0.0)
     for token in (*TOKENS, 99):
         with pytest.raises(ValueError, match=f"no row says token {token} after {scores.last}"):
             scores.append(token)
-    nothing = PrefixScores(near[:0], log_probs[:0])
-    assert nothing.tokens.tolist() == nothing.following.tolist() == [] and nothing.end == 0.0
+    nothing = CtcPrefixScorer(near[:0], log_probs[:0])
+    assert nothing.tokens.tolist() == nothing.next_log_probs.tolist() == [] and nothing.end_log_prob == 0.0

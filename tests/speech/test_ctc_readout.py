@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from speech.ctc_readout import NEAREST, SCALE, SHARPNESS, read_out, token_scores
+from speech.ctc_readout import CTC_SCALE, MEAN_SCALE, NUM_NEAREST, ctc_compress, ctc_log_probs
 
 VOCABULARY, WIDTH, BLANK = 40, 16, 40
 
@@ -21,7 +21,7 @@ REST = torch.full((WIDTH,), 7.0)
 
 
 def read(rows: torch.Tensor, lengths: list[int], table: torch.Tensor) -> torch.Tensor:
-    return read_out(rows, torch.tensor(lengths), table[:BLANK], table[BLANK], REST)
+    return ctc_compress(rows, torch.tensor(lengths), table[:BLANK], table[BLANK], REST)
 
 
 def noisy(tokens: list[int], table: torch.Tensor, seed: int = 0) -> torch.Tensor:
@@ -36,7 +36,7 @@ def test_tokens_stand_first_in_order_and_the_rest_behind(table):
     exact = table[tokens] * torch.linspace(0.2, 20, len(tokens))[:, None]  # sizes say nothing
     heard = read(exact, [len(tokens)], table)
     assert torch.equal(heard[3:], REST.expand(5, -1))
-    weights = (SHARPNESS * F.cosine_similarity(table[5][None], table[:BLANK])).softmax(-1)
+    weights = (MEAN_SCALE * F.cosine_similarity(table[5][None], table[:BLANK])).softmax(-1)
     assert weights[5] > 0.99
     for row, token in zip(heard, (5, 5, 9), strict=False):
         torch.testing.assert_close(row, table[token], atol=0.05, rtol=0)
@@ -55,11 +55,11 @@ def test_equals_a_loop_over_rows(table):
         for row in utterance:
             cosines = F.cosine_similarity(row[None], table)
             token = int(cosines.argmax())
-            chosen = cosines[:BLANK].sort(descending=True).indices[:NEAREST]
+            chosen = cosines[:BLANK].sort(descending=True).indices[:NUM_NEAREST]
             if token in (BLANK, previous):
                 behind.append(REST)
             else:
-                first.append((SHARPNESS * cosines[chosen]).softmax(-1) @ table[chosen])
+                first.append((MEAN_SCALE * cosines[chosen]).softmax(-1) @ table[chosen])
             previous = token
         expected += first + behind
     torch.testing.assert_close(read(rows, lengths, table), torch.stack(expected), rtol=1e-4, atol=1e-5)
@@ -68,12 +68,13 @@ def test_equals_a_loop_over_rows(table):
 def test_scores_of_a_row_are_of_its_nearest_tokens_and_the_blank(table, monkeypatch):
     rows = noisy([4, BLANK, 30], table)
     monkeypatch.setattr("speech.ctc_readout.ROWS", 2)
-    near, scores = token_scores(rows, table[:BLANK], table[BLANK])
-    assert near.shape == (3, NEAREST) and near[:, 0].tolist()[::2] == [4, 30] and int(scores[1].argmax()) == NEAREST
+    near, scores = ctc_log_probs(rows, table[:BLANK], table[BLANK])
+    assert near.shape == (3, NUM_NEAREST) and near[:, 0].tolist()[::2] == [4, 30]
+    assert int(scores[1].argmax()) == NUM_NEAREST
     for row, tokens, logs in zip(rows, near, scores, strict=True):
         cosines = F.cosine_similarity(row[None], table)
-        assert set(tokens.tolist()) == set(cosines[:BLANK].topk(NEAREST).indices.tolist())
-        expected = (SCALE * cosines[[*tokens.tolist(), BLANK]]).log_softmax(0)
+        assert set(tokens.tolist()) == set(cosines[:BLANK].topk(NUM_NEAREST).indices.tolist())
+        expected = (CTC_SCALE * cosines[[*tokens.tolist(), BLANK]]).log_softmax(0)
         torch.testing.assert_close(logs, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -87,13 +88,13 @@ def test_an_utterance_is_read_as_it_is_alone(table):
 def test_gradients_reach_the_rows_that_say_something_and_the_rest(table):
     rows = noisy([BLANK, 5, 5, 9], table).requires_grad_(True)
     rest = REST.clone().requires_grad_(True)
-    read_out(rows, torch.tensor([4]), table[:BLANK], table[BLANK], rest).square().sum().backward()
+    ctc_compress(rows, torch.tensor([4]), table[:BLANK], table[BLANK], rest).square().sum().backward()
     assert [bool(row.abs().max() > 0) for row in rows.grad] == [False, True, False, True]
     torch.testing.assert_close(rest.grad, 2 * 2 * REST)  # two rows stand behind
 
 
 def test_a_vocabulary_may_be_small(table):
-    heard = read_out(noisy([0, 1, BLANK], table), torch.tensor([3]), table[:3], table[BLANK], REST)
+    heard = ctc_compress(noisy([0, 1, BLANK], table), torch.tensor([3]), table[:3], table[BLANK], REST)
     assert torch.equal(heard[2], REST) and not torch.equal(heard[1], REST)
 
 
@@ -106,6 +107,6 @@ def test_bf16_and_blocks_change_nothing_but_roundings(table, monkeypatch):
     assert torch.equal(read(rows, [40, 20], table), expected)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(read(rows, [40, 20], table), expected, rtol=1e-5, atol=1e-5)
-    heard = read_out(rows.bfloat16(), torch.tensor([40, 20]), table[:BLANK].bfloat16(), table[BLANK], REST)
+    heard = ctc_compress(rows.bfloat16(), torch.tensor([40, 20]), table[:BLANK].bfloat16(), table[BLANK], REST)
     assert heard.dtype == torch.bfloat16
     torch.testing.assert_close(heard.float(), expected, rtol=0, atol=0.1)

@@ -48,15 +48,15 @@ def test_error_rates_and_the_control_that_hears_something_else(hearing, records,
     assert f"real-time factor {heard.real_time_factor:.2f} ± {heard.real_time_interval:.2f}" in str(heard)
     at_once = evaluate(*hearing, records, ["wer"], max_new_tokens=6, batch_size=9)
     assert at_once.real_time_interval is None and str(at_once).endswith(f"real-time factor {at_once.shown_factor()}")
-    exchanged = evaluate(*hearing, records, ["wer"], max_new_tokens=6, batch_size=3, exchange_speech=True)
-    assert "another record's sound" in str(exchanged) and exchanged.exchanged_speech
+    replaced = evaluate(*hearing, records, ["wer"], max_new_tokens=6, batch_size=3, replace_speech=True)
+    assert "another record's sound" in str(replaced) and replaced.replaced_speech
     # Each is asked for its own words, and says what is said of the sound it was given.
     own = [row["prediction"] for row in heard.predictions]
-    assert [row["prediction"] for row in exchanged.predictions] == [own[n] for n in (2, 2, 3, 4, 0)]
+    assert [row["prediction"] for row in replaced.predictions] == [own[n] for n in (2, 2, 3, 4, 0)]
     assert len(set(own)) == 5
-    assert [row["reference"] for row in exchanged.predictions] == list(WORDS)
-    exchanged.write(tmp_path)
-    assert '"exchanged_speech": true' in (tmp_path / "scores.json").read_text()
+    assert [row["reference"] for row in replaced.predictions] == list(WORDS)
+    replaced.write(tmp_path)
+    assert '"replaced_speech": true' in (tmp_path / "scores.json").read_text()
 
 
 def test_transcripts_end_with_their_sound(hearing, records, monkeypatch):
@@ -86,6 +86,6 @@ def test_without_another_answer_or_a_sound_the_record_has_failed(hearing, record
     samples = np.random.default_rng(9).normal(0, 3000, 3000).astype(np.int16)
     twice = [translation_record(f"noise/{to}", "test", to, to, samples, said="apple") for to in ("es", "fr")]
     assert with_other_sound([*twice, records[2]], [0, 1, 2], 0).media == records[2].media  # not its own once more
-    report = evaluate(*hearing, [*records, square_record(1, "test")], ["wer"], max_new_tokens=2, exchange_speech=True)
+    report = evaluate(*hearing, [*records, square_record(1, "test")], ["wer"], max_new_tokens=2, replace_speech=True)
     assert {row["id"] for row in report.failed} == {records[-1].id, "square-0001"}
     assert all("holds no sound" in row["reason"] for row in report.failed)
