@@ -1,1 +1,1 @@
-"""What every package may use: the class of users' mistakes, logging, file hashes, optional extras, the HTML scaffold."""
+"""What every package may use: the class of users' mistakes, logging, hashes, optional extras, the HTML scaffold."""

@@ -43,7 +43,7 @@ def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, FileNotFoundError) and "no such file" not in text.lower():
         return f"{text}: no such file"  # pyarrow names the file alone
-    if not isinstance(error, argparse.ArgumentError):
+    if isinstance(error, OSError):
         return text
     text = re.sub(r'Parser key "([^"]*)": ', r"\1: ", UNION_NOISE.sub("", text))
     return re.sub(r"Expected a (?:<class '(\w+)'>|typing\.(\w+\[[^]]*\]))\.?", r"expected: \1\2.", text)

@@ -14,6 +14,7 @@ PACKAGES = (
     *("__main__", "app", "benchmarks", "data_prep", "demos", "foundation", "layers", "mm", "shards", "speech"),
     *("stages", "video", "vision"),
 )
+LOGGING_OPTIONS = ("--quiet", "--debug")
 OPTIONS_HELP = "--quiet logs warnings only; --debug logs more, and shows the traceback of a user's mistake too."
 
 
@@ -71,4 +72,4 @@ def configure_logging_from(argv: Sequence[str]) -> tuple[list[str], bool]:
     options, rest = list(argv[:end]), list(argv[end:])
     quiet, debug = "--quiet" in options, "--debug" in options
     configure_logging(quiet, debug)
-    return [word for word in options if word not in ("--quiet", "--debug")] + rest, debug
+    return [word for word in options if word not in LOGGING_OPTIONS] + rest, debug

@@ -21,3 +21,8 @@ def resolve_device(name: torch.device | str = "auto") -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"device {str(name)!r} cannot be used on this machine: {reason}") from error
+
+
+def device_line(device: torch.device) -> str:
+    """What the log of a command or a stage begins with: "device: cpu" or "device: cuda:0 (NVIDIA H100)"."""
+    return f"device: {device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else f"device: {device}"

@@ -1,16 +1,20 @@
-"""From a command line and a YAML file to a stage's dataclass; a user's mistake becomes one line and exit code 1."""
+"""From a command line and a YAML file to a stage's dataclass, the log's set-up, and the process group of torchrun."""
 
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import fields
 from typing import TypeVar
 
-from jsonargparse import ArgumentError, ArgumentParser
-
-from foundation.errors import one_line
-from mm.parallel.ranks import joined
+from foundation.errors import exit_on_user_error
+from foundation.logs import configure_logging_from
+from foundation.options import new_parser, read_options
+from mm.device import device_line, resolve_device
+from mm.parallel.process_group import init_distributed
 
 Config = TypeVar("Config")
+logger = logging.getLogger(__name__)
 
 
 def run_stage(
@@ -18,32 +22,31 @@ def run_stage(
 ) -> None:
     """Read `--config FILE` and overrides such as `--training.steps 10` into `config_class` and call the stage.
 
-    Ends the process with 1 after printing what is wrong, where the configuration or the stage raises `UserError`, or a
-    file cannot be read or written.
+    Under torchrun only rank 0 prints results and logs progress; warnings of the other ranks name their rank.
+
+    Args:
+        config_class: a dataclass; its `device`, if it has one, is logged first.
+        argv: the command line, `--quiet` and `--debug` included; None takes the process's own.
+        name: of the stage, which messages begin with.
+
+    Raises:
+        SystemExit: 1 for a user's mistake, 130 for Ctrl-C (see `foundation.errors.exit_on_user_error`).
     """
-    parser = ArgumentParser(prog=name, description=(stage.__doc__ or "").split("\n")[0], exit_on_error=False)
-    parser.add_argument("--config", action="config", help="a YAML file; options that follow override it")
-    parser.add_class_arguments(config_class)
-    try:
-        values = parser.parse_args(argv)
-        built = vars(parser.instantiate(values))
-        with joined() as ranks, nullcontext() if ranks.is_main else redirect_stdout(None):
-            stage(config_class(**{name: built[name] for name in config_class.__dataclass_fields__}))
-    except (ValueError, OSError, ArgumentError) as error:
-        print(f"{name}: {one_line(error)}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
-        sys.exit(130)
+    arguments, debug = configure_logging_from(sys.argv[1:] if argv is None else argv)
+    with exit_on_user_error(name, debug, again="goes on from the newest checkpoint"):
+        parser = new_parser(name, (stage.__doc__ or "").split("\n")[0], config=True)
+        parser.add_class_arguments(config_class)
+        values = vars(read_options(parser, arguments))
+        config = config_class(**{field.name: values[field.name] for field in fields(config_class)})
+        with init_distributed() as ranks, nullcontext() if ranks.is_main else redirect_stdout(None):
+            device = getattr(config, "device", None)
+            if device is not None:
+                logger.info(device_line(resolve_device(device)))
+            stage(config)
 
 
 @contextmanager
 def mistakes_in_one_line(name: str) -> Iterator[None]:
-    """Ends the process with 1 after printing what is wrong, where the block raises what a user's mistake does."""
-    try:
+    """As `foundation.errors.exit_on_user_error`, for the demos that do not call it yet."""
+    with exit_on_user_error(name):
         yield
-    except (ValueError, OSError, ArgumentError) as error:
-        print(f"{name}: {one_line(error)}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
