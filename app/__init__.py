@@ -1,1 +1,1 @@
-"""What people run: the `mm` command and the demo."""
+"""The `mm` command: `cli.py` has the table of commands, `commands/` one module per group of them."""

@@ -1,111 +1,176 @@
-"""`mm caption`, `mm ask` and `mm transcribe`: files and words in, what a model says of them out."""
+"""`mm caption`, `mm ask` and `mm transcribe`: media files in, the model's text on stdout."""
 
-import sys
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from jsonargparse import Namespace
+from jsonargparse import ArgumentParser, Namespace
 
 import mm
-from foundation.errors import UserError, one_line
+from foundation.errors import UserError, is_user_error, one_line
+from foundation.options import new_parser, read_options
+from mm.device import device_line, resolve_device
 from mm.generation import transcribe_tokens
 from speech.prompts import TRANSCRIBE
 from video.readers import is_animation, open_animation
 from video.timeline import MAX_PIXELS
 
-MEDIA = {"image": "pictures", "video": "clips", "audio": "sounds"}  # kind of a message's part -> what it is
-FILMS = (
+DEFAULT_MODEL = "runs/demo"
+MEDIA = {"image": "images", "video": "video clips", "audio": "audio files"}  # type of a message's part -> its help
+VIDEO_SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".ogv", ".flv", ".wmv", ".asf"),
     *(".mpg", ".mpeg", ".m2v", ".ts", ".mts", ".m2ts", ".vob", ".mxf", ".dv", ".rm"),
 )
-WHAT_IS_A_CLIP = (
-    f"a clip is a file named {', '.join(FILMS)}, and where the model has a video adapter a GIF or WebP file of "
-    "several pictures too; all else is a picture, of which the first is taken"
+CLIP_HELP = (
+    f"a file with the suffix {', '.join(VIDEO_SUFFIXES)} is a clip; so is a GIF or WebP file of several pictures if "
+    "the model has a video adapter; every other file is an image, of which the first picture counts"
 )
+logger = logging.getLogger(__name__)
 
 
-def caption(arguments: Namespace) -> int:
-    """Caption pictures and clips."""
-    model, processor = load_model(arguments)
+def caption(argv: Sequence[str]) -> int:
+    """Caption images and video clips."""
+    parser = new_parser("mm caption", "Caption images and video clips.")
+    parser.add_argument("files", nargs="+", help=f"images and clips: {CLIP_HELP}")
+    add_model_options(parser)
+    add_length_option(parser, max_new_tokens=64)
+    options = read_options(parser, argv)
+    model, processor = load_model(options)
 
     def describe(file: str) -> str:
         kind = "video" if is_clip(file, animations=model.video_adapter is not None) else "image"
         sample = processor.caption_prompt_for(file, kind)
-        return processor.decode(mm.generate_tokens(model, [sample], arguments.max_new_tokens)[0])
+        return processor.decode(mm.generate_tokens(model, [sample], options.max_new_tokens)[0])
 
-    return _each(arguments.files, describe)
+    return print_for_each(options.files, describe)
 
 
-def ask(arguments: Namespace) -> int:
-    """Ask a question about pictures, clips and sounds."""
-    if not arguments.question.strip():
+def ask(argv: Sequence[str]) -> int:
+    """Ask a question about images, video clips and audio.
+
+    Raises:
+        UserError: an empty question or no media, besides what the model and the processor refuse.
+    """
+    parser = new_parser("mm ask", "Ask a question about images, video clips and audio.")
+    parser.add_argument("question")
+    for kind, description in MEDIA.items():
+        parser.add_argument(
+            f"--{kind}",
+            dest="media",
+            action="extend",
+            nargs="+",
+            type=MediaFile(kind),
+            metavar="FILE",
+            help=f"{description}; the model gets all media in the order of the command line, then the question",
+        )
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this probability")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    add_model_options(parser)
+    add_length_option(parser, max_new_tokens=128)
+    options = read_options(parser, argv)
+    if not options.question.strip():
         raise UserError("the question is empty")
-    if not arguments.media:
-        raise UserError("nothing to ask about: give --image, --video or --audio, each with one file or several")
-    model, processor = load_model(arguments)
-    content = [{"type": kind, kind: file} for kind, file in arguments.media]
-    messages = [{"role": "user", "content": [*content, {"type": "text", "text": arguments.question}]}]
+    if not options.media:
+        raise UserError("there is nothing to ask about: give --image, --video or --audio, each with one file or more")
+    model, processor = load_model(options)
+    content = [{"type": kind, kind: file} for kind, file in options.media]
+    messages = [{"role": "user", "content": [*content, {"type": "text", "text": options.question}]}]
     for piece in mm.stream(
         model,
         processor,
         messages,
-        arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
+        options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
     ):
         print(piece, end="", flush=True)
     print()
     return 0
 
 
-def transcribe(arguments: Namespace) -> int:
-    """Write down what is said in sound files."""
-    if not arguments.language.strip():
+def transcribe(argv: Sequence[str]) -> int:
+    """Transcribe the speech in audio or video files.
+
+    Raises:
+        UserError: an empty language, or a model without a speech encoder.
+    """
+    parser = new_parser("mm transcribe", "Transcribe the speech in audio or video files.")
+    parser.add_argument("files", nargs="+", help="audio files, or videos with sound")
+    parser.add_argument("--language", default="English", help="English name of the transcript's language")
+    add_model_options(parser)
+    add_length_option(parser, max_new_tokens=256)
+    options = read_options(parser, argv)
+    if not options.language.strip():
         raise UserError("the language is empty; name one, such as English")
-    model, processor = load_model(arguments)
+    model, processor = load_model(options)
     if model.speech_encoder is None:
-        raise UserError(f"{arguments.model} has no speech_encoder: `mm train train_speech_adapter` gives a run ears")
-    request = {"type": "text", "text": f"{TRANSCRIBE} {arguments.language}:"}
+        raise UserError(f"{options.model} has no speech_encoder; `mm train train_speech_adapter` trains one")
+    request = {"type": "text", "text": f"{TRANSCRIBE} {options.language}:"}
 
     def write_down(file: str) -> str:
         content = [request, {"type": "audio", "audio": file}]
         sample = processor.prompt([{"role": "user", "content": content}])
-        return processor.decode(transcribe_tokens(model, [sample], arguments.max_new_tokens)[0])
+        return processor.decode(transcribe_tokens(model, [sample], options.max_new_tokens)[0])
 
-    return _each(arguments.files, write_down)
-
-
-def load_model(arguments: Namespace) -> tuple[mm.MultimodalModel, mm.Processor]:
-    """The model that a command's options name."""
-    return mm.load(arguments.model, device=arguments.device, language_model=arguments.language_model)
+    return print_for_each(options.files, write_down)
 
 
-class Medium:
-    """The type of an option that shares its place with those of other kinds: FILE -> (kind, FILE), so order is kept."""
+def add_device_option(parser: ArgumentParser) -> None:
+    """Add `--device`, for `mm.device.resolve_device`."""
+    parser.add_argument(
+        "--device", default="auto", help="auto (CUDA where there is one, else the CPU), cpu, cuda:1, ..."
+    )
+
+
+def add_model_options(parser: ArgumentParser) -> None:
+    """Add the options that `load_model` reads."""
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="a run folder, or a Llama 3.2 Vision folder")
+    parser.add_argument("--language-model", help="where the run's language model is now, if it has moved")
+    add_device_option(parser)
+
+
+def add_length_option(parser: ArgumentParser, max_new_tokens: int) -> None:
+    """Add `--max-new-tokens`."""
+    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help="longest answer, in tokens")
+
+
+def load_model(options: Namespace) -> tuple[mm.MultimodalModel, mm.Processor]:
+    """The model and the processor that the options of `add_model_options` name; logs the device first."""
+    device = resolve_device(options.device)
+    logger.info(device_line(device))
+    return mm.load(options.model, device=device, language_model=options.language_model)
+
+
+class MediaFile:
+    """An option's type that keeps its kind, so that the options of all kinds fill one list in order.
+
+    Calling it gives (kind, file).
+    """
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
 
     def __repr__(self) -> str:
-        return "path"  # what the help shows
+        return "path"  # shown by --help
 
     def __call__(self, file: str | tuple[str, str]) -> tuple[str, str]:
-        return file if isinstance(file, tuple) else (self.kind, file)  # what was read is checked once more
+        return file if isinstance(file, tuple) else (self.kind, file)  # jsonargparse checks parsed values once more
 
 
 def is_clip(file: str, animations: bool) -> bool:
-    """Whether a file is to be watched rather than looked at, see WHAT_IS_A_CLIP.
+    """Whether a file is a video clip and not an image, see CLIP_HELP.
 
     Args:
-        animations: a GIF or WebP file of several pictures counts as one.
+        animations: a GIF or WebP file of several pictures is a clip.
 
     Raises:
         UserError: a GIF or WebP file that is broken.
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     path = Path(file)
-    if path.suffix.lower() in FILMS:
+    if path.suffix.lower() in VIDEO_SUFFIXES:
         return True
     if not animations or not path.is_file():
         return False
@@ -116,15 +181,21 @@ def is_clip(file: str, animations: bool) -> bool:
         return getattr(picture, "n_frames", 1) > 1
 
 
-def _each(files: Sequence[str], do: Callable[[str], str]) -> int:
-    """Do every file that can be done, then list what failed and why."""
-    failed = []
+def print_for_each(files: Sequence[str], answer: Callable[[str], str]) -> int:
+    """Print `FILE: answer(FILE)` for each file, then log the files that could not be read, and why.
+
+    Returns:
+        The exit code: 1 if a file failed.
+    """
+    failures = []
     for file in files:
         try:
-            print(f"{file}: {do(file)}", flush=True)
-        except ValueError as error:
+            print(f"{file}: {answer(file)}", flush=True)
+        except (ValueError, OSError) as error:
+            if not is_user_error(error):
+                raise
             reason = one_line(error)
-            failed.append(reason if reason.startswith(file) else f"{file}: {reason}")
-    for reason in failed:
-        print(f"mm: failed: {reason}", file=sys.stderr)
-    return 1 if failed else 0
+            failures.append(reason if reason.startswith(file) else f"{file}: {reason}")
+    for failure in failures:
+        logger.error(failure)
+    return 1 if failures else 0
