@@ -31,8 +31,8 @@ from data_prep.sources.recordings import ASTERISK_LANGUAGES
 from layers.linear import linear
 from layers.rotary import RotaryConfig, rotary_angles
 from mm.training.data import DataSource, RecordDataset
-from mm.training.sampler import Buckets, steps
-from mm.training.speech import Padding
+from mm.training.sampler import LengthBuckets, step_indices
+from mm.training.speech import PaddingMeter
 from speech.best_rq import BestRqConfig, RandomQuantizer
 from speech.conformer import STACK, ConformerLayer, SpeechEncoderConfig
 from speech.features import FRAMES_PER_SECOND, NUM_MELS, SAMPLE_RATE, log_mel
@@ -186,12 +186,12 @@ def measure_padding(folders: list[str]) -> dict:
     seconds = dataset.durations()
     shares = {}
     for batch_size, together in product((16, 32), (1, 10, 50)):
-        padding = Padding()
-        buckets = Buckets(seconds, batch_size, together) if together > 1 else None
-        drawn = steps(len(dataset), batch_size, seed=0, buckets=buckets)
+        padding = PaddingMeter()
+        buckets = LengthBuckets(seconds, batch_size, together) if together > 1 else None
+        drawn = step_indices(len(dataset), batch_size, seed=0, buckets=buckets)
         for indices in islice(drawn, len(dataset) // batch_size):
             padding.update((FRAMES_PER_SECOND * seconds[indices]).int().tolist())
-        shares[f"{batch_size} recordings, {together}"] = padding.take()["padding_share"]
+        shares[f"{batch_size} recordings, {together}"] = padding.pop()["padding_share"]
     return {"recordings": len(dataset), "hours": float(seconds.sum()) / 3600, "shares": shares}
 
 

@@ -16,11 +16,11 @@ import mm.convert.llama
 from foundation.errors import UserError
 from mm.assembly import add_speech, from_language_model
 from mm.batch import IGNORED, Sample
+from mm.encoder_folders import load_speech_encoder
 from mm.model import MultimodalModel
 from mm.parallel.process_group import Ranks
 from mm.processor import Processor
 from mm.run_folder import language_model_of, load, save
-from mm.speech_encoders import load_speech_encoder
 from mm.training.adapters import train_adapters
 from mm.training.command import run_stage
 from mm.training.config import TrainingConfig

@@ -27,7 +27,7 @@ from stages.train_video_adapter import TrainVideoAdapter
 from vision.encoder import VisionEncoderConfig
 
 SHIPPED = Path(__file__).parent.parent / "configs"
-ENCODERS = sorted(SHIPPED / "speech" / f"{name}.yaml" for name in ("letters", "pretraining"))
+ENCODERS = sorted(SHIPPED / "speech" / f"{name}.yaml" for name in ("character_ctc", "pretraining"))
 # Of these, no gates and no pictures.
 SPEECH = sorted({*SHIPPED.glob("demo/speech*.yaml"), *SHIPPED.glob("speech/*.yaml")} - {*ENCODERS})
 ALIGNMENT = SHIPPED / "demo" / "video_alignment.yaml"  # its gates stay as they are
@@ -98,7 +98,7 @@ def test_speech_trains_ears_alone(file):
 def test_speech_encoders_of_all_configurations_fit_each_other(file):
     config = read(PretrainSpeechEncoder, file)
     assert config.encoder == SpeechEncoderConfig(6, 192, 768, 3, max_seconds=20)
-    assert config.transcripts == (file.name == "letters.yaml")
+    assert config.character_ctc == (file.name == "character_ctc.yaml")
     known = {f"data/speech/{name}" for name in SETS} - {"data/speech/librivox", "data/speech/aligner"}
     assert {source.path for source in config.data} <= known  # what is held out stays held out
 

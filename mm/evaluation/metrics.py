@@ -5,7 +5,7 @@ Flow: `evaluate.py` hands over predictions and references; a `Score` comes out.
 
 import math
 import re
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -175,15 +175,6 @@ def count_errors(name: str, said: str, wanted: str) -> tuple[int, int]:
     jiwer = import_extra("jiwer", "speech", "an error rate")
     counted = (jiwer.process_words if name == "wer" else jiwer.process_characters)(wanted, said)
     return counted.substitutions + counted.deletions + counted.insertions, length
-
-
-def count_edits(said: Sequence[Hashable], wanted: Sequence[Hashable]) -> int:
-    """How many items are to be substituted, deleted or inserted to get one sequence from the other.
-
-    Raises:
-        UserError: rapidfuzz is missing.
-    """
-    return import_extra("rapidfuzz.distance", "speech", "an edit distance").Levenshtein.distance(said, wanted)
 
 
 @lru_cache(maxsize=100_000)

@@ -1,6 +1,7 @@
-"""Contrastive training of an image encoder against a text tower (paper §7.1): model, batches, objective.
+"""Contrastive training of an image encoder with a text tower (paper §7.1): model, batches and objective.
 
-Only `stages.pretrain_image_encoder` imports this module: it is the one place of training that needs open_clip.
+This is the only module of training that imports open_clip, and `stages.pretrain_image_encoder` the only stage that
+imports it. Shapes: N pairs.
 """
 
 from collections.abc import Callable, Collection
@@ -13,7 +14,8 @@ from torch.nn import functional as F
 
 from foundation.errors import UserError
 from layers.feed_forward import MLP
-from mm.parallel.ranks import Ranks, gathered, whole
+from mm.parallel.dtensor import full_tensor
+from mm.parallel.process_group import Ranks, all_gather_with_grad
 from mm.training.flops import encoder_flops
 from vision.encoder import VisionEncoder, VisionEncoderConfig
 from vision.tiling import Tiles
@@ -21,11 +23,11 @@ from vision.tiling import Tiles
 
 @dataclass(frozen=True)
 class TextTowerConfig:
-    """The text side of contrastive training: open_clip's transformer over its byte-pair tokens.
+    """Shape of the text tower: open_clip's text transformer over its byte-pair tokens.
 
     Attributes:
-        context: tokens per text; longer ones are cut.
-        embedding_size: channels in which pictures and texts are compared.
+        context: tokens per text; longer texts are truncated.
+        embedding_size: width of the embeddings in which images and texts are compared.
     """
 
     hidden_size: int = 512
@@ -36,14 +38,14 @@ class TextTowerConfig:
 
     def __post_init__(self) -> None:
         if self.context < 3:
-            raise UserError(f"text.context is {self.context}; it must hold a start, a word and an end: at least 3")
+            raise UserError(f"text.context is {self.context}; it must be at least 3: a start, a word and an end")
         if self.hidden_size % self.num_heads:
             raise UserError(f"text.hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
 
 
 @dataclass
 class Pair:
-    """A picture and its text's token ids, int64 [context]; one that is not `real` is compared with nothing."""
+    """An image and its text's token ids, int64 [context]; a pair that is not `real` takes no part in the loss."""
 
     tiles: Tiles
     text: Tensor
@@ -52,7 +54,7 @@ class Pair:
 
 @dataclass
 class PairBatch:
-    """Pairs side by side: texts int64 [N, context], real bool [N]."""
+    """N pairs: texts int64 [N, context], real bool [N]."""
 
     images: list[Tiles]
     texts: Tensor
@@ -63,13 +65,16 @@ class PairBatch:
 
 
 class ContrastiveModel(nn.Module):
-    """An image encoder and a text tower with a space in common.
+    """An image encoder and a text tower that embed images and texts in one space.
 
-    A picture's embedding is the mean over its vision tokens' final outputs, so that every token of it learns, not the
-    CLS alone: the adapter attends to all of them.
+    An image's embedding is the mean over the final outputs of all its vision tokens, not the CLS token's alone, since
+    the adapter later attends to all of them.
 
     Args:
-        loss: "clip" or "siglip", which starts at another scale and has a bias (as in open_clip).
+        loss: "clip" or "siglip". With "siglip" the logits start at scale 10 and have a bias (as in open_clip).
+
+    Raises:
+        UserError: another loss.
     """
 
     def __init__(self, encoder: VisionEncoderConfig, text: TextTowerConfig, loss: str = "clip") -> None:
@@ -85,12 +90,12 @@ class ContrastiveModel(nn.Module):
             layers=text.num_layers,
             output_dim=text.embedding_size,
         )
-        # One row each: what has no dimension cannot be sharded.
+        # Of shape [1], not []: FSDP cannot shard a scalar.
         self.logit_scale = nn.Parameter(torch.tensor([1 / 0.07 if loss == "clip" else 10.0]).log())
         self.logit_bias = nn.Parameter(torch.tensor([-10.0])) if loss == "siglip" else None
 
     def forward(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
-        """Unit embeddings of pictures and of texts, each [N, embedding_size]."""
+        """Unit embeddings of images and of texts, each [N, embedding_size]."""
         width = self.vision_encoder.config.hidden_size
         counts = [self.vision_encoder.num_vision_tokens(tiles) for tiles in batch.images]
         final = self.vision_encoder(batch.images)[:, :width]
@@ -102,19 +107,19 @@ class ContrastiveModel(nn.Module):
 
 
 class ContrastiveObjective:
-    """open_clip's loss over all pairs of a step, whatever ranks they lie on: SigLIP's for a model with a bias.
+    """CLIP's loss, or SigLIP's for a model with a bias, over all pairs of a step on all ranks; both are open_clip's.
 
     Args:
-        flops: operations that training on a batch takes, to be reported; None reports none.
+        flops: a batch -> operations of its forward and backward pass, which are reported; None reports none.
     """
 
-    forward_methods = ()
+    forward_methods: tuple[str, ...] = ()
 
     def __init__(self, flops: Callable[[PairBatch], int] | None = None) -> None:
         self.flops = flops
 
     def dummy_sample(self, module: ContrastiveModel) -> Pair:
-        """A black tile and an empty text, which no pair is compared with: they run through both towers."""
+        """A black tile and an empty text, which run through both towers and take no part in the loss."""
         side, context = module.vision_encoder.config.tile_size, module.text_tower.context_length
         tiles = Tiles(torch.zeros(1, 3, side, side, dtype=torch.uint8), (1, 1))
         return Pair(tiles, torch.zeros(context, dtype=torch.long), real=False)
@@ -133,23 +138,30 @@ class ContrastiveObjective:
         return int(batch.real.sum())
 
     def loss(self, module: ContrastiveModel, batch: PairBatch) -> Tensor:
-        """This rank's share of the loss over the pairs of all ranks, each of which works out the whole."""
-        images, texts = (gathered(embeddings[batch.real]) for embeddings in module(batch))
+        """This rank's share of the loss over all ranks' pairs; every rank computes the loss over all of them."""
+        images, texts = (all_gather_with_grad(embeddings[batch.real]) for embeddings in module(batch))
         pairwise = open_clip.ClipLoss() if module.logit_bias is None else open_clip.loss.SigLipLoss()
         loss = pairwise(images, texts, module.logit_scale.exp().clamp(max=100), module.logit_bias)
         return loss * len(images) / Ranks.current().size
 
-    def throughput(self, batch: PairBatch) -> dict[str, int]:
-        counts = {"images": len(batch.images), "tiles": sum(tiles.num_tiles for tiles in batch.images)}
+    def throughput(self, batch: PairBatch) -> dict[str, float]:
+        counts: dict[str, float] = {
+            "images": len(batch.images),
+            "tiles": sum(tiles.num_tiles for tiles in batch.images),
+        }
         return counts if self.flops is None else {**counts, "flops": self.flops(batch)}
 
     def observe(self, module: ContrastiveModel) -> dict[str, float]:
-        values = {"logit_scale": whole(module.logit_scale).exp().item()}
-        return values if module.logit_bias is None else values | {"logit_bias": whole(module.logit_bias).item()}
+        values = {"logit_scale": full_tensor(module.logit_scale).exp().item()}
+        return values if module.logit_bias is None else values | {"logit_bias": full_tensor(module.logit_bias).item()}
 
 
 def initialise_encoder(encoder: VisionEncoder, seed: int) -> None:
-    """Fresh weights for an encoder trained from nothing: small normal matrices, deeper ones' outputs scaled down."""
+    """Initialise an encoder for training from scratch, in place; the weights depend on the seed alone.
+
+    Matrices are normal with variance 1 / inputs, biases 0, and each layer's two output projections are scaled by
+    1 / sqrt(2 * depth), so that the residual stream does not grow with depth.
+    """
     generator = torch.Generator().manual_seed(seed)
     depth = len(encoder.layers) + len(encoder.gated_layers)
     with torch.no_grad():
@@ -167,14 +179,16 @@ def initialise_encoder(encoder: VisionEncoder, seed: int) -> None:
 def contrastive_flops(
     batch: PairBatch, encoder: VisionEncoderConfig, text: TextTowerConfig, trained: Collection[str]
 ) -> int:
-    """Of a forward and a backward pass over pairs; comparing the pairs is not counted.
+    """Operations of a forward and a backward pass over pairs, without the comparison of the pairs.
 
     Args:
-        trained: names of the parameters that train; of a tower that learns, all are taken to.
+        trained: names of the parameters that train. A tower with one of them counts as trained as a whole.
     """
-    seeing, reading = (any(name.startswith(tower) for name in trained) for tower in ("vision_encoder.", "text_tower."))
-    images = sum(encoder_flops(encoder, tiles.num_tiles, seeing, again=0) for tiles in batch.images)
-    images += len(batch.images) * 2 * encoder.hidden_size * text.embedding_size * (1 + 2 * seeing)
+    trains_images, trains_texts = (
+        any(name.startswith(tower) for name in trained) for tower in ("vision_encoder.", "text_tower.")
+    )
+    images = sum(encoder_flops(encoder, tiles.num_tiles, trains_images, again=0) for tiles in batch.images)
+    images += len(batch.images) * 2 * encoder.hidden_size * text.embedding_size * (1 + 2 * trains_images)
     layer = 24 * text.context * text.hidden_size**2 + 4 * text.context**2 * text.hidden_size
     tower = text.num_layers * layer + 2 * text.hidden_size * text.embedding_size
-    return images + len(batch.images) * tower * (1 + 2 * reading)
+    return images + len(batch.images) * tower * (1 + 2 * trains_texts)

@@ -1,7 +1,8 @@
-"""The language model that reads what is said, as the teacher of itself where it hears it.
+"""Distillation of a speech-reading model from the same language model reading the transcript.
 
-Each sample with a known transcript has a twin: the same conversation with the transcript in the recording's place. Over
-the answer's tokens, the probabilities after hearing are held against those after reading.
+Each sample whose transcript is known has a text twin: the same conversation with the transcript in place of the
+recording. The loss is the KL divergence between the next-token distributions after the recording and those after the
+transcript, over the answer's tokens. It is not in the paper.
 """
 
 from collections.abc import Sequence
@@ -14,50 +15,58 @@ from torch.nn import functional as F
 from foundation.errors import UserError
 from mm.batch import IGNORED, Batch, Sample, collate
 from mm.model import MultimodalModel
-from mm.processor import Processor, record_messages, record_transcript
+from mm.processor import Processor
+from mm.records import record_messages, record_transcript
 from shards.format import Record
 
 
 @dataclass
 class DistillationSample(Sample):
-    """A sample with its twin that reads; without one where it is not known what is said."""
+    """A sample with its text twin; None where the transcript is not known."""
 
-    read: Sample | None = None
+    twin: Sample | None = None
 
 
 @dataclass
 class DistillationBatch(Batch):
-    """A batch with its rows' twins; a row without a twin has one without targets."""
+    """A batch with its rows' text twins; the twin of a row without one has no targets."""
 
-    read: Batch | None = None
+    twins: Batch | None = None
 
     def to(self, device: torch.device | str) -> "DistillationBatch":
-        return DistillationBatch(**vars(super().to(device)), read=self.read.to(device))
+        assert self.twins is not None
+        return DistillationBatch(**vars(super().to(device)), twins=self.twins.to(device))
 
 
 def with_twin(record: Record, processor: Processor) -> DistillationSample:
-    """A record's sample and its twin, which it has if it is known what its one recording says.
+    """A record's sample, with its text twin if it has one recording and a transcript of it.
 
     Raises:
-        UserError: as `Processor.record_example`, of the twin too.
+        UserError: the twin is longer than the context, or as `Processor.record_example`, for the twin too.
     """
     sample = processor.record_example(record)
-    said = record_transcript(record)
-    messages = record_messages(record) if said and sample.speech else []
-    sounds = [part for message in messages for part in _parts(message) if part.get("type") == "audio"]
-    if len(sounds) != 1:
+    transcript = record_transcript(record)
+    if not transcript or not sample.speech:
         return DistillationSample(**vars(sample))
-    read = processor.example(_read(messages, said))
-    if len(read.tokens) > processor.context:
-        raise UserError(f"what is said has {len(read.tokens)} tokens, over the context of {processor.context}")
-    return DistillationSample(**vars(sample), read=read)
+    messages = record_messages(record)
+    num_recordings = sum(part.get("type") == "audio" for message in messages for part in _parts(message))
+    if num_recordings != 1:
+        return DistillationSample(**vars(sample))
+    twin = processor.example(_replace_audio(messages, transcript))
+    if len(twin.tokens) > processor.context:
+        raise UserError(
+            f"with its transcript the conversation has {len(twin.tokens)} tokens, over the context of "
+            f"{processor.context}"
+        )
+    return DistillationSample(**vars(sample), twin=twin)
 
 
-def _read(messages: list[dict], said: str) -> list[dict]:
-    """The messages with what is said in the place of the recording."""
-    text = {"type": "text", "text": said}
-    parts = ([text if part.get("type") == "audio" else part for part in _parts(message)] for message in messages)
-    return [{**message, "content": content} for message, content in zip(messages, parts, strict=True)]
+def _replace_audio(messages: list[dict], transcript: str) -> list[dict]:
+    text = {"type": "text", "text": transcript}
+    return [
+        {**message, "content": [text if part.get("type") == "audio" else part for part in _parts(message)]}
+        for message in messages
+    ]
 
 
 def _parts(message: dict) -> list[dict]:
@@ -66,26 +75,29 @@ def _parts(message: dict) -> list[dict]:
 
 
 def collate_twins(samples: Sequence[Sample]) -> DistillationBatch:
-    """Samples side by side, and their twins."""
-    nothing = Sample([0], [IGNORED])
-    reads = [sample.read if isinstance(sample, DistillationSample) and sample.read else nothing for sample in samples]
-    return DistillationBatch(**vars(collate(samples)), read=collate(reads))
+    """A batch of the samples and a batch of their twins."""
+    no_twin = Sample([0], [IGNORED])
+    twins = [sample.twin if isinstance(sample, DistillationSample) and sample.twin else no_twin for sample in samples]
+    return DistillationBatch(**vars(collate(samples)), twins=collate(twins))
 
 
-def divergence(model: MultimodalModel, hidden: Tensor, batch: DistillationBatch) -> Tensor:
-    """KL divergence of hearing's probabilities from reading's, summed over the target tokens of rows with a twin.
+def distillation_loss(model: MultimodalModel, hidden: Tensor, batch: DistillationBatch) -> Tensor:
+    """KL divergence from the twins' distributions to the samples', summed over the targets of rows with a twin.
 
     Args:
         hidden: the normalised hidden states of the batch's tokens, [B, T, D].
     """
+    assert batch.twins is not None and batch.host.labels is not None and batch.twins.host.labels is not None
+    twin_labels = batch.twins.host.labels
     with torch.no_grad():
-        reading = _at_targets(model, model.hidden_states(batch.read), batch.read.host.labels)
-    twins = (batch.read.host.labels != IGNORED).any(1)
-    hearing = _at_targets(model, hidden, batch.host.labels.masked_fill(~twins[:, None], IGNORED))
-    return F.kl_div(hearing, reading, reduction="sum", log_target=True)
+        teacher = _log_probs_at_targets(model, model.hidden_states(batch.twins), twin_labels)
+    has_twin = (twin_labels != IGNORED).any(1)
+    labels = batch.host.labels.masked_fill(~has_twin[:, None], IGNORED)
+    student = _log_probs_at_targets(model, hidden, labels)
+    return F.kl_div(student, teacher, reduction="sum", log_target=True)
 
 
-def _at_targets(model: MultimodalModel, hidden: Tensor, labels: Tensor) -> Tensor:
-    """Log-probabilities before each target, FP32 [N, V]."""
-    rows, columns = (place.to(hidden.device) for place in (labels[:, 1:] != IGNORED).nonzero(as_tuple=True))
+def _log_probs_at_targets(model: MultimodalModel, hidden: Tensor, labels: Tensor) -> Tensor:
+    """Log-probabilities of the token at each target, FP32 [N, V]."""
+    rows, columns = (index.to(hidden.device) for index in (labels[:, 1:] != IGNORED).nonzero(as_tuple=True))
     return model.language_model.lm_head(hidden[rows, columns]).float().log_softmax(-1)

@@ -1,4 +1,7 @@
-"""What a speech adapter trains on: next tokens, and what is heard near the embeddings of what is said."""
+"""What a speech adapter trains on: next tokens (paper §8.2), and CTC and distillation losses (not in the paper).
+
+Shapes: N rows that the speech adapter gives, packed over utterances; B utterances, D the language model's width.
+"""
 
 from collections.abc import Sequence
 
@@ -10,31 +13,34 @@ from torch.nn.utils.rnn import pad_sequence
 from foundation.errors import UserError
 from mm.batch import IGNORED, Batch, Sample
 from mm.model import MultimodalModel
-from mm.parallel.ranks import whole
-from mm.training.distillation import DistillationSample, collate_twins, divergence
-from mm.training.objectives import NextTokenObjective, check_weights, loss_of_hidden_states
+from mm.parallel.dtensor import full_tensor
+from mm.training.distillation import DistillationBatch, DistillationSample, collate_twins, distillation_loss
+from mm.training.objectives import NextTokenObjective, check_loss_weights, loss_of_hidden_states
 from speech.adapter import num_tokens
 from speech.conformer import SpeechEncoder
-from speech.ctc_readout import SCALE
+from speech.ctc_readout import CTC_SCALE
 from speech.features import FeatureStatistics
 
 
 class SpeechObjective(NextTokenObjective):
-    """Next tokens after what is heard, and an auxiliary loss that needs no pass through the language model.
+    """A weighted sum of up to three losses over recordings with conversations.
 
-    The auxiliary loss is CTC over the rows that the speech adapter gives: each is compared by cosine with the language
-    model's frozen embeddings of the answer's tokens, so that the adapter says in the model's own input what it heard
-    and where; the language model reads that by `speech.ctc_readout`. It fits answers that repeat what is said, a row
-    with one utterance each; other rows have no part in it. An answer's tokens are told from those of all answers in the
-    micro-batch, not from the whole vocabulary. CTC's blank is the audio token's own row.
+    - next-token: of the answer's tokens after the recording.
+    - CTC: of the answer's tokens, over the rows that the speech adapter gives. A row's logits are its cosines with the
+      frozen embeddings of the tokens in the micro-batch's answers; the audio placeholder's embedding is the blank. It
+      aligns rows with the language model's own embeddings, which `speech.ctc_readout` relies on, and does not run the
+      language model. It is for answers that repeat the recording, in conversations with one recording; other
+      conversations are left out of it.
+    - distillation: see `mm.training.distillation`.
+
+    With next_token_weight and distillation_weight 0 the language model is not run.
 
     Args:
-        ctc_weight: of the auxiliary loss, per token of the answers. next_token_weight: of the language model's.
-        distillation_weight: of the divergence from the language model that reads the transcript, per token of the
-            answers (`mm.training.distillation`). With 0 and next_token_weight 0 the language model is not run at all.
+        ctc_weight, next_token_weight, distillation_weight: each loss is a sum over the answers' tokens, and a step
+            divides their weighted sum by the number of target tokens.
 
     Raises:
-        UserError: a weight below 0, or none above.
+        UserError: a weight is below 0, or all are 0.
     """
 
     forward_methods = (*NextTokenObjective.forward_methods, "encode_audio")
@@ -46,40 +52,37 @@ class SpeechObjective(NextTokenObjective):
         distillation_weight: float = 0.0,
     ) -> None:
         super().__init__()
-        weights = {"next_token_weight": next_token_weight, "distillation_weight": distillation_weight}
-        check_weights(ctc_weight=ctc_weight, **weights)
+        check_loss_weights(
+            ctc_weight=ctc_weight, next_token_weight=next_token_weight, distillation_weight=distillation_weight
+        )
         self.ctc_weight, self.next_token_weight = ctc_weight, next_token_weight
         self.distillation_weight = distillation_weight
-        self.rms: Tensor | None = None
-        self.padding = Padding()
+        self.embedding_rms: Tensor | None = None
+        self.padding = PaddingMeter()
 
     @property
     def runs_language_model(self) -> bool:
         return bool(self.next_token_weight or self.distillation_weight)
 
     def dummy_sample(self, module: MultimodalModel) -> Sample:
-        """As the base; with a twin that runs through what the twins of other ranks' samples may run through."""
+        """As the base class; for distillation with a text twin, so that it runs every part that other ranks run."""
         sample, config = super().dummy_sample(module), module.config
         if not self.distillation_weight:
             return sample
-        sound = (config.speech_start_id, config.audio_token_id, config.speech_end_id)
-        tokens = [token for token in sample.tokens if token not in sound]
-        read = Sample(tokens, [IGNORED] * len(tokens), sample.images, sample.videos)
-        return DistillationSample(**vars(sample), read=read)
+        audio_ids = (config.speech_start_id, config.audio_token_id, config.speech_end_id)
+        tokens = [token for token in sample.tokens if token not in audio_ids]
+        twin = Sample(tokens, [IGNORED] * len(tokens), sample.images, sample.videos)
+        return DistillationSample(**vars(sample), twin=twin)
 
     def collate(self, samples: list[Sample]) -> Batch:
         return collate_twins(samples) if self.distillation_weight else super().collate(samples)
 
     def loss(self, module: MultimodalModel, batch: Batch) -> Tensor:
         self.padding.update([len(mel) for mel in batch.speech])
-        if not self.runs_language_model:
-            if not batch.speech:
-                return batch.tokens.new_zeros((), dtype=torch.float32)
-            heard = [module.encode_audio(batch.speech)]
-            loss = heard[0].new_zeros(())
-        else:
-            heard = []
-            hook = module.speech_adapter.register_forward_hook(lambda _, __, output: heard.append(packed(*output)))
+        adapter_rows: list[Tensor] = []
+        if self.runs_language_model:
+            assert module.speech_adapter is not None
+            hook = module.speech_adapter.register_forward_hook(lambda _, __, out: adapter_rows.append(pack_rows(*out)))
             try:
                 hidden = module.hidden_states(batch)
             finally:
@@ -88,89 +91,100 @@ class SpeechObjective(NextTokenObjective):
             if self.next_token_weight:
                 loss = self.next_token_weight * loss_of_hidden_states(module, hidden, batch)
             if self.distillation_weight:
-                loss = loss + self.distillation_weight * divergence(module, hidden, batch)
-        if heard:
-            self.rms = heard[0].detach().float().square().mean().sqrt()
+                assert isinstance(batch, DistillationBatch)
+                loss = loss + self.distillation_weight * distillation_loss(module, hidden, batch)
+        elif batch.speech:
+            adapter_rows.append(module.encode_audio(batch.speech))
+            loss = adapter_rows[0].new_zeros(())
+        else:
+            return batch.tokens.new_zeros((), dtype=torch.float32)
+        if adapter_rows:
+            self.embedding_rms = adapter_rows[0].detach().float().square().mean().sqrt()
             if self.ctc_weight:
-                loss = loss + self.ctc_weight * ctc_loss(module, batch, heard[0])
+                loss = loss + self.ctc_weight * ctc_loss(module, batch, adapter_rows[0])
         return loss
 
     def observe(self, module: MultimodalModel) -> dict[str, float]:
-        """As the base, the share of padding, and how large what was heard last is beside the LM's embeddings, of which
-        a readout leaves nothing."""
-        values = {**super().observe(module), **self.padding.take()}
-        if self.rms is not None and not module.config.speech_adapter.readout:
-            table = whole(module.language_model.model.embed_tokens.weight).float()
-            values["speech/rms_ratio"] = float(self.rms / table.square().mean().sqrt())
+        """As the base class, with `padding_share` since the last call, and, without a CTC readout, `speech/rms_ratio`:
+        the RMS of the last batch's adapter rows relative to that of the language model's embeddings."""
+        values = {**super().observe(module), **self.padding.pop()}
+        adapter = module.config.speech_adapter
+        if self.embedding_rms is not None and adapter is not None and not adapter.ctc_readout:
+            table = full_tensor(module.language_model.model.embed_tokens.weight).float()
+            values["speech/rms_ratio"] = float(self.embedding_rms / table.square().mean().sqrt())
         return values
 
 
-class Padding:
-    """The share of mel frames that stand behind utterances shorter than the longest of their micro-batch."""
+class PaddingMeter:
+    """The share of mel frames that only pad utterances to the longest of their micro-batch."""
 
     def __init__(self) -> None:
-        self.real = self.all = 0
+        self.num_real = self.num_frames = 0
 
     def update(self, lengths: Sequence[int]) -> None:
-        self.real += sum(lengths)
-        self.all += len(lengths) * max(lengths, default=0)
+        """Count a micro-batch of utterances with these numbers of mel frames."""
+        self.num_real += sum(lengths)
+        self.num_frames += len(lengths) * max(lengths, default=0)
 
-    def take(self) -> dict[str, float]:
-        """The share since it was last taken; nothing where nothing was heard."""
-        values = {"padding_share": 1 - self.real / self.all} if self.all else {}
-        self.real = self.all = 0
+    def pop(self) -> dict[str, float]:
+        """{"padding_share": share since the last call}; empty where there was no frame."""
+        values = {"padding_share": 1 - self.num_real / self.num_frames} if self.num_frames else {}
+        self.num_real = self.num_frames = 0
         return values
 
 
-def packed(tokens: Tensor, lengths: Tensor) -> Tensor:
-    """tokens [B, N, D] of utterances of so many tokens each, [B] -> [sum of lengths, D]."""
-    return torch.cat([row[:count] for row, count in zip(tokens, lengths.tolist(), strict=True)])
+def pack_rows(padded: Tensor, lengths: Tensor) -> Tensor:
+    """The first lengths[b] rows of each padded[b], [B, N, D] -> [sum of lengths, D]."""
+    return torch.cat([rows[:length] for rows, length in zip(padded, lengths.tolist(), strict=True)])
 
 
-def ctc_loss(model: MultimodalModel, batch: Batch, heard: Tensor) -> Tensor:
-    """Negative log-likelihood of the answers' tokens, summed over rows with one utterance and an answer that fits it.
+def ctc_loss(model: MultimodalModel, batch: Batch, adapter_rows: Tensor) -> Tensor:
+    """CTC loss of the answers' tokens, summed over the conversations with one recording and an answer.
 
-    Of an empty answer it is that of hearing nothing, which only words elsewhere in the micro-batch make uncertain.
+    An answer without tokens, that of a recording without speech, is a target of blanks only. Answers of more tokens
+    than rows have no loss.
 
     Args:
-        heard: what the batch's utterances became, packed, [N, D].
+        adapter_rows: what the speech adapter gives for the batch's utterances, packed, [N, D].
     """
-    utterances = iter(heard.split([num_tokens(len(mel)) for mel in batch.speech]))
-    unheard = {IGNORED, *model.config.language_model.stop_tokens}
-    rows, answers = [], []
-    for labels, number in zip(batch.host.labels.tolist(), batch.speech_per_row, strict=True):
-        own = [next(utterances) for _ in range(number)]
-        answer = [label for label in labels if label not in unheard]
-        if number == 1 and any(label != IGNORED for label in labels):
-            rows.append(own[0])
-            answers.append(answer)  # of a sound in which nothing is said an empty one
-    if not rows:
-        return heard.sum() * 0.0
-    spoken = torch.tensor([token for answer in answers for token in answer], dtype=torch.long)
-    classes, places = spoken.unique(return_inverse=True)
-    tokens = torch.cat([model.ctc_blank(heard.device), classes.to(heard.device)])
-    table = F.normalize(model.embed(tokens).float(), dim=-1)  # [C, D]
-    x = F.normalize(pad_sequence(rows).float(), dim=-1)  # [N, B, D]
-    with torch.autocast(heard.device.type, enabled=False):  # a bf16 cosine near 1 is known to 0.1 of a logit
-        logits = SCALE * x @ table.T
+    assert batch.host.labels is not None
+    rows_per_utterance = iter(adapter_rows.split([num_tokens(len(mel)) for mel in batch.speech]))
+    not_spoken = {IGNORED, *model.config.language_model.stop_tokens}
+    utterances: list[Tensor] = []
+    answers: list[list[int]] = []
+    for labels, num_utterances in zip(batch.host.labels.tolist(), batch.speech_per_row, strict=True):
+        rows = [next(rows_per_utterance) for _ in range(num_utterances)]
+        if num_utterances == 1 and any(label != IGNORED for label in labels):
+            utterances.append(rows[0])
+            answers.append([label for label in labels if label not in not_spoken])
+    if not utterances:
+        return adapter_rows.sum() * 0.0
+    answer_tokens = torch.tensor([token for answer in answers for token in answer], dtype=torch.long)
+    classes, targets = answer_tokens.unique(return_inverse=True)
+    device = adapter_rows.device
+    embeddings = model.embed(torch.cat([model.ctc_blank(device), classes.to(device)]))
+    table = F.normalize(embeddings.float(), dim=-1)  # [1 + classes, D]
+    x = F.normalize(pad_sequence(utterances).float(), dim=-1)  # [N of the longest, B, D]
+    with torch.autocast(device.type, enabled=False):  # in bf16 a logit near CTC_SCALE would be rounded to 0.1
+        logits = CTC_SCALE * x @ table.T
     return F.ctc_loss(
         logits.log_softmax(-1),
-        places.to(heard.device) + 1,
-        torch.tensor([len(row) for row in rows]),
+        targets.to(device) + 1,
+        torch.tensor([len(rows) for rows in utterances]),
         torch.tensor([len(answer) for answer in answers]),
         reduction="sum",
-        zero_infinity=True,  # an answer of more tokens than were heard
+        zero_infinity=True,
     )
 
 
-def set_statistics(encoder: SpeechEncoder, utterances: Sequence[Tensor]) -> None:
-    """Give a new conformer the mean and deviation of utterances' features, each [T, num_mels].
+def set_feature_statistics(encoder: SpeechEncoder, utterances: Sequence[Tensor]) -> None:
+    """Set a new conformer's mean and deviation of features to those of some utterances, each [T, num_mels].
 
     Raises:
-        UserError: there are none.
+        UserError: there are no utterances.
     """
     if not utterances:
-        raise UserError("no sound in any of the samples that a new conformer's feature statistics are taken of")
+        raise UserError("no sound in any of the samples from which a new conformer takes its feature statistics")
     statistics = FeatureStatistics()
     for mel in utterances:
         statistics.update(mel)

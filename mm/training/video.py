@@ -1,4 +1,4 @@
-"""What the video stage trains on: next tokens, and what is watched near the embeddings of what is said of it."""
+"""What a video adapter trains on : next tokens (paper §7.3), and a matching loss (not in the paper)."""
 
 from collections.abc import Sequence
 
@@ -8,89 +8,97 @@ from torch.nn import functional as F
 
 from mm.batch import IGNORED, Batch
 from mm.model import MultimodalModel
-from mm.training.objectives import NextTokenObjective, check_weights, next_token_loss
+from mm.training.objectives import NextTokenObjective, check_loss_weights, next_token_loss
 
-SCALE = 20.0  # of cosines to logits: the right one of some hundred answers can have nearly all of the probability
+SCALE = 20.0  # of cosines to logits, so that the right one of some hundred answers can get nearly all the probability
 
 
 class VideoObjective(NextTokenObjective):
-    """Next tokens after what is watched, and an auxiliary loss that needs no pass through the language model.
+    """A weighted sum of two losses over clips with conversations.
 
-    The auxiliary loss tells clips' answers apart by what the aggregator gives: the mean over a clip's vision tokens is
-    compared by cosine with the mean of the language model's frozen embeddings of each answer in the micro-batch, and
-    has to be nearest to its own (the loss of CLIP's picture side). It fits questions that a clip alone decides, however
-    they are worded, in rows with one clip each; other rows have no part in it.
+    - next-token: of the answer's tokens after the clip.
+    - matching: which of the micro-batch's answers belongs to a clip, as in the image side of CLIP's loss. The logits
+      are cosines between the mean of a clip's vision tokens and the mean of the language model's frozen embeddings of
+      each answer. The language model is not run. It is for questions that the clip alone answers, in conversations
+      with one clip; other conversations are left out of it.
+
+    With next_token_weight 0 the language model is not run.
 
     Args:
-        matching_weight: of the auxiliary loss, summed over clips. next_token_weight: of the language model's, summed
-            over target tokens; with 0 it is not run at all. A step divides both by its target tokens.
+        matching_weight: of the matching loss, summed over clips.
+        next_token_weight: of the next-token loss, summed over target tokens. A step divides the weighted sum of both by
+            the number of target tokens.
 
     Raises:
-        UserError: a weight below 0, or none above.
+        UserError: a weight is below 0, or both are 0.
     """
 
     forward_methods = (*NextTokenObjective.forward_methods, "encode_videos")
 
     def __init__(self, matching_weight: float = 0.0, next_token_weight: float = 1.0) -> None:
         super().__init__()
-        check_weights(matching_weight=matching_weight, next_token_weight=next_token_weight)
+        check_loss_weights(matching_weight=matching_weight, next_token_weight=next_token_weight)
         self.matching_weight, self.next_token_weight = matching_weight, next_token_weight
-        self.matched = self.compared = 0
+        self.num_matched = self.num_clips = 0
 
     def loss(self, module: MultimodalModel, batch: Batch) -> Tensor:
-        watched: list[Tensor] = []
+        vision_tokens: list[Tensor] = []
         loss = torch.zeros((), device=batch.tokens.device)
         if self.next_token_weight:
-            adapter = module.video_adapter
-            hook = adapter.register_forward_hook(lambda _, __, output: watched.append(output))
+            assert module.video_adapter is not None
+            hook = module.video_adapter.register_forward_hook(lambda _, __, output: vision_tokens.append(output))
             try:
                 loss = self.next_token_weight * next_token_loss(module, batch)
             finally:
                 hook.remove()
         elif batch.videos:
-            watched.append(module.encode_videos(batch.videos))
-        if self.matching_weight and watched:
-            matching, right, clips = matching_loss(module, batch, watched[0])
+            vision_tokens.append(module.encode_videos(batch.videos))
+        if self.matching_weight and vision_tokens:
+            matching, num_matched, num_clips = matching_loss(module, batch, vision_tokens[0])
             loss = loss + self.matching_weight * matching
-            self.matched, self.compared = self.matched + right, self.compared + clips
+            self.num_matched += num_matched
+            self.num_clips += num_clips
         return loss
 
     def observe(self, module: MultimodalModel) -> dict[str, float]:
-        """As the base, and the share of clips since the last report that were nearest to their own answer."""
+        """As the base class, with `match_accuracy`: the share of clips since the last call that are nearest to their
+        own answer."""
         values = super().observe(module)
-        if self.compared:
-            values["matched"] = self.matched / self.compared
-        self.matched = self.compared = 0
+        if self.num_clips:
+            values["match_accuracy"] = self.num_matched / self.num_clips
+        self.num_matched = self.num_clips = 0
         return values
 
 
-def matching_loss(model: MultimodalModel, batch: Batch, watched: Tensor) -> tuple[Tensor, int, int]:
-    """Negative log-likelihood of the right answer among the micro-batch's, summed over rows with a clip and an answer.
+def matching_loss(model: MultimodalModel, batch: Batch, vision_tokens: Tensor) -> tuple[Tensor, int, int]:
+    """Cross-entropy of each clip's own answer among the micro-batch's, summed over rows with one clip and an answer.
 
     Args:
-        watched: the vision tokens of the batch's clips, packed, [N, D].
+        vision_tokens: of the batch's clips, packed, [N, D].
 
     Returns:
-        the loss, how many of the clips were nearest to their own answer, and how many there were.
+        The loss, the number of clips that are nearest to their own answer, and the number of clips.
     """
-    clips = iter(watched.split(model.clip_sizes(batch.videos)))
-    stops = set(model.config.language_model.stop_tokens)
+    assert batch.host.labels is not None
+    clips = iter(vision_tokens.split(model.clip_sizes(batch.videos)))
+    not_answer = {IGNORED, *model.config.language_model.stop_tokens}
     pooled: list[Tensor] = []
     answers: list[tuple[int, ...]] = []
-    for labels, number in zip(batch.host.labels.tolist(), batch.videos_per_row, strict=True):
-        own = [next(clips) for _ in range(number)]
-        answer = tuple(label for label in labels if label != IGNORED and label not in stops)
-        if number == 1 and answer:
-            pooled.append(own[0].float().mean(0))
+    for labels, num_clips in zip(batch.host.labels.tolist(), batch.videos_per_row, strict=True):
+        row_clips = [next(clips) for _ in range(num_clips)]
+        answer = tuple(label for label in labels if label not in not_answer)
+        if num_clips == 1 and answer:
+            pooled.append(row_clips[0].float().mean(0))
             answers.append(answer)
     if not pooled:
-        return watched.sum() * 0.0, 0, 0
-    among = sorted(set(answers))
-    own = torch.tensor([among.index(answer) for answer in answers], device=watched.device)
-    table = F.normalize(torch.stack([_mean_embedding(model, answer, watched.device) for answer in among]), dim=-1)
+        return vision_tokens.sum() * 0.0, 0, 0
+    classes = sorted(set(answers))
+    device = vision_tokens.device
+    targets = torch.tensor([classes.index(answer) for answer in answers], device=device)
+    table = F.normalize(torch.stack([_mean_embedding(model, answer, device) for answer in classes]), dim=-1)
     logits = SCALE * F.normalize(torch.stack(pooled), dim=-1) @ table.T
-    right = int((logits.argmax(-1) == own).sum())
-    return F.cross_entropy(logits, own, reduction="sum"), right, len(own)
+    num_matched = int((logits.argmax(-1) == targets).sum())
+    return F.cross_entropy(logits, targets, reduction="sum"), num_matched, len(targets)
 
 
 def _mean_embedding(model: MultimodalModel, tokens: Sequence[int], device: torch.device) -> Tensor:

@@ -7,16 +7,10 @@ import pytest
 import torch
 
 import mm
+from mm.training.character_ctc import CharacterCtcModel, CharacterCtcObjective, TranscribedUtterance
 from mm.training.objectives import NextTokenObjective
 from mm.training.speech import SpeechObjective
-from mm.training.speech_pretraining import (
-    BestRqObjective,
-    SpeechPretraining,
-    SpellingEncoder,
-    SpellingObjective,
-    Transcribed,
-    Utterance,
-)
+from mm.training.speech_pretraining import BestRqObjective, SpeechPretraining, Utterance
 from mm.video_adapter import VideoAdapterConfig
 from speech.adapter import SpeechAdapterConfig, num_tokens
 from speech.best_rq import BestRqConfig
@@ -92,11 +86,11 @@ def test_losses_and_gradients_are_the_cpus(model, samples):
     torch.manual_seed(0)
     encoder, best_rq = model.speech_encoder, BestRqConfig(codebook_size=32, num_codebooks=2)
     mels = [utterance(length) for length in (90, 170)]
-    spoken = [Transcribed(mel, [5, 9, 9, 2]) for mel in mels]
+    spoken = [TranscribedUtterance(mel, [5, 9, 9, 2]) for mel in mels]
     cases = [
         (model, NextTokenObjective(), samples[:3]),
         (model, SpeechObjective(ctc_weight=0.5), samples[3:]),
-        (SpellingEncoder(copy.deepcopy(encoder)), SpellingObjective(), spoken),
+        (CharacterCtcModel(copy.deepcopy(encoder)), CharacterCtcObjective(), spoken),
         (SpeechPretraining(copy.deepcopy(encoder), best_rq), BestRqObjective(best_rq), [Utterance(mels[1], 1)]),
     ]
     for module, objective, rows in cases:

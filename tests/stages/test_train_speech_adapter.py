@@ -12,10 +12,11 @@ import yaml
 import mm
 from data_prep.sources.recordings import transcription_record
 from mm.batch import IGNORED
+from mm.encoder_folders import load_speech_encoder, load_vision_encoder, save_speech_encoder
 from mm.evaluation.evaluate import evaluate
 from mm.language_model import LanguageModelConfig
-from mm.run_folder import hash_weights, load_encoder, read_description, save
-from mm.speech_encoders import load_speech_encoder, save_speech_encoder
+from mm.run_files import hash_weights, read_description
+from mm.run_folder import save
 from mm.training.config import TrainingConfig
 from mm.training.distillation import with_twin
 from mm.training.objectives import next_token_loss
@@ -32,7 +33,7 @@ from stages.train_speech_adapter import TrainSpeechAdapter, main, prepared
 
 ENCODER = {"num_layers": 1, "width": 32, "ffn_width": 48, "num_heads": 2}
 ADAPTER = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 2}
-READER = {**ADAPTER, "readout": True}
+READER = {**ADAPTER, "ctc_readout": True}
 WORDS = {"yes": 440, "no": 1500}  # Hz
 RATES = {"speech_*": 3e-3, "*": None}
 TWO_STEPS = {"steps": 2, "batch_size": 4, "learning_rates": RATES, "workers": 0}
@@ -202,7 +203,7 @@ def test_a_model_that_only_hears_learns_by_alignment_and_goes_on_with_the_langua
     file, second = speech_config("second", **on)
     main(["--config", str(file)])
     other, _ = mm.load(second)
-    assert other.config.speech_adapter.readout
+    assert other.config.speech_adapter.ctc_readout
     assert torch.equal(other.speech_encoder.feature_mean, model.speech_encoder.feature_mean)
     assert not torch.equal(other.speech_adapter.boundaries, model.speech_adapter.boundaries)
 
@@ -242,12 +243,12 @@ def test_hearing_is_held_against_reading(speech_config, repeater, recordings):
     prompt, said = record.json["messages"]
     asked = [prompt["content"][0], {"type": "text", "text": said["content"][0]["text"]}]
     read = processor.example([{"role": "user", "content": asked}, said])
-    (twin,) = [with_twin(record, processor).read]
+    (twin,) = [with_twin(record, processor).twin]
     assert twin == read and not read.speech
     unknown = Record(record.id, {**record.json, "task": "dialogue"}, record.media)
-    assert with_twin(unknown, processor).read is None and with_twin(hush(1, "test"), processor).read is None
+    assert with_twin(unknown, processor).twin is None and with_twin(hush(1, "test"), processor).twin is None
     known = Record(record.id, {**unknown.json, "said": said["content"][0]["text"]}, record.media)
-    assert with_twin(known, processor).read == read
+    assert with_twin(known, processor).twin == read
 
     def answers(sample: mm.Sample) -> torch.Tensor:
         logits = model(mm.collate([sample]))[0, :-1]
@@ -314,7 +315,7 @@ def test_an_encoder_of_its_own_folder_is_taken_as_it_is(speech_config, tmp_path)
         assert torch.equal(model.speech_encoder.state_dict()[name], tensor), name
     assert torch.equal(load_speech_encoder(folder).feature_std, encoder.feature_std)  # a run's own, too
     with pytest.raises(ValueError, match="holds no image encoder"):
-        load_encoder(tmp_path / "encoder")
+        load_vision_encoder(tmp_path / "encoder")
 
 
 def test_noise_and_warps_are_not_for_whispers_features(speech_config, tmp_path, capsys):

@@ -117,7 +117,7 @@ def test_the_aggregator_learns_by_the_answers_embeddings_alone(video_config, run
     file, folder = video_config("aligned", training=training, matching_weight=1.0, next_token_weight=0.0)
     main(["--config", str(file)])
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-    assert lines[-1]["matched"] > 0.95 and lines[-1]["loss"] < 0.3 * lines[0]["loss"]
+    assert lines[-1]["match_accuracy"] > 0.95 and lines[-1]["loss"] < 0.3 * lines[0]["loss"]
     model = mm.load(folder)[0]
     for block in model.video_adapter.blocks:
         assert not block.cross_attn.o_proj.weight.any()  # they have not been touched

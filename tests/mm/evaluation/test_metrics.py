@@ -1,8 +1,6 @@
 """Scores against their definitions, and the VQA normalisation against cases worked out by hand from its rules."""
 
 import math
-import random
-import sys
 
 import numpy as np
 import pytest
@@ -12,7 +10,6 @@ from mm.evaluation.metrics import (
     average,
     bleu,
     chrf,
-    count_edits,
     error_rate,
     exact_match,
     normalise_answer,
@@ -156,21 +153,3 @@ def test_a_ratios_interval_is_that_of_normal_theory_for_many_parts():
     wanted = 1.96 * np.std(tops - ratio * bottoms) / (bottoms.mean() * 20)  # the delta method
     assert ratio_interval(tops, bottoms) == pytest.approx(wanted, rel=0.1)
     assert ratio_interval(2 * bottoms, bottoms) == pytest.approx(0, abs=1e-9)
-
-
-def test_edits_are_those_of_the_dynamic_program():
-    generator = random.Random(0)
-    for _ in range(50):
-        said, wanted = ([generator.randrange(4) for _ in range(generator.randrange(9))] for _ in range(2))
-        costs = list(range(len(wanted) + 1))
-        for row, one in enumerate(said, start=1):
-            before, costs = costs, [row]
-            for place, other in enumerate(wanted):
-                costs.append(min(before[place + 1] + 1, costs[-1] + 1, before[place] + (one != other)))
-        assert count_edits(said, wanted) == costs[-1]
-
-
-def test_edits_need_their_package(monkeypatch):
-    monkeypatch.setitem(sys.modules, "rapidfuzz.distance", None)
-    with pytest.raises(ValueError, match=r"the package rapidfuzz: pip install 'mm-adapters\[speech\]'"):
-        count_edits([1], [2])

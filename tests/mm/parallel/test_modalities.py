@@ -8,7 +8,7 @@ import torch
 
 import mm
 from mm.batch import IGNORED
-from mm.training.adapters import UNITS
+from mm.parallel.tables import FSDP_MODULES
 from mm.training.distillation import DistillationSample
 from mm.training.speech import SpeechObjective
 from mm.training.video import VideoObjective
@@ -48,9 +48,9 @@ def hearing(model: mm.MultimodalModel) -> list[mm.Sample]:
 
 def with_twins(samples: list[mm.Sample]) -> list[mm.Sample]:
     """With the answer in the recording's place to read; one sample has no twin."""
-    reads = [answered(answer, answer) for answer in ANSWERS]
+    twins = [answered(answer, answer) for answer in ANSWERS]
     return [
-        *(DistillationSample(**vars(one), read=read) for one, read in zip(samples[:3], reads, strict=False)),
+        *(DistillationSample(**vars(one), twin=twin) for one, twin in zip(samples[:3], twins, strict=False)),
         samples[3],
     ]
 
@@ -58,7 +58,7 @@ def with_twins(samples: list[mm.Sample]) -> list[mm.Sample]:
 def reading(model: mm.MultimodalModel) -> mm.MultimodalModel:
     """The model with a readout of what it hears."""
     model = copy.deepcopy(model)
-    adapter = replace(model.config.speech_adapter, readout=True)
+    adapter = replace(model.config.speech_adapter, ctc_readout=True)
     model.config = replace(model.config, speech_adapter=adapter)
     return model
 
@@ -76,7 +76,7 @@ def test_gradients_are_those_of_one_process(model, random_tiles, config, tmp_pat
     for name, (samples, objective, trained) in cases.items():
         settings = config(max_gradient_norm=1e9, learning_rates={trained: 1e-3, "*": None})
         folder, learner = tmp_path / name, reading(model) if name == "reading" else model
-        carry_out(folder, 2, samples, {name: (learner, settings)}, objective=objective, fsdp_modules=UNITS)
+        carry_out(folder, 2, samples, {name: (learner, settings)}, objective=objective, fsdp_modules=FSDP_MODULES)
         found, expected = torch.load(folder / f"{name}.pt"), alone(learner, samples, settings, objective)
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4), name
         assert found["gradients"].keys() == expected["gradients"].keys()

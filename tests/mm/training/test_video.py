@@ -86,5 +86,5 @@ def test_both_losses_are_summed_and_what_was_matched_is_told_once(model, row):
         next_tokens = NextTokenObjective().loss(model, batch)
         matching = VideoObjective(1.0, 0.0).loss(model, batch)
     torch.testing.assert_close(loss, 0.5 * matching + 2 * next_tokens)
-    assert 0 <= both.observe(model)["matched"] <= 1
-    assert "matched" not in both.observe(model)
+    assert 0 <= both.observe(model)["match_accuracy"] <= 1
+    assert "match_accuracy" not in both.observe(model)
