@@ -1,9 +1,9 @@
-"""What each training stage adds: encoder, adapter, annealing, finetuning, each scored on the same held-out pictures.
+"""What each training stage adds: encoder, adapter, annealing, finetuning, all scored on the same held-out pictures.
 
     python -m demos.stages
 
-The first two stages are the demo's own, taken as they are where `make demo` has run. Each part that has been done is
-kept: an interrupted run goes on where it was. Flow: sets -> stages, each into a run folder -> scores -> a table.
+Flow: sets -> stages, each into a run folder -> scores -> a table. The first two stages are those of `make demo` and are
+reused where it has run. Finished parts are kept: an interrupted run continues after the last one.
 """
 
 import json
@@ -11,21 +11,23 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
+from jsonargparse import Namespace
 
+import configs
 import data_prep.sources.easy_vqa
 import data_prep.sources.openmoji
 import data_prep.sources.tuxpaint
 import stages.finetune
 import stages.train_image_adapter
 from data_prep.sources.conversations import caption_conversations
-from demos.image import DATA, ENCODER, SETS, compute_options, evaluate_run, held_out, prepare_all, train
-from demos.page import scores_shown
+from demos.command import add_device_option, run_demo, stage_options
+from demos.image import DATA, ENCODER, SETS, check_positive, evaluate_run, held_out, prepare_all, train
+from demos.scores import score_text, scores_by_answer
 from foundation.errors import UserError
+from foundation.options import new_parser
 from mm.evaluation.evaluate import EvaluationReport
 from mm.evaluation.metrics import Score
-from mm.run_folder import CONFIG_FILE, read_description, replaced_files
-from mm.training.command import mistakes_in_one_line
+from mm.run_files import CONFIG_FILE, read_description, replaced_files
 from shards.reader import ShardSet
 from shards.writer import write_shards
 
@@ -35,9 +37,9 @@ MORE_SETS = {
     "tuxpaint_192": (partial(data_prep.sources.tuxpaint.to_samples, picture_size=PICTURE_SIZE), "tuxpaint-stamps"),
     "easy_vqa_chats": (data_prep.sources.easy_vqa.to_conversations, "easy-vqa"),
 }
-CHATS = {"openmoji_chats": "openmoji_192", "tuxpaint_chats": "tuxpaint_192"}
+CHATS = {"openmoji_chats": "openmoji_192", "tuxpaint_chats": "tuxpaint_192"}  # conversations <- captions
 HELD_OUT = {"answers": "easy_vqa", "openmoji": "openmoji_192", "tuxpaint": "tuxpaint_192"}
-ADAPTER, ANNEALED, CHAT = Path("runs/demo"), Path("runs/demo-annealed"), Path("runs/demo-chat")
+ADAPTER_RUN, ANNEALED_RUN, CHAT_RUN = Path("runs/demo"), Path("runs/demo-annealed"), Path("runs/demo-chat")
 COLUMNS = {
     "easy-VQA": ("answers", "vqa_accuracy"),
     "other than yes and no": ("answers", "other answers"),
@@ -48,84 +50,96 @@ COLUMNS = {
 SCORES_FILE = "held_out.json"
 
 
-def demo_stages(questions: int) -> str:
-    """Run whatever has not been run yet, and write `stages.md` and `stages.json` into the last stage's folder.
+def demo_stages(questions: int, device: str = "auto") -> str:
+    """Run the parts that are not finished, and write `stages.md` and `stages.json` into the last stage's folder.
 
     Args:
         questions: how many test questions to evaluate each stage on.
+        device: of training and evaluation.
 
     Returns:
-        the table in markdown.
+        the table in Markdown.
 
     Raises:
-        UserError: questions below 1, or as the demo and the stages.
+        UserError: questions below 1; what the demo and the stages refuse.
     """
-    if questions < 1:
-        raise UserError(f"questions is {questions}; it must be at least 1")
+    check_positive(questions=questions)
     prepare_all(SETS | MORE_SETS)
-    for name, captioned in CHATS.items():
+    for name, captions in CHATS.items():
         if not (DATA / name).exists():
-            files = {"LICENSE": (DATA / captioned / "LICENSE").read_text(encoding="utf-8")}
-            write_shards(caption_conversations(ShardSet(DATA / captioned)), DATA / name, files=files)
-    train(ADAPTER)
-    scores = {"adapter": scored(ADAPTER, questions)}
-    go_on(stages.train_image_adapter.main, "configs/demo/annealing.yaml", ADAPTER, ANNEALED)
-    scores["annealing"] = scored(ANNEALED, questions)
-    go_on(stages.finetune.main, "configs/demo/finetune.yaml", ANNEALED, CHAT)
-    scores["finetuning"] = scored(CHAT, questions)
+            files = {"LICENSE": (DATA / captions / "LICENSE").read_text(encoding="utf-8")}
+            write_shards(caption_conversations(ShardSet(DATA / captions)), DATA / name, files=files)
+    train(ADAPTER_RUN, device=device)
+    scores = {"adapter": score_run(ADAPTER_RUN, questions, device)}
+    run_stage_once(stages.train_image_adapter.main, "demo/annealing.yaml", ADAPTER_RUN, ANNEALED_RUN, device)
+    scores["annealing"] = score_run(ANNEALED_RUN, questions, device)
+    run_stage_once(stages.finetune.main, "demo/finetune.yaml", ANNEALED_RUN, CHAT_RUN, device)
+    scores["finetuning"] = score_run(CHAT_RUN, questions, device)
 
-    found = retrieval(ENCODER)
-    text = table(found, scores)
-    with replaced_files(CHAT, last="stages.json") as new:
-        (new / "stages.md").write_text(text, encoding="utf-8")
-        summary = {"encoder": {"retrieval": found}, **scores}
+    retrieval = last_retrieval(ENCODER)
+    table = score_table(retrieval, scores)
+    with replaced_files(CHAT_RUN, last="stages.json") as new:
+        (new / "stages.md").write_text(table, encoding="utf-8")
+        summary = {"encoder": {"retrieval": retrieval}, **scores}
         (new / "stages.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    return text
+    return table
 
 
-def go_on(stage: Callable[[list[str]], None], config: str, start_from: Path, output: Path) -> None:
-    """Run a stage from one run folder into another, unless that holds a run already."""
-    if not (output / CONFIG_FILE).exists():
-        stage(["--config", config, "--start_from", str(start_from), "--output", str(output), *compute_options()])
+def run_stage_once(
+    stage: Callable[[list[str]], None], config: str, start_from: Path, output: Path, device: str = "auto"
+) -> None:
+    """Run a stage from one run folder into another, unless that holds a run already.
 
-
-def scored(run: Path, questions: int) -> dict:
-    """A run's scores on the held-out sets, and blind, as numbers by set and metric; kept in the run folder.
-
-    They are reckoned anew where the run's weights or the number of questions are others than those of the kept ones.
+    Args:
+        config: name of a shipped configuration, such as "demo/finetune.yaml".
     """
-    asked = {"questions": questions, "parts": read_description(run)["parts"]}
+    if not (output / CONFIG_FILE).exists():
+        arguments = ["--config", str(configs.path(config)), "--start_from", str(start_from), "--output", str(output)]
+        stage([*arguments, *stage_options(device)])
+
+
+def score_run(run: Path, questions: int, device: str = "auto") -> dict:
+    """A run's scores on the held-out sets with and without pictures, by set and metric.
+
+    Scores are stored in the run folder, and computed again where its weights or the number of questions differ.
+    """
+    inputs = {"questions": questions, "parts": read_description(run)["parts"]}
     file = run / SCORES_FILE
     if file.exists():
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        if all(kept.get(name) == value for name, value in asked.items()):
-            return kept["scores"]
-    reports = evaluate_run(run, held_out(HELD_OUT), questions, run / "evaluation_192")
-    scores = {name: {**_numbers(reports[name]), "blind": _numbers(reports[f"{name}_blank"])} for name in HELD_OUT}
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        if all(stored.get(name) == value for name, value in inputs.items()):
+            return stored["scores"]
+    reports = evaluate_run(run, held_out(HELD_OUT), questions, run / "evaluation_192", device)
+    scores = {name: {**_as_dict(reports[name]), "blind": _as_dict(reports[f"{name}_blank"])} for name in HELD_OUT}
     with replaced_files(run, last=SCORES_FILE) as new:
-        (new / SCORES_FILE).write_text(json.dumps({**asked, "scores": scores}, indent=2) + "\n", encoding="utf-8")
+        (new / SCORES_FILE).write_text(json.dumps({**inputs, "scores": scores}, indent=2) + "\n", encoding="utf-8")
     return scores
 
 
-def retrieval(encoder: Path) -> float:
+def last_retrieval(encoder: Path) -> float:
     """The last `eval/retrieval` that the encoder's stage reported of its held-out pairs, 0 to 1.
 
     Raises:
         UserError: it reported none.
     """
     rows = map(json.loads, (encoder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    found = [row["eval/retrieval"] for row in rows if "eval/retrieval" in row]
-    if not found:
+    values = [row["eval/retrieval"] for row in rows if "eval/retrieval" in row]
+    if not values:
         raise UserError(f"{encoder}: its stage reported no eval/retrieval; give its configuration a `validation`")
-    return found[-1]
+    return values[-1]
 
 
-def table(found: float, scores: dict[str, dict]) -> str:
-    """The stages' scores in markdown, 0 to 100, with their 95% intervals and, in brackets, the blind control."""
+def score_table(retrieval: float, scores: dict[str, dict]) -> str:
+    """The stages' scores in Markdown, 0 to 100, with 95% intervals and, in brackets, the blind control's.
+
+    Args:
+        retrieval: of the encoder, 0 to 1.
+        scores: of each other stage, from `score_run`.
+    """
     lines = [
         f"| after | {' | '.join(COLUMNS)} |",
         "|---" * (len(COLUMNS) + 1) + "|",
-        f"| encoder | its own caption nearest: {100 * found:.1f} |{' |' * (len(COLUMNS) - 1)}",
+        f"| encoder | own caption retrieved first: {100 * retrieval:.1f} |{' |' * (len(COLUMNS) - 1)}",
     ]
     for stage, of_stage in scores.items():
         cells = (_cell(of_stage[name], metric) for name, metric in COLUMNS.values())
@@ -135,23 +149,28 @@ def table(found: float, scores: dict[str, dict]) -> str:
 
 def _cell(of_set: dict, metric: str) -> str:
     if metric not in of_set or metric not in of_set["blind"]:
-        return "–"  # none of the questions asked has such an answer
+        return "–"  # no question had an answer of this kind
     score, blind = Score(metric, **of_set[metric]), Score(metric, **of_set["blind"][metric])
-    return f"{score.value * score.scale:.1f} ± {score.interval * score.scale:.1f} ({blind.value * blind.scale:.1f})"
+    return f"{score_text(score)} ({blind.value * blind.scale:.1f})"
 
 
-def _numbers(report: EvaluationReport) -> dict:
+def _as_dict(report: EvaluationReport) -> dict:
     return {
         name: {"value": score.value, "interval": score.interval, "num_samples": score.num_samples}
-        for name, score in scores_shown(report).items()
+        for name, score in scores_by_answer(report).items()
     }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = ArgumentParser(prog="demo_stages", description=__doc__, exit_on_error=False)
+    """Read the options, run the stages and print the table."""
+    parser = new_parser("demo-stages", "Train every image stage and compare their scores on held-out pictures.")
     parser.add_argument("--questions", type=int, default=2000, help="evaluate on this many test questions")
-    with mistakes_in_one_line("demo_stages"):
-        print(demo_stages(parser.parse_args(argv).questions))
+    add_device_option(parser)
+
+    def run_with(options: Namespace) -> None:
+        print(demo_stages(options.questions, options.device))
+
+    run_demo(parser, argv, run_with)
 
 
 if __name__ == "__main__":

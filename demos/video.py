@@ -1,20 +1,20 @@
-"""`make demo-video`: the model of `make demo` learns to watch, on this machine.
+"""The video demo (`make demo-video`): the model of `make demo` learns to watch, on this machine.
 
     python -m demos.video [--steps N] [--questions N]
 
-Flow: pictures move over backgrounds into shards -> two stages of `train_video_adapter` -> held-out questions of
-direction and of order, beside the same model with one frame and with frames in another order -> a page. Each part that
-has been done is kept.
+Flow: clips of moving pictures -> shards -> two stages of `train_video_adapter` -> held-out questions about direction
+and order, with the baselines that see one frame or shuffled frames -> a page. Finished parts are kept.
 """
 
+import logging
 import random
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
+from jsonargparse import Namespace
 
+import configs
 import data_prep.sources.fluent_emoji
 import demos.image
 import mm
@@ -23,60 +23,64 @@ from data_prep.sources.files import license_text
 from data_prep.synthetic.cutouts import openmoji_cutouts, tuxpaint_cutouts
 from data_prep.synthetic.moving_clips import SUFFIX, write_moving_clips
 from demos.assets import fetch
-from demos.video_page import Watched, write_page
-from foundation.errors import UserError
+from demos.command import add_device_option, run_demo, stage_options
+from demos.video_page import ClipExample, write_video_page
+from foundation.options import new_parser
 from mm.evaluation.baselines import FRAMES
 from mm.evaluation.evaluate import EvaluationReport, evaluate
-from mm.run_folder import CONFIG_FILE
-from mm.training.command import mistakes_in_one_line
+from mm.run_files import CONFIG_FILE
 from shards.format import Record
 from shards.reader import ShardSet
 
-IMAGES, MOVING, EMOJI = Path("runs/demo"), Path("data/demo_video/moving"), Path("data/demo_video/emoji")
-ALIGNED = Path("runs/demo-video-alignment")
-ALIGNMENT_CONFIG, CONFIG = "configs/demo/video_alignment.yaml", "configs/demo/video.yaml"
+IMAGE_RUN, ALIGNMENT_RUN = Path("runs/demo"), Path("runs/demo-video-alignment")
+MOVING_CLIPS, EMOJI_CLIPS = Path("data/demo_video/moving"), Path("data/demo_video/emoji")
+ALIGNMENT_CONFIG, CONFIG = "demo/video_alignment.yaml", "demo/video.yaml"
 TASKS = ("direction", "order", "caption")
+QUESTION_TASKS = ("direction", "order")
 NUM_TRAIN, NUM_VALIDATION, NUM_TEST = 9000, 300, 1500  # clips, a third of each task
 NUM_FRAMES, FRAME_MS = 8, 200
-QUESTIONED = ("direction", "order")
-SHOWN = 8
+NUM_EXAMPLES = 8  # clips of each set on the page
+logger = logging.getLogger(__name__)
 
 
-def demo(output: Path, steps: int | None, questions: int) -> dict[str, EvaluationReport]:
-    """Run whatever of the demo has not been run yet, and write `output/index.html`.
+def demo(output: Path, steps: int | None, questions: int, device: str = "auto") -> dict[str, EvaluationReport]:
+    """Run the parts of the demo that are not finished, and write `output/index.html`.
 
     Args:
-        output: run folder of the second video stage; shards and the first one's run lie where the configurations say.
-        steps: of the second stage; None takes the config's.
+        output: run folder of the second video stage; shards and the first stage's run lie where the configurations say.
+        steps: of the second stage; None takes the configuration's.
         questions: how many held-out questions of each task to ask.
+        device: of training and evaluation.
 
     Returns:
-        reports: by task and by the frames shown, such as "direction/all", "direction/one", "direction/shuffled".
+        reports: by task and frames shown, such as "direction/all", "direction/one", "direction/shuffled".
+
+    Raises:
+        UserError: a number below 1; a program that fetches the sets is missing.
     """
-    for name, number in (("steps", steps), ("questions", questions)):
-        if number is not None and number < 1:
-            raise UserError(f"{name} is {number}; it must be at least 1")
-    if not (IMAGES / CONFIG_FILE).exists():
+    demos.image.check_positive(steps=steps, questions=questions)
+    if not (IMAGE_RUN / CONFIG_FILE).exists():
         demos.image.prepare_all(demos.image.SETS)
-        demos.image.train(IMAGES)
+        demos.image.train(IMAGE_RUN, device=device)
     prepare()
-    train(output, steps)
-    sets = {task: ShardSet(MOVING).select(split="test", task=task) for task in QUESTIONED}
-    reports = evaluate_run(output, sets, questions)
-    write_page(output / "index.html", reports, watched(sets, reports), captioned(output), output / "metrics.jsonl")
-    print(f"open {output / 'index.html'}", file=sys.stderr)
+    train(output, steps, device)
+    sets = {task: ShardSet(MOVING_CLIPS).select(split="test", task=task) for task in QUESTION_TASKS}
+    reports = evaluate_run(output, sets, questions, device)
+    captions = caption_examples(output, device)
+    write_video_page(
+        output / "index.html", reports, question_examples(sets, reports), captions, output / "metrics.jsonl"
+    )
+    print(f"open {output / 'index.html'}")
     return reports
 
 
 def prepare() -> None:
-    """Make the shards: pictures of OpenMoji and Tux Paint that move, and Fluent Emoji's own clips."""
-    if not MOVING.exists():
+    """Write the shards, unless they are there: moving pictures of OpenMoji and Tux Paint, and Fluent Emoji's clips."""
+    if not MOVING_CLIPS.exists():
         openmoji, tuxpaint = fetch("openmoji"), fetch("tuxpaint-stamps")
-        cutouts = [*openmoji_cutouts(openmoji), *tuxpaint_cutouts(tuxpaint)]
-        licences = {"LICENSE.openmoji": license_text(openmoji), "LICENSE.tuxpaint": license_text(tuxpaint)}
         count = write_moving_clips(
-            cutouts,
-            MOVING,
+            [*openmoji_cutouts(openmoji), *tuxpaint_cutouts(tuxpaint)],
+            MOVING_CLIPS,
             NUM_TRAIN,
             NUM_TEST,
             NUM_VALIDATION,
@@ -84,10 +88,10 @@ def prepare() -> None:
             num_frames=NUM_FRAMES,
             frame_ms=FRAME_MS,
             workers=2,
-            files=licences,
+            files={"LICENSE.openmoji": license_text(openmoji), "LICENSE.tuxpaint": license_text(tuxpaint)},
         )
-        print(f"{MOVING}: {count} clips", file=sys.stderr)
-    demos.image.prepare(EMOJI, emoji_clips, "fluent-emoji")
+        logger.info("%s: %d clips", MOVING_CLIPS, count)
+    demos.image.prepare(EMOJI_CLIPS, emoji_clips, "fluent-emoji")
 
 
 def emoji_clips(folder: Path, dropped: list[tuple[str, str]]) -> Iterator[Record]:
@@ -95,30 +99,25 @@ def emoji_clips(folder: Path, dropped: list[tuple[str, str]]) -> Iterator[Record
     yield from data_prep.sources.fluent_emoji.to_samples(folder, fetch("openmoji"), dropped)
 
 
-def train(output: Path, steps: int | None) -> None:
-    """Train the first stage into ALIGNED and the second into `output`, unless they are there; arguments as `demo`."""
+def train(output: Path, steps: int | None, device: str = "auto") -> None:
+    """Train the first stage into ALIGNMENT_RUN and the second into `output`, unless they are there."""
     if (output / CONFIG_FILE).exists():
         return
     started = time.monotonic()
-    if not (ALIGNED / CONFIG_FILE).exists():
-        arguments = ["--config", ALIGNMENT_CONFIG, "--start_from", str(IMAGES), "--output", str(ALIGNED)]
-        stages.train_video_adapter.main([*arguments, *demos.image.compute_options()])
-    arguments = [
-        "--config",
-        CONFIG,
-        "--start_from",
-        str(ALIGNED),
-        "--output",
-        str(output),
-        *demos.image.compute_options(),
-    ]
-    stages.train_video_adapter.main([*arguments, *demos.image.number_of_steps(steps)])
-    print(f"trained for {(time.monotonic() - started) / 60:.1f} minutes", file=sys.stderr)
+    if not (ALIGNMENT_RUN / CONFIG_FILE).exists():
+        arguments = ["--config", str(configs.path(ALIGNMENT_CONFIG)), "--start_from", str(IMAGE_RUN)]
+        arguments += ["--output", str(ALIGNMENT_RUN)]
+        stages.train_video_adapter.main([*arguments, *stage_options(device)])
+    arguments = ["--config", str(configs.path(CONFIG)), "--start_from", str(ALIGNMENT_RUN), "--output", str(output)]
+    stages.train_video_adapter.main([*arguments, *stage_options(device, steps)])
+    logger.info("trained for %.1f minutes", (time.monotonic() - started) / 60)
 
 
-def evaluate_run(run: Path, sets: dict[str, ShardSet], questions: int) -> dict[str, EvaluationReport]:
-    """Ask each set's questions with all frames, with the middle one alone, and with all in another order."""
-    model, processor = mm.load(run)
+def evaluate_run(
+    run: Path, sets: dict[str, ShardSet], questions: int, device: str = "auto"
+) -> dict[str, EvaluationReport]:
+    """Ask each set's questions with all frames, with the middle frame alone, and with shuffled frames; print scores."""
+    model, processor = mm.load(run, device=device)
     reports = {}
     for task, records in sets.items():
         for frames in FRAMES:
@@ -127,50 +126,54 @@ def evaluate_run(run: Path, sets: dict[str, ShardSet], questions: int) -> dict[s
             )
             reports[f"{task}/{frames}"] = report
             report.write(run / "evaluation" / task / frames)
-            print(f"{task}: {report}", file=sys.stderr)
+            print(f"{task}: {report}")
     return reports
 
 
-def watched(sets: dict[str, ShardSet], reports: dict[str, EvaluationReport]) -> list[Watched]:
-    """Clips with what was asked, expected and said; drawn at random, the same ones each time."""
-    shown = []
+def question_examples(sets: dict[str, ShardSet], reports: dict[str, EvaluationReport]) -> list[ClipExample]:
+    """Random clips of each set with question, reference and answers; the same ones each time."""
+    examples = []
     for task, records in sets.items():
-        numbers = {key: number for number, key in enumerate(records.index["id"].to_pylist())}
-        others = {
+        row_of_id = {record_id: row for row, record_id in enumerate(records.index["id"].to_pylist())}
+        by_frames = {
             frames: {row["id"]: row["prediction"] for row in reports[f"{task}/{frames}"].predictions}
             for frames in FRAMES
         }
         rows = reports[f"{task}/all"].predictions
-        for row in random.Random(0).sample(rows, min(SHOWN, len(rows))):
-            said = {frames: predictions[row["id"]] for frames, predictions in others.items()}
-            clip = records[numbers[row["id"]]].media[SUFFIX]
-            shown.append(Watched(clip, row["question"], row["reference"], said))
-    return shown
+        for row in random.Random(0).sample(rows, min(NUM_EXAMPLES, len(rows))):
+            predictions = {frames: of_frames[row["id"]] for frames, of_frames in by_frames.items()}
+            clip = records[row_of_id[row["id"]]].media[SUFFIX]
+            examples.append(ClipExample(clip, row["question"], row["reference"], predictions))
+    return examples
 
 
-def captioned(run: Path) -> list[Watched]:
-    """Held-out clips, moving pictures and emoji, with the caption that the run gives them."""
-    model, processor = mm.load(run)
-    shown = []
-    for folder in (MOVING, EMOJI):
+def caption_examples(run: Path, device: str = "auto") -> list[ClipExample]:
+    """Random held-out clips, moving pictures and emoji, with the run's captions; the same ones each time."""
+    model, processor = mm.load(run, device=device)
+    examples = []
+    for folder in (MOVING_CLIPS, EMOJI_CLIPS):
         records = ShardSet(folder).select(split="test", task="caption")
-        for number in random.Random(0).sample(range(len(records)), min(SHOWN, len(records))):
-            record = records[number]
+        for row in random.Random(0).sample(range(len(records)), min(NUM_EXAMPLES, len(records))):
+            record = records[row]
             sample, reference = processor.record_prompt(record)
-            said = processor.decode(mm.generate_tokens(model, [sample], 24)[0])
-            shown.append(Watched(record.media[SUFFIX], None, reference, {"all": said}))
-    return shown
+            caption = processor.decode(mm.generate_tokens(model, [sample], 24)[0])
+            examples.append(ClipExample(record.media[SUFFIX], None, reference, {"all": caption}))
+    return examples
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = ArgumentParser(prog="demo-video", description=__doc__, exit_on_error=False)
+    """Read the options and run the demo."""
+    parser = new_parser("demo-video", "Teach the model of `make demo` to watch clips.")
     parser.add_argument("--output", type=Path, help="run folder; default: runs/demo-video, or runs/demo-video-N")
-    parser.add_argument("--steps", type=int, help="steps of the video stage, in place of the config's")
+    parser.add_argument("--steps", type=int, help="steps of the second video stage, in place of the configuration's")
     parser.add_argument("--questions", type=int, default=300, help="held-out questions of each of the two kinds")
-    with mistakes_in_one_line("demo-video"):
-        arguments = parser.parse_args(argv)
-        default = Path("runs/demo-video" if arguments.steps is None else f"runs/demo-video-{arguments.steps}")
-        demo(arguments.output or default, arguments.steps, arguments.questions)
+    add_device_option(parser)
+
+    def run_with(options: Namespace) -> None:
+        default = Path("runs/demo-video" if options.steps is None else f"runs/demo-video-{options.steps}")
+        demo(options.output or default, options.steps, options.questions, options.device)
+
+    run_demo(parser, argv, run_with)
 
 
 if __name__ == "__main__":

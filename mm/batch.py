@@ -1,17 +1,19 @@
-"""From samples to a batch, and which vision tokens each text token sees.
+"""Samples and batches: one sequence of tokens with its media, and several of them side by side.
 
-Rows are right-padded text; images of all rows stand in one list, row by row, and so do clips and utterances. CrossAttentionMask
-is an interval of the row's own vision tokens per text token, and becomes a mask only where one is needed.
-Shapes: B rows, R rows that hold images, T text tokens, S vision tokens of the row that holds most.
+Rows are right-padded text. The images of all rows stand in one list, row by row, and so do clips and utterances.
+Shapes: B rows, T text tokens.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from foundation.errors import UserError
+from mm.config import ModelConfig
+from mm.modalities import MODALITIES, Modality
 from video.sampling import Clip
 from vision.tiling import Tiles
 
@@ -48,7 +50,7 @@ class Batch:
         images: every image of the batch, row by row.
         images_per_row: number of images of each row.
         labels: int64 [B, T], -100 where there is no target; None where no sample had labels.
-        videos, videos_per_row, speech, speech_per_row: the clips and the utterances, likewise.
+        videos, videos_per_row, speech, speech_per_row: the clips and the utterances, likewise; empty: none anywhere.
         on_host: the batch that `to` moved to a device.
     """
 
@@ -65,22 +67,33 @@ class Batch:
 
     @property
     def host(self) -> "Batch":
-        """The same batch where its tokens, lengths and labels can be looked at without waiting for the device."""
+        """The same batch with tokens, lengths and labels on the CPU, where reading them does not wait for a device."""
         return self.on_host or self
 
+    def items(self, modality: Modality) -> list[Any]:
+        """The batch's items of a modality, row by row."""
+        return getattr(self, modality.field)
+
+    def items_per_row(self, modality: Modality) -> list[int]:
+        """How many items of a modality each row has, [B]."""
+        return getattr(self, f"{modality.field}_per_row") or [0] * len(self.tokens)
+
     def to(self, device: torch.device | str) -> "Batch":
+        """The batch on a device; the one on the host stays at hand as `host`."""
+        media = {modality.field: [_move(item, device) for item in self.items(modality)] for modality in MODALITIES}
+        counts = {f"{modality.field}_per_row": getattr(self, f"{modality.field}_per_row") for modality in MODALITIES}
         return Batch(
-            self.tokens.to(device, non_blocking=True),
-            self.lengths.to(device, non_blocking=True),
-            [tiles.to(device) for tiles in self.images],
-            self.images_per_row,
-            None if self.labels is None else self.labels.to(device, non_blocking=True),
-            [clip.to(device) for clip in self.videos],
-            self.videos_per_row,
-            [mel.to(device, non_blocking=True) for mel in self.speech],
-            self.speech_per_row,
-            self.host,
+            tokens=self.tokens.to(device, non_blocking=True),
+            lengths=self.lengths.to(device, non_blocking=True),
+            labels=None if self.labels is None else self.labels.to(device, non_blocking=True),
+            on_host=self.host,
+            **media,
+            **counts,
         )
+
+
+def _move(item: Any, device: torch.device | str) -> Any:
+    return item.to(device, non_blocking=True) if isinstance(item, Tensor) else item.to(device)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -92,133 +105,51 @@ def collate(samples: Sequence[Sample]) -> Batch:
     if not samples:
         raise UserError("a batch needs at least one sample")
     for index, sample in enumerate(samples):
-        if not sample.tokens:
-            raise UserError(f"sample {index} has no tokens")
-        if sample.labels is not None:
-            if len(sample.labels) != len(sample.tokens):
-                raise UserError(f"sample {index} has {len(sample.tokens)} tokens and {len(sample.labels)} labels")
-            pairs = zip(sample.tokens, sample.labels, strict=True)
-            wrong = next((i for i, (token, label) in enumerate(pairs) if label not in (token, IGNORED)), None)
-            if wrong is not None:
-                raise UserError(
-                    f"sample {index} has label {sample.labels[wrong]} at token {wrong}, which is "
-                    f"{sample.tokens[wrong]}; a label is its own token or {IGNORED} (the loss does the shift)"
-                )
+        _check_labels(index, sample)
     longest = max(len(sample.tokens) for sample in samples)
     tokens = torch.tensor([sample.tokens + [0] * (longest - len(sample.tokens)) for sample in samples])
     labels = None
     if any(sample.labels is not None for sample in samples):
         padded = ((sample.labels or []) + [IGNORED] * longest for sample in samples)
         labels = torch.tensor([row[:longest] for row in padded])
+    media: dict[str, list[Any]] = {}
+    for modality in MODALITIES:
+        rows = [getattr(sample, modality.field) for sample in samples]
+        media[modality.field] = [item for row in rows for item in row]
+        media[f"{modality.field}_per_row"] = [len(row) for row in rows]
     return Batch(
-        tokens,
-        torch.tensor([len(sample.tokens) for sample in samples]),
-        [tiles for sample in samples for tiles in sample.images],
-        [len(sample.images) for sample in samples],
-        labels,
-        [clip for sample in samples for clip in sample.videos],
-        [len(sample.videos) for sample in samples],
-        [mel for sample in samples for mel in sample.speech],
-        [len(sample.speech) for sample in samples],
+        tokens=tokens, lengths=torch.tensor([len(sample.tokens) for sample in samples]), labels=labels, **media
     )
 
 
-def visibility_intervals(is_image: Tensor, images_per_row: Sequence[int], vision_counts: Sequence[int]) -> Tensor:
-    """The vision tokens that each text token sees, [start, end) within its row's own vision tokens.
+def _check_labels(index: int, sample: Sample) -> None:
+    if not sample.tokens:
+        raise UserError(f"sample {index} has no tokens")
+    if sample.labels is None:
+        return
+    if len(sample.labels) != len(sample.tokens):
+        raise UserError(f"sample {index} has {len(sample.tokens)} tokens and {len(sample.labels)} labels")
+    pairs = zip(sample.tokens, sample.labels, strict=True)
+    wrong = next((i for i, (token, label) in enumerate(pairs) if label not in (token, IGNORED)), None)
+    if wrong is not None:
+        raise UserError(
+            f"sample {index} has label {sample.labels[wrong]} at token {wrong}, which is "
+            f"{sample.tokens[wrong]}; a label is its own token or {IGNORED} (the loss does the shift)"
+        )
 
-    A token sees from the first image of the latest run of consecutive placeholders at or before it to the last image
-    whose placeholder is at or before it; before the first image it sees nothing, (0, 0). (Llama 3.2 reference)
 
-    Args:
-        is_image: bool [B, T], True at image placeholders.
-        images_per_row: images of each row, [B].
-        vision_counts: vision tokens of each image of the batch, row by row.
+def dummy_sample(config: ModelConfig) -> Sample:
+    """The smallest item of each modality that a model takes, without a target.
 
-    Returns:
-        int64 [B, T, 2] on the device of `is_image`.
+    It runs through every part of the model and adds a gradient of exactly 0, for ranks whose own samples lack a
+    modality.
     """
-    most = max(images_per_row)
-    offsets = torch.zeros(len(images_per_row), most + 1, dtype=torch.long)
-    counts = iter(vision_counts)
-    for row, number in enumerate(images_per_row):
-        for image in range(number):
-            offsets[row, image + 1] = offsets[row, image] + next(counts)
-    offsets = offsets.to(is_image.device)
-    seen = is_image.long().cumsum(1)  # images whose placeholder is at or before the token
-    starts_run = is_image.clone()
-    starts_run[:, 1:] &= ~is_image[:, :-1]
-    first = torch.where(starts_run, seen - 1, 0).cummax(1).values
-    return torch.stack([offsets.gather(1, first), offsets.gather(1, seen)], dim=-1)
-
-
-class CrossAttentionMask:
-    """What cross-attention needs to know of a batch: which rows hold images, and who sees what.
-
-    Attributes:
-        rows: int64 [R], the rows that hold images; None when all do.
-        num_rows: R. most: S.
-        places: int64, where each packed vision token comes among the R * S of padded rows; None when none is padded.
-        seeing: bool [R, T, 1], False for tokens that see nothing; None when all see something.
-        mask: bool [R, 1, T, S], for attention; None when every token that sees anything sees all there is.
-    """
-
-    def __init__(
-        self, intervals: Tensor, counts_per_row: Sequence[int], device: torch.device | str | None = None
-    ) -> None:
-        """From intervals [B, T, 2] and the number of vision tokens of each of the B rows (some are not 0).
-
-        Args:
-            device: where the text is. Intervals on the CPU tell what there is to do without waiting for it.
-        """
-        device = intervals.device if device is None else device
-        holding = [row for row, count in enumerate(counts_per_row) if count]
-        self.rows = None
-        if len(holding) < len(counts_per_row):
-            intervals = intervals[holding]
-            self.rows = torch.tensor(holding).to(device, non_blocking=True)
-        counts = [counts_per_row[row] for row in holding]
-        self.num_rows, self.max_tokens = len(counts), max(counts)
-        self.packed_positions = None
-        if min(counts) < self.max_tokens:
-            places = torch.cat([torch.arange(count) + row * self.max_tokens for row, count in enumerate(counts)])
-            self.packed_positions = places.to(device, non_blocking=True)
-        start, end = intervals[..., 0], intervals[..., 1]
-        seeing = end > start
-        sees_all = (start == 0) & (end == self.max_tokens)
-        all_see, all_alike = bool(seeing.all()), bool((sees_all | ~seeing).all())
-        start, end, seeing = (given.to(device, non_blocking=True) for given in (start, end, seeing))
-        self.attending = None if all_see else seeing[..., None]
-        self.mask = None
-        if not all_alike:
-            key = torch.arange(self.max_tokens, device=device)
-            mask = (key >= start[..., None]) & (key < end[..., None])
-            # A token that sees nothing may look anywhere, so that no softmax is empty; `zero_unattended` drops the outcome.
-            self.mask = (mask | ~seeing[..., None])[:, None]
-
-    def zero_unattended(self, x: Tensor) -> Tensor:
-        """x [R, T, D] with zeros for tokens that see nothing."""
-        return x if self.attending is None else torch.where(self.attending, x, 0.0)
-
-    def pad(self, packed: Tensor) -> Tensor:
-        """Vision tokens of all rows, packed, [sum of S, ...] -> [R, S, ...], zeros behind shorter rows.
-
-        By places in a tensor, not by a list of counts: code compiled for one batch then serves others.
-        """
-        if self.packed_positions is not None:
-            padded = packed.new_zeros(self.num_rows * self.max_tokens, *packed.shape[1:])
-            packed = padded.index_copy_(0, self.packed_positions, packed)
-        return packed.unflatten(0, (self.num_rows, self.max_tokens))
-
-
-@dataclass
-class VisionContext:
-    """What the blocks of one kind attend to.
-
-    Attributes:
-        visible: who sees which of the tokens.
-        tokens: vision tokens of the LM's width, packed row by row, [sum of S, D]; None where the blocks' caches hold
-            what they need of them.
-    """
-
-    visible: CrossAttentionMask
-    tokens: Tensor | None = None
+    tokens: list[int] = []
+    media: dict[str, list[Any]] = {}
+    for modality in MODALITIES:
+        if getattr(config, modality.part) is not None:
+            item = modality.dummy(config)
+            media[modality.field] = [item]
+            tokens += modality.tokens(item, config)
+    tokens.append(0)
+    return Sample(tokens, [IGNORED] * len(tokens), **media)

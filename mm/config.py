@@ -1,7 +1,10 @@
-"""The configuration of a whole model: the rooms' own dataclasses side by side, and the paper's sizes as presets."""
+"""The configuration of a whole model: the parts' own dataclasses side by side, and the paper's sizes as presets."""
 
 import dataclasses
+import types
+import typing
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from foundation.errors import UserError
 from mm.cross_attention import ImageAdapterConfig
@@ -10,20 +13,22 @@ from mm.video_adapter import VideoAdapterConfig
 from speech.adapter import SpeechAdapterConfig
 from speech.conformer import SpeechEncoderConfig
 from speech.whisper import WhisperEncoderConfig
-from video.aggregator import AggregatorConfig
 from vision.encoder import VisionEncoderConfig
 
 NUM_EXTRA_TOKENS = 8  # rows beside the LM's table: image, video, audio, speech start, speech end, three spare
+# Configurations of parts that come in several kinds. The kind is written as the tag `kind` into stored descriptions.
+KINDS: dict[str, type] = {"conformer": SpeechEncoderConfig, "whisper": WhisperEncoderConfig}
+Config = TypeVar("Config")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A language model and the parts that stand beside it; an absent part is None.
+    """A language model, encoders and adapters; an absent part is None.
 
     Attributes:
-        speech_encoder: our conformer's or Whisper's.
-        image_token_id: the placeholder of an image; None is the first id after the language model's vocabulary. Those
-            of a clip and of sound, and the marks around an utterance, are the four ids after that first one.
+        speech_encoder: of our conformer or of Whisper's encoder.
+        image_token_id: the placeholder of an image; None is the first id after the language model's vocabulary. The
+            placeholders of a clip and of sound, and the marks around an utterance, are the four ids after it.
     """
 
     language_model: LanguageModelConfig
@@ -97,46 +102,52 @@ def preset(name: str, tile_size: int = 336, video: bool = False, speech: bool = 
     )
 
 
-def to_dict(config: ModelConfig) -> dict:
-    """Plain values for a YAML or JSON file; `from_dict` is the inverse."""
-    return dataclasses.asdict(config)
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration, of a model or of a part, as plain values for a YAML or JSON file; see `from_dict`."""
+    values: dict[str, Any] = {}
+    for kind, config_class in KINDS.items():
+        if isinstance(config, config_class):
+            values["kind"] = kind
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        values[field.name] = to_dict(value) if dataclasses.is_dataclass(value) else value
+    return values
 
 
-def from_dict(values: dict) -> ModelConfig:
-    """A configuration from plain values.
+def from_dict(values: dict[str, Any], config_class: type[Config] = ModelConfig) -> Config:  # type: ignore[assignment]
+    """A configuration from the plain values of `to_dict`.
+
+    Args:
+        config_class: of a part's values, the part's class, or a union of the classes that it can have.
 
     Raises:
-        UserError: a field that does not exist, or a missing part, by name.
+        UserError: a field or a kind that does not exist, or a missing part, by name.
     """
     try:
-        return _build(ModelConfig, values)
+        return _build(config_class, values)
     except TypeError as error:
-        raise UserError(f"the model configuration is not valid: {error}") from error
+        raise UserError(f"the configuration is not valid: {error}") from error
 
 
-def _build(kind: type, values: dict):
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    unknown = set(values) - set(fields)
+def _build(annotation: Any, value: Any) -> Any:
+    """A value as a field's annotation says: nested configurations are built, lists become tuples."""
+    classes = [option for option in _options(annotation) if dataclasses.is_dataclass(option)]
+    if value is None or not classes:
+        return tuple(value) if isinstance(value, list) else value
+    if not isinstance(value, dict):
+        raise UserError(f"{value!r} stands where the fields of {classes[0].__name__} are needed")
+    config_class, values = classes[0], value
+    if config_class in KINDS.values():
+        kinds = {kind: kind_class for kind, kind_class in KINDS.items() if kind_class in classes}
+        if value.get("kind") not in kinds:
+            raise UserError(f"kind is {value.get('kind')!r}; it can be {' or '.join(kinds)}")
+        config_class, values = kinds[value["kind"]], {name: value[name] for name in value if name != "kind"}
+    hints = typing.get_type_hints(config_class)
+    unknown = set(values) - {field.name for field in dataclasses.fields(config_class)}
     if unknown:
-        raise UserError(f"{kind.__name__} has no field {', '.join(sorted(unknown))}")
-    built = {}
-    for name, value in values.items():
-        nested = _NESTED.get((kind, name))
-        if nested is SpeechEncoderConfig and value is not None and "kernel_size" not in value:
-            nested = WhisperEncoderConfig  # `to_dict` writes every field, and only a conformer has this one
-        if nested is not None and value is not None:
-            value = _build(nested, value)
-        built[name] = tuple(value) if isinstance(value, list) else value
-    return kind(**built)
+        raise UserError(f"{config_class.__name__} has no field {', '.join(sorted(unknown))}")
+    return config_class(**{name: _build(hints[name], inner) for name, inner in values.items()})
 
 
-_NESTED = {
-    (ModelConfig, "language_model"): LanguageModelConfig,
-    (ModelConfig, "vision_encoder"): VisionEncoderConfig,
-    (ModelConfig, "image_adapter"): ImageAdapterConfig,
-    (ModelConfig, "video_adapter"): VideoAdapterConfig,
-    (ModelConfig, "speech_encoder"): SpeechEncoderConfig,
-    (ModelConfig, "speech_adapter"): SpeechAdapterConfig,
-    (VideoAdapterConfig, "aggregator"): AggregatorConfig,
-    (LanguageModelConfig, "rotary"): LanguageModelConfig.__dataclass_fields__["rotary"].default_factory,
-}
+def _options(annotation: Any) -> tuple[Any, ...]:
+    return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)

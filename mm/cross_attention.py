@@ -13,24 +13,24 @@ from foundation.errors import UserError
 from layers.attention import CrossAttention
 from layers.feed_forward import SwiGLU
 from layers.linear import Linear
-from mm.batch import CrossAttentionMask
 from mm.language_model import LanguageModelConfig
+from mm.vision_context import CrossAttentionMask
 
-TARGET_RMS = 1.0  # of what tells states apart; at 3, other tokens drive SwiGLU so far that the first losses are 5
-MAX_SCALE = 60.0  # what says next to nothing, or never differs, is not blown up further
+TARGET_RMS = 1.0  # of the differences between states; at 3, other tokens drive SwiGLU so far that first losses reach 5
+MAX_SCALE = 60.0  # limit of the scale of channels that are near 0 or nearly constant
 
 
 @dataclass(frozen=True)
 class ImageAdapterConfig:
-    """Where the blocks stand and how they start.
+    """Positions and initialisation of the blocks.
 
     Attributes:
         positions: the number of LM layers completed before each block. None is the paper's placement, after every
             4th layer (4, 8, ...); released Llama 3.2 Vision models have (3, 7, 11, ...).
         intermediate_size: width of the blocks' feed-forward; None is the LM's own.
-        gate_init: start of every gate. A new adapter leaves the LM as it is, one way or the other: gates at 0 (paper),
-            or gates open and the branches' last matrices at 0, which then learn at once (ours).
-        fit_inputs: start the blocks from what the LM's hidden states measure before answers (`fit_inputs`).
+        gate_init: initial value of every gate. A new adapter is the identity either way: at 0 because gates are closed
+            (paper); at other values because the branches' last matrices start at 0, which then learn at once (ours).
+        fit_inputs: initialise the blocks from the LM's hidden states before answers (`fit_inputs`).
     """
 
     positions: tuple[int, ...] | None = None
@@ -57,9 +57,9 @@ class VisionCache:
 
 
 class CrossAttentionBlock(nn.Module):
-    """h = x + tanh(g) * attention(norm(x), vision); h + tanh(g') * ffn(norm(h)); neither for tokens that see nothing.
+    """h = x + tanh(g) * attention(norm(x), vision); h + tanh(g') * ffn(norm(h)).
 
-    Source: Llama 3.2 reference.
+    Tokens that attend to nothing get neither branch. Source: Llama 3.2 reference.
     """
 
     def __init__(self, config: LanguageModelConfig, intermediate_size: int, gate_init: float) -> None:
@@ -77,41 +77,43 @@ class CrossAttentionBlock(nn.Module):
             nn.init.zeros_(self.mlp.down_proj.weight)
 
     def forward(
-        self, x: Tensor, visible: CrossAttentionMask, vision: Tensor | None = None, cache: VisionCache | None = None
+        self, x: Tensor, mask: CrossAttentionMask, vision: Tensor | None = None, cache: VisionCache | None = None
     ) -> Tensor:
-        """x [B, T, D] -> [B, T, D], in the weights' precision; rows without images come out as they went in.
+        """x [B, T, D] -> [B, T, D], in the weights' precision; rows without images are unchanged.
 
         Args:
-            vision: projected vision tokens of all images, packed row by row, [sum of S, D]; None: from the cache. Their
-                precision may be higher: it is the one that their gradient is summed in.
+            mask: which vision tokens each text token attends to.
+            vision: projected vision tokens of all images, packed row by row, [sum of S, D]; None: keys and values come
+                from the cache. Their gradient is summed in their own precision, which may be higher than the weights'.
             cache: filled where `vision` is given, read where it is not.
         """
         x = x.to(self.input_layernorm.weight.dtype)
         if vision is not None:
-            k, v = (visible.pad(packed).transpose(1, 2) for packed in self.cross_attn.keys_values(vision))
+            k, v = (mask.pad(packed).transpose(1, 2) for packed in self.cross_attn.keys_values(vision))
             if cache is not None:
                 cache.keys, cache.values = k, v
         else:
+            assert cache is not None and cache.keys is not None and cache.values is not None
             k, v = cache.keys, cache.values
-        rows = x if visible.rows is None else x[visible.rows]
-        attended = self.cross_attn(self.input_layernorm(rows), k, v, visible.mask)
-        rows = rows + self.gate_attn.tanh() * visible.zero_unattended(attended)
-        fed = self.mlp(self.post_attention_layernorm(rows))
-        rows = rows + self.gate_ffn.tanh() * visible.zero_unattended(fed)
-        return rows if visible.rows is None else x.index_copy(0, visible.rows, rows)
+        rows = x if mask.rows is None else x[mask.rows]
+        attended = self.cross_attn(self.input_layernorm(rows), k, v, mask.attention_mask)
+        rows = rows + self.gate_attn.tanh() * mask.zero_unattended(attended)
+        transformed = self.mlp(self.post_attention_layernorm(rows))
+        rows = rows + self.gate_ffn.tanh() * mask.zero_unattended(transformed)
+        return rows if mask.rows is None else x.index_copy(0, mask.rows, rows)
 
     @torch.no_grad()
     def fit_inputs(self, x: Tensor) -> None:
-        """Start the norms and the feed-forward from the hidden states that they will read.
+        """Initialise the norms and the feed-forward from the hidden states that the block will read.
 
-        Before an answer, nearly all of a language model's state is the same whatever was asked, and a few channels are
-        a hundred times larger than the others: what tells questions apart has about one per cent of it. An answer that
-        takes question and picture together, such as a yes or a no, is then learnt late or never. So the channels are
-        weighed until all are equally large, and the feed-forward's first matrices drop the direction of the mean and
-        grow until what is left drives SwiGLU as far as a whole state would.
+        Before an answer, a language model's hidden states are nearly equal whatever the question: about one per cent of
+        their magnitude tells questions apart, and a few channels are a hundred times larger than the others. Answers
+        that depend on question and picture together, such as yes or no, are then learnt late or never. So the norms
+        scale all channels to equal size, and the feed-forward's first matrices drop the direction of the mean and grow
+        until the remaining differences drive SwiGLU as far as a whole state would.
 
         Args:
-            x: hidden states where the block stands, [N, D], of the tokens before an answer.
+            x: hidden states at the block's position, [N, D], of the tokens before an answer.
         """
         normed = nn.functional.rms_norm(x.float(), x.shape[-1:])
         weight = (1 / normed.square().mean(0).sqrt()).clamp(max=MAX_SCALE)
@@ -138,6 +140,6 @@ class ImageAdapter(nn.Module):
         )
 
     def by_position(self) -> dict[int, CrossAttentionBlock]:
-        """Each block that is held here (a pipeline's ranks hold some each) under the number of LM layers before it."""
+        """The blocks by the number of LM layers before them; on a pipeline's rank, only those of its stage."""
         pairs = zip(self.positions, self.blocks, strict=True)
         return {position: block for position, block in pairs if isinstance(block, CrossAttentionBlock)}

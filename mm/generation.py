@@ -177,8 +177,8 @@ def _steps(
 def transcribe_tokens(model: MultimodalModel, samples: Sequence[Sample], max_new_tokens: int) -> list[list[int]]:
     """The tokens of a transcript of each prompt's sound.
 
-    With a readout each token is chosen by what the language model expects and by what was heard, see `JointCtcDecoder`. Without
-    one, a transcript has at most 37 tokens a second, three for each that the sound takes (English has about 4 in a
+    With a readout each token is chosen by what the language model expects and by what was heard, see `JointCtcDecoder`.
+    Without one, a transcript has at most 37 tokens a second, three for each that the sound takes (English has about 4 in a
     second, and a script that the tokenizer spells byte by byte about 25), and what goes round and round stands once.
 
     Raises:

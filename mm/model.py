@@ -2,7 +2,7 @@
 
     images -> vision_encoder -> projection -> vision tokens (once)
     clips -> vision_encoder -> video_adapter.aggregator -> vision tokens of their own (once)
-    utterances -> speech_encoder -> speech_adapter (-> readout) -> rows of the language model's input
+    utterances -> speech_encoder -> speech_adapter (-> CTC readout) -> rows of the language model's input
     tokens -> embedding -> LM layers, with cross-attention blocks between them at the adapters' positions -> logits
 
 Shapes: B rows, T text tokens, V vocabulary, D width of the language model, S vision tokens.
@@ -16,29 +16,35 @@ from torch.nn.utils.rnn import pad_sequence
 
 from foundation.errors import UserError
 from layers.attention import DecodeStep, KeyValueCache
-from mm.batch import IGNORED, Batch, CrossAttentionMask, VisionContext, visibility_intervals
+from mm.batch import IGNORED, Batch
 from mm.config import NUM_EXTRA_TOKENS, ModelConfig
 from mm.cross_attention import CrossAttentionBlock, ImageAdapter, VisionCache
 from mm.language_model import LanguageModel
+from mm.modalities import AUDIO, IMAGE, MODALITIES, VIDEO, Modality
 from mm.video_adapter import VideoAdapter
+from mm.vision_context import CrossAttentionMask, VisionContext, VisionContexts, visibility_intervals
 from speech.adapter import SpeechAdapter, num_tokens
-from speech.conformer import SpeechEncoder
-from speech.ctc_readout import read_out, token_scores
+from speech.conformer import SpeechEncoder, SpeechEncoderConfig
+from speech.ctc_readout import ctc_compress, ctc_log_probs
 from speech.whisper import WhisperEncoder, WhisperEncoderConfig
 from video.sampling import Clip
 from vision.encoder import VisionEncoder
-
-VisionContexts = dict[
-    str, VisionContext
-]  # what is there to be seen: of "image", of "video"; nothing of what a batch does not hold
+from vision.tiling import Tiles
 
 
 class Cache:
-    """What decoding keeps of a batch: keys and values of the text per layer, and of the images per block.
+    """The decoding state of a batch: keys and values of the text per layer, and of the vision tokens per block.
 
     Args:
-        model: whose shapes, device and dtype it follows.
-        num_rows, length: rows, and the longest sequence to come.
+        model: gives shapes, device and dtype.
+        num_rows: rows of the batch.
+        length: tokens of the longest sequence, prompt and answer.
+
+    Attributes:
+        layers: keys and values of each LM layer.
+        vision: keys and values of each cross-attention block, by depth and modality.
+        contexts: which vision tokens the last token of each row's prompt attends to.
+        audio_embeddings: the speech adapter's output for the prompts' utterances, packed [N, D]; None without any.
     """
 
     def __init__(self, model: "MultimodalModel", num_rows: int, length: int) -> None:
@@ -47,15 +53,13 @@ class Cache:
         self.layers = [
             KeyValueCache(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in range(config.num_layers)
         ]
-        self.vision = {place: VisionCache() for place in model.blocks()}
-        self.contexts: VisionContexts = {}  # what the last token of each row sees
-        self.audio_embeddings: Tensor | None = (
-            None  # what the adapter made of the utterances, before any readout, packed [N, D]
-        )
+        self.vision = {key: VisionCache() for key in model.blocks()}
+        self.contexts: VisionContexts = {}
+        self.audio_embeddings: Tensor | None = None
 
 
 class MultimodalModel(nn.Module):
-    """A language model and the parts that stand beside it; a part that the config leaves out is None.
+    """A language model, encoders and adapters; a part that the configuration leaves out is None.
 
     Args:
         config: shapes of all parts. Weights start at random; `mm.load` and `mm.convert` bring real ones.
@@ -65,20 +69,21 @@ class MultimodalModel(nn.Module):
         super().__init__()
         self.config = config
         self.language_model = LanguageModel(config.language_model)
-        self.vision_encoder = VisionEncoder(config.vision_encoder) if config.vision_encoder else None
-        self.image_adapter = None
-        if config.image_adapter:
+        self.vision_encoder: VisionEncoder | None = None
+        self.image_adapter: ImageAdapter | None = None
+        self.video_adapter: VideoAdapter | None = None
+        self.speech_encoder: SpeechEncoder | WhisperEncoder | None = None
+        self.speech_adapter: SpeechAdapter | None = None
+        if config.vision_encoder and config.image_adapter:
+            self.vision_encoder = VisionEncoder(config.vision_encoder)
             feature_size = config.vision_encoder.feature_size
             self.image_adapter = ImageAdapter(config.image_adapter, config.language_model, feature_size)
-        self.video_adapter = None
-        if config.video_adapter:
-            self.video_adapter = VideoAdapter(
-                config.video_adapter, config.language_model, self.image_adapter.positions, feature_size
-            )
-        self.speech_encoder = self.speech_adapter = None
-        if config.speech_encoder:
-            kind = WhisperEncoder if isinstance(config.speech_encoder, WhisperEncoderConfig) else SpeechEncoder
-            self.speech_encoder = kind(config.speech_encoder)
+            if config.video_adapter:
+                self.video_adapter = VideoAdapter(
+                    config.video_adapter, config.language_model, self.image_adapter.positions, feature_size
+                )
+        if config.speech_encoder and config.speech_adapter:
+            self.speech_encoder = build_speech_encoder(config.speech_encoder)
             self.speech_adapter = SpeechAdapter(
                 config.speech_adapter, config.speech_encoder.output_width, config.language_model.hidden_size
             )
@@ -88,7 +93,7 @@ class MultimodalModel(nn.Module):
         self.extra_embeddings = nn.Parameter(torch.randn(NUM_EXTRA_TOKENS, width) * 0.02, requires_grad=False)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits of every token, [B, T, V]; what stands behind a row's length is padding.
+        """Logits of every token, [B, T, V]; those beyond a row's length are padding.
 
         Raises:
             UserError: see `hidden_states`.
@@ -99,32 +104,34 @@ class MultimodalModel(nn.Module):
         """The last hidden states, normalised, [B, T, D]; the language model's `lm_head` turns them into logits.
 
         Args:
-            cache: filled on the way, for `decode` to go on from.
+            cache: filled on the way, for `decode` to continue from.
 
         Raises:
-            UserError: placeholders that do not match images, clips and utterances, a token outside the vocabulary,
-                text longer than the context, or something to see or hear for a model without eyes or ears.
+            UserError: placeholders that do not match the batch's items, a token outside the vocabulary, text longer
+                than the context, or items of a modality whose parts the model lacks.
         """
         self._check(batch)
-        seen = self.vision_contexts(batch, cache)
+        contexts = self.vision_contexts(batch, cache)
+        x = self.insert_audio_embeddings(self.embed(batch.tokens), batch, cache)
         positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-        x = self.run_layers(
-            self.insert_audio_embeddings(self.embed(batch.tokens), batch, cache), positions, seen, cache
-        )
-        return self.language_model.model.norm(x)
+        return self.language_model.model.norm(self.run_layers(x, positions, contexts, cache))
 
     def decode(self, tokens: Tensor, positions: Tensor, step: DecodeStep, cache: Cache) -> Tensor:
         """Logits [B, V] after one more token per row, [B, 1], at `positions` ([1] or [B, 1]).
 
-        New tokens go on seeing what the last token of their row's prompt saw.
+        New tokens attend to the vision tokens that the last token of their row's prompt attends to.
         """
         x = self.run_layers(self.embed(tokens), positions, cache.contexts, cache, step)
         return self.language_model.lm_head(self.language_model.model.norm(x)[:, -1])
 
     @torch.no_grad()
     def fit_inputs(self, batch: Batch, kind: str = "image") -> None:
-        """Start the image adapter's blocks, or the "video" adapter's, from the hidden states before the answers of
-        `batch`; see `CrossAttentionBlock.fit_inputs`.
+        """Initialise an adapter's blocks from the hidden states before the batch's answers.
+
+        See `CrossAttentionBlock.fit_inputs`.
+
+        Args:
+            kind: the adapter's modality, "image" or "video".
 
         Raises:
             UserError: a batch without targets.
@@ -132,11 +139,11 @@ class MultimodalModel(nn.Module):
         if batch.labels is None:
             raise UserError("fit_inputs is given samples without targets; it needs the tokens before some answers")
         targets = batch.labels != IGNORED
-        asked = nn.functional.pad(targets[:, 1:] & ~targets[:, :-1], (0, 1))  # the next token begins an answer
+        before_answer = nn.functional.pad(targets[:, 1:] & ~targets[:, :-1], (0, 1))
         hooks = [
-            block.register_forward_pre_hook(lambda block, inputs: block.fit_inputs(inputs[0][asked]))
-            for (_, looks_at), block in self.blocks().items()
-            if looks_at == kind
+            block.register_forward_pre_hook(lambda block, inputs: block.fit_inputs(inputs[0][before_answer]))
+            for (_, block_kind), block in self.blocks().items()
+            if block_kind == kind
         ]
         try:
             self.hidden_states(batch)
@@ -152,11 +159,12 @@ class MultimodalModel(nn.Module):
         return torch.where(extra[..., None] < 0, embedded, self.extra_embeddings[extra.clamp(min=0)].to(embedded.dtype))
 
     def ctc_blank(self, device: torch.device) -> Tensor:
-        """The token whose embedding CTC has for hearing nothing new, [1]: the audio token itself."""
+        """The token whose embedding stands for CTC's blank, [1]: the audio token."""
         return torch.tensor([self.config.audio_token_id], device=device)
 
     def blocks(self) -> dict[tuple[int, str], CrossAttentionBlock]:
-        """Each cross-attention block that is held here, under the number of LM layers before it and what it sees."""
+        """The cross-attention blocks that this process holds, by the number of LM layers before them and modality."""
+        adapters: tuple[tuple[str, VideoAdapter | ImageAdapter | None], ...]
         adapters = (("video", self.video_adapter), ("image", self.image_adapter))
         return {
             (depth, kind): block
@@ -169,104 +177,125 @@ class MultimodalModel(nn.Module):
         self,
         x: Tensor,
         positions: Tensor,
-        seen: VisionContexts,
+        contexts: VisionContexts,
         cache: Cache | None = None,
         step: DecodeStep | None = None,
         layers: range | None = None,
     ) -> Tensor:
-        """Embedded tokens [B, T, D] through every layer and block, or through a range of layers and the blocks that are
-        held there -> [B, T, D]."""
+        """Embedded tokens [B, T, D] through the LM layers and the blocks between them -> [B, T, D].
+
+        Args:
+            layers: those to run, with the blocks that this process holds; None runs all.
+        """
         decoder = self.language_model.model
         layers = layers or range(len(decoder.layers))
         blocks = self.blocks()
         rotary = self.language_model.angles(positions, x.dtype)
         for depth in range(layers.start, layers.stop + 1):
             for kind in ("video", "image"):  # at the same depth the clip's block comes first (paper §7.3)
-                if kind in seen and (depth, kind) in blocks:
-                    kept = cache.vision[depth, kind] if cache else None
-                    x = blocks[depth, kind](x, seen[kind].visible, seen[kind].tokens, kept)
+                if kind in contexts and (depth, kind) in blocks:
+                    keys_values = cache.vision[depth, kind] if cache else None
+                    x = blocks[depth, kind](x, contexts[kind].mask, contexts[kind].tokens, keys_values)
             if depth < layers.stop:
                 x = decoder.layers[depth](x, rotary, cache.layers[depth] if cache else None, step)
         return x
 
     def vision_contexts(self, batch: Batch, cache: Cache | None) -> VisionContexts:
-        """The vision tokens of what the batch holds, and who sees them."""
-        encoder, seen = self.vision_encoder, {}
+        """The vision tokens of the batch's images and clips, and which of them each text token attends to."""
+        contexts: VisionContexts = {}
         if batch.images:
-            counts = [encoder.num_vision_tokens(tiles) for tiles in batch.images]
-            vision = self.image_adapter.projection(encoder(batch.images))
-            # Every block uses the vision tokens, so their gradient is summed in the type they have here: FP32, also
-            # where autocast gives bf16.
-            vision = vision.to(self.image_adapter.projection.weight.dtype)
-            seen["image"] = self._sight("image", counts, vision, batch, cache)
+            assert self.vision_encoder is not None
+            sizes = [self.vision_encoder.num_vision_tokens(tiles) for tiles in batch.images]
+            contexts["image"] = self._context(IMAGE, self.encode_images(batch.images), sizes, batch, cache)
         if batch.videos:
-            vision = self._encode_videos(batch.videos)
-            vision = vision.to(self.video_adapter.aggregator.output.weight.dtype)  # likewise
-            seen["video"] = self._sight("video", self.clip_sizes(batch.videos), vision, batch, cache)
-        return seen
+            sizes = self.clip_sizes(batch.videos)
+            contexts["video"] = self._context(VIDEO, self._encode_videos(batch.videos), sizes, batch, cache)
+        return contexts
 
-    def _sight(
-        self, kind: str, counts: Sequence[int], vision: Tensor, batch: Batch, cache: Cache | None
+    def _context(
+        self, modality: Modality, vision: Tensor, sizes: Sequence[int], batch: Batch, cache: Cache | None
     ) -> VisionContext:
-        """Args: counts: vision tokens of each image, or of each clip, of the batch."""
-        host, device, (token_id, per_row) = batch.host, batch.tokens.device, self._placed(batch)[kind]
-        ends = torch.tensor([0, *counts]).cumsum(0)
-        rows = torch.tensor([0, *per_row]).cumsum(0)
-        counts_per_row = ends[rows].diff().tolist()
-        intervals = visibility_intervals(_found(host, token_id), per_row, counts)
+        """Args: sizes: vision tokens of each item of the batch."""
+        host, device, items_per_row = batch.host, batch.tokens.device, batch.items_per_row(modality)
+        ends = torch.tensor([0, *sizes]).cumsum(0)
+        rows = torch.tensor([0, *items_per_row]).cumsum(0)
+        sizes_per_row = ends[rows].diff().tolist()
+        intervals = visibility_intervals(_is_token(host, modality.token_id(self.config)), items_per_row, sizes)
         if cache is not None:
             last = intervals[torch.arange(len(intervals), device=intervals.device), host.lengths - 1]
-            cache.contexts[kind] = VisionContext(CrossAttentionMask(last[:, None], counts_per_row, device))
-        return VisionContext(CrossAttentionMask(intervals, counts_per_row, device), vision)
+            cache.contexts[modality.name] = VisionContext(CrossAttentionMask(last[:, None], sizes_per_row, device))
+        return VisionContext(CrossAttentionMask(intervals, sizes_per_row, device), vision)
+
+    def encode_images(self, images: Sequence[Tiles]) -> Tensor:
+        """Images -> their vision tokens, packed, [N, D]."""
+        assert self.vision_encoder is not None and self.image_adapter is not None
+        vision = self.image_adapter.projection(self.vision_encoder(images))
+        # Every block uses the vision tokens, so their gradient is summed in the type they have here: FP32, also
+        # where autocast gives bf16.
+        return vision.to(self.image_adapter.projection.weight.dtype)
 
     def encode_videos(self, clips: Sequence[Clip]) -> Tensor:
-        """Clips -> the vision tokens of their effective frames, packed: [N, D], N the sum of `clip_sizes`."""
+        """Clips -> the vision tokens of their effective frames, packed: [N, D], N the sum of `clip_sizes`.
+
+        For losses outside `hidden_states`: under FSDP a method that callers use directly gathers the weights and frees
+        them when it returns. Within the model's own pass the private twin runs, which leaves them gathered.
+        """
         return self._encode_videos(clips)
 
     def _encode_videos(self, clips: Sequence[Clip]) -> Tensor:
-        # Within a pass of the whole model no other one may begin: where weights are sharded, its end gives them back.
-        return self.video_adapter(clips, self.vision_encoder)
+        assert self.vision_encoder is not None and self.video_adapter is not None
+        vision = self.video_adapter(clips, self.vision_encoder)
+        return vision.to(self.video_adapter.aggregator.output.weight.dtype)  # as in `encode_images`
 
     def clip_sizes(self, clips: Sequence[Clip]) -> list[int]:
         """The number of vision tokens of each clip."""
+        assert self.vision_encoder is not None and self.config.video_adapter is not None
         groups = self.config.video_adapter.aggregator.num_groups
         return [groups(len(clip.frames)) * self.vision_encoder.num_vision_tokens(clip.frames[0]) for clip in clips]
 
     def encode_audio(self, speech: Sequence[Tensor]) -> Tensor:
-        """Utterances, each float32 [T, num_mels] -> what the adapter makes of them, before any readout, packed: [N, D],
-        N the sum of `speech.adapter.num_tokens(T)`."""
+        """Utterances, each float32 [T, num_mels] -> the adapter's output before any readout, packed: [N, D].
+
+        N is the sum of `speech.adapter.num_tokens(T)`. Apart from its private twin for the reason in `encode_videos`.
+        """
         return self._encode_audio(speech)
 
-    def _encode_audio(self, speech: Sequence[Tensor]) -> Tensor:  # apart for the reason that `_encode_videos` is
-        # What is longer than the encoder takes is cut; the pieces' tokens follow each other.
+    def _encode_audio(self, speech: Sequence[Tensor]) -> Tensor:
+        assert self.config.speech_encoder is not None and self.speech_encoder is not None
+        assert self.speech_adapter is not None
+        # An utterance longer than the encoder's limit is cut; the pieces' tokens follow each other.
         pieces = [piece for mel in speech for piece in mel.split(self.config.speech_encoder.max_mel_frames)]
         lengths = torch.tensor([len(piece) for piece in pieces])
-        heard, counts = self.speech_adapter(*self.speech_encoder(pad_sequence(pieces, batch_first=True), lengths))
-        return torch.cat([row[:count] for row, count in zip(heard, counts.tolist(), strict=True)])
+        embedded, counts = self.speech_adapter(*self.speech_encoder(pad_sequence(pieces, batch_first=True), lengths))
+        return torch.cat([row[:count] for row, count in zip(embedded, counts.tolist(), strict=True)])
 
-    def audio_token_scores(self, heard: Tensor) -> tuple[Tensor, Tensor]:
-        """What rows as `hear` gives them, [N, D], say by themselves: see `speech.ctc_readout.token_scores`; for
-        adapters with a readout."""
-        return token_scores(heard, *self._ctc_embeddings())
+    def audio_token_scores(self, audio_embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """CTC's log-probabilities of the rows of `encode_audio`, [N, D]; see `speech.ctc_readout.ctc_log_probs`."""
+        return ctc_log_probs(audio_embeddings, *self._ctc_embeddings())
 
     def _ctc_embeddings(self) -> tuple[Tensor, Tensor]:
-        """The embeddings that a readout finds in rows, and that of the blank."""
+        """The embeddings of CTC's labels, [vocabulary, D], and that of its blank, [D]."""
         device = self.extra_embeddings.device
         return self.language_model.model.embed_tokens.weight, self.embed(self.ctc_blank(device))[0]
 
     def insert_audio_embeddings(self, x: Tensor, batch: Batch, cache: Cache | None = None) -> Tensor:
-        """Embedded tokens [B, T, D], with what is heard in the audio tokens' rows and the adapter's marks around it."""
+        """Embedded tokens [B, T, D], with utterances in the rows of audio tokens and the adapter's marks around them.
+
+        Args:
+            cache: gets the adapter's output.
+        """
         if not batch.speech:
             return x
+        assert self.config.speech_adapter is not None and self.speech_adapter is not None
         packed = self._encode_audio(batch.speech)
         if cache is not None:
             cache.audio_embeddings = packed
-        if self.config.speech_adapter.readout:
+        if self.config.speech_adapter.ctc_readout:
             lengths = torch.tensor([num_tokens(len(mel)) for mel in batch.speech])
-            packed = read_out(packed, lengths, *self._ctc_embeddings(), rest=self.speech_adapter.boundaries[1])
+            packed = ctc_compress(packed, lengths, *self._ctc_embeddings(), rest=self.speech_adapter.boundaries[1])
         rows, columns = (
-            places.to(x.device, non_blocking=True)
-            for places in _found(batch.host, self.config.audio_token_id).nonzero(as_tuple=True)
+            indices.to(x.device, non_blocking=True)
+            for indices in _is_token(batch.host, AUDIO.token_id(self.config)).nonzero(as_tuple=True)
         )
         x = x.to(packed.dtype).index_put((rows, columns), packed)
         marks = (self.config.speech_start_id, self.config.speech_end_id)
@@ -274,21 +303,12 @@ class MultimodalModel(nn.Module):
             x = torch.where((batch.tokens == token_id)[..., None], mark, x)
         return x
 
-    def _placed(self, batch: Batch) -> dict[str, tuple[int, list[int]]]:
-        """Of each kind of thing that stands in the text as one token: the token, and how many each row has."""
-        placed = {"image": (self.config.image_token_id, batch.images_per_row)}
-        if self.video_adapter is not None:
-            placed["video"] = (self.config.video_token_id, batch.videos_per_row or [0] * len(batch.tokens))
-        return placed
-
     def _check(self, batch: Batch) -> None:
+        """Raises UserError for a batch that does not fit the model; see `hidden_states`."""
         config, batch = self.config, batch.host
-        if batch.images and self.vision_encoder is None:
-            raise UserError("the batch holds images and the model has no vision_encoder")
-        if batch.videos and self.video_adapter is None:
-            raise UserError("the batch holds clips and the model has no video_adapter")
-        if batch.speech and self.speech_encoder is None:
-            raise UserError("the batch holds speech and the model has no speech_encoder")
+        for modality in MODALITIES:
+            if batch.items(modality) and getattr(self, modality.part) is None:
+                raise UserError(f"the batch holds {modality.plural} and the model has no {modality.part}")
         if batch.tokens.shape[1] > config.language_model.context:
             raise UserError(
                 f"the text has {batch.tokens.shape[1]} tokens; the language model's context is "
@@ -298,28 +318,29 @@ class MultimodalModel(nn.Module):
         low, high = int(batch.tokens.min()), int(batch.tokens.max())
         if low < 0 or high >= limit:
             raise UserError(f"token {low if low < 0 else high} lies outside the vocabulary, 0..{limit - 1}")
-        for kind, (token_id, per_row) in self._placed(batch).items():
-            placeholders = _found(batch, token_id).sum(1).tolist()
-            for row, (found, given) in enumerate(zip(placeholders, per_row, strict=True)):
-                if found != given:
-                    raise UserError(
-                        f"row {row} has {found} {kind} tokens (id {token_id}) and {given} {kind}s; "
-                        f"put one token where each {kind} stands"
-                    )
-        if self.speech_encoder is None:
-            return
-        mels = iter(batch.speech)
-        found = _found(batch, config.audio_token_id).sum(1).tolist()
-        for row, number in enumerate(batch.speech_per_row or [0] * len(batch.tokens)):
-            needed = sum(num_tokens(len(next(mels))) for _ in range(number))
-            if found[row] != needed:
+        for modality in MODALITIES:
+            # Released models place images by a token of their own; other placeholders of absent parts are plain tokens.
+            if modality is IMAGE or getattr(self, modality.part) is not None:
+                self._check_placeholders(batch, modality)
+
+    def _check_placeholders(self, batch: Batch, modality: Modality) -> None:
+        token_id, items = modality.token_id(self.config), iter(batch.items(modality))
+        found_per_row = _is_token(batch, token_id).sum(1).tolist()
+        for row, (found, num_items) in enumerate(zip(found_per_row, batch.items_per_row(modality), strict=True)):
+            needed = sum(modality.num_tokens(next(items)) for _ in range(num_items))
+            if found != needed:
                 raise UserError(
-                    f"row {row} has {found[row]} audio tokens (id {config.audio_token_id}) and {number} utterances, "
-                    f"which take {needed}: speech.adapter.num_tokens(T) each"
+                    f"row {row} has {found} {modality.name} tokens (id {token_id}) and {num_items} {modality.plural}, "
+                    f"which take {needed}: put an item's {modality.name} tokens where it stands in the text"
                 )
 
 
-def _found(batch: Batch, token_id: int) -> Tensor:
-    """Where a token stands within the rows' lengths: bool [B, T]."""
-    real = torch.arange(batch.tokens.shape[1], device=batch.tokens.device) < batch.lengths[:, None]
-    return (batch.tokens == token_id) & real
+def build_speech_encoder(config: SpeechEncoderConfig | WhisperEncoderConfig) -> SpeechEncoder | WhisperEncoder:
+    """The conformer or the Whisper encoder of a configuration, with random weights."""
+    return WhisperEncoder(config) if isinstance(config, WhisperEncoderConfig) else SpeechEncoder(config)
+
+
+def _is_token(batch: Batch, token_id: int) -> Tensor:
+    """True at a token within the rows' lengths: bool [B, T]."""
+    is_text = torch.arange(batch.tokens.shape[1], device=batch.tokens.device) < batch.lengths[:, None]
+    return (batch.tokens == token_id) & is_text

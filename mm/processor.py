@@ -1,48 +1,36 @@
-"""From messages with pictures, clips and sound to samples: chat template, placeholders; and from tokens back to text.
+"""From messages with media to samples, and from tokens back to text: chat template, placeholders, media files.
 
-Media stand in the rendered text as marks of ours; the text around the marks is tokenised piece by piece, and each mark
-becomes the model's own tokens for it. So any tokenizer serves, whether or not it knows images.
+Media stand in the rendered text as marks. The text around the marks is tokenised piece by piece, and each mark becomes
+the model's own tokens for its item. So any tokenizer serves, whether or not it knows images.
 """
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
 import jinja2
-import torch
-from PIL import Image
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from foundation.errors import UserError
 from mm.batch import IGNORED, Sample
 from mm.config import ModelConfig
-from shards.format import CLIPS, Record, picture_suffixes
-from speech.adapter import num_tokens
-from speech.reading import read_sound
-from video.sampling import Clip, sample_frames
-from vision.reading import read_picture, to_rgb
-from vision.tiling import Tiles, tile_image
+from mm.modalities import AUDIO, IMAGE, MODALITIES, MediaLimits, MediaSource
+from mm.records import record_answer, record_medium, record_messages
+from shards.format import Record
 
-IMAGE_MARK, VIDEO_MARK, AUDIO_MARK = "<|mm-image|>", "<|mm-video|>", "<|mm-audio|>"
-MARKS = re.compile("(" + "|".join(map(re.escape, (IMAGE_MARK, VIDEO_MARK, AUDIO_MARK))) + ")")
-MediaSource = Image.Image | str | Path | bytes  # a picture; clips and sounds come as a file or its bytes
+BY_NAME = {modality.name: modality for modality in MODALITIES}
+BY_MARK = {modality.mark: modality for modality in MODALITIES}
+MARKS = re.compile("(" + "|".join(map(re.escape, BY_MARK)) + ")")
+
+Message = dict[str, Any]  # of the Hugging Face chat form: {"role": ..., "content": text or a list of parts}
+Media = dict[str, list[Any]]  # the items of messages in order, by their modality's field of `Sample`
+Queues = dict[str, Iterator[Any]]  # by mark, the items whose marks have not been tokenised yet
 
 # For language models that come without a chat template.
 PLAIN_TEMPLATE = (
     "{{ bos_token or '' }}{% for message in messages %}{% if message.role == 'assistant' %}"
     "{{ message.content }}{{ eos_token }}{{ '\\n' }}{% else %}{{ message.content + '\\n' }}{% endif %}{% endfor %}"
 )
-
-
-@dataclass
-class Media:
-    """What the messages hold besides text, each kind in order."""
-
-    images: list[Tiles] = field(default_factory=list)
-    videos: list[Clip] = field(default_factory=list)
-    speech: list[Tensor] = field(default_factory=list)
 
 
 class Processor:
@@ -52,11 +40,14 @@ class Processor:
         tokenizer: the language model's own, from `transformers`.
         config: of the model; gives tile size, image token and stop tokens.
         max_tiles: tiles per picture at most.
-        caption_prompt: what the user asks for when a picture is to be captioned; None leaves the chat form out, so
-            that the caption follows the picture directly. video_prompt: the same for clips.
+        caption_prompt: the user's request in captioning a picture; None leaves the chat form out, so that the caption
+            follows the picture directly. video_prompt: the same for clips.
         chat_template: a Jinja template in place of the tokenizer's.
         max_frames: frames per clip at most.
         max_frame_tiles: tiles per frame at most; None is `max_tiles`.
+
+    Raises:
+        UserError: a limit out of range.
     """
 
     def __init__(
@@ -72,49 +63,51 @@ class Processor:
     ) -> None:
         self.tokenizer = tokenizer
         self.config = config
-        self.image_token_id = config.image_token_id
+        self.image_token_id = IMAGE.token_id(config)
         self.stop_tokens = config.language_model.stop_tokens
         self.tile_size = config.vision_encoder.tile_size if config.vision_encoder else None
         self.context = config.language_model.context
-        most = config.vision_encoder.max_num_tiles if config.vision_encoder else 1
-        self.max_tiles = most if max_tiles is None else max_tiles
-        if not 1 <= self.max_tiles <= most:
-            raise UserError(f"max_tiles is {max_tiles}; this model's image encoder takes 1 to {most}")
+        encoder_limit = config.vision_encoder.max_num_tiles if config.vision_encoder else 1
+        self.max_tiles = encoder_limit if max_tiles is None else max_tiles
+        if not 1 <= self.max_tiles <= encoder_limit:
+            raise UserError(f"max_tiles is {max_tiles}; this model's image encoder takes 1 to {encoder_limit}")
         if max_frames < 1:
             raise UserError(f"max_frames is {max_frames}; it must be at least 1")
-        if max_frame_tiles is not None and not 1 <= max_frame_tiles <= most:
-            raise UserError(f"max_frame_tiles is {max_frame_tiles}; this model's image encoder takes 1 to {most}")
+        if max_frame_tiles is not None and not 1 <= max_frame_tiles <= encoder_limit:
+            raise UserError(
+                f"max_frame_tiles is {max_frame_tiles}; this model's image encoder takes 1 to {encoder_limit}"
+            )
         self.max_frames, self.max_frame_tiles = max_frames, max_frame_tiles
         self.caption_prompt, self.video_prompt = caption_prompt, video_prompt
         self.chat_template = chat_template or tokenizer.chat_template or PLAIN_TEMPLATE
 
-    def settings(self) -> dict:
-        """What this processor was made with besides tokenizer and configuration: `Processor(t, c, **settings)`."""
+    def settings(self) -> dict[str, Any]:
+        """The arguments besides tokenizer and configuration: `Processor(tokenizer, config, **settings)` is equal."""
         names = ("max_tiles", "caption_prompt", "chat_template", "max_frames", "max_frame_tiles", "video_prompt")
         return {name: getattr(self, name) for name in names}
 
-    def prompt(self, messages: list[dict]) -> Sample:
-        """The sample after which the assistant speaks.
+    def prompt(self, messages: list[Message]) -> Sample:
+        """A conversation up to the assistant's next turn.
 
         Raises:
-            UserError: messages of another form, an empty one, a picture that cannot be read.
+            UserError: messages of another form, an empty one, a file that cannot be read.
         """
         flat, media = self._flatten(messages)
-        tokens = self._tokenize(self._render(flat, answer_follows=True), iter(media.speech))
-        return Sample(tokens, None, media.images, media.videos, media.speech)
+        tokens = self._tokenize(self._render(flat, answer_follows=True), _queues(media))
+        return Sample(tokens, None, **media)
 
-    def example(self, messages: list[dict]) -> Sample:
+    def example(self, messages: list[Message]) -> Sample:
         """A training sample: every assistant turn is a target, up to and with its stop token.
 
         Raises:
             UserError: as `prompt`, or a conversation without an assistant turn.
         """
-        while messages and not _is_answer(messages[-1]):  # what follows the last answer teaches nothing
+        while messages and not _is_answer(messages[-1]):  # turns after the last answer hold no target
             messages = messages[:-1]
         if not messages:
             raise UserError("the conversation has no assistant turn to learn from")
         flat, media = self._flatten(messages)
-        utterances = iter(media.speech)
+        queues = _queues(media)
         first_extra = self.config.language_model.vocab_size
         tokens: list[int] = []
         labels: list[int] = []
@@ -130,9 +123,9 @@ class Processor:
                     "give another chat_template"
                 )
             answer = after[len(before) :]
-            target = answer.rstrip("\n")  # a line break behind the stop token is nobody's to learn
+            target = answer.rstrip("\n")  # a line break after the stop token is no target
             for text, is_target in ((before[len(done) :], False), (target, True), (answer[len(target) :], False)):
-                piece = self._tokenize(text, utterances)
+                piece = self._tokenize(text, queues)
                 tokens += piece
                 labels += [
                     token if is_target and token < first_extra and token != self.image_token_id else IGNORED
@@ -140,37 +133,44 @@ class Processor:
                 ]
             done = after
         end = max(index for index, label in enumerate(labels) if label != IGNORED) + 1
-        return Sample(tokens[:end], labels[:end], media.images, media.videos, media.speech)
+        return Sample(tokens[:end], labels[:end], **media)
 
     def caption_prompt_for(self, source: MediaSource, kind: str = "image") -> Sample:
-        """The sample after which a caption follows. Args: kind: of the source, "image" or "video"."""
-        prompt = self._caption_question(kind)
+        """The sample that a caption of a file continues.
+
+        Args:
+            kind: modality of the source, "image" or "video".
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        prompt = self._caption_request(kind)
         part = {"type": kind, kind: source}
         if prompt is not None:
             return self.prompt([{"role": "user", "content": [part, {"type": "text", "text": prompt}]}])
         flat, media = self._flatten([{"role": "user", "content": [part]}])
-        return Sample([*self._bos(), *self._tokenize(flat[0]["content"])], None, media.images, media.videos)
+        return Sample([*self._bos(), *self._tokenize(flat[0]["content"], _queues(media))], None, **media)
 
     def caption_example(self, source: MediaSource, caption: str, kind: str = "image") -> Sample:
         """A training sample whose target is the caption; arguments as in `caption_prompt_for`.
 
         Raises:
-            UserError: an empty caption, one that holds the mark of media, a picture or clip that cannot be read.
+            UserError: an empty caption, one that holds a media mark, a picture or clip that cannot be read.
         """
         if not caption.strip():
             raise UserError("the caption is empty")
-        _refuse_mark(caption, "the caption")
-        prompt = self._caption_question(kind)
+        _check_no_mark(caption, "the caption")
+        prompt = self._caption_request(kind)
         if prompt is not None:
             content = [{"type": kind, kind: source}, {"type": "text", "text": prompt}]
             return self.example([{"role": "user", "content": content}, {"role": "assistant", "content": caption}])
         sample = self.caption_prompt_for(source, kind)
-        target = [*self._tokenize(caption), *self.stop_tokens[:1]]
+        target = [*self._tokenize(caption, {}), *self.stop_tokens[:1]]
         labels = [IGNORED] * len(sample.tokens) + target
         return Sample(sample.tokens + target, labels, sample.images, sample.videos)
 
     def record_example(self, record: Record) -> Sample:
-        """A training sample from a shard's record: its messages, or its picture or clip and caption.
+        """A training sample from a shard's record: its messages, or its picture or clip with its caption.
 
         Raises:
             UserError: as `example` and `caption_example`, or a sample longer than the context.
@@ -185,7 +185,7 @@ class Processor:
         return sample
 
     def record_prompt(self, record: Record) -> tuple[Sample, str]:
-        """The sample before a record's last answer, and that answer; the caption for a captioned picture or clip."""
+        """The sample up to a record's last answer, and that answer; of a captioned record, the caption."""
         answer = record_answer(record)
         if "messages" not in record.json:
             kind, source = record_medium(record)
@@ -196,14 +196,15 @@ class Processor:
         """Text of an answer's tokens, without special tokens."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
-    def _caption_question(self, kind: str) -> str | None:
+    def _caption_request(self, kind: str) -> str | None:
         return self.caption_prompt if kind == "image" else self.video_prompt
 
-    def _flatten(self, messages: list[dict]) -> tuple[list[dict], Media]:
-        """Messages with plain text as content and marks where media stood, and the media."""
+    def _flatten(self, messages: list[Message]) -> tuple[list[Message], Media]:
+        """Messages whose content is text with marks in the place of media, and the media."""
         if not messages:
             raise UserError("there are no messages")
-        flat, media = [], Media()
+        media: Media = {modality.field: [] for modality in MODALITIES}
+        flat: list[Message] = []
         for index, message in enumerate(messages):
             if not isinstance(message, dict) or not {"role", "content"} <= set(message):
                 raise UserError(f'message {index} must be {{"role": ..., "content": ...}}')
@@ -211,186 +212,94 @@ class Processor:
             if not isinstance(content, str | list):
                 raise UserError(f"message {index} has {content!r} as content; it can be text or a list of parts")
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            text = ""
-            for part in parts:
-                match part:
-                    case {"type": "image", "image": picture}:
-                        media.images.append(self._tiles(picture))
-                        text += IMAGE_MARK
-                    case {"type": "video", "video": clip}:
-                        media.videos.append(self._clip(clip))
-                        text += VIDEO_MARK
-                    case {"type": "audio", "audio": sound}:
-                        media.speech.append(self._speech(sound))
-                        text += AUDIO_MARK
-                    case {"type": "text", "text": str(words)}:
-                        _refuse_mark(words, f"message {index}")
-                        text += words
-                    case _:
-                        raise UserError(
-                            f'message {index} holds {part!r}; a part is {{"type": "text", "text": ...}}, '
-                            '{"type": "image", "image": file}, {"type": "video", "video": file} or '
-                            '{"type": "audio", "audio": file}'
-                        )
-            if not text.strip() and not (_is_answer(message) and flat and AUDIO_MARK in flat[-1]["content"]):
+            text = "".join(self._flatten_part(part, index, media) for part in parts)
+            # Only an answer to a sound may be empty: nothing is said there.
+            if not text.strip() and not (_is_answer(message) and flat and AUDIO.mark in flat[-1]["content"]):
                 raise UserError(
                     f"message {index} ({message['role']}) is empty: give it text, an image, a clip or sound"
-                )  # but for an answer to a sound in which nothing is said
+                )
             flat.append({"role": message["role"], "content": text})
         return flat, media
 
-    def _clip(self, source: str | Path | bytes) -> Clip:
-        if self.config.video_adapter is None:
-            raise UserError("a clip was given to a model that has no video_adapter")
-        frames = sample_frames(source, self.max_frames)
-        most = self.max_frame_tiles or self.max_tiles
-        tiles = [tile_image(Image.fromarray(pixels), self.tile_size, most) for pixels in frames.pixels]
-        return Clip(tiles, torch.from_numpy(frames.times))
+    def _flatten_part(self, part: Any, index: int, media: Media) -> str:
+        """A part of message `index` as text; an item that it holds is read and appended to `media`."""
+        match part:
+            case {"type": "text", "text": str(text)}:
+                _check_no_mark(text, f"message {index}")
+                return text
+            case {"type": str(kind)} if kind in BY_NAME and kind in part:
+                modality = BY_NAME[kind]
+                if getattr(self.config, modality.part) is None:
+                    raise UserError(f"message {index} holds {modality.plural}, and the model has no {modality.part}")
+                limits = MediaLimits(self.max_tiles, self.max_frames, self.max_frame_tiles or self.max_tiles)
+                media[modality.field].append(modality.read(part[kind], self.config, limits))
+                return modality.mark
+        forms = ['{"type": "text", "text": ...}', *(f'{{"type": "{kind}", "{kind}": file}}' for kind in BY_NAME)]
+        raise UserError(f"message {index} holds {part!r}; a part is {', '.join(forms[:-1])} or {forms[-1]}")
 
-    def _speech(self, source: str | Path | bytes) -> Tensor:
-        if self.config.speech_encoder is None:
-            raise UserError("sound was given to a model that has no speech_encoder")
-        sound = read_sound(source)
-        try:
-            return self.config.speech_encoder.features(sound)
-        except ValueError as error:
-            name = "sound" if isinstance(source, bytes) else source
-            raise UserError(f"{name}: {error}") from error
-
-    def _tiles(self, picture: MediaSource) -> Tiles:
-        if self.tile_size is None:
-            raise UserError("a picture was given to a model that has no vision_encoder")
-        image = to_rgb(picture) if isinstance(picture, Image.Image) else read_picture(picture)
-        return tile_image(image, self.tile_size, self.max_tiles)
-
-    def _render(self, flat: list[dict], answer_follows: bool) -> str:
-        own_text = self.tokenizer.convert_ids_to_tokens(self.image_token_id)  # None where the tokenizer lacks it
-        places_images = own_text and ("'image'" in self.chat_template or '"image"' in self.chat_template)
-        shown = [_in_parts(message) for message in flat] if places_images else flat
-        try:
-            text = self.tokenizer.apply_chat_template(
-                shown, chat_template=self.chat_template, tokenize=False, add_generation_prompt=answer_follows
-            )
-        except jinja2.TemplateError as error:
-            raise UserError(f"the chat template refuses these messages: {error}") from error
-        if places_images:
-            text = text.replace(own_text, IMAGE_MARK)
-        for kind, mark in (("images", IMAGE_MARK), ("clips", VIDEO_MARK), ("utterances", AUDIO_MARK)):
-            expected = sum(message["content"].count(mark) for message in flat)
-            if text.count(mark) != expected:
+    def _render(self, flat: list[Message], answer_follows: bool) -> str:
+        """Messages as the chat template writes them, with a mark in each item's place."""
+        image_text = self.tokenizer.convert_ids_to_tokens(self.image_token_id)  # None where the tokenizer lacks it
+        # Templates of models that know images write the tokenizer's own image token for each image part.
+        if image_text and ("'image'" in self.chat_template or '"image"' in self.chat_template):
+            text = self._apply_template([_in_parts(message) for message in flat], answer_follows)
+            text = text.replace(image_text, IMAGE.mark)
+        else:
+            text = self._apply_template(flat, answer_follows)
+        for modality in MODALITIES:
+            expected = sum(message["content"].count(modality.mark) for message in flat)
+            if text.count(modality.mark) != expected:
                 raise UserError(
-                    f"the chat template gives {text.count(mark)} places for {expected} {kind}; give another "
-                    "chat_template, and leave the image token's own text out of the messages"
+                    f"the chat template gives {text.count(modality.mark)} places for {expected} {modality.plural}; "
+                    "give another chat_template, and leave the image token's own text out of the messages"
                 )
         return text
 
-    def _tokenize(self, text: str, utterances: Iterator[Tensor] | None = None) -> list[int]:
-        """Args: utterances: those whose marks stand in the text, and perhaps more, that later texts take."""
+    def _apply_template(self, messages: list[Message], answer_follows: bool) -> str:
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, chat_template=self.chat_template, tokenize=False, add_generation_prompt=answer_follows
+                )
+            )
+        except jinja2.TemplateError as error:
+            raise UserError(f"the chat template refuses these messages: {error}") from error
+
+    def _tokenize(self, text: str, queues: Queues) -> list[int]:
+        """Token ids of a text with marks; each mark takes the next item of its queue."""
         tokens: list[int] = []
         for piece in MARKS.split(text):
-            if piece == IMAGE_MARK:
-                tokens.append(self.image_token_id)
-            elif piece == VIDEO_MARK:
-                tokens.append(self.config.video_token_id)
-            elif piece == AUDIO_MARK:
-                heard = [self.config.audio_token_id] * num_tokens(len(next(utterances)))
-                tokens += [self.config.speech_start_id, *heard, self.config.speech_end_id]
+            if modality := BY_MARK.get(piece):
+                tokens += modality.tokens(next(queues[piece]), self.config)
             elif piece:
                 tokens += self.tokenizer(piece, add_special_tokens=False).input_ids
         return tokens
 
     def _bos(self) -> list[int]:
-        """What the tokenizer itself puts before a text."""
+        """The begin-of-text token, where the tokenizer itself puts one before a text."""
         bos = self.tokenizer.bos_token_id
         return [bos] if bos is not None and self.tokenizer("").input_ids[:1] == [bos] else []
 
 
-def _refuse_mark(text: str, where: str) -> None:
+def _queues(media: Media) -> Queues:
+    return {modality.mark: iter(media[modality.field]) for modality in MODALITIES}
+
+
+def _check_no_mark(text: str, where: str) -> None:
     if found := MARKS.search(text):
         raise UserError(f"{where} holds {found[0]}, which stands for media: leave it out")
 
 
-def _is_answer(message: dict) -> bool:
+def _is_answer(message: Message) -> bool:
     return isinstance(message, dict) and message.get("role") == "assistant"
 
 
-def _in_parts(message: dict) -> dict:
+def _in_parts(message: Message) -> Message:
     """A flat message as a list of text and image parts, for templates that place images themselves."""
-    if IMAGE_MARK not in message["content"]:
+    if IMAGE.mark not in message["content"]:
         return message
-    first, *rest = message["content"].split(IMAGE_MARK)
+    first, *rest = message["content"].split(IMAGE.mark)
     parts = [{"type": "text", "text": first}]
     for text in rest:
         parts += [{"type": "image"}, {"type": "text", "text": text}]
     return {**message, "content": [part for part in parts if part.get("text") != ""]}
-
-
-def record_pictures(record: Record) -> list[bytes]:
-    """The record's pictures, in the order of their members.
-
-    Raises:
-        UserError: there is none.
-    """
-    pictures = [record.media[suffix] for suffix in picture_suffixes(record.media)]
-    if not pictures:
-        raise UserError(f"record {record.id} holds no picture; its members are {', '.join(record.media) or 'none'}")
-    return pictures
-
-
-def record_medium(record: Record) -> tuple[str, bytes]:
-    """What a captioned record's caption is of: ("image", its first picture) or ("video", its clip).
-
-    Raises:
-        UserError: there is neither.
-    """
-    if pictures := picture_suffixes(record.media):
-        return "image", record.media[pictures[0]]
-    clips = [data for suffix, data in record.media.items() if suffix in CLIPS]
-    if not clips:
-        raise UserError(
-            f"record {record.id} holds neither picture nor clip; its members are {', '.join(record.media) or 'none'}"
-        )
-    return "video", clips[0]
-
-
-def record_answer(record: Record) -> str:
-    """The text that a record wants for an answer: its last assistant turn, or its caption.
-
-    Raises:
-        UserError: the conversation does not end with an assistant's turn.
-    """
-    if "messages" not in record.json:
-        return record.json["caption"]
-    if not record.json["messages"] or record.json["messages"][-1]["role"] != "assistant":
-        raise UserError(f"record {record.id} does not end with an assistant's turn")
-    content = record.json["messages"][-1]["content"]
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
-
-
-def record_transcript(record: Record) -> str | None:
-    """What is said in a record's recording: its `said`, or what a transcription or a silence has for an answer; None
-    where that is not known."""
-    if "said" in record.json:
-        return record.json["said"]
-    return record_answer(record) if record.json.get("task") in ("transcription", "silence") else None
-
-
-def record_messages(record: Record) -> list[dict]:
-    """The record's messages, with the bytes of its media in place of their members' suffixes."""
-
-    def resolve(part: dict) -> dict:
-        kind = part.get("type")
-        if kind not in ("image", "video", "audio"):
-            return part
-        if part[kind] not in record.media:
-            raise UserError(
-                f"record {record.id} names the {kind} {part[kind]!r}; its members are {', '.join(record.media)}"
-            )
-        return {**part, kind: record.media[part[kind]]}
-
-    resolved = []
-    for message in record.json["messages"]:
-        content = message["content"]
-        parts = content if isinstance(content, str) else [resolve(part) for part in content]
-        resolved.append({**message, "content": parts})
-    return resolved

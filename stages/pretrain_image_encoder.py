@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from foundation.errors import UserError
 from mm.device import resolve_device
-from mm.parallel.ranks import Ranks
-from mm.processor import record_pictures
-from mm.run_folder import save_encoder
+from mm.encoder_folders import save_vision_encoder
+from mm.parallel.process_group import Ranks
+from mm.records import record_pictures
 from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
 from mm.training.contrastive import (
@@ -31,14 +31,14 @@ from mm.training.contrastive import (
 from mm.training.data import DataSource, RecordDataset, readable_samples
 from mm.training.flops import matmul_rate
 from mm.training.optimizer import apply_learning_rates
-from mm.training.trainer import train
+from mm.training.trainer import Trainer
 from shards.format import Record
 from vision.encoder import EncoderLayer, VisionEncoder, VisionEncoderConfig
 from vision.reading import read_picture
 from vision.tiling import tile_image
 
 # What may differ when an interrupted run is taken up again; `mm.training.trainer` judges `training` itself.
-FREE_TO_CHANGE = ("output", "training", "validation", "validation_pairs", "device")
+NOT_IN_FINGERPRINT = ("output", "training", "validation", "validation_pairs", "device")
 
 
 @dataclass
@@ -95,7 +95,7 @@ def pretrain_image_encoder(config: PretrainImageEncoder) -> None:
         evaluate = partial(retrieval, batch=batch.to(device))
 
     output = Path(config.output)
-    train(
+    Trainer(
         model,
         objective,
         dataset,
@@ -108,10 +108,10 @@ def pretrain_image_encoder(config: PretrainImageEncoder) -> None:
         fsdp_modules=(VisionEncoder, open_clip.transformer.ResidualAttentionBlock),
         sample_costs=dataset.num_tiles(config.encoder.tile_size, max_tiles),
         matmul_rate=matmul_rate(device.type, config.training.precision),
-        identity={name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE},
-    )
+        identity={name: value for name, value in asdict(config).items() if name not in NOT_IN_FINGERPRINT},
+    ).run()
     if Ranks.current().is_main:
-        save_encoder(output, model.vision_encoder)
+        save_vision_encoder(output, model.vision_encoder)
 
 
 def pair_of(record: Record, tokenizer: open_clip.SimpleTokenizer, tile_size: int, max_tiles: int) -> Pair:

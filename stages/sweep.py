@@ -20,8 +20,9 @@ from foundation.errors import UserError, one_line
 from mm.averaging import average_best
 from mm.evaluation.evaluate import METRICS, evaluate
 from mm.evaluation.metrics import Score
-from mm.parallel.ranks import Ranks
-from mm.run_folder import CONFIG_FILE, load, replaced_files, write_yaml
+from mm.parallel.process_group import Ranks
+from mm.run_files import CONFIG_FILE, replaced_files
+from mm.run_folder import load, write_yaml
 from mm.training.command import run_stage
 from mm.training.data import DataSource
 from shards.reader import ShardSet
@@ -70,6 +71,11 @@ class Sweep:
     learning_rate_factors: list[float]
     weight_decays: list[float]
     scoring: Scoring
+
+    @property
+    def device(self) -> str:
+        """The device of all runs."""
+        return self.base.device
 
 
 @dataclass(frozen=True)
@@ -241,9 +247,9 @@ def _settings(config: Sweep, subset: Subset, factor: float, decay: float) -> Fin
 def _decisive(settings: dict) -> dict:
     """Those of a run's settings that its weights depend on."""
     training = settings.get("training", {})
-    chosen = {name: value for name, value in settings.items() if name not in mm.training.adapters.FREE_TO_CHANGE}
+    chosen = {name: value for name, value in settings.items() if name not in mm.training.adapters.NOT_IN_FINGERPRINT}
     for name, value in training.items():
-        if name not in mm.training.config.FREE_TO_CHANGE:
+        if name not in mm.training.config.NOT_IN_FINGERPRINT:
             chosen[f"training.{name}"] = (
                 list(value.items()) if name == "learning_rates" else value
             )  # their order decides

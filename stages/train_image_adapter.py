@@ -15,10 +15,11 @@ from foundation.errors import UserError
 from mm.assembly import assemble
 from mm.config import ModelConfig
 from mm.cross_attention import ImageAdapterConfig
+from mm.encoder_folders import load_vision_encoder, read_vision_encoder_shape
 from mm.model import MultimodalModel
-from mm.parallel.ranks import Ranks
+from mm.parallel.process_group import Ranks
 from mm.processor import Processor
-from mm.run_folder import load, load_encoder, read_encoder_shape, read_shape, save
+from mm.run_folder import load, read_shape, save
 from mm.training.adapters import train_adapters
 from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
@@ -78,7 +79,7 @@ def starting_point(config: TrainImageAdapter) -> tuple[MultimodalModel, Processo
             )
         language_model = mm.convert.llama.load(config.language_model, dtype=torch.float32)
         print(language_model.report)
-        encoder = load_encoder(config.vision_encoder, tile_size=config.tile_size).float()
+        encoder = load_vision_encoder(config.vision_encoder, tile_size=config.tile_size).float()
         model = assemble(language_model, encoder, config.adapter, seed=config.training.seed)
         tokenizer, template = mm.convert.llama.load_tokenizer(config.language_model), config.chat_template
     else:
@@ -106,7 +107,7 @@ def shapes(config: TrainImageAdapter) -> ModelConfig:
         raise UserError("name language_model and vision_encoder, or start_from, for their shapes; or take a --preset")
     else:
         language_model = mm.convert.llama.read_shape(config.language_model)
-        model = ModelConfig(language_model, read_encoder_shape(config.vision_encoder), config.adapter)
+        model = ModelConfig(language_model, read_vision_encoder_shape(config.vision_encoder), config.adapter)
     if model.vision_encoder is None:
         raise UserError(f"{config.start_from} has no vision_encoder: there are no pictures to plan for")
     tile_size = config.tile_size or model.vision_encoder.tile_size

@@ -13,7 +13,7 @@ import torch
 from foundation.errors import UserError
 from mm.assembly import add_video_adapter, set_factor
 from mm.model import MultimodalModel
-from mm.parallel.ranks import Ranks
+from mm.parallel.process_group import Ranks
 from mm.processor import Processor
 from mm.run_folder import language_model_of, load, save
 from mm.training.adapters import train_adapters

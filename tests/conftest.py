@@ -19,8 +19,8 @@ import mm
 from app.cli import main
 from layers.rotary import RotaryConfig
 from mm.cross_attention import ImageAdapterConfig
+from mm.encoder_folders import save_vision_encoder
 from mm.language_model import LanguageModelConfig
-from mm.run_folder import save_encoder
 from mm.video_adapter import VideoAdapterConfig
 from shards.format import Record
 from shards.writer import write_shards
@@ -260,7 +260,7 @@ def language_model_folder(tiny_model, tokenizer, tmp_path_factory) -> Path:
 def encoder_folder(tiny_model, tmp_path_factory) -> Path:
     """The tiny model's image encoder as a folder of its own."""
     folder = tmp_path_factory.mktemp("encoder")
-    save_encoder(folder, tiny_model.vision_encoder)
+    save_vision_encoder(folder, tiny_model.vision_encoder)
     return folder
 
 
@@ -304,10 +304,10 @@ def mm_command(capsys):
 
 @pytest.fixture
 def refused(mm_command):
-    """refused(*arguments) -> the one line that is said; nothing is printed, nothing appears on the disk."""
+    """refused(*arguments) -> the one line on stderr that ends the command; nothing is printed."""
 
     def run(*arguments) -> str:
-        code, out, err = mm_command(*arguments)
+        code, out, err = mm_command(*arguments, "--quiet")
         assert code == 1 and out == ""
         assert err.count("\n") == 1 and err.endswith("\n") and "Traceback" not in err and len(err) < 600
         return err.strip()

@@ -6,7 +6,9 @@ from pathlib import Path
 import mm
 from foundation.errors import UserError
 from foundation.options import new_parser, read_options
-from mm.run_folder import CONFIG_FILE, save, save_encoder
+from mm.encoder_folders import save_vision_encoder
+from mm.run_files import CONFIG_FILE
+from mm.run_folder import save
 
 
 def open_clip(argv: Sequence[str]) -> int:
@@ -21,7 +23,7 @@ def open_clip(argv: Sequence[str]) -> int:
     options = read_options(parser, argv)
     refuse_existing_run(options.output)
     encoder = load(options.name, options.pretrained, tile_size=options.tile_size)
-    save_encoder(options.output, encoder)
+    save_vision_encoder(options.output, encoder)
     print(encoder.report)
     return 0
 
@@ -29,7 +31,7 @@ def open_clip(argv: Sequence[str]) -> int:
 def whisper(argv: Sequence[str]) -> int:
     """Write a speech encoder folder from one of OpenAI's Whisper files."""
     from mm.convert.whisper import load
-    from mm.speech_encoders import save_speech_encoder
+    from mm.encoder_folders import save_speech_encoder
 
     parser = new_parser("mm convert whisper", "Convert a Whisper file into a speech encoder folder.")
     parser.add_argument("file", help="such as tiny.en.pt")

@@ -7,7 +7,7 @@ import torch
 
 from foundation.errors import UserError
 from mm.batch import Sample
-from mm.processor import record_answer
+from mm.records import record_answer
 from shards.format import AUDIO, Record
 from shards.reader import ShardSet
 from video.sampling import Clip

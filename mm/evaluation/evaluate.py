@@ -23,8 +23,9 @@ from mm.evaluation.likelihood import answer_log_likelihoods
 from mm.evaluation.metrics import Score
 from mm.generation import generate_tokens, transcribe_tokens
 from mm.model import MultimodalModel
-from mm.processor import Processor, record_answer
-from mm.run_folder import replaced_files
+from mm.processor import Processor
+from mm.records import record_answer
+from mm.run_files import replaced_files
 from shards.format import Record
 from shards.reader import ShardSet
 from speech.features import FRAMES_PER_SECOND

@@ -1,14 +1,14 @@
-"""A model cut into stages, one per rank of a pipeline, from outside (`torch.distributed.pipelining`, 1F1B).
+"""Pipeline parallelism: each rank runs some of a model's layers (`torch.distributed.pipelining`, schedule 1F1B).
 
 The paper's layout for 405B: a unit is four self-attention layers and the cross-attention block after them; the image
-encoder stands on every stage, and its gradients are summed over the pipeline. Hidden states travel down, their
-gradients up; images do not travel: every rank reads the same samples and encodes them for its own blocks.
-Shapes: B rows, T text tokens, D width of the language model.
+encoder is on every stage, and its gradients are summed over the pipeline. Hidden states go to the next stage, their
+gradients back. Images do not travel: every rank reads the same samples and encodes them for its own blocks.
+Shapes: B rows, T text tokens, D width of the language model, V vocabulary.
 """
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import TypeVar
 
@@ -21,282 +21,296 @@ from torch.nn import functional as F
 
 from foundation.errors import UserError
 from mm.batch import IGNORED, Batch
-from mm.model import MultimodalModel, VisionContexts
-from mm.parallel.ranks import Layout, mesh_of, whole
-from mm.training.config import TrainingConfig
-from mm.training.objectives import loss_of_hidden_states
+from mm.model import MultimodalModel
+from mm.parallel.dtensor import full_tensor
+from mm.parallel.layout import Layout
+from mm.vision_context import VisionContexts
 
 Value = TypeVar("Value")
+# (model, its last hidden states [B, T, D], the batch) -> the loss summed over the batch's targets.
+HiddenStatesLoss = Callable[[MultimodalModel, Tensor, Batch], Tensor]
 
 
-def stages_of(positions: Sequence[int], num_layers: int, pp_degree: int) -> list[range]:
-    """The language model's layers that each rank of a pipeline runs, in order, with the blocks after them.
+def stage_layers(positions: Sequence[int], num_layers: int, pp_degree: int) -> list[range]:
+    """The language model's layers of each stage, in order.
 
-    A unit ends with a block; units are dealt out as evenly as possible, the first ranks getting those over. The last
-    rank takes the layers behind the last block, too, besides the final norm and `lm_head`.
+    A unit ends with a cross-attention block. Units are divided as evenly as possible, and the first stages get one more
+    where they do not divide evenly. The last stage also has the layers behind the last block.
 
     Args:
         positions: of the blocks, ascending: the number of layers before each.
 
     Raises:
-        UserError: more ranks than units.
+        UserError: more stages than units.
     """
     ends = [position for position in positions if position > 0]  # a block before the first layer goes with the next
     if pp_degree > len(ends):
         raise UserError(
-            f"training.pp_degree is {pp_degree}; the model is cut behind its cross-attention blocks, and has "
-            f"{len(ends)} of them with layers before them: at most {len(ends)} ranks"
+            f"pp_degree is {pp_degree}; the model is split behind its cross-attention blocks, and has {len(ends)} of "
+            f"them with layers before them: pp_degree can be at most {len(ends)}"
         )
-    least, over = divmod(len(ends), pp_degree)
-    dealt = accumulate(least + (rank < over) for rank in range(pp_degree - 1))
-    return [range(*cuts) for cuts in pairwise([0, *(ends[number - 1] for number in dealt), num_layers])]
+    minimum, remainder = divmod(len(ends), pp_degree)
+    num_units = accumulate(minimum + (rank < remainder) for rank in range(pp_degree - 1))
+    return [range(*bounds) for bounds in pairwise([0, *(ends[units - 1] for units in num_units), num_layers])]
 
 
-def cut(model: nn.Module, config: TrainingConfig, layout: Layout, device_type: str) -> "Stage":
-    """This rank's stage of a model, which stays as it is.
+def build_stage(model: nn.Module, layout: Layout, device_type: str, precision: str, loss: HiddenStatesLoss) -> "Stage":
+    """This rank's stage of a model, as a copy of its part of the weights.
 
     Raises:
-        UserError: a model that cannot be cut, more ranks than units, fewer micro-batches than ranks, or a rate for an
-            embedding table that stands at both ends.
+        UserError: a model that cannot be split, more stages than units, or tied embeddings that train.
     """
     if not isinstance(model, MultimodalModel) or model.image_adapter is None:
         raise UserError(
-            f"training.pp_degree is {layout.pipeline}; only a language model with an image adapter is cut into "
-            "stages: set it to 1"
+            f"pp_degree is {layout.pp}; only a language model with an image adapter is split into stages: set it to 1"
         )
     if model.video_adapter is not None or model.speech_adapter is not None:
         raise UserError(
-            f"training.pp_degree is {layout.pipeline}; a model with a video or speech adapter is not cut into "
-            "stages: set it to 1"
+            f"pp_degree is {layout.pp}; a model with a video or speech adapter is not split into stages: set it to 1"
         )
-    share = math.ceil(config.batch_size / layout.num_readers)
-    num_micro_batches = math.ceil(share / (config.micro_batch_size or share))
-    if num_micro_batches < layout.pipeline:
-        raise UserError(
-            f"training.pp_degree is {layout.pipeline}, and a step has {num_micro_batches} micro-batches (of "
-            f"{config.micro_batch_size or share} in {share} samples) for them: at least one for each rank, so lower "
-            "micro_batch_size, raise batch_size or take fewer ranks"
-        )
-    stages = stages_of(model.image_adapter.positions, model.config.language_model.num_layers, layout.pipeline)
-    group = mesh_of(layout, device_type)["pipeline"].get_group()
-    stage = Stage(model, stages, dist.get_rank(group), config.precision, group)
+    layers = stage_layers(model.image_adapter.positions, model.config.language_model.num_layers, layout.pp)
+    group = layout.mesh(device_type)["pp"].get_group()
+    stage = Stage(model, layers, dist.get_rank(group), loss, precision, group)
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and 1 < len(stage.holders[name]) < len(stages):
+        if parameter.requires_grad and 1 < len(stage.holders[name]) < len(layers):
             raise UserError(
-                f"training.learning_rates give {name} a rate; embeddings tied to lm_head stand at both ends of a pipeline: "
-                "freeze them, or set training.pp_degree to 1"
+                f"learning_rates give {name} a rate; embeddings tied to lm_head are on the first and the last stage: "
+                "freeze them, or set pp_degree to 1"
             )
     return stage
 
 
 class Stage(MultimodalModel):
-    """What one rank of a pipeline holds of a model, under the names that it has there.
+    """The part of a model that one rank of a pipeline holds, under the parameter names of the whole model.
 
-    That is its layers and blocks; the encoder, the projection and the extra embeddings, as every rank; the embedding
-    table at the first, the final norm and `lm_head` at the last.
+    It has its layers and their blocks, and like every stage the encoder, the projection and the extra embeddings; the
+    first stage has the embedding table, the last the final norm and `lm_head`.
 
     Args:
-        model: the whole, from which the stage's tensors are copied.
-        stages: the layers of all ranks, see `stages_of`. rank: which of them this one is.
+        model: the whole model, from which the stage's parameters are copied.
+        layers: of each stage, see `stage_layers`. rank: the index of this stage.
+        loss: what the last stage computes.
         precision: "fp32" or "bf16" (autocast).
         group: the ranks of the pipeline.
 
     Attributes:
-        holders: of each parameter of the whole model, the ranks that hold it, ascending.
+        holders: name of each parameter of the whole model -> the ranks that hold it, ascending.
     """
 
     def __init__(
         self,
         model: MultimodalModel,
-        stages: Sequence[range],
+        layers: Sequence[range],
         rank: int,
+        loss: HiddenStatesLoss,
         precision: str = "fp32",
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        nn.Module.__init__(self)
-        # A deep copy takes what is in its memo for the copy of a module: what lies elsewhere is not copied.
-        elsewhere = {id(module): nn.Identity() for module in _elsewhere(model, stages[rank])}
-        self.__dict__.update(copy.deepcopy(model.__dict__, elsewhere))
-        self.layers, self.rank, self.size = stages[rank], rank, len(stages)
-        self.precision, self.group = precision, group
-        self.holders = _holders(model, stages)
+        with torch.device("meta"):  # no storage: every module is replaced below
+            super().__init__(model.config)
+        _take_part(self, model, layers[rank])
+        self.layers, self.rank, self.num_stages = layers[rank], rank, len(layers)
+        self.is_first, self.is_last = rank == 0, rank == len(layers) - 1
+        self.loss, self.precision, self.group = loss, precision, group
+        self.holders = _holders(model, layers)
         self.batches: list[Batch] = []  # of the step
         self.scale = 1.0
 
     def forward(self, *received: Tensor, index: Tensor) -> Tensor:
-        """Of the step's micro-batch `index`, the hidden states [B, T, D] for the next stage; at the last, the loss.
+        """The hidden states [B, T, D] of the step's micro-batch `index` for the next stage; on the last, its loss.
 
         Args:
-            received: the hidden states [B, T, D] from the stage before; none at the first.
+            received: the hidden states [B, T, D] of the previous stage; none on the first.
         """
         device = self.extra_embeddings.device
         batch = self.batches[int(index)].to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
             x = received[0] if received else self.embed(batch.tokens)
-            x = self._run(x, self.vision_contexts(batch, None))
-            return x if self.rank < self.size - 1 else loss_of_hidden_states(self, x, batch) * self.scale
+            x = self._run_stage(x, self.vision_contexts(batch, None))
+            return self.loss(self, x, batch) * self.scale if self.is_last else x
 
     @torch.no_grad()
     def hidden_states(self, batch: Batch, cache: None = None) -> Tensor:
-        """As the whole model's, on all ranks, which call this alike: they encode the images at the same time, and run
-        their layers one after another.
+        """The hidden states of the whole model, on all ranks; every rank must call it with the same batch.
+
+        The ranks encode the images at the same time and run their layers one after another.
         """
         self._check(batch)
-        seen = self.vision_contexts(batch, None)
+        contexts = self.vision_contexts(batch, None)
         shape = (*batch.tokens.shape, self.config.language_model.hidden_size)
-        x = self.embed(batch.tokens) if self.rank == 0 else torch.empty(shape, device=batch.tokens.device)
-        for rank in range(self.size):
+        x = self.embed(batch.tokens) if self.is_first else torch.empty(shape, device=batch.tokens.device)
+        for rank in range(self.num_stages):
             if rank == self.rank:
-                x = self._run(x, seen).contiguous()
+                x = self._run_stage(x, contexts).contiguous()
             dist.broadcast(x, group=self.group, group_src=rank)
         return x
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
-        """What the whole model gives for a batch, [B, T, V], on all ranks, which call this alike; without gradient."""
-        hidden, last = self.hidden_states(batch), self.size - 1
-        if self.rank == last:
+        """The logits [B, T, V] of the whole model, without gradient, on all ranks; every rank must call it."""
+        hidden = self.hidden_states(batch)
+        if self.is_last:
             logits = self.language_model.lm_head(hidden).float().contiguous()
         else:
             logits = hidden.new_empty(*hidden.shape[:2], self.config.language_model.vocab_size)
-        dist.broadcast(logits, group=self.group, group_src=last)
+        dist.broadcast(logits, group=self.group, group_src=self.num_stages - 1)
         return logits
 
-    def learn(self, batches: Sequence[Batch], scale: float) -> float:
-        """The gradients of a step: forward and backward passes of its micro-batches, by all ranks of the pipeline.
+    def forward_backward(self, batches: Sequence[Batch], scale: float) -> float:
+        """The forward and backward passes of a step's micro-batches, by all ranks of the pipeline.
 
         Args:
-            batches: at least as many as ranks, the same on each. scale: what each one's summed loss is multiplied by.
+            batches: at least as many as ranks, the same on each. scale: multiplies each micro-batch's loss.
 
         Returns:
-            the sum of the scaled losses, known to all ranks.
+            The sum of the scaled losses, on all ranks.
 
         Raises:
-            UserError: as `mm.training.objectives.next_token_loss`.
+            UserError: batches that the model or the loss refuses.
         """
         for batch in batches:
             self._check(batch)
-        self.batches, self.scale = alike(batches), scale
+        self.batches, self.scale = pad_to_common_shape(batches), scale
         hidden = torch.empty(*self.batches[0].tokens.shape, self.config.language_model.hidden_size, device="meta")
-        last = self.rank == self.size - 1
-        pipe = PipelineStage(  # anew for each step, whose shapes are its own
+        stage = PipelineStage(  # built for each step, whose shapes differ
             self,
             self.rank,
-            self.size,
+            self.num_stages,
             self.extra_embeddings.device,
-            input_args=(hidden,) if self.rank else (),
-            output_args=hidden.new_empty(()) if last else hidden,
+            input_args=() if self.is_first else (hidden,),
+            output_args=hidden.new_empty(()) if self.is_last else hidden,
             group=self.group,
         )
-        schedule = Schedule1F1B(pipe, len(batches), loss_fn=lambda loss, _: loss, scale_grads=False)
+        schedule = Schedule1F1B(stage, len(batches), loss_fn=lambda loss, _: loss, scale_grads=False)
         losses: list[Tensor] = []
         index = torch.arange(len(batches))
         try:
             schedule.step(index=index, target=index, losses=losses, return_outputs=False)
-        except RuntimeError as error:  # what `forward` raises comes wrapped
-            if isinstance(error.__cause__, ValueError):
+        except RuntimeError as error:  # the schedule wraps what `forward` raises
+            if isinstance(error.__cause__, UserError):
                 raise error.__cause__ from None
             raise
         self.batches = []
-        self._sum_replicas()
-        return sum(self._gathered(sum(loss.item() for loss in losses)))
+        self._all_reduce_shared_gradients()
+        return sum(self._all_gather(sum(loss.item() for loss in losses)))
 
-    def owned(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters that no earlier rank holds: each of the model's belongs to one rank."""
+    def owned_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that no earlier rank holds, by name: each parameter of the model is owned by one rank."""
         return ((name, p) for name, p in self.named_parameters() if self.holders[name][0] == self.rank)
 
-    def joined_norms(self, norms: dict[str, float]) -> dict[str, float]:
-        """The norms of each part of the whole model, alike on all ranks, from each rank's of what it owns."""
-        given = self._gathered(norms)
-        return {part: math.hypot(*(one.get(part, 0.0) for one in given)) for one in given for part in one}
+    def combine_norms(self, norms: dict[str, float]) -> dict[str, float]:
+        """The norms of each part of the whole model, on all ranks, from the norms of what each rank owns."""
+        all_norms = self._all_gather(norms)
+        parts = dict.fromkeys(part for norms_of_rank in all_norms for part in norms_of_rank)
+        return {part: math.hypot(*(norms_of_rank.get(part, 0.0) for norms_of_rank in all_norms)) for part in parts}
 
-    def joined_values(self, values: dict[str, float]) -> dict[str, float]:
-        """What all ranks have observed of their blocks, first to last."""
-        return {name: value for one in self._gathered(values) for name, value in one.items()}
+    def combine_values(self, values: dict[str, float]) -> dict[str, float]:
+        """The values of all ranks, from the first to the last."""
+        return {name: value for values_of_rank in self._all_gather(values) for name, value in values_of_rank.items()}
 
-    def whole(self, name: str, like: Tensor) -> Tensor:
-        """A parameter of the model, wherever it lies, with the shares of all ranks in it; every rank must ask.
+    def full_parameter(self, name: str, like: Tensor) -> Tensor:
+        """A parameter of the whole model, unsharded, on all ranks; every rank must call it.
 
         Args:
             like: a tensor of its shape and type.
         """
         holders = self.holders[name]
         if self.rank in holders:
-            tensor = whole(self.get_parameter(name).detach())
+            tensor = full_tensor(self.get_parameter(name).detach())
         else:
             tensor = torch.empty_like(like, device=self.extra_embeddings.device)
         dist.broadcast(tensor, group=self.group, group_src=holders[0])
         return tensor
 
-    def _run(self, x: Tensor, seen: VisionContexts) -> Tensor:
-        """Hidden states [B, T, D] through this rank's layers and blocks, at the last through the final norm too; FP32,
-        whatever computed them."""
-        positions = torch.arange(x.shape[1], device=x.device)
-        x = self.run_layers(x, positions, seen, layers=self.layers).float()
-        return x if self.rank < self.size - 1 else self.language_model.model.norm(x)
+    def _run_stage(self, x: Tensor, contexts: VisionContexts) -> Tensor:
+        """Hidden states [B, T, D] through this stage's layers and blocks, on the last through the final norm too.
 
-    def _sum_replicas(self) -> None:
-        """Add up the gradients of what several stages hold, each of which has seen its own blocks' part."""
-        works = []
+        They come out in FP32, whatever the layers computed in.
+        """
+        positions = torch.arange(x.shape[1], device=x.device)
+        x = self.run_layers(x, positions, contexts, layers=self.layers).float()
+        return self.language_model.model.norm(x) if self.is_last else x
+
+    def _all_reduce_shared_gradients(self) -> None:
+        """Sum the gradients of parameters that several stages hold: each stage has the part from its own blocks."""
+        pending = []
         for name, parameter in self.named_parameters():
             if parameter.requires_grad and len(self.holders[name]) > 1:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 grad = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
-                works.append(dist.all_reduce(grad, group=self.group, async_op=True))
-        for work in works:
-            work.wait()
+                pending.append(dist.all_reduce(grad, group=self.group, async_op=True))
+        for reduction in pending:
+            reduction.wait()
 
-    def _gathered(self, value: Value) -> list[Value]:
-        values: list = [None] * self.size
+    def _all_gather(self, value: Value) -> list[Value]:
+        values: list = [None] * self.num_stages
         dist.all_gather_object(values, value, group=self.group)
         return values
 
 
-def alike(batches: Sequence[Batch]) -> list[Batch]:
-    """The same batches with the rows and tokens of the largest, as a pipeline's buffers need them.
+def pad_to_common_shape(batches: Sequence[Batch]) -> list[Batch]:
+    """The same batches with the rows and tokens of the largest, since a pipeline's buffers have one shape.
 
-    What is added is padding, no token of it a target: losses and gradients stay.
+    The added tokens are padding and no targets, so losses and gradients do not change.
     """
-    rows, length = (max(batch.tokens.shape[side] for batch in batches) for side in (0, 1))
+    num_rows, length = (max(batch.tokens.shape[side] for batch in batches) for side in (0, 1))
     padded = []
     for batch in batches:
-        below, behind = rows - batch.tokens.shape[0], length - batch.tokens.shape[1]
+        rows, tokens = num_rows - batch.tokens.shape[0], length - batch.tokens.shape[1]  # to add
         padded.append(
             Batch(
-                F.pad(batch.tokens, (0, behind, 0, below)),
-                F.pad(batch.lengths, (0, below)),
+                F.pad(batch.tokens, (0, tokens, 0, rows)),
+                F.pad(batch.lengths, (0, rows)),
                 batch.images,
-                batch.images_per_row + [0] * below,
-                F.pad(batch.labels, (0, behind, 0, below), value=IGNORED),
+                batch.images_per_row + [0] * rows,
+                F.pad(batch.labels, (0, tokens, 0, rows), value=IGNORED),
             )
         )
     return padded
 
 
-def _elsewhere(model: MultimodalModel, layers: range) -> list[nn.Module]:
-    """The modules of a model that the stage with these layers does not hold."""
-    decoder, head = model.language_model.model, model.language_model.lm_head
+def absent_modules(model: MultimodalModel, layers: range) -> list[str]:
+    """The names of the modules of a model that the stage with these layers does not hold."""
+    decoder = model.language_model.model
     first, last = layers.start == 0, layers.stop == len(decoder.layers)
-    tied = model.config.language_model.tied_embeddings  # then the table stands at both ends, under one name
-    modules: list[nn.Module] = [layer for depth, layer in enumerate(decoder.layers) if depth not in layers]
-    blocks = model.image_adapter.by_position()
-    modules += [block for position, block in blocks.items() if max(position - 1, 0) not in layers]
+    tied = model.config.language_model.tied_embeddings  # then the table is on the first and the last stage
+    absent = [f"language_model.model.layers.{depth}" for depth in range(len(decoder.layers)) if depth not in layers]
+    absent += [
+        f"image_adapter.blocks.{index}"
+        for index, position in enumerate(model.image_adapter.positions)
+        if max(position - 1, 0) not in layers
+    ]
     if not (first or (tied and last)):
-        modules.append(decoder.embed_tokens)
+        absent.append("language_model.model.embed_tokens")
     if not (last or (tied and first)):
-        modules.append(head)
+        absent.append("language_model.lm_head")
     if not last:
-        modules.append(decoder.norm)
-    return modules
+        absent.append("language_model.model.norm")
+    return absent
+
+
+def _take_part(stage: MultimodalModel, model: MultimodalModel, layers: range) -> None:
+    """Give a stage copies of the modules that it holds, and empty modules in place of those that it does not."""
+    absent = absent_modules(model, layers)
+    holding = ("language_model.model", "language_model.model.layers", "image_adapter", "image_adapter.blocks")
+    for parent in ("language_model", *holding):
+        for name, module in model.get_submodule(parent).named_children():
+            path = f"{parent}.{name}"
+            if path not in holding:
+                stage.set_submodule(path, nn.Identity() if path in absent else copy.deepcopy(module))
+    stage.vision_encoder = copy.deepcopy(model.vision_encoder)
+    stage.extra_embeddings = copy.deepcopy(model.extra_embeddings)
+    language_model = stage.language_model
+    if model.config.language_model.tied_embeddings and isinstance(language_model.lm_head, nn.Linear):
+        language_model.lm_head.weight = language_model.model.embed_tokens.weight
 
 
 def _holders(model: MultimodalModel, stages: Sequence[range]) -> dict[str, list[int]]:
-    named = list(model.named_parameters())
-    holders: dict[str, list[int]] = {name: [] for name, _ in named}
+    holders: dict[str, list[int]] = {name: [] for name, _ in model.named_parameters()}
     for rank, layers in enumerate(stages):
-        absent = {id(parameter) for module in _elsewhere(model, layers) for parameter in module.parameters()}
-        for name, parameter in named:
-            if id(parameter) not in absent:
-                holders[name].append(rank)
+        absent = tuple(f"{name}." for name in absent_modules(model, layers))
+        for name, ranks in holders.items():
+            if not name.startswith(absent):
+                ranks.append(rank)
     return holders

@@ -14,8 +14,8 @@ from transformers import MllamaConfig, MllamaForConditionalGeneration
 
 import mm
 from mm.convert import whisper
-from mm.run_folder import load_encoder, read_shape
-from mm.speech_encoders import load_speech_encoder
+from mm.encoder_folders import load_speech_encoder, load_vision_encoder
+from mm.run_folder import read_shape
 from shards.reader import ShardSet
 from speech.whisper import WhisperEncoder, WhisperEncoderConfig
 
@@ -169,7 +169,7 @@ def test_an_open_clip_tower_becomes_an_encoder(mm_command, tmp_path):
     torch.save(open_clip.create_model("tiny-tower").state_dict(), tmp_path / "weights.pt")
     convert = ("convert", "open-clip", "tiny-tower", tmp_path / "weights.pt", tmp_path / "encoder", "--tile-size", 56)
     code, _, _ = mm_command(*convert)
-    config = load_encoder(tmp_path / "encoder").config
+    config = load_vision_encoder(tmp_path / "encoder").config
     assert code == 0 and (config.num_layers, config.tile_size, config.num_gated_layers) == (4, 56, 8)
 
 

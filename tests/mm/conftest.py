@@ -14,7 +14,7 @@ from mm.cross_attention import ImageAdapterConfig
 from mm.training.config import TrainingConfig
 from mm.training.contrastive import ContrastiveModel, Pair, TextTowerConfig
 from mm.training.objectives import NextTokenObjective
-from mm.training.trainer import train
+from mm.training.trainer import Trainer
 
 FROZEN = {"language_model.*": None, "extra_embeddings": None}
 
@@ -100,7 +100,7 @@ def run(samples, tmp_path):
 
     def do(model, config, folder="run", dataset=None, objective=None, **options) -> Path:
         dataset = samples if dataset is None else dataset
-        train(model, objective or NextTokenObjective(), dataset, config, tmp_path / folder, "test", **options)
+        Trainer(model, objective or NextTokenObjective(), dataset, config, tmp_path / folder, "test", **options).run()
         return tmp_path / folder
 
     return do

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mm
-from mm.batch import CrossAttentionMask, visibility_intervals
+from mm.vision_context import CrossAttentionMask, visibility_intervals
 
 
 def intervals_by_hand(pattern: str, counts: list[int]) -> list[tuple[int, int]]:
@@ -60,11 +60,13 @@ def test_visibility_means_its_intervals(patterns):
             if end > start:
                 keys = range(visible.max_tokens)
                 mask = (
-                    visible.mask[index, 0, token].tolist() if visible.mask is not None else [True] * visible.max_tokens
+                    visible.attention_mask[index, 0, token].tolist()
+                    if visible.attention_mask is not None
+                    else [True] * visible.max_tokens
                 )
                 assert mask == [start <= key < end for key in keys]
-            elif visible.mask is not None:
-                assert visible.mask[index, 0, token].any(), "a softmax over nothing is not a number"
+            elif visible.attention_mask is not None:
+                assert visible.attention_mask[index, 0, token].any(), "a softmax over nothing is not a number"
 
 
 def test_pad_puts_packed_rows_apart():

@@ -7,7 +7,9 @@ import pytest
 from PIL import Image
 
 import mm
-from mm.processor import IMAGE_MARK, PLAIN_TEMPLATE, record_answer
+from mm.modalities import IMAGE
+from mm.processor import PLAIN_TEMPLATE
+from mm.records import record_answer
 from shards.format import Record
 
 WITHOUT_GENERATION_PROMPT = "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|end|>\n{% endfor %}"
@@ -199,7 +201,7 @@ def test_bad_records_are_named(tiny_processor, values, message):
         ([{"role": "user", "content": [{"type": "audio", "audio": "x"}]}], "no speech_encoder"),
         ([{"role": "user", "content": ["hello"]}], "message 0 holds"),
         ([{"role": "user", "content": [{"type": "text", "text": 3}]}], "message 0 holds"),
-        ([{"role": "user", "content": f"see {IMAGE_MARK}"}], "stands for media"),
+        ([{"role": "user", "content": f"see {IMAGE.mark}"}], "stands for media"),
         ([{"role": "user", "content": [{"type": "image", "image": "/nowhere/at/all.png"}]}], "/nowhere/at/all.png"),
         ([{"role": "user", "content": [{"type": "image", "image": b"abc"}]}], "picture"),
     ],
@@ -213,7 +215,7 @@ def test_bad_messages_are_named(tiny_processor, messages, message):
 def test_bad_captions_are_named(tokenizer, tiny_config, random_picture, prompt):
     processor = mm.Processor(tokenizer, tiny_config, caption_prompt=prompt)
     with pytest.raises(ValueError, match="stands for media"):
-        processor.caption_example(random_picture(), f"a {IMAGE_MARK}")
+        processor.caption_example(random_picture(), f"a {IMAGE.mark}")
     with pytest.raises(ValueError, match="empty"):
         processor.caption_example(random_picture(), "  ")
 

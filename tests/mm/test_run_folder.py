@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mm
-import mm.run_folder
+import mm.run_files
 from mm.assembly import assemble
-from mm.run_folder import CONFIG_FILE, load_encoder, replaced_files, save, save_encoder
+from mm.encoder_folders import load_vision_encoder, save_vision_encoder
+from mm.run_files import CONFIG_FILE, replaced_files
+from mm.run_folder import save
 
 PARTS = ("vision_encoder", "image_adapter", "extra_embeddings")
 
@@ -152,7 +154,7 @@ def test_failed_save_leaves_the_old_run(monkeypatch, build_model, tiny_config, t
             raise OSError("no space left on device")
         save_file(state, file)
 
-    monkeypatch.setattr(mm.run_folder, "save_file", fails_late)
+    monkeypatch.setattr(mm.run_files, "save_file", fails_late)
     with pytest.raises(OSError, match="no space"):
         save(run, build_model(tiny_config, seed=3), tiny_processor, bundle=True)
     assert sorted(path.name for path in run.iterdir()) == before
@@ -176,7 +178,7 @@ def test_description_goes_first_and_comes_last(monkeypatch, tmp_path):
             raise KeyboardInterrupt
         source.rename(target)
 
-    monkeypatch.setattr(mm.run_folder.os, "replace", moves_then_fails)
+    monkeypatch.setattr(mm.run_files.os, "replace", moves_then_fails)
     with pytest.raises(KeyboardInterrupt):
         write("new")
     monkeypatch.undo()
@@ -212,20 +214,20 @@ def test_model_without_eyes(bare_model, tokenizer, tmp_path):
 
 
 def test_encoder_alone_comes_back(tiny_model, run, random_tiles, tmp_path):
-    save_encoder(tmp_path / "encoder", tiny_model.vision_encoder)
+    save_vision_encoder(tmp_path / "encoder", tiny_model.vision_encoder)
     images = [random_tiles(1, (1, 2)), random_tiles(2)]
     for folder in (tmp_path / "encoder", run):
         with torch.inference_mode():
-            assert torch.equal(load_encoder(folder)(images), tiny_model.vision_encoder(images))
+            assert torch.equal(load_vision_encoder(folder)(images), tiny_model.vision_encoder(images))
     with pytest.raises(ValueError, match="encoder alone"):
         mm.load(tmp_path / "encoder")
     (tmp_path / "encoder" / "vision_encoder.safetensors").unlink()
     with pytest.raises(ValueError, match="incomplete"):
-        load_encoder(tmp_path / "encoder")
+        load_vision_encoder(tmp_path / "encoder")
 
 
 def test_encoder_of_another_tile_size(tiny_model, run, random_tiles):
-    encoder = load_encoder(run, tile_size=56)
+    encoder = load_vision_encoder(run, tile_size=56)
     assert encoder.config.tile_size == 56
     assert encoder.patch_position.local.shape == (17, 32)
     old, new = tiny_model.vision_encoder.patch_position, encoder.patch_position

@@ -130,10 +130,10 @@ def test_what_stands_before_speech_does_not_hear_it(model, sample):
 
 
 @pytest.mark.parametrize("ctc_readout", [False, True])
-def test_cached_decoding_equals_the_whole_pass(model, sample, readout, beside_tiny_model, config):
+def test_cached_decoding_equals_the_whole_pass(model, sample, ctc_readout, beside_tiny_model, config):
     """In rows side by side, one of two utterances of which the first is cut in two."""
     rows = [sample("s.v.", (33,)), sample("i.s.s", (100, 8), 1)]
-    if readout:
+    if ctc_readout:
         adapter = replace(config.speech_adapter, ctc_readout=True)
         reader = beside_tiny_model(replace(config, speech_adapter=adapter), seed=2)
         assert not torch.allclose(logits(model, rows[1]), logits(reader, rows[1]), **CLOSE)

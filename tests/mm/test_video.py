@@ -250,9 +250,9 @@ def test_only_the_adapter_gets_gradients_when_only_it_trains(build_model, config
 
 
 def test_wrong_use_is_named(model, tiny_model, sample, make_sample, config):
-    with pytest.raises(ValueError, match=r"row 0 has 1 video tokens .* and 0 videos"):
+    with pytest.raises(ValueError, match=r"row 0 has 1 video tokens .* and 0 clips"):
         logits(model, replace(sample("v.."), videos=[]))
-    with pytest.raises(ValueError, match=r"row 0 has 0 video tokens .* and 1 videos"):
+    with pytest.raises(ValueError, match=r"row 0 has 0 video tokens .* and 1 clips"):
         logits(model, replace(make_sample("..."), videos=sample("v").videos))
     with pytest.raises(ValueError, match="no video_adapter"):
         logits(tiny_model, sample("v.."))

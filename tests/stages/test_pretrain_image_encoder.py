@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mm.run_folder import load_encoder
+from mm.encoder_folders import load_vision_encoder
 from mm.training.contrastive import ContrastiveObjective
 from mm.training.data import RecordDataset
 from shards.writer import write_shards
@@ -32,7 +32,7 @@ def numbers(folder: Path) -> list[dict]:
 def refusal(capsys, file, *options: str) -> str:
     """What is said on the way out."""
     with pytest.raises(SystemExit) as ended:
-        stage.main(["--config", str(file), *options])
+        stage.main(["--config", str(file), "--quiet", *options])
     assert ended.value.code == 1
     shown = capsys.readouterr().err.strip()
     assert shown.startswith("pretrain_image_encoder: ") and "\n" not in shown
@@ -54,7 +54,7 @@ def test_pictures_find_their_texts(encoder_config, squares):
     assert all(row["mfu"] > 0 for row in reported if "loss" in row)
     assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
     assert rows[-1]["eval/retrieval"] > 0.8
-    assert load_encoder(folder).config.tile_size == 28
+    assert load_vision_encoder(folder).config.tile_size == 28
 
 
 def test_interrupted_is_uninterrupted(encoder_config, tmp_path, monkeypatch):
@@ -97,7 +97,7 @@ def test_two_processes_train_as_one(encoder_config, tmp_path):
         found, expected = two.pop("eval/retrieval", 0), one.pop("eval/retrieval", 0)
         assert found == pytest.approx(expected, abs=0.07)  # of 32 pictures two may lie between texts
         assert one == pytest.approx(two, rel=2e-3)
-    one, other = (load_encoder(folder).state_dict() for folder in (alone, together))
+    one, other = (load_vision_encoder(folder).state_dict() for folder in (alone, together))
     assert one.keys() == other.keys()
     for name, tensor in one.items():  # Adam's first steps go by a gradient's sign, of whatever size: 3 steps of 0.002
         assert (tensor - other[name]).abs().mean() < 2e-4, name
@@ -134,7 +134,7 @@ def test_a_record_without_text_is_left_out(encoder_config, square_record, tmp_pa
     changes = {"training": {"steps": 1, "batch_size": 4}, "validation": None}
     file, _ = encoder_config(data=[{"path": str(tmp_path / "few")}], **changes)
     stage.main(["--config", str(file)])
-    assert "left out record square-0002" in capfd.readouterr().err
+    assert "skipped record square-0002" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

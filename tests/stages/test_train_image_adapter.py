@@ -84,14 +84,14 @@ def test_killed_and_run_again_is_uninterrupted(adapter_config, tmp_path):
 
 
 def test_the_run_folder_opens_and_answers(adapter_config, squares, language_model_folder):
-    before = mm.run_folder.hash_weights(language_model_folder)
+    before = mm.run_files.hash_weights(language_model_folder)
     file, folder = adapter_config()
     main(["--config", str(file)])
     model, processor = mm.load(folder)
     record = ShardSet(squares).select(split="test", task="vqa")[0]
     messages = [{"role": "user", "content": [{"type": "image", "image": record.media["png"]}]}]
     assert isinstance(mm.generate(model, processor, messages, max_new_tokens=3), str)
-    assert mm.run_folder.hash_weights(language_model_folder) == before
+    assert mm.run_files.hash_weights(language_model_folder) == before
     assert {path.name for path in folder.glob("*.safetensors")} == {
         "vision_encoder.safetensors",
         "image_adapter.safetensors",
@@ -193,7 +193,7 @@ def test_a_bundle_is_whole_by_itself(adapter_config):
 
 def test_it_goes_on_from_an_earlier_run_and_from_lower_precision(adapter_config, run_folder, tmp_path):
     model, _ = mm.load(run_folder, dtype=torch.bfloat16)
-    mm.run_folder.save_encoder(tmp_path / "bf16", model.vision_encoder)
+    mm.encoder_folders.save_vision_encoder(tmp_path / "bf16", model.vision_encoder)
     for start_from in (run_folder, tmp_path / "bf16"):
         output = tmp_path / f"from-{start_from.name}"
         file, _ = adapter_config(vision_encoder=str(start_from), output=str(output), training={"steps": 2})
@@ -229,9 +229,9 @@ def test_records_that_teach_nothing_are_left_out(adapter_config, square_record, 
     file, folder = adapter_config(data=[{"path": str(tmp_path / "train")}], **changes)
     main(["--config", str(file)])
     shown = capfd.readouterr().err
-    assert "left out record square-0001: picture: broken or truncated" in shown
-    assert "left out record square-0002: the sample has" in shown and "over the context of 160" in shown
-    assert sum(row.get("unreadable", 0) for row in numbers(folder)) == 4  # two epochs
+    assert "skipped record square-0001: picture: broken or truncated" in shown
+    assert "skipped record square-0002: the sample has" in shown and "over the context of 160" in shown
+    assert sum(row.get("unreadable_records", 0) for row in numbers(folder)) == 4  # two epochs
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_records_that_teach_nothing_are_left_out(adapter_config, square_record, 
 def test_mistakes_are_one_line_and_leave_nothing(adapter_config, capsys, changes, said):
     file, folder = adapter_config(**changes)
     with pytest.raises(SystemExit) as ended:
-        main(["--config", str(file)])
+        main(["--config", str(file), "--quiet"])
     shown = capsys.readouterr().err.strip()
     assert ended.value.code == 1
     assert "\n" not in shown and shown.startswith("train_image_adapter: ")
@@ -279,7 +279,7 @@ def test_all_records_unreadable(adapter_config, square_record, tmp_path, capsys)
     ):
         file, _ = adapter_config(**changes)
         with pytest.raises(SystemExit) as ended:
-            main(["--config", str(file)])
+            main(["--config", str(file), "--quiet"])
         shown = capsys.readouterr().err.strip()
         assert ended.value.code == 1 and "not a picture in a known format" in shown and "\n" not in shown
 

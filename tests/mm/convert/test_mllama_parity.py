@@ -16,8 +16,8 @@ from transformers.models.mllama.processing_mllama import (
 )
 
 import mm
-from mm.batch import visibility_intervals
 from mm.convert import mllama as convert
+from mm.vision_context import visibility_intervals
 from vision.encoder import CLIP_MEAN, CLIP_STD
 from vision.tiling import CANVASES
 

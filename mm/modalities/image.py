@@ -1,0 +1,52 @@
+"""Images: pictures cut into tiles, one placeholder token each."""
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+
+from mm.config import ModelConfig
+from mm.modalities.modality import MediaLimits, MediaSource, Modality
+from shards.format import picture_suffixes
+from vision.reading import read_picture, to_rgb
+from vision.tiling import Tiles, tile_image
+
+
+def read(source: MediaSource, config: ModelConfig, limits: MediaLimits) -> Tiles:
+    """A picture, or its file -> tiles."""
+    assert config.vision_encoder is not None
+    picture = to_rgb(source) if isinstance(source, Image.Image) else read_picture(source)
+    return tile_image(picture, config.vision_encoder.tile_size, limits.max_tiles)
+
+
+def black_tile(config: ModelConfig) -> Tiles:
+    """One black tile of the model's tile size."""
+    assert config.vision_encoder is not None
+    side = config.vision_encoder.tile_size
+    return Tiles(torch.zeros(1, 3, side, side, dtype=torch.uint8), (1, 1))
+
+
+def quantities(images: Sequence[Tiles]) -> dict[str, float]:
+    """The number of images and of their tiles."""
+    return {"images": len(images), "tiles": sum(tiles.num_tiles for tiles in images)}
+
+
+def placeholder(config: ModelConfig) -> int:
+    """The image token; released models have one of their own."""
+    assert config.image_token_id is not None
+    return config.image_token_id
+
+
+IMAGE = Modality(
+    name="image",
+    plural="images",
+    field="images",
+    part="vision_encoder",
+    suffixes=picture_suffixes,
+    read=read,
+    token_id=placeholder,
+    num_tokens=lambda tiles: 1,
+    tokens=lambda tiles, config: [placeholder(config)],
+    dummy=black_tile,
+    quantities=quantities,
+)
