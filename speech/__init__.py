@@ -1,1 +1,1 @@
-"""From sound to rows of a language model's input: features, encoders, adapter."""
+"""Speech: sound files, features, encoders, and the adapter that gives the language model its input rows."""

@@ -1,7 +1,7 @@
-"""The speech adapter: an encoder's frames (40 ms) in, rows of the language model's input (80 ms) out.
+"""The speech adapter: turns an encoder's frames of 40 ms into input rows of the language model of 80 ms.
 
-Source: paper §8.2: a convolution of kernel 3 and stride 2, one rotary transformer layer, a linear layer into the
-language model's width. Shapes: B utterances, S frames, N tokens, D the language model's width.
+Source: paper §8.2: a convolution of kernel 3 and stride 2, one transformer layer with rotary positions, and a linear
+layer to the language model's width. Shapes: B utterances, S frames, N tokens, D the language model's width.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from layers.attention import SelfAttention
 from layers.feed_forward import SwiGLU
 from layers.linear import Linear
 from layers.rotary import RotaryConfig, rotary_angles
-from speech.conformer import frame_mask, num_frames, without_padding
+from speech.conformer import IntOrTensor, frame_mask, num_frames, without_padding
 
 KERNEL, STRIDE = 3, 2
 
@@ -25,8 +25,8 @@ class SpeechAdapterConfig:
     """Shape of the adapter; the defaults are the paper's: 102M parameters between widths 1536 and 4096.
 
     Attributes:
-        readout: the language model is given what the rows say, see `speech.ctc_readout`, in place of the rows; for an
-            adapter that CTC aligned. The paper has none.
+        ctc_readout: replace the adapter's rows by token embeddings, see `speech.ctc_readout`. Only useful for an
+            adapter that was trained with a CTC loss. Not in the paper.
     """
 
     hidden_size: int = 3072
@@ -42,39 +42,39 @@ class SpeechAdapterConfig:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         if self.hidden_size % (2 * self.num_heads):
             raise UserError(
-                f"hidden_size {self.hidden_size} over num_heads {self.num_heads} is no even number of channels per "
-                "head, which rotary positions need"
+                f"hidden_size {self.hidden_size} divided by num_heads {self.num_heads} is not an even number; rotary "
+                "positions need an even number of channels per head"
             )
 
 
 def num_tokens(num_mel_frames: int) -> int:
-    """Tokens that an utterance of T mel frames takes in the language model's sequence, start and end not counted.
+    """Tokens of an utterance in the language model's sequence, without the start and end tokens.
 
-    The one place that knows: T / 8 rounded up, 12.5 per second. Every utterance has at least one.
+    T mel frames give T / 8 tokens, rounded up: 12.5 per second.
 
     Raises:
-        UserError: no mel frame at all.
+        UserError: fewer than one mel frame.
     """
     if num_mel_frames < 1:
-        raise UserError(f"{num_mel_frames} mel frames make no token; an utterance has at least one mel frame (25 ms)")
-    return int(_num_tokens(num_frames(num_mel_frames)))
+        raise UserError(f"{num_mel_frames} mel frames give no token; an utterance has at least one mel frame (25 ms)")
+    return _after_stride(num_frames(num_mel_frames))
 
 
-def _num_tokens(num_frames: Tensor | int) -> Tensor | int:
+def _after_stride(num_frames: IntOrTensor) -> IntOrTensor:
     return (num_frames + STRIDE - 1) // STRIDE
 
 
 class SpeechAdapter(nn.Module):
-    """Frames of the encoder -> token embeddings of the language model.
+    """Encoder frames -> token embeddings of the language model.
 
-    `boundaries` [2, D] are the embeddings of the start and of the end token, trained with the adapter.
+    The parameter `boundaries` [2, D] holds the embeddings of the start token and of the end token.
     """
 
     def __init__(self, config: SpeechAdapterConfig, encoder_width: int, lm_width: int) -> None:
         super().__init__()
         self.config = config
         width, eps = config.hidden_size, config.norm_eps
-        self.conv = Linear(KERNEL * encoder_width, width)  # the convolution, as a product of its windows
+        self.conv = Linear(KERNEL * encoder_width, width)  # the convolution, as a matrix product over its windows
         self.attention_norm = nn.RMSNorm(width, eps=eps)
         head_dim = width // config.num_heads
         self.self_attn = SelfAttention(width, config.num_heads, config.num_heads, head_dim, causal=False)
@@ -89,39 +89,39 @@ class SpeechAdapter(nn.Module):
         """Turn utterances into tokens.
 
         Args:
-            frames: [B, S, encoder_width]; what lies beyond an utterance's length is never read.
+            frames: [B, S, encoder_width]; frames beyond an utterance's length are never read.
             lengths: frames of each utterance, int64 [B]; best on the CPU, see `frame_mask`.
 
         Returns:
-            tokens [B, N, D], zero beyond an utterance's length, and lengths int64 [B] in tokens. N is S / 2 rounded
-            up; token n is made of frames 2n - 1 to 2n + 1.
+            tokens [B, N, D], zero beyond an utterance's length, and lengths int64 [B] in tokens. N is S / 2, rounded
+            up; token n comes from frames 2n - 1 to 2n + 1.
 
         Raises:
             UserError: lengths outside 1..S.
         """
         x = without_padding(frames, frame_mask(lengths, frames.shape[1], frames.device))
-        lengths = _num_tokens(lengths)
+        lengths = _after_stride(lengths)
         x = self.conv(_windows(x)).to(self.attention_norm.weight.dtype)  # autocast gives bf16; norms are in FP32
         mask = frame_mask(lengths, x.shape[1], x.device)
-        seen = None if mask is None else mask[:, None, None]
+        attention_mask = None if mask is None else mask[:, None, None]
         positions = torch.arange(x.shape[1], device=x.device)
         rotary = rotary_angles(RotaryConfig(self.config.rotary_theta), self.self_attn.head_dim, positions, x.dtype)
-        x = x + self.self_attn(self.attention_norm(x), rotary, mask=seen)
+        x = x + self.self_attn(self.attention_norm(x), rotary, mask=attention_mask)
         x = x + self.ffn(self.ffn_norm(x))
         return without_padding(self.output_proj(self.output_norm(x)), mask), lengths
 
     @torch.no_grad()
     def fit_output_scale(self, rms: float) -> None:
-        """Before training: bring tokens and boundaries to this root mean square, that of the LM's embeddings.
+        """Before training, scale tokens and boundaries to the root mean square of the language model's embeddings.
 
-        What enters the last product has a root mean square of 1, so the scale of its matrix is that of its output;
-        `token_rms` measures what comes out.
+        The input of `output_proj` is normalised to a root mean square of 1, so the scale of its weight sets the scale
+        of its output. `token_rms` measures the result.
 
         Raises:
-            UserError: a root mean square that is not over 0.
+            UserError: `rms` is not above 0.
         """
         if not rms > 0:
-            raise UserError(f"the embeddings' root mean square is {rms}; it must be over 0")
+            raise UserError(f"the embeddings' root mean square is {rms}; it must be above 0")
         weight = self.output_proj.weight
         weight.mul_(rms / (weight.float().square().mean().sqrt() * weight.shape[1] ** 0.5))
         self.output_proj.bias.zero_()
@@ -129,12 +129,12 @@ class SpeechAdapter(nn.Module):
 
 
 def token_rms(tokens: Tensor, lengths: Tensor) -> Tensor:
-    """Root mean square of the real tokens of a batch: tokens [B, N, D], lengths [B] -> scalar."""
+    """Root mean square of a batch's tokens without padding: tokens [B, N, D], lengths [B] -> scalar."""
     squares = tokens.float().square().mean(-1)  # [B, N]; padding is 0
     return (squares.sum() / lengths.to(squares.device).sum()).sqrt()
 
 
 def _windows(x: Tensor) -> Tensor:
-    """x [B, S, C] -> frames 2n - 1, 2n, 2n + 1 side by side, [B, N, 3 C], zeros beyond both ends."""
-    x = F.pad(x, (0, 0, 1, 1 + x.shape[1] % STRIDE))  # an odd number of frames ends one window later
+    """x [B, S, C] -> frames 2n - 1, 2n and 2n + 1 side by side, [B, N, 3 C], with zeros beyond both ends."""
+    x = F.pad(x, (0, 0, 1, 1 + x.shape[1] % STRIDE))  # an odd number of frames needs one more window
     return torch.cat([x[:, :-2:STRIDE], x[:, 1:-1:STRIDE], x[:, 2::STRIDE]], dim=-1)

@@ -1,12 +1,12 @@
-"""BEST-RQ: an encoder learns to name, behind masks, the codes that a random quantiser gave to what is masked.
+"""BEST-RQ pre-training: an encoder predicts the codes that a random quantiser gives to masked frames.
 
-Source: Chiu et al. 2022; paper §8.2: spans of 32 mel frames start at 2.5% of them, stacks of 4 frames (320 numbers) go
-through a fixed random projection to 16 numbers, the nearest of 8,192 codes by cosine is the target, in 16 codebooks.
-Features are normalised per bin before the quantiser: raw log-mel all points one way and reaches few of the codes.
-Shapes: B utterances, T mel frames, S stacked frames, M masked ones among them, Q codebooks of C codes.
+Source: Chiu et al. 2022; paper §8.2: mask spans of 32 mel frames start at 2.5% of the frames; a fixed random projection
+maps a stack of 4 frames (320 values) to 16; the target is the nearest of 8,192 codes by cosine, in each of 16
+codebooks. Features are normalised per bin first: raw log-mel vectors all have similar directions and reach few codes.
+Shapes: B utterances, T mel frames, S stacked frames, M masked stacked frames, Q codebooks of C codes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,18 +17,19 @@ from foundation.errors import UserError
 from layers.linear import Linear, linear
 from speech.conformer import STACK, SpeechEncoder, frame_mask
 
-FRAMES_AT_ONCE = 64  # of the quantiser on a CPU: their products with one codebook stay in the cache
-BLOCK = 64  # codes whose largest product is found first, see `_argmax`
-COLLAPSED = 0.1  # share of the codes that even chances would reach, under which codes have collapsed
+FRAMES_AT_ONCE = 64  # frames that the quantiser handles at once on a CPU: their products fit its cache
+BLOCK = 64  # codes in a block of `_argmax`
+COLLAPSED = 0.1  # codes have collapsed if fewer are reached than this share of what uniform draws would reach
 
 
 @dataclass(frozen=True)
 class BestRqConfig:
-    """What is masked and what is guessed; the defaults are the paper's.
+    """Masking and codebooks; the defaults are the paper's.
 
     Attributes:
-        mask_span: mel frames that a mask hides. mask_probability: chance of a mel frame to begin one.
-        seed: of the projection and the codebooks, which no training changes.
+        mask_span: mel frames in a mask span. mask_probability: probability that a mel frame starts a span.
+        code_dim, codebook_size, num_codebooks: size of a code vector, codes per codebook, codebooks.
+        seed: of the projection and the codebooks, which are not trained.
     """
 
     mask_span: int = 32
@@ -43,14 +44,17 @@ class BestRqConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         if not 0 < self.mask_probability <= 1:
-            raise UserError(f"mask_probability is {self.mask_probability}; it must be over 0 and at most 1")
+            raise UserError(f"mask_probability is {self.mask_probability}; it must be above 0 and at most 1")
 
 
 def draw_masks(lengths: Sequence[int] | Tensor, seeds: Sequence[int], config: BestRqConfig) -> Tensor:
-    """Masks of a batch, each drawn from its utterance's own seed, whatever is beside it.
+    """Draw the masks of a batch; an utterance's mask depends on its own seed and length only.
 
-    A span may begin before the utterance, so that all of its frames are masked alike often:
-    1 - (1 - mask_probability) ** mask_span of them, 55.5% by default.
+    A span may start before the utterance, so that every frame is masked with the same probability:
+    1 - (1 - mask_probability) ** mask_span, 55.5% by default.
+
+    Args:
+        lengths: mel frames of each utterance. seeds: one for each utterance.
 
     Returns:
         bool [B, longest length] on the CPU, False beyond an utterance's length.
@@ -60,15 +64,17 @@ def draw_masks(lengths: Sequence[int] | Tensor, seeds: Sequence[int], config: Be
     for row, (length, seed) in enumerate(zip(lengths, seeds, strict=True)):
         generator = torch.Generator().manual_seed(seed)
         starts = torch.rand(config.mask_span - 1 + length, generator=generator) < config.mask_probability
-        reached = starts.int().cumsum(0)  # masked: some span began within the last `mask_span` frames
-        reached = F.pad(reached, (1, 0))
-        masks[row, :length] = reached[config.mask_span :] > reached[:length]
+        num_starts = F.pad(starts.int().cumsum(0), (1, 0))
+        masks[row, :length] = num_starts[config.mask_span :] > num_starts[:length]  # a start in the last `mask_span`
     return masks
 
 
 class RandomQuantizer(nn.Module):
-    """Stacked features to codes. Its projection [F, code_dim] and codebooks [Q, C, code_dim] are buffers: saved, never
-    trained, and FP32 whatever the module is cast to, since a rounded codebook would give other codes."""
+    """Stacked features -> codes.
+
+    The projection [F, code_dim] and the codebooks [Q, C, code_dim] are buffers: saved and never trained. They stay FP32
+    when the module is cast, because rounded codebooks would give other codes.
+    """
 
     projection: Tensor
     codebooks: Tensor
@@ -84,8 +90,8 @@ class RandomQuantizer(nn.Module):
         self.register_buffer("projection", projection.to(device))
         self.register_buffer("codebooks", F.normalize(codebooks, dim=2).to(device))
 
-    def _apply(self, fn, recurse: bool = True) -> "RandomQuantizer":
-        before = {name: buffer for name, buffer in self.named_buffers()}
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RandomQuantizer":
+        before = dict(self.named_buffers())
         super()._apply(fn, recurse)
         for name, buffer in before.items():
             setattr(self, name, buffer.to(getattr(self, name).device) if not buffer.is_meta else getattr(self, name))
@@ -97,7 +103,7 @@ class RandomQuantizer(nn.Module):
         num_books = len(self.codebooks)
         codes = torch.empty(len(stacked), num_books, dtype=torch.long, device=stacked.device)
         with torch.autocast(stacked.device.type, enabled=False):
-            vectors = stacked.float() @ self.projection  # their length changes no order of cosines
+            vectors = stacked.float() @ self.projection  # not normalised: that does not change which code is nearest
             at_once = FRAMES_AT_ONCE if stacked.is_cpu else len(stacked)
             for book, codebook in enumerate(self.codebooks):
                 for start in range(0, len(vectors), max(1, at_once)):
@@ -107,7 +113,7 @@ class RandomQuantizer(nn.Module):
 
 
 def _argmax(scores: Tensor) -> Tensor:
-    """`scores.argmax(0)` of [C, M]. On a CPU `argmax` takes far longer than `amax`: so the block is found by that."""
+    """`scores.argmax(0)` for [C, M]. On a CPU `amax` is much faster than `argmax`, so it finds the block first."""
     if not scores.is_cpu or len(scores) % BLOCK:
         return scores.argmax(0)
     blocks = scores.unflatten(0, (-1, BLOCK))
@@ -117,13 +123,13 @@ def _argmax(scores: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class BestRqOutput:
-    """What one batch gave.
+    """Loss and counts of one batch.
 
     Attributes:
-        loss_sum: cross-entropies summed over masked frames and codebooks.
+        loss_sum: cross-entropy, summed over masked frames and codebooks.
         targets: int64 [M, Q], the codes of the masked frames; `loss_sum` has one term for each.
-        num_correct: scalar, how many of them the encoder guessed.
-        num_masked, num_frames: mel frames that were masked, and all.
+        num_correct: scalar, targets that the encoder predicted correctly.
+        num_masked, num_frames: masked mel frames, and all mel frames.
     """
 
     loss_sum: Tensor
@@ -138,14 +144,14 @@ class BestRqOutput:
 
     @property
     def loss(self) -> Tensor:
-        """Mean cross-entropy; 0 where nothing was masked."""
+        """Mean cross-entropy; 0 if nothing was masked."""
         return self.loss_sum / max(1, self.num_targets)
 
 
 class BestRq(nn.Module):
-    """The quantiser, the embedding that stands for masked frames, and one softmax per codebook.
+    """The quantiser, the embedding of masked frames, and one softmax head per codebook.
 
-    Nothing of it is needed once the encoder is trained.
+    It is only needed while the encoder is pre-trained.
     """
 
     def __init__(self, config: BestRqConfig, encoder_width: int, num_mels: int) -> None:
@@ -156,36 +162,36 @@ class BestRq(nn.Module):
         self.heads = Linear(encoder_width, config.num_codebooks * config.codebook_size)
 
     def forward(self, encoder: SpeechEncoder, mel: Tensor, lengths: Tensor, masks: Tensor) -> BestRqOutput:
-        """Mask, encode, guess.
+        """Mask a batch, encode it, and predict the codes of the masked frames.
 
-        A frame of the encoder counts as masked only if all 4 of its mel frames are: then the mask embedding takes its
-        place and its codes are targets. Of the others, masked mel frames are replaced by the corpus' mean.
+        A stacked frame is masked if all 4 of its mel frames are: the mask embedding replaces it, and its codes are
+        targets. In the other stacked frames, the corpus mean replaces masked mel frames.
 
         Args:
             mel: log-mel features [B, T, num_mels]. lengths: mel frames per utterance, int64 [B].
-            masks: bool [B, T] from `draw_masks`, best on the CPU: where they lie elsewhere, their number is waited for.
+            masks: bool [B, T] from `draw_masks`, best on the CPU: counting them on a GPU would wait for it.
         """
         num_masked, num_frames = int(masks.sum()), int(lengths.sum())
         stacked, lengths = encoder.stack(mel, lengths)
         masks = F.pad(masks, (0, STACK * stacked.shape[1] - masks.shape[1])).unflatten(1, (-1, STACK))  # [B, S, 4]
-        whole = masks.all(-1)
-        real = frame_mask(lengths, stacked.shape[1], whole.device)
-        places = (whole if real is None else whole & real).nonzero(as_tuple=True)
-        places = tuple(index.to(stacked.device, non_blocking=True) for index in places)
-        masks, whole = (mask.to(stacked.device, non_blocking=True) for mask in (masks, whole))
-        targets = self.quantizer(stacked[places])
-        seen = stacked.unflatten(2, (STACK, -1)).masked_fill(masks[..., None], 0.0).flatten(2)
-        x, lengths = encoder.embed(seen, lengths)
-        x = torch.where(whole[..., None], self.mask_embedding.to(x.dtype), x)
+        fully_masked = masks.all(-1)
+        real = frame_mask(lengths, stacked.shape[1], fully_masked.device)
+        indices = (fully_masked if real is None else fully_masked & real).nonzero(as_tuple=True)
+        indices = tuple(index.to(stacked.device, non_blocking=True) for index in indices)
+        masks, fully_masked = (mask.to(stacked.device, non_blocking=True) for mask in (masks, fully_masked))
+        targets = self.quantizer(stacked[indices])
+        visible = stacked.unflatten(2, (STACK, -1)).masked_fill(masks[..., None], 0.0).flatten(2)
+        x, lengths = encoder.embed(visible, lengths)
+        x = torch.where(fully_masked[..., None], self.mask_embedding.to(x.dtype), x)
         frames, _ = encoder.encode(x, lengths)
-        logits = self.heads(frames[places]).unflatten(-1, (self.config.num_codebooks, -1)).flatten(0, 1).float()
+        logits = self.heads(frames[indices]).unflatten(-1, (self.config.num_codebooks, -1)).flatten(0, 1).float()
         loss_sum = F.cross_entropy(logits, targets.flatten(), reduction="sum")
         num_correct = (logits.detach().argmax(-1) == targets.flatten()).sum()
         return BestRqOutput(loss_sum, targets, num_correct, num_masked, num_frames)
 
 
 class CodeStatistics:
-    """Which codes were targets so far, and how much was masked."""
+    """Counts of the codes that were targets, and of masked mel frames, over many batches."""
 
     def __init__(self, config: BestRqConfig) -> None:
         self.counts = torch.zeros(config.num_codebooks, config.codebook_size, dtype=torch.long)
@@ -193,36 +199,36 @@ class CodeStatistics:
         self.num_frames = 0
 
     def update(self, targets: Tensor, num_masked: int = 0, num_frames: int = 0) -> None:
-        """Count targets int64 [M, Q], and mel frames masked and in all."""
+        """Add targets, int64 [M, Q], and the numbers of masked and of all mel frames."""
         codes = targets.cpu().T.contiguous()
         self.counts.scatter_add_(1, codes, torch.ones_like(codes))
         self.num_masked += num_masked
         self.num_frames += num_frames
 
     def coverage(self) -> Tensor:
-        """Share of each codebook's codes that were a target at least once: float32 [Q]."""
+        """Share of each codebook's codes that occurred as a target: float32 [Q]."""
         return (self.counts > 0).float().mean(1)
 
     def perplexity(self) -> Tensor:
-        """Number of codes that would be as hard to guess if all were as frequent: float32 [Q], 1 to C."""
+        """Perplexity of each codebook's targets, the exponential of their entropy: float32 [Q], 1 to C."""
         shares = self.counts.double() / self.counts.sum(1, keepdim=True).clamp(min=1)
         return torch.special.entr(shares).sum(1).exp().float()
 
     def masked_share(self) -> float:
-        """Share of the mel frames that were masked."""
+        """Share of mel frames that were masked."""
         return self.num_masked / max(1, self.num_frames)
 
     def warning(self) -> str | None:
-        """Says so when far fewer codes are reached than as many targets would reach by even chances."""
+        """A message if the targets use far fewer codes than uniform draws would, else None."""
         size = self.counts.shape[1]
-        drawn = int(self.counts[0].sum())
-        if not drawn:
+        num_targets = int(self.counts[0].sum())
+        if not num_targets:
             return None
-        expected = 1 - (1 - 1 / size) ** drawn
-        reached = float(self.coverage().mean())
-        if reached >= COLLAPSED * expected:
+        expected = 1 - (1 - 1 / size) ** num_targets
+        coverage = float(self.coverage().mean())
+        if coverage >= COLLAPSED * expected:
             return None
         return (
-            f"codes have collapsed: {drawn:,} targets reach {reached:.2%} of a codebook on average, even chances would "
-            f"reach {expected:.2%}; check that the encoder has the corpus' feature_mean and feature_std"
+            f"codes have collapsed: {num_targets:,} targets use {coverage:.2%} of a codebook on average; uniform draws "
+            f"would use {expected:.2%}. Check that the encoder has the corpus' feature_mean and feature_std"
         )

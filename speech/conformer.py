@@ -1,11 +1,12 @@
-"""The conformer: log-mel features in, one frame of `width` channels per 40 ms out.
+"""The conformer speech encoder: log-mel features in, one frame of `width` channels per 40 ms out.
 
 Source: paper §8.2 (24 layers of width 1536, stacking by 4, convolution kernel 7, rotary attention).
-Padding changes nothing: it is hidden from attention, it is zero wherever a convolution looks, and every normalisation
-sees one frame alone. Shapes: B utterances, T mel frames, S stacked frames, W width.
+Padding does not change results: attention masks it, convolutions see zeros there, and every normalisation is over a
+single frame. Shapes: B utterances, T mel frames, S stacked frames, W width.
 """
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,9 @@ from layers.linear import Linear
 from layers.rotary import RotaryConfig, rotary_angles
 from speech.features import FRAMES_PER_SECOND, NUM_MELS, log_mel
 
-STACK = 4  # mel frames side by side in one frame of an encoder; speech.adapter.num_tokens rests on it
+STACK = 4  # mel frames in one frame of an encoder; speech.adapter.num_tokens depends on it
+
+IntOrTensor = TypeVar("IntOrTensor", int, Tensor)
 
 
 @dataclass(frozen=True)
@@ -25,9 +28,9 @@ class SpeechEncoderConfig:
     """Shape of the encoder; the defaults are the paper's, 1.0B parameters.
 
     Attributes:
-        width: channels of a frame. ffn_width: of the two half feed-forwards of a layer.
-        kernel_size: frames that the depthwise convolution sees, odd.
-        max_seconds: longest utterance; what is longer is cut before.
+        width: channels of a frame. ffn_width: inner width of a layer's two half feed-forwards.
+        kernel_size: frames that the depthwise convolution covers, odd.
+        max_seconds: longest utterance; longer ones are cut before they are encoded.
     """
 
     num_layers: int = 24
@@ -46,49 +49,50 @@ class SpeechEncoderConfig:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         if self.width % (2 * self.num_heads):
             raise UserError(
-                f"width {self.width} over num_heads {self.num_heads} is no even number of channels per head, "
-                "which rotary positions need"
+                f"width {self.width} divided by num_heads {self.num_heads} is not an even number; rotary positions "
+                "need an even number of channels per head"
             )
         if self.kernel_size % 2 == 0:
-            raise UserError(f"kernel_size {self.kernel_size} is even; a frame stands in the middle of an odd one")
+            raise UserError(f"kernel_size {self.kernel_size} is even; it must be odd, to be centred on a frame")
         if self.num_mels != NUM_MELS:
             raise UserError(f"num_mels {self.num_mels} is not supported: speech.features.log_mel gives {NUM_MELS}")
         if self.max_seconds <= 0:
-            raise UserError(f"max_seconds is {self.max_seconds}; it must be over 0")
+            raise UserError(f"max_seconds is {self.max_seconds}; it must be above 0")
 
     @property
     def output_width(self) -> int:
-        """Channels of the frames that the encoder gives."""
+        """Channels of an output frame."""
         return self.width
 
     @property
     def max_mel_frames(self) -> int:
-        """A multiple of 8, so that the pieces of what is longer make as many tokens as the whole would."""
+        """Longest utterance in mel frames: a multiple of 8, so that cutting a sound does not change its tokens."""
         return max(8, int(self.max_seconds * FRAMES_PER_SECOND) // 8 * 8)
 
     def features(self, waveform: Tensor) -> Tensor:
-        """The features that this encoder takes: float32 [samples] at 16 kHz -> float32 [T, 80]."""
+        """This encoder's input features: float32 [samples] at 16 kHz -> float32 [T, 80]."""
         return log_mel(waveform)
 
 
-def num_frames(num_mel_frames: Tensor | int) -> Tensor | int:
-    """Frames that an encoder gives for T mel frames: T / 4, rounded up, so that each T >= 1 gives one or more."""
+def num_frames(num_mel_frames: IntOrTensor) -> IntOrTensor:
+    """Encoder frames of T mel frames: T / 4, rounded up."""
     return (num_mel_frames + STACK - 1) // STACK
 
 
 def frame_mask(lengths: Tensor, num_frames: int, device: torch.device) -> Tensor | None:
-    """True on the real frames of each utterance: bool [B, num_frames], or None when there is no padding at all.
+    """The mask of each utterance's real frames: bool [B, num_frames], or None if nothing is padded.
 
-    Whether there is padding is asked of lengths on the CPU only: the answer would make a GPU wait.
+    Lengths are only inspected on the CPU, because reading them from a GPU would wait for it. There the result is
+    always a mask.
 
     Raises:
-        UserError: lengths outside 1..num_frames (again only where they lie on the CPU).
+        UserError: lengths outside 1..num_frames (only checked on the CPU).
     """
     if lengths.device.type == "cpu":
-        shortest, longest = (int(end) for end in lengths.aminmax())
+        shortest, longest = (int(length) for length in lengths.aminmax())
         if shortest < 1 or longest > num_frames:
             raise UserError(
-                f"utterances are {shortest} to {longest} frames long, outside 1..{num_frames}, the batch's frames"
+                f"utterances have {shortest} to {longest} frames; in this batch they can have 1 to {num_frames}"
             )
         if shortest == num_frames:
             return None
@@ -97,7 +101,7 @@ def frame_mask(lengths: Tensor, num_frames: int, device: torch.device) -> Tensor
 
 
 def without_padding(x: Tensor, mask: Tensor | None) -> Tensor:
-    """x [B, S, C] with zeros where `mask` [B, S] says padding."""
+    """x [B, S, C] with zeros where `mask` [B, S] is False."""
     return x if mask is None else x.masked_fill(~mask[:, :, None], 0.0)
 
 
@@ -115,7 +119,10 @@ class FeedForward(nn.Module):
 
 
 class ConvolutionModule(nn.Module):
-    """Gated pointwise, depthwise over time, normalisation of each frame, SiLU, pointwise; x [B, S, W] -> same."""
+    """Gated pointwise convolution, depthwise over time, LayerNorm, SiLU, pointwise; x [B, S, W] -> same.
+
+    LayerNorm replaces the usual BatchNorm, so that a result does not depend on the batch.
+    """
 
     def __init__(self, width: int, kernel_size: int, norm_eps: float) -> None:
         super().__init__()
@@ -127,17 +134,17 @@ class ConvolutionModule(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         x = F.glu(self.gate_proj(self.input_norm(x)), dim=-1)
-        x = without_padding(x, mask)  # here, where neighbours look: norms and biases made something of padding
-        return self.output_proj(F.silu(self.norm(self._over_time(x))))
+        x = without_padding(x, mask)  # the layers before made padding non-zero, and the convolution mixes frames
+        return self.output_proj(F.silu(self.norm(self._convolve(x))))
 
-    def _over_time(self, x: Tensor) -> Tensor:
-        """`depthwise`. On a CPU as of a picture one pixel high whose channels lie last, as x's do: nothing is copied.
-        On a GPU that would be cuDNN's, which plans anew for each length that it meets."""
+    def _convolve(self, x: Tensor) -> Tensor:
+        """Apply `depthwise`. On a CPU as a channels-last 2-D convolution of height 1, which copies nothing. On a GPU
+        that would go to cuDNN, which makes a new plan for each sequence length."""
         if x.is_cuda:
             return self.depthwise(x.transpose(1, 2).contiguous()).transpose(1, 2)
         weight, bias, groups = self.depthwise.weight, self.depthwise.bias, self.depthwise.groups
-        picture = x[:, None].permute(0, 3, 1, 2)  # [B, W, 1, S]
-        y = F.conv2d(picture, weight[:, :, None], bias, padding=(0, self.depthwise.padding[0]), groups=groups)
+        image = x[:, None].permute(0, 3, 1, 2)  # [B, W, 1, S]
+        y = F.conv2d(image, weight[:, :, None], bias, padding=(0, weight.shape[-1] // 2), groups=groups)
         return y.permute(0, 2, 3, 1)[:, 0]
 
 
@@ -165,18 +172,18 @@ class ConformerLayer(nn.Module):
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         """x [B, S, W], rotary from `rotary_angles`, mask bool [B, S] or None -> [B, S, W]."""
         x = torch.add(x, self.ffn1(x), alpha=0.5)
-        seen = None if mask is None else mask[:, None, None]
-        x = x + self.self_attn(self.attention_norm(x), rotary, mask=seen)
+        attention_mask = None if mask is None else mask[:, None, None]
+        x = x + self.self_attn(self.attention_norm(x), rotary, mask=attention_mask)
         x = x + self.convolution(x, mask)
         x = torch.add(x, self.ffn2(x), alpha=0.5)
         return self.output_norm(x)
 
 
 class SpeechEncoder(nn.Module):
-    """Log-mel features in, frames out: normalise by the corpus' statistics, stack by 4, project, conformer layers.
+    """The encoder: normalise features by corpus statistics, stack 4 frames, project, run the conformer layers.
 
-    Buffers `feature_mean` and `feature_std` [num_mels] are the corpus' (`speech.features.FeatureStatistics`), saved
-    with the weights; until they are set, features are taken as they are.
+    The buffers `feature_mean` and `feature_std` [num_mels] hold the corpus statistics
+    (`speech.features.FeatureStatistics`) and are saved with the weights. Their defaults, 0 and 1, change nothing.
     """
 
     feature_mean: Tensor
@@ -194,12 +201,12 @@ class SpeechEncoder(nn.Module):
         """Encode utterances.
 
         Args:
-            mel: log-mel features [B, T, num_mels]; what lies beyond an utterance's length is never read.
+            mel: log-mel features [B, T, num_mels]; frames beyond an utterance's length are never read.
             lengths: mel frames of each utterance, int64 [B]; best on the CPU, see `frame_mask`.
 
         Returns:
-            frames [B, S, W], zero beyond an utterance's length, and lengths int64 [B] in frames. S is T / 4 rounded
-            up: the last frame is filled up with the corpus' mean.
+            frames [B, S, W], zero beyond an utterance's length, and lengths int64 [B] in frames. S is T / 4, rounded
+            up: the corpus mean fills the last frame.
 
         Raises:
             UserError: lengths outside 1..T.
@@ -207,14 +214,14 @@ class SpeechEncoder(nn.Module):
         return self.encode(*self.embed(*self.stack(mel, lengths)))
 
     def set_feature_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Take the corpus' mean and standard deviation per bin, each [num_mels]."""
+        """Set the corpus mean and standard deviation per mel bin, each [num_mels]."""
         self.feature_mean.copy_(mean)
         self.feature_std.copy_(std)
 
     def stack(self, mel: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalise per bin and put 4 frames side by side: [B, T, num_mels] -> float32 [B, S, 4 * num_mels].
+        """Normalise per bin and stack 4 frames: [B, T, num_mels] -> float32 [B, S, 4 * num_mels].
 
-        Padding is 0 after normalisation. Returns the lengths in stacked frames as well.
+        Padding is 0 after normalisation. The second result is the lengths in stacked frames.
         """
         mask = frame_mask(lengths, mel.shape[1], mel.device)
         x = (mel.float() - self.feature_mean.float()) / self.feature_std.float()
@@ -222,11 +229,11 @@ class SpeechEncoder(nn.Module):
         return x.unflatten(1, (-1, STACK)).flatten(2), num_frames(lengths)
 
     def embed(self, stacked: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Stacked features [B, S, 4 * num_mels] -> embedded frames [B, S, W], which a mask embedding may replace."""
+        """Stacked features [B, S, 4 * num_mels] -> embedded frames [B, S, W]; BEST-RQ masks some of these."""
         return self.input_proj(stacked.to(self.input_proj.weight.dtype)), lengths
 
     def encode(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Embedded frames [B, S, W] and their number per utterance [B] -> frames [B, S, W] and the same lengths."""
+        """Embedded frames [B, S, W] and lengths in frames [B] -> output frames [B, S, W] and the same lengths."""
         mask = frame_mask(lengths, x.shape[1], x.device)
         positions = torch.arange(x.shape[1], device=x.device)
         head_dim = self.config.width // self.config.num_heads

@@ -1,4 +1,4 @@
-"""Tiny speech modules whose every weight is random, so that nothing hides behind a zero."""
+"""Tiny speech modules with random weights only, so that no zero weight hides a mistake."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from speech.conformer import SpeechEncoder, SpeechEncoderConfig
 
 @pytest.fixture(scope="session")
 def randomise() -> Callable[[nn.Module], nn.Module]:
-    """randomise(module, seed=0): random biases and norms as well as matrices, large enough to matter."""
+    """randomise(module, seed=0) -> the module with large random matrices, biases and norms."""
 
     def fill(module: nn.Module, seed: int = 0) -> nn.Module:
         generator = torch.Generator().manual_seed(seed)
@@ -28,7 +28,7 @@ def randomise() -> Callable[[nn.Module], nn.Module]:
 
 @pytest.fixture(scope="session")
 def tiny_encoder(randomise) -> SpeechEncoder:
-    """Two layers of width 32 with statistics of their own; not to be changed."""
+    """Two layers of width 32 with feature statistics; tests must not change it."""
     config = SpeechEncoderConfig(num_layers=2, width=32, ffn_width=48, num_heads=2, kernel_size=7)
     encoder = randomise(SpeechEncoder(config))
     generator = torch.Generator().manual_seed(1)
@@ -40,7 +40,7 @@ def tiny_encoder(randomise) -> SpeechEncoder:
 
 @pytest.fixture(scope="session")
 def utterances() -> Callable[[list[int]], list[torch.Tensor]]:
-    """utterances([T, ...], seed=0) -> log-mel features of noise, [T, 80] each, with the mean that speech has."""
+    """utterances([T, ...], seed=0) -> random log-mel features, [T, 80] each, with the mean of speech."""
 
     def make(lengths: list[int], seed: int = 0) -> list[torch.Tensor]:
         generator = torch.Generator().manual_seed(seed)
@@ -51,13 +51,13 @@ def utterances() -> Callable[[list[int]], list[torch.Tensor]]:
 
 @pytest.fixture(scope="session")
 def padded() -> Callable[[list[torch.Tensor]], tuple[torch.Tensor, torch.Tensor]]:
-    """padded(rows, extra=0) -> one batch with large rubbish for padding, and the lengths."""
+    """padded(rows, extra=0) -> one batch with large values in the padding, and the lengths."""
 
     def pad(rows: list[torch.Tensor], extra: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         lengths = torch.tensor([len(row) for row in rows])
         batch = torch.full((len(rows), int(lengths.max()) + extra, rows[0].shape[1]), 777.0)
-        for number, row in enumerate(rows):
-            batch[number, : len(row)] = row
+        for index, row in enumerate(rows):
+            batch[index, : len(row)] = row
         return batch, lengths
 
     return pad

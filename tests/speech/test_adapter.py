@@ -1,4 +1,4 @@
-"""The adapter: its tokens are those that num_tokens says, padding changes nothing, its scale is the LM's."""
+"""The speech adapter: number of tokens, padding, and the scale of its output."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def adapter(randomise) -> SpeechAdapter:
     return randomise(SpeechAdapter(TINY, encoder_width=32, lm_width=24))
 
 
-def test_the_number_of_tokens_is_the_forwards():
+def test_num_tokens_equals_the_length_of_the_output():
     with torch.device("meta"):
         encoder = SpeechEncoder(SpeechEncoderConfig(num_layers=1, width=8, ffn_width=8, num_heads=1))
         adapter = SpeechAdapter(SpeechAdapterConfig(8, 8, 1), encoder_width=8, lm_width=4)
@@ -27,13 +27,13 @@ def test_the_number_of_tokens_is_the_forwards():
     assert num_tokens(6000) == 750  # 60 s at 12.5 tokens per second
 
 
-def test_no_frame_makes_no_token():
-    with pytest.raises(ValueError, match="0 mel frames make no token"):
+def test_num_tokens_of_no_frames_is_an_error():
+    with pytest.raises(ValueError, match=r"0 mel frames.*at least one"):
         num_tokens(0)
 
 
 @pytest.mark.parametrize("extra", [0, 1, 6])
-def test_padding_changes_nothing(adapter, padded, extra):
+def test_padding_does_not_change_tokens(adapter, padded, extra):
     rows = [torch.randn(length, 32) for length in (9, 16, 1, 2)]
     with torch.no_grad():
         tokens, lengths = adapter(*padded(rows, extra))
@@ -45,7 +45,7 @@ def test_padding_changes_nothing(adapter, padded, extra):
             assert not tokens[row, length:].any()
 
 
-def test_the_first_product_is_a_convolution(adapter):
+def test_conv_equals_a_convolution_of_kernel_3_and_stride_2(adapter):
     frames = torch.randn(2, 11, 32)
     weight = adapter.conv.weight.unflatten(1, (3, 32)).transpose(1, 2)  # [hidden, encoder_width, 3]
     expected = F.conv1d(frames.transpose(1, 2), weight, adapter.conv.bias, stride=2, padding=1).transpose(1, 2)
@@ -58,7 +58,7 @@ def test_the_first_product_is_a_convolution(adapter):
 
 
 @pytest.mark.parametrize("rms", [0.015, 1.7])
-def test_the_scale_starts_at_the_language_models(rms):
+def test_fit_output_scale_reaches_the_rms_of_the_embeddings(rms):
     torch.manual_seed(0)
     adapter = SpeechAdapter(TINY, encoder_width=32, lm_width=64)
     adapter.fit_output_scale(rms)
@@ -67,7 +67,7 @@ def test_the_scale_starts_at_the_language_models(rms):
         tokens, token_lengths = adapter(frames, lengths)
     assert float(token_rms(tokens, token_lengths)) == pytest.approx(rms, rel=0.1)
     torch.testing.assert_close(adapter.boundaries.square().mean(-1).sqrt(), torch.full((2,), rms))
-    with pytest.raises(ValueError, match="must be over 0"):
+    with pytest.raises(ValueError, match=r"is 0\.0; it must be above 0"):
         adapter.fit_output_scale(0.0)
 
 
@@ -78,14 +78,14 @@ def test_every_weight_gets_a_gradient(adapter):
     adapter.zero_grad(set_to_none=True)
 
 
-def test_the_preset_has_a_hundred_million_parameters():
+def test_the_default_config_has_a_hundred_million_parameters():
     with torch.device("meta"):
         adapter = SpeechAdapter(SpeechAdapterConfig(), SpeechEncoderConfig().output_width, lm_width=4096)
     assert 95e6 < sum(parameter.numel() for parameter in adapter.parameters()) < 105e6
 
 
-def test_wrong_configs_are_refused():
-    with pytest.raises(ValueError, match="no even number of channels"):
+def test_invalid_configs_are_errors():
+    with pytest.raises(ValueError, match=r"hidden_size 30 .*num_heads 6"):
         SpeechAdapterConfig(hidden_size=30, num_heads=6)
     with pytest.raises(ValueError, match="num_heads is 0"):
         SpeechAdapterConfig(num_heads=0)

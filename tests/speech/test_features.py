@@ -1,14 +1,10 @@
-"""Features beside torchaudio's Kaldi features, statistics beside those of the whole corpus."""
+"""Log-mel features, compared with torchaudio's Kaldi features, and their statistics."""
 
 import pytest
 import torch
 from torchaudio.compliance import kaldi
 
-from speech.features import (
-    FeatureStatistics,
-    log_mel,
-    num_mel_frames,
-)
+from speech.features import FeatureStatistics, log_mel, num_mel_frames
 
 
 def noise(samples: int, seed: int = 0) -> torch.Tensor:
@@ -20,7 +16,7 @@ def their_features(waveform: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("samples", [400, 559, 560, 16_000, 16_000 * 3 + 77])
-def test_features_are_torchaudios(samples):
+def test_features_equal_torchaudios(samples):
     waveform = noise(samples) + 0.3 * torch.sin(torch.arange(samples) * 0.05) + 0.02
     features = log_mel(waveform)
     assert len(features) == num_mel_frames(samples)
@@ -35,14 +31,14 @@ def test_silence_and_clipping_have_finite_features():
     torch.testing.assert_close(log_mel(clipped), their_features(clipped), atol=2e-3, rtol=1e-4)
 
 
-def test_what_is_no_waveform_is_refused():
+def test_invalid_waveforms_are_errors():
     with pytest.raises(ValueError, match="399 samples at 16 kHz are shorter than one window"):
         log_mel(torch.zeros(399))
-    with pytest.raises(ValueError, match=r"float32 \[samples\]; this is torch.float32 \[2, 4000\]"):
+    with pytest.raises(ValueError, match=r"torch.float32 \[2, 4000\]; it must be float32 \[samples\]"):
         log_mel(torch.zeros(2, 4000))
 
 
-def test_statistics_of_parts_are_those_of_the_whole():
+def test_statistics_of_parts_add_up():
     utterances = [torch.randn(length, 80) * torch.linspace(0.5, 4, 80) - 9 for length in (30, 7, 120)]
     first, second = FeatureStatistics(), FeatureStatistics()
     first.update(utterances[0])
@@ -54,9 +50,12 @@ def test_statistics_of_parts_are_those_of_the_whole():
     torch.testing.assert_close(std, whole.std(0, correction=0))
 
 
-def test_a_bin_that_never_changes_can_be_divided_by():
+def test_statistics_of_nothing_are_an_error():
+    with pytest.raises(ValueError, match="no utterance"):
+        FeatureStatistics().mean_std()
+
+
+def test_the_std_of_a_constant_bin_is_not_zero():
     statistics = FeatureStatistics()
-    with pytest.raises(ValueError, match="no features were counted"):
-        statistics.mean_std()
     statistics.update(torch.full((50, 80), -15.94))
     assert (statistics.mean_std()[1] >= 1e-2).all()

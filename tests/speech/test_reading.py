@@ -1,7 +1,8 @@
-"""Sound files of every kind read right or refused clearly."""
+"""Reading sound files: formats, rates, and errors."""
 
 import io
 import struct
+import sys
 
 import av
 import numpy as np
@@ -63,12 +64,12 @@ def assert_is_the_tone(samples: torch.Tensor, seconds: float = 1.0, slack: float
 
 
 @pytest.mark.parametrize("rate", [8_000, 11_025, 11_127, 16_000, 22_050, 44_100, 48_000, 96_000])
-def test_any_rate(rate):
+def test_every_rate_becomes_16_khz(rate):
     assert_is_the_tone(read_sound(sound_file(tone(rate), rate)))
 
 
 @pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW"])
-def test_any_sample_type(subtype):
+def test_every_sample_format_is_read(subtype):
     assert_is_the_tone(read_sound(sound_file(tone(16_000), subtype=subtype)))
 
 
@@ -90,7 +91,7 @@ def test_channels_are_averaged():
         ("RF64", None, 0),
     ],
 )
-def test_any_file(kind, subtype, slack, tmp_path):
+def test_every_file_format_is_read(kind, subtype, slack, tmp_path):
     data = sound_file(tone(16_000), 16_000, kind, subtype)
     assert_is_the_tone(read_sound(data), slack=slack, atol=0.05)
     (tmp_path / "sound").write_bytes(data)
@@ -101,11 +102,11 @@ def test_any_file(kind, subtype, slack, tmp_path):
     ("container", "codec", "rate"),
     [("mp4", "aac", 44_100), ("webm", "libopus", 48_000), ("matroska", "pcm_s16le", 22_050)],
 )
-def test_the_sound_of_videos(container, codec, rate):
+def test_the_sound_of_videos_is_read(container, codec, rate):
     assert_is_the_tone(read_sound(movie(container, codec, rate)), slack=0.15, atol=0.05)
 
 
-def test_g722_is_known_by_its_name(tmp_path):
+def test_g722_is_known_by_its_suffix(tmp_path):
     data = movie("g722", "g722", 16_000, video=False)
     (tmp_path / "hello.g722").write_bytes(data)
     samples = read_sound(tmp_path / "hello.g722")
@@ -113,20 +114,20 @@ def test_g722_is_known_by_its_name(tmp_path):
     assert torch.equal(samples, read_sound(data, raw_format="g722"))
 
 
-def test_silence_and_clipping_are_sounds():
+def test_silence_and_clipped_sound_are_read():
     assert not read_sound(sound_file(np.zeros(1000))).any()
     clipped = np.clip(4 * tone(16_000), -1, 1)
     assert float(read_sound(sound_file(clipped, subtype="FLOAT")).abs().max()) == 1.0
 
 
 @pytest.mark.parametrize("kind", ["WAV", "AU"])
-def test_no_samples_are_refused(kind):
+def test_no_samples_are_an_error(kind):
     with pytest.raises(ValueError, match="sound: holds no samples"):
         read_sound(sound_file(np.zeros(0), kind=kind))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_samples_that_are_no_numbers_are_refused(value, tmp_path):
+def test_samples_that_are_not_finite_are_an_error(value, tmp_path):
     samples = tone(16_000)
     samples[[3, 700]] = value
     (tmp_path / "broken.wav").write_bytes(sound_file(samples, subtype="FLOAT"))
@@ -135,7 +136,7 @@ def test_samples_that_are_no_numbers_are_refused(value, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG", "MP3", "mp4", "webm"])
-def test_truncated_files_are_refused(kind):
+def test_truncated_files_are_an_error_unless_allowed(kind):
     if kind in ("mp4", "webm"):
         data = movie(kind, "aac" if kind == "mp4" else "libopus", 48_000, seconds=3)
     else:
@@ -145,30 +146,43 @@ def test_truncated_files_are_refused(kind):
     for share in (0.95, 0.6) if kind != "webm" else (0.6,):
         if kind in ("MP3", "mp4") and share == 0.95:
             continue  # less than a quarter of a second is within what coders add
+        truncated = data[: int(share * len(data))]
         with pytest.raises(ValueError, match="truncated"):
-            read_sound(data[: int(share * len(data))])
+            read_sound(truncated)
+        if kind in ("WAV", "MP3", "webm"):  # the other decoders fail on a truncated file
+            samples = read_sound(truncated, allow_truncated=True)
+            assert len(samples) == pytest.approx(share * 48_000, abs=8_000)
 
 
-def test_a_wav_of_a_pipe_does_not_know_its_length():
+@pytest.mark.parametrize("rate", [16_000, 44_100])
+def test_int16_samples_are_those_of_the_file_or_resampled(rate):
+    samples = read_sound(sound_file(np.stack([tone(rate)] * 2, 1), rate, subtype="PCM_16"), dtype=torch.int16)
+    assert samples.dtype is torch.int16
+    assert_is_the_tone(samples.float() / 32_768, atol=0.05)
+    stored = (0.5 * np.random.default_rng(0).standard_normal(1000) * 8_000).astype(np.int16)
+    assert np.array_equal(read_sound(sound_file(stored), dtype=torch.int16).numpy(), stored)
+
+
+def test_a_wav_from_a_pipe_is_read_though_its_length_is_unknown():
     data = bytearray(sound_file(tone(16_000)))
-    place = data.index(b"data") + 4
-    data[place : place + 4] = data[4:8] = struct.pack("<I", 0xFFFFFFFF)
+    offset = data.index(b"data") + 4
+    data[offset : offset + 4] = data[4:8] = struct.pack("<I", 0xFFFFFFFF)
     assert_is_the_tone(read_sound(bytes(data)))
 
 
-def test_a_video_without_sound_says_so(tmp_path):
+def test_a_video_without_sound_is_an_error(tmp_path):
     (tmp_path / "silent.mp4").write_bytes(movie(codec=None))
     with pytest.raises(ValueError, match=r"silent\.mp4: is a video or picture without sound"):
         read_sound(tmp_path / "silent.mp4")
 
 
 @pytest.mark.parametrize("data", [b"x", b"hello, this is text" * 50, b"RIFF\0\0\0\0WAVE", b"fLaC\0\0", b"OggS", b"ID3"])
-def test_what_is_no_sound_is_refused(data):
+def test_other_files_are_errors(data):
     with pytest.raises(ValueError, match=r"^sound: "):
         read_sound(data)
 
 
-def test_paths_that_are_no_files_are_refused(tmp_path):
+def test_paths_that_are_not_files_are_errors(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         read_sound(tmp_path / "absent.wav")
     with pytest.raises(ValueError, match="is a folder"):
@@ -178,27 +192,27 @@ def test_paths_that_are_no_files_are_refused(tmp_path):
         read_sound(tmp_path / "empty.wav")
 
 
-def test_two_hours_are_the_limit():
-    """A header that says more is refused before anything is decoded; a smaller limit holds for every reader."""
+def test_longer_sounds_than_the_limit_are_errors():
+    """The header alone decides where it has the length; both decoders hold a smaller limit."""
     data = sound_file(np.zeros(7201 * 100, np.float32), 100, "FLAC", "PCM_16")
-    with pytest.raises(ValueError, match=r"7,201 s or more of sound, over the limit of 7,200 s; cut it into parts"):
+    with pytest.raises(ValueError, match=r"7,201 s .*limit of 7,200 s; cut it into parts"):
         read_sound(data)
     for short in (sound_file(tone(16_000)), movie()):
         with pytest.raises(ValueError, match=r"over the limit of 0 s"):
             read_sound(short, max_seconds=0.4)
 
 
-def test_absurd_rates_are_refused():
-    with pytest.raises(ValueError, match=r"100 samples per second are outside 1,000 to 768,000 Hz"):
+def test_rates_outside_the_limits_are_errors():
+    with pytest.raises(ValueError, match=r"100 samples per second .*1,000 to 768,000 Hz"):
         read_sound(sound_file(np.zeros(500), 100, "FLAC"))
 
 
-def test_an_absent_package_names_its_extra(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "soundfile", None)
+def test_a_missing_package_names_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "soundfile", None)
     with pytest.raises(ValueError, match=r"needs the package soundfile: pip install 'mm-adapters\[speech\]'"):
         read_sound(sound_file(tone(16_000)))
 
 
-def test_resampling_an_odd_rate_keeps_time():
+def test_resampling_an_odd_rate_keeps_the_duration():
     samples = torch.from_numpy(tone(11_127, 20.0).astype(np.float32))
     assert len(reading.resample(samples, 11_127)) == pytest.approx(20 * 16_000, abs=3)
