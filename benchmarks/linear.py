@@ -1,8 +1,8 @@
-"""Which fp32 kernel a CPU should run linear layers on: PyTorch's own (MKL) or oneDNN, at this project's shapes.
+"""Speed of fp32 linear layers on a CPU: PyTorch's default kernel (MKL) beside oneDNN, at this project's shapes.
 
     python -m benchmarks.linear
 
-Why `layers/linear.py` exists. Weights are cycled through more memory than the caches hold, as in a model.
+The results justify `layers/linear.py`. The weights of a measurement exceed the caches, as those of a model do.
 """
 
 import argparse

@@ -1,11 +1,12 @@
-"""Speech on a CPU: a conformer layer, BEST-RQ's targets and the log-mel features, each beside others' code.
+"""Speech on a CPU: a conformer layer, BEST-RQ's targets and the log-mel features, each beside other implementations.
 
     python -m benchmarks.speech
     python -m benchmarks.speech --seconds 5 --repetitions 1
 
-The conformer layer is the preset's (1536 wide, 24 heads, kernel 7), on one utterance of 30 s (750 frames). Its floor is
-its ten matrix products with weights alone, by the faster of PyTorch's two kernels: no attention, no norms. Padding is
-that of steps drawn from shards (`python -m demos.speech_sets` makes them), as they come and in buckets of duration.
+The conformer layer has the preset's shape (width 1536, 24 heads, kernel 7) and runs on one utterance of 30 s (750
+frames). Its floor is the time of its ten matrix products with weights, by the faster of PyTorch's two kernels, without
+attention and norms. The share of padding is measured in steps drawn from shards (written by
+`python -m demos.speech_sets`), unsorted and in buckets of duration.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from speech.conformer import STACK, ConformerLayer, SpeechEncoderConfig
 from speech.features import FRAMES_PER_SECOND, NUM_MELS, SAMPLE_RATE, log_mel
 
 BROADCAST_AT_ONCE = 64  # frames whose distances to one codebook, 16 numbers each, take 34 MB
-LAYER_TO_REACH, QUANTISER_TO_REACH, FEATURES_TO_REACH = 1.25, 20.0, 2.0
+LAYER_TARGET, QUANTISER_TARGET, FEATURES_TARGET = 1.25, 20.0, 2.0
 
 
 def layers(config: SpeechEncoderConfig) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -75,7 +76,7 @@ def layers(config: SpeechEncoderConfig) -> dict[str, Callable[[Tensor], Tensor]]
 
 
 def _products(config: SpeechEncoderConfig, product: Callable) -> Callable[[Tensor], Tensor]:
-    """The layer's products with weights, in its order: two feed-forwards, attention, the two of the convolution."""
+    """The layer's matrix products with weights: two feed-forwards, attention, and the two of the convolution module."""
     width, inner = config.width, config.ffn_width
     shapes = [(inner, width), (width, inner), *[(width, width)] * 4, (2 * width, width), (width, width)]
     shapes += [(inner, width), (width, inner)]
@@ -87,7 +88,7 @@ def _products(config: SpeechEncoderConfig, product: Callable) -> Callable[[Tenso
             out = product(inputs[weight.shape[1]], weight)
             if out.shape[-1] == inner:
                 inputs[inner] = out
-            total = total + out[..., 0].sum()  # so that every product has a gradient
+            total = total + out[..., 0].sum()  # gives every product a gradient
         return total
 
     return run
@@ -102,7 +103,7 @@ def measure_layer(seconds: float, repetitions: int) -> dict:
 
         def work(run: Callable[[Tensor], Tensor], mode: str = mode) -> None:
             if mode == "forward":
-                with torch.no_grad():  # not inference_mode: the peer keeps its positions from one pass to the next
+                with torch.no_grad():  # not inference_mode: the peer caches its positions between passes
                     run(x)
             else:
                 run(x.clone().requires_grad_()).sum().backward()
@@ -120,7 +121,7 @@ def measure_layer(seconds: float, repetitions: int) -> dict:
 
 
 def measure_quantiser(seconds: float, repetitions: int) -> dict:
-    """BEST-RQ's targets of one utterance, by cosine in one product and by a broadcast distance of unit vectors."""
+    """BEST-RQ's targets of an utterance: by cosine in one matrix product, and by a broadcast distance of unit vectors."""
     quantizer = RandomQuantizer(STACK * NUM_MELS, BestRqConfig())
     stacked = torch.randn(round(seconds * FRAMES_PER_SECOND / STACK), STACK * NUM_MELS)
     found = {}
@@ -152,7 +153,7 @@ def measure_features(seconds: float, repetitions: int) -> dict:
     waveform = 0.1 * torch.randn(round(seconds * SAMPLE_RATE), generator=torch.Generator().manual_seed(0))
     options = knf.FbankOptions()
     options.frame_opts.dither, options.mel_opts.num_bins = 0.0, NUM_MELS
-    samples = (waveform * 32_768).tolist()  # what its binding is quickest to take
+    samples = (waveform * 32_768).tolist()  # the input type that its binding reads fastest
     found = {}
 
     def native() -> None:
@@ -181,17 +182,17 @@ def measure_features(seconds: float, repetitions: int) -> dict:
 
 
 def measure_padding(folders: list[str]) -> dict:
-    """The share of padding in an epoch's steps of 16 and of 32, by how many steps' samples are sorted together."""
+    """The share of padding in steps of 16 and of 32, by the number of steps whose samples are sorted together."""
     dataset = RecordDataset([DataSource(folder) for folder in folders], lambda record: record)
     seconds = dataset.durations()
     shares = {}
-    for batch_size, together in product((16, 32), (1, 10, 50)):
+    for batch_size, bucket_steps in product((16, 32), (1, 10, 50)):
         padding = PaddingMeter()
-        buckets = LengthBuckets(seconds, batch_size, together) if together > 1 else None
+        buckets = LengthBuckets(seconds, batch_size, bucket_steps) if bucket_steps > 1 else None
         drawn = step_indices(len(dataset), batch_size, seed=0, buckets=buckets)
         for indices in islice(drawn, len(dataset) // batch_size):
             padding.update((FRAMES_PER_SECOND * seconds[indices]).int().tolist())
-        shares[f"{batch_size} recordings, {together}"] = padding.pop()["padding_share"]
+        shares[f"{batch_size} recordings, {bucket_steps}"] = padding.pop()["padding_share"]
     return {"recordings": len(dataset), "hours": float(seconds.sum()) / 3600, "shares": shares}
 
 
@@ -223,15 +224,15 @@ def main() -> None:
         ratio = "" if name == "ours" else f"{rows['features']['ratio'][name]:.1f} x ours"
         print(f"| log-mel | {name} | {1e3 * taken['median']:.1f} | {ratio} |")
     for name, share in rows.get("padding", {"shares": {}})["shares"].items():
-        print(f"| padding, steps of {name} sorted together | | | {share:.1%} |")
+        print(f"| padding, steps of {name} steps sorted together | | | {share:.1%} |")
     if "padding" not in rows:
         print(
-            f"padding: not measured, {', '.join(arguments.data)} are made by python -m demos.speech_sets",
+            f"padding: not measured, {', '.join(arguments.data)} are written by python -m demos.speech_sets",
             file=sys.stderr,
         )
     print(
-        f"\nto reach: layer <= {LAYER_TO_REACH} x the floor, targets >= {QUANTISER_TO_REACH:.0f} x, "
-        f"features >= {FEATURES_TO_REACH:.0f} x kaldi-native-fbank"
+        f"\ntargets: layer <= {LAYER_TARGET} x the floor, targets >= {QUANTISER_TARGET:.0f} x, "
+        f"features >= {FEATURES_TARGET:.0f} x kaldi-native-fbank"
     )
     print(f"written: {write_results('speech', {'machine': machine(), 'rows': rows})}")
 

@@ -1,9 +1,9 @@
-"""64 frames of a short and of a long clip: ours beside plain decord, PyAV and OpenCV. Which are exact, and how fast?
+"""Exactness and speed of sampling 64 frames of a short and of a long clip: ours beside plain decord, PyAV and OpenCV.
 
     python -m benchmarks.video_sampling --short vtest.avi --long big_buck_bunny.mp4
 
-One thread each, files warm. Whatever is asked for the frames at our own indices; a reader is exact if every frame it
-gives is, but for the conversion to RGB, the one that decoding the whole file in order gives.
+One thread each, with files in the page cache. Every reader is asked for the frames at our indices. A reader is exact if
+each of its frames is the one that decoding the whole file in order gives, apart from the conversion to RGB.
 """
 
 import argparse
@@ -16,43 +16,43 @@ from benchmarks.measure import interleave, machine, seconds_of, spread, write_re
 from video.sampling import sample_frames, sample_indices
 from video.timeline import MAX_PIXELS, MAX_SECONDS, open_video
 
-SAME = 12.0  # mean difference of grey levels between two conversions of one frame; neighbours in time may be nearer
+SAME = 12.0  # largest mean difference of grey levels between two RGB conversions of one frame
 
 
-def in_order(path: Path, wanted: list[int]) -> np.ndarray:
-    """The truth: frames counted as they come out of the decoder."""
+def in_order(path: Path, indices: list[int]) -> np.ndarray:
+    """The reference: frames counted in the order in which the decoder returns them."""
     import av
 
     with av.open(str(path)) as container:
         container.streams.video[0].thread_type = "AUTO"
-        chosen, frames = set(wanted), {}
-        for number, frame in enumerate(container.decode(video=0)):
-            if number in chosen:
-                frames[number] = frame.to_ndarray(format="rgb24")
-    return np.stack([frames[number] for number in wanted])
+        chosen, frames = set(indices), {}
+        for index, frame in enumerate(container.decode(video=0)):
+            if index in chosen:
+                frames[index] = frame.to_ndarray(format="rgb24")
+    return np.stack([frames[index] for index in indices])
 
 
-def with_decord(path: Path, wanted: list[int], _stamps: list[int]) -> np.ndarray:
+def with_decord(path: Path, indices: list[int], _stamps: list[int]) -> np.ndarray:
     import decord
 
-    return decord.VideoReader(str(path), num_threads=1).get_batch(wanted).asnumpy()
+    return decord.VideoReader(str(path), num_threads=1).get_batch(indices).asnumpy()
 
 
-def with_pyav_in_order(path: Path, wanted: list[int], _stamps: list[int]) -> np.ndarray:
+def with_pyav_in_order(path: Path, indices: list[int], _stamps: list[int]) -> np.ndarray:
     import av
 
-    chosen, frames = set(wanted), []
+    chosen, frames = set(indices), []
     with av.open(str(path)) as container:
         container.streams.video[0].codec_context.thread_count = 1
-        for number, frame in enumerate(container.decode(video=0)):
-            if number in chosen:
+        for index, frame in enumerate(container.decode(video=0)):
+            if index in chosen:
                 frames.append(frame.to_ndarray(format="rgb24"))
-            if number == wanted[-1]:
+            if index == indices[-1]:
                 break
     return np.stack(frames)
 
 
-def with_pyav_seeking(path: Path, _wanted: list[int], stamps: list[int]) -> np.ndarray:
+def with_pyav_seeking(path: Path, _indices: list[int], stamps: list[int]) -> np.ndarray:
     import av
 
     frames = []
@@ -68,14 +68,14 @@ def with_pyav_seeking(path: Path, _wanted: list[int], stamps: list[int]) -> np.n
     return np.stack(frames)
 
 
-def with_opencv(path: Path, wanted: list[int], _stamps: list[int]) -> np.ndarray:
+def with_opencv(path: Path, indices: list[int], _stamps: list[int]) -> np.ndarray:
     import cv2
 
     cv2.setNumThreads(1)
     capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
     frames = []
-    for number in wanted:
-        capture.set(cv2.CAP_PROP_POS_FRAMES, number)
+    for index in indices:
+        capture.set(cv2.CAP_PROP_POS_FRAMES, index)
         frames.append(cv2.cvtColor(capture.read()[1], cv2.COLOR_BGR2RGB))
     return np.stack(frames)
 
@@ -83,8 +83,8 @@ def with_opencv(path: Path, wanted: list[int], _stamps: list[int]) -> np.ndarray
 def compare(path: Path, max_frames: int, repetitions: int) -> dict:
     with open_video(path, MAX_PIXELS, MAX_SECONDS) as video:
         timeline = video.timeline
-    wanted = sample_indices(timeline.ticks, timeline.duration, max_frames)
-    stamps = (timeline.ticks[wanted] + timeline.origin).tolist()
+    indices = sample_indices(timeline.ticks, timeline.duration, max_frames)
+    stamps = (timeline.ticks[indices] + timeline.origin).tolist()
     others = {
         "decord": with_decord,
         "pyav, in order": with_pyav_in_order,
@@ -96,12 +96,12 @@ def compare(path: Path, max_frames: int, repetitions: int) -> dict:
         "ours, pyav": lambda: sample_frames(path, max_frames, reader="pyav").pixels,
     }
     for name, function in others.items():
-        work[name] = lambda function=function: function(path, wanted.tolist(), stamps)
-    truth = in_order(path, wanted.tolist()).astype(np.int16)
+        work[name] = lambda function=function: function(path, indices.tolist(), stamps)
+    reference = in_order(path, indices.tolist()).astype(np.int16)
     exact, equal = {}, {}
     for name, run in work.items():
         try:
-            difference = np.abs(run().astype(np.int16) - truth).mean(axis=(1, 2, 3))
+            difference = np.abs(run().astype(np.int16) - reference).mean(axis=(1, 2, 3))
         except Exception as error:
             print(f"  {name}: {error}")
             continue
@@ -122,7 +122,7 @@ def compare(path: Path, max_frames: int, repetitions: int) -> dict:
         "seconds": timeline.seconds,
         "size": [video.width, video.height],
         "key_frames": len(timeline.keys),
-        "sampled": len(wanted),
+        "sampled": len(indices),
         "readers": results,
     }
 

@@ -1,10 +1,11 @@
 """Speed and memory beside `transformers` mllama: same weights, same process, interleaved repetitions, medians.
 
     python -m benchmarks.vs_transformers            # about 12 minutes on 2 cores; docs/benchmarks.md keeps the table
-    python -m benchmarks.vs_transformers --quick    # a tiny shape, to see that it runs; its numbers mean nothing
+    python -m benchmarks.vs_transformers --quick    # a tiny shape, to check that it runs; its numbers mean nothing
 
-Ours runs twice where the mode matters: "ragged", the default, encodes real tiles only; "llama32" computes what
-`transformers` computes, padding included. Before anything is timed, both models must give the same logits.
+Our model runs in two padding modes where they differ: "ragged", the default, encodes real tiles only; "llama32"
+computes what `transformers` computes, padding included. Before anything is timed, both models must give the same
+logits.
 """
 
 import argparse
@@ -43,8 +44,8 @@ class Case:
 
     Attributes:
         amount, unit: what one run produces. contestants: name -> a run, which returns its seconds.
-        work: name -> FLOPs of a run, or bytes that it has to read at least; `ceiling` says which.
-        target: the ratio to reach of ours to `transformers`.
+        work: name -> FLOPs of a run, or the bytes that it must read; `ceiling` says which.
+        target: the smallest acceptable ratio of our speed to that of `transformers`.
     """
 
     name: str
@@ -57,7 +58,7 @@ class Case:
 
 
 class Clock(BaseStreamer):
-    """When `generate` gave out each step's tokens; the first put is the prompt."""
+    """Records when `generate` emits the tokens of each step; the first call is the prompt."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -70,7 +71,7 @@ class Clock(BaseStreamer):
 
 
 def assert_equal(shape: Shape, ours: mm.MultimodalModel, theirs: nn.Module) -> None:
-    """Both models give the same logits, or there is nothing to compare."""
+    """End the benchmark unless both models give the same logits."""
     for num_tiles in (1, 2, 4):
         samples = make_samples(shape, 2, num_tiles)
         with torch.inference_mode(), padding(ours, "llama32"):
@@ -81,7 +82,7 @@ def assert_equal(shape: Shape, ours: mm.MultimodalModel, theirs: nn.Module) -> N
 
 
 def in_mode(model: mm.MultimodalModel, mode: str, work: Callable[[], object]) -> Callable[[], object]:
-    """`work` with the encoder in a padding mode and without gradients."""
+    """`work` in a padding mode of the encoder and without gradients."""
 
     def run() -> object:
         with padding(model, mode), torch.inference_mode():
@@ -91,7 +92,7 @@ def in_mode(model: mm.MultimodalModel, mode: str, work: Callable[[], object]) ->
 
 
 def case_of(name: str, amount: int, unit: str, work: dict[str, Callable[[], object]], target=None) -> Case:
-    """A case whose work is counted in FLOPs."""
+    """A case whose work is measured in FLOPs."""
     contestants = {key: measure.seconds_of(run) for key, run in work.items()}
     flops = {key: measure.count_flops(run) for key, run in work.items()}
     return Case(name, amount, unit, contestants, flops, target=target)
@@ -122,7 +123,7 @@ def prefill_cases(shape: Shape, ours: mm.MultimodalModel, theirs: nn.Module) -> 
 
 
 def decode_cases(shape: Shape, ours: mm.MultimodalModel, theirs: nn.Module, steps: int) -> Iterator[Case]:
-    """Greedy decoding after the prompt's pass, whose time is left out on both sides."""
+    """Greedy decoding after the prefill, which is not timed on either side."""
     for num_rows, num_tiles, target in ((1, 1, 1.3), (1, 4, 1.3), (8, 1, None), (8, 4, None)):
         samples = make_samples(shape, num_rows, num_tiles)
         vision_tokens = num_tiles * ours.config.vision_encoder.tokens_per_tile
@@ -152,7 +153,7 @@ def their_generate(theirs: nn.Module, samples: list[mm.Sample], steps: int) -> f
 
 
 def their_loop(theirs: nn.Module, samples: list[mm.Sample], steps: int) -> Callable[[], float]:
-    """A plain loop over the model's forward pass and its own cache, without what `generate` does beside them."""
+    """A plain loop over the model's forward pass and its own cache, without the overhead of `generate`."""
     inputs = their_inputs(samples)
     with torch.inference_mode():
         prompt = theirs(**inputs, use_cache=True, logits_to_keep=1)
@@ -163,8 +164,8 @@ def their_loop(theirs: nn.Module, samples: list[mm.Sample], steps: int) -> Calla
         cache, tokens = copy.deepcopy(prompt.past_key_values), prompt.logits[:, -1:].argmax(-1)
         start = time.perf_counter()
         for _ in range(steps):
-            given = {"input_ids": tokens, "past_key_values": cache, "cross_attention_mask": cross_mask}
-            tokens = theirs(**given, use_cache=True).logits[:, -1:].argmax(-1)
+            step_inputs = {"input_ids": tokens, "past_key_values": cache, "cross_attention_mask": cross_mask}
+            tokens = theirs(**step_inputs, use_cache=True).logits[:, -1:].argmax(-1)
         return time.perf_counter() - start
 
     return run
@@ -172,7 +173,7 @@ def their_loop(theirs: nn.Module, samples: list[mm.Sample], steps: int) -> Calla
 
 @dataclass
 class TheirBatch:
-    """Inputs of `transformers`' model, labels among them."""
+    """Inputs of the `transformers` model, labels included."""
 
     inputs: dict[str, Tensor]
 
@@ -181,7 +182,7 @@ class TheirBatch:
 
 
 class TheirObjective:
-    """Its own loss, as `model(..., labels=...)` gives it, times the targets that it is the mean over."""
+    """The loss of `model(..., labels=...)`, a mean over targets, times the number of targets."""
 
     def count(self, batch: TheirBatch) -> int:
         return int((batch.inputs["labels"][:, 1:] != -100).sum())
@@ -191,7 +192,7 @@ class TheirObjective:
 
 
 def training_steps(shape: Shape, ours: mm.MultimodalModel, theirs: nn.Module, num_tiles: int) -> dict[str, Callable]:
-    """One optimizer step of each: encoder, projection and blocks train by AdamW, the language model is frozen."""
+    """One optimizer step of each contestant: AdamW on encoder, projection and blocks; the language model is frozen."""
     config = TrainingConfig(steps=1, batch_size=TRAINING_ROWS)
     rate = 1e-5
     blocks = [index for index, layer in enumerate(theirs.model.language_model.layers) if hasattr(layer, "cross_attn")]
@@ -234,7 +235,7 @@ def training_steps(shape: Shape, ours: mm.MultimodalModel, theirs: nn.Module, nu
 def accelerate_step(
     theirs: nn.Module, optimizer: torch.optim.Optimizer, batch: TheirBatch, max_norm: float
 ) -> Callable[[], object]:
-    """A step as a loop over `accelerate` takes it: the model's own loss, its backward pass and clipping."""
+    """A training step through `accelerate`: the model's own loss, its backward pass, clipping, the optimizer."""
     accelerator = accelerate.Accelerator(cpu=True)
     module, optimizer = accelerator.prepare(theirs, optimizer)
 
@@ -248,12 +249,12 @@ def accelerate_step(
 
 
 def training_cases(shape: Shape, ours: mm.MultimodalModel, theirs: nn.Module) -> Iterator[tuple[Case, dict[str, int]]]:
-    """Cases, each with the peak of live tensor bytes that a step makes: activations, gradients, temporaries."""
+    """Cases, each with the peak bytes of live tensors that a step creates: activations, gradients, temporaries."""
     for num_tiles, target in ((1, 2.5), (4, 1.0)):
         steps = training_steps(shape, ours, theirs, num_tiles)
         case = case_of(f"training step, {tiles(num_tiles)}", TRAINING_ROWS, "images/s", steps, target)
         peaks = {}
-        for name, step in steps.items():  # the optimizer's state exists by now: counting FLOPs was a step
+        for name, step in steps.items():  # counting FLOPs ran a step, so the optimizer state exists
             with measure.LiveBytes().exclude(theirs if name.startswith(THEIRS) else ours) as live:
                 step()
             peaks[name] = live.peak
@@ -295,7 +296,7 @@ def table_row(row: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a tiny shape and one repetition: does it run?")
+    parser.add_argument("--quick", action="store_true", help="a tiny shape and one repetition, to check that it runs")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=32, help="tokens to decode")
@@ -312,7 +313,7 @@ def main() -> None:
     assert_equal(shape, ours, theirs)
     print(f"ceilings: {ceilings['matmul'] / 1e9:.0f} GFLOP/s fp32, {ceilings['bandwidth'] / 1e9:.1f} GB/s\n")
     print("speed (share of the ceiling)\n")
-    print(f"| operation | unit | {OURS} | {EXACT} | {THEIRS} | ratio | to reach |\n|---|---|---|---|---|---|---|")
+    print(f"| operation | unit | {OURS} | {EXACT} | {THEIRS} | ratio | target |\n|---|---|---|---|---|---|---|")
     rows, memory = [], {}
     without_training = (encode_cases, prefill_cases, lambda *models: decode_cases(*models, steps))
     for cases in without_training:
