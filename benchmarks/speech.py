@@ -121,7 +121,7 @@ def measure_layer(seconds: float, repetitions: int) -> dict:
 
 
 def measure_quantiser(seconds: float, repetitions: int) -> dict:
-    """BEST-RQ's targets of an utterance: by cosine in one matrix product, and by a broadcast distance of unit vectors."""
+    """BEST-RQ's targets of one utterance: by cosine in one product, and by a broadcast distance of unit vectors."""
     quantizer = RandomQuantizer(STACK * NUM_MELS, BestRqConfig())
     stacked = torch.randn(round(seconds * FRAMES_PER_SECOND / STACK), STACK * NUM_MELS)
     found = {}
