@@ -4,16 +4,17 @@ llama.cpp rotates neighbouring channels where Hugging Face rotates halves of a h
 the rows of q and k for the architecture "llama" (Llama, Mistral, SmolLM2). They are put back here.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from gguf import GGUFReader, GGUFValueType
 from gguf.quants import dequantize
 from torch import Tensor
 
 from foundation.errors import UserError
 from layers.rotary import RotaryConfig, inverse_frequencies
+from mm.convert.gguf_reader import GgufFile, StoredTensor, read_gguf
 from mm.convert.gguf_tokenizer import build_tokenizer
 from mm.convert.llama_config import limit_context
 from mm.language_model import LanguageModelConfig
@@ -38,24 +39,16 @@ LAYER_NAMES = {
 ROPE_FACTORS = "rope_freqs.weight"
 
 
-def open_gguf(path: str | Path) -> GGUFReader:
-    """A reader over a memory-mapped file.
+def open_gguf(path: str | Path) -> GgufFile:
+    """Metadata and memory-mapped tensors of a file.
 
     Raises:
         UserError: not a GGUF file, a damaged one, or one part of a split file.
     """
-    path = Path(path)
-    try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-        if magic != b"GGUF":
-            raise UserError(f"{path} is not a GGUF file")
-        reader = GGUFReader(path)
-    except (OSError, IndexError, KeyError, UnicodeDecodeError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as GGUF: {error}") from error
-    if (_metadata(reader, "split.count") or 1) > 1:
+    file = read_gguf(path)
+    if (file.metadata.get("split.count") or 1) > 1:
         raise UserError(f"{path} is one part of a split GGUF file; join the parts with llama.cpp's gguf-split --merge")
-    return reader
+    return file
 
 
 def read(
@@ -73,9 +66,9 @@ def read(
         UserError: an architecture, setting or quantisation that is not supported, or missing metadata, by name; a
             file that is damaged.
     """
-    reader = open_gguf(path)
-    config, notes = _config(reader, path)
-    return config, *_tensors(reader, path, config, dtype), notes
+    file = open_gguf(path)
+    config, notes = _config(file, path)
+    return config, *_tensors(file, path, config, dtype), notes
 
 
 def read_shape(path: str | Path) -> LanguageModelConfig:
@@ -83,18 +76,18 @@ def read_shape(path: str | Path) -> LanguageModelConfig:
     return _config(open_gguf(path), path)[0]
 
 
-def _config(reader: GGUFReader, path: str | Path) -> tuple[LanguageModelConfig, list[str]]:
-    architecture = _metadata(reader, "general.architecture")
+def _config(file: GgufFile, path: str | Path) -> tuple[LanguageModelConfig, list[str]]:
+    architecture = file.metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
         raise UserError(f"{path}: architecture {architecture!r} is not supported; it can be llama or qwen2")
 
     def setting(name: str, default=None, needed: bool = False):
-        value = _metadata(reader, f"{architecture}.{name}")
+        value = file.metadata.get(f"{architecture}.{name}")
         if value is None and needed:
             raise UserError(f"{path} lacks {architecture}.{name}")
         return default if value is None else value
 
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    tensors = {tensor.name: tensor for tensor in file.tensors}
     if setting("expert_count", 0) > 1 or any("_exps." in name for name in tensors):
         raise UserError(f"{path} is a mixture of experts, which this decoder does not compute")
     if "token_embd.weight" not in tensors:
@@ -111,7 +104,7 @@ def _config(reader: GGUFReader, path: str | Path) -> tuple[LanguageModelConfig, 
                 f"{path}: {architecture}.{name} is {setting(name)}; only the head size {head_dim} is possible"
             )
     context, notes = limit_context(setting("context_length", needed=True), setting("attention.sliding_window") or None)
-    stop = [_metadata(reader, f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    stop = [file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     config = LanguageModelConfig(
         vocab_size=int(tensors["token_embd.weight"].shape[1]),
         hidden_size=hidden_size,
@@ -133,28 +126,30 @@ def _config(reader: GGUFReader, path: str | Path) -> tuple[LanguageModelConfig, 
 
 
 def _tensors(
-    reader: GGUFReader, path: str | Path, config: LanguageModelConfig, dtype: torch.dtype | None
+    file: GgufFile, path: str | Path, config: LanguageModelConfig, dtype: torch.dtype | None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     permuted = {}
-    if _metadata(reader, "general.architecture") == "llama":
+    if file.metadata.get("general.architecture") == "llama":
         permuted = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
-    tensors: dict[str, Tensor] = {}
-    ignored = {}
-    for stored in reader.tensors:
-        if stored.name == ROPE_FACTORS:
-            ignored[stored.name] = "turned into rotary settings"
-            continue
+
+    def unpack(stored: StoredTensor) -> Tensor:
         try:
             values = dequantize(stored.data, stored.tensor_type)
-        except NotImplementedError as error:  # how the gguf package refuses a type that it does not unpack
+        except NotImplementedError as error:  # the gguf package does not unpack this type
             raise UserError(f"{path}: {stored.name} is stored as {stored.tensor_type.name}: {error}") from error
-        values = values.reshape(tuple(int(size) for size in reversed(stored.shape)))
+        values = values.reshape(tuple(reversed(stored.shape)))
         part = stored.name.split(".")[-2] if "." in stored.name else stored.name
         if part in permuted and stored.name.startswith("blk."):
             values = unpermute(values, permuted[part])
-        tensor = torch.from_numpy(np.array(values, dtype=np.float32))  # a copy: the file stays read-only
-        tensors[hugging_face_name(stored.name)] = tensor if dtype is None else tensor.to(dtype)
-    return tensors, ignored
+        values = np.ascontiguousarray(values, dtype=np.float32)
+        tensor = torch.from_numpy(values if values.flags.writeable else values.copy())  # the file stays read-only
+        return tensor if dtype is None else tensor.to(dtype)
+
+    weights = [stored for stored in file.tensors if stored.name != ROPE_FACTORS]
+    ignored = {ROPE_FACTORS: "turned into rotary settings"} if len(weights) < len(file.tensors) else {}
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        tensors = threads.map(unpack, weights)
+        return {hugging_face_name(w.name): tensor for w, tensor in zip(weights, tensors, strict=True)}, ignored
 
 
 def read_tokenizer(path: str | Path):
@@ -163,9 +158,9 @@ def read_tokenizer(path: str | Path):
     Raises:
         UserError: a kind of tokenizer that is not known, by name.
     """
-    reader = open_gguf(path)
+    file = open_gguf(path)
     prefix = "tokenizer."
-    values = {name.removeprefix(prefix): _metadata(reader, name) for name in reader.fields if name.startswith(prefix)}
+    values = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
     return build_tokenizer(values, source=path)
 
 
@@ -210,13 +205,3 @@ def _rotary(path: str | Path, setting, factors, head_dim: int) -> RotaryConfig:
         ):
             return candidate
     raise UserError(f"{path}: the divisors in {ROPE_FACTORS} are not those of Llama 3.1's rope scaling")
-
-
-def _metadata(reader: GGUFReader, name: str):
-    """A metadata value as plain Python, or None."""
-    field = reader.fields.get(name)
-    if field is None:
-        return None
-    if field.types and field.types[0] == GGUFValueType.ARRAY:
-        return list(field.contents())
-    return field.contents()
