@@ -55,7 +55,7 @@ def average(runs: Sequence[str | Path], output: str | Path) -> None:
     first = descriptions[0]
     for folder, description in zip(folders, descriptions, strict=True):
         if description["kind"] in ENCODERS:
-            raise UserError(f"{folder} holds an {ENCODERS[description['kind']]} alone; runs are averaged")
+            raise UserError(f"{folder} holds only the {ENCODERS[description['kind']]} of a model; runs are averaged")
         differing = [name for name in ("model", "processor", "language_model") if description[name] != first[name]]
         if differing or description["parts"].keys() != first["parts"].keys():
             named = " and ".join(name.replace("_", " ") for name in differing) or "parts"

@@ -92,4 +92,4 @@ def _config(folder: Path, description: Description, part: str, config_class: Any
     try:
         return from_dict(values, config_class)
     except ValueError as error:
-        raise UserError(f"{folder / CONFIG_FILE} does not describe a {ENCODERS[part]}: {error}") from error
+        raise UserError(f"{folder / CONFIG_FILE} does not describe its {ENCODERS[part]}: {error}") from error

@@ -149,10 +149,17 @@ def _upgrade(description: Description) -> Description:
             return values
         return {"ctc_readout" if name == "readout" else name: value for name, value in values.items()}
 
+    def video_adapter(values: Any) -> Any:
+        if not isinstance(values, dict) or not isinstance(values.get("aggregator"), dict):
+            return values
+        new_names = {"num_waves": "num_time_frequencies"}
+        aggregator = {new_names.get(name, name): value for name, value in values["aggregator"].items()}
+        return {**values, "aggregator": aggregator}
+
     kind = next((name for name in ("model", *ENCODERS) if name in description), "model")
     upgraded = {**description, "format": FORMAT, "kind": kind}
     if isinstance(upgraded.get("model"), dict):
-        renamed = {"speech_encoder": speech_encoder, "speech_adapter": speech_adapter}
+        renamed = {"speech_encoder": speech_encoder, "speech_adapter": speech_adapter, "video_adapter": video_adapter}
         upgraded["model"] = {
             name: renamed[name](values) if name in renamed else values for name, values in upgraded["model"].items()
         }

@@ -163,7 +163,7 @@ def _load_run(folder: Path, language_model: str | Path | None) -> tuple[Multimod
 def _run_config(folder: Path, description: Description) -> ModelConfig:
     if description["kind"] in ENCODERS:
         raise UserError(
-            f"{folder} holds an {ENCODERS[description['kind']]} alone; train an adapter on it first (mm train)"
+            f"{folder} holds only the {ENCODERS[description['kind']]} of a model; train an adapter on it first (mm train)"
         )
     try:
         return from_dict(description["model"])
