@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from foundation.errors import UserError
 from mm.cross_attention import CrossAttentionBlock
 from mm.language_model import LanguageModelConfig
-from video.aggregator import AggregatorConfig, TemporalAggregator, passes
+from video.aggregator import AggregatorConfig, TemporalAggregator, split_into_passes
 from video.sampling import Clip
 from vision.tiling import Tiles
 
@@ -100,7 +100,7 @@ class VideoAdapter(nn.Module):
         sizes = [len(frames) for frames, _ in groups]
         at_once = sum(sizes) if torch.is_grad_enabled() else self.config.frames_per_pass
         merged: list[Tensor] = []
-        for some in passes(sizes, at_once):
+        for some in split_into_passes(sizes, at_once):
             frames = [frame for index in some for frame in groups[index][0]]
             embedded: list[Tensor] = []
             for start in range(0, len(frames), at_once):

@@ -276,7 +276,7 @@ def run_folder(tiny_model, tiny_processor, language_model_folder, tmp_path_facto
 def everything_run(tiny_config, build_model, tokenizer, tmp_path_factory) -> Path:
     """A run folder of a tiny model that sees, watches and hears: not to be changed."""
     aggregator = AggregatorConfig(
-        factor=4, hidden_size=32, intermediate_size=48, num_layers=1, num_heads=2, num_waves=8
+        factor=4, hidden_size=32, intermediate_size=48, num_layers=1, num_heads=2, num_time_frequencies=8
     )
     config = replace(
         tiny_config,

@@ -1,97 +1,117 @@
-"""What the README shows runs: every shell and Python block, with tiny models in place of the trained and the large."""
+"""The README and the pages under docs/: commands and Python blocks run on tiny data, links and paths exist."""
 
+import io
 import re
 import shlex
 import shutil
-import sys
+import tarfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM, MllamaConfig, MllamaForConditionalGeneration
+from PIL import Image
+from transformers import MllamaConfig, MllamaForConditionalGeneration
 
 import app.cli
-import mm.convert.mllama
 import mm.convert.open_clip
 import mm.convert.whisper
+from data_prep.sources.recordings import transcription_record
+from mm.encoder_folders import save_vision_encoder
 from mm.run_folder import save
-from shards.format import Record, make_id
+from shards.format import Record
 from shards.writer import write_shards
 from speech.whisper import WhisperEncoder, WhisperEncoderConfig
 from tests.media import film, sound
 from vision.encoder import VisionEncoder
 
 ROOT = Path(__file__).parent.parent
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md"))]
+ALL_PAGES = [*PAGES, "CHANGELOG.md", *sorted(str(page.relative_to(ROOT)) for page in ROOT.glob("docs/decisions/*.md"))]
+
+# Commands of the pages that do not run here, by how they begin, and why.
+NOT_RUN = {
+    "make ": "installs all packages, and trains or tests for minutes",
+    ".venv/bin/pre-commit ": "changes the hooks of the checkout",
+    "torchrun ": "starts 8 processes; tests/mm/parallel runs stages under torchrun",
+    "python -m demos.": "fetches real sets and trains for minutes; tests/demos runs the demos on small ones",
+    "python -m benchmarks.": "measures for minutes; tests/benchmarks runs tiny shapes",
+    "OMP_NUM_THREADS=1 python -m benchmarks.": "measures for minutes; tests/benchmarks runs tiny shapes",
+}
+# What the commands of a page create: absent before they run, there afterwards.
+CREATED = {
+    "README.md": [],
+    "docs/usage.md": [],
+    "docs/bring-your-own.md": ["encoders/metaclip", "encoders/whisper", "data/mine", "runs/mine"],
+    "docs/training.md": [
+        *("runs/mine", "runs/mine-b", "runs/mine-video", "runs/mine-average", "runs/mine-best"),
+        "runs/mine-sweep/best",
+    ],
+    "docs/video.md": ["runs/mine-video", "runs/mine-video-chat"],
+    "docs/speech.md": [
+        *("runs/speech-character-ctc", "runs/speech-alignment", "runs/speech-transcription"),
+        *("runs/whisper-encoder", "runs/whisper-alignment", "runs/whisper-transcription"),
+    ],
+    "docs/curation.md": ["runs/data/sample/shards", "runs/data/clips/shards"],
+    "docs/annealing-sets.md": ["data/tables"],
+    "docs/llama-3.2-vision.md": ["runs/llama", "Llama-3.2-11B-Vision-Instruct-tuned"],
+}
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
 
 
-@pytest.fixture
-def home(tmp_path, monkeypatch, tiny_model, tiny_processor, tokenizer, everything_run):
-    """A folder in which all that the README takes for given is there, small."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(ROOT / "examples", "examples")
-    shutil.copytree(ROOT / "configs", "configs")
-    save("runs/demo", tiny_model, tiny_processor, bundle=True)
-    picture = (ROOT / "examples" / "circle.png").read_bytes()
-    content = [{"type": "image", "image": "png"}, {"type": "text", "text": "what color is the shape?"}]
-    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "blue"}]
-    records = []
-    for number in range(4):
-        key = make_id(str(number))
-        about = {"id": key, "split": "test", "task": "vqa", "language": "en", "messages": turns}
-        records.append(Record(key, about, {"png": picture}))
-    write_shards(records, "data/demo/easy_vqa")
+def commands(page: str) -> list[str]:
+    return [line for block in blocks(page, "sh") for line in block.splitlines() if line.strip()]
+
+
+def is_run(command: str) -> bool:
+    return not any(command.startswith(beginning) for beginning in NOT_RUN)
+
+
+@pytest.fixture(scope="module")
+def prepared(
+    tmp_path_factory, tiny_model, tiny_processor, tokenizer, language_model_folder, everything_run, square_record
+) -> Path:
+    """A folder with everything that the pages assume, tiny: models, data, media, and smaller configurations."""
+    home = tmp_path_factory.mktemp("prepared")
+    shutil.copytree(ROOT / "examples", home / "examples")
+    shutil.copytree(ROOT / "configs", home / "configs")
+    for name in ("runs/demo", "runs/mine"):
+        save(home / name, tiny_model, tiny_processor, bundle=True)
+    for name in ("runs/everything", "runs/demo-speech"):
+        shutil.copytree(everything_run, home / name)
+    for name in ("models/language-model", "models/instruct-language-model"):
+        shutil.copytree(language_model_folder, home / name)
+    save_vision_encoder(home / "encoders/metaclip", tiny_model.vision_encoder)
+    write_mllama(home / "Llama-3.2-11B-Vision-Instruct", len(tokenizer))
+    tokenizer.save_pretrained(home / "Llama-3.2-11B-Vision-Instruct")
+    (home / "tiny.en.pt").touch()  # read by a function that the fixture `home` replaces
+
+    splits = ("train", "train", "validation", "test")
+    write_shards([square_record(index, "test") for index in range(4)], home / "data/demo/easy_vqa")
+    write_shards([square_record(index, caption=True) for index in range(4)], home / "data/mine")
     for name in ("conversations", "mine-questions"):
-        for number, record in enumerate(records):
-            record.json["split"] = "validation" if number == 0 else "train"
-        write_shards(records, f"data/{name}")
-
-    shutil.copytree(everything_run, "runs/everything")
-    Path("clip.mp4").write_bytes(film(1))
-    Path("hello.wav").write_bytes(sound(1.0))
-    clips = []
-    for number in range(2):
-        about = {"id": f"clip-{number}", "split": "train", "task": "caption", "language": "en", "caption": "Noise."}
-        clips.append(Record(f"clip-{number}", about, {"clip.mp4": film(number)}))
-    write_shards(clips, "data/mine-clips")
-    shrink(Path("configs/video_adapter.yaml"))
-    encoder = WhisperEncoder(WhisperEncoderConfig(1, 16, 64, 2))
-    encoder.report = "as a real one brings it"
-    monkeypatch.setattr(mm.convert.whisper, "load", lambda file, max_seconds: encoder)
-
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=256, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained("models/language-model")
-    tokenizer.save_pretrained("models/language-model")
-    shutil.copytree("models/language-model", "models/instruct-language-model")
-    tower = VisionEncoder(tiny_model.config.vision_encoder)
-    tower.report = "as a real one brings it"
-    monkeypatch.setattr(mm.convert.open_clip, "load", lambda name, pretrained, tile_size=None: tower)
-    mllama = Path("Llama-3.2-11B-Vision-Instruct")
-    tiny_mllama(mllama, len(tokenizer))
-    tokenizer.save_pretrained(mllama)
-    return tmp_path
+        write_shards([square_record(index, splits[index]) for index in range(4)], home / "data" / name)
+    (home / "clip.mp4").write_bytes(film(1))
+    (home / "hello.wav").write_bytes(sound(1.0))
+    write_shards([clip_record(index) for index in range(2)], home / "data/mine-clips")
+    write_shards([clip_record(index) for index in range(2)], home / "data/mine-clip-questions")
+    languages = {"asterisk_en": "en", "asterisk_es": "es", "asterisk_fr": "fr", "asterisk_it": "it"}
+    for name in (*languages, "asterisk_en_asked", "sentences", "silences"):
+        records = [recording(index, splits[index], languages.get(name, "en")) for index in range(4)]
+        write_shards(records, home / "data/speech" / name)
+    write_shards([recording(index, "test") for index in range(2)], home / "data/demo_speech/words")
+    write_pools(home)
+    shrink_configurations(home / "configs")
+    return home
 
 
-def shrink(file: Path) -> None:
-    """The shipped configuration with an adapter, tiles and batches to go with tiny models."""
-    values = yaml.safe_load(file.read_text())
-    small = {"hidden_size": 32, "intermediate_size": 48, "num_layers": 1, "num_heads": 2, "num_waves": 8}
-    values["adapter"]["aggregator"].update(small)
-    values["adapter"]["interval"] = 1
-    values["tile_size"] = 28
-    values["training"].update(batch_size=2, workers=0)
-    file.write_text(yaml.safe_dump(values, sort_keys=False))
-
-
-def tiny_mllama(folder: Path, vocab_size: int) -> None:
+def write_mllama(folder: Path, vocab_size: int) -> None:
     config = MllamaConfig(
         vision_config={
             "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_global_layers": 1,
@@ -110,48 +130,171 @@ def tiny_mllama(folder: Path, vocab_size: int) -> None:
     MllamaForConditionalGeneration(config).save_pretrained(folder)
 
 
-def test_shell_blocks_and_python_blocks_run(home, capsys):
-    lines = [line for block in blocks("sh") for line in block.splitlines() if line.strip()]
-    assert len(lines) >= 8
-    commands = {"mm": app.cli.main}
-    python = blocks("python")
-    assert len(python) >= 2
-    for block in python:
-        exec(compile(block, "README.md", "exec"), {})
-    for line in lines:
-        program, *arguments = shlex.split(line, comments=True)
-        print(f"$ {line}", file=sys.stderr)
+def clip_record(index: int) -> Record:
+    values = {"id": f"clip-{index}", "split": "train", "task": "caption", "language": "en", "caption": "Noise."}
+    return Record(f"clip-{index}", values, {"clip.mp4": film(index)})
+
+
+def recording(index: int, split: str, language: str = "en") -> Record:
+    noise = np.random.default_rng(index).normal(0, 1000, 16_000).astype(np.int16)
+    return transcription_record(f"{language}/{split}/{index}", split, language, ("yes", "no")[index % 2], noise)
+
+
+def write_pools(home: Path) -> None:
+    """Raw pairs for `mm data`: a folder of pictures, and a tar of clips, each with its text."""
+    pool, nouns = home / "data/pool", ("dog", "cat", "boat", "tree", "house", "bird", "fish", "car")
+    pool.mkdir()
+    for index, noun in enumerate(nouns):
+        pixels = np.random.default_rng(index).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((72, 60), Image.Resampling.BICUBIC).save(pool / f"{noun}.png")
+        (pool / f"{noun}.txt").write_text(f"A picture of a {noun} in front of the old wall")
+    (home / "data/nouns.txt").write_text("\n".join(nouns))
+    (home / "data/clips").mkdir()
+    with tarfile.open(home / "data/clips/clips.tar", "w") as tar:
+        for index in range(2):
+            text = f"A {nouns[index]} walks in front of the old wall".encode()
+            for suffix, data in (("clip.mp4", film(index)), ("txt", text)):
+                member = tarfile.TarInfo(f"{index}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def shrink_configurations(configs: Path) -> None:
+    """Replace what is large or fetched in shipped configurations by what `prepared` holds."""
+    transformer = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 2}
+
+    def change(name: str, edit: Callable[[dict[str, Any]], None]) -> None:
+        values = yaml.safe_load((configs / name).read_text())
+        if "training" in values:
+            values["training"] |= {"steps": 2, "batch_size": 2, "workers": 0}
+        edit(values)
+        (configs / name).write_text(yaml.safe_dump(values, sort_keys=False))
+
+    def video_adapter(values: dict[str, Any]) -> None:
+        values["adapter"]["aggregator"] |= {**transformer, "num_layers": 1, "num_time_frequencies": 8}
+        values["adapter"]["interval"] = 1
+        values["tile_size"] = 28
+
+    def speech(values: dict[str, Any]) -> None:
+        for source in values["data"]:
+            source.pop("repeat", None)
+        if "encoder" in values:
+            values["encoder"] = {"num_layers": 1, "width": 32, "ffn_width": 48, "num_heads": 2, "max_seconds": 2}
+        if "adapter" in values:
+            values["adapter"] |= transformer
+        values["training"] |= {"length_bucket_steps": 1}
+
+    def pool(values: dict[str, Any]) -> None:
+        values["sources"] = [{"path": "data/pool", "kind": "folder"}]
+        values["resampling"]["text"] = "data/nouns.txt"
+        values["canaries"]["pictures"] = 2
+
+    change("video_adapter.yaml", video_adapter)
+    change("video_finetune.yaml", lambda values: None)
+    for name in ("character_ctc", "alignment", "transcription", "whisper_alignment", "whisper_transcription"):
+        change(f"speech/{name}.yaml", speech)
+    change("data/sample.yaml", pool)
+
+
+@pytest.fixture
+def home(prepared, tmp_path, monkeypatch, tiny_model) -> Path:
+    """A copy of `prepared` as the working directory, with converters that return tiny encoders."""
+    folder = tmp_path / "home"
+    shutil.copytree(prepared, folder)
+    monkeypatch.chdir(folder)
+    tower = VisionEncoder(tiny_model.config.vision_encoder)
+    tower.report = "a report"
+    monkeypatch.setattr(mm.convert.open_clip, "load", lambda name, pretrained, tile_size=None: tower)
+    whisper = WhisperEncoder(WhisperEncoderConfig(1, 16, 64, 2))
+    whisper.report = "a report"
+    monkeypatch.setattr(mm.convert.whisper, "load", lambda file, max_seconds: whisper)
+    return folder
+
+
+@pytest.mark.parametrize("page", CREATED)
+def test_commands_and_python_blocks_run(home, page, capfd):
+    for folder in CREATED[page]:
+        shutil.rmtree(folder, ignore_errors=True)
+    for block in blocks(page, "python"):
+        exec(compile(block, page, "exec"), {})
+    for command in filter(is_run, commands(page)):
+        program, *arguments = shlex.split(command, comments=True)
+        assert program == "mm", command
         with pytest.raises(SystemExit) as ended:
-            commands[program](arguments)
-            raise SystemExit(0)  # a stage returns
-        assert ended.value.code in (0, None), f"{line}: {capsys.readouterr().err}"
-    shown = capsys.readouterr().out
-    assert "examples/boat.png:" in shown and "vqa_accuracy" in shown
-    assert all(f"{file}:" in shown for file in ("clip.mp4", "hello.wav"))
-    assert Path("runs/mine-video/config.yaml").is_file() and Path("encoders/whisper/config.yaml").is_file()
-    assert Path("runs/mine/config.yaml").is_file() and Path("runs/mine-sweep/best/config.yaml").is_file()
-    for name in ("config.json", "tokenizer.json"):
-        assert (Path("Llama-3.2-11B-Vision-Instruct-tuned") / name).is_file()
+            app.cli.main(arguments)
+        assert ended.value.code in (0, None), f"{command}: {capfd.readouterr().err}"
+    for folder in CREATED[page]:
+        assert Path(folder).is_dir(), folder
 
 
-def test_every_path_of_the_map_exists():
-    text = (ROOT / "README.md").read_text()
-    house = text[text.index("## The house") : text.index("## Bring your own")]
-    packages = re.findall(r"^\| (.+?) \| (.+) \|$", house, re.MULTILINE)
-    assert len(packages) >= 6
-    for names, contents in packages[1:]:
-        if names.startswith("---"):
+def test_every_page_with_commands_is_run():
+    pages = {page for page in PAGES if blocks(page, "python") or any(map(is_run, commands(page)))}
+    assert pages == CREATED.keys()
+
+
+def test_every_exception_is_needed():
+    everything = [command for page in PAGES for command in commands(page)]
+    assert all(any(command.startswith(beginning) for command in everything) for beginning in NOT_RUN)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_stand_in_blocks_that_are_checked(page):
+    text = (ROOT / page).read_text()
+    assert set(re.findall(r"^```(\w*)$", text, re.MULTILINE)) <= {"", "sh", "python"}
+    assert not re.findall(r"^ {4,}(?:mm|make|python|torchrun) .*", text, re.MULTILINE)
+
+
+def headings(page: Path) -> Iterator[str]:
+    """The anchors of a page's headings, as GitHub names them."""
+    for heading in re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE):
+        yield re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", ALL_PAGES)
+def test_links_resolve(page):
+    for target in re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text()):
+        if target.startswith("https://"):
             continue
-        folders = re.findall(r"`(\w+)/`", names)
-        for file in re.findall(r"`([\w/]+\.py|[\w]+/)`", contents):
-            assert any((ROOT / folder / file).exists() for folder in folders), f"README names {names} {file}"
+        path, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), f"{page} links to {target}"
+        assert not anchor or anchor in headings(file), f"{page} links to {target}"
 
 
-def test_every_benchmark_is_told_of():
-    text = (ROOT / "docs" / "benchmarks.md").read_text()
-    named = set(re.findall(r"python -m benchmarks\.(\w+)", text))
-    there = {file.stem for file in (ROOT / "benchmarks").glob("*.py") if "write_results(" in file.read_text()}
-    assert named == there - {"measure"}
-    for file in (ROOT / "docs").glob("*.md"):
-        for linked in re.findall(r"`((?:configs|video|mm|stages|data_prep)/[\w/]+\.(?:py|yaml))`", file.read_text()):
-            assert (ROOT / linked).is_file(), f"{file.name} names {linked}"
+@pytest.mark.parametrize("page", [page for page in ALL_PAGES if page != "CHANGELOG.md"])
+def test_paths_of_the_project_exist(page):
+    rooms = "app|benchmarks|configs|data_prep|demos|foundation|layers|mm|shards|speech|stages|tests|video|vision|docs"
+    for path in re.findall(rf"(?:`|\s|^)((?:{rooms})/[\w/.*-]*)", (ROOT / page).read_text()):
+        path = path.rstrip(".").replace("NAME", "*")  # NAME stands for any of them
+        assert any(ROOT.glob(path)) if "*" in path else (ROOT / path).exists(), f"{page} names {path}"
+
+
+def test_modules_of_the_project_exist():
+    for page in PAGES:
+        for module in re.findall(r"python -m ((?:stages|demos|benchmarks)\.\w+)", (ROOT / page).read_text()):
+            if module != "benchmarks.NAME":
+                assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file(), f"{page} names {module}"
+
+
+def test_the_readme_is_short_and_lists_every_package():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 170
+    table = text[text.index("## Packages") : text.index("## Licences")]
+    packages = {file.parent.name for file in ROOT.glob("*/__init__.py")} - {"configs"}
+    assert packages <= set(re.findall(r"`(\w+)/`", table))
+
+
+def test_every_page_is_linked_from_the_readme():
+    text = (ROOT / "README.md").read_text()
+    assert [page for page in ALL_PAGES if f"]({page}" not in text and "decisions/0" not in page] == ["README.md"]
+
+
+def test_every_decision_is_listed():
+    listed = re.findall(r"\]\((\d{4}-[\w-]+\.md)\)", (ROOT / "docs/decisions/README.md").read_text())
+    assert listed == sorted(page.name for page in ROOT.glob("docs/decisions/[0-9]*.md"))
+
+
+def test_every_benchmark_is_documented():
+    named = set(re.findall(r"python -m benchmarks\.(\w+)", (ROOT / "docs" / "benchmarks.md").read_text()))
+    runnable = {file.stem for file in (ROOT / "benchmarks").glob("*.py") if "write_results(" in file.read_text()}
+    assert named == runnable - {"measure"}

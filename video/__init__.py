@@ -1,1 +1,1 @@
-"""Frames out of clips, and the module that merges them over time."""
+"""Video: frames sampled from clips, and the temporal aggregator that merges encoded frames."""

@@ -1,7 +1,7 @@
-"""decord behind the readers' interface: what it may read, and the process it reads in.
+"""Read frames with decord, in a process of its own.
 
-decord 0.6 is fast and unmaintained. It is asked only for streams of which it gives the very pixels that PyAV gives, by
-the indices of our own timeline, in a process of its own that is ended when time is up.
+decord 0.6 is fast and unmaintained. It is only used for streams for which it gives exactly PyAV's pixels, with the
+frame indices of our own timeline. It can hang in C code, so it runs in a process that is killed at the time limit.
 """
 
 import atexit
@@ -16,22 +16,23 @@ import threading
 import time
 from bisect import bisect_right
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from video.timeline import Video, hops
+from video.timeline import Video, plan_seeks
 
-START_LIMIT = 120.0  # seconds for the process to start, on a machine that may be busy
+START_LIMIT = 120.0  # seconds for the process to start; the machine may be busy
 
-# Containers that can be entered at any key frame: elsewhere decord's seeks land on frames that it counts wrongly.
+# Containers in which decoding can start at any key frame. In others, decord counts frames wrongly after a seek.
 _CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi")
 
-# Codecs whose standard fixes every bit of the output; in others (MPEG-4 part 2, MJPEG) the inverse transform may round
-# as it likes, and does so differently in the FFmpeg within decord.
+# Codecs whose standard fixes every bit of the output. Others (MPEG-4 part 2, MJPEG) leave rounding in the inverse
+# transform open, and the FFmpeg that decord contains rounds differently.
 _CODECS = ("h264", "hevc", "vp8", "libvpx", "vp9", "libvpx-vp9")
 
-# 8-bit formats whose conversion to RGB has not changed since the FFmpeg within decord, and log2 of how many pixels
-# share a chroma sample (across, down): frames that these do not divide are converted otherwise there.
+# 8-bit formats whose conversion to RGB is the same in decord's FFmpeg, with log2 of the pixels that share a chroma
+# sample (across, down). decord converts frames of other sizes than multiples of these differently.
 _FORMATS = {
     "yuv420p": (1, 1),
     "yuvj420p": (1, 1),
@@ -42,10 +43,10 @@ _FORMATS = {
 }
 
 
-def obstacle(video: Video) -> str | None:
-    """Why decord would not give what PyAV gives; None where it does."""
+def unsupported_reason(video: Video) -> str | None:
+    """Why decord cannot be used or would not give PyAV's pixels; None if it does."""
     if sys.platform != "linux" or importlib.util.find_spec("decord") is None:
-        return "it is not installed"
+        return "decord is not installed"
     if video.container.format.name not in _CONTAINERS:
         return f"container {video.container.format.name}"
     if video.stream.codec_context.name not in _CODECS:
@@ -57,16 +58,16 @@ def obstacle(video: Video) -> str | None:
         return f"odd size {video.width} x {video.height}"
     a, b, c, d = video.matrix
     if a <= 0 or d <= 0 or b or c:
-        return "a display matrix"  # decord turns frames itself, those by 90 degrees into noise
+        return "a display matrix"  # decord applies it itself, and turns by 90 degrees give noise
     if not video.timeline.from_packets or video.skips_packets:
-        return "packets that show no frame, or carry no time"
+        return "packets without a frame or without a time"
     if video.timeline.open_groups or 0 not in video.timeline.keys:
-        return "frames that reach back over a key frame"  # decord counts frames in the order of decoding
+        return "an open GOP"  # decord counts frames in decoding order
     return None
 
 
 class _Worker:
-    """A running process and the socket to it."""
+    """A running worker process and the socket to it."""
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -86,13 +87,18 @@ class _Worker:
         except OSError:
             self.ready = False
 
-    def ask(self, request: dict, descriptors: list[int], time_limit: float) -> bool:
-        """Whether it did as asked in time."""
+    def run(self, request: dict[str, Any], descriptors: list[int], time_limit: float) -> bool:
+        """Send a request; whether the worker completed it within the time limit.
+
+        Raises:
+            OSError: the time limit passed, or the process has ended.
+        """
         self.channel.settimeout(time_limit)
         socket.send_fds(self.channel, [json.dumps(request).encode()], descriptors)
         return self.channel.recv(4096) == b"done"
 
-    def end(self) -> None:
+    def stop(self) -> None:
+        """Kill the process."""
         self.channel.close()
         self.process.kill()
         self.process.wait()
@@ -103,7 +109,7 @@ _worker: _Worker | None = None
 
 
 def _forget() -> None:
-    """In a forked process: the worker stays the parent's."""
+    """In a forked process: drop the worker, which stays with the parent."""
     global _worker, _lock
     _lock = threading.Lock()
     if _worker is not None:
@@ -111,30 +117,30 @@ def _forget() -> None:
     _worker = None
 
 
-def _end() -> None:
+def _stop_worker() -> None:
     global _worker
     if _worker is not None:
-        _worker.end()
+        _worker.stop()
     _worker = None
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
-atexit.register(_end)
+atexit.register(_stop_worker)
 
 
-def read(source: str | Path | bytes, video: Video, indices: np.ndarray, time_limit: float) -> np.ndarray | None:
-    """Frames of ascending, distinct indices as RGB [F, H, W, 3]; None where decord fails or takes too long."""
+def read_decord(source: str | Path | bytes, video: Video, indices: np.ndarray, time_limit: float) -> np.ndarray | None:
+    """Decode the frames of ascending, distinct indices: RGB [F, H, W, 3], or None if decord fails or is too slow."""
     global _worker
     shape = (video.height, video.width, 3)
-    plan = hops(indices, video.timeline.keys)
+    plan = plan_seeks(indices, video.timeline.keys)
     request = {
         "path": None if isinstance(source, bytes) else str(Path(source).resolve()),
         "frames": len(video.timeline.ticks),
         "shape": shape,
         "indices": indices.tolist(),
         "keys": plan,
-        "starts": _crossed(indices, plan, video.timeline.keys),
+        "starts": _keys_on_the_way(indices, plan, video.timeline.keys),
     }
     descriptors = [os.memfd_create("frames")]
     try:
@@ -148,10 +154,10 @@ def read(source: str | Path | bytes, video: Video, indices: np.ndarray, time_lim
                 _worker = _Worker()
             deadline = time.monotonic() + time_limit
             try:
-                done = _worker.ready and _worker.ask(request, descriptors, max(deadline - time.monotonic(), 0.001))
-            except OSError:  # out of time, or the process is gone
+                done = _worker.ready and _worker.run(request, descriptors, max(deadline - time.monotonic(), 0.001))
+            except OSError:  # the time limit passed, or the process has ended
                 done = False
-                _end()
+                _stop_worker()
         if not done:
             return None
         memory = mmap.mmap(descriptors[0], 0)
@@ -161,10 +167,11 @@ def read(source: str | Path | bytes, video: Video, indices: np.ndarray, time_lim
             os.close(descriptor)
 
 
-def _crossed(indices: np.ndarray, plan: list[int | None], keys: tuple[int, ...]) -> list[list[int]]:
-    """The key frames that lie ahead of each index and are decoded through rather than sought."""
-    crossed, position = [], 0
+def _keys_on_the_way(indices: np.ndarray, plan: list[int | None], keys: tuple[int, ...]) -> list[list[int]]:
+    """For each index: the key frames between the previous index and it, if they are decoded and not sought."""
+    passed: list[list[int]] = []
+    position = 0
     for index, key in zip(indices.tolist(), plan, strict=True):
-        crossed.append([] if key is not None else list(keys[bisect_right(keys, position) : bisect_right(keys, index)]))
+        passed.append([] if key is not None else list(keys[bisect_right(keys, position) : bisect_right(keys, index)]))
         position = index + 1
-    return crossed
+    return passed

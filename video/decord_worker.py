@@ -1,8 +1,8 @@
-"""The process that decord runs in, started by `decord_reader.py` as a script: `decord_worker.py SOCKET`.
+"""The process in which decord runs; `decord_reader.py` starts it as a script: `decord_worker.py SOCKET`.
 
-decord can spin for ever inside C code, which only the end of its process ends. One message asks for the frames of one
-file and carries a descriptor of memory to put them into (and one of the file's bytes where it has no path); the answer
-is an empty message, or the reason why not.
+decord can hang in C code, and only ending its process stops that. A request is one message that names frames of one
+file, with a file descriptor of the memory to write them to (and one of the file's bytes if it has no path). The answer
+is "done" or the error. The script runs without our packages on its path, so it imports none of them.
 """
 
 import json
@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 
-# decord reads these when its library loads: how often it tries again at the end of a file, where it has no more frames
+# decord reads these when it is imported: the number of retries at the end of a file, where no frames are left
 os.environ.setdefault("DECORD_EOF_RETRY_MAX", "1024")
 os.environ.setdefault("DECORD_REWIND_RETRY_MAX", "4")
 
@@ -20,19 +20,18 @@ import numpy as np
 
 
 def decode(request: dict, memory: mmap.mmap, path: str) -> None:
-    """Fills the memory with the frames `indices`, seeking to a key frame first where `keys` names one."""
+    """Write the frames `indices` of a request to `memory`, seeking to a key frame first where `keys` names one."""
     reader = decord.VideoReader(path, num_threads=1)
     try:
         if len(reader) != request["frames"]:
             raise ValueError(f"decord counts {len(reader)} frames, not {request['frames']}")
         pixels = np.frombuffer(memory, np.uint8).reshape(len(request["indices"]), *request["shape"])
         position = 0
-        for row, (index, key, start) in enumerate(
-            zip(request["indices"], request["keys"], request["starts"], strict=True)
-        ):
-            # decord's own seek goes by way of a key frame wherever one lies ahead; stepping over it avoids that
+        plan = zip(request["indices"], request["keys"], request["starts"], strict=True)
+        for row, (index, key, keys_on_the_way) in enumerate(plan):
+            # decord seeks to a key frame wherever one lies ahead; reading up to each of them avoids that.
             if key is None:
-                for boundary in start:
+                for boundary in keys_on_the_way:
                     if boundary > position:
                         reader.seek_accurate(boundary - 1)
                         reader.next()
@@ -44,11 +43,12 @@ def decode(request: dict, memory: mmap.mmap, path: str) -> None:
             position = index + 1
         del pixels
     finally:
-        reader.seek(0)  # released while it runs ahead, it never gives back the frames that are waiting
+        reader.seek(0)  # else frames that are decoded ahead are never freed
         del reader
 
 
 def main() -> None:
+    """Answer requests until the socket closes."""
     channel = socket.socket(fileno=int(sys.argv[1]))
     channel.send(b"ready")
     while True:

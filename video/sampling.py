@@ -1,7 +1,8 @@
-"""Frames of a clip, each with the time at which it is shown: the first step of the walk from a clip to the model.
+"""Sample frames of a clip, each with the time at which it is shown; the first step from a clip to the model.
 
-`timeline.py` says when each frame of a file is shown, `sample_indices` here picks some of them, `readers.py` and
-`decord_reader.py` decode those. Which frames and which times is thus settled before any reader is asked.
+`timeline.py` finds when each frame of a file is shown, `sample_indices` chooses frames, and `readers.py` or
+`decord_reader.py` decodes them. Frames and times are chosen before a reader starts, so they do not depend on the
+reader.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from foundation.errors import UserError
+from foundation.extras import MissingExtraError
 from video import decord_reader, readers
 from video.timeline import (
     MAX_PIXELS,
@@ -19,13 +21,13 @@ from video.timeline import (
     TIME_LIMIT,
     Timeline,
     Undecodable,
-    hops,
     open_video,
+    plan_seeks,
     timeline_by_decoding,
 )
 from vision.tiling import Tiles
 
-MAX_SAMPLED_PIXELS = 2**30  # of all frames of one call together: 3 GiB of RGB
+MAX_SAMPLED_PIXELS = 2**30  # of all frames of one call: 3 GiB of RGB
 
 
 @dataclass
@@ -33,8 +35,8 @@ class Clip:
     """Sampled frames, cut into tiles.
 
     Attributes:
-        frames: F frames, each with its own tiles, in the order of time.
-        times: float64 [F], seconds from the start of the clip at which each frame is shown.
+        frames: the tiles of each of F frames, in the order of time.
+        times: float64 [F], when each frame is shown, in seconds from the start of the clip.
     """
 
     frames: list[Tiles]
@@ -46,12 +48,12 @@ class Clip:
 
 @dataclass
 class Frames:
-    """Frames as sampled, before they are cut into tiles.
+    """Sampled frames, before they are cut into tiles.
 
     Attributes:
         pixels: uint8 [F, H, W, 3], RGB, upright.
-        times: float64 [F], seconds from the moment the clip's first frame is shown to the moment each is.
-        duration: seconds from the moment the first frame is shown until the last one ends; 0 where one frame has none.
+        times: float64 [F], when each frame is shown, in seconds from the clip's first frame.
+        duration: seconds from the first frame's start to the last frame's end; 0 for a single frame without a duration.
     """
 
     pixels: np.ndarray
@@ -60,11 +62,11 @@ class Frames:
 
 
 def sample_indices(ticks: np.ndarray, duration: int, max_frames: int) -> np.ndarray:
-    """Which frames are on screen at the middles of n equal parts of a clip.
+    """Indices of the frames that are shown at the midpoints of n equal parts of a clip.
 
-    Frame i is shown from ticks[i] until ticks[i + 1], the last one until `duration`. A frame that stays long is picked
-    more than once, one that passes between two middles is not picked. Whole numbers throughout: no rounding decides
-    which frame is shown at a boundary (the new one is).
+    Frame i is shown from ticks[i] to ticks[i + 1], the last one to `duration`. A long frame can be chosen several
+    times, and a short one between two midpoints is skipped. The computation is in integers, so rounding cannot decide
+    at a boundary: the new frame is chosen there.
 
     Args:
         ticks: int64 [N], ascending from 0.
@@ -75,8 +77,8 @@ def sample_indices(ticks: np.ndarray, duration: int, max_frames: int) -> np.ndar
         int64 [n], ascending.
     """
     n = min(len(ticks), max_frames)
-    middles = [(2 * k + 1) * duration for k in range(n)]  # in units of 1 / 2n tick
-    return np.searchsorted(ticks * (2 * n), np.array(middles, dtype=np.int64), side="right") - 1
+    midpoints = [(2 * k + 1) * duration for k in range(n)]  # in units of 1 / 2n tick
+    return np.searchsorted(ticks * (2 * n), np.array(midpoints, dtype=np.int64), side="right") - 1
 
 
 def sample_frames(
@@ -88,34 +90,31 @@ def sample_frames(
     max_seconds: float = MAX_SECONDS,
     time_limit: float = TIME_LIMIT,
 ) -> Frames:
-    """Reads up to `max_frames` frames spread evenly over a clip.
+    """Read up to `max_frames` frames, spread evenly over a clip.
 
-    With n = min(frames in the clip, max_frames), frame k is the one on screen at (k + 0.5) * duration / n, and comes
-    with the time at which the stream shows it, whatever the frame rate does. Animated WebP and GIF are read with
-    Pillow, transparent parts over white. Everything else is read with decord where it is installed and reads the stream
-    exactly as PyAV does, else with PyAV, which is also faster where most frames take a seek; frames are turned as the
-    file's display matrix says. A file that ends early is sampled as far as it goes, unless less than half of what it
-    announces is there.
+    With n = min(frames in the clip, max_frames), frame k is the one shown at (k + 0.5) * duration / n. Its time is the
+    stream's own, also at a variable frame rate. Pillow reads animated WebP and GIF, transparent parts on white. decord
+    reads other files, if it is installed and gives exactly the pixels of PyAV; otherwise PyAV does, and also where most
+    frames need a seek, which it does faster. Frames are turned according to the file's display matrix. A truncated file
+    is sampled as far as it goes, if it holds at least half of the frames that it announces.
 
     Args:
         source: a path, or the file's bytes.
         max_frames: at least 1.
-        reader: "decord" or "pyav" to insist on one of them; None chooses.
-        max_pixels: refuse streams whose frames have more pixels than this.
+        reader: "decord" or "pyav" to use that one or fail; None chooses.
+        max_pixels: refuse streams with more pixels per frame.
         max_seconds: refuse longer clips.
         time_limit: seconds that a reader may take.
 
-    Returns:
-        the frames; `pixels` may be backed by memory shared with no other array.
-
     Raises:
-        UserError: a missing, empty, truncated or unreadable file, one without a video stream or frame, one over a
-            limit, or a missing package; names the file and says why.
+        UserError: the file is missing, empty, truncated or unreadable, has no video stream or no frame, or is over a
+            limit; the message names the file and the reason.
+        MissingExtraError: PyAV is not installed.
     """
     if max_frames < 1:
-        raise UserError(f"max_frames is {max_frames}: give at least 1")
+        raise UserError(f"max_frames is {max_frames}; it must be at least 1")
     if reader not in (None, "decord", "pyav"):
-        raise UserError(f"no reader {reader!r}: give 'decord', 'pyav' or None")
+        raise UserError(f"reader is {reader!r}; it can be 'decord', 'pyav' or None")
     name = "clip" if isinstance(source, bytes) else str(source)
     try:
         data = source if isinstance(source, bytes) else _check_file(Path(source))
@@ -124,6 +123,8 @@ def sample_frames(
                 data = Path(source).read_bytes()
             return _sample_animation(data, max_frames, max_pixels, max_seconds)
         return _sample_video(source, max_frames, reader, max_pixels, max_seconds, time_limit)
+    except MissingExtraError:
+        raise
     except ValueError as error:
         raise UserError(f"{name}: {error}") from error
     except MemoryError as error:
@@ -131,7 +132,7 @@ def sample_frames(
 
 
 def _check_file(path: Path) -> bytes:
-    """The first bytes of a file."""
+    """The first 64 bytes of a file."""
     if not path.exists():
         raise UserError("no such file")
     if not path.is_file():
@@ -146,15 +147,15 @@ def _check_file(path: Path) -> bytes:
 def _sample_animation(data: bytes, max_frames: int, max_pixels: int, max_seconds: float) -> Frames:
     with readers.open_animation(data, max_pixels) as picture:
         timeline = readers.animation_timeline(data, picture)
-        indices = _pick(timeline, picture.width * picture.height, max_frames, max_seconds)
-        wanted, repeats = np.unique(indices, return_inverse=True)
-        pixels = readers.read_animation(picture, wanted)
+        indices = _choose_indices(timeline, picture.width * picture.height, max_frames, max_seconds)
+        distinct, repeats = np.unique(indices, return_inverse=True)
+        pixels = readers.read_animation(picture, distinct)
     return _frames(pixels, repeats, indices, timeline)
 
 
-def _leaps(indices: np.ndarray, timeline: Timeline) -> bool:
-    """Whether more than half of the frames take a seek."""
-    return 2 * sum(key is not None for key in hops(indices, timeline.keys)) > len(indices)
+def _mostly_seeks(indices: np.ndarray, timeline: Timeline) -> bool:
+    """Whether more than half of the frames need a seek."""
+    return 2 * sum(key is not None for key in plan_seeks(indices, timeline.keys)) > len(indices)
 
 
 def _sample_video(
@@ -167,42 +168,43 @@ def _sample_video(
 ) -> Frames:
     with open_video(source, max_pixels, max_seconds) as video:
         timeline = video.timeline
-        size = video.width * video.height
-        indices = _pick(timeline, size, max_frames, max_seconds)
-        wanted, repeats = np.unique(indices, return_inverse=True)
+        frame_size = video.width * video.height
+        indices = _choose_indices(timeline, frame_size, max_frames, max_seconds)
+        distinct, repeats = np.unique(indices, return_inverse=True)
         pixels = None
-        if reader == "decord" or (reader is None and not _leaps(wanted, timeline)):
-            obstacle = decord_reader.obstacle(video)
-            if obstacle is None:
-                pixels = decord_reader.read(source, video, wanted, time_limit)
-                obstacle = "decord failed or took too long"
+        if reader == "decord" or (reader is None and not _mostly_seeks(distinct, timeline)):
+            reason = decord_reader.unsupported_reason(video)
+            if reason is None:
+                pixels = decord_reader.read_decord(source, video, distinct, time_limit)
+                reason = "decord failed or took too long"
             if pixels is None and reader == "decord":
-                raise UserError(f"decord does not read this as PyAV does ({obstacle}); leave the choice of reader open")
+                raise UserError(f"decord cannot read this file ({reason}); leave the reader to be chosen")
         if pixels is None:
             try:
-                pixels = readers.read_pyav(video, timeline, wanted, time_limit)
+                pixels = readers.read_pyav(video, timeline, distinct, time_limit)
             except Undecodable:
-                # packets promised a frame that does not come out: only decoding everything tells which ones do
+                # A packet's frame does not come out of the decoder. Decoding all of the file finds those that do.
                 timeline = timeline_by_decoding(video, time_limit)
-                indices = _pick(timeline, size, max_frames, max_seconds)
-                wanted, repeats = np.unique(indices, return_inverse=True)
+                indices = _choose_indices(timeline, frame_size, max_frames, max_seconds)
+                distinct, repeats = np.unique(indices, return_inverse=True)
                 try:
-                    pixels = readers.read_pyav(video, timeline, wanted, time_limit)
+                    pixels = readers.read_pyav(video, timeline, distinct, time_limit)
                 except Undecodable as error:
-                    raise UserError(f"its frames do not decode alike twice ({error})") from None
+                    raise UserError(f"decoding it twice gives different frames ({error})") from None
         return _frames(video.upright(pixels), repeats, indices, timeline)
 
 
-def _pick(timeline: Timeline, size: int, max_frames: int, max_seconds: float) -> np.ndarray:
+def _choose_indices(timeline: Timeline, frame_size: int, max_frames: int, max_seconds: float) -> np.ndarray:
+    """`sample_indices` of a clip whose frames have `frame_size` pixels, after a check of its limits."""
     if timeline.seconds > max_seconds:
         raise UserError(f"{timeline.seconds:,.0f} seconds long, over the limit of {max_seconds:,.0f}; cut it")
     if len(timeline.ticks) > 1 and timeline.duration <= 0:
         raise UserError("0 frames per second: its frames have no times")
     indices = sample_indices(timeline.ticks, timeline.duration, max_frames)
-    if size * len(indices) > MAX_SAMPLED_PIXELS:
+    if frame_size * len(indices) > MAX_SAMPLED_PIXELS:
         raise UserError(
-            f"{len(indices)} frames of {size:,} pixels are over the limit of {MAX_SAMPLED_PIXELS:,} together; "
-            "lower max_frames"
+            f"{len(indices)} frames of {frame_size:,} pixels have more than {MAX_SAMPLED_PIXELS:,} pixels together, "
+            "the limit; lower max_frames"
         )
     return indices
 

@@ -1,12 +1,12 @@
-"""When each frame of a video file is shown, found by reading its packets without decoding them.
+"""The timeline of a video file: when each frame is shown, from its packets, without decoding them.
 
-The one place that times come from: readers are told which frames to decode and never asked when those are shown.
+All times come from here. Readers are given the frames to decode and do not report times.
 """
 
 import io
 import time
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -20,15 +20,17 @@ import numpy as np
 from foundation.errors import UserError
 from foundation.extras import import_extra
 
-MAX_PIXELS = 2**25  # of a frame; 8K (7680 x 4320) is just below
+MAX_PIXELS = 2**25  # per frame; 8K (7680 x 4320) is just below
 MAX_SECONDS = 3600.0
-TIME_LIMIT = 120.0  # seconds that one reader may take over one clip
+TIME_LIMIT = 120.0  # seconds for one reader and one clip
 MAX_PACKETS = 2**20  # an hour at 240 frames per second has 864,000
-MIN_PRESENT = 0.5  # of the frames that a container announces; it may be out by a few, a file cut off by many
+MIN_PRESENT = (
+    0.5  # of the frames that a container announces; its count may be off by a few, a truncated file lacks many
+)
 SEEK_FRAMES = 12  # a seek costs about as much as decoding this many frames
 
-# Containers of video, and of sound so that such a file is refused for what it is. Others are not opened: playlists and
-# the like make the demuxer open further files, and text and pictures would be taken for films.
+# Containers of video, and of sound, so that the error says that the file has sound only. Others are not opened:
+# playlists make the demuxer open further files, and text and images would be taken for video.
 _CONTAINERS = (
     "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,ivf,obu,flv,asf,ogg,mxf,nut,dv,rm,mjpeg,"
     "wav,mp3,flac,aac,aiff,amr"
@@ -36,21 +38,21 @@ _CONTAINERS = (
 
 
 class Undecodable(Exception):
-    """A packet whose frame does not come out of the decoder."""
+    """The decoder does not give the frame of a packet."""
 
 
 @dataclass
 class Timeline:
-    """Frames in the order of showing.
+    """Times of the frames in presentation order.
 
     Attributes:
-        ticks: int64 [N], when each is shown, from 0 for the first.
-        duration: ticks until the last one ends.
-        time_base: seconds of a tick.
-        origin: the stream's own timestamp of the first frame, in ticks.
-        keys: ascending indices of the frames from which decoding can start.
-        from_packets: whether timestamps and key frames are those of the packets.
-        open_groups: whether some frames are decoded after a key frame and shown before it.
+        ticks: int64 [N], when each frame is shown; 0 for the first.
+        duration: ticks from the first frame's start to the last frame's end.
+        time_base: seconds per tick.
+        origin: the stream's timestamp of the first frame, in ticks.
+        keys: ascending indices of the key frames.
+        from_packets: whether timestamps and key frames come from the packets.
+        open_groups: whether some frames are decoded after a key frame and shown before it (open GOP).
     """
 
     ticks: np.ndarray
@@ -63,12 +65,20 @@ class Timeline:
 
     @property
     def seconds(self) -> float:
+        """The duration in seconds."""
         return self.duration * float(self.time_base)
 
 
 @dataclass
 class Video:
-    """An open file: `container` and `stream` are PyAV's; sizes are as coded, before the frame is turned upright."""
+    """An open file.
+
+    Attributes:
+        container, stream: PyAV's.
+        width, height, pixel_format: of a decoded frame, before the display matrix is applied.
+        matrix: (a, b, c, d) of the display matrix.
+        skips_packets: whether the timeline leaves out packets that another reader might count as frames.
+    """
 
     container: Any
     stream: Any
@@ -80,7 +90,7 @@ class Video:
     skips_packets: bool = False
 
     def upright(self, pixels: np.ndarray) -> np.ndarray:
-        """[F, H, W, 3] turned and mirrored as the display matrix says: x' = a x + c y, y' = b x + d y."""
+        """Apply the display matrix (x' = a x + c y, y' = b x + d y) to frames [F, H, W, 3]: rotate and mirror them."""
         a, b, c, d = self.matrix
         if abs(b) > abs(a):
             pixels, a, d = pixels.swapaxes(1, 2), c, b
@@ -89,11 +99,10 @@ class Video:
         return np.ascontiguousarray(pixels)
 
 
-def hops(indices: np.ndarray, keys: tuple[int, ...]) -> list[int | None]:
-    """For each frame to be decoded, in order: the key frame to seek to first, or None where going on is cheaper.
+def plan_seeks(indices: np.ndarray, keys: tuple[int, ...]) -> list[int | None]:
+    """For each frame to decode, in order: the key frame to seek to first, or None to go on decoding.
 
-    Seeking pays where it leaves out more frames than it costs, so samples close to one another against the distance of
-    the key frames are decoded in one go.
+    A seek pays off if it skips more than `SEEK_FRAMES` frames.
     """
     plan: list[int | None] = []
     position = 0
@@ -111,10 +120,10 @@ def pyav() -> ModuleType:
 
 @contextmanager
 def open_video(source: str | Path | bytes, max_pixels: int, max_seconds: float) -> Iterator[Video]:
-    """Opens a file with PyAV, checks it against the limits and finds its timeline and its first frame.
+    """Open a file with PyAV, check the limits, find its timeline, and decode its first frame.
 
     Raises:
-        UserError: what is wrong with it, without the file's name.
+        UserError: the file is not a video, is broken, or is over a limit; the message does not name the file.
     """
     av = pyav()
     with io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as file:
@@ -124,12 +133,13 @@ def open_video(source: str | Path | bytes, max_pixels: int, max_seconds: float) 
         try:
             container = av.open(file, options={"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"})
         except av.error.FFmpegError as error:
-            raise UserError(f"not a video, or one cut off or broken at its start ({error.strerror})") from None
+            raise UserError(f"not a video, or broken or truncated at its start ({error.strerror})") from None
         with container:
             yield _probe(av, container, max_pixels, max_seconds)
 
 
 def _probe(av: ModuleType, container: Any, max_pixels: int, max_seconds: float) -> Video:
+    """The main video stream of an open container, as a `Video`."""
     streams = [stream for stream in container.streams.video if not _is_cover(av, stream)]
     if not streams:
         raise UserError("no video stream" + (" (sound only)" if container.streams.audio else ""))
@@ -137,17 +147,17 @@ def _probe(av: ModuleType, container: Any, max_pixels: int, max_seconds: float) 
     stream = best if best in streams else streams[0]
     if stream.codec_context is None:
         raise UserError("its codec is not supported")
-    stream.codec_context.thread_count = 1  # loaders run one process per core
+    stream.codec_context.thread_count = 1  # data loaders run one process per core
     width, height = stream.codec_context.width, stream.codec_context.height
     if width * height > max_pixels:
-        raise UserError(f"{width} x {height} = {width * height:,} pixels a frame, over the limit of {max_pixels:,}")
+        raise UserError(f"{width} x {height} = {width * height:,} pixels per frame, over the limit of {max_pixels:,}")
     seconds = (container.duration or 0) / av.time_base
     if seconds > max_seconds:
         raise UserError(f"{seconds:,.0f} seconds long, over the limit of {max_seconds:,.0f}; cut it")
     timeline, skips = _demux(av, container, stream)
     first = _first_frame(av, container, stream)
     if first.width * first.height > max_pixels:
-        raise UserError(f"{first.width} x {first.height} pixels a frame, over the limit of {max_pixels:,}")
+        raise UserError(f"{first.width} x {first.height} pixels per frame, over the limit of {max_pixels:,}")
     video = Video(container, stream, timeline, first.width, first.height, first.format.name, _matrix(first), skips)
     if not timeline.from_packets:
         video.timeline = timeline_by_decoding(video)
@@ -155,10 +165,12 @@ def _probe(av: ModuleType, container: Any, max_pixels: int, max_seconds: float) 
 
 
 def _is_cover(av: ModuleType, stream: Any) -> bool:
+    """Whether a stream is a cover image."""
     return bool(stream.disposition & av.stream.Disposition.attached_pic)
 
 
 def _matrix(frame: Any) -> tuple[int, int, int, int]:
+    """(a, b, c, d) of a frame's display matrix."""
     data = frame.side_data.get("DISPLAYMATRIX")
     if data is None:
         return (1, 0, 0, 1)
@@ -167,7 +179,7 @@ def _matrix(frame: Any) -> tuple[int, int, int, int]:
 
 
 def _first_frame(av: ModuleType, container: Any, stream: Any) -> Any:
-    """Tells what the header does not: the true size and format, the display matrix, and that something decodes."""
+    """Decode the first frame, for what the header lacks: the real size and pixel format, and the display matrix."""
     rewind(av, container, stream)
     try:
         for frame in container.decode(stream):
@@ -178,27 +190,27 @@ def _first_frame(av: ModuleType, container: Any, stream: Any) -> Any:
 
 
 def rewind(av: ModuleType, container: Any, stream: Any) -> None:
-    """Back to the first packet."""
+    """Seek to the first packet."""
     start = stream.start_time
     try:
         container.seek(min(0, start or 0) if start is not None else 0, stream=stream)
     except av.error.FFmpegError as error:
         raise UserError(
-            f"a bare stream, with no times (0 frames per second) and no way back to its start ({error.strerror}); "
+            f"a raw stream without times (0 frames per second), which cannot be rewound ({error.strerror}); "
             "put it into a container such as MP4 or Matroska"
         ) from None
 
 
 def _demux(av: ModuleType, container: Any, stream: Any) -> tuple[Timeline, bool]:
-    """The timeline by packets, and whether packets were left out that another reader might count."""
+    """The timeline from the packets, and whether it leaves out packets that another reader might count as frames."""
     shown: list[tuple[int, int, bool]] = []  # timestamp, duration, key frame; in the order of decoding
-    timed, skips, packets = True, False, 0
+    timed, skips, num_packets = True, False, 0
     try:
         for packet in container.demux(stream):
             if packet.size == 0:
-                continue  # the end
-            packets += 1
-            if packets > MAX_PACKETS:
+                continue  # flushes the decoder at the end
+            num_packets += 1
+            if num_packets > MAX_PACKETS:
                 raise UserError(f"over {MAX_PACKETS:,} frames, the limit")
             hidden = stream.codec_context.name == "vp8" and not bytes(packet)[0] & 0x10
             if packet.is_discard or packet.is_corrupt or hidden:
@@ -209,11 +221,11 @@ def _demux(av: ModuleType, container: Any, stream: Any) -> tuple[Timeline, bool]
                 continue
             shown.append((packet.pts, packet.duration or 0, packet.is_keyframe))
     except av.error.FFmpegError:
-        pass  # cut off: what came before it counts
+        pass  # truncated: the packets before count
     announced = stream.frames
-    if announced and packets < MIN_PRESENT * announced:
-        raise UserError(f"cut off: holds {packets} of the {announced} frames that it announces")
-    if not packets:
+    if announced and num_packets < MIN_PRESENT * announced:
+        raise UserError(f"truncated: it holds {num_packets} of the {announced} frames that it announces")
+    if not num_packets:
         raise UserError("its video stream holds no frame")
     stamps = [pts for pts, _, _ in shown]
     if not timed or not shown or len(set(stamps)) < len(stamps):
@@ -221,42 +233,49 @@ def _demux(av: ModuleType, container: Any, stream: Any) -> tuple[Timeline, bool]
     order = sorted(range(len(shown)), key=stamps.__getitem__)
     timeline = _timeline([stamps[i] for i in order], shown[order[-1]][1], stream)
     timeline.keys = tuple(rank for rank, i in enumerate(order) if shown[i][2])
-    latest = None
-    for pts, _, key in shown:
-        timeline.open_groups |= latest is not None and pts < latest
-        latest = pts if key else latest
+    last_key = None
+    for pts, _, is_key in shown:
+        timeline.open_groups |= last_key is not None and pts < last_key
+        last_key = pts if is_key else last_key
     return timeline, skips
 
 
-def _timeline(stamps: list[int], last: int, stream: Any) -> Timeline:
-    """Ascending timestamps -> timeline; a last frame without a duration stays as long as frames do in the middle."""
-    if last <= 0 and len(stamps) > 1:
-        last = int(np.median(np.diff(stamps)))
-    if last <= 0 and stream.average_rate:
-        last = round(1 / (stream.average_rate * stream.time_base))
+def _timeline(stamps: list[int], last_duration: int, stream: Any) -> Timeline:
+    """Ascending timestamps -> timeline. A last frame without a duration gets the median one."""
+    if last_duration <= 0 and len(stamps) > 1:
+        last_duration = int(np.median(np.diff(stamps)))
+    if last_duration <= 0 and stream.average_rate:
+        last_duration = round(1 / (stream.average_rate * stream.time_base))
     ticks = np.array(stamps, dtype=np.int64) - stamps[0]
-    return Timeline(ticks, int(ticks[-1]) + last, stream.time_base, origin=stamps[0])
+    return Timeline(ticks, int(ticks[-1]) + last_duration, stream.time_base, origin=stamps[0])
 
 
 def timeline_by_decoding(video: Video, time_limit: float = 600.0) -> Timeline:
-    """The timeline of the frames that come out when everything is decoded: where packets carry no times, or lie."""
+    """The timeline from decoding the whole file, for packets without times or with wrong ones."""
     av, stream = pyav(), video.stream
     stamps: list[int | None] = []
     duration, deadline = 0, time.monotonic() + time_limit
-    for frame in decoded(av, video, deadline):
+    for frame in decode_frames(av, video, deadline):
         stamps.append(frame.pts)
         duration = frame.duration or 0
     if not stamps:
         raise UserError("no frame in it decodes")
-    if any(stamp is None for stamp in stamps) or any(b <= a for a, b in pairwise(stamps)):
+    timed = [stamp for stamp in stamps if stamp is not None]
+    if len(timed) < len(stamps) or any(b <= a for a, b in pairwise(timed)):
         raise UserError("0 frames per second: its frames have no times")
-    timeline = _timeline(stamps, duration, stream)
+    timeline = _timeline(timed, duration, stream)
     timeline.keys, timeline.from_packets = (0,), False
     return timeline
 
 
-def decoded(av: ModuleType, video: Video, deadline: float, start: int | None = None) -> Iterator[Any]:
-    """Frames from the first one, or from the key frame with the timestamp `start`; broken packets are left out."""
+def decode_frames(
+    av: ModuleType, video: Video, deadline: float, start: int | None = None
+) -> Generator[Any, None, None]:
+    """Decode frames from the first one, or from the key frame with timestamp `start`; broken packets are skipped.
+
+    Raises:
+        UserError: `deadline`, a value of `time.monotonic`, has passed.
+    """
     if start is None:
         rewind(av, video.container, video.stream)
     else:
@@ -264,10 +283,10 @@ def decoded(av: ModuleType, video: Video, deadline: float, start: int | None = N
     try:
         for packet in video.container.demux(video.stream):
             if time.monotonic() > deadline:
-                raise UserError("takes longer to decode than the time limit")
+                raise UserError("decoding takes longer than the time limit")
             try:
                 yield from packet.decode()
             except av.error.InvalidDataError:
                 continue
     except av.error.FFmpegError:
-        return  # cut off
+        return  # truncated

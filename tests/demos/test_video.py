@@ -8,6 +8,7 @@ import pytest
 import yaml
 from PIL import Image, ImageDraw
 
+import configs
 import demos.video
 import mm
 from data_prep.synthetic.moving_clips import write_moving_clips
@@ -22,7 +23,7 @@ ADAPTER = {
         "intermediate_size": 24,
         "num_layers": 1,
         "num_heads": 2,
-        "num_waves": 4,
+        "num_time_frequencies": 4,
     },
 }
 
@@ -35,11 +36,11 @@ def shape(number: int) -> Image.Image:
 
 @pytest.fixture
 def home(tmp_path, monkeypatch, run_folder) -> Path:
-    """A folder to run the demo in, with its sets made and a tiny image run in place of the demo's."""
-    things = [(f"thing{number}", shape(number)) for number in range(40)]
+    """A folder to run the demo in, with its sets written and a tiny image run in place of the demo's."""
+    cutouts = [(f"thing{number}", shape(number)) for number in range(40)]
     for name, tasks in (("moving", demos.video.TASKS), ("emoji", ("caption",))):
         folder = tmp_path / "data" / "demo_video" / name
-        write_moving_clips(things, folder, 8, 8, 4, tasks=tasks, size=32, num_frames=8)
+        write_moving_clips(cutouts, folder, 8, 8, 4, tasks=tasks, size=32, num_frames=8)
     config = {
         "start_from": "elsewhere",
         "data": [{"path": "data/demo_video/moving", "group_size": 2}],
@@ -58,20 +59,22 @@ def home(tmp_path, monkeypatch, run_folder) -> Path:
     second = {name: value for name, value in config.items() if name != "adapter"}
     for name, values in (("video_alignment", first), ("video", second)):
         (tmp_path / "configs" / "demo" / f"{name}.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
-    monkeypatch.setattr(demos.video, "IMAGES", run_folder)
+    monkeypatch.setattr(demos.video, "IMAGE_RUN", run_folder)
+    monkeypatch.setattr(configs, "ROOT", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_from_clips_to_a_page_and_what_is_done_is_not_done_again(home, capfd):
+@pytest.mark.slow
+def test_demo_from_clips_to_a_page_and_finished_parts_are_not_repeated(home, capfd):
     demos.video.main(["--questions", "3"])
-    assert "open runs/demo-video/index.html" in capfd.readouterr().err
+    assert capfd.readouterr().out.endswith("open runs/demo-video/index.html\n")
     run = home / "runs" / "demo-video"
     text = (run / "index.html").read_text(encoding="utf-8")
     page = Page(text)
     assert {reference[:16] for reference in page.references} == {"data:image/webp;", "data:image/png;b"}
     assert not re.search(r"https?:|url\(|@import", text)
-    for task in demos.video.QUESTIONED:
+    for task in demos.video.QUESTION_TASKS:
         for frames in ("all", "one", "shuffled"):
             written = json.loads((run / "evaluation" / task / frames / "scores.json").read_text())
             score = written["scores"]["exact_match"]
@@ -79,10 +82,10 @@ def test_from_clips_to_a_page_and_what_is_done_is_not_done_again(home, capfd):
             assert f"{100 * score['value']:.1f} ± {100 * score['interval']:.1f}" in page.words
     assert {path.stem for path in run.glob("*.safetensors")} == {"extra_embeddings", *PARTS[:3]}
     assert mm.load(run)[0].video_adapter is not None
-    made = (run / "config.yaml").stat().st_mtime_ns
+    written = (run / "config.yaml").stat().st_mtime_ns
     (run / "index.html").unlink()
     demos.video.main(["--questions", "3"])
-    assert (run / "index.html").is_file() and (run / "config.yaml").stat().st_mtime_ns == made
+    assert (run / "index.html").is_file() and (run / "config.yaml").stat().st_mtime_ns == written
 
 
 @pytest.mark.parametrize("option", ["steps", "questions"])

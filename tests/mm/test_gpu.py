@@ -26,7 +26,7 @@ DEVICE = "cuda"
 def model(tiny_config, build_model) -> mm.MultimodalModel:
     """It sees, watches, hears and reads out what it heard."""
     aggregator = AggregatorConfig(
-        factor=4, hidden_size=32, intermediate_size=48, num_layers=1, num_heads=2, num_waves=8
+        factor=4, hidden_size=32, intermediate_size=48, num_layers=1, num_heads=2, num_time_frequencies=8
     )
     config = replace(
         tiny_config,

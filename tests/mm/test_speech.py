@@ -31,7 +31,7 @@ def _no_gradients():
 def config(tiny_config) -> mm.ModelConfig:
     """With everything that a model can have."""
     aggregator = AggregatorConfig(
-        factor=4, hidden_size=32, intermediate_size=48, num_layers=1, num_heads=2, num_waves=8
+        factor=4, hidden_size=32, intermediate_size=48, num_layers=1, num_heads=2, num_time_frequencies=8
     )
     return replace(
         tiny_config,

@@ -16,11 +16,13 @@ import mm
 from mm.evaluation.baselines import blank, one_frame, shuffled_frames
 from mm.generation import decode_step, prefill
 from mm.video_adapter import VideoAdapterConfig
-from video.aggregator import AggregatorConfig, TemporalAggregator, passes, time_waves
+from video.aggregator import AggregatorConfig, TemporalAggregator, split_into_passes, time_embedding
 from video.sampling import Clip
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-4}
-SMALL = AggregatorConfig(factor=4, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2, num_waves=16)
+SMALL = AggregatorConfig(
+    factor=4, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2, num_time_frequencies=16
+)
 
 
 @pytest.fixture(autouse=True)
@@ -165,7 +167,7 @@ def test_the_number_of_frames_encoded_at_a_time_changes_nothing_and_is_kept_to(m
     adapter.config = model.config.video_adapter
     for output in outputs[1:]:
         assert torch.allclose(output, outputs[0], **CLOSE)
-    assert list(passes([4, 4, 3, 3, 1], 7)) == [range(0, 1), range(1, 3), range(3, 5)]
+    assert list(split_into_passes([4, 4, 3, 3, 1], 7)) == [range(0, 1), range(1, 3), range(3, 5)]
 
 
 def test_time_is_known(model, make_clip):
@@ -182,7 +184,7 @@ def test_time_is_known(model, make_clip):
 
 
 def test_later_times_than_any_in_training_are_still_apart():
-    late = time_waves(torch.tensor([3000.0, 3000.04, 3600.0], dtype=torch.float64), 32)
+    late = time_embedding(torch.tensor([3000.0, 3000.04, 3600.0], dtype=torch.float64), 32)
     assert torch.cdist(late, late)[~torch.eye(3, dtype=torch.bool)].min() > 0.5
 
 

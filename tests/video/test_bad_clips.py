@@ -1,4 +1,4 @@
-"""What files get that are broken, lie, or are over a limit: a reason, or the frames that are there."""
+"""Clips that are broken, mislabelled or over a limit: an error with the reason, or the frames that are there."""
 
 import os
 import subprocess
@@ -12,7 +12,8 @@ import av
 import numpy as np
 import pytest
 
-from tests.video.numbered import animation, number_of, write_clip, write_sound
+from foundation.extras import MissingExtraError
+from tests.video.numbered_clips import animation, number_of, write_clip, write_sound
 from video import decord_reader
 from video.sampling import sample_frames
 from video.timeline import timeline_by_decoding
@@ -20,12 +21,13 @@ from video.timeline import timeline_by_decoding
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory) -> Path:
-    """100 frames, the index at the start of the file."""
+    """A clip of 100 frames, with its index at the end of the file."""
     path = tmp_path_factory.mktemp("clips") / "clip.mp4"
     return write_clip(path, list(range(100)), options={"g": "20", "bf": "2"})
 
 
 def indexed_first(clip: Path, folder: Path) -> Path:
+    """A copy of a clip with its index at the start."""
     path = folder / "indexed.mp4"
     with av.open(str(clip)) as source, av.open(str(path), "w", options={"movflags": "faststart"}) as target:
         stream = target.add_stream_from_template(source.streams.video[0])
@@ -37,6 +39,7 @@ def indexed_first(clip: Path, folder: Path) -> Path:
 
 
 def reason(source: Path | bytes, **limits) -> str:
+    """The error of reading a clip, which names its file."""
     with pytest.raises(ValueError) as error:
         sample_frames(source, **limits)
     name = "clip" if isinstance(source, bytes) else str(source)
@@ -44,7 +47,7 @@ def reason(source: Path | bytes, **limits) -> str:
     return str(error.value)
 
 
-def test_no_file_or_none_to_speak_of(tmp_path: Path):
+def test_missing_and_empty_files(tmp_path: Path):
     assert "no such file" in reason(tmp_path / "none.mp4")
     assert "not a regular file" in reason(tmp_path)
     (tmp_path / "empty.mp4").touch()
@@ -52,9 +55,9 @@ def test_no_file_or_none_to_speak_of(tmp_path: Path):
     assert "0 bytes" in reason(b"")
 
 
-def test_not_a_video(tmp_path: Path):
+def test_files_that_are_not_video(tmp_path: Path):
     for name, data in (
-        ("text.mp4", b"these are words, and no film at all. " * 100),
+        ("text.mp4", b"these are words and not a video. " * 100),
         ("noise.mp4", np.random.default_rng(0).bytes(5000)),
         ("list.m3u8", b"#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\n/etc/passwd\n#EXT-X-ENDLIST\n"),
         ("list.txt", b"ffconcat version 1.0\nfile /etc/passwd\n"),
@@ -71,17 +74,17 @@ def test_no_frame(tmp_path: Path):
     assert "no frame" in reason(write_clip(tmp_path / "clip.mkv", [], sound=True))
 
 
-def test_cut_off(tmp_path: Path, clip: Path):
+def test_truncated_clips(tmp_path: Path, clip: Path):
     data = clip.read_bytes()
-    assert "cut off" in reason(data[: len(data) // 2])  # its index was at the end
+    assert "truncated" in reason(data[: len(data) // 2])  # without its index, which was at the end
     path = indexed_first(clip, tmp_path)
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 4])
-    assert "cut off: holds" in reason(path)
+    assert "truncated: it holds" in reason(path)
 
 
 @pytest.mark.parametrize("reader", [None, "pyav"])
-def test_a_container_that_announces_too_much_gives_what_it_has(tmp_path: Path, clip: Path, reader: str | None):
+def test_a_slightly_truncated_clip_gives_the_frames_that_it_has(tmp_path: Path, clip: Path, reader: str | None):
     path = indexed_first(clip, tmp_path)
     data = path.read_bytes()
     path.write_bytes(data[: len(data) * 9 // 10])
@@ -93,8 +96,8 @@ def test_a_container_that_announces_too_much_gives_what_it_has(tmp_path: Path, c
     np.testing.assert_allclose(frames.times, np.arange(len(numbers)) / 25)
 
 
-def test_broken_packets_move_no_frame(tmp_path: Path, clip: Path):
-    """Frames of which nothing is left are not among the sampled; those that are keep their times."""
+def test_broken_packets_do_not_shift_other_frames(tmp_path: Path, clip: Path):
+    """Frames without data are not sampled; the others keep their times."""
     path = tmp_path / "broken.mp4"
     with av.open(str(clip)) as container:
         packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
@@ -106,12 +109,12 @@ def test_broken_packets_move_no_frame(tmp_path: Path, clip: Path):
     other = sample_frames(path, reader="pyav")
     assert np.array_equal(frames.times, other.times) and np.array_equal(frames.pixels, other.pixels)
     shown = np.round(frames.times * 25).astype(int)
-    sound = [k for k, number in enumerate(shown) if number < 40 or number >= 60]
-    assert len(sound) > 40 and all(number_of(frames.pixels[k]) == shown[k] for k in sound)
+    intact = [k for k, number in enumerate(shown) if number < 40 or number >= 60]
+    assert len(intact) > 40 and all(number_of(frames.pixels[k]) == shown[k] for k in intact)
 
 
 def test_no_times(tmp_path: Path):
-    """A stream without a container carries none."""
+    """A stream without a container has no times."""
     path = tmp_path / "clip.h264"
     write_clip(path, list(range(30)), options={"bf": "2"})
     assert "0 frames per second" in reason(path)
@@ -133,7 +136,7 @@ def test_limits(tmp_path: Path, clip: Path):
         sample_frames(clip, 0)
 
 
-def test_cut_off_animations():
+def test_truncated_animations():
     for kind in ("GIF", "WEBP"):
         data = animation([100] * 8, kind)
         assert "truncated" in reason(data[:30])
@@ -143,22 +146,22 @@ def test_decoding_gives_the_timeline_of_the_packets(clip: Path):
     from video.timeline import open_video
 
     with open_video(clip, 2**20, 60) as video:
-        decoded = timeline_by_decoding(video)
-        assert np.array_equal(decoded.ticks, video.timeline.ticks) and decoded.origin == video.timeline.origin
-        assert decoded.duration == video.timeline.duration
+        timeline = timeline_by_decoding(video)
+        assert np.array_equal(timeline.ticks, video.timeline.ticks) and timeline.origin == video.timeline.origin
+        assert timeline.duration == video.timeline.duration
 
 
 class TestWorker:
-    def test_one_process_serves_all(self, clip: Path):
+    def test_one_process_serves_all_calls(self, clip: Path):
         sample_frames(clip, 8, reader="decord")
         process = decord_reader._worker.process
         sample_frames(clip, 8, reader="decord")
         assert decord_reader._worker.process is process and process.poll() is None
 
-    def test_is_ended_when_time_is_up(self, clip: Path):
+    def test_is_killed_at_the_time_limit(self, clip: Path):
         sample_frames(clip, 8, reader="decord")
         process = decord_reader._worker.process
-        os.kill(process.pid, 19)  # stands still, as it would in decord's endless loop
+        os.kill(process.pid, 19)  # SIGSTOP: it hangs, as in decord's endless loop
         start = time.monotonic()
         frames = sample_frames(clip, 8, time_limit=1.0)
         assert time.monotonic() - start < 30 and process.poll() is not None
@@ -166,7 +169,7 @@ class TestWorker:
         assert np.array_equal(frames.pixels, expected.pixels)
         assert np.array_equal(sample_frames(clip, 8, reader="decord").pixels, expected.pixels)  # a new process
 
-    def test_does_not_grow(self, clip: Path):
+    def test_its_memory_does_not_grow(self, clip: Path):
         def resident() -> int:
             return int(Path(f"/proc/{decord_reader._worker.process.pid}/statm").read_text().split()[1]) * 4096
 
@@ -175,28 +178,28 @@ class TestWorker:
         before = resident()
         for _ in range(25):
             sample_frames(clip, 4, reader="decord")
-        assert resident() - before < 25 * 160 * 64 * 3 * 10  # ten of the 100 frames, each time
+        assert resident() - before < 25 * 160 * 64 * 3 * 10  # less than ten of the 100 frames per call
 
     def test_threads_take_turns(self, clip: Path):
         results: list = [None] * 4
 
-        def work(place: int) -> None:
-            results[place] = sample_frames(clip, place + 3, reader="decord")
+        def sample(index: int) -> None:
+            results[index] = sample_frames(clip, index + 3, reader="decord")
 
-        threads = [threading.Thread(target=work, args=(place,)) for place in range(4)]
+        threads = [threading.Thread(target=sample, args=(index,)) for index in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         assert [len(result.pixels) for result in results] == [3, 4, 5, 6]
 
-    def test_a_fork_starts_its_own(self, clip: Path):
+    def test_a_forked_process_starts_its_own(self, clip: Path):
         sample_frames(clip, 2, reader="decord")
         child = os.fork()
         if child == 0:
             alone = decord_reader._worker is None
             frames = sample_frames(clip, 2, reader="decord")
-            decord_reader._end()
+            decord_reader._stop_worker()
             os._exit(0 if alone and len(frames.pixels) == 2 else 1)
         assert os.waitpid(child, 0)[1] == 0
         assert len(sample_frames(clip, 2, reader="decord").pixels) == 2
@@ -211,7 +214,7 @@ class TestWorker:
             if not _runs(int(out)):
                 return
             time.sleep(0.1)
-        raise AssertionError("the worker outlives its parent")
+        raise AssertionError("the worker outlived its parent")
 
 
 def _runs(process: int) -> bool:
@@ -219,12 +222,13 @@ def _runs(process: int) -> bool:
     return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-def test_absent_packages_are_named(clip: Path, monkeypatch):
+def test_a_missing_package_names_its_extra(clip: Path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
-    assert "mm-adapters[video]" in reason(clip)
+    with pytest.raises(MissingExtraError, match=r"mm-adapters\[video\]"):
+        sample_frames(clip)
 
 
-def test_without_decord_pyav_reads(clip: Path, monkeypatch):
+def test_pyav_reads_if_decord_is_not_installed(clip: Path, monkeypatch):
     expected = sample_frames(clip, 5)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert np.array_equal(sample_frames(clip, 5).pixels, expected.pixels)

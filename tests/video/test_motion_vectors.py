@@ -1,4 +1,4 @@
-"""Motion by the codec's own vectors, on a picture that is moved by a known distance from frame to frame."""
+"""Motion speed from the codec's vectors, of an image that moves by a known distance per frame."""
 
 import io
 
@@ -26,16 +26,16 @@ def film(step: int, codec: str = "libx264", **options: str) -> bytes:
 
 
 @pytest.mark.parametrize("options", [{}, {"bf": "0"}, {"bf": "3"}])
-def test_it_is_the_speed_in_short_sides_a_second(options):
+def test_the_speed_is_in_short_sides_per_second(options):
     assert codec_speed(film(0, **options)) == 0
     assert codec_speed(film(6, **options)) == pytest.approx(6 * 10 / 240, rel=0.1)
 
 
-def test_another_codec_says_the_same():
+def test_another_codec_gives_the_same_speed():
     assert codec_speed(film(6, "mpeg4")) == pytest.approx(6 * 10 / 240, rel=0.1)
 
 
-def test_where_there_are_no_vectors_it_says_so():
-    assert codec_speed(film(6, g="1")) is None  # I frames alone
+def test_without_vectors_the_speed_is_none():
+    assert codec_speed(film(6, g="1")) is None  # only I frames
     with pytest.raises(ValueError, match="0 bytes"):
         codec_speed(b"")

@@ -1,4 +1,4 @@
-"""Frames and times of clips with known contents: every sampled frame shows its own number."""
+"""Sampled frames and times of clips whose frames show their own index."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.video.numbered import animation, number_of, picture, write_clip
-from video.sampling import Frames, _leaps, sample_frames, sample_indices
-from video.timeline import Timeline, hops
+from tests.video.numbered_clips import animation, number_of, numbered_image, write_clip
+from video.sampling import Frames, _mostly_seeks, sample_frames, sample_indices
+from video.timeline import Timeline, plan_seeks
 
 
 def expected(stamps: list[int], last: int, time_base: Fraction, max_frames: int) -> tuple[list[int], list[float]]:
-    """Numbers and times of the frames on screen at the middles, by looking at each frame in turn."""
+    """Indices and times of the frames at the midpoints, by a search through all frames."""
     stamps = [stamp - stamps[0] for stamp in stamps]
     duration = stamps[-1] + last
     n = min(len(stamps), max_frames)
@@ -29,7 +29,7 @@ def check(frames: Frames, numbers: list[int], times: list[float]) -> None:
 
 
 def both(path: Path, max_frames: int = 64) -> Frames:
-    """The frames by either reader, after both gave the very same."""
+    """The frames that decord reads, after a check that PyAV gives the same."""
     ours, theirs = (sample_frames(path, max_frames, reader=reader) for reader in ("decord", "pyav"))
     assert np.array_equal(ours.times, theirs.times) and ours.duration == theirs.duration
     assert np.array_equal(ours.pixels, theirs.pixels)
@@ -37,28 +37,28 @@ def both(path: Path, max_frames: int = 64) -> Frames:
 
 
 class TestIndices:
-    def test_every_frame_of_a_short_clip_once(self):
+    def test_a_short_clip_gives_every_frame_once(self):
         for count in (1, 2, 7, 63, 64):
             assert sample_indices(np.arange(count) * 40, count * 40, 64).tolist() == list(range(count))
 
-    def test_middles_of_equal_parts(self):
+    def test_frames_are_at_the_midpoints_of_equal_parts(self):
         assert sample_indices(np.arange(100), 100, 4).tolist() == [12, 37, 62, 87]
 
-    def test_at_a_boundary_the_new_frame_is_shown(self):
+    def test_at_a_boundary_the_new_frame_is_chosen(self):
         assert sample_indices(np.arange(128), 128, 64).tolist() == list(range(1, 128, 2))
 
-    def test_long_frames_repeat_and_short_ones_pass(self):
+    def test_long_frames_repeat_and_short_ones_are_skipped(self):
         assert sample_indices(np.array([0, 70, 71, 72, 90]), 100, 5).tolist() == [0, 0, 0, 1, 4]
 
     def test_one_frame_without_duration(self):
         assert sample_indices(np.array([0]), 0, 64).tolist() == [0]
 
 
-class TestHops:
-    def test_seeks_only_where_it_leaves_out_enough(self):
+class TestPlanSeeks:
+    def test_a_seek_must_skip_enough_frames(self):
         keys = tuple(range(0, 1000, 100))
-        assert hops(np.array([50, 350, 360, 495]), keys) == [None, 300, None, 400]
-        assert hops(np.arange(0, 200, 5), tuple(range(0, 200, 5))) == [None] * 40
+        assert plan_seeks(np.array([50, 350, 360, 495]), keys) == [None, 300, None, 400]
+        assert plan_seeks(np.arange(0, 200, 5), tuple(range(0, 200, 5))) == [None] * 40
 
 
 @pytest.mark.parametrize(
@@ -87,10 +87,10 @@ def test_variable_rate(tmp_path: Path, options: dict):
     stamps = np.concatenate([[0], np.cumsum(steps)]).tolist()
     path = write_clip(tmp_path / "clip.mp4", stamps, Fraction(1, 1000), options=options)
     frames = both(path)
-    last = round(frames.duration * 1000) - stamps[-1]  # what the container says of the last frame
+    last = round(frames.duration * 1000) - stamps[-1]  # the last frame's duration, from the container
     assert last > 0
     numbers, times = expected(stamps, last, Fraction(1, 1000), 64)
-    assert len(set(numbers)) < 64  # some stay, some pass
+    assert len(set(numbers)) < 64  # some repeat, some are skipped
     check(frames, numbers, times)
 
 
@@ -109,7 +109,7 @@ def test_transport_streams_are_read_exactly(tmp_path: Path):
         sample_frames(path, reader="decord")
 
 
-def test_frames_start_anywhere_in_time(tmp_path: Path):
+def test_a_stream_may_start_at_any_time(tmp_path: Path):
     stamps = list(range(1000, 1050))
     frames = both(write_clip(tmp_path / "clip.mkv", stamps, options={"bf": "2"}), 10)
     check(frames, *expected(stamps, 1, Fraction(1, 25), 10))
@@ -117,11 +117,11 @@ def test_frames_start_anywhere_in_time(tmp_path: Path):
 
 @pytest.mark.parametrize("pixel_format", ["yuv420p", "yuv422p", "yuv444p", "yuvj420p"])
 @pytest.mark.parametrize("size", [(160, 64), (98, 54), (200, 90)])
-def test_pixels_are_equal(tmp_path: Path, pixel_format: str, size: tuple[int, int]):
+def test_both_readers_give_equal_pixels(tmp_path: Path, pixel_format: str, size: tuple[int, int]):
     path = write_clip(tmp_path / "clip.mp4", list(range(20)), size=size, pixel_format=pixel_format)
     frames = both(path)
-    difference = np.abs(frames.pixels[7].astype(int) - picture(7, *size))
-    assert difference.mean() < 12  # the picture itself, not only its number
+    difference = np.abs(frames.pixels[7].astype(int) - numbered_image(7, *size))
+    assert difference.mean() < 12  # the whole image, not only its number
 
 
 @pytest.mark.parametrize("codec, suffix", [("libvpx", ".webm"), ("libvpx-vp9", ".webm"), ("mpeg4", ".avi")])
@@ -132,7 +132,7 @@ def test_other_codecs(tmp_path: Path, codec: str, suffix: str):
         check(frames, expected(list(range(60)), 1, Fraction(1, 25), 20)[0], frames.times.tolist())
 
 
-def test_codecs_without_exact_output_are_left_to_pyav(tmp_path: Path):
+def test_decord_does_not_read_codecs_without_exact_output(tmp_path: Path):
     path = write_clip(tmp_path / "clip.avi", list(range(5)), codec="mpeg4")
     with pytest.raises(ValueError, match="codec mpeg4"):
         sample_frames(path, reader="decord")
@@ -146,7 +146,7 @@ def test_odd_sizes(tmp_path: Path):
     assert [number_of(pixels) for pixels in frames.pixels] == list(range(1, 30, 3))
 
 
-def test_ten_bits(tmp_path: Path):
+def test_ten_bit_video(tmp_path: Path):
     path = write_clip(tmp_path / "clip.mp4", list(range(30)), pixel_format="yuv420p10le")
     frames = sample_frames(path, 10)
     assert [number_of(pixels) for pixels in frames.pixels] == list(range(1, 30, 3))
@@ -155,21 +155,21 @@ def test_ten_bits(tmp_path: Path):
 
 
 @pytest.mark.parametrize("rotation, turns", [(90, 1), (180, 2), (270, 3)])
-def test_rotated(tmp_path: Path, rotation: int, turns: int):
-    """The matrix turns anticlockwise by `rotation` degrees, as numpy's rot90 does."""
+def test_rotated_video(tmp_path: Path, rotation: int, turns: int):
+    """The display matrix turns anticlockwise by `rotation` degrees, like numpy's rot90."""
     plain = write_clip(tmp_path / "plain.mp4", list(range(5)))
     turned = write_clip(tmp_path / "turned.mp4", list(range(5)), rotation=rotation)
     upright = np.rot90(sample_frames(plain).pixels, turns, axes=(1, 2))
     assert np.array_equal(sample_frames(turned).pixels, upright)
 
 
-def test_display_matrix_as_phones_write_it(tmp_path: Path):
+def test_the_display_matrix_of_phones(tmp_path: Path):
     """a b c d = 0 1 -1 0: x' = -y, y' = x, so the frame's top left corner is shown at the top right."""
     path = write_clip(tmp_path / "clip.mp4", list(range(3)))
     plain, data = sample_frames(path).pixels, bytearray(path.read_bytes())
     start = data.index(b"tkhd") + 4 + 40
-    for place, value in zip((0, 4, 12, 16), (0, 1 << 16, -1 << 16, 0), strict=True):
-        data[start + place : start + place + 4] = value.to_bytes(4, "big", signed=True)
+    for offset, value in zip((0, 4, 12, 16), (0, 1 << 16, -1 << 16, 0), strict=True):
+        data[start + offset : start + offset + 4] = value.to_bytes(4, "big", signed=True)
     turned = sample_frames(bytes(data)).pixels
     assert np.array_equal(turned[:, 0, -1], plain[:, 0, 0]) and np.array_equal(turned[:, 0, 0], plain[:, -1, 0])
 
@@ -179,7 +179,7 @@ def test_one_frame(tmp_path: Path):
     assert number_of(frames.pixels[0]) == 0 and frames.times.tolist() == [0.0]
 
 
-def test_bytes_are_read_as_files_are(tmp_path: Path):
+def test_bytes_give_the_frames_of_the_file(tmp_path: Path):
     path = write_clip(tmp_path / "clip.mp4", list(range(40)), sound=True)
     for reader in ("decord", "pyav"):
         ours, theirs = (sample_frames(source, 8, reader=reader) for source in (path, path.read_bytes()))
@@ -188,7 +188,7 @@ def test_bytes_are_read_as_files_are(tmp_path: Path):
 
 class TestAnimations:
     @pytest.mark.parametrize("kind", ["GIF", "WEBP"])
-    def test_durations_are_times(self, tmp_path: Path, kind: str):
+    def test_durations_give_the_times(self, tmp_path: Path, kind: str):
         durations = np.random.default_rng(1).choice([20, 50, 100, 700], 40).tolist()
         data = animation(durations, kind)
         path = tmp_path / "clip"
@@ -203,23 +203,23 @@ class TestAnimations:
         frames = sample_frames(animation([100] * 6, kind))
         assert (frames.pixels[:, -4:, -4:] == 255).all() and not (frames.pixels[:, -20:, :60] == 255).all()
 
-    def test_exact_where_lossless(self):
+    def test_lossless_animations_are_exact(self):
         frames = sample_frames(animation([100] * 6, "WEBP"))
         for number, pixels in enumerate(frames.pixels):
-            assert np.array_equal(pixels[:, :150], picture(number)[:, :150])
+            assert np.array_equal(pixels[:, :150], numbered_image(number)[:, :150])
 
     def test_without_durations(self):
         frames = sample_frames(animation([0] * 4, "GIF"))
         np.testing.assert_allclose(frames.times, [0, 0.1, 0.2, 0.3])
 
-    def test_still(self):
+    def test_a_still_image_is_one_frame(self):
         frames = sample_frames(animation([100], "WEBP"))
         assert len(frames.pixels) == 1 and frames.times.tolist() == [0.0]
 
 
 class TestChoiceOfReader:
-    def test_where_most_frames_take_a_seek_decord_is_not_asked(self):
+    def test_pyav_reads_where_most_frames_need_a_seek(self):
         keys = tuple(range(0, 6400, 50))
         timeline = Timeline(np.arange(6400), 6400, Fraction(1, 25), keys=keys)
-        assert _leaps(np.arange(50, 6400, 100), timeline)
-        assert not _leaps(np.arange(0, 64), timeline)
+        assert _mostly_seeks(np.arange(50, 6400, 100), timeline)
+        assert not _mostly_seeks(np.arange(0, 64), timeline)

@@ -15,7 +15,9 @@ from mm.video_adapter import VideoAdapterConfig
 from video.aggregator import AggregatorConfig
 from video.sampling import Clip
 
-SMALL = AggregatorConfig(factor=2, hidden_size=32, intermediate_size=48, num_layers=1, num_heads=2, num_waves=8)
+SMALL = AggregatorConfig(
+    factor=2, hidden_size=32, intermediate_size=48, num_layers=1, num_heads=2, num_time_frequencies=8
+)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Clips whose frames show their own number, in blocks that survive compression."""
+"""Make clips whose frames show their own index in large blocks, which survive compression."""
 
 import io
 from fractions import Fraction
@@ -11,8 +11,8 @@ from PIL import Image
 BITS = 8
 
 
-def picture(number: int, width: int = 160, height: int = 64) -> np.ndarray:
-    """uint8 [H, W, 3]: the number in black and white columns above, a moving ramp of colours below."""
+def numbered_image(number: int, width: int = 160, height: int = 64) -> np.ndarray:
+    """uint8 [H, W, 3]: the number's bits as black and white columns above, a moving colour ramp below."""
     pixels = np.empty((height, width, 3), np.uint8)
     across, down = np.arange(width)[None], np.arange(height)[:, None]
     for channel in range(3):
@@ -24,7 +24,7 @@ def picture(number: int, width: int = 160, height: int = 64) -> np.ndarray:
 
 
 def number_of(pixels: np.ndarray) -> int:
-    """Reads the number back."""
+    """The number that an image of `numbered_image` shows."""
     height, width = pixels.shape[:2]
     values = [pixels[height // 4, (2 * bit + 1) * width // (2 * BITS)].mean() > 127 for bit in range(BITS)]
     return sum(1 << bit for bit, white in enumerate(values) if white)
@@ -41,7 +41,7 @@ def write_clip(
     rotation: int = 0,
     sound: bool = False,
 ) -> Path:
-    """Frame i shows i and is shown from stamps[i] (in time_base) on."""
+    """Write a clip: frame i has the number i and starts at stamps[i] (in time_base)."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=25, options=options or {})
         stream.width, stream.height = size
@@ -51,7 +51,7 @@ def write_clip(
             stream.set_display_rotation(rotation)
         audio = container.add_stream("aac", rate=16000) if sound else None
         for number, stamp in enumerate(stamps):
-            frame = av.VideoFrame.from_ndarray(picture(number, *size), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(numbered_image(number, *size), format="rgb24")
             frame.pts, frame.time_base = stamp, time_base
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
@@ -61,6 +61,7 @@ def write_clip(
 
 
 def write_sound(path: Path) -> Path:
+    """Write a file with sound and no video."""
     with av.open(str(path), "w") as container:
         container.mux(_silence(container.add_stream("aac", rate=16000)))
     return path
@@ -76,10 +77,10 @@ def _silence(stream) -> list:
 
 
 def animation(durations: list[int], kind: str, size: tuple[int, int] = (160, 64)) -> bytes:
-    """An animated GIF or WebP whose frame i shows i for durations[i] ms; its lower right corner is transparent."""
+    """An animated GIF or WebP: frame i has the number i and lasts durations[i] ms; its lower right is transparent."""
     frames = []
     for number in range(len(durations)):
-        frame = Image.fromarray(picture(number, *size)).convert("RGBA")
+        frame = Image.fromarray(numbered_image(number, *size)).convert("RGBA")
         frame.paste((0, 0, 0, 0), (size[0] - 8, size[1] - 8, size[0], size[1]))
         frames.append(frame)
     out = io.BytesIO()
