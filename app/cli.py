@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         module, _, function = command.target.partition(":")
         if module.startswith("stages."):  # torchrun starts stages without this command: they read these options too
             rest += [word for word in LOGGING_OPTIONS if word in given]
-        sys.exit(getattr(importlib.import_module(module), function)(rest))
+        sys.exit(getattr(importlib.import_module(module), function)(rest) or 0)
 
 
 def find(words: Sequence[str]) -> tuple[list[str], Command]:

@@ -25,7 +25,8 @@ ZSH = """\
 # zsh completion for mm: put `source <(mm completion zsh)` into ~/.zshrc, after compinit
 _mm() {{
     local -a names
-    case "${{(j: :)words[2,CURRENT-1]}}" in
+    local -a before=("${{(@)words[2,CURRENT-1]:#-*}}")
+    case "${{(j: :)before}}" in
 {cases}
         *) _files; return ;;
     esac
@@ -38,7 +39,8 @@ FISH = """\
 # fish completion for mm: `mm completion fish > ~/.config/fish/completions/mm.fish`
 function __mm_after
     set -l words (commandline -opc)
-    test "$words[2..]" = "$argv"
+    set -l before (string match --invert -- '-*' $words[2..])
+    test "$before" = "$argv"
 end
 {lines}
 """

@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser, Namespace
 from app.assets import locate
 from app.clip_scorer import OpenClip
 from data_prep.pipeline import curation, ledger
-from data_prep.pipeline.canaries import ABOUT, FOLDER, measure_canaries, reported_thresholds, rows_of
+from data_prep.pipeline.canaries import EXPLANATION, FOLDER, measure_canaries, reported_thresholds, result_rows
 from data_prep.pipeline.forecast import SHARES, solve_threshold
 from data_prep.pipeline.forecast import forecast as forecasts_of
 from data_prep.report.language_confusion import confusions
@@ -180,8 +180,10 @@ def _print_canaries(work: Path, in_force_only: bool = False) -> None:
     step = curation.near_duplicates_step(config, locate)
     measured = measure_canaries(work, [step.threshold] if in_force_only else reported_thresholds(step))
     if measured:
-        print(f"\n{ABOUT}\n{'canaries joined at a threshold of':44}" + _row(f"{m.threshold:.4g}" for m in measured))
-    for name, shares in rows_of(measured):
+        print(
+            f"\n{EXPLANATION}\n{'canaries joined at a threshold of':44}" + _row(f"{m.threshold:.4g}" for m in measured)
+        )
+    for name, shares in result_rows(measured):
         print(f"{name:44}" + _row(f"{share:.1%}" for share in shares))
 
 

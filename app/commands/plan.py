@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 import mm
 from foundation.options import new_parser, read_options
 from mm.training.planner import expected_samples, plan
-from stages.train_image_adapter import TrainImageAdapter, shapes
+from stages.train_image_adapter import TrainImageAdapter, read_model_config
 
 
 def plan_training(argv: Sequence[str]) -> int:
@@ -24,7 +24,7 @@ def plan_training(argv: Sequence[str]) -> int:
     options = read_options(parser, argv)
     config = TrainImageAdapter(**{field.name: options[field.name] for field in fields(TrainImageAdapter)})
     if options.preset is None:
-        model = shapes(config)
+        model = read_model_config(config)
     else:
         model = replace(mm.preset(options.preset, config.tile_size or 336), image_adapter=config.adapter)
     samples = expected_samples(model, config.data, config.max_tiles, options.text_tokens, options.tiles)

@@ -1,0 +1,58 @@
+"""`mm plan`: what a training run costs, from shapes alone."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+
+import configs
+import mm
+
+
+@pytest.mark.slow
+def test_a_plan_reads_shapes_and_no_weights(
+    mm_command, squares, language_model_folder, encoder_folder, run_folder, tmp_path
+):
+    """The folders have no weights; they are named one by one, or as a run to start from."""
+    for source in (language_model_folder, encoder_folder, run_folder):
+        target = tmp_path / source.name
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors"))
+    folders = [str(tmp_path / folder.name) for folder in (language_model_folder, encoder_folder, run_folder)]
+    rates = {"language_model.*": None, "extra_embeddings": None, "*": 0.001}
+    common = {"output": "out", "data": [{"path": str(squares)}]}
+    common |= {"training": {"steps": 5, "batch_size": 4, "learning_rates": rates}}
+    new = {"language_model": folders[0], "vision_encoder": folders[1], "adapter": {"positions": [2, 4, 6]}, **common}
+    plans = []
+    for values in (new, {"start_from": folders[2], **common}):
+        (tmp_path / "plan.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+        command = ("plan", "--config", tmp_path / "plan.yaml", "--training.batch_size", 8, "--text-tokens", 12)
+        code, out, _ = mm_command(*command, "--json")
+        plans.append(json.loads(out))
+        assert code == 0
+        shown = mm_command(*command, "--gpus", 2, "--gpu-memory", 1, "--tflops", 1)[1]
+        assert "a step: 8 samples of 12 text tokens and 1 tiles (as the index tells), fp32" in shown
+        assert "what fits 2 GPUs of 1 GB" in shown and "images/s, at most" in shown
+    model, _ = mm.load(run_folder)
+    totals = [[one["held"]["total"] for one in plan.pop("configured")] for plan in plans]
+    assert totals[0] == pytest.approx(totals[1], rel=1e-3)  # rotary frequencies, made by the first of two, stay for all
+    assert plans[0] == plans[1] and plans[0]["batch_size"] == 8
+    for part in ("vision_encoder", "image_adapter"):
+        counted = sum(parameter.numel() for parameter in getattr(model, part).parameters())
+        assert plans[0]["parameters"][part] == {"trained": counted, "frozen": 0}
+
+
+def test_wrong_options(refused, everything_run):
+    preset = ("plan", "--config", configs.path("image_adapter.yaml"), "--preset", "8b")
+    wrong = {
+        ("--preset", "9b"): "there is no preset '9b'",
+        ("--gpus", "0"): "gpus is 0",
+        ("--tile-size", "300"): "tile_size 300 is not a multiple of patch_size 14",
+        ("--tiles", "5"): "tiles is 5; it can be 1 to 4",
+    }
+    for arguments, reason in wrong.items():
+        assert reason in refused(*preset, *arguments)
+    assert "models/language-model" in refused(*preset[:3])  # named in the file, and not there
+    assert "output" in refused("plan", "--preset", "8b")
+    start = ("plan", "--config", configs.path("annealing.yaml"), "--start_from", everything_run)
+    assert "video_adapter, speech_encoder, speech_adapter" in refused(*start)
