@@ -1,0 +1,11 @@
+"""Many processes for one model: process groups, layout, FSDP, tensor parallelism and pipeline, applied from outside.
+
+The model's code knows nothing of this package. Training and inference stand on it; it imports neither.
+
+    process_group.py    the processes that torchrun starts, and the collectives over all of them
+    layout.py           how they are arranged: pp x dp_replicate x dp_shard x tp
+    tables.py           which modules are split, gathered and checkpointed; the planner reads the same tables
+    tensor_parallel.py, fsdp.py, parallelize.py    the parallelism inside one pipeline stage
+    pipeline.py         one rank's stage of a model
+    dtensor.py          full tensors and norms of what is sharded
+"""

@@ -1,19 +1,21 @@
-"""Products shared by several ranks (tensor parallelism), applied to the model from outside, with DTensor.
+"""Tensor parallelism: matrix products shared by several ranks, applied to the model from outside, with DTensor.
 
-A rank has some of the heads and of the channels between a feed-forward's products, so that one sum ends each pair of
-products (Megatron-LM, arXiv 1909.08053). Where most tokens are, inside the layers of the image encoder, it also has
-only its part of the tokens in what goes token by token: norms, gates and residuals (sequence parallelism, arXiv
-2205.05198). Everything else runs whole on every rank, and comes out the same on all.
+Each rank has some of the attention heads and of the feed-forward's channels, so that one sum over the ranks ends each
+pair of products (Megatron-LM, arXiv 1909.08053). Inside the layers of the image encoder, where most tokens are, each
+rank also has only some of the tokens in norms, gates and residuals (sequence parallelism, arXiv 2205.05198). Everything
+else runs on every rank with the same result. `mm.parallel.tables` says which linear layers are shared.
+Shapes: N images, S tokens of an image, C channels.
 """
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -27,6 +29,7 @@ from foundation.errors import UserError
 from layers.attention import CrossAttention, SelfAttention
 from mm.cross_attention import CrossAttentionBlock, ImageAdapter
 from mm.language_model import DecoderLayer, LanguageModel
+from mm.parallel.tables import TENSOR_PARALLEL, Split, shares_head
 from vision.encoder import EncoderLayer
 
 
@@ -34,32 +37,56 @@ def apply_tensor_parallel(module: nn.Module, mesh: DeviceMesh) -> None:
     """Split the layers of a module, in place, over a mesh of one dimension; every rank must hold the same weights.
 
     Raises:
-        UserError: heads or channels that the ranks do not divide.
+        UserError: the number of ranks does not divide the heads or channels.
     """
+    for description, size in shared_sizes(module):
+        if size % mesh.size():
+            raise UserError(f"tp_degree is {mesh.size()}; it must divide {description}, {size}")
     for part in list(module.modules()):
         match part:
             case DecoderLayer():
-                _split_decoder_layer(part, mesh)
+                # One DTensor for all products of x: their parts of its gradient are added before the ranks sum them.
+                _parallelize(part, mesh, {"self_attn": _replicated_input(1), "mlp": _replicated_input(0)})
             case LanguageModel():
-                _split_head(part, mesh)
+                if shares_head(part, mesh.size()):
+                    head = ColwiseParallel(output_layouts=Replicate())
+                    parallelize_module(part, mesh, {"lm_head": head}, src_data_rank=None)
             case ImageAdapter():
-                part.projection.register_forward_hook(partial(_replicated, mesh))
+                part.projection.register_forward_hook(partial(_replicate_vision_tokens, mesh))
             case CrossAttentionBlock():
-                _split_block(part, mesh)
+                _parallelize(part, mesh, {"cross_attn": _replicated_input(3), "mlp": _replicated_input(0)})
             case EncoderLayer():
                 _split_encoder_layer(part, mesh)
 
 
+def shared_sizes(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """What the tensor-parallel degree must divide: (description, number), such as ("num_heads of ...", 32)."""
+    for part in module.modules():
+        match part:
+            case DecoderLayer():
+                yield from _sizes("the language model", part.self_attn, part.mlp.gate_proj)
+            case CrossAttentionBlock():
+                yield from _sizes("the cross-attention blocks", part.cross_attn, part.mlp.gate_proj)
+            case EncoderLayer():
+                yield from _sizes("the image encoder", part.self_attn, part.mlp.fc1)
+
+
+def _sizes(where: str, attention: SelfAttention | CrossAttention, widening: nn.Linear) -> Iterator[tuple[str, int]]:
+    yield f"num_heads of {where}", attention.q_proj.out_features // attention.head_dim
+    yield f"num_kv_heads of {where}", attention.k_proj.out_features // attention.head_dim
+    yield f"intermediate_size of {where}", widening.out_features
+
+
 @torch.no_grad()
 def all_reduce_partial_gradients(module: nn.Module, group: dist.ProcessGroup) -> None:
-    """Sum the gradients of what stands whole on each rank and meets only that rank's heads or tokens.
+    """Sum the gradients of parameters that are whole on each rank, but that met only that rank's heads or tokens.
 
-    To be called once per step, after its last backward pass, by all ranks.
+    All ranks call this once per step, after the last backward pass of the step.
 
     Args:
-        group: the ranks that share products.
+        group: the tensor-parallel ranks.
     """
-    gradients = [parameter.grad.to_local() for parameter in _used_in_part(module) if parameter.grad is not None]
+    gradients = [parameter.grad.to_local() for parameter in _partial_parameters(module) if parameter.grad is not None]
     if gradients:
         total = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(total, group=group)
@@ -67,7 +94,7 @@ def all_reduce_partial_gradients(module: nn.Module, group: dist.ProcessGroup) ->
             gradient.copy_(summed.view_as(gradient))
 
 
-def _used_in_part(module: nn.Module) -> Iterator[nn.Parameter]:
+def _partial_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
     for part in module.modules():
         match part:
             case CrossAttention():
@@ -78,107 +105,66 @@ def _used_in_part(module: nn.Module) -> Iterator[nn.Parameter]:
                 yield from (gate for gate in (part.gate_attn, part.gate_ffn) if gate is not None)
 
 
-def _split_decoder_layer(layer: DecoderLayer, mesh: DeviceMesh) -> None:
-    _check(mesh, "the language model", layer.self_attn, layer.mlp.gate_proj)
-    plan = {
-        # One DTensor for all products of x: their shares of its gradient are added up before the ranks sum them.
-        "self_attn": _whole_input(1),
-        "self_attn.[qkv]_proj": ColwiseParallel(),
-        "self_attn.o_proj": RowwiseParallel(),
-        **_swiglu(),
-    }
-    parallelize_module(layer, mesh, plan, src_data_rank=None)
+def _parallelize(
+    module: nn.Module,
+    mesh: DeviceMesh,
+    inputs: dict[str, ParallelStyle],
+    output: Placement | None = None,
+) -> None:
+    """Split the linear layers that the table names for this kind of module.
 
-
-def _split_head(language_model: LanguageModel, mesh: DeviceMesh) -> None:
-    """Give each rank its part of the vocabulary, where the ranks divide it and `lm_head` is a table of its own.
-
-    One that is the embedding table as well stays whole: there every rank looks up whole tokens. A pipeline's stage may
-    have no head at all.
+    Args:
+        inputs: how the inputs of submodules become DTensors.
+        output: the layout of the outputs of layers that are split by inputs; None: the same on all ranks.
     """
-    config, head = language_model.config, language_model.lm_head
-    if isinstance(head, nn.Linear) and not config.tied_embeddings and config.vocab_size % mesh.size() == 0:
-        parallelize_module(head, mesh, ColwiseParallel(output_layouts=Replicate()), src_data_rank=None)
+    linears = next(linears for kind, linears in TENSOR_PARALLEL.items() if isinstance(module, kind))
+    by_split = {Split.OUTPUTS: ColwiseParallel(), Split.INPUTS: RowwiseParallel(output_layouts=output)}
+    plan = inputs | {name: by_split[split] for name, split in linears.items()}
+    parallelize_module(module, mesh, plan, src_data_rank=None)
 
 
-def _split_block(block: CrossAttentionBlock, mesh: DeviceMesh) -> None:
-    _check(mesh, "the cross-attention blocks", block.cross_attn, block.mlp.gate_proj)
-    plan = {
-        "cross_attn": _whole_input(3),
-        "cross_attn.[qkv]_proj": ColwiseParallel(),
-        "cross_attn.o_proj": RowwiseParallel(),
-        **_swiglu(),
-    }
-    parallelize_module(block, mesh, plan, src_data_rank=None)
-
-
-def _replicated(mesh: DeviceMesh, projection: nn.Linear, inputs: tuple[Tensor], vision: Tensor) -> DTensor:
-    """Vision tokens as a DTensor: all blocks' shares of their gradient are added up, in FP32, and then summed once."""
-    return DTensor.from_local(vision.to(projection.weight.dtype), mesh, [Replicate()])
-
-
-def _swiglu() -> dict[str, ParallelStyle]:
-    return {
-        "mlp": _whole_input(0),
-        "mlp.gate_proj": ColwiseParallel(),
-        "mlp.up_proj": ColwiseParallel(),
-        "mlp.down_proj": RowwiseParallel(),
-    }
-
-
-def _whole_input(num_others: int) -> PrepareModuleInput:
-    """A module's first input, the same on all ranks, as a DTensor; its other positional inputs as they are."""
+def _replicated_input(num_others: int) -> PrepareModuleInput:
+    """A module's first input, the same on all ranks, becomes a DTensor; its other positional inputs are untouched."""
     layouts = (Replicate(), *[None] * num_others)
     return PrepareModuleInput(input_layouts=layouts, desired_input_layouts=layouts)
 
 
+def _replicate_vision_tokens(mesh: DeviceMesh, projection: nn.Linear, inputs: tuple[Tensor], vision: Tensor) -> DTensor:
+    """Vision tokens as a DTensor, so that the gradients from all blocks are added in FP32 and then summed over the
+    ranks once."""
+    return DTensor.from_local(vision.to(projection.weight.dtype), mesh, [Replicate()])
+
+
 def _split_encoder_layer(layer: EncoderLayer, mesh: DeviceMesh) -> None:
     """x is whole before and after the layer; in between, tokens are padded to a multiple of the ranks and split."""
-    _check(mesh, "the image encoder", layer.self_attn, layer.mlp.fc1)
-    layer.register_forward_pre_hook(partial(_own_tokens, mesh))
-    layer.self_attn.register_forward_pre_hook(partial(_all_real_tokens, mesh), with_kwargs=True)
-    layer.self_attn.o_proj.register_forward_pre_hook(lambda _, inputs: _padded(inputs[0], mesh))
-    layer.register_forward_hook(partial(_all_tokens, mesh))
-    plan = {
-        "self_attn.[qkv]_proj": ColwiseParallel(),
-        "self_attn.o_proj": RowwiseParallel(output_layouts=Shard(1)),
-        "mlp": PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate()),
-        "mlp.fc1": ColwiseParallel(),
-        "mlp.fc2": RowwiseParallel(output_layouts=Shard(1)),
-    }
-    parallelize_module(layer, mesh, plan, src_data_rank=None)
+    layer.register_forward_pre_hook(partial(_shard_tokens, mesh))
+    layer.self_attn.register_forward_pre_hook(partial(_gather_tokens_for_attention, mesh), with_kwargs=True)
+    layer.self_attn.o_proj.register_forward_pre_hook(lambda _, inputs: _pad_tokens(inputs[0], mesh))
+    layer.register_forward_hook(partial(_gather_tokens, mesh))
+    mlp = PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate())
+    _parallelize(layer, mesh, {"mlp": mlp}, output=Shard(1))
 
 
-def _own_tokens(mesh: DeviceMesh, layer: EncoderLayer, inputs: tuple[Tensor, Tensor | None]) -> tuple:
-    """This rank's part of x [N, S, C]. S goes with the mask: a layer that is computed anew meets it there again."""
+def _shard_tokens(mesh: DeviceMesh, layer: EncoderLayer, inputs: tuple[Tensor, Tensor | None]) -> tuple[Tensor, tuple]:
+    """x [N, S, C] -> this rank's tokens of it. S goes with the mask, so that activation checkpointing keeps it."""
     x, mask = inputs
-    own = DTensor.from_local(_padded(x, mesh), mesh, [Replicate()]).redistribute(placements=[Shard(1)])
-    return own.to_local(), (mask, x.shape[1])
+    local = DTensor.from_local(_pad_tokens(x, mesh), mesh, [Replicate()]).redistribute(placements=[Shard(1)])
+    return local.to_local(), (mask, x.shape[1])
 
 
-def _all_real_tokens(mesh: DeviceMesh, attention: SelfAttention, inputs: tuple[Tensor], options: dict) -> tuple:
+def _gather_tokens_for_attention(
+    mesh: DeviceMesh, attention: SelfAttention, inputs: tuple[Tensor], options: dict[str, Any]
+) -> tuple[tuple[DTensor], dict[str, Any]]:
     """All ranks' tokens for attention, without the padding."""
     mask, length = options["mask"]
     x = DTensor.from_local(inputs[0], mesh, [Shard(1)]).redistribute(placements=[Replicate()])
     return (x[:, :length],), {"mask": mask}
 
 
-def _all_tokens(mesh: DeviceMesh, layer: EncoderLayer, inputs: tuple, x: Tensor) -> Tensor:
+def _gather_tokens(mesh: DeviceMesh, layer: EncoderLayer, inputs: tuple, x: Tensor) -> Tensor:
     _, (_, length) = inputs
     return DTensor.from_local(x, mesh, [Shard(1)]).full_tensor()[:, :length]
 
 
-def _padded(x: Tensor, mesh: DeviceMesh) -> Tensor:
+def _pad_tokens(x: Tensor, mesh: DeviceMesh) -> Tensor:
     return F.pad(x, (0, 0, 0, -x.shape[1] % mesh.size()))
-
-
-def _check(mesh: DeviceMesh, where: str, attention: SelfAttention | CrossAttention, widening: nn.Linear) -> None:
-    """Make sure that the ranks divide what they are to share."""
-    numbers = {
-        "num_heads": attention.q_proj.out_features // attention.head_dim,
-        "num_kv_heads": attention.k_proj.out_features // attention.head_dim,
-        "intermediate_size": widening.out_features,
-    }
-    for name, number in numbers.items():
-        if number % mesh.size():
-            raise UserError(f"training.tp_degree is {mesh.size()}; it must divide {name} of {where}, {number}")

@@ -16,20 +16,22 @@ from pathlib import Path
 
 import torch
 
-from mm.parallel.ranks import Layout, joined, shard, whole
-from mm.training.adapters import LAYERS
+from mm.parallel.dtensor import full_tensor
+from mm.parallel.parallelize import parallelize
+from mm.parallel.process_group import init_distributed
+from mm.parallel.tables import CHECKPOINTED_MODULES
 from mm.training.compiling import compiled
 from mm.training.data import collate_step
 from mm.training.guards import Guard
 from mm.training.optimizer import apply_learning_rates, build_optimizer
-from mm.training.trainer import activation_checkpointing, train, train_step
+from mm.training.trainer import Trainer, activation_checkpointing, train_step
 
 
 class Spy(torch.optim.SGD):
     """Takes no step; gathers the gradients it would have taken."""
 
     def step(self) -> None:
-        self.seen = [whole(p.grad).clone() for group in self.param_groups for p in group["params"]]
+        self.seen = [full_tensor(p.grad).clone() for group in self.param_groups for p in group["params"]]
 
 
 def gradients_of_a_step(model, samples, objective, fsdp_modules, config, ranks) -> dict:
@@ -39,11 +41,14 @@ def gradients_of_a_step(model, samples, objective, fsdp_modules, config, ranks) 
     work = collate_step(
         samples[ranks.rank :: ranks.size], objective, config.micro_batch_size, objective.dummy_sample(model), share
     )
-    shard(module, fsdp_modules, Layout.of(config, ranks.size), config.precision, "cpu", objective.forward_methods)
+    parallelize(module, fsdp_modules, config.layout(ranks.size), config.precision, "cpu", objective.forward_methods)
     held = sum(p.to_local().numel() for p in module.parameters())
     states = build_optimizer(module, apply_learning_rates(module, config.learning_rates), 0.1, (0.9, 0.95)).param_groups
     spy = Spy([module.get_parameter(name) for name in names], lr=1.0)
-    with compiled(module, LAYERS, config.compile), activation_checkpointing(module, LAYERS, config):
+    with (
+        compiled(module, CHECKPOINTED_MODULES, config.compile),
+        activation_checkpointing(module, CHECKPOINTED_MODULES, config),
+    ):
         step = train_step(module, objective, spy, work.batches, config, "cpu", Guard(None, 0))
     frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
     return {
@@ -60,7 +65,7 @@ def gradients_of_a_step(model, samples, objective, fsdp_modules, config, ranks) 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     torch.compile = partial(torch.compile, backend="aot_eager")  # all of it but machine code, which takes minutes
-    with joined() as ranks:
+    with init_distributed() as ranks:
         plan = torch.load(folder / "plan.pt", weights_only=False)
         samples, objective, fsdp_modules = plan["samples"], plan["objective"], plan["fsdp_modules"]
         for name, (model, config) in plan["gradients"].items():
@@ -71,7 +76,7 @@ def main(folder: Path) -> None:
             if earlier and ranks.is_main:
                 shutil.copytree(folder / earlier, folder / name / "checkpoints" / Path(earlier).name)
             model = copy.deepcopy(model)
-            train(model, objective, samples, config, folder / name, "test", fsdp_modules=fsdp_modules)
+            Trainer(model, objective, samples, config, folder / name, "test", fsdp_modules=fsdp_modules).run()
             if ranks.is_main:
                 torch.save(model.state_dict(), folder / name / "weights.pt")
 

@@ -22,20 +22,17 @@ import torch.distributed as dist
 from torch.utils.data import Dataset
 
 from mm.batch import collate
-from mm.cross_attention import CrossAttentionBlock
-from mm.language_model import DecoderLayer
-from mm.parallel.pipeline import cut
-from mm.parallel.ranks import Layout, Ranks, joined, shard, whole
+from mm.parallel.dtensor import full_tensor
+from mm.parallel.parallelize import parallelize
+from mm.parallel.pipeline import build_stage
+from mm.parallel.process_group import Ranks, init_distributed
+from mm.parallel.tables import CHECKPOINTED_MODULES, FSDP_MODULES
 from mm.training.adapters import answer_accuracy
 from mm.training.data import collate_step
 from mm.training.guards import Guard
-from mm.training.objectives import NextTokenObjective
+from mm.training.objectives import NextTokenObjective, loss_of_hidden_states
 from mm.training.optimizer import apply_learning_rates
-from mm.training.trainer import train, train_step
-from vision.encoder import EncoderLayer, VisionEncoder
-
-UNITS = (DecoderLayer, VisionEncoder, CrossAttentionBlock)
-LAYERS = (DecoderLayer, EncoderLayer, CrossAttentionBlock)
+from mm.training.trainer import Trainer, train_step
 
 
 class Spy(torch.optim.SGD):
@@ -46,20 +43,20 @@ class Spy(torch.optim.SGD):
         super().__init__([{"params": list(self.trained.values())}], lr=1.0)
 
     def step(self) -> None:
-        self.seen = {name: whole(p.grad).clone() for name, p in self.trained.items() if p.grad is not None}
+        self.seen = {name: full_tensor(p.grad).clone() for name, p in self.trained.items() if p.grad is not None}
 
 
 def one_step(model, samples, config, ranks) -> dict:
     """Of a step in which each pipeline takes its share of the samples."""
-    objective, layout = NextTokenObjective(), Layout.of(config, ranks.size)
-    readers = layout.readers(ranks.rank)
+    objective, layout = NextTokenObjective(), config.layout(ranks.size)
+    dp_rank = layout.dp_rank(ranks.rank)
     apply_learning_rates(model, config.learning_rates)
-    share = math.ceil(len(samples) / readers.size)
-    mine = samples[readers.rank :: readers.size]
+    share = math.ceil(len(samples) / layout.dp_size)
+    mine = samples[dp_rank :: layout.dp_size]
     work = collate_step(mine, objective, config.micro_batch_size, objective.dummy_sample(model), share)
-    stage = cut(model, config, layout, "cpu")
-    if readers.size * layout.tensor > 1:
-        shard(stage, UNITS, layout, config.precision, "cpu", objective.forward_methods)
+    stage = build_stage(model, layout, "cpu", config.precision, loss_of_hidden_states)
+    if layout.dp_size * layout.tp > 1:
+        parallelize(stage, FSDP_MODULES, layout, config.precision, "cpu", objective.forward_methods)
     spy = Spy(stage)
     step = train_step(stage, objective, spy, work.batches, config, "cpu", Guard(None, 0))
     return {
@@ -94,8 +91,8 @@ def run(model, plan: dict, config, folder: Path, ended_in: int | None, ranks: Ra
     code = 0
     try:
         evaluate = partial(answer_accuracy, batches=[collate(plan["samples"])], device=torch.device("cpu"))
-        options = {"evaluate": evaluate, "layers": LAYERS, "units": UNITS}
-        train(model, NextTokenObjective(), dataset, config, folder, "test", **options)
+        options = {"evaluate": evaluate, "checkpointed_modules": CHECKPOINTED_MODULES, "fsdp_modules": FSDP_MODULES}
+        Trainer(model, NextTokenObjective(), dataset, config, folder, "test", **options).run()
     except SystemExit as end:
         code = end.code
     assert code == (143 if ended_in else 0)
@@ -105,7 +102,7 @@ def run(model, plan: dict, config, folder: Path, ended_in: int | None, ranks: Ra
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    with joined() as ranks:
+    with init_distributed() as ranks:
         plan = torch.load(folder / "plan.pt", weights_only=False)
         for name, (model, config) in plan["steps"].items():
             found: list = [None] * ranks.size

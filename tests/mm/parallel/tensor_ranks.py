@@ -22,18 +22,19 @@ from torch import nn
 from mm.batch import collate
 from mm.cross_attention import CrossAttentionBlock
 from mm.language_model import DecoderLayer
-from mm.parallel.ranks import Layout, joined, mesh_of, shard, whole
+from mm.parallel.dtensor import full_tensor
+from mm.parallel.layout import Layout
+from mm.parallel.parallelize import parallelize
+from mm.parallel.process_group import init_distributed
+from mm.parallel.tables import CHECKPOINTED_MODULES, FSDP_MODULES
 from mm.parallel.tensor_parallel import apply_tensor_parallel
 from mm.training.adapters import answer_accuracy
 from mm.training.data import collate_step
 from mm.training.guards import Guard
 from mm.training.objectives import NextTokenObjective
 from mm.training.optimizer import apply_learning_rates, build_optimizer
-from mm.training.trainer import train, train_step
-from vision.encoder import EncoderLayer, VisionEncoder
-
-UNITS = (DecoderLayer, VisionEncoder, CrossAttentionBlock)
-LAYERS = (DecoderLayer, EncoderLayer, CrossAttentionBlock)
+from mm.training.trainer import Trainer, train_step
+from vision.encoder import EncoderLayer
 
 
 class Spy(torch.optim.SGD):
@@ -42,18 +43,18 @@ class Spy(torch.optim.SGD):
     def step(self) -> None:
         trained = [p for group in self.param_groups for p in group["params"]]
         self.types = {p.grad.dtype for p in trained if p.grad is not None}
-        self.seen = [None if p.grad is None else whole(p.grad).clone() for p in trained]
+        self.seen = [None if p.grad is None else full_tensor(p.grad).clone() for p in trained]
 
 
 def one_step(model, samples, config, ranks) -> dict:
     """What one step of all ranks gives, and what this rank had to do with it."""
-    objective, layout = NextTokenObjective(), Layout.of(config, ranks.size)
-    readers = layout.readers(ranks.rank)
+    objective, layout = NextTokenObjective(), config.layout(ranks.size)
+    dp_rank, dp_size = layout.dp_rank(ranks.rank), layout.dp_size
     module = copy.deepcopy(model)
     names = list(apply_learning_rates(module, config.learning_rates))
-    idle, share = objective.dummy_sample(model) if readers.size > 1 else None, -(-len(samples) // readers.size)
-    work = collate_step(samples[readers.rank :: readers.size], objective, config.micro_batch_size, idle, share)
-    shard(module, UNITS, layout, config.precision, "cpu", objective.forward_methods)
+    idle, share = objective.dummy_sample(model) if dp_size > 1 else None, -(-len(samples) // dp_size)
+    work = collate_step(samples[dp_rank::dp_size], objective, config.micro_batch_size, idle, share)
+    parallelize(module, FSDP_MODULES, layout, config.precision, "cpu", objective.forward_methods)
     layers = [layer for layer in module.modules() if isinstance(layer, DecoderLayer)]
     held = sum(p.to_local().numel() for layer in layers for p in layer.parameters())
     build_optimizer(module, apply_learning_rates(module, config.learning_rates), 0.1, (0.9, 0.95))
@@ -67,7 +68,7 @@ def one_step(model, samples, config, ranks) -> dict:
         "gradient_types": spy.types,
         "master_types": {p.dtype for p in module.parameters()},
         "layer_types": types,
-        "vision": [(x.grad.dtype, whole(x.grad.float())) for x in vision] if config.precision == "bf16" else [],
+        "vision": [(x.grad.dtype, full_tensor(x.grad.float())) for x in vision] if config.precision == "bf16" else [],
         "held_of_layers": held,
         "tokens": tokens,
     }
@@ -112,11 +113,11 @@ def evaluated(module: nn.Module, batches: list, layout: Layout) -> dict[str, flo
     digest, number = hashlib.sha256(), 0
     for parameter in module.parameters():
         names = parameter.device_mesh.mesh_dim_names
-        if "tensor" not in names or parameter.placements[names.index("tensor")].is_replicate():
+        if "tp" not in names or parameter.placements[names.index("tp")].is_replicate():
             digest.update(parameter.to_local().detach().numpy().tobytes())
             number += 1
-    group = mesh_of(layout, "cpu")["tensor"].get_group()
-    digests = [None] * layout.tensor
+    group = layout.mesh("cpu")["tp"].get_group()
+    digests = [None] * layout.tp
     dist.all_gather_object(digests, digest.hexdigest(), group=group)
     same = len(set(digests)) == 1
     return answer_accuracy(module, batches, torch.device("cpu")) | {"same": float(same), "number": float(number)}
@@ -124,7 +125,7 @@ def evaluated(module: nn.Module, batches: list, layout: Layout) -> dict[str, flo
 
 def refusal(model, ranks: int) -> str:
     try:
-        apply_tensor_parallel(copy.deepcopy(model), mesh_of(Layout(tensor=ranks), "cpu")["tensor"])
+        apply_tensor_parallel(copy.deepcopy(model), Layout(tp=ranks).mesh("cpu")["tp"])
     except ValueError as error:
         return str(error)
     return ""
@@ -132,7 +133,7 @@ def refusal(model, ranks: int) -> str:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    with joined() as ranks:
+    with init_distributed() as ranks:
         plan = torch.load(folder / "plan.pt", weights_only=False)
         for name, (model, samples, config) in plan["steps"].items():
             found = one_step(model, samples, config, ranks)
@@ -147,9 +148,9 @@ def main(folder: Path) -> None:
             if earlier and ranks.is_main:
                 shutil.copytree(folder / earlier, folder / name / "checkpoints" / Path(earlier).name)
             module = copy.deepcopy(model)
-            evaluate = partial(evaluated, batches=[collate(samples)], layout=Layout.of(config, ranks.size))
-            options = {"evaluate": evaluate, "layers": LAYERS, "units": UNITS}
-            train(module, NextTokenObjective(), samples, config, folder / name, "test", **options)
+            evaluate = partial(evaluated, batches=[collate(samples)], layout=config.layout(ranks.size))
+            options = {"evaluate": evaluate, "checkpointed_modules": CHECKPOINTED_MODULES, "fsdp_modules": FSDP_MODULES}
+            Trainer(module, NextTokenObjective(), samples, config, folder / name, "test", **options).run()
             if ranks.is_main:
                 torch.save(module.state_dict(), folder / name / "weights.pt")
 

@@ -13,18 +13,20 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemReader
 
 import mm
+from foundation.errors import UserError
 from mm.batch import IGNORED
 from mm.config import preset
 from mm.cross_attention import ImageAdapterConfig
-from mm.parallel.pipeline import Stage, alike, cut, stages_of
-from mm.parallel.ranks import Layout
+from mm.parallel.layout import Layout
+from mm.parallel.pipeline import Stage, build_stage, pad_to_common_shape, stage_layers
+from mm.parallel.process_group import Ranks
 from mm.training.adapters import answer_accuracy
 from mm.training.contrastive import ContrastiveModel, TextTowerConfig
 from mm.training.data import Unreadable, collate_step
 from mm.training.guards import Guard
-from mm.training.objectives import NextTokenObjective, next_token_loss
+from mm.training.objectives import NextTokenObjective, loss_of_hidden_states, next_token_loss
 from mm.training.optimizer import apply_learning_rates
-from mm.training.trainer import train, train_step
+from mm.training.trainer import Trainer, train_step
 from tests.mm.training.launch import launch
 
 # Sums over micro-batches and ranks run in another order than in one pass: fp32 rounding of gradients of size 1e-3 to 1.
@@ -67,8 +69,8 @@ def alone(model, samples, config) -> dict:
 
 
 def stages(model, ranks: int) -> list[Stage]:
-    cuts = stages_of(model.image_adapter.positions, model.config.language_model.num_layers, ranks)
-    return [Stage(model, cuts, rank) for rank in range(ranks)]
+    cuts = stage_layers(model.image_adapter.positions, model.config.language_model.num_layers, ranks)
+    return [Stage(model, cuts, rank, loss_of_hidden_states) for rank in range(ranks)]
 
 
 def names(module) -> set[str]:
@@ -80,17 +82,17 @@ def count(module) -> int:
 
 
 def test_the_papers_stages():
-    cuts = stages_of(PAPER, 126, 31)
+    cuts = stage_layers(PAPER, 126, 31)
     assert cuts == [range(start, start + 4) for start in range(0, 120, 4)] + [range(120, 126)]
-    assert [len(layers) // 4 for layers in stages_of(PAPER, 126, 16)] == [2] * 15 + [1]
-    assert [len(layers) for layers in stages_of(PAPER, 126, 8)] == [16] * 7 + [14]
-    assert stages_of(PAPER, 126, 1) == [range(126)]
+    assert [len(layers) // 4 for layers in stage_layers(PAPER, 126, 16)] == [2] * 15 + [1]
+    assert [len(layers) for layers in stage_layers(PAPER, 126, 8)] == [16] * 7 + [14]
+    assert stage_layers(PAPER, 126, 1) == [range(126)]
 
 
 @pytest.mark.parametrize("positions", [PAPER, tuple(range(3, 126, 4)), (0, 5, 6, 20, 126)])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_stages_are_cut_behind_blocks_and_hold_about_equally_many(positions, ranks):
-    cuts = stages_of(positions, 126, ranks)
+    cuts = stage_layers(positions, 126, ranks)
     assert [depth for layers in cuts for depth in layers] == list(range(126))
     assert {layers.stop for layers in cuts[:-1]} <= set(positions)
     blocks = [sum(max(position - 1, 0) in layers for position in positions if position) for layers in cuts]
@@ -129,7 +131,7 @@ def test_405b_is_cut_without_its_weights():
     head = count(model.language_model.model.norm) + count(model.language_model.lm_head)
 
     def held(ranks: int, rank: int) -> int:
-        return count(Stage(model, stages_of(model.image_adapter.positions, 126, ranks), rank))
+        return count(Stage(model, stage_layers(model.image_adapter.positions, 126, ranks), rank, loss_of_hidden_states))
 
     ordinary = held(31, 1)
     assert ordinary == everywhere + 4 * layer + block == pytest.approx(17e9, rel=0.02)  # of 505B
@@ -153,7 +155,7 @@ def test_stages_one_after_another_are_the_model(build_model, tiny_config, uneven
 def test_padding_to_the_largest_batch_changes_nothing(model, uneven):
     apply_learning_rates(model, {**FROZEN, "*": 1e-3})
     parts = [mm.collate(uneven[start : start + 3]) for start in (0, 3, 6)]
-    padded = alike(parts)
+    padded = pad_to_common_shape(parts)
     assert {batch.tokens.shape for batch in padded} == {(3, 15)} and len({b.tokens.shape for b in parts}) == 3
     for part, larger in zip(parts, padded, strict=True):
         found = []
@@ -169,34 +171,47 @@ def test_padding_to_the_largest_batch_changes_nothing(model, uneven):
             torch.testing.assert_close(same_gradients[name], gradient, rtol=1e-3, atol=4e-5, msg=name)
 
 
-def test_what_a_pipeline_cannot_do_is_said(model, config):
-    settings, two = config(pp_degree=2), Layout(pipeline=2)
-    with pytest.raises(ValueError, match=r"pp_degree is 4; .* has 3 of them .* at most 3 ranks"):
-        stages_of((2, 4, 6), 6, 4)
-    with pytest.raises(ValueError, match=r"pp_degree is 2, .* 1 micro-batches \(of 7 in 7 samples\)"):
-        cut(model, settings, two, "cpu")
-    with pytest.raises(ValueError, match=r"1 micro-batches \(of 4 in 4 samples\)"):
-        cut(model, config(pp_degree=2, micro_batch_size=4), Layout(pipeline=2, shards=2), "cpu")
+def test_more_stages_than_blocks_are_refused():
+    with pytest.raises(ValueError, match=r"pp_degree is 4; .* has 3 of them .* at most 3"):
+        stage_layers((2, 4, 6), 6, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_ranks", "message"),
+    [
+        ({}, 2, r"pp_degree is 2, .* 1 micro-batches \(of 7 in 7 samples\)"),
+        ({"micro_batch_size": 4}, 4, r"1 micro-batches \(of 4 in 4 samples\)"),
+    ],
+)
+def test_fewer_micro_batches_than_stages_are_refused(model, config, tmp_path, monkeypatch, changes, num_ranks, message):
+    monkeypatch.setattr(Ranks, "current", lambda: Ranks(0, num_ranks))
+    monkeypatch.setattr(Ranks, "check_consistent", lambda *_: None)
+    with pytest.raises(UserError, match=message):
+        Trainer(model, NextTokenObjective(), [None] * 8, config(pp_degree=2, **changes), tmp_path / "run", "test").run()
+
+
+def test_only_a_language_model_with_an_image_adapter_is_split(model):
     bare = mm.MultimodalModel(replace(model.config, vision_encoder=None, image_adapter=None))
     contrastive = ContrastiveModel(
         model.config.vision_encoder, TextTowerConfig(hidden_size=8, num_layers=1, num_heads=1, embedding_size=8)
     )
     for other in (bare, contrastive):
-        with pytest.raises(ValueError, match="only a language model with an image adapter is cut"):
-            cut(other, settings, two, "cpu")
+        with pytest.raises(ValueError, match="only a language model with an image adapter is split"):
+            build_stage(other, Layout(pp=2), "cpu", "fp32", loss_of_hidden_states)
 
 
-def test_what_is_wrong_with_a_sample_is_said_as_by_the_whole_model(model, make_sample, tmp_path):
+def test_a_stage_refuses_the_samples_that_the_whole_model_refuses(model, make_sample, tmp_path):
     answer = make_sample(".i")
     wrong = mm.collate([mm.Sample(answer.tokens, answer.tokens, answer.images)])
     unplaced = mm.collate([mm.Sample([5, 6], [5, 6], answer.images)])
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     try:
-        stage = Stage(model, [range(6)], 0, group=dist.group.WORLD)
-        with pytest.raises(ValueError, match="image tokens are no targets"):
-            stage.learn([wrong], 1.0)
-        with pytest.raises(ValueError, match="row 0 has 0 image tokens"):
-            stage.learn([unplaced], 1.0)
+        stage = Stage(model, [range(6)], 0, loss_of_hidden_states, group=dist.group.WORLD)
+        with pytest.raises(RuntimeError) as caught:
+            stage.forward_backward([wrong], 1.0)
+        assert isinstance(caught.value.__cause__, AssertionError) and "no targets" in str(caught.value.__cause__)
+        with pytest.raises(UserError, match="row 0 has 0 image tokens"):
+            stage.forward_backward([unplaced], 1.0)
     finally:
         dist.destroy_process_group()
 
@@ -226,7 +241,7 @@ def test_steps_and_runs_are_those_of_one_process(build_model, tiny_config, tiny_
     if size == 4:
         steps["copies"] = (tiny_model, settings(dp_shard=1))
         steps["bf16"] = (build_model(released), settings(precision="bf16"))
-        steps["tensor"] = (tiny_model, settings(tp_degree=2))
+        steps["tp"] = (tiny_model, settings(tp_degree=2))
         steps["tensor bf16"] = (tiny_model, settings(tp_degree=2, precision="bf16"))
     long = {
         "steps": 4,
@@ -239,7 +254,7 @@ def test_steps_and_runs_are_those_of_one_process(build_model, tiny_config, tiny_
     whole, second = replace(staged, pp_degree=1), "checkpoints/step-00000002"
     records, lone = [*uneven, Unreadable("square-0007", "broken picture")], copy.deepcopy(tiny_model)
     evaluate = partial(answer_accuracy, batches=[mm.collate(uneven)], device=torch.device("cpu"))
-    train(lone, NextTokenObjective(), records, whole, tmp_path / "alone", "test", evaluate=evaluate)
+    Trainer(lone, NextTokenObjective(), records, whole, tmp_path / "alone", "test", evaluate=evaluate).run()
     runs = [
         ("run", tiny_model, staged, None, None),
         ("ended", tiny_model, staged, None, 3),
@@ -268,7 +283,7 @@ def test_steps_and_runs_are_those_of_one_process(build_model, tiny_config, tiny_
             assert_same_weights(torch.load(tmp_path / name / "weights.pt"), lone, tiny_model, name)
     going_on = copy.deepcopy(tiny_model)
     shutil.copytree(tmp_path / "run" / second, tmp_path / "to one process" / second)
-    train(going_on, NextTokenObjective(), records, whole, tmp_path / "to one process", "test")
+    Trainer(going_on, NextTokenObjective(), records, whole, tmp_path / "to one process", "test").run()
     assert_same_weights(going_on.state_dict(), lone, tiny_model, "to one process")
     assert [row["step"] for row in lines(tmp_path / "to one process")] == [3, 4]
     for one, two in zip(lines(tmp_path / "run"), lines(tmp_path / "alone"), strict=True):
@@ -279,8 +294,10 @@ def test_steps_and_runs_are_those_of_one_process(build_model, tiny_config, tiny_
         for name in (n for n in one if "eval/" in n):
             assert one[name] == pytest.approx(two[name], rel=1e-4), name
 
-    reported = sum(row.get("unreadable", 0) for name in {name for name, *_ in runs} for row in lines(tmp_path / name))
-    assert said.count("left out record square-0007: broken picture") == reported > 0  # by one rank each time
+    reported = sum(
+        row.get("unreadable_records", 0) for name in {name for name, *_ in runs} for row in lines(tmp_path / name)
+    )
+    assert said.count("skipped record square-0007: broken picture") == reported > 0  # by one rank each time
 
     checkpoints = {name: sorted((tmp_path / name / "checkpoints").iterdir()) for name in ("run", "ended")}
     assert [[path.name for path in paths] for paths in checkpoints.values()] == [

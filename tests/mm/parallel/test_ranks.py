@@ -12,25 +12,25 @@ from torch.nn import functional as F
 
 import mm
 from mm.batch import IGNORED
-from mm.cross_attention import CrossAttentionBlock
-from mm.language_model import DecoderLayer
+from mm.parallel.tables import FSDP_MODULES
 from mm.training.contrastive import ContrastiveObjective
 from mm.training.data import Unreadable, collate_step
 from mm.training.guards import Guard
 from mm.training.objectives import NextTokenObjective
 from mm.training.optimizer import apply_learning_rates
-from mm.training.trainer import train, train_step
+from mm.training.trainer import Trainer, train_step
 from tests.mm.training.launch import launch
 from vision.encoder import VisionEncoder
 
 # Sums over ranks run in another order than in one process: fp32 rounding of gradients of size 1e-3 to 1.
 CLOSE = {"rtol": 1e-3, "atol": 2e-6}
 PROGRAM = Path(__file__).with_name("many_ranks.py")
-UNITS = (DecoderLayer, VisionEncoder, CrossAttentionBlock)
 TOWERS = (VisionEncoder, open_clip.transformer.ResidualAttentionBlock)
 
 
-def carry_out(folder: Path, size: int, samples, gradients=None, runs=(), objective=None, fsdp_modules=UNITS) -> None:
+def carry_out(
+    folder: Path, size: int, samples, gradients=None, runs=(), objective=None, fsdp_modules=FSDP_MODULES
+) -> None:
     folder.mkdir(exist_ok=True)
     plan = {"samples": samples, "gradients": gradients or {}, "runs": list(runs), "fsdp_modules": fsdp_modules}
     torch.save(plan | {"objective": objective or NextTokenObjective()}, folder / "plan.pt")
@@ -111,7 +111,7 @@ def test_runs_are_those_of_one_process_and_go_on_with_any_number_of_ranks(model,
     once = tmp_path / "alone"
     lone = mm.MultimodalModel(model.config)
     lone.load_state_dict(model.state_dict())
-    train(lone, NextTokenObjective(), uneven, whole, once, "test")
+    Trainer(lone, NextTokenObjective(), uneven, whole, once, "test").run()
     carry_out(tmp_path / "four", 4, uneven, runs=[("run", model, whole, None)])
     expected, found = lone.state_dict(), torch.load(tmp_path / "four" / "run" / "weights.pt")
     for name, tensor in expected.items():
@@ -178,8 +178,8 @@ def test_a_rank_that_does_not_come_is_named_in_seconds(tmp_path):
     program = tmp_path / "late.py"
     program.write_text(
         "import time\n"
-        "from mm.parallel.ranks import joined\n"
-        "with joined() as ranks:\n"
+        "from mm.parallel.process_group import init_distributed\n"
+        "with init_distributed() as ranks:\n"
         "    ranks.check_consistent('configuration', {'learning_rates': 1})\n"
         "    if ranks.rank == 1:\n"
         "        time.sleep(20)\n"
@@ -194,8 +194,8 @@ def test_a_rank_that_does_not_come_is_named_in_seconds(tmp_path):
 def test_ranks_that_were_started_differently_are_named(tmp_path):
     program = tmp_path / "odd.py"
     program.write_text(
-        "from mm.parallel.ranks import joined\n"
-        "with joined() as ranks:\n"
+        "from mm.parallel.process_group import init_distributed\n"
+        "with init_distributed() as ranks:\n"
         "    ranks.check_consistent('configuration', {'learning_rates': ranks.rank == 1})\n"
     )
     done = launch(program, tmp_path, 2)

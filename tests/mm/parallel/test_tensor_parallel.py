@@ -17,7 +17,7 @@ from mm.training.data import collate_step
 from mm.training.guards import Guard
 from mm.training.objectives import NextTokenObjective
 from mm.training.optimizer import apply_learning_rates
-from mm.training.trainer import train, train_step
+from mm.training.trainer import Trainer, train_step
 from tests.mm.training.launch import launch
 
 # Sums over ranks run in another order than in one process: fp32 rounding of gradients of size 1e-3 to 1.
@@ -161,7 +161,7 @@ def test_runs_are_those_of_one_process_and_mistakes_are_named(
     def evaluate(module):
         return answer_accuracy(module, [batch], torch.device("cpu"))
 
-    train(lone, NextTokenObjective(), uneven, training, tmp_path / "alone", "test", evaluate=evaluate)
+    Trainer(lone, NextTokenObjective(), uneven, training, tmp_path / "alone", "test", evaluate=evaluate).run()
     shared = replace(training, tp_degree=2)
     runs = [
         ("run", model, uneven, shared, None),
@@ -207,8 +207,6 @@ def test_runs_are_those_of_one_process_and_mistakes_are_named(
     assert last["eval/same"] == 1 and last["eval/number"] > 50
 
     said = torch.load(tmp_path / "refused.pt")
-    assert said["lm"] == "training.tp_degree is 4; it must divide num_kv_heads of the language model, 2"
-    assert said["encoder"] == "training.tp_degree is 4; it must divide num_heads of the image encoder, 2"
-    assert (
-        said["adapter"] == "training.tp_degree is 4; it must divide intermediate_size of the cross-attention blocks, 90"
-    )
+    assert said["lm"] == "tp_degree is 4; it must divide num_kv_heads of the language model, 2"
+    assert said["encoder"] == "tp_degree is 4; it must divide num_heads of the image encoder, 2"
+    assert said["adapter"] == "tp_degree is 4; it must divide intermediate_size of the cross-attention blocks, 90"
