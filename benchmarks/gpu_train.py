@@ -21,7 +21,6 @@ import torch
 import mm
 from benchmarks import measure
 from benchmarks.ours import (
-    LAYERS,
     RATES,
     adamw,
     decoding_seconds,
@@ -33,6 +32,7 @@ from benchmarks.ours import (
 from benchmarks.pair import TINY
 from mm.cross_attention import ImageAdapterConfig
 from mm.language_model import LanguageModelConfig
+from mm.parallel.tables import CHECKPOINTED_MODULES
 from mm.training.config import TrainingConfig
 from mm.training.flops import Row, training_flops
 from mm.training.trainer import activation_checkpointing
@@ -126,7 +126,7 @@ def step_seconds(
     samples = random_samples(*shape, config.batch_size, TILES)
     step = measure.seconds_of(training_step(model, optimizer, samples, config, plan.device), plan.device)
     peak = None
-    with activation_checkpointing(model, LAYERS, config):
+    with activation_checkpointing(model, CHECKPOINTED_MODULES, config):
         try:
             step()
             if on_gpu:

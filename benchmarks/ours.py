@@ -8,9 +8,7 @@ import torch
 from torch import nn
 
 import mm
-from mm.cross_attention import CrossAttentionBlock
 from mm.generation import stream_tokens
-from mm.language_model import DecoderLayer
 from mm.training.config import TrainingConfig
 from mm.training.data import collate_step
 from mm.training.guards import Guard
@@ -18,12 +16,10 @@ from mm.training.metrics import StepMetrics
 from mm.training.objectives import NextTokenObjective
 from mm.training.optimizer import apply_learning_rates, build_optimizer
 from mm.training.trainer import train_step
-from vision.encoder import EncoderLayer
 from vision.tiling import Tiles
 
 GRIDS = {1: (1, 1), 2: (1, 2), 3: (1, 3), 4: (2, 2)}
 RATES = {"language_model.*": None, "extra_embeddings": None, "*": 1e-5}
-LAYERS = (DecoderLayer, EncoderLayer, CrossAttentionBlock)  # what the adapter stages compute anew
 
 
 def random_model(

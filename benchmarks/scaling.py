@@ -22,18 +22,19 @@ import mm
 from benchmarks import measure
 from benchmarks.ours import RATES, adamw, random_model, random_samples, training_step
 from benchmarks.plot import PowerLaw, draw
-from mm.cross_attention import CrossAttentionBlock, ImageAdapterConfig
-from mm.language_model import DecoderLayer, LanguageModelConfig
-from mm.parallel.ranks import Layout, Ranks, shard
+from mm.cross_attention import ImageAdapterConfig
+from mm.language_model import LanguageModelConfig
+from mm.parallel.parallelize import parallelize
+from mm.parallel.process_group import Ranks
+from mm.parallel.tables import FSDP_MODULES
 from mm.training.config import TrainingConfig
 from mm.training.flops import Row, training_flops
 from mm.training.objectives import NextTokenObjective
-from vision.encoder import VisionEncoder, VisionEncoderConfig
+from vision.encoder import VisionEncoderConfig
 
 ROOT = Path(__file__).parent.parent
 ROWS = 8  # of a step, over all ranks
 TILE_SIZE, VOCABULARY, HEAD = 112, 4096, 64
-UNITS = (DecoderLayer, VisionEncoder, CrossAttentionBlock)  # what the adapter stages gather at a time
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,8 @@ def measured(size: Size, repetitions: int) -> dict[str, float]:
     with measure.LiveBytes() if ranks.size == 1 else measure.ShareBytes() as live:
         model = random_model(model_config(size), "cpu").train()
         if ranks.size > 1:
-            shard(
-                model, UNITS, Layout.of(config, ranks.size), config.precision, "cpu", NextTokenObjective.forward_methods
+            parallelize(
+                model, FSDP_MODULES, config.layout(ranks.size), config.precision, "cpu", NextTokenObjective.forward_methods
             )
         optimizer = adamw(model, config)
         step = training_step(model, optimizer, samples[ranks.rank :: ranks.size], config, "cpu")

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 from benchmarks.scaling import Size, measured
-from mm.parallel.ranks import joined
+from mm.parallel.process_group import init_distributed
 
 
 def main(size: str, repetitions: str, file: str) -> None:
     torch.set_num_threads(1)
-    with joined() as ranks:
+    with init_distributed() as ranks:
         found = measured(Size(**json.loads(size)), int(repetitions))
         if ranks.is_main:
             Path(file).write_text(json.dumps(found))

@@ -1,24 +1,25 @@
-"""Training checkpoints: everything that an interrupted run needs to go on as if it had not been.
+"""Training checkpoints: everything that an interrupted run needs to end as the uninterrupted one.
 
-A checkpoint is a folder `checkpoints/step-00000100` in the format of `torch.distributed.checkpoint`: each rank writes
-its shares, under the names that parameters have in the whole model, so that ranks in any other number and arrangement
-find theirs; what several ranks hold, one of them writes. `state.json` holds the rest. It is written beside the training
-under another name, renamed when all ranks have written and the disk has it, and renamed again before it is removed, so
-that a folder of that name is always whole.
+A checkpoint is a folder `checkpoints/step-00000100` in the format of `torch.distributed.checkpoint`. Each rank writes
+its shards under the parameter names of the whole model, so that any number and arrangement of ranks can read them;
+tensors that several ranks hold are written once. `state.json` holds the rest. A thread writes the folder under a
+temporary name while training goes on. The folder is renamed when all ranks have written it to the disk, and renamed
+again before it is removed, so that a folder of that name is always complete.
 """
 
 import json
+import logging
 import os
 import shutil
-import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,34 +30,52 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 
 from foundation.errors import UserError
-from mm.parallel.ranks import Ranks
+from mm.parallel.process_group import Ranks
 from mm.training.data import Position
 
+logger = logging.getLogger(__name__)
+
 _STATE = "state.json"
-warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process alone is meant
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process writes checkpoints alone, on purpose
+
+
+class CheckpointError(OSError):
+    """A checkpoint that could not be written.
+
+    It has the `errno` and `filename` of the OSError behind it, if there is one, so that a full disk or a path without
+    permission is told from a fault of the program.
+    """
+
+    def __init__(self, message: str, cause: OSError | None) -> None:
+        super().__init__(message)
+        if cause is not None:
+            self.errno, self.filename = cause.errno, cause.filename
+
+    def __str__(self) -> str:
+        return self.args[0]
 
 
 class Checkpoints:
-    """The checkpoints of a run. At most one is being written, by a thread, while the run goes on.
+    """The checkpoints of a run. A thread writes at most one of them at a time, while the run goes on.
 
-    All ranks make one and call its methods alike. As a context manager it waits at the end for what is being written.
+    All ranks construct it and call its methods alike. As a context manager it waits at the end for the last write.
 
     Args:
-        folder: the run folder. keep: newest checkpoints that stay.
-        fingerprint: what a resumed run must have in common with this one.
-        module: sharded as it is to be, and not run yet: it holds other tensors while it runs.
-        optimizer: AdamW of those parameters of it that train.
+        folder: the run folder. keep: the number of newest checkpoints to keep.
+        fingerprint: JSON-able settings that a resumed run must have in common with this one.
+        module: already parallelized, and not run yet: while it runs, its parameters are other tensors.
+        optimizer: AdamW of those of its parameters that train.
     """
 
     def __init__(
-        self, folder: Path, keep: int, fingerprint: dict, module: nn.Module, optimizer: torch.optim.AdamW
+        self, folder: Path, keep: int, fingerprint: dict[str, Any], module: nn.Module, optimizer: torch.optim.AdamW
     ) -> None:
-        self.place, self.keep = folder / "checkpoints", keep
+        self.folder, self.keep = folder / "checkpoints", keep
         self.fingerprint = json.loads(json.dumps(fingerprint))
         self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.optimizer = optimizer
         self.ranks = Ranks.current()
-        # The writing threads' own, so that what they say to each other does not mix with what the training says.
+        # A group of their own for the writing threads, so that their messages do not mix with those of the training.
         self.group = dist.new_group(backend="gloo") if self.ranks.size > 1 else None
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: Future | None = None
@@ -70,24 +89,24 @@ class Checkpoints:
     ) -> None:
         try:
             self.wait()
-        except OSError as failure:
+        except CheckpointError as failure:
             if error is None:
                 raise
-            print(failure, file=sys.stderr)  # the error that ends the run is the one to raise
+            logger.error("%s", failure)  # the error that ends the run is the one to raise
         finally:
             self.thread.shutdown()
 
-    def save(self, step: int, position: Position, unlogged: dict) -> float:
-        """Copy the state after `step` steps and have it written; older checkpoints go when it is whole.
+    def save(self, step: int, position: Position, unlogged: dict[str, Any]) -> float:
+        """Copy the state after `step` steps and have it written; older checkpoints are removed afterwards.
 
         Args:
-            position: of the next step's data. unlogged: numbers of the steps since the last logged one.
+            position: of the next step's data. unlogged: metrics of the steps since the last logged one.
 
         Returns:
-            the seconds that this took: the copy, and the rest of an earlier write.
+            The seconds that training waited: for the copy, and for the rest of an earlier write.
 
         Raises:
-            OSError: as `wait`.
+            CheckpointError: an earlier write failed, see `wait`.
         """
         started = time.perf_counter()
         self.wait()
@@ -100,79 +119,79 @@ class Checkpoints:
         }
         moments = {name: self.optimizer.state[p] for name, p in self.trained.items() if self.optimizer.state.get(p)}
         tensors = _by_name(self.trained, moments, self.ranks.rank, _random_states())
-        self.latest = self.place / f"step-{step:08d}"
+        self.latest = self.folder / f"step-{step:08d}"
         writer = _Writer(self.latest, json.dumps(state), self.keep)
-        write = partial(save, _copied(tensors), storage_writer=writer, process_group=self.group)
+        write = partial(save, _copy_to_host(tensors), storage_writer=writer, process_group=self.group)
         self.pending = self.thread.submit(write)
         return time.perf_counter() - started
 
     def wait(self) -> None:
-        """Wait until the checkpoint that is being written, if one is, has its name.
+        """Wait until the checkpoint that is being written, if there is one, is complete.
 
         Raises:
-            OSError: some rank could not write it, or remove an older one; no whole checkpoint is harmed by that.
+            CheckpointError: some rank could not write it, or remove an older one; the complete ones stay.
         """
         error = self.pending.exception() if self.pending else None
         self.pending = None
         if error is not None:
-            raise OSError(
-                f"{self.latest} could not be written ({_reason(error)}); the same command goes on from the newest "
-                "checkpoint that is whole"
-            ) from error
+            message = f"{self.latest} could not be written ({_reason(error)}); earlier ones are complete"
+            raise CheckpointError(message, _os_error(error)) from error
 
-    def resume(self) -> tuple[int, Position, dict] | None:
-        """Take up the newest checkpoint, and remove what an interrupted write has left.
+    def resume(self) -> tuple[int, Position, dict[str, Any]] | None:
+        """Load the newest checkpoint, and remove what an interrupted write has left.
 
-        Random states are each rank's own if there are as many ranks as when it was written, else the first's for all.
+        Each rank gets its own random states if there are as many ranks as when they were written, else all get those of
+        rank 0.
 
         Returns:
-            what `save` was given, None where there is no checkpoint.
+            The arguments of `save`; None if there is no checkpoint.
 
         Raises:
-            UserError: the checkpoint is of a run with another configuration, named field by field, or is damaged.
+            UserError: the checkpoint is of a run with another configuration (the message names the settings), or is
+                damaged.
         """
         if self.ranks.is_main:
-            for leftover in self.place.glob(".*-*"):
+            for leftover in self.folder.glob(".*-*"):
                 shutil.rmtree(leftover)
-        self.ranks.all_reduce_sum()  # nobody looks before that is done
-        found = _whole(self.place)
-        if not found:
+        self.ranks.all_reduce_sum()  # a barrier: all ranks look after the removal
+        complete = _complete_checkpoints(self.folder)
+        if not complete:
             return None
-        with _undamaged(found[-1]):
-            state = json.loads((found[-1] / _STATE).read_text(encoding="utf-8"))
-            saved = FileSystemReader(found[-1]).read_metadata().state_dict_metadata
-            going_on = state["step"], Position(**state["position"]), state["unlogged"]
+        newest = complete[-1]
+        with _damage_is_user_error(newest):
+            state = json.loads((newest / _STATE).read_text(encoding="utf-8"))
+            saved = FileSystemReader(newest).read_metadata().state_dict_metadata
+            resumed = state["step"], Position(**state["position"]), state["unlogged"]
             owner = self.ranks.rank if state["ranks"] == self.ranks.size else 0
-            old = state["fingerprint"]
-        if differing := _differing(old, self.fingerprint):
+            saved_fingerprint = state["fingerprint"]
+        if different := _different_settings(saved_fingerprint, self.fingerprint):
             raise UserError(
-                f"{self.place.parent} holds a run with another {', '.join(differing)}; name another output folder, "
-                f"remove {self.place}, or go on with the same configuration"
+                f"{self.folder.parent} holds a run with another {', '.join(different)}; name another output folder, "
+                f"remove {self.folder}, or resume it with the same configuration"
             )
         moments = {
             name: {
-                "step": torch.zeros((), device=parameter.device),  # as AdamW has it: the same on all ranks
+                "step": torch.zeros((), device=parameter.device),  # as AdamW has it: not sharded
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
             for name, parameter in self.trained.items()
-            if f"optimizer.{name}.step" in saved  # what never had a gradient has none
+            if f"optimizer.{name}.step" in saved  # a parameter that never had a gradient has no state
         }
-        random = {kind: now for kind, now in _random_states().items() if f"random.{owner}.{kind}" in saved}
+        random = {kind: state for kind, state in _random_states().items() if f"random.{owner}.{kind}" in saved}
         model = {name: parameter.detach() for name, parameter in self.trained.items()}
-        with _undamaged(found[-1]):
-            reader = FileSystemReader(found[-1])
+        with _damage_is_user_error(newest):
             tensors = _by_name(model, moments, owner, random)
-            load(tensors, storage_reader=reader, process_group=self.group)  # into these very tensors
+            load(tensors, storage_reader=FileSystemReader(newest), process_group=self.group)  # into these tensors
         self.optimizer.state.update({self.trained[name]: values for name, values in moments.items()})
         torch.set_rng_state(random["cpu"])
         if "cuda" in random:
             torch.cuda.set_rng_state(random["cuda"])
-        return going_on
+        return resumed
 
 
 class _Writer(FileSystemWriter):
-    """Writes a rank's files; when all ranks have, the first gives the checkpoint its name and removes older ones."""
+    """Writes a rank's files. When all ranks have, rank 0 renames the checkpoint and removes older ones."""
 
     def __init__(self, final: Path, state: str, keep: int) -> None:
         super().__init__(final.with_name(final.name.replace("step", ".new")))
@@ -181,49 +200,50 @@ class _Writer(FileSystemWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
         try:
             return super().write_data(plan, planner)
-        except RuntimeError as error:  # `torch.save`'s, about a file of the wrong length; a full disk is behind it
+        except RuntimeError as error:  # on a full disk `torch.save` complains of a file's length
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Called on the first rank; what it raises, all ranks raise."""
+        """Called on rank 0; what it raises, all ranks raise."""
         super().finish(metadata, results)
         (self.path / _STATE).write_text(self.state, encoding="utf-8")
-        _onto_disk(self.path / _STATE)
-        _onto_disk(self.path)
+        _sync_to_disk(self.path / _STATE)
+        _sync_to_disk(self.path)
         self.path.rename(self.final)
-        _onto_disk(self.final.parent)
-        for old in _whole(self.final.parent)[: -self.keep]:
+        _sync_to_disk(self.final.parent)
+        for old in _complete_checkpoints(self.final.parent)[: -self.keep]:
             shutil.rmtree(old.rename(old.with_name(f".old-{old.name}")))
 
 
-def _differing(old: dict, new: dict) -> list[str]:
-    """The settings that are not what they were, in any field of theirs. One that is off and did not exist yet makes no
-    difference."""
+def _different_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The names of settings that differ from the checkpoint's; a new setting that is off does not count."""
 
-    def alike(name: str) -> bool:
-        was, now = old.get(name), new.get(name)
-        if isinstance(was, dict) and isinstance(now, dict):
-            return not _differing(was, now)
-        return was == now or (name not in old and now in (False, 0))
+    def is_same(name: str) -> bool:
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            return not _different_settings(before, after)
+        return before == after or (name not in old and after in (False, 0))
 
-    return [name for name in sorted({*old, *new}) if not alike(name)]
-
-
-def _whole(place: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    return sorted(place.glob("step-*"))
+    return [name for name in sorted({*old, *new}) if not is_same(name)]
 
 
-def _by_name(model: dict, moments: dict, owner: int, random: dict) -> dict[str, dict]:
-    """A rank's tensors under the names that they have in a checkpoint."""
-    parts = {"model": model, "optimizer": moments, "random": {str(owner): random}}
+def _complete_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints that are completely written, oldest first."""
+    return sorted(folder.glob("step-*"))
+
+
+def _by_name(
+    model: Mapping[str, Tensor], moments: dict[str, dict[str, Tensor]], owner: int, random: dict[str, Tensor]
+) -> dict[str, Any]:
+    """A rank's tensors under their names in a checkpoint."""
+    parts: dict[str, Any] = {"model": model, "optimizer": moments, "random": {str(owner): random}}
     return {name: part for name, part in parts.items() if part}  # a rank may hold nothing that trains
 
 
-def _copied(tensors: dict) -> dict:
-    """The tensors of nested dicts as they are now, on the host; of a shared one, this rank's share."""
+def _copy_to_host(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Copies of the tensors of nested dicts in host memory; of a sharded tensor, this rank's shard."""
     return {
-        name: _copied(value) if isinstance(value, dict) else value.detach().to("cpu", copy=True)
+        name: _copy_to_host(value) if isinstance(value, dict) else value.detach().to("cpu", copy=True)
         for name, value in tensors.items()
     }
 
@@ -235,8 +255,8 @@ def _random_states() -> dict[str, Tensor]:
     return states
 
 
-def _onto_disk(path: Path) -> None:
-    """Return when a file, or a folder's list of files, would outlast a loss of power."""
+def _sync_to_disk(path: Path) -> None:
+    """Return when a file, or a folder's list of files, would survive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -245,18 +265,29 @@ def _onto_disk(path: Path) -> None:
 
 
 @contextmanager
-def _undamaged(checkpoint: Path) -> Iterator[None]:
-    """While it lasts, any error means that the checkpoint is damaged: a damaged file can fail in any way."""
+def _damage_is_user_error(checkpoint: Path) -> Iterator[None]:
+    """Context in which any error means that the checkpoint is damaged: a damaged file can fail in any way."""
     try:
         yield
     except (Exception, CheckpointException) as error:
         raise UserError(
-            f"{checkpoint} is damaged ({_reason(error)}): remove it, and the run goes on from an earlier one"
+            f"{checkpoint} is damaged ({_reason(error)}): remove it to resume from an earlier checkpoint"
         ) from error
 
 
+def _failures(error: CheckpointException) -> dict[int, BaseException]:
+    """The errors of each rank that failed."""
+    return {rank: failure for rank, (failure, _) in sorted(error.failures.items())}
+
+
+def _os_error(error: BaseException) -> OSError | None:
+    """The first OSError that a checkpoint failed with, of any rank."""
+    errors = _failures(error).values() if isinstance(error, CheckpointException) else [error]
+    return next((failure for failure in errors if isinstance(failure, OSError)), None)
+
+
 def _reason(error: BaseException) -> str:
-    """In one line, by rank where ranks have failed."""
+    """An error in one line; where ranks have failed, the error of each."""
     if isinstance(error, CheckpointException):
-        return "; ".join(f"rank {rank}: {_reason(failed)}" for rank, (failed, _) in sorted(error.failures.items()))
+        return "; ".join(f"rank {rank}: {_reason(failure)}" for rank, failure in _failures(error).items())
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

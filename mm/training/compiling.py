@@ -1,4 +1,4 @@
-"""Layers compiled while a run lasts (`torch.compile`): one layer at a time, so that all of a kind share their code."""
+"""Compilation of a model's layers (`torch.compile`), one layer at a time, so that all of a kind share their code."""
 
 import os
 import shutil
@@ -9,12 +9,12 @@ from torch import nn
 
 from foundation.errors import UserError
 
-# Of one kind of layer: with and without a gradient, gates, padding, a mask, or a second row, and all that together.
-MOST_VARIANTS = 64
+# Of one kind of layer: with and without a gradient, gates, padding, a mask or a second row, and combinations of these.
+MAX_VARIANTS = 64
 
 
 def require_compiler() -> None:
-    """Make sure that there is what `torch.compile` turns its kernels into machine code with.
+    """Make sure that the C++ compiler is there with which `torch.compile` builds its kernels.
 
     Raises:
         UserError: there is no C++ compiler.
@@ -22,29 +22,29 @@ def require_compiler() -> None:
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         raise UserError(
-            f"training.compile needs a C++ compiler, and {compiler} is not to be found: apt-get install g++, name "
-            "another in the variable CXX, or set training.compile to false"
+            f"training.compile needs a C++ compiler, and {compiler} was not found: apt-get install g++, name another "
+            "in the variable CXX, or set training.compile to false"
         )
 
 
 class compiled:
-    """While it lasts, layers of the given kinds run compiled, for sizes of any kind.
+    """Context in which modules of the given kinds run compiled, for inputs of any size.
 
-    Only a layer's own `forward` is: the hooks around it, with which ranks gather its weights, run as they are. Each
-    variant is compiled when it is first met; past `MOST_VARIANTS` of a kind, further ones are not.
+    Only a module's own `forward` is compiled, not the hooks with which FSDP gathers its weights. Each variant is
+    compiled at its first use; after `MAX_VARIANTS` of a kind, further ones run uncompiled.
     """
 
-    def __init__(self, module: nn.Module, layers: tuple[type[nn.Module], ...], active: bool) -> None:
-        self.layers = [layer for layer in module.modules() if active and isinstance(layer, layers)]
+    def __init__(self, module: nn.Module, kinds: tuple[type[nn.Module], ...], active: bool) -> None:
+        self.modules = [part for part in module.modules() if active and isinstance(part, kinds)]
         self.limits = ExitStack()
 
     def __enter__(self) -> None:
-        if self.layers:
-            self.limits.enter_context(torch._dynamo.config.patch(recompile_limit=MOST_VARIANTS))
-        for layer in self.layers:
-            layer.forward = torch.compile(layer.forward, dynamic=True)
+        if self.modules:
+            self.limits.enter_context(torch._dynamo.config.patch(recompile_limit=MAX_VARIANTS))
+        for module in self.modules:
+            module.forward = torch.compile(module.forward, dynamic=True)
 
     def __exit__(self, *_: object) -> None:
-        for layer in self.layers:
-            vars(layer).pop("forward", None)
+        for module in self.modules:
+            vars(module).pop("forward", None)
         self.limits.close()

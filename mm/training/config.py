@@ -1,12 +1,13 @@
-"""How a stage trains: the settings that all stages have in common, checked when they are read."""
+"""The settings of training that all stages have in common, checked when they are read."""
 
 import math
 from dataclasses import dataclass, field
 
 from foundation.errors import UserError
+from mm.parallel.layout import Layout
 
-# What a run that goes on may do in another way.
-FREE_TO_CHANGE = (
+# Settings that may differ when an interrupted run is resumed.
+NOT_IN_FINGERPRINT = (
     "log_every",
     "evaluate_every",
     "save_every",
@@ -24,28 +25,34 @@ class TrainingConfig:
     """How a stage trains.
 
     Attributes:
-        steps: optimizer steps in all.
-        batch_size: samples per step, over all ranks. micro_batch_size: samples per forward pass of a rank; null takes
-            its whole share.
-        micro_batch_tokens: the most tokens that a forward pass holds, padding counted (of an encoder's own stage: mel
-            frames), so that long samples come few at a time and short ones many; null sets no limit. One process only,
-            and `mm plan` reckons without it.
-        learning_rates: name pattern -> learning rate; the first that fits decides, null freezes.
-        warmup_steps, final_learning_rate_factor: linear warm-up, then a cosine down to this share of the learning_rates.
-        precision: "fp32" or "bf16" (autocast; weights, gradients and optimizer stay FP32).
-        activation_checkpointing: compute layers anew in the backward pass instead of keeping their activations.
-        compile: run layers through `torch.compile`, which needs a C++ compiler. Rounding then goes by what sizes come
-            first: a run that is taken up again ends as the uninterrupted one to rounding, not bit for bit.
-        spike_factor: leave out a step whose gradient norm is this many times the median of recent ones; null leaves out
-            only what is not finite.
-        max_skipped: steps in a row that may be left out before the run stops.
-        log_every, evaluate_every, save_every: in steps. keep: newest checkpoints that stay.
-        length_bucket_steps: so many steps' samples are sorted by their seconds before they are cut into steps, whose order is
-            then drawn: less padding of sound. 1 leaves all as drawn.
-        workers: processes that read and decode, per rank; they do not change the order.
-        dp_shard: under torchrun, how many ranks share one copy of the weights (FSDP); null: all that read different
-            samples. tp_degree: how many share each product. pp_degree: how many share the layers, in order.
-        rank_timeout: seconds after which ranks that do not come to a step end the run, by number.
+        steps: the number of optimizer steps.
+        batch_size: samples per step, over all ranks.
+        learning_rates: name pattern -> learning rate; the first pattern that matches decides, null freezes.
+        micro_batch_size: samples per forward pass of a rank; null takes its whole share of the step.
+        micro_batch_tokens: the largest number of tokens in a forward pass, padding included (in an encoder's own stage,
+            mel frames): fewer long samples than short ones per pass. Null sets no limit. One process only; `mm plan`
+            ignores it.
+        warmup_steps: of a linear warm-up of the learning rates.
+        final_learning_rate_factor: where the cosine after the warm-up ends, as a factor of the learning rates.
+        weight_decay, betas: of AdamW.
+        max_gradient_norm: gradients above it are scaled down to it.
+        precision: "fp32" or "bf16" (autocast; weights, gradients and optimizer state stay FP32).
+        activation_checkpointing: compute activations again in the backward pass instead of keeping them.
+        compile: run layers through `torch.compile`, which needs a C++ compiler. Its rounding depends on the sizes that
+            come first, so a resumed run ends as the uninterrupted one up to rounding, not bit for bit.
+        spike_factor: skip a step whose gradient norm is this many times the median of recent ones; null skips only
+            what is not finite.
+        max_skipped: steps in a row that may be skipped before the run stops.
+        log_every, evaluate_every, save_every: in steps.
+        keep: the number of newest checkpoints to keep.
+        length_bucket_steps: sort the samples of this many steps by their seconds before they are split into steps, and
+            shuffle the steps, for less padding of sound. 1 does not sort.
+        workers: processes per rank that read and decode; the order does not depend on them.
+        dp_shard: under torchrun, ranks that share one copy of the weights (FSDP); null: all data-parallel ranks.
+        tp_degree: ranks that share each matrix product (tensor parallelism).
+        pp_degree: ranks that share the layers, in order (pipeline parallelism).
+        rank_timeout: seconds that ranks wait for each other at a step before the run fails and names the missing ones.
+        seed: of the order of samples and of everything random.
     """
 
     steps: int
@@ -75,6 +82,14 @@ class TrainingConfig:
     rank_timeout: float = 300.0
     seed: int = 0
 
+    def layout(self, num_ranks: int) -> Layout:
+        """The arrangement of so many ranks.
+
+        Raises:
+            UserError: the degrees do not divide the number of ranks.
+        """
+        return Layout.of(num_ranks, self.dp_shard, self.tp_degree, self.pp_degree)
+
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "log_every", "evaluate_every", "save_every", "keep", "length_bucket_steps")
         for name in (*counts, "tp_degree", "pp_degree"):
@@ -88,11 +103,12 @@ class TrainingConfig:
                 raise UserError(f"training.{name} is {getattr(self, name)}; it must be above 0")
         if self.compile and self.tp_degree * self.pp_degree > 1:
             raise UserError(
-                "training.compile is for whole layers on ranks that run all of them: leave training.tp_degree and "
+                "training.compile works without tensor and pipeline parallelism: leave training.tp_degree and "
                 "training.pp_degree at 1"
             )
-        if self.dp_shard is not None and self.dp_shard < 1:
-            raise UserError(f"training.dp_shard is {self.dp_shard}; it must be at least 1, or null")
+        for name in ("dp_shard", "micro_batch_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"training.{name} is {getattr(self, name)}; it must be at least 1, or null")
         if self.spike_factor is not None and not self.spike_factor > 1:
             raise UserError(f"training.spike_factor is {self.spike_factor}; it must be above 1, or null")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -104,10 +120,8 @@ class TrainingConfig:
                 )
         if self.micro_batch_size is not None and not 1 <= self.micro_batch_size <= self.batch_size:
             raise UserError(
-                f"training.micro_batch_size is {self.micro_batch_size}; it can be "
-                f"1 to the batch_size, {self.batch_size}"
+                f"training.micro_batch_size is {self.micro_batch_size}; it can be 1 to the batch_size, "
+                f"{self.batch_size}"
             )
-        if self.micro_batch_tokens is not None and self.micro_batch_tokens < 1:
-            raise UserError(f"training.micro_batch_tokens is {self.micro_batch_tokens}; it must be at least 1, or null")
         if self.precision not in ("fp32", "bf16"):
             raise UserError(f"training.precision is {self.precision!r}; it can be fp32 or bf16")

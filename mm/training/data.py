@@ -1,6 +1,7 @@
-"""Samples out of sources, and each step's share of them by the order that (sources, seed, position) alone decide.
+"""Samples from the sources of a stage, and each rank's share of every step.
 
-The position is the number of samples consumed so far. Workers only fetch; they never choose or reorder.
+The order depends on (sources, seed, position) alone (`mm.training.sampler`). The position is the number of samples
+consumed by all ranks. Workers only read and decode; they never choose or reorder.
 """
 
 import math
@@ -13,24 +14,23 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from foundation.errors import UserError
-from mm.parallel.ranks import Ranks
 from mm.training.objectives import Objective
-from mm.training.sampler import Buckets, Draw, epoch_size, steps
+from mm.training.sampler import LengthBuckets, Subsample, epoch_size, step_indices
 from shards.reader import ShardSet
 from vision.tiling import choose_canvas
 
 
 @dataclass
 class DataSource:
-    """A folder of shards to draw from.
+    """A folder of shards to train on.
 
     Attributes:
         path: the folder.
-        split, task: only these records; null takes all.
-        repeat: how often each record comes in an epoch: the weight of the source. Of 2.3 the 2 is for every record, and
-            the rest for 30% of them, drawn anew for each epoch.
-        group_size: so many records that follow each other in the shards come one after the other, in one step where its
-            size is a multiple: clips of the same pictures with opposite answers teach what tells them apart.
+        split, task: only records of this split and this task; null takes all.
+        repeat: how often each record occurs in an epoch. With 2.3, each record occurs twice, and 30% of them, drawn for
+            each epoch, once more.
+        group_size: this many consecutive records of the shards follow each other in the order of training; they are in
+            one step where the batch size is a multiple. For clips of the same pictures with opposite answers.
     """
 
     path: str
@@ -43,7 +43,7 @@ class DataSource:
         """The records.
 
         Raises:
-            UserError: no such folder, no records, none of the split or task, or a repeat that brings none of them.
+            UserError: no such folder, no records of the split or task, or a repeat too small to use any record.
         """
         if not 0 < self.repeat < math.inf:
             raise UserError(f"repeat of {self.path} is {self.repeat}; it must be above 0")
@@ -54,13 +54,13 @@ class DataSource:
             raise UserError(f"{self.path}: there are no records in it")
         if not self.per_epoch(len(shards)):
             raise UserError(
-                f"repeat of {self.path} is {self.repeat}; of its {len(shards)} records none would come: it must be at "
+                f"repeat of {self.path} is {self.repeat}; it uses none of the {len(shards)} records: it must be at "
                 f"least {1 / len(shards):.2g}"
             )
         return shards
 
     def per_epoch(self, num_records: int) -> int:
-        """How many samples of an epoch are of this source, if it has so many records."""
+        """The number of this source's samples in an epoch, if it has `num_records` records."""
         return round(num_records * self.repeat)
 
 
@@ -73,17 +73,17 @@ class Unreadable:
 
 
 class RecordDataset(Dataset):
-    """Records of several sources, prepared one by one; what cannot be prepared comes out as `Unreadable`.
+    """Records of several sources, prepared one by one; what cannot be prepared becomes an `Unreadable`.
 
     Args:
-        sources: where the records lie. A source's records are there `repeat` times, rounded up.
-        prepare: Record -> sample; what it raises marks the record as unreadable.
-        by_epoch: `prepare` is given a number, too, another one each time the record comes: where a source's `repeat` is
-            1, the epoch, from 0. Indices then say the epoch as well, as if all epochs stood one behind the other.
+        sources: where the records are. A source's records have `repeat` indices each, rounded up.
+        prepare: record -> sample; where it raises, the record is unreadable.
+        by_epoch: also pass `prepare` a number that counts the occurrences of the record: with a `repeat` of 1 the
+            epoch, from 0. Indices then include the epoch: those of epoch `e` start at `e * len(self)`.
 
     Attributes:
-        draws: what of them an epoch leaves out. blocks: of each index the block that it comes with, int64 [len(self)];
-            None where each comes by itself.
+        subsamples: which indices an epoch leaves out, for sources with a fractional `repeat`.
+        groups: the group of each index, int64 [len(self)], for sources with a `group_size`; None: there are no groups.
     """
 
     def __init__(self, sources: Sequence[DataSource], prepare: Callable[..., Any], by_epoch: bool = False) -> None:
@@ -91,27 +91,27 @@ class RecordDataset(Dataset):
             raise UserError("no data: name at least one source")
         self.prepare, self.by_epoch = prepare, by_epoch
         self.sets: list[ShardSet] = []
-        self.copies: list[tuple[int, int]] = []  # of each set: which of its source's it is, and how many there are
-        self.draws: list[Draw] = []
-        together: list[int] = []
-        for number, source in enumerate(sources):
+        self.copies: list[tuple[int, int]] = []  # of each set: which copy of its source it is, and how many there are
+        self.subsamples: list[Subsample] = []
+        group_sizes: list[int] = []
+        for index, source in enumerate(sources):
             shards = source.open()
             times, rest = divmod(source.per_epoch(len(shards)), len(shards))
             self.sets += [shards] * times
             if rest:
-                self.draws.append(Draw(number, sum(map(len, self.sets)), len(shards), rest))
+                self.subsamples.append(Subsample(index, sum(map(len, self.sets)), len(shards), rest))
                 self.sets.append(shards)
-            copies = len(self.sets) - len(together)
+            copies = len(self.sets) - len(group_sizes)
             self.copies += [(copy, copies) for copy in range(copies)]
-            together += [source.group_size] * copies
+            group_sizes += [source.group_size] * copies
         self.ends = torch.tensor([len(shards) for shards in self.sets]).cumsum(0)
-        self.blocks: torch.Tensor | None = None
-        if any(number > 1 for number in together):
+        self.groups: torch.Tensor | None = None
+        if any(size > 1 for size in group_sizes):
             starts = self.ends - torch.tensor([len(shards) for shards in self.sets])
-            self.blocks = torch.cat(
+            self.groups = torch.cat(
                 [
-                    start + torch.arange(len(shards)) // number * number
-                    for start, shards, number in zip(starts, self.sets, together, strict=True)
+                    start + torch.arange(len(shards)) // size * size
+                    for start, shards, size in zip(starts, self.sets, group_sizes, strict=True)
                 ]
             )
 
@@ -120,18 +120,18 @@ class RecordDataset(Dataset):
 
     def __getitem__(self, index: int) -> Any:
         epoch, index = divmod(index, len(self)) if self.by_epoch else (0, index)
-        number = int(torch.searchsorted(self.ends, index, right=True))
-        shards = self.sets[number]
-        row = index - (int(self.ends[number]) - len(shards))
+        set_index = int(torch.searchsorted(self.ends, index, right=True))
+        shards = self.sets[set_index]
+        row = index - (int(self.ends[set_index]) - len(shards))
         try:
-            copy, copies = self.copies[number]
+            copy, copies = self.copies[set_index]
             return self.prepare(shards[row], epoch * copies + copy) if self.by_epoch else self.prepare(shards[row])
-        except Exception as error:  # a record can be malformed in any way; the others still teach
+        except Exception as error:  # a record can be malformed in any way; training goes on with the others
             reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             return Unreadable(shards.index["id"][row].as_py(), reason)
 
     def num_tiles(self, tile_size: int, max_tiles: int) -> torch.Tensor:
-        """Tiles of each sample's first picture, int64 [len(self)], told by the index: nothing is read or decoded."""
+        """The tiles of each sample's first picture, int64 [len(self)], from the index: nothing is read or decoded."""
         known: dict[tuple[int | None, int | None], int] = {(None, None): 0}
         counts = []
         for shards in self.sets:
@@ -142,45 +142,48 @@ class RecordDataset(Dataset):
         return torch.tensor(counts)
 
     def durations(self) -> torch.Tensor:
-        """Seconds of each sample's sound or clip, float64 [len(self)], as the index tells; 0 where it does not."""
+        """Seconds of each sample's sound or clip, float64 [len(self)], from the index; 0 where it does not say."""
         seconds = [shards.index["duration"].fill_null(0).to_numpy() for shards in self.sets]
         return torch.from_numpy(np.concatenate(seconds)).double()
 
     def num_tokens(self) -> torch.Tensor:
-        """About how many text tokens each sample has, float64 [len(self)]: of its caption, as the index tells.
+        """The approximate text tokens of each sample's caption, float64 [len(self)], from the index.
 
-        Four characters make a token, as in English prose. Of messages the index tells nothing: 0.
+        Four characters make a token, as in English prose. Of messages the index does not know the length: 0.
         """
         chars = [shards.index["num_chars"].fill_null(0).to_numpy() for shards in self.sets]
         return torch.from_numpy(np.concatenate(chars)) / 4.0
 
 
-def balance_across_ranks(loads: Sequence[int], num_ranks: int) -> list[list[int]]:
-    """Positions of a step's samples for each rank: about equal sums of loads, at most ceil(samples / ranks) each.
+def balance_across_ranks(costs: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Divide a step's samples among ranks: about equal sums of costs, and at most ceil(samples / ranks) samples each.
 
-    The heaviest goes first, to the rank that has least and may still take one. Within a rank the order stays.
+    The most expensive sample is assigned first, each to the rank with the lowest sum that has room left.
+
+    Returns:
+        The positions of each rank's samples in the step, ascending.
     """
-    most = math.ceil(len(loads) / num_ranks)
-    dealt: list[list[int]] = [[] for _ in range(num_ranks)]
+    max_samples = math.ceil(len(costs) / num_ranks)
+    assigned: list[list[int]] = [[] for _ in range(num_ranks)]
     sums = [0] * num_ranks
-    for position in sorted(range(len(loads)), key=lambda position: -loads[position]):
-        free = [rank for rank in range(num_ranks) if len(dealt[rank]) < most]
-        rank = min(free, key=lambda rank: (sums[rank], len(dealt[rank])))
-        dealt[rank].append(position)
-        sums[rank] += loads[position]
-    return [sorted(positions) for positions in dealt]
+    for position in sorted(range(len(costs)), key=lambda position: -costs[position]):
+        with_room = [rank for rank in range(num_ranks) if len(assigned[rank]) < max_samples]
+        rank = min(with_room, key=lambda rank: (sums[rank], len(assigned[rank])))
+        assigned[rank].append(position)
+        sums[rank] += costs[position]
+    return [sorted(positions) for positions in assigned]
 
 
-def readable_samples(dataset: RecordDataset, most: int) -> list:
-    """Samples to validate on: at most `most` of those that can be read, spread evenly over the dataset.
+def readable_samples(dataset: RecordDataset, max_samples: int) -> list[Any]:
+    """The readable ones of `max_samples` samples, spread evenly over the dataset, to validate on.
 
     Raises:
-        UserError: `most` is below 1, or none can be read.
+        UserError: `max_samples` is below 1, or none can be read.
     """
-    if most < 1:
-        raise UserError(f"{most} samples to validate on; it must be at least 1, or leave `validation` out")
-    number = min(most, len(dataset))
-    samples = [dataset[index * len(dataset) // number] for index in range(number)]
+    if max_samples < 1:
+        raise UserError(f"{max_samples} samples to validate on; it must be at least 1, or leave `validation` out")
+    num_samples = min(max_samples, len(dataset))
+    samples = [dataset[index * len(dataset) // num_samples] for index in range(num_samples)]
     readable = [sample for sample in samples if not isinstance(sample, Unreadable)]
     if not readable:
         raise UserError(f"none of the records to validate on can be read; the first: {samples[0].reason}")
@@ -188,10 +191,10 @@ def readable_samples(dataset: RecordDataset, most: int) -> list:
 
 
 class Position(NamedTuple):
-    """Where a run stands in its data.
+    """Where a run is in its data.
 
     Attributes:
-        seed: of the order. consumed: samples so far, of all epochs and ranks. epoch: that the next one is in.
+        seed: of the order. epoch: of the next sample. consumed: samples so far, of all epochs and ranks.
     """
 
     seed: int
@@ -199,19 +202,9 @@ class Position(NamedTuple):
     consumed: int = 0
 
     def after(self, samples: int, dataset: Dataset) -> "Position":
-        """So many samples later."""
+        """The position `samples` samples later."""
         consumed = self.consumed + samples
-        return Position(self.seed, consumed // epoch_size(len(dataset), draws_of(dataset)), consumed)
-
-
-def draws_of(dataset: Dataset) -> Sequence[Draw]:
-    """What an epoch leaves out of a dataset: nothing, unless its sources are weighed."""
-    return dataset.draws if isinstance(dataset, RecordDataset) else ()
-
-
-def blocks_of(dataset: Dataset) -> torch.Tensor | None:
-    """Which indices of a dataset come one after the other, see `RecordDataset`."""
-    return dataset.blocks if isinstance(dataset, RecordDataset) else None
+        return Position(self.seed, consumed // epoch_size(len(dataset), _subsamples(dataset)), consumed)
 
 
 def step_loader(
@@ -221,102 +214,131 @@ def step_loader(
     seed: int,
     consumed: int = 0,
     workers: int = 0,
-    readers: Ranks | None = None,
+    dp_rank: int = 0,
+    dp_size: int = 1,
     sample_costs: torch.Tensor | None = None,
     length_bucket_steps: int = 1,
 ) -> DataLoader:
-    """A loader that gives `collate_step(samples)` of this reader's share of each step, from `consumed` samples of
-    all readers on, without end.
+    """A loader that yields `collate_step(samples)` of one data-parallel rank's share of each step, without end.
 
     Args:
-        sample_costs: of each sample, [len(dataset)], by which a step is dealt out evenly; None: all weigh the same.
-        length_bucket_steps: so many steps' samples are sorted by their seconds, see `Buckets`; 1 sorts nothing.
+        batch_size: samples of a step, over all ranks. seed: of the order.
+        consumed: samples that earlier steps have had, over all ranks.
+        workers: processes that read; 0 reads in this process.
+        sample_costs: of each sample, [len(dataset)], by which a step is divided evenly; None: all cost the same.
+        length_bucket_steps: sort the samples of this many steps by their seconds, see `LengthBuckets`; 1 does not sort.
 
     Raises:
-        UserError: buckets for a dataset whose index tells no durations, or whose records come together.
+        UserError: buckets for a dataset whose index has no durations, or that has groups.
     """
     buckets = None
     if length_bucket_steps > 1:
+        assert isinstance(dataset, RecordDataset)
         lengths = dataset.durations()
-        if not lengths.any() or dataset.blocks is not None:
-            why = "the data's indices tell no durations" if dataset.blocks is None else "a source has `group_size`"
+        if dataset.groups is not None or not lengths.any():
+            why = "the data's indices have no durations" if dataset.groups is None else "a source has a group_size"
             raise UserError(f"training.length_bucket_steps is {length_bucket_steps}, and {why}: leave it at 1")
-        buckets = Buckets(lengths, batch_size, length_bucket_steps)
-    draws, by_epoch = draws_of(dataset), isinstance(dataset, RecordDataset) and dataset.by_epoch
-    order = (len(dataset), batch_size, seed, consumed, draws, blocks_of(dataset), buckets)
+        buckets = LengthBuckets(lengths, batch_size, length_bucket_steps)
+    subsamples = _subsamples(dataset)
+    groups = dataset.groups if isinstance(dataset, RecordDataset) else None
+    by_epoch = isinstance(dataset, RecordDataset) and dataset.by_epoch
+    order = (len(dataset), batch_size, seed, consumed, subsamples, groups, buckets)
     return DataLoader(
         dataset,
-        batch_sampler=_Endless(readers or Ranks(), sample_costs, by_epoch, *order),
+        batch_sampler=_RankSampler(dp_rank, dp_size, sample_costs, by_epoch, *order),
         collate_fn=collate_step,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
-        generator=torch.Generator().manual_seed(seed),  # the loader's own draws leave the global state alone
+        generator=torch.Generator().manual_seed(seed),  # so that the loader does not draw from the global generator
     )
 
 
-class _Endless:
-    def __init__(self, readers: Ranks, loads: torch.Tensor | None, by_epoch: bool, *order: Any) -> None:
-        self.readers, self.loads, self.by_epoch, self.order = readers, loads, by_epoch, order
+class _RankSampler:
+    """The indices of a data-parallel rank's share of each step. Args: order: see `step_indices`."""
+
+    def __init__(
+        self, dp_rank: int, dp_size: int, sample_costs: torch.Tensor | None, by_epoch: bool, *order: Any
+    ) -> None:
+        self.dp_rank, self.dp_size, self.sample_costs = dp_rank, dp_size, sample_costs
+        self.by_epoch, self.order = by_epoch, order
 
     def __iter__(self) -> Iterator[list[int]]:
-        length, batch_size, _, consumed, draws, *_ = self.order
-        size = epoch_size(length, draws)
-        for indices in steps(*self.order):
-            loads = [1] * len(indices) if self.loads is None else self.loads[indices].tolist()
-            dealt = balance_across_ranks(loads, self.readers.size)[self.readers.rank]
-            epochs = ((consumed + position) // size if self.by_epoch else 0 for position in dealt)
-            yield [indices[position] + epoch * length for position, epoch in zip(dealt, epochs, strict=True)]
+        length, batch_size, _, consumed, subsamples, *_ = self.order
+        size = epoch_size(length, subsamples)
+        for indices in step_indices(*self.order):
+            costs = [1] * len(indices) if self.sample_costs is None else self.sample_costs[indices].tolist()
+            positions = balance_across_ranks(costs, self.dp_size)[self.dp_rank]
+            epochs = ((consumed + position) // size if self.by_epoch else 0 for position in positions)
+            yield [indices[position] + epoch * length for position, epoch in zip(positions, epochs, strict=True)]
             consumed += batch_size
 
 
-def parts_of(sizes: Sequence[int], samples: list[Any], most: int, budget: int | None) -> list[list[Any]]:
-    """Samples in their order, of sizes that do not fall, cut into parts: at most so many each, and where there are
-    several, their number times the largest's size is within the budget."""
+def split_into_micro_batches(
+    sizes: Sequence[int], samples: list[Any], max_samples: int, max_tokens: int | None
+) -> list[list[Any]]:
+    """Split samples, in their order, into micro-batches of at most `max_samples`.
+
+    Args:
+        sizes: of the samples, in tokens, ascending.
+        max_tokens: of a micro-batch of several samples, padding included; None sets no limit.
+    """
     parts: list[list[Any]] = []
     for size, sample in zip(sizes, samples, strict=True):
-        if not parts or len(parts[-1]) == most or (budget is not None and (len(parts[-1]) + 1) * size > budget):
+        exceeds = max_tokens is not None and bool(parts) and (len(parts[-1]) + 1) * size > max_tokens
+        if not parts or len(parts[-1]) == max_samples or exceeds:
             parts.append([])
         parts[-1].append(sample)
     return parts
 
 
-class Work(NamedTuple):
-    """A rank's part of a step: micro-batches (none where nothing could be read), what could not be read, and how much
-    of what is reported per second is in it."""
+class StepData(NamedTuple):
+    """A rank's share of a step.
+
+    Attributes:
+        batches: the micro-batches; empty where no record could be read.
+        unreadable: the records that could not be read.
+        amounts: the totals of what is reported per second, such as images.
+    """
 
     batches: list[Any]
     unreadable: list[Unreadable]
-    amounts: dict[str, int]
+    amounts: dict[str, float]
 
 
 def collate_step(
     samples: list[Any],
     objective: Objective,
     micro_batch_size: int | None,
-    idle: Any = None,
+    dummy_sample: Any = None,
     share: int = 0,
-    budget: int | None = None,
-) -> Work:
+    max_tokens: int | None = None,
+) -> StepData:
     """A step's samples, or a rank's share of them, as micro-batches.
 
     Args:
-        budget: the most that a micro-batch of several samples holds, by the objective's sizes and padding counted; not
-            beside `idle`.
-        idle: put into each micro-batch of a rank among several, so that whatever is in it, or if nothing is, it runs
-            through the same parts as the others'. share: the most samples that any rank has.
+        dummy_sample: added to each micro-batch of a rank among several, and alone in those that the rank has too few
+            samples for, so that all ranks run through the same modules equally often; None for one rank.
+        share: the largest number of samples that any rank has.
+        max_tokens: see `split_into_micro_batches`, by the objective's sizes; not together with `dummy_sample`.
     """
     unreadable = [sample for sample in samples if isinstance(sample, Unreadable)]
-    good = [sample for sample in samples if not isinstance(sample, Unreadable)]
-    size = micro_batch_size or max(1, len(good) if idle is None else share)
-    if size < len(good) or budget is not None:
-        good.sort(key=objective.size)
-    parts = parts_of([objective.size(sample) for sample in good], good, size, budget)
+    readable = [sample for sample in samples if not isinstance(sample, Unreadable)]
+    size = micro_batch_size or max(1, len(readable) if dummy_sample is None else share)
+    if size < len(readable) or max_tokens is not None:
+        readable.sort(key=objective.size)
+    parts = split_into_micro_batches([objective.size(sample) for sample in readable], readable, size, max_tokens)
     batches = [objective.collate(part) for part in parts]
-    amounts = {} if idle is None else dict.fromkeys(objective.throughput(objective.collate([idle])), 0)
+    amounts: dict[str, float] = {}
+    if dummy_sample is not None:  # the same names on each rank, with 0 where a rank has no samples
+        amounts = dict.fromkeys(objective.throughput(objective.collate([dummy_sample])), 0)
     for batch in batches:
         for name, amount in objective.throughput(batch).items():
             amounts[name] = amounts.get(name, 0) + amount
-    if idle is not None:
+    if dummy_sample is not None:
         parts += [[]] * (math.ceil(share / size) - len(parts))
-        batches = [objective.collate([*part, idle]) for part in parts]
-    return Work(batches, unreadable, amounts)
+        batches = [objective.collate([*part, dummy_sample]) for part in parts]
+    return StepData(batches, unreadable, amounts)
+
+
+def _subsamples(dataset: Dataset) -> Sequence[Subsample]:
+    return dataset.subsamples if isinstance(dataset, RecordDataset) else ()

@@ -19,7 +19,7 @@ from mm.batch import IGNORED, Batch, Sample, collate
 from mm.config import ModelConfig
 from mm.cross_attention import CrossAttentionBlock
 from mm.model import MultimodalModel
-from mm.training.adapters import LAYERS, UNITS
+from mm.parallel.tables import CHECKPOINTED_MODULES, FSDP_MODULES
 from mm.training.flops import Row
 from mm.training.live_bytes import Ledger
 from mm.training.objectives import next_token_loss
@@ -170,7 +170,7 @@ class ShapeModel:
         return {name for name in names if not self.model.get_parameter(name).requires_grad}
 
     def _units(self) -> tuple[str, ...]:
-        return tuple(f"{name}." for name, module in self.model.named_modules() if isinstance(module, UNITS))
+        return tuple(f"{name}." for name, module in self.model.named_modules() if isinstance(module, FSDP_MODULES))
 
     def _sizes(self, tp_degree: int) -> tuple[dict[str, int], dict[str, int]]:
         """Parameters that the rank holds, and of these the ones that train, by FSDP unit; the rest under ""."""
@@ -193,7 +193,7 @@ class ShapeModel:
             recomputed: layers are computed anew in the backward pass (`activation_checkpointing`).
         """
         model, batch, ledger = self.model, self._batch(rows), Ledger(self.fake)
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, CHECKPOINTED_MODULES)}
         around = tuple(f"{name}." for name in layers)
         hooks = [
             parameter.register_post_accumulate_grad_hook(ledger.finish)
@@ -201,7 +201,7 @@ class ShapeModel:
             if parameter.requires_grad and not name.startswith(around)
         ]
         if self.sharded and self.precision == "bf16":
-            units = [module for module in model.modules() if isinstance(module, UNITS)]
+            units = [module for module in model.modules() if isinstance(module, FSDP_MODULES)]
             rounded = (unit for unit in units if not isinstance(unit, CrossAttentionBlock))  # as by `parallel.shard`
             hooks += [unit.register_forward_pre_hook(_lowered) for unit in rounded]
         if not self.first:  # hidden states from the stage before need a gradient; the table's extra rows stand for them

@@ -1,41 +1,43 @@
-"""What a run reports: one line per logged step in metrics.jsonl, the same in TensorBoard, and a progress bar."""
+"""A run's metrics: a line per logged step in metrics.jsonl, the same numbers in TensorBoard, and a progress bar."""
 
 import json
+import logging
 import math
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+logger = logging.getLogger(__name__)
+
 
 class StepMetrics(NamedTuple):
-    """What came of a step.
+    """The outcome of one step.
 
     Attributes:
         loss: mean over the step's targets. norms: of the gradient before clipping, per part of the module.
-        left_out: why the weights were left as they were; None where they were not.
+        skipped: why the optimizer did not use the step; None where it did.
     """
 
     loss: float
     norms: dict[str, float]
-    left_out: str | None = None
+    skipped: str | None = None
 
     @property
     def norm(self) -> float:
-        """Of the whole gradient, before clipping."""
+        """The norm of the whole gradient before clipping."""
         return math.hypot(*self.norms.values())
 
 
 class Window:
-    """Sums between two logged steps.
+    """The metrics of the steps between two logged ones.
 
     Args:
-        losses, norms, unreadable, left_out: of steps that an interrupted run had done and not logged.
+        losses, norms, unreadable, skipped: of steps that an interrupted run had finished and not logged.
     """
 
     def __init__(
@@ -43,42 +45,46 @@ class Window:
         losses: Sequence[float] = (),
         norms: Sequence[dict[str, float]] = (),
         unreadable: int = 0,
-        left_out: int = 0,
+        skipped: int = 0,
     ) -> None:
-        self.losses, self.norms, self.unreadable, self.left_out = list(losses), list(norms), unreadable, left_out
+        self.losses, self.norms, self.unreadable, self.skipped = list(losses), list(norms), unreadable, skipped
         self.steps, self.seconds, self.waited = 0, 0.0, 0.0  # of this process
-        self.held_up = 0.0  # seconds, beside those, by checkpoints
+        self.checkpoint_seconds = 0.0  # that the training waited for checkpoints, not part of `seconds`
         self.amounts: dict[str, float] = {}
-        # By how much the rank with most tiles, or tokens, had more than the mean.
         self.imbalances: dict[str, list[float]] = {}
 
     def add(self, step: StepMetrics, num_unreadable: int, amounts: dict[str, float]) -> None:
+        """Add a step, with the amounts, such as images, that it had on all ranks."""
         self.unreadable += num_unreadable
-        if step.left_out:
-            self.left_out += 1
+        if step.skipped:
+            self.skipped += 1
         else:
             self.losses.append(step.loss)
             self.norms.append(step.norms)
         for name, amount in amounts.items():
             self.amounts[name] = self.amounts.get(name, 0) + amount
 
-    def clock(self, waited: float, seconds: float) -> None:
-        """A step's time in all, and the part of it spent waiting for data."""
+    def add_imbalance(self, name: str, excess: float) -> None:
+        """Add by which share the rank with the largest amount exceeded the mean in a step."""
+        self.imbalances.setdefault(name, []).append(excess)
+
+    def add_time(self, waited: float, seconds: float) -> None:
+        """Add a step's seconds, and those of them that it waited for data."""
         self.steps += 1
         self.waited += waited
         self.seconds += seconds
 
-    def unlogged(self) -> dict:
-        """What a resumed run needs to report the same numbers."""
+    def unlogged(self) -> dict[str, Any]:
+        """What a resumed run needs to report the same numbers: the arguments of a new window."""
         return {
             "losses": self.losses,
             "norms": self.norms,
             "unreadable": self.unreadable,
-            "left_out": self.left_out,
+            "skipped": self.skipped,
         }
 
     def numbers(self) -> dict[str, float]:
-        """Means over the steps that counted, and amounts per second over all."""
+        """The metrics by name: means over the steps that were not skipped, and amounts per second over all steps."""
         numbers: dict[str, float] = {}
         if self.losses:
             numbers["loss"] = sum(self.losses) / len(self.losses)
@@ -88,22 +94,22 @@ class Window:
         numbers["seconds_per_step"] = self.seconds / self.steps
         numbers["data_wait_share"] = self.waited / self.seconds
         numbers |= {f"{name}_per_second": amount / self.seconds for name, amount in self.amounts.items()}
-        if self.held_up:
-            numbers["checkpoint_seconds"] = self.held_up
+        if self.checkpoint_seconds:
+            numbers["checkpoint_seconds"] = self.checkpoint_seconds
         numbers |= {name: sum(values) / len(values) for name, values in self.imbalances.items()}
         if self.unreadable:
-            numbers["unreadable"] = self.unreadable
-        if self.left_out:
-            numbers["left_out"] = self.left_out
+            numbers["unreadable_records"] = self.unreadable
+        if self.skipped:
+            numbers["skipped_steps"] = self.skipped
         return numbers
 
 
 class MetricsLog:
-    """Writes a run's numbers; on a resume, lines of steps that will come again are taken out first.
+    """Writes a run's metrics. On a resume it first removes the lines of steps that will run again.
 
     Args:
         folder: the run folder; gets `metrics.jsonl` and `tensorboard/`.
-        step: steps already done. num_steps: of the whole run.
+        step: the finished steps. num_steps: of the whole run. name: of the stage.
     """
 
     def __init__(self, folder: Path, step: int, num_steps: int, name: str) -> None:
@@ -111,9 +117,9 @@ class MetricsLog:
         if self.file.exists():
             lines = self.file.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _step_of(line) <= step]
-            new = self.file.with_suffix(".new")
-            new.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            os.replace(new, self.file)
+            temporary = self.file.with_suffix(".new")
+            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            os.replace(temporary, self.file)
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         self.name, self.num_steps = name, num_steps
         self.bar = tqdm(total=num_steps, initial=step, desc=name, unit="step", disable=None)
@@ -128,27 +134,24 @@ class MetricsLog:
         self.board.close()
 
     def advance(self, loss: float) -> None:
+        """Move the progress bar by a step."""
         self.bar.update()
         self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
-        """Record the numbers of a step (counted from 1); where there is no bar, print the most telling of them."""
+        """Record the metrics of a step (counted from 1); without a progress bar, log the main ones."""
         with self.file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"step": step, **numbers}) + "\n")
         for name, value in numbers.items():
             self.board.add_scalar(name, value, step)
         if self.bar.disable:
-            telling = {
-                name: value
-                for name, value in numbers.items()
-                if not name.startswith(("gate/", "gradient_norm/", "rate/"))
-            }
-            line = "  ".join(f"{name} {value:.4g}" for name, value in telling.items())
-            print(f"{self.name} step {step}/{self.num_steps}  {line}", file=sys.stderr, flush=True)
+            details = ("gate/", "gradient_norm/", "learning_rate/")
+            line = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items() if not name.startswith(details))
+            logger.info("%s step %d/%d  %s", self.name, step, self.num_steps, line)
 
 
 class NoLog:
-    """In place of a `MetricsLog` on ranks other than the first."""
+    """Takes the place of a `MetricsLog` on ranks that are not the main one."""
 
     def __init__(self, *_: object) -> None:
         pass
@@ -167,7 +170,7 @@ class NoLog:
 
 
 def _step_of(line: str) -> float:
-    """The step of a line; a line cut off by a crash belongs to no step that is kept."""
+    """The step of a line; infinite for a line that a crash has cut off, so that it is removed."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError):

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from foundation.errors import UserError
 from mm.config import ModelConfig
-from mm.parallel.pipeline import stages_of
-from mm.parallel.ranks import Layout
+from mm.parallel.layout import Layout
+from mm.parallel.pipeline import stage_layers
 from mm.training.config import TrainingConfig
 from mm.training.data import DataSource, RecordDataset
 from mm.training.flops import Flops, Learning, Parameters, Row, parameters, training_flops
@@ -123,7 +123,7 @@ class Arrangements:
 
     def of(self, layout: Layout, micro_batch_size: int, recomputed: bool) -> Arrangement:
         """A layout's arrangement; a micro-batch is at most a rank's share of the step."""
-        share = math.ceil(self.training.batch_size / layout.num_readers)
+        share = math.ceil(self.training.batch_size / layout.dp_size)
         size = min(micro_batch_size, share)
         micro_batches = math.ceil(share / size)
         held = []
@@ -131,11 +131,11 @@ class Arrangements:
             key = (stage, size, recomputed)
             if key not in self._steps:
                 self._steps[key] = stage.step([self.samples.largest] * size, recomputed)
-            in_flight = min(layout.pipeline, micro_batches) if stage.first else 1
-            held.append(stage.bytes_of(self._steps[key], layout.shards, micro_batches > 1, in_flight))
+            in_flight = min(layout.pp, micro_batches) if stage.first else 1
+            held.append(stage.bytes_of(self._steps[key], layout.dp_shard, micro_batches > 1, in_flight))
         speed = None
         if self.rate is not None:
-            waiting = (micro_batches + layout.pipeline - 1) / micro_batches  # a pipeline fills and drains
+            waiting = (micro_batches + layout.pp - 1) / micro_batches  # a pipeline fills and drains
             flops = self.samples.flops(self.config, self.learning, recomputed).total
             speed = self.gpus * self.rate / flops / waiting
         return Arrangement(layout, size, recomputed, max(held, key=lambda one: one.total), speed)
@@ -166,7 +166,7 @@ class Arrangements:
         state, layout = self._state(arrangement.layout), arrangement.layout
         shared = state["weights"] + state["gradients"] + state["optimizer"]
         room = most - (arrangement.held.total - shared)
-        return math.ceil(shared * layout.shards / room) * layout.tensor * layout.pipeline if room > 0 else None
+        return math.ceil(shared * layout.dp_shard / room) * layout.tp * layout.pp if room > 0 else None
 
     def _products(self) -> Iterator[tuple[int, int]]:
         """Numbers of pipeline and of tensor ranks that the model and the GPUs can be divided into."""
@@ -199,7 +199,7 @@ class Arrangements:
             tried = [self.of(layout, size, recomputed) for layout in layouts]
             found |= {one.layout: one for one in tried if one.held.total <= most}
             layouts = [layout for layout in layouts if found.get(layout) in tried]
-        return [found[layout] for layout in sorted(found, key=lambda layout: layout.shards)]
+        return [found[layout] for layout in sorted(found, key=lambda layout: layout.dp_shard)]
 
     def _sizes(self, pipeline: int, tensor: int) -> list[int]:
         """Of micro-batches: powers of 2, and a rank's whole share, as far as a pipeline has one for each rank."""
@@ -210,22 +210,23 @@ class Arrangements:
     def _state(self, layout: Layout) -> dict[str, float]:
         """What a layout's fullest rank holds whatever the batch."""
         return max(
-            (stage.state_bytes(layout.shards) for stage in self._stages(layout)), key=lambda state: sum(state.values())
+            (stage.state_bytes(layout.dp_shard) for stage in self._stages(layout)),
+            key=lambda state: sum(state.values()),
         )
 
     def _stages(self, layout: Layout) -> list[ShapeModel]:
         """The first stage, which has most micro-batches in flight, and the last, which has the logits."""
-        products = layout.pipeline, layout.tensor
+        products = layout.pp, layout.tp
         if products not in self._models:
             num_layers = self.config.language_model.num_layers
-            stages = stages_of(self._positions(), num_layers, layout.pipeline)
+            stages = stage_layers(self._positions(), num_layers, layout.pp)
             self._models[products] = [
                 ShapeModel(
                     self.config,
                     self.training.learning_rates,
                     self.training.precision,
                     self.gpus > 1,
-                    layout.tensor,
+                    layout.tp,
                     layers,
                 )
                 for layers in dict.fromkeys((stages[0], stages[-1]))
@@ -298,7 +299,7 @@ class Plan:
 
     def _memory(self) -> list[str]:
         lines = ["GB that a rank holds, as configured, and with activation_checkpointing the other way;"]
-        lines += ["layout: copies x shards x tensor x pipeline ranks", *self._table_of(self.configured)]
+        lines += ["layout: dp_replicate x dp_shard x tp x pp", *self._table_of(self.configured)]
         if self.gpu_gigabytes is None:
             return lines
         where = f"{self.gpus} GPUs of {self.gpu_gigabytes:g} GB ({USABLE:.0%} of them counted on)"
@@ -325,7 +326,7 @@ class Plan:
         rows = [("layout", "micro-batch", "recomputed", *parts, *rated)]
         for one in arrangements:
             ranks, speed = one.layout, one.samples_per_second
-            layout = f"{ranks.copies} x {ranks.shards} x {ranks.tensor} x {ranks.pipeline}"
+            layout = f"{ranks.dp_replicate} x {ranks.dp_shard} x {ranks.tp} x {ranks.pp}"
             held = (f"{getattr(one.held, part) / 1e9:.3g}" for part in parts)
             rows.append((layout, str(one.micro_batch_size), "yes" if one.recomputed else "no", *held))
             rows[-1] += tuple(f"{speed * self.samples.images:.3g}" for _ in rated)
@@ -362,7 +363,7 @@ def plan(
         if value is not None and not value > 0:
             raise UserError(f"{name} is {value:g}; it must be above 0")
     ways = Arrangements(config, training, samples, gpus, None if teraflops is None else teraflops * 1e12)
-    layout, size = Layout.of(training, gpus), training.micro_batch_size or training.batch_size
+    layout, size = training.layout(gpus), training.micro_batch_size or training.batch_size
     own = training.activation_checkpointing
     found, least, enough = [], None, None
     if gpu_gigabytes is not None:

@@ -1,4 +1,4 @@
-"""What of a frozen model need not be FP32 while a run computes in bf16: matrices whose numbers are bf16 already."""
+"""Frozen matrices in bf16 while a run computes in bf16, where that changes no number."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,29 +9,42 @@ from torch import nn
 
 @contextmanager
 def lossless_bf16(module: nn.Module, active: bool = True) -> Iterator[None]:
-    """While it lasts, frozen matrices of linear layers are kept in bf16 where no number of theirs is changed by it.
+    """Context in which frozen matrices of linear layers are stored in bf16 if bf16 represents all their numbers.
 
-    Language models are released in bf16 and trained beside in FP32. Autocast would round each of their matrices at
-    each use, to what it was before, and keep the outcome until the backward pass: half as much again as FP32 takes
-    alone. Left as they are: what trains, what a norm or an embedding uses too, since hidden states are FP32 and
-    follow those, and what bf16 cannot hold.
+    Language models are released in bf16, and the adapters train in FP32. Autocast would round each FP32 matrix at each
+    use, to the released values, and keep the copy until the backward pass: half as much memory again.
+    """
+    names = bf16_candidates(module) if active else []
+    stored = []
+    try:
+        for name in names:
+            matrix = module.get_parameter(name)
+            rounded = matrix.data.bfloat16()
+            if torch.equal(rounded.float(), matrix.data):
+                matrix.data = rounded
+                stored.append(matrix)
+        yield
+    finally:
+        for matrix in stored:
+            matrix.data = matrix.data.float()
+
+
+def bf16_candidates(module: nn.Module) -> list[str]:
+    """The names of frozen FP32 matrices that only linear layers use.
+
+    What a norm or an embedding also uses stays FP32: hidden states are FP32 and take the type of those parameters.
     """
     others = {
         id(parameter)
-        for submodule in module.modules()
-        if not isinstance(submodule, nn.Linear)
-        for parameter in submodule.parameters(recurse=False)
+        for part in module.modules()
+        if not isinstance(part, nn.Linear)
+        for parameter in part.parameters(recurse=False)
     }
-    matrices = [submodule.weight for submodule in module.modules() if active and isinstance(submodule, nn.Linear)]
-    kept = []
-    try:
-        for matrix in matrices:
-            if matrix.dtype is torch.float32 and not matrix.requires_grad and id(matrix) not in others:
-                low = matrix.data.bfloat16()
-                if torch.equal(low.float(), matrix.data):
-                    matrix.data = low
-                    kept.append(matrix)
-        yield
-    finally:
-        for matrix in kept:
-            matrix.data = matrix.data.float()
+    return [
+        f"{name}.weight" if name else "weight"
+        for name, part in module.named_modules()
+        if isinstance(part, nn.Linear)
+        and part.weight.dtype is torch.float32
+        and not part.weight.requires_grad
+        and id(part.weight) not in others
+    ]

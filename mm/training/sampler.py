@@ -1,4 +1,4 @@
-"""The order of samples: a function of the seed and the sizes alone, whatever reads them."""
+"""The order of samples: a function of the seed and the sizes alone, whatever ranks and workers read them."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -8,110 +8,112 @@ import numpy as np
 import torch
 
 
-class Draw(NamedTuple):
-    """Of the dataset's indices `first` to `first + length - 1`, which are a source's, an epoch shows only `number`."""
+class Subsample(NamedTuple):
+    """Of the indices `first` to `first + length - 1`, which belong to one source, an epoch uses only `num_used`."""
 
     source: int
     first: int
     length: int
-    number: int
+    num_used: int
 
 
-def epoch_size(length: int, draws: Sequence[Draw]) -> int:
-    """Samples of an epoch over a dataset of `length`."""
-    return length - sum(draw.length - draw.number for draw in draws)
+def epoch_size(length: int, subsamples: Sequence[Subsample]) -> int:
+    """The number of samples in an epoch of a dataset with `length` indices."""
+    return length - sum(subsample.length - subsample.num_used for subsample in subsamples)
 
 
-class Buckets(NamedTuple):
-    """Samples of about equal length in a step: of so many steps' samples each, those that are about as long.
+class LengthBuckets(NamedTuple):
+    """Puts samples of similar length into the same step: within each window of `window_steps` steps, they are sorted.
 
     Attributes:
-        lengths: of each index, [length of the dataset]. batch_size: samples of a step. steps: that are sorted together.
+        lengths: of each index, [length of the dataset]. batch_size: samples of a step.
+        window_steps: the number of steps whose samples are sorted together.
     """
 
     lengths: torch.Tensor
     batch_size: int
-    steps: int
+    window_steps: int
 
     def order(self, order: torch.Tensor, epoch: int, key: str) -> torch.Tensor:
-        """An epoch's order with samples sorted by length within windows, and the steps of all windows shuffled.
+        """An epoch's order with each window sorted by length, and the steps of all windows then shuffled.
 
-        What completes the last step of the epoch before, and what is left for the next one's first, stays as it is.
+        The samples that complete the last step of the previous epoch, and those of an incomplete last step, keep their
+        places.
 
         Args:
-            epoch: all of which are equally long. key: names the draw.
+            order: int64 indices, as many in each epoch. epoch: its number, from 0. key: names the shuffling.
         """
-        begun = min(-(epoch * len(order)) % self.batch_size, len(order))
-        end = len(order) - (len(order) - begun) % self.batch_size
-        windows = order[begun:end].split(self.batch_size * self.steps)
+        start = min(-(epoch * len(order)) % self.batch_size, len(order))
+        end = len(order) - (len(order) - start) % self.batch_size
+        windows = order[start:end].split(self.batch_size * self.window_steps)
         sorted_windows = [window[self.lengths[window].argsort(stable=True)] for window in windows]
         steps = torch.cat(sorted_windows).reshape(-1, self.batch_size)
-        return torch.cat([order[:begun], steps[_permutation(len(steps), key)].flatten(), order[end:]])
+        return torch.cat([order[:start], steps[_permutation(len(steps), key)].flatten(), order[end:]])
 
 
 def epoch_order(
     length: int,
     seed: int,
     epoch: int,
-    draws: Sequence[Draw] = (),
-    blocks: torch.Tensor | None = None,
-    buckets: Buckets | None = None,
+    subsamples: Sequence[Subsample] = (),
+    groups: torch.Tensor | None = None,
+    buckets: LengthBuckets | None = None,
 ) -> torch.Tensor:
-    """The order of an epoch: indices of a dataset of `length`, all but those that `draws` leave out, shuffled; int64.
+    """The shuffled indices of an epoch, int64; the same for the same arguments, and as many in each epoch.
 
     Args:
-        blocks: of each index, int64 [length]: those of one block stand together, in their own order, where the first of
-            them comes.
-        buckets: what of it is then sorted by length; not beside blocks.
-
-    The same everywhere for the same numbers, and of the same size in every epoch.
+        length: of the dataset. epoch: its number, from 0.
+        subsamples: what the epoch leaves out.
+        groups: the group of each index, int64 [length]. The indices of a group follow each other, in their own order,
+            where the shuffled order has the first of them.
+        buckets: sorts by length; not together with groups.
     """
-    shown = torch.ones(length, dtype=torch.bool)
-    for draw in draws:
-        left_out = _permutation(draw.length, f"{seed}/{epoch}/{draw.source}")[draw.number :]
-        shown[draw.first + left_out] = False
-    indices = shown.nonzero().flatten()
+    is_used = torch.ones(length, dtype=torch.bool)
+    for subsample in subsamples:
+        unused = _permutation(subsample.length, f"{seed}/{epoch}/{subsample.source}")[subsample.num_used :]
+        is_used[subsample.first + unused] = False
+    indices = is_used.nonzero().flatten()
     order = indices[_permutation(len(indices), f"{seed}/{epoch}")]
     if buckets is not None:
         return buckets.order(order, epoch, f"{seed}/{epoch}/steps")
-    if blocks is None:
+    if groups is None:
         return order
-    first = torch.full((length,), length).scatter_reduce(0, blocks[order], torch.arange(len(order)), "amin")
-    return order[np.lexsort((order.numpy(), first[blocks[order]].numpy()))]
-
-
-def _permutation(length: int, key: str) -> torch.Tensor:
-    return torch.randperm(length, generator=torch.Generator().manual_seed(seed_of(key)))
+    first = torch.full((length,), length).scatter_reduce(0, groups[order], torch.arange(len(order)), "amin")
+    return order[np.lexsort((order.numpy(), first[groups[order]].numpy()))]
 
 
 def seed_of(key: str) -> int:
-    """A generator's seed from whatever names a draw: the same for the same text, unlike for any other."""
+    """A generator's seed from a text that names what is drawn; different texts give different seeds."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
 
 
-def steps(
+def step_indices(
     length: int,
     batch_size: int,
     seed: int,
     consumed: int = 0,
-    draws: Sequence[Draw] = (),
-    blocks: torch.Tensor | None = None,
-    buckets: Buckets | None = None,
+    subsamples: Sequence[Subsample] = (),
+    groups: torch.Tensor | None = None,
+    buckets: LengthBuckets | None = None,
 ) -> Iterator[list[int]]:
-    """The indices of each step's samples, without end, from `consumed` samples on; a step may span two epochs.
+    """The indices of each step's samples, without end; a step may span two epochs.
 
     Args:
-        length: of the dataset. draws: what an epoch leaves out of it. blocks: what comes together. buckets: what is
-            sorted by length.
+        consumed: the number of samples that earlier steps have had.
+        length, subsamples, groups, buckets: see `epoch_order`.
     """
-    size = epoch_size(length, draws)
-    epoch, order = -1, None
+    size = epoch_size(length, subsamples)
+    epoch, order = -1, torch.empty(0, dtype=torch.long)
     while True:
         indices = []
         for position in range(consumed, consumed + batch_size):
             if position // size != epoch:
                 epoch = position // size
-                order = epoch_order(length, seed, epoch, draws, blocks, buckets)
+                order = epoch_order(length, seed, epoch, subsamples, groups, buckets)
             indices.append(int(order[position % size]))
         consumed += batch_size
         yield indices
+
+
+def _permutation(length: int, key: str) -> torch.Tensor:
+    return torch.randperm(length, generator=torch.Generator().manual_seed(seed_of(key)))

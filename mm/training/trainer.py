@@ -1,16 +1,18 @@
-"""The loop under every stage: batches in, steps, metrics, checkpoints; interrupted and resumed, it ends the same.
+"""The training loop of every stage: set-up, resuming, steps, evaluation, checkpoints.
 
-A stage brings a module, a dataset and an `Objective`; this file knows neither images nor text.
+A stage brings a module, a dataset and an `Objective`; this file knows neither images nor text. A run that is
+interrupted and resumed ends as the uninterrupted one, on one process bit for bit.
 """
 
 import copy
+import logging
 import math
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,179 +22,266 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from foundation.errors import UserError
 from mm.device import resolve_device
-from mm.parallel.pipeline import Stage, cut
-from mm.parallel.ranks import Layout, Ranks, mesh_of, shard, total_norm, whole
+from mm.parallel.dtensor import full_tensor, total_norm
+from mm.parallel.parallelize import parallelize
+from mm.parallel.pipeline import Stage, build_stage
+from mm.parallel.process_group import Ranks
 from mm.parallel.tensor_parallel import all_reduce_partial_gradients
 from mm.training.checkpoint import Checkpoints
 from mm.training.compiling import compiled, require_compiler
-from mm.training.config import FREE_TO_CHANGE, TrainingConfig
-from mm.training.data import Position, collate_step, step_loader
+from mm.training.config import NOT_IN_FINGERPRINT, TrainingConfig
+from mm.training.data import Position, StepData, collate_step, step_loader
 from mm.training.guards import Guard
 from mm.training.metrics import MetricsLog, NoLog, StepMetrics, Window
-from mm.training.objectives import Objective
+from mm.training.objectives import Objective, loss_of_hidden_states
 from mm.training.optimizer import apply_learning_rates, build_optimizer, learning_rate_factor, set_learning_rate_factor
 
+logger = logging.getLogger(__name__)
 
-def train(
-    module: nn.Module,
-    objective: Objective,
-    dataset: Dataset,
-    config: TrainingConfig,
-    folder: Path,
-    name: str,
-    device: torch.device | str = "cpu",
-    evaluate: Callable[[Callable], dict[str, float]] | None = None,
-    checkpointed_modules: tuple[type[nn.Module], ...] = (),
-    fsdp_modules: tuple[type[nn.Module], ...] = (),
-    identity: dict | None = None,
-    sample_costs: Tensor | None = None,
-    matmul_rate: float | None = None,
-) -> None:
-    """Train `module` in place for `config.steps` steps, from the newest checkpoint in `folder` if there is one.
 
-    Under `torchrun` all ranks call this alike: each step's samples are dealt out to them, and the weights are sharded.
+class Trainer:
+    """Trains a module in place for `config.steps` steps, from the newest checkpoint in `folder` if there is one.
+
+    Under `torchrun` all ranks construct it alike: each step's samples are divided among them, and weights are sharded.
 
     Args:
+        module: what trains, on any device; it is moved.
+        objective: how samples become batches and losses.
+        dataset: index -> sample or `Unreadable`.
+        config: how to train.
+        folder: the run folder, for checkpoints and metrics.
         name: of the stage, for the progress bar.
-        evaluate: called every `evaluate_every` steps and at the end with the module, or with what gives the same for a
-            batch where the module is cut into stages; its numbers are logged under `eval/`.
-        checkpointed_modules: kinds of submodules that `activation_checkpointing` and `compile` apply to. fsdp_modules: those that ranks gather
-            at a time.
-        sample_costs: how much work each sample is, such as its tokens, [len(dataset)]; ranks get about equal sums of it.
-        matmul_rate: FLOP/s of a rank's device at best; the objective's "flops" are reported as a share of it, "mfu".
+        evaluate: called every `evaluate_every` steps and at the end with the module (under pipeline parallelism with
+            the stage's `logits`, which returns the whole module's); its numbers are logged under `eval/`.
+        checkpointed_modules: kinds of submodules that `activation_checkpointing` and `compile` apply to.
+        fsdp_modules: kinds of submodules that ranks gather one at a time.
         identity: what else, besides `config`, a resumed run must have in common with the interrupted one.
-
-    Raises:
-        UserError: a configuration that does not fit the module, the machine or an earlier run in the folder, a step
-            whose records are all unreadable, or too many steps in a row that must be left out.
+        sample_costs: the cost of each sample, such as its tokens, [len(dataset)]; ranks get about equal sums of it.
+        matmul_rate: peak FLOP/s of a rank's device; the objective's "flops" are reported as a share of it, "mfu".
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; name a folder for the run")
-    if config.compile:
-        require_compiler()
-    device, ranks = resolve_device(device), Ranks.current()
-    if config.micro_batch_tokens is not None and ranks.size > 1:
-        raise UserError(
-            "training.micro_batch_tokens makes other numbers of passes on other ranks: under torchrun limit them by "
-            "training.micro_batch_size"
-        )
-    layout = Layout.of(config, ranks.size)
-    readers = layout.readers(ranks.rank)
-    learning_rates = apply_learning_rates(module, config.learning_rates)
-    rates_in_order = list(
-        config.learning_rates.items()
-    )  # the order decides, and a comparison of dicts would not see it
-    fingerprint = {**asdict(config), "learning_rates": rates_in_order, "samples": len(dataset), **(identity or {})}
-    for irrelevant in FREE_TO_CHANGE:
-        del fingerprint[irrelevant]
-    ranks.check_consistent("configuration", fingerprint)
-    torch.manual_seed(config.seed)
-    plain, idle = module, objective.dummy_sample(module) if layout.num_readers * layout.pipeline > 1 else None
-    if layout.pipeline > 1:
-        module = cut(plain, config, layout, device.type)
-    elif ranks.size > 1:
-        module = copy.deepcopy(plain)
-    module.to(device).train()
-    if layout.num_readers * layout.tensor > 1:
-        shard(module, fsdp_modules, layout, config.precision, device.type, objective.forward_methods)
-    optimizer = build_optimizer(module, learning_rates, config.weight_decay, config.betas)
-    checkpoints = Checkpoints(folder, config.keep, fingerprint, module, optimizer)
-    done, position, unlogged = checkpoints.resume() or (0, Position(config.seed), {})
-    folder.mkdir(parents=True, exist_ok=True)
-    loader = step_loader(
-        dataset,
-        partial(
+
+    def __init__(
+        self,
+        module: nn.Module,
+        objective: Objective,
+        dataset: Dataset,
+        config: TrainingConfig,
+        folder: Path,
+        name: str,
+        device: torch.device | str = "cpu",
+        evaluate: Callable[[Callable], dict[str, float]] | None = None,
+        checkpointed_modules: tuple[type[nn.Module], ...] = (),
+        fsdp_modules: tuple[type[nn.Module], ...] = (),
+        identity: dict[str, Any] | None = None,
+        sample_costs: Tensor | None = None,
+        matmul_rate: float | None = None,
+    ) -> None:
+        self.original, self.objective, self.dataset, self.config = module, objective, dataset, config
+        self.folder, self.name, self.evaluate = folder, name, evaluate
+        self.checkpointed_modules, self.fsdp_modules = checkpointed_modules, fsdp_modules
+        self.identity, self.sample_costs, self.matmul_rate = identity or {}, sample_costs, matmul_rate
+        self.device, self.ranks = resolve_device(device), Ranks.current()
+
+    def run(self) -> None:
+        """Train, and leave the trained weights in the module.
+
+        Raises:
+            UserError: a configuration that does not fit the module, the machine or an earlier run in the folder, a step
+                whose records are all unreadable, or too many skipped steps in a row.
+            SystemExit: 143 after SIGTERM, once a checkpoint is written.
+        """
+        self._check_settings()
+        self._set_up()
+        self._resume()
+        loader = self._loader()
+        with ExitStack() as stack:
+            log = MetricsLog if self.ranks.is_main else NoLog
+            self.log = stack.enter_context(log(self.folder, self.finished_steps, self.config.steps, self.name))
+            stack.enter_context(compiled(self.module, self.checkpointed_modules, self.config.compile))
+            # Around what is compiled: the recomputation runs compiled layers.
+            stack.enter_context(activation_checkpointing(self.module, self.checkpointed_modules, self.config))
+            self.termination = stack.enter_context(_Termination())
+            stack.enter_context(self.checkpoints)
+            self.step_started = time.perf_counter()
+            for step, data in zip(range(self.finished_steps, self.config.steps), loader, strict=False):
+                self._train_on(step, data)
+                self._after_step(step + 1)
+        self._copy_weights_back()
+
+    def _check_settings(self) -> None:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"{self.folder} is a file; name a folder for the run")
+        if self.config.compile:
+            require_compiler()
+        if self.config.micro_batch_tokens is not None and self.ranks.size > 1:
+            raise UserError(
+                "training.micro_batch_tokens gives ranks different numbers of micro-batches: under torchrun set "
+                "training.micro_batch_size instead"
+            )
+
+    def _set_up(self) -> None:
+        """Freeze and parallelize the module, and build the optimizer and the checkpoints."""
+        config, layout = self.config, self.config.layout(self.ranks.size)
+        self.layout, self.dp_rank = layout, layout.dp_rank(self.ranks.rank)
+        self.share = math.ceil(config.batch_size / layout.dp_size)  # samples of a data-parallel rank in a step
+        self.learning_rates = apply_learning_rates(self.original, config.learning_rates)
+        fingerprint = self._fingerprint()
+        self.ranks.check_consistent("configuration", fingerprint)
+        torch.manual_seed(config.seed)
+        several = layout.dp_size * layout.pp > 1
+        self.dummy_sample = self.objective.dummy_sample(self.original) if several else None
+        self.module = self.original
+        if layout.pp > 1:
+            self._check_num_micro_batches()
+            self.module = build_stage(self.original, layout, self.device.type, config.precision, loss_of_hidden_states)
+        elif self.ranks.size > 1:
+            self.module = copy.deepcopy(self.original)
+        self.module.to(self.device).train()
+        if layout.dp_size * layout.tp > 1:
+            parallelize(
+                self.module,
+                self.fsdp_modules,
+                layout,
+                config.precision,
+                self.device.type,
+                self.objective.forward_methods,
+            )
+        self.optimizer = build_optimizer(self.module, self.learning_rates, config.weight_decay, config.betas)
+        self.checkpoints = Checkpoints(self.folder, config.keep, fingerprint, self.module, self.optimizer)
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the interrupted one."""
+        fingerprint = {**asdict(self.config), "samples": len(self.dataset), **self.identity}
+        # As a list, because the order of the patterns decides, and a comparison of dicts ignores it.
+        fingerprint["learning_rates"] = list(self.config.learning_rates.items())
+        for setting in NOT_IN_FINGERPRINT:
+            del fingerprint[setting]
+        return fingerprint
+
+    def _check_num_micro_batches(self) -> None:
+        size = self.config.micro_batch_size or self.share
+        num_micro_batches = math.ceil(self.share / size)
+        if num_micro_batches < self.layout.pp:
+            raise UserError(
+                f"training.pp_degree is {self.layout.pp}, and a step has {num_micro_batches} micro-batches (of {size} "
+                f"in {self.share} samples); a pipeline needs one for each stage: lower micro_batch_size, raise "
+                "batch_size or lower pp_degree"
+            )
+
+    def _resume(self) -> None:
+        """Load the newest checkpoint, if there is one."""
+        self.finished_steps, self.position, unlogged = self.checkpoints.resume() or (0, Position(self.config.seed), {})
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.guard = Guard(self.config.spike_factor, self.config.max_skipped, **unlogged.pop("guard", {}))
+        self.window = Window(**unlogged)
+
+    def _loader(self) -> DataLoader:
+        """Batches of this rank's share of each step."""
+        collate = partial(
             collate_step,
-            objective=objective,
-            micro_batch_size=config.micro_batch_size,
-            idle=idle,
-            share=math.ceil(config.batch_size / readers.size),
-            budget=config.micro_batch_tokens,
-        ),
-        config.batch_size,
-        position.seed,
-        position.consumed,
-        workers=config.workers,
-        readers=readers,
-        sample_costs=sample_costs,
-        length_bucket_steps=config.length_bucket_steps,
-    )
-    log_of = MetricsLog if ranks.is_main else NoLog
-    with (
-        log_of(folder, done, config.steps, name) as log,
-        compiled(module, checkpointed_modules, config.compile),
-        activation_checkpointing(module, checkpointed_modules, config),  # around what is compiled
-        _termination() as ended,
-        checkpoints,
-    ):
-        guard = Guard(config.spike_factor, config.max_skipped, **unlogged.pop("guard", {}))
-        window = Window(**unlogged)
-        started = time.perf_counter()
-        for step, work in zip(range(done, config.steps), loader, strict=False):
-            waited = time.perf_counter() - started
-            ranks.barrier(config.rank_timeout)
-            if not work.batches:
-                raise UserError(f"none of a step's records can be read; the first: {work.unreadable[0].reason}")
-            factor = learning_rate_factor(step, config.steps, config.warmup_steps, config.final_learning_rate_factor)
-            set_learning_rate_factor(optimizer, factor)
-            done_step = train_step(module, objective, optimizer, work.batches, config, device, guard)
-            if done_step.left_out and ranks.is_main:
-                print(f"left out step {step + 1}: {done_step.left_out}", file=sys.stderr)
-            for bad in work.unreadable if layout.leads(ranks.rank) else ():
-                print(f"left out record {bad.record}: {bad.reason}", file=sys.stderr)
-            asked = ranks.all_reduce_max(ended.asked)
-            num_unreadable, *amounts = layout.sum(len(work.unreadable), *work.amounts.values())
-            totals = dict(zip(work.amounts, amounts, strict=True))
-            window.add(done_step, int(num_unreadable), totals)
-            for imbalance, amount in (("tile_imbalance", "tiles"), ("token_imbalance", "tokens")):
-                if readers.size > 1 and totals.get(amount):
-                    excess = ranks.all_reduce_max(work.amounts[amount]) * readers.size / totals[amount] - 1
-                    window.imbalances.setdefault(imbalance, []).append(excess)
-            window.clock(waited, time.perf_counter() - started)
-            log.advance(done_step.loss)
-            position = position.after(config.batch_size, dataset)
-            finished = step + 1
-            last = finished == config.steps
-            asked = bool(asked) and not last
-            numbers: dict[str, float] = {}
-            if finished % config.log_every == 0 or last:
-                observed = objective.observe(module)
-                if isinstance(module, Stage):
-                    observed = module.joined_values(observed)
-                numbers |= window.numbers() | {"rate/factor": factor} | observed
-                if matmul_rate is not None:
-                    numbers["mfu"] = numbers["flops_per_second"] / (matmul_rate * ranks.size)
-                window = Window()
-            if evaluate is not None and (finished % config.evaluate_every == 0 or last):
-                module.eval()
-                low = config.precision == "bf16" and module is not plain  # ranks gather layers in bf16
-                with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=low):
-                    found = evaluate(module.logits if isinstance(module, Stage) else module)
-                    numbers |= {f"eval/{key}": value for key, value in found.items()}
-                module.train()
-            if numbers:
-                log.write(finished, numbers)
-            if finished % config.save_every == 0 or last or asked:
-                unlogged = window.unlogged() | {"guard": guard.state()}
-                window.held_up += checkpoints.save(finished, position, unlogged)
-            if asked:
-                checkpoints.wait()
-                sys.exit(143)  # as a shell reports a process that SIGTERM ended
-            started = time.perf_counter()  # evaluations and checkpoints take no part in images per second
-    if module is not plain:
-        with torch.no_grad():
-            parameters = dict(plain.named_parameters())
-            for parameter_name in learning_rates:
-                goal = parameters[parameter_name]
-                if isinstance(module, Stage):
-                    goal.copy_(module.whole(parameter_name, like=goal))
+            objective=self.objective,
+            micro_batch_size=self.config.micro_batch_size,
+            dummy_sample=self.dummy_sample,
+            share=self.share,
+            max_tokens=self.config.micro_batch_tokens,
+        )
+        return step_loader(
+            self.dataset,
+            collate,
+            self.config.batch_size,
+            self.position.seed,
+            self.position.consumed,
+            workers=self.config.workers,
+            dp_rank=self.dp_rank,
+            dp_size=self.layout.dp_size,
+            sample_costs=self.sample_costs,
+            length_bucket_steps=self.config.length_bucket_steps,
+        )
+
+    def _train_on(self, step: int, data: StepData) -> None:
+        """One optimizer step (counted from 0), with its metrics."""
+        config, waited = self.config, time.perf_counter() - self.step_started
+        self.ranks.barrier(config.rank_timeout)
+        if not data.batches:
+            raise UserError(f"none of a step's records can be read; the first: {data.unreadable[0].reason}")
+        self.factor = learning_rate_factor(step, config.steps, config.warmup_steps, config.final_learning_rate_factor)
+        set_learning_rate_factor(self.optimizer, self.factor)
+        metrics = train_step(self.module, self.objective, self.optimizer, data.batches, config, self.device, self.guard)
+        if metrics.skipped and self.ranks.is_main:
+            logger.warning("skipped step %d: %s", step + 1, metrics.skipped)
+        if self.layout.reports_samples(self.ranks.rank):
+            for record in data.unreadable:
+                logger.warning("skipped record %s: %s", record.record, record.reason)
+        self.stop_requested = bool(self.ranks.all_reduce_max(self.termination.requested))
+        self._add_to_window(metrics, data)
+        self.window.add_time(waited, time.perf_counter() - self.step_started)
+        self.log.advance(metrics.loss)
+        self.position = self.position.after(config.batch_size, self.dataset)
+
+    def _add_to_window(self, metrics: StepMetrics, data: StepData) -> None:
+        num_unreadable, *sums = self.layout.all_reduce_sum(len(data.unreadable), *data.amounts.values())
+        totals = dict(zip(data.amounts, sums, strict=True))
+        self.window.add(metrics, int(num_unreadable), totals)
+        for imbalance, amount in (("tile_imbalance", "tiles"), ("token_imbalance", "tokens")):
+            if self.layout.dp_size > 1 and totals.get(amount):
+                maximum = self.ranks.all_reduce_max(data.amounts[amount])
+                self.window.add_imbalance(imbalance, maximum * self.layout.dp_size / totals[amount] - 1)
+
+    def _after_step(self, finished: int) -> None:
+        """Log, evaluate, save and stop, where that is due after `finished` steps."""
+        config, last = self.config, finished == self.config.steps
+        stop = self.stop_requested and not last
+        numbers: dict[str, float] = {}
+        if finished % config.log_every == 0 or last:
+            numbers |= self._window_numbers()
+        if self.evaluate is not None and (finished % config.evaluate_every == 0 or last):
+            numbers |= self._evaluate(self.evaluate)
+        if numbers:
+            self.log.write(finished, numbers)
+        if finished % config.save_every == 0 or last or stop:
+            unlogged = self.window.unlogged() | {"guard": self.guard.state()}
+            self.window.checkpoint_seconds += self.checkpoints.save(finished, self.position, unlogged)
+        if stop:
+            self.checkpoints.wait()
+            sys.exit(143)  # as a shell reports a process that SIGTERM ended
+        self.step_started = time.perf_counter()  # evaluations and checkpoints do not count as time of steps
+
+    def _window_numbers(self) -> dict[str, float]:
+        """The metrics since the last logged step; begins a new window."""
+        observed = self.objective.observe(self.module)
+        if isinstance(self.module, Stage):
+            observed = self.module.combine_values(observed)
+        numbers = self.window.numbers() | {"learning_rate/factor": self.factor} | observed
+        if self.matmul_rate is not None:
+            numbers["mfu"] = numbers["flops_per_second"] / (self.matmul_rate * self.ranks.size)
+        self.window = Window()
+        return numbers
+
+    def _evaluate(self, evaluate: Callable[[Callable], dict[str, float]]) -> dict[str, float]:
+        self.module.eval()
+        # Ranks gather layers in bf16, where one process has FP32 weights.
+        autocast = self.config.precision == "bf16" and self.module is not self.original
+        with torch.no_grad(), torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=autocast):
+            found = evaluate(self.module.logits if isinstance(self.module, Stage) else self.module)
+        self.module.train()
+        return {f"eval/{key}": value for key, value in found.items()}
+
+    @torch.no_grad()
+    def _copy_weights_back(self) -> None:
+        """Copy the trained weights from all ranks into the original module."""
+        if self.module is not self.original:
+            parameters = dict(self.original.named_parameters())
+            for name in self.learning_rates:
+                target = parameters[name]
+                if isinstance(self.module, Stage):
+                    target.copy_(self.module.full_parameter(name, like=target))
                 else:
-                    goal.copy_(whole(module.get_parameter(parameter_name)))
-    plain.eval()
+                    target.copy_(full_tensor(self.module.get_parameter(name)))
+        self.original.eval()
 
 
 def train_step(
@@ -204,54 +293,54 @@ def train_step(
     device: torch.device | str,
     guard: Guard,
 ) -> StepMetrics:
-    """One optimizer step over micro-batches, unless `guard` finds its loss or its gradient amiss.
+    """One optimizer step over micro-batches; `guard` may decide that it is skipped.
 
     Raises:
-        UserError: nothing to learn in the step, or more steps to leave out than the guard's patience allows.
+        UserError: no targets in the step, or too many skipped steps in a row.
     """
-    layout = Layout.of(config, Ranks.current().size)
-    (count,) = layout.sum(sum(objective.count(batch) for batch in batches))
+    layout = config.layout(Ranks.current().size)
+    (count,) = layout.all_reduce_sum(sum(objective.count(batch) for batch in batches))
     if count == 0:
         raise UserError("a step holds no targets; check the data's answers and captions")
-    kind = torch.device(device).type
-    losses = []
-    with _attention_kernels(config.precision, kind):  # the backward pass too: it may compute activations anew
+    device_type = torch.device(device).type
+    losses: list[Tensor | float] = []
+    with _attention_kernels(config.precision, device_type):  # the backward pass too: it may recompute activations
         if isinstance(module, Stage):
-            losses = [module.learn(batches, scale=layout.num_readers / count) / layout.num_readers]
+            losses = [module.forward_backward(batches, scale=layout.dp_size / count) / layout.dp_size]
         else:
             for batch in batches:
-                with torch.autocast(kind, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
+                with torch.autocast(device_type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
                     loss = objective.loss(module, batch.to(device)) / count
-                if loss.requires_grad:  # rows without images depend on nothing that an image adapter trains
-                    (loss * layout.num_readers).backward()  # sharded gradients are averaged over the ranks
-                losses.append(loss.detach())  # read when all is under way: to read is to wait for the device
-    if layout.tensor > 1:
-        all_reduce_partial_gradients(module, mesh_of(layout, kind)["tensor"].get_group())
+                if loss.requires_grad:  # a batch without images depends on nothing that an image adapter trains
+                    (loss * layout.dp_size).backward()  # FSDP averages gradients over the data-parallel ranks
+                losses.append(loss.detach())  # read at the end: reading waits for the device
+    if layout.tp > 1:
+        all_reduce_partial_gradients(module, layout.mesh(device_type)["tp"].get_group())
     if isinstance(module, Stage):
-        norms = module.joined_norms(_gradient_norms(module.owned()))
+        norms = module.combine_norms(_gradient_norms(module.owned_parameters()))
     else:
         norms = _gradient_norms(module.named_parameters())
-    step = StepMetrics(layout.sum(sum(float(loss) for loss in losses))[0], norms)
+    metrics = StepMetrics(layout.all_reduce_sum(sum(float(loss) for loss in losses))[0], norms)
     try:
-        reason = guard.reason_to_skip(step.loss, step.norm)
+        reason = guard.reason_to_skip(metrics.loss, metrics.norm)
         if reason is None:
-            if step.norm > config.max_gradient_norm:
+            if metrics.norm > config.max_gradient_norm:
                 for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
                     if parameter.grad is not None:
-                        parameter.grad.mul_(config.max_gradient_norm / step.norm)
+                        parameter.grad.mul_(config.max_gradient_norm / metrics.norm)
             optimizer.step()
     finally:
         optimizer.zero_grad(set_to_none=True)
-    return step._replace(left_out=reason)
+    return metrics._replace(skipped=reason)
 
 
 def _gradient_norms(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, float]:
-    """The norm of the gradient of each part of a module that trains, by the part's name."""
+    """The gradient norm of each part of a module, by the part's name: the first component of parameter names."""
     gradients: dict[str, list[Tensor]] = {}
     for name, parameter in parameters:
         if parameter.grad is not None:
             gradients.setdefault(name.partition(".")[0], []).append(parameter.grad)
-    return {part: total_norm(given) for part, given in gradients.items()}
+    return {part: total_norm(part_gradients) for part, part_gradients in gradients.items()}
 
 
 def _attention_kernels(precision: str, device_type: str) -> AbstractContextManager:
@@ -260,36 +349,40 @@ def _attention_kernels(precision: str, device_type: str) -> AbstractContextManag
 
 
 class activation_checkpointing:
-    """While it lasts, layers of the given kinds are computed anew in the backward pass."""
+    """Context in which modules of the given kinds compute their activations again in the backward pass.
 
-    def __init__(self, module: nn.Module, layers: tuple[type[nn.Module], ...], config: TrainingConfig) -> None:
+    Args:
+        config: its `activation_checkpointing` says whether they do.
+    """
+
+    def __init__(self, module: nn.Module, kinds: tuple[type[nn.Module], ...], config: TrainingConfig) -> None:
         active = config.activation_checkpointing
-        self.layers = [layer for layer in module.modules() if active and isinstance(layer, layers)]
+        self.modules = [part for part in module.modules() if active and isinstance(part, kinds)]
 
     def __enter__(self) -> None:
-        for layer in self.layers:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        for module in self.modules:
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
 
     def __exit__(self, *_: object) -> None:
-        for layer in self.layers:
-            del layer.forward
+        for module in self.modules:
+            del module.forward
 
 
-class _termination:
-    """While it lasts, SIGTERM does not end the process but is noted in `asked`, to be followed between two steps."""
+class _Termination:
+    """Context in which SIGTERM does not end the process but sets `requested`, which is obeyed between two steps."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
 
-    def __enter__(self) -> "_termination":
-        self.heeded = threading.current_thread() is threading.main_thread()  # other threads cannot set handlers
-        if self.heeded:
-            self.before = signal.signal(signal.SIGTERM, self._note)
+    def __enter__(self) -> "_Termination":
+        self.installed = threading.current_thread() is threading.main_thread()  # other threads cannot set handlers
+        if self.installed:
+            self.previous = signal.signal(signal.SIGTERM, self._request)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.heeded:
-            signal.signal(signal.SIGTERM, self.before)
+        if self.installed:
+            signal.signal(signal.SIGTERM, self.previous)
 
-    def _note(self, *_: object) -> None:
-        self.asked = True
+    def _request(self, *_: object) -> None:
+        self.requested = True

@@ -24,16 +24,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import Dataset
 
-from mm.cross_attention import CrossAttentionBlock
-from mm.language_model import DecoderLayer
-from mm.parallel.ranks import Ranks, joined, whole
+from mm.parallel.dtensor import full_tensor
+from mm.parallel.process_group import Ranks, init_distributed
+from mm.parallel.tables import FSDP_MODULES
 from mm.training.checkpoint import Checkpoints
 from mm.training.data import Position
 from mm.training.objectives import NextTokenObjective
-from mm.training.trainer import train
-from vision.encoder import VisionEncoder
+from mm.training.trainer import Trainer
 
-UNITS = (DecoderLayer, VisionEncoder, CrossAttentionBlock)
 LAYOUTS = ("shards", "copies", "grid", "stages")
 PARTS_OF_STAGE = (("encoder", "front"), ("encoder", "back"), ("frozen",), ("encoder", "gate"))
 
@@ -59,9 +57,9 @@ def arranged(layout: str, seed: int, rank: int) -> Parts:
     elif layout == "copies":
         fully_shard(parts, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("copy", "shard")))
     elif layout == "grid":
-        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shard", "tensor"))
-        parallelize_module(parts, mesh["tensor"], {"encoder": ColwiseParallel(), "back": RowwiseParallel()})
-        fully_shard(parts, mesh=mesh["shard"])
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_shard", "tp"))
+        parallelize_module(parts, mesh["tp"], {"encoder": ColwiseParallel(), "back": RowwiseParallel()})
+        fully_shard(parts, mesh=mesh["dp_shard"])
     elif layout == "stages":
         for name in {name for name, _ in parts.named_children()} - {*PARTS_OF_STAGE[rank]}:
             delattr(parts, name)
@@ -78,9 +76,9 @@ def optimizer_of(parts: nn.Module, backwards: bool) -> torch.optim.AdamW:
 def state_of(parts: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
     """Trained tensors and moments, whole; every rank must ask."""
     trained = {name: p for name, p in parts.named_parameters() if p.requires_grad}
-    state = {f"model.{name}": whole(p.detach()) for name, p in trained.items()}
+    state = {f"model.{name}": full_tensor(p.detach()) for name, p in trained.items()}
     for name, p in trained.items():
-        state |= {f"optimizer.{name}.{kind}": whole(value) for kind, value in optimizer.state[p].items()}
+        state |= {f"optimizer.{name}.{kind}": full_tensor(value) for kind, value in optimizer.state[p].items()}
     return state
 
 
@@ -152,6 +150,7 @@ class Ended(NextTokenObjective):
     """Weighs each loss at random, on each rank differently; tells its own process to end in the given step."""
 
     def __init__(self, rank: int, at: int | None) -> None:
+        super().__init__()
         self.rank, self.at, self.steps = rank, at, 0
 
     def loss(self, module, batch):
@@ -172,7 +171,7 @@ def run(model, samples, config, folder: Path, ended_in: int | None, ranks: Ranks
     code = 0
     try:
         evaluate = partial(mean_state, samples=samples)
-        train(model, objective, dataset, config, folder, "test", fsdp_modules=UNITS, evaluate=evaluate)
+        Trainer(model, objective, dataset, config, folder, "test", fsdp_modules=FSDP_MODULES, evaluate=evaluate).run()
     except SystemExit as end:
         code = end.code
     (folder / f"ended-{ranks.rank}").write_text(str(code))
@@ -183,7 +182,7 @@ def run(model, samples, config, folder: Path, ended_in: int | None, ranks: Ranks
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    with joined() as ranks:
+    with init_distributed() as ranks:
         plan = torch.load(folder / "plan.pt", weights_only=False)
         if plan["layouts"]:
             write_and_read_in_every_layout(folder, ranks)

@@ -20,8 +20,8 @@ from torch.distributed.checkpoint import FileSystemWriter
 from mm.training.checkpoint import Checkpoints
 from mm.training.data import Position
 from mm.training.objectives import NextTokenObjective
-from mm.training.sampler import steps
-from mm.training.trainer import train
+from mm.training.sampler import step_indices
+from mm.training.trainer import Trainer
 from tests.mm.training.launch import launch
 
 PROGRAM = Path(__file__).with_name("checkpoint_ranks.py")
@@ -36,6 +36,7 @@ class Doing(NextTokenObjective):
     """Does something at the beginning of some steps: {step: what}."""
 
     def __init__(self, what: dict) -> None:
+        super().__init__()
         self.what, self.step = what, 0
 
     def loss(self, module, batch):
@@ -134,10 +135,10 @@ def test_a_full_disk_leaves_what_was_whole(model, config, run, same, tmp_path, s
     assert same(model, other) and names(folder) == names(tmp_path / "alone")
 
 
-def test_a_failed_write_does_not_hide_the_error_that_ends_a_run(model, config, run, tmp_path, capfd):
+def test_a_failed_write_does_not_hide_the_error_that_ends_a_run(model, config, run, tmp_path, caplog):
     with pytest.raises(Stopped):
         run(model, config(**OFTEN), objective=Doing({2: full_at(tmp_path / "run", 3), 5: stop}))
-    assert "step-00000003 could not be written" in capfd.readouterr().err
+    assert "step-00000003 could not be written" in caplog.text
 
 
 def test_the_disk_has_everything_before_it_gets_its_name(monkeypatch, tmp_path):
@@ -183,10 +184,10 @@ def test_settings_that_came_later_are_no_difference_while_they_are_off(tmp_path)
         checkpoints.save(1, Position(0), {})
     old = {"batch_size": 4, "shape": {"width": 8}, "limit": None}
     later = {**old, "budget": None, "weight": 0.0, "twins": False}
-    for fingerprint in (later, old, {**old, "shape": {"width": 8, "readout": False}}):
+    for fingerprint in (later, old, {**old, "shape": {"width": 8, "ctc_readout": False}}):
         with Checkpoints(tmp_path, 1, fingerprint, module, optimizer) as checkpoints:
             assert checkpoints.resume() == (1, Position(0), {})
-    shapes = ({"width": 8, "readout": True}, {"width": 9}, {}, None)
+    shapes = ({"width": 8, "ctc_readout": True}, {"width": 9}, {}, None)
     others = (
         {**old, "budget": 9},
         {**old, "budget": [1]},
@@ -222,7 +223,7 @@ def test_the_saved_position_says_what_comes_next(model, samples, config, run, tm
     file.write_text(json.dumps({**state, "position": {"seed": 3, "epoch": 1, "consumed": 11}}))
     moved = checkpoint_ranks.Noted(samples)
     run(model, settings, dataset=moved)
-    order = [index for _, step in zip(range(5), steps(7, 5, 3), strict=False) for index in step]
+    order = [index for _, step in zip(range(5), step_indices(7, 5, 3), strict=False) for index in step]
     assert seen.steps == [order[0:5], order[5:10], order[10:15]]
     assert moved.steps == [order[11:16], order[16:21]]
 
@@ -246,14 +247,14 @@ def test_any_number_and_layout_of_ranks_goes_on(model, samples, config, tmp_path
     assert done.returncode == 0, done.said[-4000:]
     assert names(folder / "run") == ["step-00000002", "step-00000004"]
     last = checkpoint_ranks.Noted(samples)
-    train(model, NextTokenObjective(), last, settings, folder / "run", "test")
+    Trainer(model, NextTokenObjective(), last, settings, folder / "run", "test").run()
     assert [json.loads(line)["step"] for line in (folder / "run" / "metrics.jsonl").open()] == [1, 2, 3, 4, 5, 6]
 
     taken = []
     for size in (4, 2):
         shares = [json.loads((folder / "run" / f"samples-{size}-{rank}.json").read_text()) for rank in range(size)]
         taken += [[index for share in step for index in share] for step in zip(*shares, strict=True)]
-    order = [sorted(step) for _, step in zip(range(6), steps(7, 5, 0), strict=False)]
+    order = [sorted(step) for _, step in zip(range(6), step_indices(7, 5, 0), strict=False)]
     assert [sorted(step) for step in taken + last.steps] == order  # none lost, none twice
 
     for layout in checkpoint_ranks.LAYOUTS:  # and one process takes up what four wrote

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 import mm
 from mm.batch import IGNORED
+from mm.parallel.tables import CHECKPOINTED_MODULES
 from mm.training import trainer as loop
-from mm.training.adapters import LAYERS
 from mm.training.compiling import compiled
 from mm.training.config import TrainingConfig
 from mm.training.data import collate_step
@@ -36,7 +36,10 @@ def gradients(model, samples, config) -> tuple[float, dict[str, torch.Tensor]]:
     names = list(apply_learning_rates(model, config.learning_rates))
     spy = Spy([model.get_parameter(name) for name in names], lr=1.0)
     batches = collate_step(list(samples), NextTokenObjective(), None).batches
-    with compiled(model, LAYERS, config.compile), activation_checkpointing(model, LAYERS, config):
+    with (
+        compiled(model, CHECKPOINTED_MODULES, config.compile),
+        activation_checkpointing(model, CHECKPOINTED_MODULES, config),
+    ):
         step = train_step(model, NextTokenObjective(), spy, batches, config, "cpu", Guard(None, 0))
     return step.loss, dict(zip(names, spy.seen, strict=True))
 
@@ -110,16 +113,16 @@ def test_other_sizes_need_no_other_code(shallow_model, config, traced, ragged):
 def test_a_run_compiles_and_leaves_the_layers_as_they_were(model, config, run, traced, same):
     other = copy.deepcopy(model)
     settings = config(steps=2, activation_checkpointing=True)
-    run(model, settings, checkpointed_modules=LAYERS)
+    run(model, settings, checkpointed_modules=CHECKPOINTED_MODULES)
     assert traced() == 0
-    run(other, replace(settings, compile=True), "compiled", checkpointed_modules=LAYERS)
+    run(other, replace(settings, compile=True), "compiled", checkpointed_modules=CHECKPOINTED_MODULES)
     assert traced() > 0
     assert not [layer for layer in other.modules() if "forward" in vars(layer)]
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(other.state_dict()[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
     assert same(model.language_model, other.language_model)
     with pytest.raises(ValueError, match="another compile;"):  # it rounds in another way
-        run(other, settings, "compiled", checkpointed_modules=LAYERS)
+        run(other, settings, "compiled", checkpointed_modules=CHECKPOINTED_MODULES)
 
 
 def test_without_a_compiler_it_is_said_and_nothing_is_left(model, config, run, monkeypatch, tmp_path):
@@ -131,5 +134,5 @@ def test_without_a_compiler_it_is_said_and_nothing_is_left(model, config, run, m
 
 @pytest.mark.parametrize("ranks", [{"tp_degree": 2}, {"pp_degree": 2}])
 def test_ranks_that_share_layers_are_refused(ranks):
-    with pytest.raises(ValueError, match=r"training\.compile is for whole layers"):
+    with pytest.raises(ValueError, match=r"training\.compile works without"):
         TrainingConfig(steps=1, batch_size=4, compile=True, **ranks)

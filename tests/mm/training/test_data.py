@@ -10,27 +10,26 @@ import pytest
 import torch
 
 import mm
-from mm.parallel.ranks import Ranks
-from mm.training.adapters import loads_of
+from mm.training.adapters import sample_costs_of
 from mm.training.data import (
     DataSource,
     RecordDataset,
     Unreadable,
     balance_across_ranks,
     collate_step,
-    parts_of,
+    split_into_micro_batches,
     step_loader,
 )
 from mm.training.flops import text_token_cost
 from mm.training.objectives import NextTokenObjective
-from mm.training.sampler import Buckets, epoch_order, steps
+from mm.training.sampler import LengthBuckets, epoch_order, step_indices
 from shards.format import Record
 from shards.writer import write_shards
 from vision.tiling import tile_image
 
 
 def first(count: int, *arguments, **options) -> list[list[int]]:
-    return list(itertools.islice(steps(*arguments, **options), count))
+    return list(itertools.islice(step_indices(*arguments, **options), count))
 
 
 def names(samples: list) -> list[str]:
@@ -110,7 +109,7 @@ EPOCH = 10 + 2 * 16 + 8  # round(0.3 * 32), and 2.5 * 16
 
 def test_a_source_comes_in_the_share_that_it_is_given(weighed):
     epochs, per_epoch = 60, []
-    flat = itertools.chain.from_iterable(first(epochs, len(weighed), EPOCH, 3, draws=weighed.draws))
+    flat = itertools.chain.from_iterable(first(epochs, len(weighed), EPOCH, 3, subsamples=weighed.subsamples))
     shown = [weighed[index].id for index in flat]
     for epoch in range(epochs):
         per_epoch.append(Counter(shown[epoch * EPOCH : (epoch + 1) * EPOCH]))
@@ -126,12 +125,12 @@ def test_a_source_comes_in_the_share_that_it_is_given(weighed):
 
 def test_what_is_drawn_depends_on_seed_epoch_and_source_alone(weighed, squares):
     def drawn(dataset, epoch: int, seed: int = 3) -> set[str]:
-        return {dataset[index].id for index in epoch_order(len(dataset), seed, epoch, dataset.draws)}
+        return {dataset[index].id for index in epoch_order(len(dataset), seed, epoch, dataset.subsamples)}
 
     assert drawn(weighed, 7) == drawn(weighed, 7)
     assert drawn(weighed, 7) != drawn(weighed, 8) and drawn(weighed, 7) != drawn(weighed, 7, seed=4)
     half = DataSource(str(squares), split="test", repeat=0.5)
-    one, other = (epoch_order(64, 3, 7, [draw]) for draw in RecordDataset([half, half], name_of).draws)
+    one, other = (epoch_order(64, 3, 7, [draw]) for draw in RecordDataset([half, half], name_of).subsamples)
     assert set(one[one < 32].tolist()) != set((other[other >= 32] - 32).tolist())  # two sources are drawn apart
 
 
@@ -141,7 +140,7 @@ def test_shares_are_the_same_for_any_workers_ranks_and_restarts(weighed):
     assert loaded(weighed, 12, consumed=65) == whole[13:]  # from the middle of the second epoch
     shares = []
     for rank in range(2):
-        loader = step_loader(weighed, names, 5, 0, readers=Ranks(rank, 2))
+        loader = step_loader(weighed, names, 5, 0, dp_rank=rank, dp_size=2)
         shares.append([step for _, step in zip(range(25), loader, strict=False)])
     assert [sorted(one + two) for one, two in zip(*shares, strict=True)] == [sorted(step) for step in whole]
 
@@ -149,7 +148,7 @@ def test_shares_are_the_same_for_any_workers_ranks_and_restarts(weighed):
 def test_records_that_come_together_follow_each_other_in_one_step(squares):
     alone = DataSource(str(squares), split="validation", task="vqa", repeat=0.5)
     dataset = RecordDataset([alone, DataSource(str(squares), split="test", group_size=4)], name_of)
-    orders = [epoch_order(len(dataset), 0, epoch, dataset.draws, dataset.blocks).tolist() for epoch in range(3)]
+    orders = [epoch_order(len(dataset), 0, epoch, dataset.subsamples, dataset.groups).tolist() for epoch in range(3)]
     for order in orders:
         assert len(order) == len(set(order)) == 8 + 32
         blocks = [index for index in order if index >= 16]
@@ -166,7 +165,7 @@ def test_records_that_come_together_follow_each_other_in_one_step(squares):
 
 def test_steps_of_samples_about_equally_long():
     lengths = torch.rand(103, generator=torch.Generator().manual_seed(1))
-    buckets = Buckets(lengths, 10, 5)
+    buckets = LengthBuckets(lengths, 10, 5)
     for epoch in (0, 1, 7):
         order = epoch_order(103, 0, epoch, buckets=buckets)
         assert sorted(order.tolist()) == list(range(103))
@@ -186,13 +185,13 @@ def test_steps_of_samples_about_equally_long():
     longest = [float(lengths[step].max()) for step in sequence[:10]]
     assert longest != sorted(longest)  # steps come in any order
     assert first(18, 103, 10, 0, 70, buckets=buckets) == sequence[7:25]
-    assert sorted(first(3, 4, 10, 0, buckets=Buckets(lengths, 10, 5))[0])  # a set smaller than a step
+    assert sorted(first(3, 4, 10, 0, buckets=LengthBuckets(lengths, 10, 5))[0])  # a set smaller than a step
 
 
 def test_buckets_need_durations_and_nothing_that_comes_together(squares):
     for source, said in (
-        (DataSource(str(squares)), "tell no durations"),
-        (DataSource(str(squares), group_size=2), "together"),
+        (DataSource(str(squares)), "have no durations"),
+        (DataSource(str(squares), group_size=2), "group_size"),
     ):
         with pytest.raises(ValueError, match=f"length_bucket_steps is 4, and .*{said}"):
             step_loader(RecordDataset([source], lambda record: record), list, 4, 0, length_bucket_steps=4)
@@ -201,7 +200,7 @@ def test_buckets_need_durations_and_nothing_that_comes_together(squares):
 def test_a_whole_repeat_is_a_source_named_so_often(squares):
     twice = RecordDataset([DataSource(str(squares), split="test", repeat=2.0)], name_of)
     named = RecordDataset([DataSource(str(squares), split="test")] * 2, name_of)
-    assert loaded(twice, 20) == loaded(named, 20) and not twice.draws
+    assert loaded(twice, 20) == loaded(named, 20) and not twice.subsamples
 
 
 @pytest.mark.parametrize(
@@ -211,7 +210,7 @@ def test_a_whole_repeat_is_a_source_named_so_often(squares):
         ({"task": "asr"}, "no records of task 'asr'"),
         ({"repeat": 0}, "repeat .* is 0; it must be above 0"),
         ({"repeat": float("nan")}, "repeat .* is nan; it must be above 0"),
-        ({"repeat": 0.001}, "of its 192 records none would come: it must be at least 0.0052"),
+        ({"repeat": 0.001}, "it uses none of the 192 records: it must be at least 0.0052"),
         ({"path": "nowhere"}, "nowhere: no such folder"),
     ],
 )
@@ -305,7 +304,7 @@ def test_work_is_told_by_the_index(tmp_path, random_picture, square_record, tiny
     assert dataset.num_tokens().tolist() == tokens * 2
     cost = text_token_cost(tiny_config)
     expected = [5 * count + cost * length for count, length in zip(tiles, tokens, strict=True)]  # 4 patches and a CLS
-    assert loads_of(dataset, tiny_config, 4).tolist() == pytest.approx(expected * 2, abs=0.5)
+    assert sample_costs_of(dataset, tiny_config, 4).tolist() == pytest.approx(expected * 2, abs=0.5)
 
 
 def test_micro_batches_keep_to_number_and_tokens():
@@ -313,7 +312,7 @@ def test_micro_batches_keep_to_number_and_tokens():
     for _ in range(200):
         sizes = sorted(rng.randint(1, 100) for _ in range(rng.randint(1, 30)))
         most, budget = rng.randint(1, 10), rng.choice((None, rng.randint(1, 400)))
-        parts = parts_of(sizes, sizes, most, budget)
+        parts = split_into_micro_batches(sizes, sizes, most, budget)
         assert [size for part in parts for size in part] == sizes
         assert all(1 <= len(part) <= most for part in parts)
         assert budget is None or all(len(part) == 1 or len(part) * part[-1] <= budget for part in parts)
@@ -323,5 +322,5 @@ def test_micro_batches_keep_to_number_and_tokens():
 
 def test_a_budget_of_tokens_cuts_a_step_where_samples_are_long():
     samples = [mm.Sample([5] * length, [5] * length) for length in (30, 4, 9, 4, 8)]
-    batches = collate_step(samples, NextTokenObjective(), None, budget=16).batches
+    batches = collate_step(samples, NextTokenObjective(), None, max_tokens=16).batches
     assert [batch.lengths.tolist() for batch in batches] == [[4, 4], [8], [9], [30]]

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mm
 from mm.batch import IGNORED
-from mm.training.adapters import LAYERS
+from mm.parallel.tables import CHECKPOINTED_MODULES
 from mm.training.config import TrainingConfig
 from mm.training.contrastive import ContrastiveModel, ContrastiveObjective, TextTowerConfig, contrastive_flops
 from mm.training.flops import (
@@ -98,7 +98,9 @@ def test_what_is_frozen_costs_less(build_model, wide_config, random_tiles, patte
     model = copy.deepcopy(build_model(wide_config))
     trained = apply_learning_rates(model, {**dict.fromkeys(patterns, 1e-3), "*": None})
     batch = mm.collate(samples_of(rows, wide_config, random_tiles))
-    with activation_checkpointing(model, LAYERS, TrainingConfig(1, 1, activation_checkpointing=recomputed)):
+    with activation_checkpointing(
+        model, CHECKPOINTED_MODULES, TrainingConfig(1, 1, activation_checkpointing=recomputed)
+    ):
         training = counted(lambda: next_token_loss(model, batch).backward())
     learning = Learning.of(trained, wide_config)
     assert training_flops(wide_config, rows, learning, recomputed).total == pytest.approx(training, rel=0.02)
@@ -136,7 +138,7 @@ def test_layers_that_are_computed_anew_are_counted_once_more(build_model, wide_c
     model = copy.deepcopy(build_model(wide_config))
     apply_learning_rates(model, {**FROZEN, "vision_encoder.*": 1e-3 if encoder else None, "*": 1e-3})
     batch = mm.collate(samples_of(rows, wide_config, random_tiles))
-    with activation_checkpointing(model, LAYERS, TrainingConfig(1, 1, activation_checkpointing=True)):
+    with activation_checkpointing(model, CHECKPOINTED_MODULES, TrainingConfig(1, 1, activation_checkpointing=True)):
         training = counted(lambda: next_token_loss(model, batch).backward())
     learning = Learning.all(wide_config, encoder)
     expected = training_flops(wide_config, rows, learning, recomputed=True).total

@@ -4,11 +4,11 @@ import math
 
 import pytest
 
-from mm.training.guards import ENOUGH, Guard
+from mm.training.guards import MIN_RECENT, Guard
 
 
 def test_finite_steps_pass_and_others_are_named():
-    guard = Guard(spike_factor=None, patience=2)
+    guard = Guard(spike_factor=None, max_skipped=2)
     assert guard.reason_to_skip(1.0, 1e9) is None
     assert "nan" in guard.reason_to_skip(math.nan, 1.0)
     assert "inf" in guard.reason_to_skip(1.0, math.inf)
@@ -17,27 +17,27 @@ def test_finite_steps_pass_and_others_are_named():
 
 
 def test_patience_is_counted_in_a_row():
-    guard = Guard(spike_factor=None, patience=1)
+    guard = Guard(spike_factor=None, max_skipped=1)
     for _ in range(3):
         assert guard.reason_to_skip(math.nan, 1.0)
         assert guard.reason_to_skip(1.0, 1.0) is None
 
 
 def test_spikes_are_judged_by_the_usual_norm_and_do_not_change_it():
-    guard = Guard(spike_factor=5, patience=100)
-    for step in range(ENOUGH):
+    guard = Guard(spike_factor=5, max_skipped=100)
+    for step in range(MIN_RECENT):
         assert guard.reason_to_skip(1.0, 100.0 if step == 0 else 1.0) is None  # too early to tell
     assert guard.reason_to_skip(1.0, 4.9) is None
-    for _ in range(ENOUGH):
-        assert "5 times the usual 1" in guard.reason_to_skip(1.0, 6.0)
+    for _ in range(MIN_RECENT):
+        assert "5 times the median 1" in guard.reason_to_skip(1.0, 6.0)
     assert guard.reason_to_skip(1.0, 4.9) is None
 
 
 def test_a_resumed_guard_judges_alike():
     norms = [1 + (number * 7 % 5) for number in range(40)] + [30.0, 31.0]
-    whole = Guard(spike_factor=4, patience=3)
+    whole = Guard(spike_factor=4, max_skipped=3)
     judged = [whole.reason_to_skip(1.0, norm) for norm in norms]
-    first = Guard(spike_factor=4, patience=3)
+    first = Guard(spike_factor=4, max_skipped=3)
     parts = [first.reason_to_skip(1.0, norm) for norm in norms[:25]]
     second = Guard(4, 3, **first.state())
     assert parts + [second.reason_to_skip(1.0, norm) for norm in norms[25:]] == judged

@@ -9,7 +9,7 @@ import mm
 from mm.batch import IGNORED
 from mm.cross_attention import ImageAdapterConfig
 from mm.language_model import LanguageModelConfig
-from mm.training.adapters import LAYERS
+from mm.parallel.tables import CHECKPOINTED_MODULES
 from mm.training.config import TrainingConfig
 from mm.training.flops import Row
 from mm.training.guards import Guard
@@ -60,7 +60,7 @@ def trained(config: mm.ModelConfig, learning_rates=RATES):
 def live_bytes(config: mm.ModelConfig, batches: list, settings: TrainingConfig) -> int:
     """The most bytes that a whole training step makes beside weights and optimizer state, which is there already."""
     model, optimizer = trained(config, settings.learning_rates)
-    with activation_checkpointing(model, LAYERS, settings):
+    with activation_checkpointing(model, CHECKPOINTED_MODULES, settings):
         for _ in range(2):
             with LiveBytes().exclude(model) as live:
                 train_step(model, NextTokenObjective(), optimizer, batches, settings, "cpu", Guard(None, 0))
@@ -115,7 +115,7 @@ def test_bf16_holds_casts_of_what_trains(name, recomputed):
     batch, settings = collated(BATCHES[name]), TrainingConfig(1, 4, activation_checkpointing=recomputed)
     with lossless_bf16(model.language_model):
         weights = sum(parameter.nbytes for parameter in model.parameters())
-        with activation_checkpointing(model, LAYERS, settings), LiveBytes().exclude(model) as live:
+        with activation_checkpointing(model, CHECKPOINTED_MODULES, settings), LiveBytes().exclude(model) as live:
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 loss = next_token_loss(model, batch)
             loss.backward()

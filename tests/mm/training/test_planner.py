@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 import mm
-from mm.parallel.ranks import Layout
+from mm.parallel.layout import Layout
 from mm.training.config import TrainingConfig
 from mm.training.data import DataSource
 from mm.training.flops import Learning, Row, training_flops
@@ -32,11 +32,11 @@ def test_what_fits_fits_and_a_larger_micro_batch_does_not(tiny_config):
     assert (Layout(shards=4), 2, False) in {(one.layout, one.micro_batch_size, one.recomputed) for one in found}
     for one in found:
         assert one.held.total <= most
-        share = TRAINING.batch_size // one.layout.num_readers
+        share = TRAINING.batch_size // one.layout.dp_size
         if one.micro_batch_size < share:
             assert ways.of(one.layout, 2 * one.micro_batch_size, one.recomputed).held.total > most
-        assert one.layout.copies * one.layout.shards == 4 and one.layout.tensor == one.layout.pipeline == 1
-    order = [(one.recomputed, one.layout.shards) for one in found]
+        assert one.layout.copies * one.layout.dp_shard == 4 and one.layout.tp == one.layout.pp == 1
+    order = [(one.recomputed, one.layout.dp_shard) for one in found]
     assert order == sorted(order) and {recomputed for recomputed, _ in order} == {False, True}
 
 
@@ -48,7 +48,7 @@ def test_products_are_shared_where_sharding_alone_does_not_do(tiny_config):
     layouts = [Layout(copies=4 // shards, shards=shards) for shards in (1, 2, 4)]
     most = min(ways.of(layout, 1, recomputed).held.total for layout in layouts for recomputed in (False, True))
     found = plan(tiny_config, TRAINING, SAMPLES, 4, gigabytes(0.99 * most)).fitting
-    assert found and all(one.layout.tensor > 1 or one.layout.pipeline > 1 for one in found)
+    assert found and all(one.layout.tp > 1 or one.layout.pp > 1 for one in found)
 
 
 def test_where_nothing_fits_it_says_what_would_help(tiny_config):
@@ -83,7 +83,7 @@ def test_speed_is_the_rate_over_the_operations(tiny_config):
 
 def test_a_pipeline_waits_while_it_fills(tiny_config):
     ways = Arrangements(tiny_config, TRAINING, SAMPLES, 2, 1e12)
-    staged, sharded = ways.of(Layout(pipeline=2), 4, False), ways.of(Layout(shards=2), 4, False)
+    staged, sharded = ways.of(Layout(pp=2), 4, False), ways.of(Layout(shards=2), 4, False)
     assert staged.samples_per_second == pytest.approx(sharded.samples_per_second * 4 / 5)
 
 
@@ -163,6 +163,6 @@ def test_the_8b_preset_on_a_node():
     training = TrainingConfig(1, 64, learning_rates=RATES, precision="bf16")
     costs = plan(mm.preset("8b"), training, Samples(64, {4: 1.0}, assumed=True), 8, 80)
     best = costs.fitting[0]
-    assert best.layout.tensor == best.layout.pipeline == 1 and not best.recomputed
+    assert best.layout.tp == best.layout.pp == 1 and not best.recomputed
     trained = costs.parameters["vision_encoder"].trained + costs.parameters["image_adapter"].trained
-    assert best.held.optimizer == pytest.approx(8 * trained / best.layout.shards)
+    assert best.held.optimizer == pytest.approx(8 * trained / best.layout.dp_shard)

@@ -24,6 +24,7 @@ class Interrupting(NextTokenObjective):
     """Stops in the given step; weighs each loss at random, so that the random state matters."""
 
     def __init__(self, at: int | None = None) -> None:
+        super().__init__()
         self.at, self.steps = at, 0
 
     def loss(self, module, batch):

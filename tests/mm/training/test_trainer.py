@@ -79,6 +79,7 @@ class Broken(NextTokenObjective):
     """Gives no number in the steps named."""
 
     def __init__(self, *steps: int) -> None:
+        super().__init__()
         self.steps, self.step = steps, 0
 
     def loss(self, module, batch):
@@ -86,17 +87,17 @@ class Broken(NextTokenObjective):
         return super().loss(module, batch) * (float("nan") if self.step in self.steps else 1)
 
 
-def test_a_step_without_a_number_is_left_out_and_named(model, config, run, capfd):
+def test_a_step_with_a_loss_that_is_not_a_number_is_skipped_and_logged(model, config, run, caplog):
     folder = run(model, config(steps=4, log_every=2), objective=Broken(2, 3))
-    assert [row["left_out"] for row in lines(folder)] == [1, 1]
+    assert [row["skipped_steps"] for row in lines(folder)] == [1, 1]
     assert all(row["loss"] > 0 for row in lines(folder))
-    said = capfd.readouterr().err
-    assert "left out step 2: the loss is nan" in said and "left out step 3" in said and "left out step 1" not in said
+    assert "skipped step 2: the loss is nan" in caplog.text and "skipped step 3" in caplog.text
+    assert "skipped step 1" not in caplog.text
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-def test_too_many_steps_left_out_in_a_row_stop_the_run(model, config, run):
-    with pytest.raises(ValueError, match="2 steps before it were skipped; lower the rates"):
+def test_too_many_skipped_steps_in_a_row_stop_the_run(model, config, run):
+    with pytest.raises(ValueError, match="the 2 steps before it were skipped; lower the learning rates"):
         run(model, config(steps=9, max_skipped=2), objective=Broken(2, 4, 5, 6))
 
 
@@ -115,10 +116,10 @@ def test_evaluation_sees_a_model_that_does_not_train(model, config, run):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_what_cannot_be_read_is_left_out_and_named(model, samples, config, run, capfd, workers):
+def test_unreadable_records_are_skipped_and_logged(model, samples, config, run, caplog, workers):
     folder = run(model, config(batch_size=8, workers=workers), dataset=[*samples[:3], BAD, *samples[3:]])
-    assert [row["unreadable"] for row in lines(folder)] == [1, 1, 1]
-    assert capfd.readouterr().err.count("left out record square-0007: broken or truncated picture") == 3
+    assert [row["unreadable_records"] for row in lines(folder)] == [1, 1, 1]
+    assert caplog.text.count("skipped record square-0007: broken or truncated picture") == 3
 
 
 @pytest.mark.parametrize("workers", [0, 1])
