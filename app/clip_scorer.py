@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from foundation.errors import UserError, one_line
 from foundation.hashing import file_sha256
@@ -70,7 +70,7 @@ class OpenClip:
 
 
 class _Loaded(NamedTuple):
-    model: nn.Module
+    model: Any  # a module of open_clip, which has no types
     preprocess: Callable[[Image.Image], Tensor]
     tokenize: Callable[[list[str]], Tensor]
 

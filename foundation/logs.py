@@ -21,12 +21,15 @@ OPTIONS_HELP = "--quiet logs warnings only; --debug logs more, and shows the tra
 class StderrHandler(logging.StreamHandler):
     """Writes to what `sys.stderr` is at that moment, which tests and progress bars replace."""
 
-    def __init__(self) -> None:
-        logging.Handler.__init__(self)
+    def __init__(self, debug: bool) -> None:
+        super().__init__(sys.stderr)
+        if not debug:  # open_clip logs through the root logger what it also raises
+            self.addFilter(lambda record: record.name != "root")
 
-    @property
-    def stream(self):  # type: ignore[no-untyped-def, override]  # the base class has an attribute of this name
-        return sys.stderr
+    def emit(self, record: logging.LogRecord) -> None:
+        """See logging.Handler."""
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 class Formatter(logging.Formatter):
@@ -54,7 +57,7 @@ def configure_logging(quiet: bool = False, debug: bool = False, rank: int | None
     root = logging.getLogger()
     for earlier in [handler for handler in root.handlers if isinstance(handler, StderrHandler)]:
         root.removeHandler(earlier)
-    handler = StderrHandler()
+    handler = StderrHandler(debug)
     handler.setFormatter(Formatter(debug, rank))
     root.addHandler(handler)
     level = logging.DEBUG if debug else logging.WARNING if quiet or rank else logging.INFO

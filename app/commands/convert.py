@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from jsonargparse import Namespace
+
 import mm
 from foundation.errors import UserError
 from foundation.options import new_parser, read_options
@@ -75,7 +77,7 @@ def refuse_existing_run(output: str) -> None:
         raise UserError(f"{output} holds a run already; name another folder, or remove it first")
 
 
-def _read_folders(prog: str, description: str, argv: Sequence[str]):
+def _read_folders(prog: str, description: str, argv: Sequence[str]) -> Namespace:
     parser = new_parser(prog, description)
     parser.add_argument("folder", help="folder to convert")
     parser.add_argument("output", help="folder to write")

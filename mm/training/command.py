@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import fields
-from typing import TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from foundation.errors import exit_on_user_error
 from foundation.logs import configure_logging_from
@@ -13,8 +13,16 @@ from foundation.options import new_parser, read_options
 from mm.device import device_line, resolve_device
 from mm.parallel.process_group import init_distributed
 
-Config = TypeVar("Config")
 logger = logging.getLogger(__name__)
+
+
+class Dataclass(Protocol):
+    """Any dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+Config = TypeVar("Config", bound=Dataclass)
 
 
 def run_stage(
