@@ -171,7 +171,7 @@ def main() -> None:
     written = measure.write_results("scaling", results, arguments.output)
     panels = {
         "seconds per training step": grown["seconds"],
-        "bytes alive at once, of the rank that holds most": grown["peak_bytes"],
+        "peak of live bytes, of the rank that holds most": grown["peak_bytes"],
     }
     picture = (arguments.output if arguments.quick else ROOT / "docs") / "scaling.svg"
     picture.write_text(draw(panels))
