@@ -117,15 +117,15 @@ def score_run(run: Path, questions: int, device: str = "auto") -> dict:
 
 
 def last_retrieval(encoder: Path) -> float:
-    """The last `eval/retrieval` that the encoder's stage reported of its held-out pairs, 0 to 1.
+    """The last `eval/recall_at_1` that the encoder's stage reported of its held-out pairs, 0 to 1.
 
     Raises:
         UserError: it reported none.
     """
     rows = map(json.loads, (encoder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    values = [row["eval/retrieval"] for row in rows if "eval/retrieval" in row]
+    values = [row["eval/recall_at_1"] for row in rows if "eval/recall_at_1" in row]
     if not values:
-        raise UserError(f"{encoder}: its stage reported no eval/retrieval; give its configuration a `validation`")
+        raise UserError(f"{encoder}: its stage reported no eval/recall_at_1; give its configuration a `validation`")
     return values[-1]
 
 

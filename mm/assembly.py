@@ -14,7 +14,7 @@ from mm.video_adapter import VideoAdapter, VideoAdapterConfig
 from speech.adapter import SpeechAdapter, SpeechAdapterConfig
 from speech.conformer import SpeechEncoder
 from speech.whisper import WhisperEncoder
-from vision.encoder import VisionEncoder
+from vision.encoder import VisionEncoder, at_tile_size
 
 FREE_FIELDS = (
     "norm_eps",
@@ -96,6 +96,13 @@ def add_video_adapter(model: MultimodalModel, adapter: VideoAdapterConfig, seed:
         new = VideoAdapter(adapter, config.language_model, model.image_adapter.positions, projection.in_features)
     model.video_adapter = new.to(projection.weight)
     model.config = config
+
+
+def set_tile_size(model: MultimodalModel, tile_size: int) -> None:
+    """Resize the image encoder's position tables to another tile resolution, in pixels; in place."""
+    assert model.vision_encoder is not None
+    model.vision_encoder = at_tile_size(model.vision_encoder, tile_size)
+    model.config = replace(model.config, vision_encoder=model.vision_encoder.config)
 
 
 def set_factor(model: MultimodalModel, factor: int) -> None:

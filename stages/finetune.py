@@ -1,9 +1,13 @@
-"""Stage 4: an image-trained model learns to converse about pictures (paper §7.5.1, image SFT).
+"""Finetunes an image-trained model on conversations about images (image SFT, paper §7.5.1).
 
-The loss falls on the assistant's turns only. The language model may be replaced first for another of the same shape,
-such as the instruction-tuned one; it stays frozen, and encoder and cross-attention train on.
+    mm train finetune --config configs/finetune.yaml
+
+The image encoder and the cross-attention blocks train; the language model is frozen. The loss is on the assistant's
+turns only. Before training, the language model may be replaced by another of the same shape, such as its
+instruction-tuned version.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,19 +24,23 @@ from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
 from mm.training.data import DataSource
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class Finetune:
-    """What the stage needs.
+    """Configuration of the stage.
 
     Attributes:
-        output: run folder, which `mm.load` opens when the stage has ended.
+        output: run folder, which `mm.load` opens after the stage.
         start_from: an image-trained run, or a Llama 3.2 Vision folder.
-        language_model: a Hugging Face folder or a GGUF file of the same shape, in place of the one that `start_from`
-            was trained with; null keeps that one, and copies it into the new run.
-        data: shards of conversations. validation: shards to report loss and accuracy on; null reports nothing.
-        chat_template: in place of the language model's own.
+        data: shards of conversations.
+        validation: shards on which loss and accuracy are reported; null: none. validation_samples: samples of it.
+        language_model: a Hugging Face folder or GGUF file of the same shape, which replaces the language model of
+            `start_from`; null keeps that one and copies it into the new run.
+        chat_template: replaces the language model's own.
         bundle: copy the language model into the run folder.
+        device: "auto" is CUDA where there is one, else the CPU.
     """
 
     output: str
@@ -44,26 +52,26 @@ class Finetune:
     validation_samples: int = 256
     chat_template: str | None = None
     bundle: bool = False
-    device: str = "cpu"
+    device: str = "auto"
 
 
 def finetune(config: Finetune) -> None:
-    """Finetune the image encoder and the cross-attention blocks on conversations."""
-    model, processor = starting_point(config)
+    """Finetune the image encoder and the cross-attention blocks on conversations (image SFT)."""
+    model, processor = initial_model(config)
     train_adapters(model, processor, config, "finetune")
-    bundle = config.bundle or config.language_model is None
     if Ranks.current().is_main:
+        bundle = config.bundle or config.language_model is None
         save(config.output, model, processor, language_model=config.language_model, bundle=bundle)
 
 
-def starting_point(config: Finetune) -> tuple[MultimodalModel, Processor]:
-    """The image-trained model in FP32, with the language model, tokenizer and turns that it is to speak with."""
+def initial_model(config: Finetune) -> tuple[MultimodalModel, Processor]:
+    """The image-trained model in FP32, with the language model, tokenizer and chat template to train with."""
     model, processor = load(config.start_from, dtype=torch.float32)
     tokenizer, template = processor.tokenizer, config.chat_template or processor.chat_template
     if config.language_model is not None:
-        other = mm.convert.llama.load(config.language_model, dtype=torch.float32)
-        print(other.report)
-        replace_language_model(model, other)
+        language_model = mm.convert.llama.load(config.language_model, dtype=torch.float32)
+        logger.info(language_model.report)
+        replace_language_model(model, language_model)
         tokenizer, template = mm.convert.llama.load_tokenizer(config.language_model), config.chat_template
     return model, Processor(tokenizer, model.config, **{**processor.settings(), "chat_template": template})
 

@@ -1,7 +1,10 @@
-"""Stage 1, for small encoders: a ViT learns from pictures and texts, by contrast (paper §7.1).
+"""Pre-trains a small image encoder contrastively on image-text pairs (paper §7.1).
 
-The paper's own encoder saw 2.5 billion pairs; a released one (MetaCLIP ViT-H/14) enters through `mm convert open-clip`
-and skips this stage. What comes out is an encoder folder that `train_image_adapter` starts from.
+    mm train pretrain_image_encoder --config configs/demo/encoder.yaml
+
+The image encoder and a text tower train from scratch; nothing is frozen, and the text tower is not kept. The paper's
+encoder was trained on 2.5 billion pairs; a released one (MetaCLIP ViT-H/14) is converted by `mm convert open-clip` and
+needs no such stage. The output is an encoder folder, from which `train_image_adapter` starts.
 """
 
 from collections.abc import Sequence
@@ -11,7 +14,7 @@ from pathlib import Path
 
 import open_clip
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from foundation.errors import UserError
 from mm.device import resolve_device
@@ -24,6 +27,7 @@ from mm.training.contrastive import (
     ContrastiveModel,
     ContrastiveObjective,
     Pair,
+    PairBatch,
     TextTowerConfig,
     contrastive_flops,
     initialise_encoder,
@@ -37,20 +41,22 @@ from vision.encoder import EncoderLayer, VisionEncoder, VisionEncoderConfig
 from vision.reading import read_picture
 from vision.tiling import tile_image
 
-# What may differ when an interrupted run is taken up again; `mm.training.trainer` judges `training` itself.
+# Settings that may change when an interrupted run resumes; `mm.training.trainer` checks `training` itself.
 NOT_IN_FINGERPRINT = ("output", "training", "validation", "validation_pairs", "device")
 
 
 @dataclass
 class PretrainImageEncoder:
-    """What the stage needs.
+    """Configuration of the stage.
 
     Attributes:
         output: folder of the run, and of the encoder at its end.
-        data: shards to learn from. validation: shards to report retrieval on; null reports nothing.
-        max_tiles: tiles per picture at most; null takes as many as the encoder does.
-        encoder: shape of the ViT. text: shape of the text tower, which is not kept.
-        loss: "clip", each picture against all texts and each text against all pictures, or "siglip", each pair apart.
+        data: shards of images with captions or conversations.
+        encoder: shape of the image encoder. text: shape of the text tower.
+        loss: "clip" (softmax over all texts and over all images of a step) or "siglip" (a sigmoid for each pair).
+        validation: shards on which retrieval is reported; null: none. validation_pairs: pairs of it.
+        max_tiles: tiles per image; null takes as many as the encoder does.
+        device: "auto" is CUDA where there is one, else the CPU.
     """
 
     output: str
@@ -62,28 +68,19 @@ class PretrainImageEncoder:
     validation: DataSource | None = None
     validation_pairs: int = 500
     max_tiles: int | None = None
-    device: str = "cpu"
+    device: str = "auto"
 
 
 def pretrain_image_encoder(config: PretrainImageEncoder) -> None:
-    """Train an image encoder and a text tower by contrast; keep the encoder."""
-    if config.training.micro_batch_size not in (None, config.training.batch_size) or config.training.micro_batch_tokens:
-        raise UserError(
-            "contrastive training compares all pairs of a step: leave training.micro_batch_size and "
-            "training.micro_batch_tokens out"
-        )
-    if config.training.tp_degree * config.training.pp_degree > 1:
-        raise UserError("both towers run whole: leave training.tp_degree and training.pp_degree at 1")
+    """Pre-train an image encoder contrastively, with a text tower that is not kept."""
     max_tiles = config.encoder.max_num_tiles if config.max_tiles is None else config.max_tiles
-    if not 1 <= max_tiles <= config.encoder.max_num_tiles:
-        raise UserError(f"max_tiles is {max_tiles}; the encoder takes 1 to {config.encoder.max_num_tiles}")
+    check(config, max_tiles)
     device = resolve_device(config.device)
     torch.manual_seed(config.training.seed)
     model = ContrastiveModel(config.encoder, config.text, config.loss)
     initialise_encoder(model.vision_encoder, config.training.seed)
-
     tokenizer = open_clip.SimpleTokenizer(context_length=config.text.context)
-    prepare = partial(pair_of, tokenizer=tokenizer, tile_size=config.encoder.tile_size, max_tiles=max_tiles)
+    prepare = partial(image_text_pair, tokenizer=tokenizer, tile_size=config.encoder.tile_size, max_tiles=max_tiles)
     dataset = RecordDataset(config.data, prepare)
     trained = apply_learning_rates(model, config.training.learning_rates)
     flops = partial(contrastive_flops, encoder=config.encoder, text=config.text, trained=trained)
@@ -92,8 +89,7 @@ def pretrain_image_encoder(config: PretrainImageEncoder) -> None:
     if config.validation:
         held_out = RecordDataset([config.validation], prepare)
         batch = objective.collate(readable_samples(held_out, config.validation_pairs))
-        evaluate = partial(retrieval, batch=batch.to(device))
-
+        evaluate = partial(recall_at_1, batch=batch.to(device))
     output = Path(config.output)
     Trainer(
         model,
@@ -114,13 +110,33 @@ def pretrain_image_encoder(config: PretrainImageEncoder) -> None:
         save_vision_encoder(output, model.vision_encoder)
 
 
-def pair_of(record: Record, tokenizer: open_clip.SimpleTokenizer, tile_size: int, max_tiles: int) -> Pair:
-    """A record's first picture, and its caption or the whole text of its messages."""
+def check(config: PretrainImageEncoder, max_tiles: int) -> None:
+    """Check the settings that contrastive training limits.
+
+    Raises:
+        UserError: micro-batches, tensor or pipeline parallelism, or more tiles than the encoder takes.
+    """
+    if config.training.micro_batch_size not in (None, config.training.batch_size) or config.training.micro_batch_tokens:
+        raise UserError(
+            "contrastive training compares all pairs of a step: leave training.micro_batch_size and "
+            "training.micro_batch_tokens out"
+        )
+    if config.training.tp_degree * config.training.pp_degree > 1:
+        raise UserError(
+            "this stage has no tensor or pipeline parallelism: leave training.tp_degree and training.pp_degree at 1"
+        )
+    if not 1 <= max_tiles <= config.encoder.max_num_tiles:
+        raise UserError(f"max_tiles is {max_tiles}; the encoder takes 1 to {config.encoder.max_num_tiles}")
+
+
+def image_text_pair(record: Record, tokenizer: open_clip.SimpleTokenizer, tile_size: int, max_tiles: int) -> Pair:
+    """A record's first image and its text (`record_text`)."""
     image = read_picture(record_pictures(record)[0])
-    return Pair(tile_image(image, tile_size, max_tiles), tokenizer(text_of(record))[0])
+    return Pair(tile_image(image, tile_size, max_tiles), tokenizer(record_text(record))[0])
 
 
-def text_of(record: Record) -> str:
+def record_text(record: Record) -> str:
+    """A record's caption, or the text of all its messages."""
     if "caption" in record.json:
         return record.json["caption"]
     contents = (message["content"] for message in record.json["messages"])
@@ -128,12 +144,12 @@ def text_of(record: Record) -> str:
     return " ".join(part["text"] for part in parts if "text" in part)
 
 
-def retrieval(model: nn.Module, batch: object) -> dict[str, float]:
-    """Share of pictures whose own text (or one that reads the same) is nearest among all the batch's."""
+def recall_at_1(model: nn.Module, batch: PairBatch) -> dict[str, float]:
+    """The share of the batch's images whose nearest text is their own, or one of the same tokens."""
     images, texts = model(batch)
     nearest = (images @ texts.T).argmax(1)
-    same: Tensor = (batch.texts[nearest] == batch.texts).all(1)
-    return {"retrieval": float(same.float().mean())}
+    is_own = (batch.texts[nearest] == batch.texts).all(1)
+    return {"recall_at_1": float(is_own.float().mean())}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

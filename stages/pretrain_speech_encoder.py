@@ -115,7 +115,9 @@ def check(config: PretrainSpeechEncoder) -> None:
         UserError: two of them do.
     """
     if config.training.tp_degree * config.training.pp_degree > 1:
-        raise UserError("this stage has no tensor or pipeline parallelism: leave tp_degree and pp_degree at 1")
+        raise UserError(
+            "this stage has no tensor or pipeline parallelism: leave training.tp_degree and training.pp_degree at 1"
+        )
     if config.character_ctc and config.best_rq != BestRqConfig():
         raise UserError("best_rq has no part in a run with character_ctc: true; leave one of them out")
     if config.spec_augment is not None and not config.character_ctc:
@@ -147,14 +149,12 @@ def unaugmented_features(config: PretrainSpeechEncoder, encoder: SpeechEncoderCo
     With character_ctc, recordings with an empty transcript are left out: they may be digital silence, whose features
     lie far below those of any sound.
     """
-    if not config.character_ctc:
-        prepare = partial(masked_utterance, epoch=0, encoder=encoder, seed=0)
-        return [
-            sample.mel for sample in readable_samples(RecordDataset(config.data, prepare), config.statistics_samples)
-        ]
-    prepare = partial(transcribed_utterance, encoder=encoder)
-    samples = readable_samples(RecordDataset(config.data, prepare), config.statistics_samples)
-    return [sample.mel for sample in samples if sample.characters]
+    unaugmented: Callable[[Record], Utterance | TranscribedUtterance]
+    unaugmented = partial(masked_utterance, epoch=0, encoder=encoder, seed=0)
+    if config.character_ctc:
+        unaugmented = partial(transcribed_utterance, encoder=encoder)
+    samples = readable_samples(RecordDataset(config.data, unaugmented), config.statistics_samples)
+    return [sample.mel for sample in samples if isinstance(sample, Utterance) or sample.characters]
 
 
 def recording_features(record: Record, encoder: SpeechEncoderConfig) -> Tensor:

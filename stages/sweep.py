@@ -1,40 +1,45 @@
-"""A sweep over finetuning: data subsets x rates x weight decays, the best runs averaged (paper §7.5.1, image SFT).
+"""Sweeps finetuning over data subsets, learning rates and weight decays, and averages the best runs (paper §7.5.1).
 
-Each combination is a run of `stages.finetune` in a folder of its own, beside `best`, the average, and the tables. The
-same command goes on where it was: finished runs are kept, an interrupted one is resumed.
+    mm sweep --config configs/sweep.yaml
+
+What trains and what is frozen is that of the `base` configuration. Each combination is a run of `stages.finetune` in a
+folder of its own. Their average is in `best`, the scores in `sweep.md` and `sweep.json`. The same command resumes: it
+keeps finished runs and continues an interrupted one.
 """
 
 import json
+import logging
 import math
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 import mm.training.adapters
 import mm.training.config
-from foundation.errors import UserError, one_line
+from foundation.errors import UserError, is_user_error, one_line
 from mm.averaging import average_best
 from mm.evaluation.evaluate import METRICS, evaluate
 from mm.evaluation.metrics import Score
 from mm.parallel.process_group import Ranks
 from mm.run_files import CONFIG_FILE, replaced_files
-from mm.run_folder import load, write_yaml
+from mm.run_folder import load
 from mm.training.command import run_stage
 from mm.training.data import DataSource
 from shards.reader import ShardSet
 from stages.finetune import Finetune, finetune
 
+logger = logging.getLogger(__name__)
 BEST = "best"
-SETTINGS_FILE = "finetune.yaml"  # in each run's folder: what `mm train finetune` makes the same run of
+SETTINGS_FILE = "finetune.yaml"  # in each run's folder: the configuration with which `mm train finetune` repeats it
 
 
 @dataclass
 class Subset:
-    """Data to try, under a name of letters, digits, `_` and `-` that the runs' folders begin with."""
+    """Data to train on, and a name of letters, digits, `_` and `-`, with which the runs' folders begin."""
 
     name: str
     data: list[DataSource]
@@ -42,10 +47,12 @@ class Subset:
 
 @dataclass
 class Scoring:
-    """What runs are ranked by: a metric of `mm evaluate`, the higher the better, on records that no run learns from.
+    """How runs are ranked: by a metric of `mm evaluate`, of which larger is better, on held-out records.
 
     Attributes:
-        path, split: the records. limit: a random subset of this size, the same for all runs; null takes all.
+        path, split: the records.
+        metric: its name.
+        limit: score on a random subset of this size, the same for all runs; null: on all records.
     """
 
     path: str
@@ -56,13 +63,16 @@ class Scoring:
 
 @dataclass
 class Sweep:
-    """What to try.
+    """Configuration of the sweep: every combination of subset, learning-rate factor and weight decay is a run.
 
     Attributes:
         output: folder for the runs, their average and the tables.
-        base: a finetuning configuration: a file, named from this one's folder, or its fields. Its output and data are
-            replaced in each run, its rates multiplied, its weight decay replaced.
-        learning_rate_factors: what all of the base's rates are multiplied by.
+        base: a finetuning configuration: its fields, or a file, whose path is relative to this file's folder. Its
+            output, data and weight decay are replaced in each run.
+        subsets: the data of the runs.
+        learning_rate_factors: each multiplies all learning rates of the base.
+        weight_decays: of the runs.
+        scoring: how the runs are ranked.
     """
 
     output: str
@@ -80,7 +90,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Combination:
-    """One run to do; `settings` are the base with the other three in it."""
+    """One run of the sweep; `settings` is its finetuning configuration."""
 
     subset: str
     learning_rate_factor: float
@@ -93,11 +103,11 @@ class Combination:
 
 
 def sweep(config: Sweep) -> None:
-    """Finetune every combination that is not done yet, average the best of the runs, and write `sweep.md` and `.json`.
+    """Finetune every combination, average the best runs and tabulate all scores.
 
     Raises:
-        UserError: as `combinations_of`; no records to score on; several processes; and at the end, when everything
-            else is done, if some runs failed.
+        UserError: as `combinations_of`; unknown metric; no records to score on; several processes; and at the end, when
+            the other runs are scored and averaged, if some runs failed.
     """
     if Ranks.current().size > 1:
         raise UserError(
@@ -107,20 +117,12 @@ def sweep(config: Sweep) -> None:
     if config.scoring.metric not in METRICS:
         raise UserError(f"scoring.metric is {config.scoring.metric!r}; choose from {', '.join(METRICS)}")
     records = ShardSet(config.scoring.path).select(split=config.scoring.split)
-    failed: dict[Path, str] = {}
-    for number, combination in enumerate(combinations, start=1):
-        print(f"run {number} of {len(combinations)}: {combination.run}", file=sys.stderr)
-        try:
-            finish(combination.settings)
-        except Exception as error:  # a run can fail in any way; the others are still worth having
-            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-            failed[combination.run] = kind + one_line(error)
-            print(f"failed: {combination.run}: {failed[combination.run]}", file=sys.stderr)
+    failed = finetune_all(combinations)
     reasons = "; ".join(f"{run.name}: {reason}" for run, reason in failed.items())
-    done = [combination for combination in combinations if combination.run not in failed]
-    if not done:
+    finished = [combination for combination in combinations if combination.run not in failed]
+    if not finished:
         raise UserError(f"all {len(combinations)} runs failed: {reasons}")
-    summary = choose(done, config, records)
+    summary = score_and_average(finished, config, records)
     summary["failed"] = [{"run": run.name, "reason": reason} for run, reason in failed.items()]
     with replaced_files(config.output, last="sweep.json") as new:
         (new / "sweep.md").write_text(table(summary), encoding="utf-8")
@@ -130,21 +132,39 @@ def sweep(config: Sweep) -> None:
         raise UserError(f"{len(failed)} of {len(combinations)} runs failed: {reasons}")
 
 
+def finetune_all(combinations: Sequence[Combination]) -> dict[Path, str]:
+    """Finetune the combinations one by one; a failing run does not stop the others.
+
+    Returns:
+        The folders of the runs that failed, each with the reason. Tracebacks of faults of the program are logged.
+    """
+    failed: dict[Path, str] = {}
+    for index, combination in enumerate(combinations, start=1):
+        logger.info("run %d of %d: %s", index, len(combinations), combination.run)
+        try:
+            finetune_or_keep(combination.settings)
+        except Exception as error:
+            is_mistake = is_user_error(error)
+            failed[combination.run] = one_line(error) if is_mistake else f"{type(error).__name__}: {one_line(error)}"
+            logger.warning("failed: %s: %s", combination.run, failed[combination.run], exc_info=not is_mistake)
+    return failed
+
+
 def combinations_of(config: Sweep) -> list[Combination]:
-    """Every run of a sweep, subset by subset.
+    """All runs of a sweep, subset by subset.
 
     Raises:
-        UserError: nothing to try in one of the lists, a base or a subset without data, a name that is no folder's or
-            is there twice, numbers out of range.
+        UserError: an empty list, a base or subset without data, a subset's name with other characters, the same run
+            twice, or a factor or weight decay out of range.
     """
     for name in ("subsets", "learning_rate_factors", "weight_decays"):
         if not getattr(config, name):
             raise UserError(f"{name} is empty; give it at least one entry")
     if not config.base.data:
-        raise UserError("base.data is empty; give a finetuning configuration that would run by itself")
+        raise UserError("base.data is empty; give a finetuning configuration that could run by itself")
     for subset in config.subsets:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", subset.name):
-            raise UserError(f"subset {subset.name!r}: a name has letters, digits, '_' and '-'")
+            raise UserError(f"subset {subset.name!r}: a name may have letters, digits, '_' and '-' only")
         if not subset.data:
             raise UserError(f"subset {subset.name} has no data; name at least one source")
     for factor in config.learning_rate_factors:
@@ -157,24 +177,24 @@ def combinations_of(config: Sweep) -> list[Combination]:
         for decay in config.weight_decays
     ]
     names = [combination.run.name for combination in combinations]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise UserError(f"{', '.join(twice)}: there twice; name each subset, rate factor and weight decay once")
+    duplicates = sorted({name for name in names if names.count(name) > 1})
+    if duplicates:
+        raise UserError(f"{', '.join(duplicates)}: there twice; name each subset, rate factor and weight decay once")
     return combinations
 
 
-def finish(settings: Finetune) -> None:
-    """Finetune, from the newest checkpoint if there is one; a run that has ended stays as it is.
+def finetune_or_keep(settings: Finetune) -> None:
+    """Finetune, from the newest checkpoint if there is one; a finished run with the same settings is kept.
 
     Raises:
-        UserError: the folder's run has ended and was made with other settings, or as `finetune`.
+        UserError: the folder has a finished run with other settings, or as `stages.finetune.finetune`.
     """
     folder = Path(settings.output)
-    described = json.loads(json.dumps(asdict(settings)))
+    described = json.loads(json.dumps(asdict(settings)))  # tuples as lists, as in YAML
     if (folder / CONFIG_FILE).exists():
         file = folder / SETTINGS_FILE
         earlier = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
-        old, new = _decisive(earlier), _decisive(described)
+        old, new = _result_settings(earlier), _result_settings(described)
         differing = [name for name in new if old.get(name) != new[name]]
         if differing:
             raise UserError(
@@ -182,12 +202,12 @@ def finish(settings: Finetune) -> None:
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
-    write_yaml(folder / SETTINGS_FILE, described)
+    (folder / SETTINGS_FILE).write_text(yaml.safe_dump(described, sort_keys=False), encoding="utf-8")
     finetune(settings)
 
 
-def choose(done: Sequence[Combination], config: Sweep, records: ShardSet) -> dict:
-    """Score the runs, write the average of the best into `best`, and tell all scores, the best first."""
+def score_and_average(finished: Sequence[Combination], config: Sweep, records: ShardSet) -> dict[str, Any]:
+    """Score the runs, write the average of the best ones into `best`, and summarise the scores, best first."""
     scores: dict[Path, Score] = {}
 
     def score(run: Path) -> float:
@@ -196,7 +216,7 @@ def choose(done: Sequence[Combination], config: Sweep, records: ShardSet) -> dic
         scores[run] = report.scores[config.scoring.metric]
         return scores[run].value
 
-    by_run = {combination.run: combination for combination in done}
+    by_run = {combination.run: combination for combination in finished}
     choice = average_best(list(by_run), Path(config.output) / BEST, score)
     ranked = [by_run[run] for run, _ in choice.ranked]
     averages = [scores[ranked[0].run], *(value for run, value in scores.items() if run not in by_run)]
@@ -212,24 +232,24 @@ def choose(done: Sequence[Combination], config: Sweep, records: ShardSet) -> dic
             }
             for combination in ranked
         ],
-        "averages": [{"num_runs": number, **_numbers(value)} for number, value in enumerate(averages, start=1)],
+        "averages": [{"num_runs": count, **_numbers(value)} for count, value in enumerate(averages, start=1)],
         "num_averaged": choice.num_averaged,
     }
 
 
-def table(summary: dict) -> str:
-    """A sweep's outcome in markdown: each run, each average of the best, what was taken and what failed."""
+def table(summary: dict[str, Any]) -> str:
+    """A sweep's summary in markdown: the runs, the averages of the best ones, the chosen average, and the failures."""
     scoring = summary["scoring"]
 
-    def shown(row: dict) -> Score:
+    def score_of(row: dict[str, Any]) -> Score:
         return Score(scoring["metric"], row["score"], row["interval"], row["num_samples"])
 
     lines = ["| run | subset | rate factor | weight decay | score |", "|---|---|---|---|---|"]
     for row in summary["runs"]:
         settings = f"{row['subset']} | {row['learning_rate_factor']:g} | {row['weight_decay']:g}"
-        lines.append(f"| {row['run']} | {settings} | {shown(row)} |")
+        lines.append(f"| {row['run']} | {settings} | {score_of(row)} |")
     lines += ["", "| average of the best | score |", "|---|---|"]
-    lines += [f"| {row['num_runs']} | {shown(row)} |" for row in summary["averages"]]
+    lines += [f"| {row['num_runs']} | {score_of(row)} |" for row in summary["averages"]]
     chosen_on = f"split {scoring['split']} of {scoring['path']}"
     lines += ["", f"`{BEST}` is the average of the best {summary['num_averaged']}, chosen on {chosen_on}."]
     lines += [f"\nFailed: {row['run']}: {row['reason']}" for row in summary["failed"]]
@@ -244,8 +264,8 @@ def _settings(config: Sweep, subset: Subset, factor: float, decay: float) -> Fin
     return replace(base, output=str(output), data=subset.data, training=training)
 
 
-def _decisive(settings: dict) -> dict:
-    """Those of a run's settings that its weights depend on."""
+def _result_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those of a run's settings on which its weights depend."""
     training = settings.get("training", {})
     chosen = {name: value for name, value in settings.items() if name not in mm.training.adapters.NOT_IN_FINGERPRINT}
     for name, value in training.items():
@@ -256,7 +276,7 @@ def _decisive(settings: dict) -> dict:
     return chosen
 
 
-def _numbers(score: Score) -> dict:
+def _numbers(score: Score) -> dict[str, Any]:
     return {"score": score.value, "interval": score.interval, "num_samples": score.num_samples}
 
 

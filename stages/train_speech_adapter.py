@@ -1,13 +1,17 @@
-"""Stage 4: a frozen language model learns to hear (paper §8.2).
+"""Trains a speech encoder and a speech adapter for a frozen language model (paper §8.2).
 
-Speech encoder and speech adapter train together on recordings with conversations; the language model and whatever else
-the model has stay as they were, bit for bit. What the adapter makes of a recording stands in the language model's input
-as text does.
+    mm train train_speech_adapter --config configs/speech/alignment.yaml --language_model MODEL.gguf
+
+The speech encoder and the speech adapter train on recordings with conversations, as far as the learning rates release
+them; the language model and all other parts are frozen. The adapter's output stands in the language model's input
+sequence as text embeddings do.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +30,6 @@ from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
 from mm.training.data import DataSource, RecordDataset, readable_samples
 from mm.training.distillation import with_twin
-from mm.training.objectives import check_loss_weights
 from mm.training.sampler import seed_of
 from mm.training.speech import SpeechObjective, set_feature_statistics
 from shards.format import Record
@@ -35,26 +38,29 @@ from speech.augmentation import SpecAugmentConfig, spec_augment
 from speech.conformer import SpeechEncoder, SpeechEncoderConfig
 from speech.whisper import WhisperEncoder
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class TrainSpeechAdapter:
-    """What the stage needs.
+    """Configuration of the stage.
 
     Attributes:
-        output: run folder, which `mm.load` opens when the stage has ended.
-        start_from: an earlier run, which gets ears, or trains on where it has them.
-        language_model: a Hugging Face folder or a GGUF file in place of that, for a model that only hears.
+        output: run folder, which `mm.load` opens after the stage.
+        data: shards of recordings with conversations.
+        start_from: an earlier run, which gets a speech encoder and adapter, or trains on those that it has.
+        language_model: a Hugging Face folder or GGUF file in place of start_from, for a model without image adapter.
         encoder: shape of a new conformer. speech_encoder: in place of that, a folder of `pretrain_speech_encoder`, a
-            run that hears, or one of OpenAI's Whisper files (`.pt`). Neither, where the run hears already.
-        adapter: of the new speech adapter; `ctc_readout` and `ctc_weight` belong together.
-        data: shards of recordings with conversations. validation: shards to report loss and accuracy on; null reports
-            nothing.
-        statistics_samples: so many samples give a new conformer the mean and deviation of its features.
-        spec_augment: how each training utterance is changed, otherwise each time it comes; null changes nothing.
-        ctc_weight, next_token_weight, distillation_weight: see `mm.training.speech.SpeechObjective`. The paper has the
-            second loss only.
-        chat_template: see `mm.processor.Processor`.
+            run with a speech encoder, or one of OpenAI's Whisper files (`.pt`). Neither, where start_from has one.
+        adapter: of a new speech adapter; its `ctc_readout` and `ctc_weight` go together.
+        validation: shards on which loss and accuracy are reported; null: none. validation_samples: samples of it.
+        statistics_samples: number of samples from which a new conformer takes the features' mean and deviation.
+        spec_augment: augmentation of the training utterances, drawn anew in each epoch; null: none.
+        ctc_weight, next_token_weight, distillation_weight: of the losses in `mm.training.speech.SpeechObjective`; the
+            paper has the next-token loss only.
+        chat_template: replaces the language model's own.
         bundle: copy the language model into the run folder.
+        device: "auto" is CUDA where there is one, else the CPU.
     """
 
     output: str
@@ -74,67 +80,59 @@ class TrainSpeechAdapter:
     distillation_weight: float = 0.0
     chat_template: str | None = None
     bundle: bool = False
-    device: str = "cpu"
+    device: str = "auto"
 
 
 def train_speech_adapter(config: TrainSpeechAdapter) -> None:
     """Train a speech encoder and a speech adapter for a frozen language model."""
-    weights = {name: getattr(config, name) for name in ("ctc_weight", "next_token_weight", "distillation_weight")}
-    check_loss_weights(**weights)  # before a language model is read for nothing
-    model, processor, language_model = starting_point(config)
-    objective = SpeechObjective(**weights)
-    prepare = partial(prepared, processor=processor, config=config)
-    train_adapters(model, processor, config, "speech adapter", only="speech_", objective=objective, prepare=prepare)
+    objective = SpeechObjective(config.ctc_weight, config.next_token_weight, config.distillation_weight)
+    model, processor, language_model = initial_model(config)
+    if config.encoder is not None:
+        assert isinstance(model.speech_encoder, SpeechEncoder)
+        set_feature_statistics(model.speech_encoder, speech_features(config, processor))
+    prepare = partial(training_sample, processor=processor, config=config)
+    train_adapters(
+        model,
+        processor,
+        config,
+        "speech adapter",
+        trainable_prefix="speech_",
+        objective=objective,
+        prepare=prepare,
+    )
     if Ranks.current().is_main:
         bundle = config.bundle or language_model is None
         save(config.output, model, processor, language_model=None if bundle else language_model, bundle=bundle)
 
 
-def starting_point(config: TrainSpeechAdapter) -> tuple[MultimodalModel, Processor, str | None]:
-    """The model in FP32 with ears, its processor, and where its language model lies.
+def initial_model(config: TrainSpeechAdapter) -> tuple[MultimodalModel, Processor, str | None]:
+    """The model in FP32 with a speech encoder and adapter, its processor, and the path of its language model.
 
     Raises:
-        UserError: nothing or too much to start from, no encoder, or one for a run that has its own; CTC for an adapter
-            without a readout, or a new one with a readout that nothing aligns.
+        UserError: the configuration names nothing or too much to start from, no encoder, or one for a run that has an
+            encoder; or it has CTC without a readout, or a new adapter with a readout and without CTC.
     """
     if (config.start_from is None) == (config.language_model is None):
         raise UserError(
-            "name start_from, a run that gets ears or trains on, or language_model for a model that only hears; one "
-            "of the two"
+            "name start_from, a run that gets a speech adapter or trains on, or language_model for a model without "
+            "images; one of the two"
         )
+    settings: dict[str, Any]
     if config.start_from is not None:
         model, earlier = load(config.start_from, dtype=torch.float32)
         tokenizer, settings = earlier.tokenizer, earlier.settings()
         language_model = language_model_of(config.start_from)
     else:
+        assert config.language_model is not None
         language_model = config.language_model
         loaded = mm.convert.llama.load(language_model, dtype=torch.float32)
-        print(loaded.report)
+        logger.info(loaded.report)
         model = from_language_model(loaded, seed=config.training.seed)
         tokenizer, settings = mm.convert.llama.load_tokenizer(language_model), {}
-    given = (config.encoder, config.speech_encoder)
-    if model.speech_encoder is not None:
-        if config.ctc_weight and not model.config.speech_adapter.ctc_readout:
-            raise UserError(
-                f"ctc_weight needs an adapter with a readout, and {config.start_from} has one without: leave it at 0, "
-                "or align a new adapter with `ctc_readout: true` for the run or the language model that got that one"
-            )
-        if given != (None, None) or config.adapter != SpeechAdapterConfig():
-            raise UserError(
-                f"{config.start_from} brings its own speech encoder and adapter: leave `encoder`, `speech_encoder` and "
-                "`adapter` out"
-            )
-    elif (config.encoder is None) == (config.speech_encoder is None):
-        raise UserError(
-            "give `encoder`, the shape of a new conformer, or `speech_encoder`, the place of one; one of the two"
-        )
-    elif config.adapter.ctc_readout != bool(config.ctc_weight):
-        raise UserError(
-            "a new adapter has a readout and CTC that aligns it, or neither: set both `adapter.ctc_readout: true` and "
-            "ctc_weight, or none of them"
-        )
+    if model.speech_encoder is None:
+        add_speech(model, initial_encoder(config), config.adapter, seed=config.training.seed)
     else:
-        add_speech(model, encoder_of(config), config.adapter, seed=config.training.seed)
+        check_trained_on(config, model)
     augment = config.spec_augment
     if augment and augment.changes_sound and isinstance(model.speech_encoder, WhisperEncoder):
         raise UserError(
@@ -143,37 +141,75 @@ def starting_point(config: TrainSpeechAdapter) -> tuple[MultimodalModel, Process
         )
     if config.chat_template is not None:
         settings["chat_template"] = config.chat_template
-    processor = Processor(tokenizer, model.config, **settings)
-    if config.encoder is not None:
-        set_feature_statistics(model.speech_encoder, sounds_of(config, processor))
-    return model, processor, language_model
+    return model, Processor(tokenizer, model.config, **settings), language_model
 
 
-def sounds_of(config: TrainSpeechAdapter, processor: Processor) -> list[Tensor]:
-    """The features of some utterances of the data, each [T, num_mels]; of those in which nothing is said none, since
-    digital silence lies far below any sound and would stretch the scale."""
+def initial_encoder(config: TrainSpeechAdapter) -> SpeechEncoder | WhisperEncoder:
+    """The encoder of a new speech adapter, in FP32: a new conformer, or one that exists.
+
+    Raises:
+        UserError: both or neither are named; only one of `ctc_weight` and the adapter's `ctc_readout` is set.
+    """
+    if (config.encoder is None) == (config.speech_encoder is None):
+        raise UserError(
+            "give `encoder`, the shape of a new conformer, or `speech_encoder`, the place of one; one of the two"
+        )
+    if config.adapter.ctc_readout != bool(config.ctc_weight):
+        raise UserError(
+            "a new adapter has a readout and CTC that aligns it, or neither: set both `adapter.ctc_readout: true` and "
+            "ctc_weight, or none of them"
+        )
+    if config.speech_encoder is not None:
+        return load_speech_encoder(config.speech_encoder).float()
+    assert config.encoder is not None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.training.seed)
+        return SpeechEncoder(config.encoder)
+
+
+def check_trained_on(config: TrainSpeechAdapter, model: MultimodalModel) -> None:
+    """Check the settings of a run whose model has a speech encoder and adapter already.
+
+    Raises:
+        UserError: CTC for an adapter without a readout; settings of a new encoder or adapter.
+    """
+    assert model.config.speech_adapter is not None
+    if config.ctc_weight and not model.config.speech_adapter.ctc_readout:
+        raise UserError(
+            f"ctc_weight needs an adapter with a readout, and {config.start_from} has one without: leave it at 0, "
+            "or align a new adapter with `ctc_readout: true` for the run or the language model that got that one"
+        )
+    if (config.encoder, config.speech_encoder) != (None, None) or config.adapter != SpeechAdapterConfig():
+        raise UserError(
+            f"{config.start_from} brings its own speech encoder and adapter: leave `encoder`, `speech_encoder` and "
+            "`adapter` out"
+        )
+
+
+def speech_features(config: TrainSpeechAdapter, processor: Processor) -> list[Tensor]:
+    """The features of the utterances of `statistics_samples` samples, each [T, num_mels].
+
+    Samples with an empty answer are left out: they may be digital silence, whose features lie far below those of any
+    sound.
+    """
     samples = readable_samples(RecordDataset(config.data, processor.record_example), config.statistics_samples)
-    stops = {IGNORED, *processor.stop_tokens}
-    return [mel for sample in samples if set(sample.labels) - stops for mel in sample.speech]
+    not_answer = {IGNORED, *processor.stop_tokens}
+    return [mel for sample in samples if set(sample.labels) - not_answer for mel in sample.speech]
 
 
-def prepared(record: Record, visit: int, processor: Processor, config: TrainSpeechAdapter) -> Sample:
-    """A training sample, with its twin if it is distilled from; how its utterances are changed follows from record,
-    visit (which time it comes, from 0) and seed."""
+def training_sample(record: Record, visit: int, processor: Processor, config: TrainSpeechAdapter) -> Sample:
+    """A record's sample, augmented, and with a text twin for distillation.
+
+    The augmentation is a function of record, visit (how often the record came before) and seed.
+
+    Raises:
+        UserError: as `mm.training.distillation.with_twin`.
+    """
     sample = with_twin(record, processor) if config.distillation_weight else processor.record_example(record)
     if config.spec_augment is None:
         return sample
     generator = torch.Generator().manual_seed(seed_of(f"{config.training.seed}/{visit}/{record.id}"))
     return replace(sample, speech=[spec_augment(mel, config.spec_augment, generator) for mel in sample.speech])
-
-
-def encoder_of(config: TrainSpeechAdapter) -> torch.nn.Module:
-    """The encoder that the configuration names, in FP32."""
-    if config.speech_encoder is not None:
-        return load_speech_encoder(config.speech_encoder).float()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.training.seed)
-        return SpeechEncoder(config.encoder)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

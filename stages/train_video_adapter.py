@@ -1,17 +1,19 @@
-"""Stage 3: a model that sees pictures learns to watch clips (paper §7.3, §7.4).
+"""Trains a video adapter for a model with an image adapter: pre-training and finetuning (paper §7.3, §7.4).
 
-Only the temporal aggregator and the video cross-attention blocks train; language model, image encoder, image adapter
-and everything else stay as they were, bit for bit. Pre-training (16 frames) and finetuning (64 frames, another
-`factor`, a higher tile resolution) differ by their configuration only.
+    mm train train_video_adapter --config configs/video_adapter.yaml
+
+The temporal aggregator and the video cross-attention blocks train; the language model, the image encoder, the image
+adapter and all else are frozen. Finetuning is the same stage with more frames (64 in place of 16), another `factor` and
+a higher tile resolution.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
 from foundation.errors import UserError
-from mm.assembly import add_video_adapter, set_factor
+from mm.assembly import add_video_adapter, set_factor, set_tile_size
 from mm.model import MultimodalModel
 from mm.parallel.process_group import Ranks
 from mm.processor import Processor
@@ -22,25 +24,27 @@ from mm.training.config import TrainingConfig
 from mm.training.data import DataSource
 from mm.training.video import VideoObjective
 from mm.video_adapter import VideoAdapterConfig
-from vision.encoder import at_tile_size
 
 
 @dataclass
 class TrainVideoAdapter:
-    """What the stage needs.
+    """Configuration of the stage.
 
     Attributes:
-        output: run folder, which `mm.load` opens when the stage has ended.
-        start_from: an image-trained run, which gets a new video adapter; or a video-trained one, which trains on.
-        adapter: of the new video adapter.
-        data: shards of clips with captions or conversations. validation: shards to report loss and accuracy on; null
-            reports nothing.
-        factor: frames per effective frame, other than the adapter's own; null keeps that.
-        max_frames, max_frame_tiles: of each clip and of each frame, at most.
-        tile_size: another tile resolution than the encoder's; null keeps it.
-        matching_weight, next_token_weight: see `mm.training.video.VideoObjective`. The paper has the second loss only.
-        video_prompt: what is asked when a clip is to be captioned; null leaves the chat form out.
+        output: run folder, which `mm.load` opens after the stage.
+        start_from: an image-trained run, which gets a new video adapter, or a video-trained run, which trains on.
+        data: shards of clips with captions or conversations.
+        adapter: of a new video adapter.
+        validation: shards on which loss and accuracy are reported; null: none. validation_samples: samples of it.
+        factor: frames that the aggregator merges into one; null keeps the adapter's.
+        max_frames: frames of a clip. max_frame_tiles: tiles of a frame; null takes as many as the encoder does.
+        tile_size: another tile resolution than the encoder's, in pixels; null keeps that.
+        matching_weight, next_token_weight: of the losses in `mm.training.video.VideoObjective`; the paper has the
+            next-token loss only.
+        video_prompt: the question before a caption; null leaves the chat form out.
+        chat_template: replaces the run's own.
         bundle: copy the language model into the run folder.
+        device: "auto" is CUDA where there is one, else the CPU.
     """
 
     output: str
@@ -59,46 +63,52 @@ class TrainVideoAdapter:
     video_prompt: str | None = "Describe the clip."
     chat_template: str | None = None
     bundle: bool = False
-    device: str = "cpu"
+    device: str = "auto"
 
 
 def train_video_adapter(config: TrainVideoAdapter) -> None:
-    """Train the temporal aggregator and the video cross-attention blocks of a model that sees pictures."""
+    """Train the temporal aggregator and the video cross-attention blocks of an image-trained model."""
     objective = VideoObjective(config.matching_weight, config.next_token_weight)
-    model, processor, language_model, new = starting_point(config)
-    new = "video" if new else None
-    train_adapters(model, processor, config, "video adapter", new=new, only="video_adapter.", objective=objective)
+    model, processor, is_new = initial_model(config)
+    language_model = language_model_of(config.start_from)
+    train_adapters(
+        model,
+        processor,
+        config,
+        "video adapter",
+        new_adapter="video" if is_new else None,
+        trainable_prefix="video_adapter.",
+        objective=objective,
+    )
     if Ranks.current().is_main:
         bundle = config.bundle or language_model is None
         save(config.output, model, processor, language_model=None if bundle else language_model, bundle=bundle)
 
 
-def starting_point(config: TrainVideoAdapter) -> tuple[MultimodalModel, Processor, str | None, bool]:
-    """The model in FP32 with a video adapter, its processor, where its language model lies, and whether the adapter is
-    new.
+def initial_model(config: TrainVideoAdapter) -> tuple[MultimodalModel, Processor, bool]:
+    """The model in FP32 with a video adapter, its processor, and whether the video adapter is new.
 
     Raises:
-        UserError: a run without image adapter; an adapter's configuration for a run that has one.
+        UserError: the run has no image adapter, or has a video adapter and the configuration names another.
     """
     model, earlier = load(config.start_from, dtype=torch.float32)
     if config.tile_size is not None:
-        model.vision_encoder = at_tile_size(model.vision_encoder, config.tile_size)
-        model.config = replace(model.config, vision_encoder=model.vision_encoder.config)
-    new = model.video_adapter is None
-    if new:
+        set_tile_size(model, config.tile_size)
+    is_new = model.video_adapter is None
+    if is_new:
         add_video_adapter(model, config.adapter, seed=config.training.seed)
     elif config.adapter != VideoAdapterConfig():
         raise UserError(f"{config.start_from} brings its own video adapter: leave `adapter` out")
     if config.factor is not None:
         set_factor(model, config.factor)
     settings = {
+        **earlier.settings(),
         "max_frames": config.max_frames,
         "max_frame_tiles": config.max_frame_tiles,
         "video_prompt": config.video_prompt,
         "chat_template": config.chat_template or earlier.chat_template,
     }
-    processor = Processor(earlier.tokenizer, model.config, **{**earlier.settings(), **settings})
-    return model, processor, language_model_of(config.start_from), new
+    return model, Processor(earlier.tokenizer, model.config, **settings), is_new
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The stages one after another on small stand-ins: what each leaves, what is kept, and what the table tells."""
+"""The comparison of stages on small stand-ins: run folders, kept scores, the table."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 
 import demos.stages
 import mm
-from demos.stages import COLUMNS, scored, table
+from demos.stages import COLUMNS, score_run, score_table
 from mm.evaluation.evaluate import evaluate
 from shards.reader import ShardSet
 
@@ -14,7 +14,7 @@ RUNS = {"adapter": "runs/demo", "annealing": "runs/demo-annealed", "finetuning":
 
 
 @pytest.mark.slow
-def test_stage_after_stage_and_what_is_done_is_not_done_again(home, monkeypatch, capsys):
+def test_all_stages_run_once_and_their_scores_are_in_the_table(home, monkeypatch, capsys):
     finetune = demos.stages.stages.finetune.main
     monkeypatch.setattr(demos.stages.stages.finetune, "main", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # interrupted before the last stage
@@ -45,8 +45,8 @@ def test_stage_after_stage_and_what_is_done_is_not_done_again(home, monkeypatch,
     rows = {line.split("|")[1].strip(): line for line in shown.splitlines()[2:]}
     assert list(rows) == ["encoder", *RUNS] and all(line.count("|") == len(COLUMNS) + 2 for line in shown.splitlines())
     reported = [json.loads(row) for row in (home / "runs" / "demo-encoder" / "metrics.jsonl").open()]
-    assert summary["encoder"]["retrieval"] == reported[-1]["eval/retrieval"]
-    assert f"{100 * reported[-1]['eval/retrieval']:.1f}" in rows["encoder"]
+    assert summary["encoder"]["retrieval"] == reported[-1]["eval/recall_at_1"]
+    assert f"{100 * reported[-1]['eval/recall_at_1']:.1f}" in rows["encoder"]
     test = ShardSet(data / "openmoji_192").select(split="test")
     for name, loaded in models.items():
         report, blind = (evaluate(*loaded, test, ["chrf"], max_new_tokens=24, blank_images=b) for b in (False, True))
@@ -57,10 +57,10 @@ def test_stage_after_stage_and_what_is_done_is_not_done_again(home, monkeypatch,
         assert summary[name]["answers"]["vqa_accuracy"]["num_samples"] == 12
 
 
-def test_kept_scores_are_of_these_weights_and_so_many_questions(tmp_path, run_folder, monkeypatch):
+def test_stored_scores_are_reused_only_for_the_same_weights_and_number_of_questions(tmp_path, run_folder, monkeypatch):
     counted = []
 
-    def evaluate_run(run, sets, questions, folder):
+    def evaluate_run(run, sets, questions, *_):
         counted.append(questions)
         return {name: demos.stages.EvaluationReport({}, [], []) for key in sets for name in (key, f"{key}_blank")}
 
@@ -68,29 +68,31 @@ def test_kept_scores_are_of_these_weights_and_so_many_questions(tmp_path, run_fo
     monkeypatch.setattr(demos.stages, "held_out", lambda folders: folders)
     described = (run_folder / "config.yaml").read_text()
     (tmp_path / "config.yaml").write_text(described)
-    scored(tmp_path, 5)
-    scored(tmp_path, 5)
+    score_run(tmp_path, 5)
+    score_run(tmp_path, 5)
     assert counted == [5]
-    scored(tmp_path, 6)
+    score_run(tmp_path, 6)
     (tmp_path / "config.yaml").write_text(described.replace("image_adapter: ", "image_adapter: 0"))
-    scored(tmp_path, 6)
+    score_run(tmp_path, 6)
     assert counted == [5, 6, 6]
 
 
-def test_the_table_tells_score_interval_and_blind_control():
-    one = {"value": 0.8584, "interval": 0.015, "num_samples": 2000}
-    answers = {"vqa_accuracy": one, "blind": {"vqa_accuracy": {**one, "value": 0.665}}}
-    captions = {"chrf": {**one, "value": 36.8, "interval": 2.9}}
-    captions["blind"] = {"chrf": {**one, "value": 5.4}}
-    text = table(0.98, {"adapter": {"answers": answers, "openmoji": captions, "tuxpaint": captions}})
-    assert text.splitlines()[2].startswith("| encoder | its own caption nearest: 98.0 |")
+def test_table_cells_have_score_interval_and_blind_control():
+    score = {"value": 0.8584, "interval": 0.015, "num_samples": 2000}
+    answers = {"vqa_accuracy": score, "blind": {"vqa_accuracy": {**score, "value": 0.665}}}
+    captions = {"chrf": {**score, "value": 36.8, "interval": 2.9}}
+    captions["blind"] = {"chrf": {**score, "value": 5.4}}
+    text = score_table(0.98, {"adapter": {"answers": answers, "openmoji": captions, "tuxpaint": captions}})
+    assert text.splitlines()[2].startswith("| encoder | own caption retrieved first: 98.0 |")
     assert text.splitlines()[3] == ("| adapter | 85.8 ± 1.5 (66.5) | – | – | 36.8 ± 2.9 (5.4) | 36.8 ± 2.9 (5.4) |")
 
 
-@pytest.mark.parametrize(("options", "said"), [(["--questions", "0"], "questions is 0"), (["--steps", "9"], "--steps")])
-def test_mistakes_are_said_before_minutes_of_work(home, capsys, options, said):
+@pytest.mark.parametrize(
+    ("options", "message"), [(["--questions", "0"], "questions is 0"), (["--steps", "9"], "--steps")]
+)
+def test_wrong_options_are_refused_before_any_work(home, capsys, options, message):
     with pytest.raises(SystemExit) as ended:
-        demos.stages.main(options)
-    shown = capsys.readouterr().err
-    assert ended.value.code == 1 and said in shown and shown.count("\n") == 1
+        demos.stages.main(["--quiet", *options])
+    err = capsys.readouterr().err
+    assert ended.value.code == 1 and message in err and err.count("\n") == 1
     assert not (home / "data").exists() and not (home / "runs").exists()

@@ -1,4 +1,4 @@
-"""The finetuning stage: another language model of the same shape, the assistant's turns only, the rest left alone."""
+"""The finetuning stage: the language model is replaced and frozen, and only the assistant's turns are targets."""
 
 import hashlib
 import json
@@ -21,26 +21,26 @@ FROZEN = {"language_model.*": None, "extra_embeddings": None}
 
 @pytest.fixture
 def conversations(square_record, tmp_path):
-    """Two turns about a square each."""
+    """Conversations of two turns about a square."""
     records = []
-    for number in range(8):
-        record = square_record(number)
+    for index in range(8):
+        record = square_record(index)
         turns = [
             {"role": "user", "content": [{"type": "image", "image": "png"}, {"type": "text", "text": "colour?"}]},
             {"role": "assistant", "content": "red"},
             {"role": "user", "content": "sure?"},
             {"role": "assistant", "content": "yes"},
         ]
-        about = {"id": record.id, "split": "train", "task": "chat", "language": "en", "messages": turns}
-        records.append(Record(record.id, about, {"png": record.media["png"]}))
+        values = {"id": record.id, "split": "train", "task": "chat", "language": "en", "messages": turns}
+        records.append(Record(record.id, values, {"png": record.media["png"]}))
     write_shards(records, tmp_path / "conversations")
     return tmp_path / "conversations"
 
 
 @pytest.fixture
-def instructed_folder(language_model_folder, tmp_path):
+def instruct_folder(language_model_folder, tmp_path):
     """A language model of the same shape with other weights."""
-    folder = tmp_path / "instructed"
+    folder = tmp_path / "instruct"
     shutil.copytree(language_model_folder, folder)
     state = load_file(folder / "model.safetensors")
     save_file({name: tensor * 1.01 for name, tensor in state.items()}, folder / "model.safetensors")
@@ -70,24 +70,28 @@ def weights_hash(state: dict) -> str:
     return hashlib.sha256(b"".join(state[name].numpy().tobytes() for name in sorted(state))).hexdigest()
 
 
-def test_the_other_language_model_speaks_and_stays_as_it_was(finetune_config, run_folder, instructed_folder):
-    file, folder = finetune_config(language_model=str(instructed_folder))
+def test_the_language_model_is_replaced_and_stays_frozen(finetune_config, instruct_folder):
+    file, folder = finetune_config(language_model=str(instruct_folder))
     main(["--config", str(file)])
     model, processor = mm.load(folder)
-    given = load_file(instructed_folder / "model.safetensors")
-    spoken = model.language_model.state_dict()
-    assert weights_hash({name: spoken[name] for name in given}) == weights_hash(given)
-    assert str(instructed_folder) in (folder / "config.yaml").read_text()
-    earlier = mm.load(run_folder)[0].state_dict()
-    trained = model.state_dict()
+    expected = load_file(instruct_folder / "model.safetensors")
+    state = model.language_model.state_dict()
+    assert weights_hash({name: state[name] for name in expected}) == weights_hash(expected)
+    assert str(instruct_folder) in (folder / "config.yaml").read_text()
+    text = mm.Sample(processor.tokenizer.encode("hello there"))
+    assert torch.equal(model(mm.collate([text])), model.language_model(torch.tensor([text.tokens])))
+
+
+def test_the_encoder_and_the_adapter_train(finetune_config, run_folder):
+    file, folder = finetune_config()
+    main(["--config", str(file)])
+    before, after = mm.load(run_folder)[0].state_dict(), mm.load(folder)[0].state_dict()
     for part in ("vision_encoder", "image_adapter"):
-        names = [name for name in earlier if name.startswith(part)]
-        assert any(not torch.equal(earlier[name], trained[name]) for name in names)
-    tokens = mm.Sample(processor.tokenizer.encode("hello there"))
-    assert torch.equal(model(mm.collate([tokens])), model.language_model(torch.tensor([tokens.tokens])))
+        names = [name for name in before if name.startswith(part)]
+        assert any(not torch.equal(before[name], after[name]) for name in names)
 
 
-def test_without_another_the_run_keeps_its_own(finetune_config, run_folder):
+def test_without_another_language_model_the_run_keeps_its_own(finetune_config, run_folder):
     file, folder = finetune_config()
     main(["--config", str(file)])
     before, after = mm.load(run_folder)[0].language_model, mm.load(folder)[0].language_model
@@ -98,8 +102,8 @@ def test_only_the_assistants_turns_are_targets(conversations, run_folder):
     _, processor = mm.load(run_folder)
     sample = processor.record_example(ShardSet(conversations)[0])
     targets = [token for token, label in zip(sample.tokens, sample.labels, strict=True) if label != IGNORED]
-    said = processor.tokenizer.decode(targets)
-    assert "red" in said and "yes" in said and "colour" not in said and "sure" not in said
+    text = processor.tokenizer.decode(targets)
+    assert "red" in text and "yes" in text and "colour" not in text and "sure" not in text
 
 
 def test_the_loss_falls(finetune_config):
@@ -111,21 +115,21 @@ def test_the_loss_falls(finetune_config):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"start_from": "nowhere"}, "nowhere"),
         (
             {"training": {"steps": 1, "batch_size": 1, "learning_rates": {"*": 1e-3}}},
-            "keeps the language model as it is",
+            "freezes the language model",
         ),
     ],
 )
-def test_mistakes_are_one_line_and_leave_nothing(finetune_config, capsys, changes, said):
+def test_mistakes_end_with_one_line_and_write_nothing(finetune_config, capsys, changes, message):
     file, folder = finetune_config(**changes)
     with pytest.raises(SystemExit) as ended:
-        main(["--config", str(file)])
+        main(["--config", str(file), "--quiet"])
     shown = capsys.readouterr().err.strip()
-    assert ended.value.code == 1 and said in shown and "\n" not in shown and not folder.exists()
+    assert ended.value.code == 1 and message in shown and "\n" not in shown and not folder.exists()
 
 
 def test_a_language_model_of_another_shape_is_refused(finetune_config, language_model_folder, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The encoder stage: pictures and texts find each other, the encoder is kept, an interrupted run goes on."""
+"""The stage that pre-trains an image encoder: it learns to match images and texts, and resumes exactly."""
 
 import json
 import os
@@ -23,14 +23,14 @@ class Interrupted(BaseException):
     pass
 
 
-def numbers(folder: Path) -> list[dict]:
-    """What was reported, but for times."""
+def metrics_of(folder: Path) -> list[dict]:
+    """The reported metrics without times."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if not name.endswith(TIMES)} for row in rows]
 
 
-def refusal(capsys, file, *options: str) -> str:
-    """What is said on the way out."""
+def error_of(capsys, file, *options: str) -> str:
+    """The one line with which the stage ends."""
     with pytest.raises(SystemExit) as ended:
         stage.main(["--config", str(file), "--quiet", *options])
     assert ended.value.code == 1
@@ -39,8 +39,8 @@ def refusal(capsys, file, *options: str) -> str:
     return shown
 
 
-def test_pictures_find_their_texts(encoder_config, squares):
-    """Texts of one colour read the same, and any of them counts as found: one in four by chance."""
+def test_images_retrieve_their_texts(encoder_config, squares):
+    """All texts of one colour are equal, and count as the image's own: one in four is right by chance."""
     training = {"steps": 40, "batch_size": 32, "warmup_steps": 4, "log_every": 10, "evaluate_every": 20}
     captions = {"path": str(squares), "task": "caption"}
     file, folder = encoder_config(
@@ -49,15 +49,15 @@ def test_pictures_find_their_texts(encoder_config, squares):
         validation={**captions, "split": "test"},
     )
     stage.main(["--config", str(file)])
-    rows = numbers(folder)
+    rows = metrics_of(folder)
     reported = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert all(row["mfu"] > 0 for row in reported if "loss" in row)
     assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
-    assert rows[-1]["eval/retrieval"] > 0.8
+    assert rows[-1]["eval/recall_at_1"] > 0.8
     assert load_vision_encoder(folder).config.tile_size == 28
 
 
-def test_interrupted_is_uninterrupted(encoder_config, tmp_path, monkeypatch):
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(encoder_config, tmp_path, monkeypatch):
     file, whole = encoder_config()
     stage.main(["--config", str(file)])
     parts, genuine, calls = tmp_path / "parts", ContrastiveObjective.loss, []
@@ -73,15 +73,16 @@ def test_interrupted_is_uninterrupted(encoder_config, tmp_path, monkeypatch):
         stage.main(["--config", str(file), "--output", str(parts)])
     assert not (parts / "config.yaml").exists()
     stage.main(["--config", str(file), "--output", str(parts)])
-    assert len(calls) == 6 + 8 - 3  # it went on from step 3
+    assert len(calls) == 6 + 8 - 3  # it resumed at step 3
     one, other = (load_file(folder / "vision_encoder.safetensors") for folder in (parts, whole))
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-    assert numbers(parts) == numbers(whole)
+    assert metrics_of(parts) == metrics_of(whole)
     last = [folder / "checkpoints" / "step-00000008" / "__0_0.distcp" for folder in (parts, whole)]
     assert last[0].read_bytes() == last[1].read_bytes()
 
 
 @pytest.mark.slow
+@pytest.mark.distributed
 def test_two_processes_train_as_one(encoder_config, tmp_path):
     file, alone = encoder_config(training={"steps": 3, "evaluate_every": 2, "save_every": 2})
     stage.main(["--config", str(file)])
@@ -92,9 +93,9 @@ def test_two_processes_train_as_one(encoder_config, tmp_path):
     done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("step 3/3") == 1  # one rank reports
-    for one, two in zip(numbers(alone), numbers(together), strict=True):
+    for one, two in zip(metrics_of(alone), metrics_of(together), strict=True):
         assert two.pop("tile_imbalance", 0) == 0  # one tile each
-        found, expected = two.pop("eval/retrieval", 0), one.pop("eval/retrieval", 0)
+        found, expected = two.pop("eval/recall_at_1", 0), one.pop("eval/recall_at_1", 0)
         assert found == pytest.approx(expected, abs=0.07)  # of 32 pictures two may lie between texts
         assert one == pytest.approx(two, rel=2e-3)
     one, other = (load_vision_encoder(folder).state_dict() for folder in (alone, together))
@@ -103,30 +104,30 @@ def test_two_processes_train_as_one(encoder_config, tmp_path):
         assert (tensor - other[name]).abs().mean() < 2e-4, name
 
 
-def test_the_seed_decides(encoder_config, tmp_path):
+def test_a_run_is_a_function_of_its_seed(encoder_config, tmp_path):
     file, folder = encoder_config(training={"steps": 2})
     stage.main(["--config", str(file)])
     for name, seed in (("same", "0"), ("other", "1")):
         stage.main(["--config", str(file), "--output", str(tmp_path / name), "--training.seed", seed])
-    first, same, other = (numbers(place) for place in (folder, tmp_path / "same", tmp_path / "other"))
+    first, same, other = (metrics_of(place) for place in (folder, tmp_path / "same", tmp_path / "other"))
     assert first == same and first[0]["loss"] != other[0]["loss"]
 
 
-def test_an_unreadable_picture_to_validate_on_is_left_out(encoder_config, square_record, tmp_path):
+def test_an_unreadable_validation_image_is_skipped(encoder_config, square_record, tmp_path):
     cut = square_record(0)
     cut.media["png"] = cut.media["png"][:100]
     write_shards([cut, square_record(1), square_record(2)], tmp_path / "few")
     file, folder = encoder_config(validation={"path": str(tmp_path / "few"), "split": "train"}, training={"steps": 1})
     stage.main(["--config", str(file)])
-    assert "eval/retrieval" in numbers(folder)[-1]
+    assert "eval/recall_at_1" in metrics_of(folder)[-1]
 
 
-def test_what_a_record_says_in_words(square_record):
-    assert stage.text_of(square_record(1, caption=True)) == "a green square"
-    assert stage.text_of(square_record(1)) == "what colour is the square? green"
+def test_a_records_text_is_its_caption_or_its_messages(square_record):
+    assert stage.record_text(square_record(1, caption=True)) == "a green square"
+    assert stage.record_text(square_record(1)) == "what colour is the square? green"
 
 
-def test_a_record_without_text_is_left_out(encoder_config, square_record, tmp_path, capfd):
+def test_a_record_without_text_is_skipped(encoder_config, square_record, tmp_path, capfd):
     records = [square_record(n) for n in range(4)]
     records[2].json.pop("messages")
     records[2].json["caption"] = None
@@ -138,10 +139,10 @@ def test_a_record_without_text_is_left_out(encoder_config, square_record, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
-        ({"training": {"micro_batch_size": 8}}, "leave training.micro_batch_size and"),
-        ({"training": {"tp_degree": 2}}, "leave training.tp_degree and training.pp_degree at 1"),
+        ({"training": {"micro_batch_size": 8}}, "training.micro_batch_size"),
+        ({"training": {"tp_degree": 2}}, "training.tp_degree"),
         ({"loss": "triplet"}, "loss 'triplet' is not known; it can be clip or siglip"),
         ({"training": {"learning_rates": {"*": None}}}, "freezes every parameter"),
         ({"encoder": {"num_heads": 5}}, "hidden_size 32 is not a multiple of num_heads 5"),
@@ -157,22 +158,22 @@ def test_a_record_without_text_is_left_out(encoder_config, square_record, tmp_pa
         ({"encoder": {"depth": 3}}, "depth"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_nothing(encoder_config, capsys, changes, said):
+def test_mistakes_end_with_one_line_and_write_nothing(encoder_config, capsys, changes, message):
     file, folder = encoder_config(**changes)
-    assert said in refusal(capsys, file)
+    assert message in error_of(capsys, file)
     assert not folder.exists()
 
 
-def test_another_shape_is_refused_by_name(encoder_config, capsys):
+def test_a_run_does_not_resume_with_another_shape(encoder_config, capsys):
     file, _ = encoder_config()
     stage.main(["--config", str(file)])
     capsys.readouterr()
-    assert "another encoder;" in refusal(capsys, file, "--encoder.num_layers", "1", "--encoder.tap_points", "[0]")
-    assert "another text;" in refusal(capsys, file, "--text.num_layers", "2")
+    assert "another encoder;" in error_of(capsys, file, "--encoder.num_layers", "1", "--encoder.tap_points", "[0]")
+    assert "another text;" in error_of(capsys, file, "--text.num_layers", "2")
 
 
-def test_the_dataset_reads_the_first_picture(squares):
+def test_a_pair_is_a_records_first_image_and_text(squares):
     tokenizer = stage.open_clip.SimpleTokenizer(context_length=8)
     source = stage.DataSource(str(squares), split="test", task="caption")
-    pair = RecordDataset([source], lambda record: stage.pair_of(record, tokenizer, 28, 1))[0]
+    pair = RecordDataset([source], lambda record: stage.image_text_pair(record, tokenizer, 28, 1))[0]
     assert pair.tiles.pixels.shape == (1, 3, 28, 28) and tokenizer.decode(pair.text[1:4].tolist()) == "a red square "

@@ -1,4 +1,4 @@
-"""The adapter stage: it learns to see, keeps the language model, resumes after kill -9, and refuses mistakes."""
+"""The image adapter stage: it learns from images, freezes the language model, and resumes after kill -9."""
 
 import json
 import os
@@ -33,8 +33,8 @@ main(sys.argv[1:])
 """
 
 
-def numbers(folder: Path) -> list[dict]:
-    """What was reported, but for times."""
+def metrics_of(folder: Path) -> list[dict]:
+    """The reported metrics without times."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if not name.endswith(TIMES)} for row in rows]
 
@@ -44,7 +44,7 @@ def newest(folder: Path) -> Path:
 
 
 def start(*arguments: str) -> subprocess.Popen:
-    """Python on its own, with as many threads as the tests have: sums in another order would not be bit-equal."""
+    """A Python process with one thread, as the tests have: sums in another order would not be bit-equal."""
     return subprocess.Popen(
         [sys.executable, *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
@@ -54,7 +54,7 @@ def start(*arguments: str) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-def test_killed_and_run_again_is_uninterrupted(adapter_config, tmp_path):
+def test_a_killed_run_ends_as_an_uninterrupted_one(adapter_config, tmp_path):
     file, whole = adapter_config(training={"steps": 60, "save_every": 7, "log_every": 2, "evaluate_every": 10})
     main(["--config", str(file)])
     parts = tmp_path / "parts"
@@ -76,14 +76,14 @@ def test_killed_and_run_again_is_uninterrupted(adapter_config, tmp_path):
 
     main(again)
     assert not list((parts / "checkpoints").glob(".new-*"))
-    assert numbers(parts) == numbers(whole)
+    assert metrics_of(parts) == metrics_of(whole)
     for name in ("vision_encoder", "image_adapter", "extra_embeddings"):
         one, other = (load_file(folder / f"{name}.safetensors") for folder in (parts, whole))
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     assert (newest(parts) / "__0_0.distcp").read_bytes() == (newest(whole) / "__0_0.distcp").read_bytes()
 
 
-def test_the_run_folder_opens_and_answers(adapter_config, squares, language_model_folder):
+def test_the_run_folder_loads_and_answers(adapter_config, squares, language_model_folder):
     before = mm.run_files.hash_weights(language_model_folder)
     file, folder = adapter_config()
     main(["--config", str(file)])
@@ -99,32 +99,33 @@ def test_the_run_folder_opens_and_answers(adapter_config, squares, language_mode
     }
 
 
-def test_it_learns_to_name_colours_and_the_blind_control_does_not(adapter_config, squares):
-    """The language model is random: whatever is said comes through the blocks."""
+def test_it_learns_to_name_colours_from_the_image_alone(adapter_config, squares):
+    """The language model has random weights, and with a blank image the answers are guesses."""
     training = {"steps": 140, "batch_size": 16, "log_every": 20, "save_every": 1000, "evaluate_every": 70}
     rates = {"language_model.*": None, "extra_embeddings": None, "*.gate_[af]*": 0.08, "*": 0.006}
     file, folder = adapter_config(
         training={**training, "learning_rates": rates}, data=[{"path": str(squares), "task": "vqa"}]
     )
     main(["--config", str(file)])
-    rows = numbers(folder)
+    rows = metrics_of(folder)
     reported = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert all(row["mfu"] > 0 for row in reported if "loss" in row)
-    assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]  # as sure as a random output layer lets it be
+    assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]  # the random, frozen output layer limits it
     assert rows[-1]["eval/answer_accuracy"] > 0.85
     gates = [value for name, value in rows[-1].items() if name.startswith("gate/")]
     assert len(gates) == 6 and max(map(abs, gates)) > 0.05  # they started at 0
     model, processor = mm.load(folder)
     records = ShardSet(squares).select(split="test", task="vqa")
-    seeing, blind = (
+    with_images, without_images = (
         evaluate(model, processor, records, ["vqa_accuracy"], blank_images=blank, max_new_tokens=8)
         for blank in (False, True)
     )
-    assert seeing.scores["vqa_accuracy"].value > 0.85
-    assert blind.scores["vqa_accuracy"].value < 0.5  # one colour in four is right
+    assert with_images.scores["vqa_accuracy"].value > 0.85
+    assert without_images.scores["vqa_accuracy"].value < 0.5  # one colour in four is right
 
 
 @pytest.mark.slow
+@pytest.mark.distributed
 def test_two_processes_train_as_one(adapter_config, tmp_path):
     file, alone = adapter_config(training={"steps": 3, "save_every": 2})
     main(["--config", str(file)])
@@ -132,10 +133,10 @@ def test_two_processes_train_as_one(adapter_config, tmp_path):
     stage = ["--nproc-per-node", "2", "-m", "stages.train_image_adapter", "--config", str(file)]
     stage += ["--output", str(together), "--training.activation_checkpointing", "true"]
     process = start("-m", "torch.distributed.run", "--standalone", *stage)
-    said = process.communicate(timeout=240)[1]
-    assert process.returncode == 0, said[-3000:]
-    assert said.count("step 3/3") == 1  # one rank reports
-    for one, two in zip(numbers(alone), numbers(together), strict=True):
+    log = process.communicate(timeout=240)[1]
+    assert process.returncode == 0, log[-3000:]
+    assert log.count("step 3/3") == 1  # one rank reports
+    for one, two in zip(metrics_of(alone), metrics_of(together), strict=True):
         assert two.pop("tile_imbalance") < 0.5 and two.pop("token_imbalance") < 0.5
         assert one == pytest.approx(two, rel=2e-3)
     model, processor = mm.load(together)
@@ -143,55 +144,55 @@ def test_two_processes_train_as_one(adapter_config, tmp_path):
     assert mm.generate(model, processor, [{"role": "user", "content": "hello"}], max_new_tokens=2) is not None
 
 
-def test_micro_batches_and_recomputed_activations_train_alike(adapter_config, tmp_path):
+def test_micro_batches_and_activation_checkpointing_change_no_loss(adapter_config, tmp_path):
     file, folder = adapter_config()
     main(["--config", str(file)])
     main([
         *("--config", str(file), "--output", str(tmp_path / "other"), "--training.micro_batch_size", "3"),
         *("--training.activation_checkpointing", "true"),
     ])  # fmt: skip
-    losses, others = ([row["loss"] for row in numbers(place)] for place in (folder, tmp_path / "other"))
+    losses, others = ([row["loss"] for row in metrics_of(place)] for place in (folder, tmp_path / "other"))
     assert losses == pytest.approx(others, rel=1e-3) and len(losses) == 8
 
 
-def test_the_language_model_is_held_in_bf16_while_it_trains_and_written_as_it_was(
+def test_an_exactly_rounded_language_model_is_held_in_bf16_during_training(
     adapter_config, language_model_folder, tmp_path, monkeypatch
 ):
     released = tmp_path / "released"
     shutil.copytree(language_model_folder, released)
     state = {name: tensor.bfloat16().float() for name, tensor in load_file(released / "model.safetensors").items()}
     save_file(state, released / "model.safetensors")
-    held = []
-    train = mm.training.adapters.train
+    dtypes = []
 
-    def watched(model, *arguments, **options):
-        held.append(model.language_model.lm_head.weight.dtype)
-        train(model, *arguments, **options)
+    class RecordingTrainer(mm.training.adapters.Trainer):
+        def run(self):
+            dtypes.append(self.original.language_model.lm_head.weight.dtype)
+            super().run()
 
-    monkeypatch.setattr(mm.training.adapters, "train", watched)
+    monkeypatch.setattr(mm.training.adapters, "Trainer", RecordingTrainer)
     found = {}
-    for compute in ("bf16", "fp32"):
+    for precision in ("bf16", "fp32"):
         file, folder = adapter_config(
-            language_model=str(released), bundle=True, training={"steps": 4, "precision": compute}
+            language_model=str(released), bundle=True, training={"steps": 4, "precision": precision}
         )
         main(["--config", str(file)])
-        found[compute] = numbers(folder)
+        found[precision] = metrics_of(folder)
         written = load_file(folder / "language_model.safetensors")
         assert all(torch.equal(written[name], tensor) for name, tensor in state.items())
         shutil.rmtree(folder)
-    assert held == [torch.bfloat16, torch.float32]
+    assert dtypes == [torch.bfloat16, torch.float32]
     losses, others = ([row["eval/loss"] for row in rows if "eval/loss" in row] for rows in found.values())
     assert losses == pytest.approx(others, rel=0.02) and losses
 
 
-def test_a_bundle_is_whole_by_itself(adapter_config):
+def test_a_bundle_holds_the_language_model(adapter_config):
     file, folder = adapter_config(bundle=True, training={"steps": 1})
     main(["--config", str(file)])
     description = (folder / "config.yaml").read_text()
     assert (folder / "language_model.safetensors").is_file() and "language_model: null" in description
 
 
-def test_it_goes_on_from_an_earlier_run_and_from_lower_precision(adapter_config, run_folder, tmp_path):
+def test_the_encoder_can_come_from_a_run_or_in_lower_precision(adapter_config, run_folder, tmp_path):
     model, _ = mm.load(run_folder, dtype=torch.bfloat16)
     mm.encoder_folders.save_vision_encoder(tmp_path / "bf16", model.vision_encoder)
     for start_from in (run_folder, tmp_path / "bf16"):
@@ -202,7 +203,7 @@ def test_it_goes_on_from_an_earlier_run_and_from_lower_precision(adapter_config,
         assert {tensor.dtype for tensor in trained} == {torch.float32}
 
 
-def test_a_new_adapter_is_fitted_to_the_language_model_where_asked(adapter_config):
+def test_fit_inputs_fits_a_new_adapter_to_the_language_model(adapter_config):
     weights = {}
     for fit_inputs in (False, True):
         file, folder = adapter_config(adapter={"fit_inputs": fit_inputs}, training={"steps": 1})
@@ -213,13 +214,13 @@ def test_a_new_adapter_is_fitted_to_the_language_model_where_asked(adapter_confi
     assert weights[True].std() > 0.1
 
 
-def test_another_tile_size(adapter_config):
+def test_tile_size_changes_the_encoders_resolution(adapter_config):
     file, folder = adapter_config(tile_size=56, training={"steps": 1})
     main(["--config", str(file)])
     assert mm.load(folder)[0].config.vision_encoder.tile_size == 56
 
 
-def test_records_that_teach_nothing_are_left_out(adapter_config, square_record, tmp_path, capfd):
+def test_unreadable_and_too_long_records_are_skipped(adapter_config, square_record, tmp_path, capfd):
     cut, long = square_record(1), square_record(2)
     cut.media["png"] = cut.media["png"][:100]
     long.json["messages"][1]["content"] = "red " * 200  # the context is 160
@@ -231,11 +232,11 @@ def test_records_that_teach_nothing_are_left_out(adapter_config, square_record, 
     shown = capfd.readouterr().err
     assert "skipped record square-0001: picture: broken or truncated" in shown
     assert "skipped record square-0002: the sample has" in shown and "over the context of 160" in shown
-    assert sum(row.get("unreadable_records", 0) for row in numbers(folder)) == 4  # two epochs
+    assert sum(row.get("unreadable_records", 0) for row in metrics_of(folder)) == 4  # two epochs
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"language_model": "nowhere"}, "nowhere"),
         ({"vision_encoder": "nowhere"}, "there is no folder nowhere"),
@@ -246,7 +247,7 @@ def test_records_that_teach_nothing_are_left_out(adapter_config, square_record, 
         ({"adapter": {"positions": [7]}}, r"adapter positions \(7,\) must ascend within 0..6"),
         ({"max_tiles": 5}, "max_tiles is 5; this model's image encoder takes 1 to 4"),
         ({"tile_size": 30}, "tile_size 30 is not a multiple of patch_size 14"),
-        ({"training": {"learning_rates": {"*": 0.001}}}, "keeps the language model as it is"),
+        ({"training": {"learning_rates": {"*": 0.001}}}, "freezes the language model"),
         (
             {"training": {"learning_rates": {"image_adapter.*": 0.001}}},
             "no pattern of `learning_rates` fits extra_embeddings",
@@ -257,38 +258,39 @@ def test_records_that_teach_nothing_are_left_out(adapter_config, square_record, 
         ({"device": "cuda:99"}, "cuda:99"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_nothing(adapter_config, capsys, changes, said):
+def test_mistakes_end_with_one_line_and_write_nothing(adapter_config, capsys, changes, message):
     file, folder = adapter_config(**changes)
     with pytest.raises(SystemExit) as ended:
         main(["--config", str(file), "--quiet"])
     shown = capsys.readouterr().err.strip()
     assert ended.value.code == 1
     assert "\n" not in shown and shown.startswith("train_image_adapter: ")
-    assert re.search(said, shown)
+    assert re.search(message, shown)
     assert not folder.exists()
 
 
-def test_all_records_unreadable(adapter_config, square_record, tmp_path, capsys):
+@pytest.mark.parametrize("source", ["data", "validation"])
+def test_sources_without_readable_records_end_the_stage(source, adapter_config, square_record, tmp_path, capsys):
     records = [square_record(n) for n in range(4)]
     for record in records:
         record.media["png"] = b"no picture"
     write_shards(records, tmp_path / "bad")
-    for changes in (
-        {"data": [{"path": str(tmp_path / "bad")}], "training": {"workers": 1}},
-        {"validation": {"path": str(tmp_path / "bad"), "split": "train"}},
-    ):
-        file, _ = adapter_config(**changes)
-        with pytest.raises(SystemExit) as ended:
-            main(["--config", str(file), "--quiet"])
-        shown = capsys.readouterr().err.strip()
-        assert ended.value.code == 1 and "not a picture in a known format" in shown and "\n" not in shown
+    if source == "data":
+        changes = {"data": [{"path": str(tmp_path / "bad")}], "training": {"workers": 1}}
+    else:
+        changes = {"validation": {"path": str(tmp_path / "bad"), "split": "train"}}
+    file, _ = adapter_config(**changes)
+    with pytest.raises(SystemExit) as ended:
+        main(["--config", str(file), "--quiet"])
+    shown = capsys.readouterr().err.strip()
+    assert ended.value.code == 1 and "not a picture in a known format" in shown and "\n" not in shown
 
 
-def test_a_changed_configuration_is_refused_by_name(adapter_config, capsys):
+def test_a_run_does_not_resume_with_other_settings(adapter_config, capsys):
     file, folder = adapter_config()
     main(["--config", str(file)])
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*.*")}
-    for option, value, named in (
+    for option, value, message in (
         ("--adapter.positions", "[2, 6]", "another adapter;"),
         ("--data", '[{"path": "elsewhere"}]', "elsewhere"),
         ("--training.seed", "5", "another seed;"),
@@ -296,29 +298,21 @@ def test_a_changed_configuration_is_refused_by_name(adapter_config, capsys):
     ):
         with pytest.raises(SystemExit) as ended:
             main(["--config", str(file), option, value])
-        assert ended.value.code == 1 and named in capsys.readouterr().err
+        assert ended.value.code == 1 and message in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*.*")} == before
 
 
-def test_it_goes_on_from_an_earlier_model_at_another_resolution(adapter_config, tmp_path):
-    """Annealing: encoder, blocks and input rows of the earlier run, position tables resized, a fresh optimizer."""
+def test_annealing_starts_from_an_earlier_run_at_another_resolution(adapter_config, tmp_path):
+    """All tensors are those of the earlier run but for resized position tables and what trains."""
     file, first = adapter_config(training={"steps": 2})
     main(["--config", str(file)])
     earlier, _ = mm.load(first)
     second = tmp_path / "second"
-    command = ["--config", str(file), "--output", str(second), "--language_model", "null", "--vision_encoder", "null"]
-    command += [
-        "--adapter.positions",
-        "null",
-        "--start_from",
-        str(first),
-        "--tile_size",
-        "42",
-        "--training.steps",
-        "1",
-        "--training.learning_rates",
-    ]
-    main([*command, json.dumps({"image_adapter.projection.bias": 1e-3, "*": None})])
+    main([
+        *("--config", str(file), "--output", str(second), "--start_from", str(first), "--tile_size", "42"),
+        *("--language_model", "null", "--vision_encoder", "null", "--adapter.positions", "null"),
+        *("--training.steps", "1", "--training.learning_rates", '{"image_adapter.projection.bias": 1e-3, "*": null}'),
+    ])  # fmt: skip
     annealed, processor = mm.load(second)
     assert annealed.vision_encoder.config.tile_size == processor.tile_size == 42
     before, after = earlier.state_dict(), annealed.state_dict()
@@ -339,14 +333,14 @@ def test_it_goes_on_from_an_earlier_model_at_another_resolution(adapter_config, 
         ),
     ],
 )
-def test_a_start_is_named_in_one_way(adapter_config, capsys, options, message):
+def test_a_stage_starts_from_one_thing_only(adapter_config, capsys, options, message):
     file, folder = adapter_config()
     with pytest.raises(SystemExit) as ended:
         main(["--config", str(file), *options])
     assert ended.value.code == 1 and message in capsys.readouterr().err and not folder.exists()
 
 
-def test_a_language_model_in_bf16_comes_back_as_it_was(adapter_config, language_model_folder, tmp_path, squares):
+def test_a_run_has_its_language_models_dtype(adapter_config, language_model_folder, tmp_path, squares):
     half = tmp_path / "half"
     shutil.copytree(language_model_folder, half)
     for weights in half.glob("*.safetensors"):
