@@ -1,10 +1,12 @@
-"""Stored parts -> the stored set: `pairs`, `pictures` and `sources`, each one parquet file in the order of its ids.
+"""Merges measured parts into the set: `pairs`, `pictures` and `sources`, each one parquet file sorted by its ids.
 
-Exact repeats collapse here: rows of one id say the same, whichever part they come from. The files do not depend on how
-the pool was cut into parts: row groups are of one size. (`sources` names the parts' files, so it does depend on them.)
+Exact repeats are removed: rows of one id are equal, whichever part they come from. The files do not depend on how the
+pool was divided into parts, and all row groups have one size. (`sources` names the files of the pool, so it does depend
+on them.)
 
-Rows are dealt out on disk by how their ids begin, one hexadecimal digit after the other, until a piece is small: each
-is read and written once for every digit that takes (five for 6 billion rows). Memory holds one piece: it does not grow.
+This is a radix sort on disk: rows are divided by the hexadecimal digits of their ids, one digit after the other, until
+a bucket is small. Each row is read and written once per digit (five digits for 6 billion rows). Memory holds one
+bucket, so it does not grow with the set.
 """
 
 import shutil
@@ -19,41 +21,36 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_prep.pipeline.measuring import PAIRS, PICTURES, SOURCES, with_columns
+from data_prep.pipeline.measuring import set_schemas
 from data_prep.steps.step import STORED, Step, settings_hash
 
-ROWS_PER_PIECE = 20_000  # at most; before repeats collapse
-ROWS_PER_GROUP = 20_000  # of the files that are written
-BATCH = 5_000  # rows dealt out at once
-MAX_DIGITS = 32  # of an id: rows that have all of them in common are one pair
+ROWS_PER_BUCKET = 20_000  # at most, before repeats are removed
+ROWS_PER_GROUP = 20_000  # row groups of the files that are written
+BATCH = 5_000  # rows that are divided at once
+MAX_DIGITS = 32  # of an id; rows that share all of them are one pair
 MADE_OF = "made_of.txt"
 
 _KEYS = {"pairs": ["id"], "pictures": ["image_id"], "sources": ["id", "source", "path", "place", "key"]}
 
 
 def merge(parts: Sequence[Path], steps: Sequence[Step], target: Path) -> None:
-    """Makes the merged set of some parts, with what each step makes of the whole, unless it is there already.
+    """Merges parts and runs the steps' `merge`, unless the set of just these parts and settings exists.
 
     Args:
-        target: a folder that gets pairs.parquet, pictures.parquet, sources.parquet, a folder for each step's own files,
-            and a file that says what it was made of.
+        target: folder that gets pairs.parquet, pictures.parquet, sources.parquet, a folder for each step's files, and
+            a file with a hash of all that the set depends on.
     """
     names = sorted(path.name for path in parts)
-    about = {step.name: {**step.measured_by(), **step.merged_by()} for step in steps}
-    made_of = settings_hash({"parts": names, "steps": about, "stored": STORED})
+    settings = {step.name: {**step.measure_settings(), **step.merge_settings()} for step in steps}
+    made_of = settings_hash({"parts": names, "steps": settings, "stored": STORED})
     if (target / MADE_OF).is_file() and (target / MADE_OF).read_text() == made_of:
         return
-    for left_over in target.parent.glob(f".{target.name}.*"):  # by a run that was killed
+    for left_over in target.parent.glob(f".{target.name}.*"):  # of a run that was killed
         shutil.rmtree(left_over, ignore_errors=True)
     temporary = target.with_name(f".{target.name}.{time.monotonic_ns()}")
     temporary.mkdir(parents=True)
     try:
-        schemas = {
-            "pairs": with_columns(PAIRS, [step for step in steps if step.over in ("captions", "pairs")]),
-            "pictures": with_columns(PICTURES, [step for step in steps if step.over in ("pictures", "clips")]),
-            "sources": SOURCES,
-        }
-        for table, schema in schemas.items():
+        for table, schema in set_schemas(steps).items():
             files = [path / f"{table}.parquet" for path in sorted(parts)]
             _merge_table(files, schema, _KEYS[table], temporary / f"{table}.parquet")
         for step in steps:
@@ -67,72 +64,72 @@ def merge(parts: Sequence[Path], steps: Sequence[Step], target: Path) -> None:
 
 
 def _merge_table(files: Sequence[Path], schema: pa.Schema, keys: list[str], out: Path) -> None:
-    """One row for each value of the keys, in their order."""
-    # rows of one id differ only in what is wrong beside the bytes: one without a problem comes first
+    """Writes one row for each value of the keys, sorted by them."""
+    # rows of one id differ only in the problem of their pair in its source; one without a problem comes first
     order = [(name, "ascending", "at_start") for name in ([*keys, "problem"] if "problem" in schema.names else keys)]
-    scratch = out.with_suffix(".pieces")
+    scratch = out.with_suffix(".buckets")
     scratch.mkdir()
     with pq.ParquetWriter(out, schema, compression="zstd") as writer:
-        waiting = schema.empty_table()
-        for table in _pieces([partial(_of_part, file) for file in files], schema, keys[0], 0, scratch):
+        pending = schema.empty_table()
+        for table in _buckets([partial(_read_part, file) for file in files], schema, keys[0], 0, scratch):
             table = table.take(pc.sort_indices(table, order))
-            waiting = pa.concat_tables([waiting, table.filter(_firsts(table, keys))])
-            while waiting.num_rows >= ROWS_PER_GROUP:
-                writer.write_table(waiting.slice(0, ROWS_PER_GROUP).combine_chunks())
-                waiting = waiting.slice(ROWS_PER_GROUP)
-        if waiting.num_rows:
-            writer.write_table(waiting.combine_chunks())
+            pending = pa.concat_tables([pending, table.filter(_is_first(table, keys))])
+            while pending.num_rows >= ROWS_PER_GROUP:
+                writer.write_table(pending.slice(0, ROWS_PER_GROUP).combine_chunks())
+                pending = pending.slice(ROWS_PER_GROUP)
+        if pending.num_rows:
+            writer.write_table(pending.combine_chunks())
     scratch.rmdir()
 
 
 Batches = Iterator[pa.RecordBatch]
 
 
-def _pieces(
+def _buckets(
     files: Sequence[Callable[[], Batches]], schema: pa.Schema, key: str, digits: int, scratch: Path
 ) -> Iterator[pa.Table]:
-    """The rows of some files, in tables of which each holds all rows whose keys begin alike, in the order of those.
+    """Divides the rows of some files into tables, each with all rows whose keys begin with the same digits, ascending.
 
     Args:
-        digits: that the keys of these rows have in common.
+        digits: how many first digits the keys of all these rows share.
     """
-    read, few = [], True
+    batches, fits = [], True
     for batch in (batch for file in files for batch in file()):
-        read.append(batch)
-        if sum(batch.num_rows for batch in read) > ROWS_PER_PIECE and digits < MAX_DIGITS:
-            few = False
+        batches.append(batch)
+        if sum(batch.num_rows for batch in batches) > ROWS_PER_BUCKET and digits < MAX_DIGITS:
+            fits = False
             break
-    if few:
-        if read:
-            yield pa.Table.from_batches(read, schema).combine_chunks()
+    if fits:
+        if batches:
+            yield pa.Table.from_batches(batches, schema).combine_chunks()
         return
-    del read
+    del batches
     with ExitStack() as opened:
-        places = [scratch / f"{digits:02d}-{digit:x}.arrow" for digit in range(16)]
-        writers = [opened.enter_context(pa.ipc.new_file(place, schema)) for place in places]
+        paths = [scratch / f"{digits:02d}-{digit:x}.arrow" for digit in range(16)]
+        writers = [opened.enter_context(pa.ipc.new_file(path, schema)) for path in paths]
         for batch in (batch for file in files for batch in file()):
-            found = pc.utf8_slice_codeunits(batch.column(key), digits, digits + 1)
+            next_digits = pc.utf8_slice_codeunits(batch.column(key), digits, digits + 1)
             for digit, writer in enumerate(writers):
-                some = batch.filter(pc.equal(found, f"{digit:x}"))
-                if some.num_rows:
-                    writer.write_batch(some)
-    for place in places:
-        yield from _pieces([partial(_of_piece, place)], schema, key, digits + 1, scratch)
-        place.unlink()
+                selected = batch.filter(pc.equal(next_digits, f"{digit:x}"))
+                if selected.num_rows:
+                    writer.write_batch(selected)
+    for path in paths:
+        yield from _buckets([partial(_read_bucket, path)], schema, key, digits + 1, scratch)
+        path.unlink()
 
 
-def _of_part(path: Path) -> Batches:
+def _read_part(path: Path) -> Batches:
     with pq.ParquetFile(path) as file:
         yield from file.iter_batches(BATCH)
 
 
-def _of_piece(path: Path) -> Batches:
+def _read_bucket(path: Path) -> Batches:
     with pa.memory_map(str(path)) as mapped, pa.ipc.open_file(mapped) as file:
-        yield from (file.get_batch(number) for number in range(file.num_record_batches))
+        yield from (file.get_batch(index) for index in range(file.num_record_batches))
 
 
-def _firsts(table: pa.Table, keys: list[str]) -> pa.Array:
-    """True at the first row of each run of rows with equal keys."""
+def _is_first(table: pa.Table, keys: list[str]) -> pa.Array:
+    """Bool [rows]: true at the first of consecutive rows with equal keys."""
     differs = np.zeros(table.num_rows, bool)
     differs[0] = True
     for key in keys:

@@ -1,7 +1,7 @@
-"""A raw pool -> pairs as they lie there: webdataset tars, parquet tables, folders of pictures or clips.
+"""Reads the pairs of a raw pool: webdataset tars, parquet tables, folders of pictures or clips.
 
-Nothing is judged here. A clip takes the place of a picture: what is said of pictures holds of clips as well.
-Whatever is broken comes out as well, as a pair that lacks something or as a `BrokenFile`, and reading goes on.
+In a source of clips, a clip takes the place of the picture. No pair is dropped here: what is broken is yielded as a
+pair that lacks something, or as a `BrokenFile`, and reading continues.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,23 +23,23 @@ PICTURE_SUFFIXES = frozenset(
      "ico", "svg", "svgz")
 )  # fmt: skip
 CLIP_SUFFIXES = frozenset(("mp4", "webm", "webp", "gif", "mov", "m4v", "mkv", "avi", "mpg", "mpeg", "ts", "ogv"))
-FILES_PER_PART = 256  # pictures of a folder that are read, and kept, as one part of the work
+FILES_PER_PART = 256  # pictures of a folder that make one part
 
 
 @dataclass(frozen=True)
 class RawSource:
-    """A place to take pairs from.
+    """A source of raw pairs.
 
     Attributes:
         path: a folder (of tars, of parquet files, of pictures), or one tar or parquet file; or `asset:NAME`.
-        kind: what lies there.
-        media: what the captions are of.
-        captions: where a folder's captions are: "text", a .txt file beside each picture; "title", in the SVG itself;
-            "openmoji" and "tuxpaint", as those two sets have them (Tux Paint: every language, each a pair of its own);
-            "tuxpaint_english", of these only the English one.
-        picture_column: of parquet tables, of clips as well; bytes, or a struct with a field `bytes`.
+        kind: of its files.
+        captions: where a folder's captions are: "text", in a .txt file beside each picture; "title", in the SVG itself;
+            "openmoji" and "tuxpaint", as those sets store them (Tux Paint: a pair for each language);
+            "tuxpaint_english", the English ones of Tux Paint.
+        picture_column: of parquet tables, for clips too; bytes, or a struct with a field `bytes`.
         caption_column: of parquet tables.
-        language: ISO 639 code of all captions, where it is known: written in place of what is detected.
+        language: ISO 639 code of all captions, where it is known; written in place of the detected one.
+        media: of the pairs.
     """
 
     path: str
@@ -52,24 +52,25 @@ class RawSource:
 
     @property
     def suffixes(self) -> frozenset[str]:
-        """What the names of its media end with."""
+        """The suffixes of its media files."""
         return CLIP_SUFFIXES if self.media == "clips" else PICTURE_SUFFIXES
 
 
-Places = dict[str, tuple[RawSource, Path]]  # a source as the stored set names it -> the source and its local place
+# path of a source in the configuration -> (source, local file or folder)
+LocatedSources = dict[str, tuple[RawSource, Path]]
 
 
 @dataclass(frozen=True)
 class RawPair:
-    """A pair as it lies in its source.
+    """A pair as its source stores it.
 
     Attributes:
-        key: what the source calls it.
-        path: the file that holds the picture, within the source.
-        place: where in the file: a tar's offset or a parquet table's row; 0 for a file of its own.
-        picture: its bytes; None where it is missing.
-        caption: its bytes, UTF-8 if all is well; None where it is missing.
-        problem: what is wrong with the pair beside what its bytes show.
+        key: of the pair in its source.
+        path: of the file that holds the picture, within the source.
+        place: offset in a tar, or row of a parquet table; 0 for a file of its own.
+        picture: bytes; None where it is missing.
+        caption: bytes, not yet checked to be UTF-8; None where it is missing.
+        problem: of the pair, where its bytes do not show it.
     """
 
     key: str
@@ -88,26 +89,31 @@ class BrokenFile:
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of the pool that is worked on as one: a tar, a parquet file, or some files of a folder."""
+    """A part of the pool that is measured as one: a tar, a parquet file, or some files of a folder.
+
+    Attributes:
+        files: paths within the folder.
+        state: size in bytes and time of change of each file; a changed file makes another part, which is read again.
+    """
 
     source: RawSource
     folder: Path
-    files: tuple[str, ...]  # paths within the folder
-    state: tuple[tuple[int, int], ...]  # bytes and time of change of each file: a changed file is read anew
+    files: tuple[str, ...]
+    state: tuple[tuple[int, int], ...]
 
     def read(self) -> Iterator[RawPair | BrokenFile]:
         reader = {"tars": _read_tar, "parquet": _read_parquet, "folder": _read_files}[self.source.kind]
         return reader(self)
 
 
-def parts_of(source: RawSource, folder: Path) -> list[Part]:
-    """What a source is read in.
+def list_parts(source: RawSource, folder: Path) -> list[Part]:
+    """The parts of a source.
 
     Args:
-        folder: the local place of `source.path`.
+        folder: the local file or folder of `source.path`.
 
     Raises:
-        UserError: there is no such place, or nothing of that kind in it.
+        UserError: it does not exist, or holds no files of that kind.
     """
     if not folder.exists():
         raise UserError(f"{source.path}: no such file or folder")
@@ -119,17 +125,21 @@ def parts_of(source: RawSource, folder: Path) -> list[Part]:
     if not files:
         raise UserError(f"{source.path}: there is nothing of kind {source.kind!r} in it")
     step = FILES_PER_PART if source.kind == "folder" else 1
-    return [_part(source, root_of(folder), files[start : start + step]) for start in range(0, len(files), step)]
+    return [_part(source, source_root(folder), files[start : start + step]) for start in range(0, len(files), step)]
 
 
-def root_of(folder: Path) -> Path:
-    """What the paths within a source begin at: its folder, also where it is one file."""
+def source_root(folder: Path) -> Path:
+    """The folder that paths within a source are relative to: of a source of one file, the folder of that file."""
     return folder.parent if folder.is_file() else folder
 
 
 def picture_bytes(source: RawSource, folder: Path, path: str, place: int, size: int) -> bytes:
-    """A picture's bytes again, from where a RawPair said they lie; UserError or OSError where they no longer do."""
-    file = root_of(folder) / path
+    """The bytes of a picture at the position of a RawPair.
+
+    Raises:
+        UserError, OSError: the file has changed.
+    """
+    file = source_root(folder) / path
     if source.kind == "parquet":
         return _cell(_row(file, source.picture_column, place)) or b""
     with open(file, "rb") as opened:
@@ -142,14 +152,14 @@ def picture_id(picture: bytes) -> str:
     return hashlib.sha256(picture).hexdigest()
 
 
-def read_again(row: dict, sources: Places) -> bytes:
-    """The bytes of a picture that the stored set knows: the very ones that were read first.
+def read_verified(row: dict[str, Any], sources: LocatedSources) -> bytes:
+    """The bytes of a picture of the stored set, checked against its hash.
 
     Args:
-        row: source, path, place, size and image_id, as the stored set has them.
+        row: source, path, place, size and image_id, of `sources.parquet`.
 
     Raises:
-        UserError: the pool is not what it was when it was read.
+        UserError: the pool has changed since it was read.
     """
     source, folder = sources[row["source"]]
     try:
@@ -162,8 +172,8 @@ def read_again(row: dict, sources: Places) -> bytes:
 
 
 def _fits(path: Path, source: RawSource) -> bool:
-    wanted = {"tars": {"tar"}, "parquet": {"parquet"}, "folder": source.suffixes}[source.kind]
-    return path.suffix[1:].lower() in wanted
+    suffixes = {"tars": frozenset(("tar",)), "parquet": frozenset(("parquet",)), "folder": source.suffixes}[source.kind]
+    return path.suffix[1:].lower() in suffixes
 
 
 def _part(source: RawSource, folder: Path, files: list[str]) -> Part:
@@ -175,9 +185,10 @@ def _part(source: RawSource, folder: Path, files: list[str]) -> Part:
 
 
 def _read_tar(part: Part) -> Iterator[RawPair | BrokenFile]:
-    """Members of one key that follow one another are a pair; a second picture or text (unnumbered) begins the next."""
+    """Consecutive members of one key are a pair; a second picture or text without a number begins the next pair."""
     (name,) = part.files
-    key, members, end = None, {}, 0
+    key, end = "", 0
+    members: dict[str, tuple[int, bytes]] = {}
     try:
         with open(part.folder / name, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for info in tar:
@@ -185,20 +196,22 @@ def _read_tar(part: Part) -> Iterator[RawPair | BrokenFile]:
                     continue
                 folder, _, base = info.name.rpartition("/")
                 stem, _, suffix = base.partition(".")
-                this, suffix = (f"{folder}/{stem}" if folder else stem), suffix.lower()
+                member_key, suffix = (f"{folder}/{stem}" if folder else stem), suffix.lower()
                 media = part.source.suffixes
-                again = suffix in members or (suffix in media and members.keys() & media)
-                if this != key or again:
+                is_repeated = suffix in members or (suffix in media and members.keys() & media)
+                if member_key != key or is_repeated:
                     if members:
                         yield _tar_pair(part, key, members)
-                    key, members = this, {}
-                content = tar.extractfile(info).read()
+                    key, members = member_key, {}
+                opened = tar.extractfile(info)
+                assert opened is not None  # it is a file
+                content = opened.read()
                 if len(content) < info.size:
                     members = {}
                     raise tarfile.ReadError("unexpected end of data")
                 members[suffix] = (info.offset_data, content)
                 end = info.offset_data + info.size + -info.size % tarfile.BLOCKSIZE
-            file.seek(end)  # tarfile takes anything that is no header for the end of the tar
+            file.seek(end)  # tarfile takes everything that is no header for the end of the tar
             rest = file.read(tarfile.BLOCKSIZE)
             if any(rest) or len(rest) < tarfile.BLOCKSIZE:
                 raise tarfile.ReadError(f"broken header or no end mark at byte {end}")
@@ -237,7 +250,7 @@ def _read_parquet(part: Part) -> Iterator[RawPair | BrokenFile]:
                 raise UserError(f"there is no column {', '.join(sorted(missing))}")
             caption_type = file.schema_arrow.field(caption_column).type
             for batch in file.iter_batches(64, columns=[picture_column, caption_column]):
-                # as bytes: a text that is no UTF-8 is the pair's fault, not the file's
+                # as bytes, so that a caption that is not UTF-8 breaks its pair and not the file
                 captions = batch.column(caption_column)
                 if pa.types.is_string(caption_type) or pa.types.is_large_string(caption_type):
                     captions = captions.cast(pa.large_binary())

@@ -1,7 +1,6 @@
-"""Who does a run's work: this process, several of this machine, or the workers of a Ray cluster.
+"""Runs a function over items: in this process, in several processes of this machine, or on a Ray cluster.
 
-All of them do the same thing: a function over a list, results in the order of the list. Processes are started afresh,
-and gone when the run is, even if that is killed.
+Results come in the order of the items. Processes are started for the call, and end with it, also if it is killed.
 """
 
 import os
@@ -12,115 +11,122 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import cache, partial
 from multiprocessing import get_context, parent_process
-from typing import Literal, TypeVar
+from types import ModuleType
+from typing import Any, Literal, TypeVar
 
 from foundation.errors import UserError
 from foundation.extras import import_extra
 
 Engine = Literal["in_process", "ray"]
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Submit = Callable[[Any], Any]  # item -> task
+ResultOf = Callable[[Any], Any]  # task -> its result, after waiting for it
 
-AHEAD = 4  # items for each worker that are begun before their turn to be given comes: what bounds memory
+AHEAD = 4  # items for each worker that are submitted before the first result is taken: bounds the memory
 
 
-def in_order(
+def map_in_order(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int, engine: Engine = "in_process"
 ) -> Iterator[Result]:
-    """Yields function(item) for each item, in their order, whoever works on it.
+    """Yields function(item) for each item, in the order of the items, for any engine and number of workers.
 
     Args:
-        function: and items and results: what `pickle` can carry.
-        workers: processes. With Ray, one that is started here has so many; of a cluster that runs already (its address
-            in RAY_ADDRESS) at most so many work at once.
-        engine: "in_process": one worker is this process itself.
+        function: like the items and results, picklable.
+        workers: processes. A Ray cluster that is started here has as many; of a cluster that is running already (its
+            address in RAY_ADDRESS) at most as many work at once.
+        engine: "in_process" with one worker means this process.
 
     Raises:
-        UserError: what `function` raises; the package ray is missing, or its cluster does not start.
+        UserError: the package ray is missing, or its cluster does not start; and whatever `function` raises.
     """
     if engine == "in_process" and workers == 1:
         yield from map(function, items)
         return
     with (_ray if engine == "ray" else _processes)(function, workers) as (submit, result_of):
-        begun: deque = deque()
+        submitted: deque[Any] = deque()
         for item in items:
-            begun.append(submit(item))
-            if len(begun) >= AHEAD * workers:
-                yield result_of(begun.popleft())
-        while begun:
-            yield result_of(begun.popleft())
+            submitted.append(submit(item))
+            if len(submitted) >= AHEAD * workers:
+                yield result_of(submitted.popleft())
+        while submitted:
+            yield result_of(submitted.popleft())
 
 
-def processes(count: int, function: Callable | None = None) -> ProcessPoolExecutor:
-    """A pool of so many processes, which know a function that `_call` calls."""
-    return ProcessPoolExecutor(count, get_context("spawn"), _begin, (function,))
+def processes(count: int, function: Callable[[Any], Any] | None = None) -> ProcessPoolExecutor:
+    """A pool of processes that keep a function, for `_call`."""
+    return ProcessPoolExecutor(count, get_context("spawn"), _start_worker, (function,))
 
 
 @contextmanager
-def _processes(function: Callable, workers: int) -> Iterator[tuple[Callable, Callable]]:
-    """The function is sent once to each process: steps hold vocabularies and lists."""
+def _processes(function: Callable[[Any], Any], workers: int) -> Iterator[tuple[Submit, ResultOf]]:
+    """Sends the function once to each process, since steps hold large vocabularies and lists."""
     pool = processes(workers, function)
     try:
-        yield partial(pool.submit, _call), lambda future: future.result()
+        yield lambda item: pool.submit(_call, item), lambda future: future.result()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 @contextmanager
-def _ray(function: Callable, workers: int) -> Iterator[tuple[Callable, Callable]]:
-    """Ray tasks of one core each; Ray gives them one thread."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report over the network
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # it would warn of how this will change
+def _ray(function: Callable[[Any], Any], workers: int) -> Iterator[tuple[Submit, ResultOf]]:
+    """Ray tasks of one core each, which Ray gives one thread."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no reports over the network
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # no warning about a future change
     ray = import_extra("ray", "data", "engine ray")
-    if not ray.is_initialized():  # it stays for what else this process gives it to do, and ends with it
-        _start(ray, workers)
+    if not ray.is_initialized():  # it stays for further calls, and ends with this process
+        _start_ray(ray, workers)
     task = ray.remote(num_cpus=1)(_call_shared).remote
-    shared = [ray.put(function)]  # in a list: Ray would otherwise unpack it for every item
+    shared = [ray.put(function)]  # in a list, since Ray would unpack a bare reference for every item
 
-    def result_of(reference):
+    def result_of(reference: Any) -> Any:
         try:
             return ray.get(reference)
-        except ray.exceptions.RayTaskError as error:  # says where in Ray it happened, over a screen
+        except ray.exceptions.RayTaskError as error:  # its message is Ray's traceback over a whole screen
             raise error.cause from None
 
     yield partial(task, shared), result_of
 
 
-def _start(ray, workers: int) -> None:
+def _start_ray(ray: ModuleType, workers: int) -> None:
     quiet = {"log_to_driver": False, "logging_level": "error"}
     try:
         if os.environ.get("RAY_ADDRESS"):
             ray.init(**quiet)
         else:
             ray.init(num_cpus=workers, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
-    except Exception as error:  # Ray raises bare ones
+    except Exception as error:  # Ray raises bare exceptions
         raise UserError(f"Ray does not start: {' '.join(str(error).split())[:300]}") from None
 
 
-_function: Callable | None = None  # of this process
+_function: Callable[[Any], Any] | None = None  # of a worker process
 
 
-def _call(item: Item) -> Result:
+def _call(item: Any) -> Any:
+    assert _function is not None, "the pool was started without a function"
     return _function(item)
 
 
-def _call_shared(shared: list, item: Item) -> Result:
-    return _fetched(shared[0])(item)
+def _call_shared(shared: list[Any], item: Any) -> Any:
+    return _get_shared(shared[0])(item)
 
 
 @cache
-def _fetched(reference) -> Callable:
+def _get_shared(reference: Any) -> Callable[[Any], Any]:
     import ray
 
     return ray.get(reference)
 
 
-def _begin(function: Callable | None) -> None:
-    """A killed parent says nothing: its workers would wait for it for ever."""
+def _start_worker(function: Callable[[Any], Any] | None) -> None:
+    """Keeps the function, and ends this process when the parent ends, which may be killed and tell nobody."""
     global _function
     _function = function
+    parent = parent_process()
+    assert parent is not None
 
-    def watch() -> None:
-        parent_process().join()
+    def exit_with_parent() -> None:
+        parent.join()
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()

@@ -1,12 +1,13 @@
-"""How often the language rule of captions is right, on lines whose language is known: those of Tux Paint's stamps.
+"""Measures the language rule of captions on lines of known language: those of Tux Paint's stamps.
 
-The lines are in two halves, by a hash of the line. Defaults of the rule were chosen on the half "choosing"; what is
-told here is counted on the other half alone.
+The lines are divided into two halves by a hash of the line. The default thresholds were chosen on the half "choosing";
+the counts are of the other half.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
@@ -16,20 +17,24 @@ from data_prep.pipeline.pool import RawSource
 from data_prep.sources.splits import split_of
 from data_prep.steps.caption_rules import SHORT, CaptionRules
 from data_prep.steps.step import as_numpy
+from foundation import html
 
 COLUMNS = ("id", "caption", "language_score", "words")
+SHARES = (0.8, 0.85, 0.9, 0.95, 0.98)  # for which thresholds are given
+LANGUAGES = 10  # shown in the report
 
 
 @dataclass(frozen=True)
 class Confusion:
-    """Lines of one length that were held out.
+    """Counts of held-out lines of one length.
 
     Attributes:
         length: in words.
         threshold: of the language score, in force.
-        wanted_kept, wanted_dropped, others_kept, others_dropped: lines in a wanted language, and all others.
-        languages: (language, lines, kept) of the others, those first of which most is kept.
-        choices: (share of wanted lines that stay, threshold that leaves it in the half for choosing).
+        wanted_kept, wanted_dropped: lines in one of the rule's languages.
+        others_kept, others_dropped: lines in all other languages.
+        languages: (language, lines, kept lines) of the others, the highest kept share first.
+        choices: (share of wanted lines, threshold that keeps that share of the half "choosing").
     """
 
     length: str
@@ -43,64 +48,113 @@ class Confusion:
 
 
 def confusions(set_folder: Path, rules: CaptionRules, sources: Sequence[RawSource]) -> list[Confusion]:
-    """Of captions shorter than caption_rules.SHORT words and of all others; empty where the pool has no labelled lines.
+    """The confusion of captions shorter than caption_rules.SHORT words, and of all others.
 
-    A line that is spelt as one in a wanted language is counted as wanted, whatever else it may be; equal lines of one
-    language count once.
+    A line that is spelt like a line in one of the rule's languages counts as that; equal lines of one language count
+    once. Empty where the pool has no lines of known language.
     """
     labelled = [source.path for source in sources if source.captions == "tuxpaint"]
     lines = _lines(set_folder, labelled, rules.languages) if labelled else []
     if not lines:
         return []
-    languages = np.array([language for language, _, _, _ in lines])
-    scores = np.array([score for _, _, score, _ in lines])
-    short = np.array([words for *_, words in lines]) < SHORT
-    choosing = np.array([split_of(f"line/{caption}", 0, 0.5) == "train" for _, caption, _, _ in lines])
-    found = []
-    for length, among, threshold in (
+    languages = np.array([line.language for line in lines])
+    scores = np.array([line.score for line in lines])
+    short = np.array([line.words for line in lines]) < SHORT
+    choosing = np.array([split_of(f"line/{line.caption}", 0, 0.5) == "train" for line in lines])
+    groups = (
         (f"under {SHORT} words", short, rules.min_short_language_score),
         (f"{SHORT} words or more", ~short, rules.min_language_score),
-    ):
-        found.append(_count(length, threshold, languages, scores, among & ~choosing, among & choosing))
-    return found
+    )
+    return [
+        _count(length, threshold, languages, scores, among & ~choosing, among & choosing)
+        for length, among, threshold in groups
+    ]
 
 
 def _count(
-    length: str, threshold: float, languages: np.ndarray, scores: np.ndarray, held: np.ndarray, choosing: np.ndarray
+    length: str, threshold: float, languages: np.ndarray, scores: np.ndarray, held_out: np.ndarray, choosing: np.ndarray
 ) -> Confusion:
+    """Args:
+    languages: str [lines], "" for a wanted language.
+    scores: float64 [lines].
+    held_out, choosing: bool [lines], the two halves.
+    """
     wanted, kept = languages == "", scores >= threshold
     by_language = []
-    for language in np.unique(languages[held & ~wanted]):
-        here = held & (languages == language)
-        by_language.append((str(language), int(here.sum()), int((here & kept).sum())))
+    for language in np.unique(languages[held_out & ~wanted]):
+        of_language = held_out & (languages == language)
+        by_language.append((str(language), int(of_language.sum()), int((of_language & kept).sum())))
     by_language.sort(key=lambda row: (-row[2] / row[1], row[0]))
-    counts = [int((held & one & other).sum()) for one in (wanted, ~wanted) for other in (kept, ~kept)]
-    own = np.sort(scores[choosing & wanted])[::-1]
-    shares = (0.8, 0.85, 0.9, 0.95, 0.98) if len(own) else ()
-    choices = tuple((share, float(own[max(1, int(np.ceil(share * len(own)))) - 1])) for share in shares)
-    return Confusion(length, threshold, *counts, tuple(by_language), choices)
+    choosing_scores = np.sort(scores[choosing & wanted])[::-1]
+    count = len(choosing_scores)
+    choices = tuple(
+        (share, float(choosing_scores[max(1, int(np.ceil(share * count))) - 1])) for share in SHARES if count
+    )
+    return Confusion(
+        length,
+        threshold,
+        wanted_kept=int((held_out & wanted & kept).sum()),
+        wanted_dropped=int((held_out & wanted & ~kept).sum()),
+        others_kept=int((held_out & ~wanted & kept).sum()),
+        others_dropped=int((held_out & ~wanted & ~kept).sum()),
+        languages=tuple(by_language),
+        choices=choices,
+    )
 
 
-def _lines(set_folder: Path, sources: list[str], wanted: Sequence[str]) -> list[tuple[str, str, float, int]]:
-    """(language, caption, score, words) of distinct lines in the order of captions; the language is "" for wanted."""
+class _Line(NamedTuple):
+    """A labelled line; `language` is "" for one of the rule's languages."""
+
+    caption: str
+    language: str
+    score: float
+    words: int
+
+
+def _lines(set_folder: Path, sources: list[str], wanted: Sequence[str]) -> list[_Line]:
+    """The distinct lines, sorted by caption.
+
+    Args:
+        sources: paths of the sources whose keys end with `#LANGUAGE`.
+        wanted: the rule's languages.
+    """
     keys = pq.read_table(
         set_folder / "sources.parquet", columns=["id", "key"], filters=pc.field("source").isin(sources)
     )
     pairs = pq.read_table(
         set_folder / "pairs.parquet", columns=list(COLUMNS), filters=pc.field("language_score").is_valid()
     )
-    places = pc.index_in(keys["id"], value_set=pairs["id"].combine_chunks())
-    known = places.is_valid()
+    rows = pc.index_in(keys["id"], value_set=pairs["id"].combine_chunks())
+    known = rows.is_valid()
     labels = [
         key.rpartition("#")[2].partition("_")[0].partition("@")[0] for key in keys["key"].filter(known).to_pylist()
     ]
-    pairs = pairs.take(places.filter(known))
+    pairs = pairs.take(rows.filter(known))
     captions = pairs["caption"].to_pylist()
-    as_wanted = {caption for caption, label in zip(captions, labels, strict=True) if label in wanted}
-    rows = zip(labels, captions, as_numpy(pairs["language_score"]), as_numpy(pairs["words"]), strict=True)
+    spelt_as_wanted = {caption for caption, label in zip(captions, labels, strict=True) if label in wanted}
+    scores, words = as_numpy(pairs["language_score"]), as_numpy(pairs["words"])
     lines = {
-        ("" if caption in as_wanted else label, caption): (float(score), int(words))
-        for label, caption, score, words in rows
+        (caption, "" if caption in spelt_as_wanted else label): (float(score), int(count))
+        for label, caption, score, count in zip(labels, captions, scores, words, strict=True)
         if label not in ("?", "")
     }
-    return [(*line, *about) for line, about in sorted(lines.items(), key=lambda one: one[0][::-1])]
+    return [_Line(*line, *measured) for line, measured in sorted(lines.items(), key=lambda item: item[0])]
+
+
+def confusions_html(found: Sequence[Confusion]) -> str:
+    """A table for each length of caption."""
+    parts = ["<h2>Language of captions, on held-out lines of known language</h2>"] if found else []
+    for confusion in found:
+        rows = (
+            ("wanted languages", f"{confusion.wanted_kept:,}", f"{confusion.wanted_dropped:,}"),
+            ("all others", f"{confusion.others_kept:,}", f"{confusion.others_dropped:,}"),
+        )
+        worst = ", ".join(
+            f"{language} {kept:,} of {lines:,}" for language, lines, kept in confusion.languages[:LANGUAGES] if kept
+        )
+        parts += [
+            f"<h3>{html.escape(confusion.length)}, threshold {confusion.threshold:.4g}</h3>",
+            html.table(("", "kept", "dropped"), rows, number_columns=(1, 2)),
+            f"<p>other languages with the highest kept share: {html.escape(worst or 'none')}</p>",
+        ]
+    return "".join(parts)

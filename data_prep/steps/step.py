@@ -1,15 +1,17 @@
-"""What a curation step is: a pure map over columns, and a decision over the stored columns of the whole set.
+"""What a curation step is: it measures pairs one by one, then decides about them from the stored columns of all pairs.
 
-The walk: `ingest` reads the pool -> `measuring` runs every step's `measure` and stores what it says -> `merging` puts
-the parts in the order of ids, and each step's `merge` may build what needs the whole set (an index, edges, counts) ->
-`deciding` asks one step after another which pairs go -> `writing`. Measuring is done once; deciding, as often as liked.
+Order of a run: `pool` lists the pairs -> `measuring` calls every step's `measure` and stores the columns -> `merging`
+sorts them by id, and each step's `merge` may compute what needs the whole set (an index, edges, counts) -> `deciding`
+asks one step after another which pairs to drop -> `writing`. Pairs are measured once and may be decided about again
+with other thresholds.
 """
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -17,20 +19,22 @@ from PIL import Image
 
 from foundation.errors import UserError
 
-STORED = 2  # raised when the same settings come to store something else: what was stored before is made anew
+STORED = 2  # version of what is stored; raised when equal settings store other values, so that all is measured again
 
 DECIMALS = 6  # of every stored score
 
 Columns = dict[str, list]  # a batch: column name -> one value per row
+Unit = Literal["pictures", "clips", "captions", "pairs"]
 
-STAYS = ("change", "note")  # it is written otherwise than it was read; there is something to know about it
-DECISIONS = ("drop", "quarantine", *STAYS)
+REMOVING = ("drop", "quarantine")  # decisions that take a pair out
+KEEPING = ("change", "note")  # the pair stays: it is written changed, or there is something to know about it
+DECISIONS = (*REMOVING, *KEEPING)
 
 VERDICTS = pa.schema(
     [
-        ("row", pa.int64()),  # of the table that was judged
+        ("row", pa.int64()),  # in the table that was passed to `decide`
         ("decision", pa.string()),  # one of DECISIONS
-        ("reason", pa.string()),  # a colon parts what reasons are counted by from what differs between pairs
+        ("reason", pa.string()),  # `category: details`; reasons are counted by their category
         ("value", pa.float64()),
         ("threshold", pa.float64()),
         ("survivor_id", pa.string()),
@@ -42,94 +46,104 @@ VERDICTS = pa.schema(
 
 @dataclasses.dataclass
 class Draft:
-    """A kept pair on its way into a shard.
+    """A kept pair before it is written into a shard.
 
     Attributes:
-        picture: RGB, as read; where a step puts another in its place, that one is written.
-        caption: as it is written.
-        columns: further ones of the index, name -> number, text, or list of equally long lists of numbers.
+        picture: RGB, as read; a step may replace it.
+        caption: as it will be written.
+        columns: further columns of the index, name -> number, text, or list of equally long lists of numbers.
     """
 
     picture: Image.Image
     caption: str
-    columns: dict
+    columns: dict[str, Any]
 
 
 class Step:
-    """The base of all steps; a step's own fields are its settings, and it keeps no other state.
+    """The base class of all steps. A step is a frozen dataclass whose fields are its settings; it has no other state.
 
     Attributes:
-        name: as in the ledger and the configuration.
-        over: what `measure` sees the rows of, each of them once: "pictures" (columns image_id, picture (RGB), width,
-            height), "clips" (the same and clip), "captions" (caption), or "pairs" (id, image_id, caption, picture,
-            clip); None: nothing is measured. A clip is a clips.ShownClip, and its picture the frame in its middle.
-        adds: the columns that `measure` gives, with their types. Names are unique among all steps.
-        reads: the stored columns that `decide` wants, of pictures and of pairs; `id` comes with them always.
-        finishes: the stored columns that `finish` wants; None: the step has no say in how kept pairs are written.
-        hides: `passes` keeps pictures from all later steps.
+        name: in the ledger and in the configuration.
+        measures: the unit of the rows that `measure` gets, each unit once: "pictures" (columns image_id, picture
+            (RGB), width, height), "clips" (the same and clip), "captions" (caption), or "pairs" (id, image_id,
+            caption, picture, clip). None: the step measures nothing. A clip is a `clips.DecodedClip`; its picture is
+            its middle frame.
+        measured_columns: what `measure` returns, name -> type; names are unique among all steps.
+        decision_columns: the stored columns that `decide` reads, of pictures or of pairs, beside `id`.
+        finish_columns: the stored columns that `finish` reads; None: the step does not change written pairs.
+        hides_pictures: whether `passes` hides pictures from all later steps.
     """
 
-    name: str
-    over: str | None = None
-    adds: dict[str, pa.DataType] = {}  # noqa: RUF012 (a class's own, never changed)
-    reads: tuple[str, ...] = ()
-    finishes: tuple[str, ...] | None = None
-    hides: bool = False
+    name: ClassVar[str]
+    measures: ClassVar[Unit | None] = None
+    measured_columns: ClassVar[Mapping[str, pa.DataType]] = {}
+    finish_columns: ClassVar[tuple[str, ...] | None] = None
+    hides_pictures: ClassVar[bool] = False
 
-    def settings(self) -> dict:
-        """All that the step's decisions depend on besides the data, as JSON can say it."""
+    @property
+    def decision_columns(self) -> tuple[str, ...]:
+        return ()
+
+    def settings(self) -> dict[str, Any]:
+        """All settings that the decisions depend on, as values that JSON can hold."""
+        assert dataclasses.is_dataclass(self)
         return dataclasses.asdict(self)
 
-    def measured_by(self) -> dict:
-        """The part of the settings that `measure` and `merge` depend on: where it differs, they are done anew."""
+    def measure_settings(self) -> dict[str, Any]:
+        """The settings that `measure` and `merge` depend on; where they change, both are done again."""
         return {}
 
-    def merged_by(self) -> dict:
-        """What `merge` depends on besides: where it differs, that alone is done anew."""
+    def merge_settings(self) -> dict[str, Any]:
+        """The further settings that `merge` depends on; where they change, only `merge` is done again."""
         return {}
 
     def measure(self, batch: Columns) -> Columns:
-        """`adds` for each row of the batch: a pure function of each row alone, whatever the batch."""
+        """The `measured_columns` of each row: a pure function of that row, whatever else is in the batch."""
         return {}
 
     def passes(self, measured: Columns) -> list[bool] | None:
-        """Which pictures may be looked at further; None: all. For pictures that nobody is to see."""
+        """Which pictures later steps may see; None: all. For pictures that must not be shown to anyone."""
         return None
 
     def merge(self, stored: Path, state: Path) -> None:
-        """Makes of the whole set what `decide` finds in the folder `state`.
+        """Computes from the whole set what `decide` needs, and writes it into the folder `state`.
 
         Args:
-            stored: folder of pairs.parquet and sources.parquet, by id, and pictures.parquet, by image_id.
+            stored: folder of pairs.parquet and sources.parquet, sorted by id, and pictures.parquet, by image_id.
         """
 
     def decide(self, pairs: pa.Table, state: Path) -> pa.Table:
-        """VERDICTS over the pairs that no earlier step took out: the columns `reads` and `id`, in the order of ids."""
+        """VERDICTS about the pairs that earlier steps left: columns `id` and `decision_columns`, sorted by id."""
         return first_failing(self.rules(pairs, state))
 
     def rules(self, pairs: pa.Table, state: Path) -> list["Rule"]:
-        """The rules that `decide` goes by, in their order; forecasts and the report show what their thresholds do."""
+        """The rules that `decide` applies, in their order; forecasts and the report show their thresholds."""
         return []
 
-    def finish(self, row: dict, draft: Draft) -> None:
-        """Changes how one kept pair is written: a pure function of the pair alone.
+    def finish(self, row: dict[str, Any], draft: Draft) -> None:
+        """Changes how one kept pair is written: a pure function of that pair.
 
         Args:
-            row: the columns `finishes` of the pair.
+            row: the `finish_columns` of the pair.
         """
 
-    def refuse(self, measured: "Step") -> None:
-        """Raises UserError where these settings ask for what a run with those of `measured` has not stored."""
-        old = {**measured.measured_by(), **measured.merged_by()}
-        names = [name for name, value in {**self.measured_by(), **self.merged_by()}.items() if old.get(name) != value]
+    def check_compatible(self, measured: "Step") -> None:
+        """Checks that these settings can be decided with from what a run with the settings of `measured` has stored.
+
+        Raises:
+            UserError: they need something that was not stored; names the settings.
+        """
+        old = {**measured.measure_settings(), **measured.merge_settings()}
+        new = {**self.measure_settings(), **self.merge_settings()}
+        names = [name for name, value in new.items() if old.get(name) != value]
         if names:
             raise UserError(
                 f"{self.name}: {', '.join(names)} cannot be changed without `mm data run`, which measures by it"
             )
 
 
-def settings_hash(settings: dict) -> str:
-    """16 hexadecimal digits of the SHA-256 of settings."""
+def settings_hash(settings: dict[str, Any]) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of settings."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -146,51 +160,66 @@ def no_verdicts() -> pa.Table:
 
 @dataclasses.dataclass
 class Rule:
-    """One reason to drop.
+    """One reason to drop pairs.
 
     Attributes:
-        reason: as in the ledger.
-        fails: of which rows it is true.
-        option: the setting that holds the threshold, where there is one.
-        values: what is held against the threshold, float64; NaN where the rule does not look.
-        threshold: the setting.
-        at_least: values below the threshold fail, otherwise those above it.
-        strict: a value equal to the threshold fails as well.
-        highest: that the setting may be.
-        shown: the report may show pictures near the threshold.
+        reason: in the ledger.
+        fails: bool [rows], the rows that the rule drops.
     """
 
     reason: str
     fails: np.ndarray
-    option: str | None = None
-    values: np.ndarray | None = None
-    threshold: float | None = None
+
+
+@dataclasses.dataclass
+class ThresholdRule(Rule):
+    """A rule that compares values with a threshold.
+
+    Attributes:
+        option: the setting of the step that holds the threshold.
+        values: float64 [rows], what is compared; NaN where the rule does not apply.
+        threshold: in force.
+        at_least: values below the threshold fail; otherwise values above it fail.
+        strict: a value equal to the threshold fails as well.
+        highest: the largest value that the setting may have.
+        shows_pictures: whether the report may show pictures near the threshold.
+    """
+
+    option: str
+    values: np.ndarray
+    threshold: float
     at_least: bool = True
     strict: bool = False
     highest: float = np.inf
-    shown: bool = True
+    shows_pictures: bool = True
 
 
-def at_least(option: str, threshold: float, values: np.ndarray, reason: str, among: np.ndarray | None = None) -> Rule:
-    """The rule that values be at least the threshold, for some of the rows or for all of them."""
+def at_least(
+    option: str, threshold: float, values: np.ndarray, reason: str, among: np.ndarray | None = None
+) -> ThresholdRule:
+    """The rule that values must be at least the threshold, for the rows `among`, or for all of them."""
     values = values.astype(np.float64) if among is None else np.where(among, values, np.nan)
-    return Rule(reason, values < threshold, option, values, threshold)
+    return ThresholdRule(reason, values < threshold, option, values, threshold)
 
 
-def at_most(option: str, threshold: float, values: np.ndarray, reason: str, among: np.ndarray | None = None) -> Rule:
-    """The rule that values be at most the threshold."""
+def at_most(
+    option: str, threshold: float, values: np.ndarray, reason: str, among: np.ndarray | None = None
+) -> ThresholdRule:
+    """The rule that values must be at most the threshold, for the rows `among`, or for all of them."""
     values = values.astype(np.float64) if among is None else np.where(among, values, np.nan)
-    return Rule(reason, values > threshold, option, values, threshold, at_least=False)
+    return ThresholdRule(reason, values > threshold, option, values, threshold, at_least=False)
 
 
 def first_failing(rules: Sequence[Rule]) -> pa.Table:
-    """VERDICTS: each row that fails is dropped by the first rule it fails."""
-    tables, seen = [no_verdicts()], np.zeros(len(rules[0].fails) if rules else 0, bool)
+    """VERDICTS: each row that fails is dropped for the first rule that it fails."""
+    tables, dropped = [no_verdicts()], np.zeros(len(rules[0].fails) if rules else 0, bool)
     for rule in rules:
-        rows = np.flatnonzero(rule.fails & ~seen)
-        seen[rows] = True
-        values = None if rule.values is None else rule.values[rows]
-        tables.append(verdicts(rows, rule.reason, values=values, threshold=rule.threshold))
+        rows = np.flatnonzero(rule.fails & ~dropped)
+        dropped[rows] = True
+        if isinstance(rule, ThresholdRule):
+            tables.append(verdicts(rows, rule.reason, values=rule.values[rows], threshold=rule.threshold))
+        else:
+            tables.append(verdicts(rows, rule.reason))
     return pa.concat_tables(tables)
 
 
@@ -201,7 +230,13 @@ def verdicts(
     values: np.ndarray | None = None,
     threshold: float | None = None,
 ) -> pa.Table:
-    """VERDICTS of one kind over some rows; a reason for all of them, or one for each."""
+    """VERDICTS with one decision about some rows.
+
+    Args:
+        rows: int [verdicts].
+        reason: of all of them, or one for each.
+        values: float64 [verdicts], what was compared with the threshold; NaN becomes null.
+    """
     count = len(rows)
     columns = {
         "row": pa.array(rows, pa.int64()),

@@ -1,12 +1,12 @@
-"""Video-text score: how well a caption fits a whole clip; pairs that do not match go.
+"""Video-text score: how well a caption fits a whole clip; pairs with a low score are dropped.
 
-The model is passed in from above, as a `VideoScorer`; a model that knows pictures becomes one by the mean over frames.
+The caller passes the model in as a `VideoScorer`. `MeanOverFrames` makes one of a model that scores pictures.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import pyarrow as pa
 from PIL import Image
@@ -17,22 +17,26 @@ from foundation.errors import UserError
 
 
 class VideoScorer(Protocol):
-    """Attributes:
-    id: of the model and its weights; scores of one id can be compared.
+    """A model that scores how well captions fit a clip. It is sent to other processes: it must be picklable.
+
+    Attributes:
+        id: of the model and its weights; scores of one id can be compared.
     """
 
-    id: str
+    @property
+    def id(self) -> str: ...
 
     def score(self, frames: Sequence[Image.Image], captions: Sequence[str]) -> list[float]:
-        """How well each caption fits RGB frames in the order of time: on one kind of machine always the same bits.
+        """How well each caption fits RGB frames in the order of time, equal to the bit on one kind of machine.
 
-        Each caption's score is what it would be alone. The scorer travels to other processes: it must be picklable.
+        The score of a caption does not depend on the other captions.
         """
+        ...
 
 
 @dataclass(frozen=True)
 class MeanOverFrames:
-    """A model that scores pictures, asked about each frame."""
+    """A `VideoScorer` that gives the mean of a picture model's scores of all frames."""
 
     scorer: PairScorer
 
@@ -42,18 +46,18 @@ class MeanOverFrames:
 
     def score(self, frames: Sequence[Image.Image], captions: Sequence[str]) -> list[float]:
         """See VideoScorer."""
-        found = [self.scorer.score(frame, captions) for frame in frames]
-        return [sum(scores) / len(frames) for scores in zip(*found, strict=True)]
+        of_frames = [self.scorer.score(frame, captions) for frame in frames]
+        return [sum(scores) / len(frames) for scores in zip(*of_frames, strict=True)]
 
 
 @dataclass(frozen=True)
 class VideoScoreConfig:
-    """Which pairs match.
+    """Which pairs are kept.
 
     Attributes:
-        model: as open_clip knows it, such as ViT-B-32.
+        model: name in open_clip, such as ViT-B-32.
         pretrained: file of its weights.
-        threshold: score that a pair must have.
+        threshold: the lowest score of a kept pair.
         frames: of a clip that are scored, evenly spread.
     """
 
@@ -62,7 +66,7 @@ class VideoScoreConfig:
     threshold: float
     frames: int = 8
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.frames < 1:
             raise UserError(f"video_score: frames is {self.frames}; at least 1 is needed")
 
@@ -73,19 +77,20 @@ class VideoScore(Step):
     scorer: VideoScorer
 
     name = "video_score"
-    over = "pairs"
-    adds = {"video_score": pa.float64()}  # noqa: RUF012
-    reads = ("video_score",)
+    measures = "pairs"
+    measured_columns: ClassVar = {"video_score": pa.float64()}
+    decision_columns = ("video_score",)
 
-    def settings(self) -> dict:
-        return {"threshold": self.config.threshold, **self.measured_by()}
+    def settings(self) -> dict[str, Any]:
+        return {"threshold": self.config.threshold, **self.measure_settings()}
 
-    def measured_by(self) -> dict:
+    def measure_settings(self) -> dict[str, Any]:
         return {"scorer": self.scorer.id, "frames": self.config.frames}
 
     def measure(self, batch: Columns) -> Columns:
         pairs = zip(batch["clip"], batch["caption"], strict=True)
-        return {"video_score": [self.scorer.score(clip.spread(self.config.frames), [said])[0] for clip, said in pairs]}
+        scores = [self.scorer.score(clip.spread(self.config.frames), [caption])[0] for clip, caption in pairs]
+        return {"video_score": scores}
 
     def rules(self, pairs: pa.Table, state: Path) -> list[Rule]:
         scores = as_numpy(pairs["video_score"])

@@ -1,51 +1,61 @@
-"""A picture -> a vector whose cosine with another's says how alike the two are: what near duplicates are found by.
+"""Picture embedders: the cosine of two vectors is the similarity by which near duplicates are found.
 
-Two of them: SSCD, a trained network whose weights the user has, and one without weights for first runs and tests.
-A similarity means nothing without its embedder, so each comes with the threshold that it was calibrated at.
+There are two: SSCD, a trained network whose weights the user provides, and low frequencies, without weights, for first
+runs and tests. Similarities of different embedders cannot be compared, so each has a calibrated threshold of its own.
 """
 
 import hashlib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from PIL import Image
 
 from foundation.errors import UserError
 
+if TYPE_CHECKING:
+    from torch import nn
+
 
 class ImageEmbedder(Protocol):
     """Attributes:
     id: of the embedder and its weights; vectors of one id can be compared.
     dim: length of a vector.
-    preprocess_id: of what is done to a picture before.
-    threshold: the similarity from which on two pictures are near duplicates.
-    floor: the lowest similarity worth remembering, for looser thresholds later.
+    preprocess_id: of the preprocessing of pictures.
+    threshold: the lowest similarity of near duplicates.
+    floor: the lowest similarity that is stored, for lower thresholds later.
     """
 
-    id: str
-    dim: int
-    preprocess_id: str
-    threshold: float
-    floor: float
+    @property
+    def id(self) -> str: ...
+    @property
+    def dim(self) -> int: ...
+    @property
+    def preprocess_id(self) -> str: ...
+    @property
+    def threshold(self) -> float: ...
+    @property
+    def floor(self) -> float: ...
 
     def embed(self, picture: Image.Image) -> np.ndarray:
-        """The vector of an RGB picture, float32 [dim], of unit length: on one kind of machine always the same bits."""
+        """The vector of an RGB picture, float32 [dim], of unit length, equal to the bit on one kind of machine."""
+        ...
 
 
 @dataclass(frozen=True)
 class LowFrequencies:
-    """The lowest frequencies of brightness and colour (a DCT of 64 x 64 pixels): needs no weights.
+    """The lowest frequencies of brightness and colour (a DCT of 64 x 64 pixels); needs no weights.
 
-    Their square roots are taken, signs kept: the two or three largest, which any two pictures on white share, would
-    else outweigh all others. It sees through JPEG, scaling and brightness, a little through cropping, and not through
-    flipping or overlays; and it takes pictures of one template (an emoji in several skin tones) for near duplicates.
+    The vector holds the signed square roots of the coefficients. Otherwise the two or three largest ones, which all
+    pictures on white share, would outweigh the rest. Copies that are recompressed, scaled or brightened are found,
+    some of those that are cropped, and none that are flipped or have an overlay. Pictures of one template (an emoji in
+    several skin tones) count as near duplicates.
 
-    The threshold: of 296 pictures of OpenMoji and openclipart all copies in JPEG quality 30, half size or 10% brighter
-    are above 0.85, and 77% of those cropped by 3% at each side. Of the 43,660 pairs among them 74 are, each of one
-    template.
+    Calibration of the threshold 0.85 on 296 pictures of OpenMoji and openclipart: it finds all copies of JPEG quality
+    30, of half size or 10% brighter, and 77% of those cropped by 3% at each side. Of the 43,660 pairs of different
+    pictures, 74 are above it, all of them of one template.
     """
 
     id = "low-frequencies-1"
@@ -57,7 +67,7 @@ class LowFrequencies:
     def embed(self, picture: Image.Image) -> np.ndarray:
         small = picture.convert("YCbCr").resize((_SIDE, _SIDE), Image.Resampling.BOX)
         pixels = np.asarray(small, np.float64) - 128
-        # einsum without BLAS: its sums come in one order, whatever the machine's number of cores
+        # einsum without BLAS adds in a fixed order, whatever the number of cores
         rows = np.einsum("ui,ijc->ujc", _waves(), pixels)
         spectrum = np.einsum("vj,ujc->cuv", _waves(), rows)
         luminance, chroma = _lowest(_LUMINANCE + 1)[1:], _lowest(_CHROMA)  # without mean brightness, with mean colour
@@ -71,13 +81,13 @@ class LowFrequencies:
 
 @dataclass(frozen=True)
 class SSCD:
-    """The published `sscd_disc_mixup` (arXiv 2202.10261), from a file that the user has.
+    """The published `sscd_disc_mixup` (arXiv 2202.10261), from a file that the user provides.
+
+    The threshold is the published one: on DISC, 90% of the pairs above it are copies.
 
     Attributes:
         weights: `sscd_disc_mixup.torchvision.pt`, or its tensors as safetensors.
         sha256: of the file.
-
-    The threshold is the published one: on DISC, 90% of the pairs above it are copies.
     """
 
     weights: Path
@@ -95,7 +105,7 @@ class SSCD:
         Raises:
             UserError: there is no such file, or it does not hold these weights.
         """
-        embedder = cls(weights, hashlib.sha256(_bytes_of(weights)).hexdigest())
+        embedder = cls(weights, hashlib.sha256(_read_bytes(weights)).hexdigest())
         embedder._model()
         return embedder
 
@@ -104,17 +114,17 @@ class SSCD:
         return f"sscd_disc_mixup-{self.sha256}"
 
     def embed(self, picture: Image.Image) -> np.ndarray:
-        from data_prep.steps.deduplication.sscd import describe
+        from data_prep.steps.deduplication.sscd import compute_descriptor
 
-        return describe(self._model(), picture)
+        return compute_descriptor(self._model(), picture)
 
-    def _model(self):
+    def _model(self) -> "nn.Module":
         return _load(self.weights, self.sha256)
 
 
-_SIDE, _WAVES = 64, 32  # px, frequencies in each direction
-_LUMINANCE, _CHROMA = 192, 160  # frequencies that are kept of brightness, and of each of two colour differences
-_CHROMA_WEIGHT = 2.0  # colour differences are small beside brightness
+_SIDE, _WAVES = 64, 32  # px; frequencies in each direction
+_LUMINANCE, _CHROMA = 192, 160  # coefficients of brightness, and of each of the two colour differences
+_CHROMA_WEIGHT = 2.0  # colour differences are small compared with brightness
 
 
 @cache
@@ -131,7 +141,7 @@ def _lowest(count: int) -> np.ndarray:
     return np.array(sorted(grid, key=lambda wave: (sum(wave), wave))[:count])
 
 
-def _bytes_of(weights: Path) -> bytes:
+def _read_bytes(weights: Path) -> bytes:
     try:
         return weights.read_bytes()
     except OSError as error:
@@ -139,10 +149,10 @@ def _bytes_of(weights: Path) -> bytes:
 
 
 @cache
-def _load(weights: Path, sha256: str):
-    from data_prep.steps.deduplication.sscd import load_sscd  # torch takes seconds to import: only where it is used
+def _load(weights: Path, sha256: str) -> "nn.Module":
+    from data_prep.steps.deduplication.sscd import load_sscd  # importing torch takes seconds
 
-    data = _bytes_of(weights)
+    data = _read_bytes(weights)
     if hashlib.sha256(data).hexdigest() != sha256:
         raise UserError(f"{weights}: has changed since the run began; start it again")
     return load_sscd(data, str(weights))

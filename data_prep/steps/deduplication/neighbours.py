@@ -1,41 +1,47 @@
-"""Vectors -> all pairs of them that are alike: k-means clusters them, and each is compared with its nearest clusters.
+"""Finds all pairs of similar vectors: k-means clusters the vectors, and each is compared with its nearest clusters.
 
-Which pairs are looked at is approximate, and how many that misses is measured; the similarity of those found is exact:
-computed anew in double precision, in one order. Clusters come of one thread and one seed, and pairs are looked for well
-below the threshold, so that the same vectors give the same pairs.
+The search is approximate: it misses pairs, and measures on a sample how many. The similarity of the pairs that it finds
+is exact: computed in double precision, in a fixed order. Equal vectors give equal pairs: the clusters are computed on
+one thread with one seed, and the search goes well below the threshold of duplicates.
 
-Memory: 30 bytes a vector and about 50 for each pair found. The vectors, and 4 bytes a vector for each cluster that it
-looks into, may lie on disk.
+Memory: 30 bytes per vector and about 50 per pair found. The vectors, and 4 bytes per vector and probed cluster, may be
+on disk.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_prep.steps.deduplication.cluster_search import alike, nearest_clusters
+from data_prep.steps.deduplication.cluster_search import nearest_clusters, search_clusters
 from foundation.extras import import_extra
 
+if TYPE_CHECKING:
+    from faiss import IndexFlatIP
+
 SEED = 1
-ROUNDS = 10  # of k-means
-VECTORS_PER_CLUSTER = 40  # at least: fewer say too little of where its middle is
-SAMPLE = 256  # vectors whose neighbours are searched exactly as well
-SLACK = 2e-3  # by which a similarity in half precision may be off
-DECIMALS = 6  # of a similarity, so that sums in another order come to the same
+ITERATIONS = 10  # of k-means
+VECTORS_PER_CLUSTER = 40  # at least; fewer give poor centroids
+SAMPLE = 256  # vectors whose neighbours are also searched exactly
+SLACK = 2e-3  # error of a similarity in half precision
+DECIMALS = 6  # of a similarity, so that sums in another order are equal
 
 
 @dataclass(frozen=True)
-class Search:
-    """What a search did.
+class SearchStats:
+    """What a search did; stored as JSON.
 
     Attributes:
-        vectors: how many there were.
+        vectors: number of vectors.
         clusters: of k-means.
         probes: clusters that each vector was compared with.
         edges: pairs found.
-        sampled: vectors that were compared with all others, too.
-        exact: pairs that they are in.
-        found: of these, those that the search had found.
+        sampled: vectors that were also compared with all others.
+        exact: similar pairs that these vectors are part of.
+        found: how many of these pairs the search found.
     """
 
     vectors: int
@@ -46,28 +52,30 @@ class Search:
     exact: int
     found: int
 
-    def as_json(self) -> dict:
+    def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "recall": self.found / self.exact if self.exact else None}
 
 
-def near_pairs(vectors: np.ndarray, floor: float, num_probes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, Search]:
-    """The pairs of vectors whose cosine is at least `floor`.
+def near_pairs(
+    vectors: np.ndarray, floor: float, num_probes: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, SearchStats]:
+    """The pairs of vectors with a cosine of at least `floor`.
 
     Args:
-        vectors: float16 [N, D], of unit length but for rounding.
-        num_probes: clusters that each vector is compared with; all of them: an exact search.
+        vectors: float16 [N, D], of unit length up to rounding.
+        num_probes: clusters that each vector is compared with; the search is exact if these are all clusters.
 
     Returns:
-        a, b: int64 [pairs], a < b, in ascending order.
+        a, b: int64 [pairs], a < b, ascending.
         similarity: float64 [pairs].
-        what was done.
+        statistics of the search.
     """
     count = len(vectors)
     clusters, probes = num_clusters(count, num_probes)
     if count < 2:
         none = np.zeros(0, np.int64)
-        return none, none, np.zeros(0), Search(count, clusters, probes, 0, 0, 0, 0)
-    keys = candidates(vectors, train(vectors, clusters), probes, floor - SLACK)
+        return none, none, np.zeros(0), SearchStats(count, clusters, probes, 0, 0, 0, 0)
+    keys = candidate_keys(vectors, train_centroids(vectors, clusters), probes, floor - SLACK)
     a, b = np.divmod(keys, count)
     similarity = cosine(vectors, a, b)
     near = similarity >= floor
@@ -75,14 +83,15 @@ def near_pairs(vectors: np.ndarray, floor: float, num_probes: int) -> tuple[np.n
     sample = np.unique(np.linspace(0, count - 1, SAMPLE, dtype=np.int64))
     exact = _exact_keys(vectors, sample, floor)
     found = int(np.isin(exact, a * count + b).sum())
-    return a, b, similarity, Search(count, clusters, probes, len(a), len(sample), len(exact), found)
+    return a, b, similarity, SearchStats(count, clusters, probes, len(a), len(sample), len(exact), found)
 
 
 def cosine(vectors: np.ndarray, a: np.ndarray, b: np.ndarray, others: np.ndarray | None = None) -> np.ndarray:
-    """The cosine of pairs of vectors, float64 [pairs], rounded; each in the same way, whatever the others are.
+    """The cosine of pairs of vectors, float64 [pairs], rounded; it does not depend on the other pairs.
 
     Args:
-        others: the vectors that `b` numbers; None: `vectors` too.
+        a, b: int [pairs], indices into `vectors` and `others`.
+        others: None: `vectors` too.
     """
     values, others = [np.zeros(0)], vectors if others is None else others
     for start in range(0, len(a), 4096):
@@ -96,66 +105,66 @@ def cosine(vectors: np.ndarray, a: np.ndarray, b: np.ndarray, others: np.ndarray
 def near_planted(
     vectors: np.ndarray, planted: np.ndarray, floor: float, num_probes: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The pairs of a planted vector and another one that `near_pairs` would find if the former were among the latter.
+    """The pairs of a planted vector and another one that `near_pairs` would find in the set with the planted ones.
 
-    Clusters are those of the others, and each side is compared with the nearest clusters of the other side.
+    The clusters are those of the set alone; vectors of each kind are compared with their nearest clusters of the other.
 
     Args:
         vectors, planted: float16 [N, D] and [M, D].
 
     Returns:
-        numbers of the planted, numbers of the others: int64 [pairs]; similarity: float64 [pairs].
+        indices into `planted`, indices into `vectors`: int64 [pairs]; similarity: float64 [pairs].
     """
     count = len(vectors)
     clusters, probes = num_clusters(count, num_probes)
-    keys = [np.zeros(0, np.int64)]  # planted * N + other
+    keys = [np.zeros(0, np.int64)]  # index into planted * N + index into vectors
     if count and len(planted):
-        middles = train(vectors, clusters)
+        centroids, radius = train_centroids(vectors, clusters), floor - SLACK
         with _one_thread():
-            of_vectors, of_planted = (nearest_clusters(middles, some, probes) for some in (vectors, planted))
-        radius = floor - SLACK
-        home, planted_home = of_vectors[:, 0].copy(), of_planted[:, 0].copy()
-        for mine, theirs in alike(planted, of_planted, vectors, home, middles.ntotal, radius):
-            keys.append(mine * count + theirs)
-        for theirs, mine in alike(vectors, of_vectors, planted, planted_home, middles.ntotal, radius):
-            keys.append(mine * count + theirs)
-    mine, theirs = np.divmod(np.unique(np.concatenate(keys)), max(count, 1))
-    similarity = cosine(vectors, theirs, mine, planted)
+            probed, planted_probed = (nearest_clusters(centroids, some, probes) for some in (vectors, planted))
+        assignments, planted_assignments = probed[:, 0].copy(), planted_probed[:, 0].copy()
+        of_planted = search_clusters(planted, planted_probed, vectors, assignments, clusters, radius)
+        keys += [one * count + other for one, other in of_planted]
+        of_vectors = search_clusters(vectors, probed, planted, planted_assignments, clusters, radius)
+        keys += [one * count + other for other, one in of_vectors]
+    a, b = np.divmod(np.unique(np.concatenate(keys)), max(count, 1))
+    similarity = cosine(vectors, b, a, planted)
     near = similarity >= floor
-    return mine[near], theirs[near], similarity[near]
+    return a[near], b[near], similarity[near]
 
 
 def num_clusters(count: int, num_probes: int) -> tuple[int, int]:
-    """How many clusters for so many vectors, and in how many of them each one's neighbours are searched."""
+    """(number of clusters, number of them that each vector is compared with) for a number of vectors."""
     clusters = max(1, min(round(4 * np.sqrt(count)), count // VECTORS_PER_CLUSTER))
     return clusters, min(num_probes, clusters)
 
 
-def train(vectors: np.ndarray, clusters: int):
-    """The middles of clusters, a flat FAISS index: k-means on at most 80 vectors a cluster, on one thread."""
+def train_centroids(vectors: np.ndarray, clusters: int) -> "IndexFlatIP":
+    """The centroids of k-means as a flat FAISS index, from at most 80 vectors per cluster, on one thread."""
     with _one_thread() as faiss:
         count, dim = vectors.shape
-        middles = faiss.IndexFlatIP(dim)
-        index = faiss.IndexIVFFlat(middles, dim, clusters, faiss.METRIC_INNER_PRODUCT, False)
-        index.cp.seed, index.cp.niter = SEED, ROUNDS
+        centroids = faiss.IndexFlatIP(dim)
+        index = faiss.IndexIVFFlat(centroids, dim, clusters, faiss.METRIC_INNER_PRODUCT, False)
+        index.cp.seed, index.cp.niter = SEED, ITERATIONS
         index.cp.max_points_per_centroid = 2 * VECTORS_PER_CLUSTER
-        index.cp.min_points_per_centroid = 1  # it would warn of sets that are as small as a first try
+        index.cp.min_points_per_centroid = 1  # avoids FAISS' warning about small sets
         step = max(1, count // (2 * VECTORS_PER_CLUSTER * clusters))
         index.train(vectors[::step].astype(np.float32))
-        return middles
+        return centroids
 
 
-def candidates(vectors: np.ndarray, middles, probes: int, radius: float) -> np.ndarray:
-    """Keys a * N + b, a < b, ascending, of the pairs found above a similarity in half precision."""
+def candidate_keys(vectors: np.ndarray, centroids: "IndexFlatIP", probes: int, radius: float) -> np.ndarray:
+    """Keys a * N + b, a < b, ascending, of the pairs whose similarity in half precision is at least the radius."""
     with _one_thread():
-        nearest = nearest_clusters(middles, vectors, probes)
-    pairs = alike(vectors, nearest, vectors, nearest[:, 0].copy(), middles.ntotal, radius)
+        nearest = nearest_clusters(centroids, vectors, probes)
+    pairs = search_clusters(vectors, nearest, vectors, nearest[:, 0].copy(), centroids.ntotal, radius)
     keys = (_keys(one, other, len(vectors)) for one, other in pairs)
     return np.unique(np.concatenate([np.zeros(0, np.int64), *keys]))
 
 
 @contextmanager
-def _one_thread():
+def _one_thread() -> Iterator[ModuleType]:
+    """The module faiss, which uses one thread within the context."""
     faiss = import_extra("faiss", "data", "the search for near duplicates")
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
@@ -166,7 +175,7 @@ def _one_thread():
 
 
 def _exact_keys(vectors: np.ndarray, sample: np.ndarray, floor: float) -> np.ndarray:
-    """Keys of the pairs that some vectors are in, every other vector looked at."""
+    """Keys of all similar pairs that the vectors of a sample are part of."""
     queries, found = vectors[sample].astype(np.float32), [np.zeros(0, np.int64)]
     for start in range(0, len(vectors), 4096):
         near = queries @ vectors[start : start + 4096].astype(np.float32).T >= floor - SLACK
