@@ -1,1 +1,1 @@
-"""Layers that several rooms share: rotary positions, attention with its cache, feed-forward."""
+"""Layers that vision, video, speech and language share: linear, attention with its cache, rotary, feed-forward."""

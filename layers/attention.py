@@ -1,6 +1,6 @@
 """Self-attention (grouped-query, rotary, cached) and cross-attention with normalised queries and keys.
 
-Both keep keys and values at KV-head size: query heads that share a KV head are never given a copy of it.
+Keys and values are never repeated for the query heads that share them.
 Shapes: B rows, T query tokens, S key tokens, H query heads, G KV heads.
 """
 
@@ -13,11 +13,13 @@ from layers.rotary import rotate
 
 
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention without causality, H / G query heads folded into the query length of their KV head.
+    """Grouped-query attention without causality.
+
+    The H / G query heads of a KV head are folded into its query length, so that keys and values are not repeated.
 
     Args:
         q: [B, H, T, head_dim]. k, v: [B, G, S, head_dim].
-        mask: bool [B or 1, 1, T or 1, S], True where a query sees a key; every query must see at least one.
+        mask: bool [B or 1, 1, T or 1, S], True where a query attends to a key; every query needs at least one.
 
     Returns:
         [B, H, T, head_dim]
@@ -32,9 +34,9 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
 
 
 class KeyValueCache:
-    """Keys and values of one self-attention layer, allocated once for the longest sequence to come.
+    """Keys and values of one self-attention layer, allocated once for the longest sequence.
 
-    Rows may have different lengths: row b's tokens lie at 0 .. its length, and what lies beyond is never read.
+    Rows may have different lengths; entries beyond a row's length are never read.
     """
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
@@ -47,7 +49,7 @@ class KeyValueCache:
         self.values[:, :, : v.shape[2]] = v
 
     def append(self, k: Tensor, v: Tensor, positions: Tensor | int, length: int) -> tuple[Tensor, Tensor]:
-        """Write one token per row at `positions` ([B], or one number for all rows); return the first `length`."""
+        """Write one token per row at `positions` ([B], or an int for all rows); return the first `length` entries."""
         if isinstance(positions, int):
             self.keys[:, :, positions] = k[:, :, 0]
             self.values[:, :, positions] = v[:, :, 0]
@@ -59,9 +61,11 @@ class KeyValueCache:
 
 
 class DecodeStep:
-    """Where one decoding step's tokens stand: `positions` as for `KeyValueCache.append`, and who sees what.
+    """Positions and mask of one decoding step, the same for all layers.
 
-    `mask` is bool [B, 1, 1, length], or None when every row sees all of the first `length` tokens.
+    Args:
+        positions, length: as for `KeyValueCache.append`.
+        mask: bool [B, 1, 1, length], or None if every row attends to all of the first `length` tokens.
     """
 
     def __init__(self, positions: Tensor | int, length: int, mask: Tensor | None) -> None:
@@ -71,7 +75,7 @@ class DecodeStep:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with grouped queries; causal and rotary for language, neither for images."""
+    """Multi-head self-attention with grouped queries; causal or not, with or without rotary positions."""
 
     def __init__(
         self,
@@ -106,8 +110,8 @@ class SelfAttention(nn.Module):
 
         Args:
             rotary: cosines and sines from `rotary_angles`.
-            mask: additive or bool mask that broadcasts to [B, H, T, S]; only without causality.
-            cache: filled by a prompt's pass, and extended by a decoding `step` (then T is 1).
+            mask: additive or bool mask that broadcasts to [B, H, T, S]; it replaces the causal mask.
+            cache: a prompt's pass fills it, a decoding `step`, with T = 1, extends it.
         """
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -128,9 +132,10 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Text attends to vision tokens: grouped queries, RMSNorm on each head's q and k, no rotary, not causal.
+    """Attention of text to vision tokens: grouped queries, RMSNorm on each head's q and k, no positions, not causal.
 
-    Source: Llama 3.2 reference. Keys and values are computed apart from the attention so that a decoder can keep them.
+    Keys and values are computed by a method of their own, so that a decoder can cache them.
+    Source: Llama 3.2 reference.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int, norm_eps: float) -> None:
@@ -144,21 +149,21 @@ class CrossAttention(nn.Module):
         self.k_norm = nn.RMSNorm(head_dim, eps=norm_eps)
 
     def keys_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens [..., D] -> keys and values, each [..., G, head_dim].
+        """Vision tokens [..., D] -> keys and values, each [..., G, head_dim].
 
-        Tokens may be of higher precision than the weights; the two products' shares of their gradient are summed in it.
+        Tokens may have higher precision than the weights; then their gradient is summed in that precision.
         """
         k = self.k_proj(tokens.to(self.k_proj.weight.dtype)).unflatten(-1, (-1, self.head_dim))
         v = self.v_proj(tokens.to(self.v_proj.weight.dtype)).unflatten(-1, (-1, self.head_dim))
-        return _normalised(self.k_norm, k), v
+        return _normalise(self.k_norm, k), v
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """x [B, T, D], k and v [B, G, S, head_dim], mask as in `grouped_attention` -> [B, T, D]."""
-        q = _normalised(self.q_norm, self.q_proj(x).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
+        q = _normalise(self.q_norm, self.q_proj(x).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
         heads = grouped_attention(q, k, v, mask)
         return self.o_proj(heads.transpose(1, 2).flatten(2))
 
 
-def _normalised(norm: nn.RMSNorm, heads: Tensor) -> Tensor:
-    """At the norm's own precision: autocast gives products in bf16, which a norm in FP32 takes only the slow way."""
+def _normalise(norm: nn.RMSNorm, heads: Tensor) -> Tensor:
+    """Apply a norm in its own precision. Under autocast `heads` are bf16, for which an FP32 norm has no fast kernel."""
     return norm(heads.to(norm.weight.dtype))

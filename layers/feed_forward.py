@@ -1,4 +1,4 @@
-"""The two feed-forward layers: SwiGLU for language, a plain two-layer MLP for images."""
+"""The feed-forward layers: SwiGLU, and a two-layer MLP for the image encoder and the temporal aggregator."""
 
 import torch
 from torch import Tensor, nn

@@ -1,6 +1,6 @@
 """Rotary position embedding, with the frequency scaling of Llama 3.1.
 
-The angles are computed once per forward pass and handed to every layer; nothing here holds state.
+The angles are computed once per forward pass and passed to every layer.
 """
 
 import functools
@@ -17,8 +17,10 @@ from foundation.errors import UserError
 class RotaryConfig:
     """Frequencies of a rotary embedding.
 
-    `scaling` is "none", "linear" (positions divided by `factor`) or "llama3" (low frequencies divided by `factor`,
-    high ones kept, a linear blend between the two bands; Llama 3.1 reference).
+    Attributes:
+        scaling: "none", "linear" (positions are divided by `factor`) or "llama3" (low frequencies are divided by
+            `factor`, high ones are kept, those in between are blended linearly; Llama 3.1 reference).
+        low_freq_factor, high_freq_factor: limits of the two bands, in turns within `original_context`.
     """
 
     theta: float = 500_000.0
@@ -56,7 +58,7 @@ def rotary_angles(config: RotaryConfig, head_dim: int, positions: Tensor, dtype:
     """Cosines and sines of each position's angles.
 
     Args:
-        positions: whole numbers, [T] or [B, T].
+        positions: integers, [T] or [B, T].
 
     Returns:
         cos and sin, each [T, head_dim] or [B, 1, T, head_dim], ready to multiply heads [B, H, T, head_dim].
@@ -73,6 +75,6 @@ def rotary_angles(config: RotaryConfig, head_dim: int, positions: Tensor, dtype:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn heads by their position's angles: x [B, H, T, head_dim], channel i paired with i + head_dim / 2."""
+    """Rotate heads by their position's angles: x [B, H, T, head_dim]; channels i and i + head_dim / 2 are a pair."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin

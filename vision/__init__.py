@@ -1,1 +1,1 @@
-"""Pictures: read safely, cut into tiles, encoded into features."""
+"""Vision: safe reading of image files, tiling, and the image encoder."""

@@ -1,10 +1,10 @@
-"""The image encoder: a ViT over all tiles of an image at once, gated layers after it, and features from several depths.
+"""The image encoder: a ViT over all tiles of an image, gated layers after it, and features from several depths.
 
-Source: paper §7.1 and the Llama 3.2 reference. Two ways to lay out the tiles:
-- ragged (default): only real tiles, images grouped by tile count, dense attention without padding or mask;
-- llama32: every image padded to `max_num_tiles` tiles and every tile to a multiple of 8 tokens, with the released
-  model's mask, in which real tokens do attend to padding. Released weights were trained that way.
-Shapes: N images of K tiles, P tokens per tile (patches and one CLS), C width.
+Source: paper §7.1 and the Llama 3.2 reference. There are two layouts of the tiles:
+- ragged (default): only real tiles are encoded, images are grouped by tile count, attention has no padding or mask;
+- llama32: images are padded to `max_num_tiles` tiles and tiles to a multiple of 8 tokens, with the released model's
+  mask, in which real tokens attend to padding. Released weights were trained with this layout.
+Shapes: N images of K tiles, P tokens per tile (patches and one CLS token), C width.
 """
 
 import functools
@@ -20,11 +20,12 @@ from foundation.errors import UserError
 from layers.attention import SelfAttention
 from layers.feed_forward import MLP
 from layers.linear import Linear
+from layers.meta import meta_device
 from vision.tiling import CANVASES, MAX_TILES, Tiles
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-TOKENS_MULTIPLE = 8  # llama32 pads a tile's tokens to a multiple of this
+TOKENS_MULTIPLE = 8  # the layout llama32 pads a tile's tokens to a multiple of this
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,10 @@ class VisionEncoderConfig:
     """Shape of the encoder; the defaults are the paper's ViT-H/14 at 336 px.
 
     Attributes:
-        tap_points: depths whose state joins the features, counted in completed blocks (0 is the embeddings).
-        num_gated_layers: gated layers after the ViT; they are the identity when their gates are 0.
-        attention_bias: biases on q, k, v and o (open_clip towers have them, Llama 3.2 has none).
-        padding: "ragged" or "llama32", see the head of this file.
+        tap_points: depths whose hidden states join the features, in completed blocks (0 is the embeddings).
+        num_gated_layers: gated layers after the ViT; they are the identity if their gates are 0.
+        attention_bias: biases of q, k, v and o (open_clip towers have them, Llama 3.2 has none).
+        padding: "ragged" or "llama32", see this module's docstring.
     """
 
     tile_size: int = 336
@@ -75,7 +76,7 @@ class VisionEncoderConfig:
 
     @property
     def feature_size(self) -> int:
-        """Channels per vision token: the final output and one state per tap."""
+        """Channels per vision token: the final output and one hidden state per tap point."""
         return self.hidden_size * (1 + len(self.tap_points))
 
 
@@ -113,7 +114,7 @@ class GatedTilePosition(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        # Not zero as well: the gate and the table would hold each other at 0 forever.
+        # Not zero like the gate: with both at 0, neither would get a gradient.
         self.embedding = nn.Parameter(torch.randn(len(CANVASES) + 1, MAX_TILES, width) * width**-0.5)
         self.gate = nn.Parameter(torch.zeros(1))
 
@@ -124,9 +125,9 @@ class GatedTilePosition(nn.Module):
 
 
 class GatedPatchPosition(nn.Module):
-    """Positions of tokens in a tile, blended by a gate with positions of tokens in the whole canvas.
+    """Position embeddings of tokens in a tile, blended by a gate with those of tokens in the whole canvas.
 
-    x + local * (1 - tanh a) + tile[canvas] * tanh a, a starting at 0 (Llama 3.2 reference).
+    x + local * (1 - tanh(gate)) + tile[canvas] * tanh(gate); the gate starts at 0 (Llama 3.2 reference).
     """
 
     def __init__(self, tokens_per_tile: int, width: int) -> None:
@@ -137,12 +138,12 @@ class GatedPatchPosition(nn.Module):
 
     def forward(self, x: Tensor, canvas_ids: Tensor) -> Tensor:
         """x [N, K, P, C], canvas_ids [N] -> same shape as x."""
-        amount = self.gate.tanh()
-        return x + self.local * (1 - amount) + self.tile[canvas_ids, : x.shape[1]] * amount
+        weight = self.gate.tanh()
+        return x + self.local * (1 - weight) + self.tile[canvas_ids, : x.shape[1]] * weight
 
 
 class VisionEncoder(nn.Module):
-    """Tiles in, vision features out: the final output and the tapped states side by side, CLS kept per tile."""
+    """Tiles -> vision features: the final output and the tapped hidden states, concatenated; CLS tokens are kept."""
 
     def __init__(self, config: VisionEncoderConfig) -> None:
         super().__init__()
@@ -178,13 +179,13 @@ class VisionEncoder(nn.Module):
             return self._encode_padded(images).flatten(0, 1)
         if len(groups) == 1:
             return self._encode_group(images).flatten(0, 1)
-        features: list[Tensor | None] = [None] * len(images)
+        features: dict[int, Tensor] = {}
         for indices in groups.values():
-            for index, encoded in zip(indices, self._encode_group([images[i] for i in indices]), strict=True):
-                features[index] = encoded
-        return torch.cat(features)
+            features.update(zip(indices, self._encode_group([images[i] for i in indices]), strict=True))
+        return torch.cat([features[index] for index in range(len(images))])
 
     def num_vision_tokens(self, tiles: Tiles) -> int:
+        """Rows of `forward`'s result for one image."""
         return tiles.num_tiles * self.config.tokens_per_tile
 
     def _normalise(self, pixels: Tensor) -> Tensor:
@@ -221,16 +222,16 @@ class VisionEncoder(nn.Module):
         return torch.cat([x, taps.flatten(-2)], dim=-1)
 
     def _encode_group(self, images: Sequence[Tiles]) -> Tensor:
-        """Images of one tile count -> [N, K * P, feature_size]."""
+        """Images with the same number of tiles -> [N, K * P, feature_size]."""
         pixels = torch.stack([tiles.pixels for tiles in images])
         canvas_ids = torch.tensor([tiles.canvas_id for tiles in images]).to(pixels.device, non_blocking=True)
         return self._transform(self._embed(self._normalise(pixels), canvas_ids), canvas_ids, mask=None)
 
     def _encode_padded(self, images: Sequence[Tiles]) -> Tensor:
-        """Images of any tile counts, padded as the released model pads -> [1, sum of K_n * P, feature_size].
+        """Images with any numbers of tiles, padded like the released model -> [1, sum of K_n * P, feature_size].
 
-        Unused tiles are zeros after normalisation, get their embeddings all the same, and are seen by real tokens:
-        the mask keeps only padding from attending to padding.
+        Unused tiles are zeros after normalisation and get embeddings too. Real tokens attend to them: the mask only
+        keeps padding from attending to padding.
         """
         device = self.class_embedding.device
         max_tiles, tokens = self.config.max_num_tiles, self.config.tokens_per_tile
@@ -238,8 +239,8 @@ class VisionEncoder(nn.Module):
         counts = torch.tensor([tiles.num_tiles for tiles in images])
         size = self.config.tile_size
         pixels = torch.zeros(len(images), max_tiles, 3, size, size, device=device, dtype=self.class_embedding.dtype)
-        real_tiles = torch.arange(max_tiles) < counts[:, None]  # [N, max_tiles], and where it holds:
-        real = tuple(places.to(device, non_blocking=True) for places in real_tiles.nonzero(as_tuple=True))
+        real_tiles = torch.arange(max_tiles) < counts[:, None]  # [N, max_tiles]
+        real = tuple(indices.to(device, non_blocking=True) for indices in real_tiles.nonzero(as_tuple=True))
         real_tiles = real_tiles.to(device, non_blocking=True)
         pixels[real] = self._normalise(torch.cat([tiles.pixels for tiles in images]))
         x = self._embed(pixels, canvas_ids)
@@ -266,23 +267,24 @@ class VisionEncoder(nn.Module):
 
 @functools.lru_cache(maxsize=16)
 def _clip_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of pixels, each [3, 1, 1]; kept, since to move them is to wait for the device."""
+    """CLIP's mean and standard deviation, each [3, 1, 1]; cached, because a copy to the device synchronises with it."""
     with torch.inference_mode(False):
-        return tuple(torch.tensor(values, device=device).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+        mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+        return mean, std
 
 
 def at_tile_size(encoder: VisionEncoder, tile_size: int) -> VisionEncoder:
-    """The encoder for another tile resolution, in pixels: the same weights (shared), position tables resized."""
+    """The encoder for another tile size in pixels: it shares the weights, and position tables are resized."""
     config = replace(encoder.config, tile_size=tile_size)
     state = resize_positions(encoder.state_dict(), encoder.config.patches_per_side, config.patches_per_side)
-    with torch.device("meta"):
+    with meta_device():
         resized = VisionEncoder(config)
     resized.load_state_dict(state, assign=True)
     return resized
 
 
 def resize_positions(state: dict[str, Tensor], old_side: int, new_side: int) -> dict[str, Tensor]:
-    """Position tables of another tile resolution, bilinear over the patch grid; the CLS rows stay.
+    """Resize the position tables to another tile size, bilinearly over the patch grid; CLS rows are kept.
 
     Args:
         state: an encoder's state dict, with `patch_position.local` [P, C] and `patch_position.tile` [9, 4, P, C].

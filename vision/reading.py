@@ -1,7 +1,7 @@
-"""Any picture file -> an RGB picture, safely: the first step of every walk that starts from a file.
+"""Read any image file safely as RGB; the first step of everything that starts from an image.
 
-Whatever a file holds, the caller gets a decoded `PIL.Image` in mode RGB or a `UserError` that names the file and the
-reason. Sizes are checked before anything is decoded; an SVG may not load anything from outside itself.
+The caller gets a decoded `PIL.Image` in mode RGB, or a `UserError` that names the file and the reason. Sizes are
+checked before anything is decoded, and an SVG cannot load anything from outside its file.
 """
 
 import base64
@@ -13,55 +13,58 @@ import urllib.parse
 import warnings
 import xml.parsers.expat
 from bisect import bisect_left
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from foundation.errors import UserError
-from foundation.extras import import_extra
+from foundation.extras import MissingExtraError, import_extra
 
 MAX_PIXELS = 2**26  # 67 million, e.g. 8192 x 8192: about 200 MB once decoded
 MAX_SVG_BYTES = 2**24
 MAX_SVG_DEPTH = 100  # deeply nested files overflow the renderer's stack
-MAX_SVG_ELEMENTS = 500_000  # after every reference is followed: ten levels of ten <use> each are 10**10 shapes
+MAX_SVG_ELEMENTS = 500_000  # with all references expanded: ten nested levels of ten <use> each are 10**10 elements
 
-# Formats that Pillow decodes by itself; EPS is left out on purpose (it would start Ghostscript on the file's program).
+# Formats that Pillow decodes by itself. EPS is excluded, because Ghostscript would run the program in the file.
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO")
-_EMBEDDED_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # those that the SVG renderer decodes
+_EMBEDDED_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # formats that the SVG renderer decodes
 _warnings_lock = threading.Lock()
 
 
 def read_picture(
     source: str | Path | bytes, max_pixels: int = MAX_PIXELS, svg_size: int = 672, svg_fonts: bool = True
 ) -> Image.Image:
-    """Reads any picture file as RGB.
+    """Read any image file as RGB.
 
-    Transparent parts are laid over white; EXIF orientation is applied; of an animation the first frame is taken; 16-bit
-    grey is scaled to 8 bits (not clipped). SVG is rendered on white, aspect ratio kept.
+    Transparent parts are composited on white. EXIF orientation is applied. An animation gives its first frame. 16-bit
+    grey is scaled to 8 bits, not clipped. SVG is rendered on white, with its aspect ratio.
 
     Args:
         source: a path, or the file's bytes.
-        max_pixels: refuse pictures with more pixels than this, judged from the header before decoding.
-        svg_size: length in pixels of the long side of a rendered SVG (672: as sharp as four tiles of 336 can show).
-        svg_fonts: draw an SVG's text, with the fonts of this machine; False leaves text out, alike on every machine.
+        max_pixels: refuse images with more pixels; the header is checked before decoding.
+        svg_size: long side of a rendered SVG in pixels; 672 is the resolution of four tiles of 336.
+        svg_fonts: draw an SVG's text with the fonts of this machine. Without it, text is left out, and the result is
+            the same on every machine.
 
     Returns:
-        a decoded picture in mode RGB, not tied to the file.
+        a decoded image in mode RGB, independent of the file.
 
     Raises:
-        UserError: a missing, empty, truncated, too large or unreadable file; names it and says why.
+        UserError: the file is missing, empty, truncated, too large or unreadable; the message names it and the reason.
+        MissingExtraError: the file is an SVG, and its renderer is not installed.
     """
     return _read(source, max_pixels, svg_size, svg_fonts, cutout=False)
 
 
-def read_cutout(source: str | Path | bytes, max_pixels: int = MAX_PIXELS, svg_size: int = 672) -> Image.Image:
-    """Reads a picture file with its transparency, as RGBA; an SVG without its text. Else as `read_picture`."""
+def read_rgba(source: str | Path | bytes, max_pixels: int = MAX_PIXELS, svg_size: int = 672) -> Image.Image:
+    """Read an image file as RGBA, with its transparency and without an SVG's text; otherwise like `read_picture`."""
     return _read(source, max_pixels, svg_size, svg_fonts=False, cutout=True)
 
 
-def frames_of(data: bytes, max_pixels: int = MAX_PIXELS) -> int:
-    """How many pictures a PNG, WebP or JPEG file says it holds; `read_picture` shows the first. Nothing is decoded."""
+def count_frames(data: bytes, max_pixels: int = MAX_PIXELS) -> int:
+    """Number of frames in an image file, from its header; `read_picture` reads the first."""
     return getattr(_open(data, max_pixels), "n_frames", 1)
 
 
@@ -78,6 +81,8 @@ def _read(source: str | Path | bytes, max_pixels: int, svg_size: int, svg_fonts:
         if cutout and picture.has_transparency_data:
             return picture.convert("RGBA")
         return to_rgb(picture).convert("RGBA") if cutout else to_rgb(picture)
+    except MissingExtraError:
+        raise
     except ValueError as error:
         raise UserError(f"{name}: {error}") from error
     except MemoryError as error:
@@ -99,15 +104,15 @@ def _read_file(path: Path) -> bytes:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-# ---------------------------------------------------------------------------------------------------- raster pictures
+# ------------------------------------------------------------------------------------------------------ raster images
 
 
-def _open(data: bytes, max_pixels: int, formats: tuple[str, ...] = _FORMATS) -> Image.Image:
-    """Parses the header only, and refuses pictures over the limit."""
+def _open(data: bytes, max_pixels: int, formats: Sequence[str] = _FORMATS) -> Image.Image:
+    """Parse the header only, and refuse images over the limit."""
     Image.init()
     formats = [name for name in formats if name in Image.OPEN]
-    # Pillow warns of large pictures and odd metadata; our own limit and errors stand in for it. The filter list is
-    # global to the process, hence the lock.
+    # Pillow warns about large images and odd metadata; our limit and errors replace that. The list of warning filters
+    # is global to the process, hence the lock.
     with _warnings_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -131,14 +136,13 @@ def _decode(data: bytes, max_pixels: int) -> Image.Image:
     with _warnings_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            picture = ImageOps.exif_transpose(picture)
-        except Exception:  # unreadable metadata: the picture is taken as it stands
-            picture = picture.copy()
-    return picture
+            return ImageOps.exif_transpose(picture)
+        except Exception:  # unreadable metadata: the orientation is left as stored
+            return picture.copy()
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """A picture of any mode as RGB: transparent parts over white, 16-bit and float values scaled to 8 bits."""
+    """Convert an image of any mode to RGB: transparent parts on white, 16-bit and float values scaled to 8 bits."""
     if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
         return Image.fromarray(_to_8_bit(np.asarray(picture))).convert("RGB")
     if picture.has_transparency_data or picture.mode in ("La", "RGBa"):
@@ -149,10 +153,10 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def _to_8_bit(pixels: np.ndarray) -> np.ndarray:
-    """Grey values of any depth [H, W] -> uint8 [H, W], the full range onto the full range.
+    """Grey values of any depth [H, W] -> uint8 [H, W].
 
-    Integers count as 16-bit where they fit and floats as 0..1 where they fit; anything else is stretched from its own
-    minimum to its own maximum, since its file does not say what white is.
+    Integers within 0..65535 count as 16-bit and floats within 0..1 as full range. Other values are scaled from their
+    minimum and maximum, because the file does not define white.
     """
     white = 1.0 if pixels.dtype.kind == "f" else 65535.0
     values = np.nan_to_num(pixels.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
@@ -166,7 +170,7 @@ def _to_8_bit(pixels: np.ndarray) -> np.ndarray:
 
 
 def _looks_like_svg(data: bytes) -> bool:
-    if data[:2] == b"\x1f\x8b":  # .svgz; no raster format starts with the gzip mark
+    if data[:2] == b"\x1f\x8b":  # .svgz; no raster format starts with gzip's magic number
         return True
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         data = data.decode("utf-16", errors="ignore").encode()
@@ -174,7 +178,7 @@ def _looks_like_svg(data: bytes) -> bool:
 
 
 def _svg_text(data: bytes) -> str:
-    """The file's bytes as text: unzipped, in the encoding that it declares (UTF-8 unless told)."""
+    """The file's bytes as text: unzipped, and decoded from the encoding that it declares (UTF-8 by default)."""
     if data[:2] == b"\x1f\x8b":
         with gzip.open(io.BytesIO(data)) as file:
             data = file.read(MAX_SVG_BYTES + 1)
@@ -195,7 +199,7 @@ def _render_svg(data: bytes, max_pixels: int, svg_size: int, svg_fonts: bool, ba
     text = _svg_text(data)
     has_text = _check_svg(text, max_pixels)
     resvg_py = import_extra("resvg_py", "demo", "SVG")
-    # Width and height together are a box to fit into. Fonts are searched for (slow) only where there is text.
+    # The image is fitted into width x height. Fonts are only searched, which is slow, if there is text.
     png = resvg_py.svg_to_bytes(
         svg_string=text,
         background=background,
@@ -208,18 +212,18 @@ def _render_svg(data: bytes, max_pixels: int, svg_size: int, svg_fonts: bool, ba
 
 
 def _check_svg(text: str, max_pixels: int) -> bool:
-    """Refuses what the renderer would load from outside, overflow its stack on, or never finish.
+    """Refuse what would make the renderer load other files, overflow its stack, or run without end.
 
     Returns:
-        whether the file holds text, so that fonts are needed.
+        whether the file holds text, which needs fonts.
     """
     names: list[str] = []  # local names of the elements, in document order
-    ends: list[int] = []  # element i spans the elements [i, ends[i])
+    ends: list[int] = []  # element i contains the elements [i, ends[i])
     depths: list[int] = []
-    references: list[tuple[int, str]] = []  # (element, id that it draws)
+    references: list[tuple[int, str]] = []  # (element, id of the element that it draws)
     ids: dict[str, int] = {}
     open_elements: list[int] = []
-    embedded = 0  # pixels
+    embedded = 0  # pixels of embedded images
 
     def start(name: str, attributes: dict[str, str]) -> None:
         nonlocal embedded
@@ -232,8 +236,8 @@ def _check_svg(text: str, max_pixels: int) -> bool:
         open_elements.append(index)
         if len(open_elements) > MAX_SVG_DEPTH:
             raise UserError(f"SVG nests its elements over {MAX_SVG_DEPTH} deep")
-        if len(attributes.get("numOctaves", "").strip()) > 2:  # the work is per octave and pixel; 8 bits see about 8
-            raise UserError(f"SVG asks for {attributes['numOctaves'][:20]} octaves of turbulence, over the limit of 99")
+        if len(attributes.get("numOctaves", "").strip()) > 2:  # the cost grows per octave; 8 bits show about 8
+            raise UserError(f"SVG asks for {attributes['numOctaves'][:20]} octaves of turbulence; the limit is 99")
         ids.setdefault(attributes.get("id", ""), index)
         for key, value in attributes.items():
             if key.rpartition(":")[2] == "href" and local != "a":
@@ -246,7 +250,7 @@ def _check_svg(text: str, max_pixels: int) -> bool:
     def end(_: str) -> None:
         ends[open_elements.pop()] = len(names)
 
-    parser = xml.parsers.expat.ParserCreate("utf-8")  # whatever encoding the file declared: it is text by now
+    parser = xml.parsers.expat.ParserCreate("utf-8")  # whatever the file declares: it is decoded already
     parser.StartElementHandler, parser.EndElementHandler = start, end
     try:
         parser.Parse(text.encode(), True)
@@ -257,19 +261,19 @@ def _check_svg(text: str, max_pixels: int) -> bool:
 
 
 def _check_link(link: str, element: str, max_pixels: int) -> int:
-    """A link may name a part of the same file or carry a raster picture within itself; nothing else.
+    """Check a link: it may name an element of the same file or contain a raster image as data, nothing else.
 
-    Some programs write pictures without their type ("data:;base64,..."): the renderer then goes by how the bytes begin,
-    and takes what it does not know for another SVG, so only what it does know may be there.
+    Some programs write embedded images without a type ("data:;base64,..."). The renderer then looks at the first bytes,
+    and renders unknown data as another SVG, so only formats that it knows are allowed.
 
     Returns:
-        pixels of the picture within; 0 where there is none.
+        pixels of the embedded image; 0 if there is none.
     """
     if link.startswith("#") or not link:
         return 0
     embedded = re.match(r"data:(?:image/(?:png|jpe?g|gif|webp))?\s*(;[^,]*)?,", link)
     if not embedded:
-        raise UserError(f"SVG wants to load {link[:60]!r} in <{element}>: only raster data within the file is allowed")
+        raise UserError(f"SVG would load {link[:60]!r} in <{element}>; only raster images inside the file are allowed")
     data = urllib.parse.unquote_to_bytes(link[embedded.end() :])
     if (embedded.group(1) or "").rstrip().lower().endswith(";base64"):
         try:
@@ -283,16 +287,16 @@ def _check_link(link: str, element: str, max_pixels: int) -> int:
 def _check_expansion(
     ends: list[int], depths: list[int], references: list[tuple[int, str]], ids: dict[str, int]
 ) -> None:
-    """Counts the elements that are drawn once each reference is replaced by what it points to, and their depth."""
-    sizes: dict[int, tuple[int, int]] = {}  # element -> (elements, depth), references followed
-    starts = [element for element, _ in references]  # ascending: references were met in document order
+    """Check the number of elements and their depth with every reference replaced by the element that it draws."""
+    sizes: dict[int, tuple[int, int]] = {}  # element -> (elements, depth), with references expanded
+    starts = [element for element, _ in references]  # ascending: references are in document order
 
     def expand(element: int, chain: int) -> tuple[int, int]:
         if element in sizes:
             return sizes[element]
         if chain > MAX_SVG_DEPTH:
             raise UserError(f"SVG chains its references over {MAX_SVG_DEPTH} deep")
-        sizes[element] = (0, 0)  # a cycle draws nothing: the renderer cuts it
+        sizes[element] = (0, 0)  # the renderer draws nothing for a cycle
         size = ends[element] - element
         depth = max(depths[element : ends[element]]) - depths[element] + 1
         for index in range(bisect_left(starts, element), bisect_left(starts, ends[element])):
@@ -302,9 +306,9 @@ def _check_expansion(
                 size += inner_size
                 depth = max(depth, depths[source] - depths[element] + 1 + inner_depth)
         if size > MAX_SVG_ELEMENTS:
-            raise UserError(f"SVG draws over {MAX_SVG_ELEMENTS:,} elements once its references are followed")
+            raise UserError(f"SVG draws over {MAX_SVG_ELEMENTS:,} elements with its references expanded")
         if depth > MAX_SVG_DEPTH:
-            raise UserError(f"SVG nests its elements over {MAX_SVG_DEPTH} deep once its references are followed")
+            raise UserError(f"SVG nests its elements over {MAX_SVG_DEPTH} deep with its references expanded")
         sizes[element] = (size, depth)
         return size, depth
 

@@ -1,7 +1,7 @@
-"""A picture becomes up to four tiles on one of eight canvases (paper §7.2, Llama 3.2 reference).
+"""Tiling: an image becomes up to four tiles on one of eight canvases (paper §7.2, Llama 3.2 reference).
 
-Flow: PIL picture -> choose a canvas -> resize with the aspect kept -> pad with black -> split into square tiles.
-Pixels stay uint8; scaling and normalisation happen in the encoder, on its device.
+PIL image -> choose a canvas -> resize, keeping the aspect ratio -> pad with black -> split into square tiles.
+Pixels stay uint8; the encoder scales and normalises them on its device.
 """
 
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ from torch.nn import functional as F
 
 from foundation.errors import UserError
 
-# (rows, cols) of tiles; a canvas's id is its place in this list counted from 1, and 0 means "no image".
+# (rows, cols) of tiles. A canvas's id is its index in this tuple plus 1; id 0 means "no image".
 CANVASES = ((1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1))
 MAX_TILES = 4
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """One picture as tiles.
+    """One image as tiles.
 
     Attributes:
         pixels: uint8 [K, 3, S, S], row by row over the grid.
@@ -55,11 +55,12 @@ class Tiles:
 
 
 def choose_canvas(width: int, height: int, tile_size: int, max_tiles: int = MAX_TILES) -> tuple[int, int]:
-    """The canvas (rows, cols) on which a picture loses least.
+    """The canvas (rows, cols) on which an image loses the least resolution.
 
-    The smallest scale >= 1 that fills a canvas wins, else the largest scale below 1; ties go to the smallest area.
+    It is the one with the smallest scale >= 1 at which the image fills it, else the one with the largest scale below
+    1; of several, the smallest canvas.
 
-    Example: at 336 px a 600 x 400 picture fits (2, 2) at scale 1.12 and would shrink on every other canvas.
+    Example: at 336 px a 600 x 400 image fits (2, 2) at scale 1.12 and would shrink on every other canvas.
     """
     canvases = [(rows, cols) for rows, cols in CANVASES if rows * cols <= max_tiles]
     scales = {(r, c): min(c * tile_size / width, r * tile_size / height) for r, c in canvases}
@@ -69,9 +70,9 @@ def choose_canvas(width: int, height: int, tile_size: int, max_tiles: int = MAX_
 
 
 def fit_size(width: int, height: int, grid: tuple[int, int], tile_size: int) -> tuple[int, int]:
-    """The (width, height) a picture is resized to on a canvas: aspect kept, no side enlarged beyond max(side, tile).
+    """The (width, height) to which an image is resized on a canvas; no side grows beyond max(side, tile_size).
 
-    The side that does not set the scale is floored, and is at least 1.
+    The aspect ratio is kept: one side sets the scale, and the other is rounded down to at least 1.
     """
     target_width = min(max(width, tile_size), grid[1] * tile_size)
     target_height = min(max(height, tile_size), grid[0] * tile_size)
@@ -82,18 +83,18 @@ def fit_size(width: int, height: int, grid: tuple[int, int], tile_size: int) -> 
 
 
 def tile_image(image: Image.Image, tile_size: int, max_tiles: int = MAX_TILES) -> Tiles:
-    """Cut a picture into tiles.
+    """Cut an image into tiles.
 
     Args:
-        image: a PIL picture in mode RGB (`vision.reading.read_picture` gives one).
+        image: a PIL image in mode RGB, such as `vision.reading.read_picture` returns.
         tile_size: side of a tile in pixels.
-        max_tiles: 1..4; canvases with more tiles are not considered.
+        max_tiles: 1 to 4; canvases with more tiles are not considered.
 
     Raises:
-        UserError: another mode than RGB, or a limit out of range.
+        UserError: another mode than RGB, or a number out of range.
     """
     if image.mode != "RGB":
-        raise UserError(f"the picture has mode {image.mode}; convert it to RGB (vision.reading.read_picture does)")
+        raise UserError(f"the image has mode {image.mode}; convert it to RGB (vision.reading.read_picture does)")
     if not 1 <= max_tiles <= MAX_TILES:
         raise UserError(f"max_tiles is {max_tiles}; it can be 1 to {MAX_TILES}")
     if tile_size < 1:

@@ -1,4 +1,4 @@
-"""Named pictures with a transparent ground, cut out of OpenMoji and of Tux Paint's stamps: what clips are made of."""
+"""Cut-outs of OpenMoji and of Tux Paint's stamps: named pictures with transparency, for moving clips."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,19 +6,20 @@ from pathlib import Path
 from PIL import Image
 
 from data_prep.sources import openmoji, tuxpaint
-from vision.reading import read_cutout
+from foundation.errors import UserError
+from vision.reading import read_rgba
 
 PICTURE_SIZE = 96  # px, the long side before the empty margin is cut off
-MAX_WORDS = 4  # of a stamp's sentence: a longer one is no name
+MAX_WORDS = 4  # of a stamp's sentence; a longer one is a description and not a name
 
 Cutout = tuple[str, Image.Image]  # name, RGBA
 
 
 def openmoji_cutouts(folder: str | Path) -> Iterator[Cutout]:
-    """Yields drawings under their names, less flags, keycaps and skin tones, whose names are told apart by a detail.
+    """Yields drawings with their names, without flags, keycaps and skin tones, which differ in details only.
 
     Args:
-        folder: holds `color/svg` and `data/openmoji.json`. What cannot be read is left out.
+        folder: holds `color/svg` and `data/openmoji.json`. Unreadable files are left out.
     """
     for annotation, path in openmoji.read_annotations(Path(folder)):
         if ":" not in annotation:
@@ -26,30 +27,31 @@ def openmoji_cutouts(folder: str | Path) -> Iterator[Cutout]:
 
 
 def tuxpaint_cutouts(folder: str | Path) -> Iterator[Cutout]:
-    """Yields stamps under their short sentences ("red apple"), one stamp for a name.
+    """Yields stamps with their short sentences as names ("red apple"), one stamp per name.
 
     Args:
-        folder: holds `stamps`. What cannot be read is left out.
+        folder: holds `stamps`. Unreadable files are left out.
     """
     seen = set()
     for path in sorted(Path(folder).glob("stamps/**/*.txt")):
         try:
             name = tuxpaint.concept_of(tuxpaint.sentence_of(path.with_suffix("")))
-        except ValueError:
+        except UserError:
             continue
         if name and name not in seen and len(name.split()) <= MAX_WORDS:
             for picture in (path.with_suffix(".svg"), path.with_suffix(".png")):
-                found = list(_cutout(name, picture)) if picture.is_file() else []
-                if found:
+                cutouts = list(_cutout(name, picture)) if picture.is_file() else []
+                if cutouts:
                     seen.add(name)
-                    yield from found
+                    yield from cutouts
                     break
 
 
 def _cutout(name: str, path: Path) -> Iterator[Cutout]:
+    """Yields the picture without its empty margin; nothing where it cannot be read or is empty."""
     try:
-        picture = read_cutout(path, svg_size=PICTURE_SIZE)
-    except ValueError:
+        picture = read_rgba(path, svg_size=PICTURE_SIZE)
+    except UserError:
         return
     picture.thumbnail((PICTURE_SIZE, PICTURE_SIZE))
     box = picture.getchannel("A").getbbox()

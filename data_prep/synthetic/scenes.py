@@ -1,4 +1,4 @@
-"""Pictures with transparency and a name each -> scenes in which it is known where each lies."""
+"""Named pictures with transparency -> scenes with the bounding box of each object."""
 
 import hashlib
 import random
@@ -10,82 +10,95 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_prep.pipeline.pool import RawSource, parts_of
+from data_prep.pipeline.pool import RawSource, list_parts
 from data_prep.sources.captions_beside import CAPTIONS
 from data_prep.synthetic.building import LeftOut
 from foundation.errors import UserError
-from vision.reading import read_cutout
+from vision.reading import read_rgba
 
-MOST_WORDS = 6  # of a name; longer ones are sentences about more than the thing
-LEAST_ALPHA = 32  # of 255: fainter pixels do not count as part of the thing
-GAP = 6  # pixels between things, so that none hides another
+MAX_WORDS = 6  # of a name; longer ones are sentences about more than the object
+MIN_ALPHA = 32  # of 255; fainter pixels do not count as part of the object
+GAP = 6  # pixels between objects, so that none hides another
+
+Box = tuple[float, float, float, float]  # xmin, ymin, xmax, ymax in pixels; the last two exclusive
 
 
 @dataclass(frozen=True)
-class Cutout:
+class CutoutFile:
+    """An object's name, and the file of its picture."""
+
     label: str
     path: Path
 
 
-def cutouts_of(
+def find_cutouts(
     sources: Sequence[tuple[RawSource, Path]], without: str | None = None
-) -> tuple[list[Cutout], list[LeftOut]]:
-    """The things of folders, one for each name and each file's content, ordered by name; and what is left out.
+) -> tuple[list[CutoutFile], list[LeftOut]]:
+    """The objects of folders, sorted by name, with one file for each name; and the files that are left out.
 
-    Files without a short name, or with one that is not wanted, are left out, and copies of a file under other names:
-    two names of one picture would make each of them a wrong answer now and then.
+    A name is the caption in lower case without its article: "A red apple." is "red apple". Of several languages the
+    English one is used. Of equal files under several names only the first is used, since either name would be a correct
+    answer.
 
-    A name is in small letters, without article: "A red apple." is "red apple". Of a Tux Paint stamp the English one.
+    Args:
+        sources: folders of pictures, with the local path of each.
+        without: a regular expression; matching names are left out.
     """
     named: dict[str, Path] = {}
     labels: dict[bytes, str] = {}  # a file's digest -> its name
     left_out = []
     for source, folder in sources:
         captions = CAPTIONS[source.captions](folder)
-        for part in parts_of(source, folder):
+        for part in list_parts(source, folder):
             for file in part.files:
                 data = (folder / file).read_bytes()
-                found = captions(file, data)
-                label = _label(next((text for key, text in found if "#" not in key or key.endswith("#en")), None))
-                if not 1 <= len(label.split()) <= MOST_WORDS:
+                keyed_captions = captions(file, data)
+                label = _label(
+                    next((text for key, text in keyed_captions if "#" not in key or key.endswith("#en")), None)
+                )
+                if not 1 <= len(label.split()) <= MAX_WORDS:
                     left_out.append(
-                        LeftOut(f"{source.path}/{file}", f"no name of 1 to {MOST_WORDS} words: {label[:80]!r}")
+                        LeftOut(f"{source.path}/{file}", f"no name of 1 to {MAX_WORDS} words: {label[:80]!r}")
                     )
                 elif without is not None and re.search(without, label):
-                    left_out.append(LeftOut(f"{source.path}/{file}", f"{label!r} is not wanted"))
+                    left_out.append(LeftOut(f"{source.path}/{file}", f"{label!r} matches `without`"))
                 elif label in named:
-                    left_out.append(LeftOut(f"{source.path}/{file}", f"another one is called {label!r} too"))
+                    left_out.append(LeftOut(f"{source.path}/{file}", f"another picture has the name {label!r}"))
                 elif (same := labels.setdefault(hashlib.sha256(data).digest(), label)) != label:
-                    left_out.append(LeftOut(f"{source.path}/{file}", f"the same file is called {same!r}"))
+                    left_out.append(LeftOut(f"{source.path}/{file}", f"the same file has the name {same!r}"))
                 else:
                     named[label] = folder / file
-    return [Cutout(label, path) for label, path in sorted(named.items())], left_out
+    return [CutoutFile(label, path) for label, path in sorted(named.items())], left_out
 
 
-def compose(
-    chance: random.Random, cutouts: Sequence[Cutout], side: int
-) -> tuple[Image.Image, list[tuple[str, tuple[float, float, float, float]]]]:
-    """A square RGB scene, and each thing's name and box in pixels (xmin, ymin, xmax, ymax; the last two exclusive).
+def compose(rng: random.Random, cutouts: Sequence[CutoutFile], side: int) -> tuple[Image.Image, list[tuple[str, Box]]]:
+    """Place objects at random on a background; one for which there is no room is left out.
+
+    Args:
+        side: pixels of the scene's sides.
+
+    Returns:
+        the RGB scene, and each object's name and box.
 
     Raises:
-        UserError: a picture cannot be read, has no transparent border, or is empty.
+        UserError: a picture cannot be read, has no transparent part, or is empty.
     """
-    scene = _background(chance, side)
-    boxes: list[tuple[str, tuple[float, float, float, float]]] = []
+    scene = _background(rng, side)
+    boxes: list[tuple[str, Box]] = []
     for cutout in cutouts:
-        thing = _trimmed(cutout)
-        scale = side * chance.uniform(0.16, 0.42) / max(thing.size)
+        picture = _trimmed(cutout)
+        scale = side * rng.uniform(0.16, 0.42) / max(picture.size)
         for _ in range(40):
-            width, height = (max(8, round(length * scale)) for length in thing.size)
-            left, top = chance.randint(0, side - width), chance.randint(0, side - height)
+            width, height = (max(8, round(length * scale)) for length in picture.size)
+            left, top = rng.randint(0, side - width), rng.randint(0, side - height)
             box = (left, top, left + width, top + height)
             if not any(_touch(box, other) for _, other in boxes):
                 break
-            scale *= 0.96  # a smaller one may find room
+            scale *= 0.96  # a smaller one may fit
         else:
             continue
-        small = thing.resize((width, height), Image.Resampling.LANCZOS)
-        scene.paste(small, (left, top), small)
+        resized = picture.resize((width, height), Image.Resampling.LANCZOS)
+        scene.paste(resized, (left, top), resized)
         boxes.append((cutout.label, box))
     return scene, boxes
 
@@ -95,27 +108,27 @@ def _label(caption: bytes | None) -> str:
     return re.sub(r"^(?:an?|the|some) ", "", text)
 
 
-def _trimmed(cutout: Cutout) -> Image.Image:
-    picture = read_cutout(cutout.path, svg_size=256)
+def _trimmed(cutout: CutoutFile) -> Image.Image:
+    picture = read_rgba(cutout.path, svg_size=256)
     picture.thumbnail((256, 256), Image.Resampling.LANCZOS)
     alpha = np.asarray(picture)[..., 3]
-    if alpha.min() > LEAST_ALPHA:
-        raise UserError(f"{cutout.path}: has no transparent part, so it cannot be cut out")
-    rows, columns = (np.flatnonzero((alpha > LEAST_ALPHA).any(axis)) for axis in (1, 0))
+    if alpha.min() > MIN_ALPHA:
+        raise UserError(f"{cutout.path}: has no transparent part, so its outline is not known")
+    rows, columns = (np.flatnonzero((alpha > MIN_ALPHA).any(axis)) for axis in (1, 0))
     if not len(rows):
-        raise UserError(f"{cutout.path}: is transparent all over")
+        raise UserError(f"{cutout.path}: is wholly transparent")
     return picture.crop((int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1))
 
 
-def _background(chance: random.Random, side: int) -> Image.Image:
-    """A pale colour, or a slope from one to another."""
-    first, second = (np.array([chance.randint(190, 255) for _ in range(3)], float) for _ in range(2))
-    slope = np.linspace(0, 1 if chance.random() < 0.6 else 0, side)[:, None, None]
-    pixels = np.broadcast_to(first + (second - first) * slope, (side, side, 3))
-    if chance.random() < 0.5:
+def _background(rng: random.Random, side: int) -> Image.Image:
+    """A pale colour, or a gradient from one to another."""
+    first, second = (np.array([rng.randint(190, 255) for _ in range(3)], float) for _ in range(2))
+    weight = np.linspace(0, 1 if rng.random() < 0.6 else 0, side)[:, None, None]
+    pixels = np.broadcast_to(first + (second - first) * weight, (side, side, 3))
+    if rng.random() < 0.5:
         pixels = pixels.transpose(1, 0, 2)
     return Image.fromarray(np.round(pixels).astype(np.uint8))
 
 
-def _touch(one: tuple, other: tuple) -> bool:
-    return one[0] < other[2] + GAP and other[0] < one[2] + GAP and one[1] < other[3] + GAP and other[1] < one[3] + GAP
+def _touch(a: Box, b: Box) -> bool:
+    return a[0] < b[2] + GAP and b[0] < a[2] + GAP and a[1] < b[3] + GAP and b[1] < a[3] + GAP

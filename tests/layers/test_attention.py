@@ -1,4 +1,4 @@
-"""Attention against the formula written out with every head in full; the cache against no cache."""
+"""Attention, compared with its formula, and the key-value cache, compared with a pass without it."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def _no_gradients():
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k / sqrt(d)) v with keys and values repeated for their group of heads."""
+    """softmax(q k / sqrt(d)) v, with keys and values repeated for each head of their group."""
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
@@ -29,7 +29,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 6])
 @pytest.mark.parametrize("mask_shape", [None, (3, 1, 5, 7), (3, 1, 1, 7), (1, 1, 5, 7)])
-def test_grouped_attention_is_attention(num_kv_heads, mask_shape):
+def test_grouped_attention_equals_the_formula(num_kv_heads, mask_shape):
     q = torch.randn(3, 6, 5, 8)
     k, v = torch.randn(2, 3, num_kv_heads, 7, 8)
     mask = None
@@ -46,7 +46,7 @@ def heads(x: Tensor, projection: torch.nn.Linear, head_dim: int) -> Tensor:
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("num_kv_heads", [2, 4])
 @pytest.mark.parametrize("bias", [True, False])
-def test_self_attention_is_the_formula(causal, num_kv_heads, bias):
+def test_self_attention_equals_the_formula(causal, num_kv_heads, bias):
     layer = SelfAttention(32, 4, num_kv_heads, 8, causal=causal, qkv_bias=bias, output_bias=bias)
     assert (layer.q_proj.bias is not None) == (layer.o_proj.bias is not None) == bias
     x = torch.randn(2, 6, 32)
@@ -56,21 +56,21 @@ def test_self_attention_is_the_formula(causal, num_kv_heads, bias):
     torch.testing.assert_close(layer(x), expected, **CLOSE)
 
 
-def test_mask_adds_to_the_scores():
+def test_an_additive_mask_hides_keys():
     layer = SelfAttention(16, 2, 2, 8, causal=False)
     x = torch.randn(1, 4, 16)
     mask = torch.zeros(4, 4).masked_fill(torch.eye(4) == 0, torch.finfo(torch.float32).min)
-    expected = layer.o_proj(layer.v_proj(x))  # each token sees itself alone
+    expected = layer.o_proj(layer.v_proj(x))  # each token attends to itself only
     torch.testing.assert_close(layer(x, mask=mask), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("lengths", [[5, 5], [5, 2], [1, 4]])
-def test_decoding_with_a_cache_is_the_full_pass(lengths):
+def test_decoding_with_a_cache_equals_the_full_pass(lengths):
     layer, config, num_new = SelfAttention(32, 4, 2, 8, causal=True), RotaryConfig(theta=100.0), 3
     rows = [torch.randn(1, length + num_new, 32) for length in lengths]
     full = [layer(row, rotary_angles(config, 8, torch.arange(row.shape[1]), row.dtype)) for row in rows]
     longest = max(lengths)
-    # what lies behind a row's length is rubbish, and must never be read
+    # Large values beyond a row's length, which must never be read.
     cache = KeyValueCache(torch.full((2, 2, longest + num_new, 8), 1e4), torch.full((2, 2, longest + num_new, 8), 1e4))
     prompt = torch.randn(2, longest, 32)
     for row, length in enumerate(lengths):
@@ -91,7 +91,7 @@ def test_decoding_with_a_cache_is_the_full_pass(lengths):
             torch.testing.assert_close(out[row, 0], full[row][0, position], **CLOSE)
 
 
-def test_cross_attention_is_the_formula():
+def test_cross_attention_equals_the_formula():
     layer = CrossAttention(32, 4, 2, 8, norm_eps=1e-5)
     layer.q_norm.weight.uniform_(0.5, 1.5)
     layer.k_norm.weight.uniform_(0.5, 1.5)
@@ -110,7 +110,7 @@ def test_cross_attention_is_the_formula():
     torch.testing.assert_close(layer(x, keys.transpose(1, 2), values.transpose(1, 2), mask), expected, **CLOSE)
 
 
-def test_cross_attention_knows_no_order():
+def test_cross_attention_does_not_depend_on_the_order_of_keys():
     layer = CrossAttention(32, 4, 2, 8, norm_eps=1e-5)
     x, vision, order = torch.randn(1, 3, 32), torch.randn(1, 6, 32), torch.randperm(6)
     one, other = (

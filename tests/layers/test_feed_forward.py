@@ -1,4 +1,4 @@
-"""Feed-forward layers against their formulas and against open_clip's quick GELU."""
+"""Feed-forward layers, compared with their formulas and with open_clip's QuickGELU."""
 
 import math
 
@@ -10,7 +10,7 @@ from layers.feed_forward import MLP, SwiGLU
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_swiglu_is_the_formula(bias):
+def test_swiglu_equals_the_formula(bias):
     torch.manual_seed(0)
     layer, x = SwiGLU(8, 12, bias=bias), torch.randn(2, 3, 8)
     assert (layer.down_proj.bias is not None) == bias
@@ -19,7 +19,7 @@ def test_swiglu_is_the_formula(bias):
     torch.testing.assert_close(layer(x), expected)
 
 
-def test_mlp_has_the_exact_gelu():
+def test_gelu_is_exact():
     torch.manual_seed(0)
     layer, x = MLP(8, 12), 3 * torch.randn(2, 3, 8)
     inner = layer.fc1(x)
@@ -27,12 +27,12 @@ def test_mlp_has_the_exact_gelu():
     torch.testing.assert_close(layer(x), expected)
 
 
-def test_mlp_has_open_clips_quick_gelu():
+def test_quick_gelu_equals_open_clips():
     torch.manual_seed(0)
     layer, x = MLP(8, 12, "quick_gelu"), 3 * torch.randn(2, 3, 8)
     torch.testing.assert_close(layer(x), layer.fc2(open_clip.transformer.QuickGELU()(layer.fc1(x))))
 
 
-def test_unknown_activation_is_named():
+def test_an_unknown_activation_is_an_error():
     with pytest.raises(ValueError, match="'relu'"):
         MLP(8, 12, "relu")

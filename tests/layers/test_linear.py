@@ -1,4 +1,4 @@
-"""Our linear layer is PyTorch's to rounding, forward and backward, on either kernel, and keeps no more alive."""
+"""The linear layer equals PyTorch's to rounding, forward and backward, and saves no more tensors."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from layers import linear as module
 from layers.linear import Linear, linear
 
 needs_onednn = pytest.mark.skipif(not module.ONEDNN, reason="this PyTorch has no oneDNN")
-LARGE = (2, 40, 96)  # of an input; with 80 outputs the product is worth oneDNN's call
+LARGE = (2, 40, 96)  # an input's shape; with 80 outputs it is large enough for oneDNN
 
 
 def tensors(shape=LARGE, outputs=80, dtype=torch.float32):
@@ -20,7 +20,7 @@ def tensors(shape=LARGE, outputs=80, dtype=torch.float32):
 
 @pytest.fixture
 def onednn_calls(monkeypatch):
-    """The shapes of inputs that went to oneDNN."""
+    """The shapes of the inputs that oneDNN multiplied."""
     calls = []
     product = module._product
     monkeypatch.setattr(module, "_product", lambda x, *rest: calls.append(tuple(x.shape)) or product(x, *rest))
@@ -30,36 +30,35 @@ def onednn_calls(monkeypatch):
 @needs_onednn
 @pytest.mark.parametrize("shape", [LARGE, (1, 1, 4096), (77, 96)])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_values_and_gradients_are_pytorchs(onednn_calls, shape, with_bias):
+def test_values_and_gradients_equal_pytorchs(onednn_calls, shape, with_bias):
     x, weight, bias = tensors(shape)
-    given = [x, weight, bias] if with_bias else [x, weight]
-    out, expected = linear(*given), F.linear(*given)
+    inputs = [x, weight, bias] if with_bias else [x, weight]
+    out, expected = linear(*inputs), F.linear(*inputs)
     assert onednn_calls == [shape]
     # fp32 sums of up to 4,096 products near 1, in another order
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
     upstream = torch.randn_like(out)
-    for got, wanted in zip(
-        torch.autograd.grad(out, given, upstream), torch.autograd.grad(expected, given, upstream), strict=True
-    ):
-        assert got.shape == wanted.shape
-        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    gradients = (torch.autograd.grad(y, inputs, upstream) for y in (out, expected))
+    for gradient, expected_gradient in zip(*gradients, strict=True):
+        assert gradient.shape == expected_gradient.shape
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-4)
 
 
 @needs_onednn
 def test_strided_input_and_gradient(onednn_calls):
     x, weight, _ = tensors((96, 80))
-    turned = x.t()[None].expand(3, -1, -1)
+    strided = x.t()[None].expand(3, -1, -1)
     weight = weight[:, :1].expand(-1, 96)
-    out = linear(turned, weight)
-    expected = F.linear(turned, weight)
+    out = linear(strided, weight)
+    expected = F.linear(strided, weight)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
-    (got,), (wanted,) = (torch.autograd.grad(y.sum(), x) for y in (out, expected))
+    (gradient,), (expected_gradient,) = (torch.autograd.grad(y.sum(), x) for y in (out, expected))
     assert onednn_calls
-    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("case", ["small", "empty", "float64", "autocast", "subclass"])
-def test_the_rest_goes_pytorchs_way(onednn_calls, case):
+def test_other_inputs_use_pytorchs_kernel(onednn_calls, case):
     x, weight, bias = tensors({"small": (2, 8), "empty": (0, 96)}.get(case, LARGE))
     if case == "float64":
         x, weight, bias = tensors(dtype=torch.float64)
@@ -72,13 +71,13 @@ def test_the_rest_goes_pytorchs_way(onednn_calls, case):
 
 
 @needs_onednn
-def test_a_frozen_weight_keeps_no_input_and_gets_no_gradient():
+def test_a_frozen_weight_saves_no_input_and_gets_no_gradient():
     x, weight, bias = tensors()
     weight.requires_grad_(False), bias.requires_grad_(False)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         out = linear(x, weight, bias)
-    assert all(tensor.data_ptr() == weight.data_ptr() for tensor in kept)
+    assert all(tensor.data_ptr() == weight.data_ptr() for tensor in saved)
     out.sum().backward()
     assert x.grad is not None and weight.grad is None and bias.grad is None
 
@@ -99,7 +98,7 @@ def test_flops_are_counted():
     assert counter.get_total_flops() == 3 * 2 * x.numel() * 80
 
 
-def test_is_pytorchs_layer_to_everyone_else():
+def test_the_layer_is_an_nn_linear_with_its_state_dict():
     layer = Linear(3, 4)
     assert isinstance(layer, torch.nn.Linear)
     assert list(layer.state_dict()) == ["weight", "bias"]

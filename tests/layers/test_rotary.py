@@ -1,4 +1,4 @@
-"""Rotary positions: only distances matter; frequencies are those of `transformers` for every kind of scaling."""
+"""Rotary positions: scores depend on distances only, and frequencies equal those of `transformers`."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.scaling)
-def test_scores_depend_on_distance_alone(config):
+def test_scores_depend_on_distances_only(config):
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 64)
 
@@ -31,7 +31,7 @@ def test_scores_depend_on_distance_alone(config):
 
 @pytest.mark.parametrize("scaling", ["linear", "llama3"])
 @pytest.mark.parametrize(("theta", "head_dim"), [(500_000.0, 128), (10_000.0, 64)])
-def test_scaled_frequencies_are_those_of_transformers(scaling, theta, head_dim):
+def test_scaled_frequencies_equal_those_of_transformers(scaling, theta, head_dim):
     extra = {"factor": 4.0} if scaling == "linear" else {**LLAMA31, "original_max_position_embeddings": 8192}
     theirs = LlamaConfig(
         hidden_size=4 * head_dim,
@@ -47,19 +47,19 @@ def test_scaled_frequencies_are_those_of_transformers(scaling, theta, head_dim):
     torch.testing.assert_close(found, expected)
 
 
-def test_unscaled_frequencies_are_the_formula():
+def test_unscaled_frequencies_equal_the_formula():
     expected = torch.tensor([10_000.0 ** -(2 * pair / 8) for pair in range(4)])
     torch.testing.assert_close(inverse_frequencies(RotaryConfig(theta=10_000.0), 8), expected)
 
 
-def test_positions_per_row_and_shared_agree():
+def test_positions_per_row_equal_shared_positions():
     config, x = CONFIGS[1], torch.randn(2, 3, 4, 16)
     shared = rotate(x, *rotary_angles(config, 16, torch.arange(4), x.dtype))
     per_row = rotate(x, *rotary_angles(config, 16, torch.arange(4).expand(2, 4), x.dtype))
     assert torch.equal(shared, per_row)
-    torch.testing.assert_close(shared.norm(dim=-1), x.norm(dim=-1))  # turning keeps lengths
+    torch.testing.assert_close(shared.norm(dim=-1), x.norm(dim=-1))  # a rotation keeps norms
 
 
-def test_unknown_scaling_is_named():
+def test_unknown_scaling_is_an_error():
     with pytest.raises(ValueError, match="'yarn'"):
         RotaryConfig(scaling="yarn")

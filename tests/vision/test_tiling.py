@@ -1,4 +1,4 @@
-"""Tiling: the tiles put together are the picture, and canvases, sizes and pixels are those of `transformers`."""
+"""Tiling: canvases, sizes and pixels equal those of `transformers`, and tiles put together give the image."""
 
 import itertools
 
@@ -43,7 +43,7 @@ def join_tiles(tiles: Tiles) -> torch.Tensor:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("max_tiles", [1, 2, 3, 4])
-def test_pixels_are_those_of_transformers(random_picture, size, max_tiles):
+def test_pixels_equal_those_of_transformers(random_picture, size, max_tiles):
     picture = random_picture(*size)
     tiles = tile_image(picture, 28, max_tiles)
     processor = MllamaImageProcessor(
@@ -57,7 +57,7 @@ def test_pixels_are_those_of_transformers(random_picture, size, max_tiles):
 
 
 @pytest.mark.parametrize("tile_size", [28, 336, 560])
-def test_canvases_and_sizes_are_those_of_transformers(tile_size):
+def test_canvases_and_sizes_equal_those_of_transformers(tile_size):
     sides = [1, 2, 13, 27, 28, 29, 200, 335, 336, 337, 448, 672, 673, 1000, 1344, 2240, 5000]
     for width, height in itertools.product(sides, sides):
         grid = choose_canvas(width, height, tile_size)
@@ -68,7 +68,7 @@ def test_canvases_and_sizes_are_those_of_transformers(tile_size):
 
 
 @pytest.mark.parametrize("grid", CANVASES)
-def test_a_picture_that_fills_its_canvas_comes_back_unchanged(random_picture, grid):
+def test_an_image_that_fills_its_canvas_is_unchanged(random_picture, grid):
     picture = random_picture(grid[1] * 28, grid[0] * 28)
     tiles = tile_image(picture, 28)
     assert tiles.grid == grid
@@ -76,7 +76,7 @@ def test_a_picture_that_fills_its_canvas_comes_back_unchanged(random_picture, gr
     assert torch.equal(split_tiles(join_tiles(tiles), grid), tiles.pixels)
 
 
-def test_tiles_stand_row_by_row():
+def test_tiles_are_in_row_major_order():
     picture = Image.new("RGB", (56, 56))
     for number, corner in enumerate(((0, 0), (28, 0), (0, 28), (28, 28))):
         picture.paste((number + 1,) * 3, (*corner, corner[0] + 28, corner[1] + 28))
@@ -84,8 +84,8 @@ def test_tiles_stand_row_by_row():
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_what_lies_outside_the_picture_is_black(size):
-    """A white picture shows which part of the canvas it covers: one rectangle from the top left corner."""
+def test_the_canvas_outside_the_image_is_black(size):
+    """A white image covers one rectangle from the top left corner."""
     tiles = tile_image(Image.new("RGB", size, "white"), 28)
     canvas = join_tiles(tiles)
     width, height = fit_size(*size, tiles.grid, 28)
@@ -93,7 +93,7 @@ def test_what_lies_outside_the_picture_is_black(size):
     assert canvas.sum() == 255 * 3 * height * width
 
 
-def test_no_side_grows_beyond_itself_or_a_tile():
+def test_no_side_grows_beyond_its_own_length_or_a_tile():
     for width, height in SIZES:
         grid = choose_canvas(width, height, 28)
         new_width, new_height = fit_size(width, height, grid, 28)
@@ -101,12 +101,12 @@ def test_no_side_grows_beyond_itself_or_a_tile():
         assert 1 <= new_height <= min(max(height, 28), grid[0] * 28)
 
 
-def test_fewer_tiles_are_a_limit(random_picture):
+def test_max_tiles_limits_the_canvas(random_picture):
     for size, max_tiles in itertools.product(SIZES, (1, 2, 3, 4)):
         assert tile_image(random_picture(*size), 28, max_tiles).num_tiles <= max_tiles
 
 
-def test_the_paper_s_examples():
+def test_the_examples_of_the_paper():
     assert choose_canvas(672, 672, 336) == (2, 2)
     assert choose_canvas(672, 336, 336) == (1, 2)
     assert choose_canvas(336, 1344, 336) == (4, 1)
@@ -123,7 +123,7 @@ def test_the_paper_s_examples():
         ({"tile_size": 0}, "tile_size is 0"),
     ],
 )
-def test_bad_arguments(change, named):
+def test_invalid_arguments_are_errors(change, named):
     arguments = {"image": Image.new("RGB", (4, 4)), "tile_size": 28, "max_tiles": 4, **change}
     with pytest.raises(ValueError, match=named):
         tile_image(**arguments)
@@ -140,6 +140,6 @@ def test_bad_arguments(change, named):
         (torch.zeros(3, 28, 28, dtype=torch.uint8), (1, 1)),
     ],
 )
-def test_tiles_that_do_not_fit_their_grid(pixels, grid):
+def test_tiles_that_do_not_fit_their_grid_are_errors(pixels, grid):
     with pytest.raises(ValueError, match="grid"):
         Tiles(pixels, grid)

@@ -3,8 +3,8 @@ import io
 import pytest
 from PIL import Image
 
-from data_prep.pipeline.writing import to_write
-from vision.reading import frames_of, read_picture
+from data_prep.pipeline.writing import encode_picture
+from vision.reading import count_frames, read_picture
 
 
 @pytest.mark.parametrize("form, suffix", [("WEBP", "png"), ("PNG", "png"), ("MPO", "jpg")])
@@ -14,8 +14,8 @@ def test_of_several_pictures_in_one_file_only_that_which_was_looked_at_is_writte
     more = {"default_image": True} if default_image and form == "PNG" else {}
     noise(1).save(out, form, save_all=True, append_images=[noise(2)], **more)
     data = out.getvalue()
-    named, written = to_write(data, read_picture(data), None)
-    assert frames_of(data) == 2 and frames_of(written) == 1
+    named, written = encode_picture(data, read_picture(data), None)
+    assert count_frames(data) == 2 and count_frames(written) == 1
     assert named == suffix and len(written) and written != data
     with Image.open(io.BytesIO(written)) as opened:
         assert getattr(opened, "n_frames", 1) == 1 and opened.size == noise(1).size
@@ -26,5 +26,5 @@ def test_of_several_pictures_in_one_file_only_that_which_was_looked_at_is_writte
 @pytest.mark.parametrize("form, suffix", [("WEBP", "webp"), ("PNG", "png"), ("JPEG", "jpg")])
 def test_a_file_of_one_picture_keeps_its_bytes(noise, encode, form, suffix):
     data = encode(noise(1), form)
-    assert to_write(data, read_picture(data), None) == (suffix, data)
-    assert to_write(data, read_picture(data), 20)[1] != data
+    assert encode_picture(data, read_picture(data), None) == (suffix, data)
+    assert encode_picture(data, read_picture(data), 20)[1] != data
