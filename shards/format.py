@@ -1,13 +1,14 @@
-"""The training shard, which data preparation writes and training reads: what a record is, and what the index holds.
+"""The format of training shards, which data preparation writes and training reads: records and their index.
 
-A set is a folder of webdataset tars and one `index.parquet`. The members of a record share a key, its id, and follow
-one another: `{id}.json`, then its media in the order of their suffixes (`{id}.png`, or `{id}.0.jpg`, `{id}.1.jpg`).
+A set is a folder of webdataset tars with one `index.parquet`. The members of a record share its id as a key and are
+consecutive: `{id}.json`, then its media in the order of their suffixes (`{id}.png`, or `{id}.0.jpg`, `{id}.1.jpg`).
 """
 
 import hashlib
 import io
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
 from PIL import Image
@@ -23,17 +24,17 @@ INDEX_SCHEMA = pa.schema(
     [
         ("id", pa.string()),
         ("shard", pa.string()),  # file name of the tar
-        ("offset", pa.int64()),  # of the record's first tar header, in bytes
-        ("size", pa.int64()),  # bytes up to the next record: headers, contents, tar padding
+        ("offset", pa.int64()),  # byte offset of the record's first tar header
+        ("size", pa.int64()),  # bytes to the next record: headers, contents, tar padding
         ("split", pa.string()),
         ("task", pa.string()),
         ("caption", pa.string()),
-        ("image_id", pa.string()),  # the same for records about the same picture: the json's, else image_id() of it
-        ("width", pa.int32()),  # of the first picture, in pixels
+        ("image_id", pa.string()),  # equal for records of the same image: from the json, else image_id() of the file
+        ("width", pa.int32()),  # of the first image, in pixels
         ("height", pa.int32()),
-        ("num_frames", pa.int32()),  # from the record's json, where a preparation step stated it
-        ("duration", pa.float64()),  # seconds, likewise
-        ("num_chars", pa.int32()),  # of the caption
+        ("num_frames", pa.int32()),  # from the record's json, if it is there
+        ("duration", pa.float64()),  # seconds, from the record's json
+        ("num_chars", pa.int32()),  # length of the caption
     ]
 )
 
@@ -44,64 +45,69 @@ class Record:
 
     Attributes:
         id: letters, digits, `_` and `-`, unique in the set.
-        json: `{"id", "split", "task", "language", "caption"}`, or `"messages"` in place of `"caption"`.
-            Evaluation also reads `"answers"`, further references, and `"choices"`, answers to choose from.
+        json: `{"id", "split", "task", "language", "caption"}`, or `"messages"` instead of `"caption"`. Evaluation also
+            reads `"answers"`, further references, and `"choices"`, the possible answers.
         media: member suffix without the leading dot (`"png"`, `"0.jpg"`, `"clip.mp4"`, `"flac"`) -> the file's bytes.
             Messages name their media by this suffix: `{"type": "image", "image": "0.jpg"}`.
-        scores: extra columns of the index, not kept in the tar: numbers; texts or lists of lists of numbers as well.
+        scores: extra columns of the index, which are not stored in the tar: numbers, texts, or lists of lists of
+            numbers.
     """
 
     id: str
-    json: dict
+    json: dict[str, Any]
     media: dict[str, bytes] = field(default_factory=dict)
     scores: dict[str, float | str | list[list[float]]] = field(default_factory=dict)
 
 
 def make_id(source: str) -> str:
-    """A record id from whatever names the sample in its source, e.g. a path: 16 hexadecimal digits, always the same."""
+    """A record id from the sample's name in its source, such as a path: 16 hexadecimal digits of its SHA-256."""
     return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
 def image_id(picture: bytes) -> str:
-    """16 hexadecimal digits of the SHA-256 of a picture file."""
+    """The id of an image file: 16 hexadecimal digits of its SHA-256."""
     return hashlib.sha256(picture).hexdigest()[:16]
 
 
-def member_order(suffix: str) -> tuple:
-    """Sort key of a record's members: json first, numbered media by their number (`2.jpg` before `10.jpg`)."""
+def member_order(suffix: str) -> tuple[bool, int, str]:
+    """Sort key of a record's members: json first, then numbered media by number (`2.jpg` before `10.jpg`)."""
     number, _, rest = suffix.partition(".")
     return (suffix != "json", int(number) if number.isdigit() else -1, rest if number.isdigit() else suffix)
 
 
 def picture_suffixes(media: dict[str, bytes]) -> list[str]:
-    """The suffixes of a record's pictures, in order."""
+    """The suffixes of a record's images, in order."""
     return sorted((name for name in media if _without_number(name) in PICTURES), key=member_order)
 
 
 def check_record(record: Record) -> None:
-    """Raises UserError, naming the record and the field, for a record that breaks the format."""
+    """Check that a record follows the format.
+
+    Raises:
+        UserError: it does not; the message names the record and the field.
+    """
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,80}", record.id):
         raise UserError(f"record id {record.id!r}: use 1 to 80 letters, digits, '_' and '-' (make_id() makes one)")
     where = f"record {record.id}"
     for key in ("id", "split", "task", "language"):
         if not isinstance(record.json.get(key), str) or not record.json[key]:
-            raise UserError(f"{where}: json[{key!r}] is {record.json.get(key)!r}; a non-empty string is needed")
+            raise UserError(f"{where}: json[{key!r}] is {record.json.get(key)!r}; it must be a non-empty string")
     if record.json["id"] != record.id:
-        raise UserError(f"{where}: json['id'] is {record.json['id']!r}; it must be the record's own id")
+        raise UserError(f"{where}: json['id'] is {record.json['id']!r}; it must equal the record's id")
     if ("caption" in record.json) == ("messages" in record.json):
         raise UserError(f"{where}: json needs either 'caption' or 'messages', and not both")
     for suffix in record.media:
         if _without_number(suffix) not in (*PICTURES, *CLIPS, *AUDIO):
-            raise UserError(f"{where}: medium {suffix!r} is none of {', '.join((*PICTURES, *CLIPS, *AUDIO))}")
+            raise UserError(f"{where}: medium {suffix!r} is not one of {', '.join((*PICTURES, *CLIPS, *AUDIO))}")
     for message in record.json.get("messages", ()):
         for part in message["content"] if isinstance(message["content"], list) else ():
             name = part.get(part["type"]) if part["type"] != "text" else None
             if name is not None and name not in record.media:
-                raise UserError(f"{where}: a message names the medium {name!r}; there are {sorted(record.media)}")
+                raise UserError(f"{where}: a message names the medium {name!r}; the record has {sorted(record.media)}")
 
 
-def index_row(record: Record, shard: str | None, offset: int | None, size: int) -> dict:
-    """The record's row of the index, null (None) where the record does not say."""
+def index_row(record: Record, shard: str | None, offset: int | None, size: int) -> dict[str, Any]:
+    """The record's row of the index; None where the record lacks a value."""
     caption, pictures = record.json.get("caption"), picture_suffixes(record.media)
     width, height = _picture_size(record.media[pictures[0]]) if pictures else (None, None)
     return {
@@ -122,14 +128,14 @@ def index_row(record: Record, shard: str | None, offset: int | None, size: int) 
     }
 
 
-def index_table(rows: list[dict]) -> pa.Table:
-    """Rows of `index_row` -> the index, one column more per score (null where a record has none)."""
-    kinds = {name: _kind_of(value) for row in rows for name, value in row.items() if name not in INDEX_SCHEMA.names}
-    schema = pa.schema([*INDEX_SCHEMA, *(pa.field(name, kinds[name]) for name in sorted(kinds))])
+def index_table(rows: list[dict[str, Any]]) -> pa.Table:
+    """Rows of `index_row` -> the index, with a column for each score, null where a record has none."""
+    types = {name: _type_of(value) for row in rows for name, value in row.items() if name not in INDEX_SCHEMA.names}
+    schema = pa.schema([*INDEX_SCHEMA, *(pa.field(name, types[name]) for name in sorted(types))])
     return pa.Table.from_pylist(rows, schema=schema)
 
 
-def _kind_of(score: float | str | list) -> pa.DataType:
+def _type_of(score: float | str | list[list[float]]) -> pa.DataType:
     if isinstance(score, str):
         return pa.string()
     return pa.list_(pa.list_(pa.float64())) if isinstance(score, list) else pa.float64()
@@ -140,7 +146,7 @@ def _without_number(suffix: str) -> str:
 
 
 def _picture_size(data: bytes) -> tuple[int | None, int | None]:
-    """From the header alone; null for what Pillow does not know (the reader of the picture will say what is wrong)."""
+    """Width and height from the header, or None for a broken file, for which reading the image raises the error."""
     try:
         with Image.open(io.BytesIO(data)) as picture:
             return picture.size

@@ -1,6 +1,6 @@
-"""A folder of shards -> records, by number. The start of every training walk.
+"""Read records of a folder of shards by their index; the first step of training and evaluation.
 
-Reads our own sets (with their index) and any other webdataset folder (its tars are scanned once).
+It reads sets that `shards.writer` wrote, with their index, and any other webdataset folder, whose tars it scans once.
 """
 
 import io
@@ -9,6 +9,7 @@ import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -23,15 +24,15 @@ _MAX_OPEN_FILES = 64
 class ShardSet:
     """Random access to the records of a folder of shards.
 
-    `len(shards)`, `shards[i] -> Record`, `shards.index` (the index as a pyarrow table, row i = record i). Each read
-    takes just the record's bytes from its tar. Safe after a fork, in threads, and pickled to other processes: reads are
-    positioned, so nobody moves a file position that another one uses.
+    Use `len(shards)`, `shards[i] -> Record` and `shards.index`, a pyarrow table whose row i is record i. A read takes
+    only the record's bytes from its tar. It can be used after a fork, in threads, and pickled to other processes: reads
+    are positioned (pread), so they do not share a file position.
 
     Raises:
-        UserError: a missing folder, one without tars, a broken tar, an index that disagrees with the tars.
+        UserError: the folder is missing or has no tars, a tar is broken, or the index does not fit the tars.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.index = _load_index(self.folder)
         self._set_rows()
@@ -58,53 +59,59 @@ class ShardSet:
         data = os.pread(self._file(shard).fileno(), size, int(self._offset[i]))
         where, key = f"{self.folder / shard}, offset {self._offset[i]}", self.index["id"][i].as_py()
         if len(data) < size:
-            raise UserError(f"{where}: the file ends within record {key}; it is truncated, get it again")
-        found = list(_records(io.BytesIO(data), where, whole=False))
+            raise UserError(f"{where}: the file ends within record {key}; it is truncated, download it again")
+        found = list(_records(io.BytesIO(data), where, complete=False))
         if len(found) != 1 or found[0][0].id != key:
             names = [record.id for record, _, _ in found]
-            raise UserError(f"{where}: {INDEX_NAME} says record {key}, the tar has {names}; build the index again")
+            raise UserError(f"{where}: {INDEX_NAME} has record {key}, the tar has {names}; delete it to scan the tars")
         return found[0][0]
 
     def select(self, split: str | None = None, task: str | None = None) -> "ShardSet":
-        """The records of one split and/or task, in the same order; UserError when there are none."""
+        """The records of a split, a task, or both, in the same order.
+
+        Raises:
+            UserError: there are none; the message lists the values that there are.
+        """
         keep = np.ones(len(self), bool)
         for column, value in (("split", split), ("task", task)):
             if value is not None:
                 keep &= self.index[column].to_numpy(zero_copy_only=False) == value
                 if not keep.any():
-                    there = sorted({str(name) for name in self.index[column].unique().to_pylist()})
-                    raise UserError(f"{self.folder}: no records of {column} {value!r}; there are: {', '.join(there)}")
-        chosen = object.__new__(ShardSet)
-        chosen.folder, chosen.index = self.folder, self.index.filter(pa.array(keep)).combine_chunks()
-        chosen._set_rows()
-        return chosen
+                    present = sorted({str(name) for name in self.index[column].unique().to_pylist()})
+                    raise UserError(f"{self.folder}: no records of {column} {value!r}; it has {', '.join(present)}")
+        selected = object.__new__(ShardSet)
+        selected.folder, selected.index = self.folder, self.index.filter(pa.array(keep)).combine_chunks()
+        selected._set_rows()
+        return selected
 
     def _file(self, shard: str) -> io.FileIO:
         file = self._files.get(shard)
         if file is None:
-            if len(self._files) >= _MAX_OPEN_FILES:  # one in use in another thread stays open until that lets go of it
+            if len(self._files) >= _MAX_OPEN_FILES:  # a file that another thread reads is closed when the read ends
                 self._files.pop(next(iter(self._files)), None)
             file = self._files[shard] = open(self.folder / shard, "rb", buffering=0)  # noqa: SIM115
         return file
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}
 
 
 def scan(folder: str | Path) -> pa.Table:
-    """Builds the index of a folder of webdataset tars by reading them through.
+    """Build the index of a folder of webdataset tars by reading all of them.
 
-    A record without a `.json` member gets its caption from its `.txt` member; split, task and the like stay null.
+    A record without a `.json` member gets its caption from its `.txt` member; other columns, such as split and task,
+    are null.
 
     Raises:
-        UserError: no tars, a corrupt or truncated tar, a record whose members do not follow one another.
+        UserError: there are no tars, a tar is corrupt or truncated, or a record's members are not consecutive.
     """
-    rows, seen = [], set()
+    rows: list[dict[str, Any]] = []
+    seen: set[str] = set()
     for path in _tars(Path(folder)):
         with open(path, "rb") as file:
-            for record, offset, size in _records(file, str(path), whole=True):
+            for record, offset, size in _records(file, str(path), complete=True):
                 if record.id in seen:
-                    raise UserError(f"{path}: record {record.id} is there twice, or its members are not together")
+                    raise UserError(f"{path}: record {record.id} occurs twice, or its members are not consecutive")
                 seen.add(record.id)
                 rows.append(index_row(record, path.name, offset, size))
     return index_table(rows)
@@ -115,7 +122,7 @@ def _tars(folder: Path) -> list[Path]:
         raise UserError(f"{folder}: no such folder of shards")
     tars = sorted(folder.glob("*.tar"))
     if not tars:
-        raise UserError(f"{folder}: there are no .tar files in it, so it is not a folder of shards")
+        raise UserError(f"{folder}: it has no .tar files, so it is not a folder of shards")
     return tars
 
 
@@ -126,9 +133,7 @@ def _load_index(folder: Path) -> pa.Table:
     try:
         index = pq.read_table(folder / INDEX_NAME).combine_chunks()
     except (pa.ArrowException, OSError) as error:
-        raise UserError(
-            f"{folder / INDEX_NAME}: cannot be read ({error}); delete it to have the tars scanned"
-        ) from None
+        raise UserError(f"{folder / INDEX_NAME}: cannot be read ({error}); delete it to scan the tars") from None
     missing = [name for name in INDEX_SCHEMA.names if name not in index.column_names]
     if missing:
         raise UserError(f"{folder / INDEX_NAME}: lacks the columns {', '.join(missing)}")
@@ -139,17 +144,20 @@ def _load_index(folder: Path) -> pa.Table:
         if sizes[row["shard"]] < row["end_max"]:
             raise UserError(
                 f"{folder / row['shard']}: has {sizes[row['shard']]:,} bytes where {INDEX_NAME} needs "
-                f"{row['end_max']:,}; it is truncated or not the indexed file, get it again"
+                f"{row['end_max']:,}; it is truncated or not the indexed file, download it again"
             )
     return index
 
 
-def _records(file: io.BufferedIOBase, where: str, whole: bool) -> Iterator[tuple[Record, int, int]]:
-    """Yields (record, offset, size) for each run of members with the same key; the key ends at the name's first dot.
+def _records(file: BinaryIO, where: str, complete: bool) -> Iterator[tuple[Record, int, int]]:
+    """Yield (record, offset, size) for each run of members with the same key, the name up to its first dot.
 
-    whole: the file is a whole tar and must end as one; otherwise it is one record's part of a tar.
+    Args:
+        where: names the file, for errors.
+        complete: the file is a complete tar and must end like one; otherwise it is one record's part of a tar.
     """
-    key, offset, end, members = None, 0, 0, {}
+    key, offset, end = "", 0, 0
+    members: dict[str, bytes] = {}
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for info in tar:
@@ -157,23 +165,25 @@ def _records(file: io.BufferedIOBase, where: str, whole: bool) -> Iterator[tuple
                     continue
                 folder, _, name = info.name.rpartition("/")
                 stem, _, suffix = name.partition(".")
-                this = f"{folder}/{stem}" if folder else stem
-                if this != key:
+                member_key = f"{folder}/{stem}" if folder else stem
+                if member_key != key or not members:
                     if members:
                         yield _record(key, members, where), offset, info.offset - offset
-                    key, offset, members = this, info.offset, {}
-                content = tar.extractfile(info).read()
+                    key, offset, members = member_key, info.offset, {}
+                member = tar.extractfile(info)
+                assert member is not None  # it is for links and folders only
+                content = member.read()
                 if len(content) < info.size:
                     raise tarfile.ReadError("unexpected end of data")
                 members[suffix] = content
                 end = info.offset_data + info.size + -info.size % tarfile.BLOCKSIZE
-            # tarfile takes anything that is no header for the end of the tar
+            # tarfile treats a broken header as the end of the tar
             file.seek(end)
             rest = file.read(tarfile.BLOCKSIZE)
-            if any(rest) or (whole and len(rest) < tarfile.BLOCKSIZE):
+            if any(rest) or (complete and len(rest) < tarfile.BLOCKSIZE):
                 raise tarfile.ReadError(f"broken header or no end mark at byte {end}")
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise UserError(f"{where}: corrupt or truncated tar ({error}); get it again") from None
+        raise UserError(f"{where}: corrupt or truncated tar ({error}); download it again") from None
     if members:
         yield _record(key, members, where), offset, end - offset
 
@@ -186,6 +196,6 @@ def _record(key: str, members: dict[str, bytes], where: str) -> Record:
             raise UserError("not an object")
         if caption is not None and "caption" not in content and "messages" not in content:
             content["caption"] = caption.decode().strip()
-    except ValueError as error:  # json and utf-8 errors are ValueErrors
+    except ValueError as error:  # also errors of JSON and of UTF-8
         raise UserError(f"{where}: record {key} has a broken .json or .txt member ({error})") from None
     return Record(key, content, members)

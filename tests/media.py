@@ -1,4 +1,4 @@
-"""Small clips and sounds, made anew for each test that wants files of them."""
+"""Small clips and sounds for tests."""
 
 import io
 import wave
@@ -8,14 +8,14 @@ import numpy as np
 from PIL import Image
 
 
-def frames(seed: int, number: int = 5) -> list[Image.Image]:
-    """Noise of 32 x 28 pixels."""
-    noise = np.random.default_rng(seed).integers(0, 256, (number, 28, 32, 3), dtype=np.uint8)
+def frames(seed: int, count: int = 5) -> list[Image.Image]:
+    """Images of noise, 32 x 28 pixels."""
+    noise = np.random.default_rng(seed).integers(0, 256, (count, 28, 32, 3), dtype=np.uint8)
     return [Image.fromarray(pixels) for pixels in noise]
 
 
 def film(seed: int) -> bytes:
-    """An MP4 file of a second, five frames, without sound."""
+    """An MP4 file of five frames in one second, without sound."""
     out = io.BytesIO()
     with av.open(out, "w", format="mp4") as container:
         stream = container.add_stream("mpeg4", rate=5)
