@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from foundation.errors import UserError
+from layers.meta import meta_device
 from mm.config import ModelConfig
 from mm.cross_attention import ImageAdapter, ImageAdapterConfig
 from mm.language_model import LanguageModel
@@ -33,7 +34,7 @@ def assemble(
     The extra input rows are drawn at the scale of the language model's own table.
     """
     config = ModelConfig(language_model.config, vision_encoder.config, adapter)
-    with torch.device("meta"):
+    with meta_device():
         model = MultimodalModel(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -48,7 +49,7 @@ def assemble(
 
 def from_language_model(language_model: LanguageModel, seed: int = 0) -> MultimodalModel:
     """A model of a language model alone, which `add_speech` gives ears; its extra input rows as in `assemble`."""
-    with torch.device("meta"):
+    with meta_device():
         model = MultimodalModel(ModelConfig(language_model.config))
     table = language_model.model.embed_tokens.weight
     with torch.random.fork_rng(devices=[]):

@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import mm.convert.whisper
 from foundation.errors import UserError
+from layers.meta import meta_device
 from mm.config import from_dict, to_dict
 from mm.convert.report import load_tensors
 from mm.model import build_speech_encoder
@@ -46,7 +45,7 @@ def load_vision_encoder(folder: str | Path, tile_size: int | None = None) -> Vis
     """
     folder = Path(folder)
     description = read_description(folder)
-    with torch.device("meta"):
+    with meta_device():
         encoder = VisionEncoder(read_vision_encoder_shape(folder))
     load_tensors(encoder, read_part(folder, "vision_encoder", description), source=folder)
     return encoder if tile_size is None else at_tile_size(encoder, tile_size)
@@ -73,7 +72,7 @@ def load_speech_encoder(path: str | Path) -> SpeechEncoder | WhisperEncoder:
         return mm.convert.whisper.load(path)
     description = read_description(path)
     config = _config(path, description, "speech_encoder", SpeechEncoderConfig | WhisperEncoderConfig)
-    with torch.device("meta"):
+    with meta_device():
         encoder = build_speech_encoder(config)
     load_tensors(encoder, read_part(path, "speech_encoder", description), source=path)
     return encoder

@@ -90,7 +90,9 @@ class MultimodalModel(nn.Module):
         # Inputs that the LM's own table lacks. Frozen: training an input row would send the backward pass down to the
         # first layer, while it otherwise ends at the first block.
         width = config.language_model.hidden_size
-        self.extra_embeddings = nn.Parameter(torch.randn(NUM_EXTRA_TOKENS, width) * 0.02, requires_grad=False)
+        self.extra_embeddings = nn.Parameter(
+            nn.init.normal_(torch.empty(NUM_EXTRA_TOKENS, width), std=0.02), requires_grad=False
+        )
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits of every token, [B, T, V]; those beyond a row's length are padding.

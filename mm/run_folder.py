@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import mm.convert.llama
 import mm.convert.mllama
 from foundation.errors import UserError
+from layers.meta import meta_device
 from mm.config import ModelConfig, from_dict, to_dict
 from mm.convert import mllama_config
 from mm.convert.folder import read_config as folder_config
@@ -142,7 +143,7 @@ def language_model_of(folder: str | Path) -> str | None:
 def _load_run(folder: Path, language_model: str | Path | None) -> tuple[MultimodalModel, Processor]:
     description = read_description(folder)
     config = _run_config(folder, description)
-    with torch.device("meta"):
+    with meta_device():
         model = MultimodalModel(config)
     origin = description["language_model"]
     if origin is None:
@@ -163,7 +164,8 @@ def _load_run(folder: Path, language_model: str | Path | None) -> tuple[Multimod
 def _run_config(folder: Path, description: Description) -> ModelConfig:
     if description["kind"] in ENCODERS:
         raise UserError(
-            f"{folder} holds only the {ENCODERS[description['kind']]} of a model; train an adapter on it first (mm train)"
+            f"{folder} holds only the {ENCODERS[description['kind']]} of a model; train an adapter on it first "
+            "(mm train)"
         )
     try:
         return from_dict(description["model"])

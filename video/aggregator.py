@@ -80,7 +80,7 @@ class AggregatorLayer(nn.Module):
         self.v_proj = Linear(width, width, bias=False)
         self.o_proj = Linear(width, width, bias=False)
         # Each head's attention bias over the group's progress (0 its beginning, 1 its end): a parabola, trained.
-        self.centre = nn.Parameter((torch.arange(heads) + 0.5) / heads)
+        self.centre = nn.Parameter(torch.tensor([(head + 0.5) / heads for head in range(heads)]))
         self.sharpness = nn.Parameter(torch.full((heads,), float(heads)))
         self.space_norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.self_attn = SelfAttention(width, heads, heads, self.head_dim, causal=False)
@@ -125,7 +125,7 @@ class TemporalAggregator(nn.Module):
         self.place = Linear(4 * NUM_POSITION_FREQUENCIES, width, bias=False)
         nn.init.normal_(self.place.weight, std=(2 * NUM_POSITION_FREQUENCIES) ** -0.5)  # as large as the content
         self.frame_norm = nn.LayerNorm(width, eps=config.norm_eps)
-        self.latent = nn.Parameter(torch.randn(width) * width**-0.5)
+        self.latent = nn.Parameter(nn.init.normal_(torch.empty(width), std=width**-0.5))
         self.layers = nn.ModuleList(AggregatorLayer(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.output = Linear(width, output_size)

@@ -115,7 +115,9 @@ class GatedTilePosition(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         # Not zero like the gate: with both at 0, neither would get a gradient.
-        self.embedding = nn.Parameter(torch.randn(len(CANVASES) + 1, MAX_TILES, width) * width**-0.5)
+        self.embedding = nn.Parameter(
+            nn.init.normal_(torch.empty(len(CANVASES) + 1, MAX_TILES, width), std=width**-0.5)
+        )
         self.gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, canvas_ids: Tensor) -> Tensor:
@@ -132,7 +134,7 @@ class GatedPatchPosition(nn.Module):
 
     def __init__(self, tokens_per_tile: int, width: int) -> None:
         super().__init__()
-        self.local = nn.Parameter(torch.randn(tokens_per_tile, width) * width**-0.5)
+        self.local = nn.Parameter(nn.init.normal_(torch.empty(tokens_per_tile, width), std=width**-0.5))
         self.tile = nn.Parameter(torch.zeros(len(CANVASES) + 1, MAX_TILES, tokens_per_tile, width))
         self.gate = nn.Parameter(torch.zeros(1))
 
@@ -150,7 +152,7 @@ class VisionEncoder(nn.Module):
         self.config = config
         width = config.hidden_size
         self.patch_embedding = Linear(3 * config.patch_size**2, width, bias=False)
-        self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
+        self.class_embedding = nn.Parameter(nn.init.normal_(torch.empty(width), std=width**-0.5))
         self.patch_position = GatedPatchPosition(config.tokens_per_tile, width)
         self.pre_tile_position = GatedTilePosition(width)
         self.post_tile_position = GatedTilePosition(width)

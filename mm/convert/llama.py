@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from foundation.errors import UserError
+from layers.meta import meta_device
 from mm.convert import gguf_file
 from mm.convert.folder import read_config, read_tensors
 from mm.convert.llama_config import check_num_layers, language_model_config, stop_tokens
@@ -72,7 +73,7 @@ def build(
             config = dataclasses.replace(config, tied_embeddings=False)
             notes = [*notes, "tie_word_embeddings is set, but lm_head.weight has values of its own: not tied"]
     check_num_layers(config.num_layers, len(tensors))
-    with torch.device("meta"):
+    with meta_device():
         model = LanguageModel(config)
     model.report = load_tensors(model, tensors, source=source, ignored=ignored, notes=notes)
     return model
@@ -89,11 +90,12 @@ def load_tokenizer(path: str | Path):
         return gguf_file.read_tokenizer(path)
     if not path.is_dir():
         raise UserError(f"{path} is neither a folder nor a file")
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
     # AutoTokenizer of transformers 5 rebuilds some classes from vocabulary and merges alone: of SmolLM2's folder, a
     # GPT2Tokenizer, it loses the rule that cuts digits apart. Where there is a tokenizer.json, it holds every rule.
-    kind = PreTrainedTokenizerFast if (path / "tokenizer.json").is_file() else AutoTokenizer
+    if (path / "tokenizer.json").is_file():
+        from transformers import PreTrainedTokenizerFast as kind
+    else:
+        from transformers import AutoTokenizer as kind  # takes a quarter of a second more
     try:
         return kind.from_pretrained(path, local_files_only=True)
     except Exception as error:  # transformers raises many kinds here

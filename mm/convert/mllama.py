@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from layers.meta import meta_device
 from mm.config import ModelConfig
 from mm.convert.folder import new_folder, read_config, read_tensors, write_json, write_tensors
 from mm.convert.llama_config import check_num_layers
@@ -91,7 +92,7 @@ def load(
     config, notes = model_config(values, generation, tap_points, has_head=head in stored)
     encoder = config.vision_encoder
     check_num_layers(config.language_model.num_layers + encoder.num_layers + encoder.num_gated_layers, len(stored))
-    with torch.device("meta"):
+    with meta_device():
         model = MultimodalModel(config)
     tensors, reshaped = {}, []
     for name, parameter in model.state_dict().items():

@@ -8,10 +8,10 @@ import dataclasses
 import difflib
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from foundation.errors import UserError
+from layers.meta import meta_device
 from mm.convert.report import load_tensors
 from vision.encoder import CLIP_MEAN, CLIP_STD, VisionEncoder, VisionEncoderConfig, resize_positions
 
@@ -84,7 +84,7 @@ def from_model(
         attention_bias=True,
         norm_eps=tower.ln_post.eps,
     )
-    with torch.device("meta"):
+    with meta_device():
         encoder = VisionEncoder(config)
     # Without layers, all that is left to draw at random is what the tower does not have.
     drawn = VisionEncoder(dataclasses.replace(config, num_layers=0, tap_points=())).state_dict()
