@@ -141,7 +141,7 @@ class ShareBytes(LiveBytes):
                 self._follow((tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage())
         for storage, counted in self._sizes.items():
             self._count(counted, storage.nbytes())
-        self.note()
+        self.update_peak()
         return out
 
     def _follow(self, storage: torch.UntypedStorage) -> None:

@@ -5,7 +5,8 @@ from dataclasses import fields, replace
 
 import mm
 from foundation.options import new_parser, read_options
-from mm.training.planner import expected_samples, plan
+from mm.training.expected_samples import expected_samples
+from mm.training.planner import plan
 from stages.train_image_adapter import TrainImageAdapter, read_model_config
 
 

@@ -19,7 +19,7 @@ from mm.parallel.tables import CHECKPOINTED_MODULES, FSDP_MODULES
 from mm.processor import Processor
 from mm.training.config import TrainingConfig
 from mm.training.data import DataSource, RecordDataset, collate_step, readable_samples
-from mm.training.flops import Learning, batch_flops, matmul_rate, text_token_cost
+from mm.training.flops import TrainedParts, batch_flops, matmul_rate, text_token_cost
 from mm.training.objectives import NextTokenObjective
 from mm.training.optimizer import apply_learning_rates
 from mm.training.precision import lossless_bf16
@@ -71,7 +71,7 @@ def train_adapters(
     check_trained_parameters(list(learning_rates), trainable_prefix)
     flops = None  # is known for images only
     if not any(parameter.startswith(("video_adapter.", "speech_")) for parameter in learning_rates):
-        flops = partial(batch_flops, config=model.config, learning=Learning.of(learning_rates, model.config))
+        flops = partial(batch_flops, config=model.config, trained=TrainedParts.of(learning_rates, model.config))
     objective = objective or NextTokenObjective(flops)
     dataset = RecordDataset(config.data, prepare or processor.record_example, by_epoch=prepare is not None)
     if new_adapter is not None:

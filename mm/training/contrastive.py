@@ -187,7 +187,7 @@ def contrastive_flops(
     trains_images, trains_texts = (
         any(name.startswith(tower) for name in trained) for tower in ("vision_encoder.", "text_tower.")
     )
-    images = sum(encoder_flops(encoder, tiles.num_tiles, trains_images, again=0) for tiles in batch.images)
+    images = sum(encoder_flops(encoder, tiles.num_tiles, trains_images, reruns=0) for tiles in batch.images)
     images += len(batch.images) * 2 * encoder.hidden_size * text.embedding_size * (1 + 2 * trains_images)
     layer = 24 * text.context * text.hidden_size**2 + 4 * text.context**2 * text.hidden_size
     tower = text.num_layers * layer + 2 * text.hidden_size * text.embedding_size

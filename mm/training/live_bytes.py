@@ -1,11 +1,11 @@
-"""Bytes of tensors that are alive, followed operation by operation: of real ones, and of those without data.
+"""Bytes of live tensors, counted operation by operation: of real tensors, and of tensors without data.
 
-`FakeTensorMode` takes code through every operation at any size and computes nothing. Layers of a kind are alike: one is
-run, and its bytes stand in for the others.
+`FakeTensorMode` runs code through every operation at any size and computes nothing. Layers of one kind are alike: one
+is run, and its bytes stand in for those of the others.
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,9 +21,12 @@ _INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten._unsafe_index_put.defau
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors that were made since it was entered and are still alive; `peak` is the most at once.
+    """Bytes of the tensors that were made since this mode was entered and are still alive.
 
-    Workspaces inside a kernel are not seen; the allocator's reserves, which make RSS vary from run to run, neither.
+    Not counted: workspaces inside a kernel, and the allocator's reserves, which make RSS vary from run to run.
+
+    Attributes:
+        now: bytes alive now. peak: the highest value of `now`.
     """
 
     def __init__(self) -> None:
@@ -36,16 +39,22 @@ class LiveBytes(TorchDispatchMode):
         self._known.update(parameter.untyped_storage() for parameter in module.parameters())
         return self
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        func: Callable,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 self._add(tensor.untyped_storage())
         return out
 
-    def note(self, more: int = 0) -> None:
-        """Take account of what is alive, and of so many bytes more for a moment."""
-        self.peak = max(self.peak, self.now + more)
+    def update_peak(self, temporary: int = 0) -> None:
+        """Take the live bytes, and `temporary` bytes more, into the peak."""
+        self.peak = max(self.peak, self.now + temporary)
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         if storage in self._known:
@@ -54,43 +63,45 @@ class LiveBytes(TorchDispatchMode):
         self._known.add(storage)
         weakref.finalize(storage, self._drop, size)
         self.now += size
-        self.note()
+        self.update_peak()
 
     def _drop(self, size: int) -> None:
         self.now -= size
 
 
-class Ledger(LiveBytes):
-    """Live bytes of tensors without data, of one forward and one backward pass.
+class FakeLiveBytes(LiveBytes):
+    """Live bytes of tensors without data, during one forward and one backward pass.
 
-    Whole numbers, such as tokens and who sees what, stay real: code may ask for their values.
+    Tensors of integers, such as tokens and attention intervals, stay real: code may read their values.
 
     Args:
-        fake: the mode that the tensors without data come from.
+        fake: the mode that made the tensors without data.
 
     Attributes:
-        finished: FP32 bytes of the gradients that are done, and taken away.
-        most: for each value that `finished` has had, the most bytes of other tensors meanwhile.
+        finished: FP32 bytes of the gradients that are complete and were taken away.
+        peaks: each value that `finished` has had -> the peak bytes of other tensors meanwhile.
     """
 
     def __init__(self, fake: FakeTensorMode) -> None:
         super().__init__()
         self.fake, self.finished = fake, 0
-        self.most: dict[int, int] = {}
-        self.casts = (
-            0  # of `now`, what autocast holds of weights till the forward pass ends, beyond what is in its store
-        )
-        self.learnt: set[nn.Module] = set()  # layers whose gradients are among the finished
-        self.known: dict[tuple, _LayerBytes] = {}
+        self.peaks: dict[int, int] = {}
+        # Bytes, part of `now`, of the weights' casts that autocast keeps until the forward pass ends, besides those in
+        # its own cache now.
+        self.cast_bytes = 0
+        self.finished_layers: set[nn.Module] = set()  # whose gradients are part of `finished`
+        self.measured: dict[tuple, _LayerBytes] = {}  # by kind of layer and input
 
     @contextmanager
-    def standing_in(self, layers: Sequence[nn.Module], recomputed: bool) -> Iterator[None]:
-        """Within it, of layers alike only one runs; with `recomputed` it does so anew in the backward pass.
+    def one_layer_per_kind(self, layers: Sequence[nn.Module], activation_checkpointing: bool) -> Iterator[None]:
+        """Context in which only one of several alike layers runs, and the others hold its bytes.
 
         With autocast, casts of weights are counted once for each shape of the layers' inputs, not once in all.
         """
         for layer in layers:
-            forward = partial(checkpoint, layer.forward, use_reentrant=False) if recomputed else layer.forward
+            forward = layer.forward
+            if activation_checkpointing:
+                forward = partial(checkpoint, forward, use_reentrant=False)
             layer.forward = partial(_stand_in, self, layer, forward)
         try:
             yield
@@ -98,38 +109,44 @@ class Ledger(LiveBytes):
             for layer in layers:
                 del layer.forward
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        func: Callable,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
         if func is torch.ops.prim.device.default:
             return torch.device("cpu")
         dtype = (kwargs or {}).get("dtype") if func is torch.ops.aten._to_copy.default else None
         becomes_float = dtype is not None and dtype.is_floating_point
         if not becomes_float and not any(issubclass(kind, FakeTensor) for kind in types):
             return super().__torch_dispatch__(func, types, args, kwargs)
-        if func in _INDEXING:  # how many a mask chooses is known of a real one only
-            args = (args[0], [part for index in args[1] for part in _chosen(index)], *args[2:])
+        if func in _INDEXING:  # only a real mask's number of chosen elements is known
+            args = (args[0], [part for index in args[1] for part in _as_integers(index)], *args[2:])
         with self.fake:
             return super().__torch_dispatch__(func, types, args, kwargs)
 
-    def note(self, more: int = 0) -> None:
-        super().note(more)
-        self.most[self.finished] = max(self.most.get(self.finished, 0), self.now + more)
+    def update_peak(self, temporary: int = 0) -> None:
+        super().update_peak(temporary)
+        self.peaks[self.finished] = max(self.peaks.get(self.finished, 0), self.now + temporary)
 
-    def finish(self, parameter: nn.Parameter) -> None:
-        """Take the gradient of a parameter away, to be called when it is done."""
+    def finish_gradient(self, parameter: nn.Parameter) -> None:
+        """Take the gradient of a parameter away; to be called when it is complete."""
         self.finished += 4 * parameter.numel()
         parameter.grad = None
-        self.note()
+        self.update_peak()
 
     def release_casts(self) -> int:
-        """Empty autocast's store of weights; the bytes that this sets free."""
+        """Empty autocast's cache of weights; return the bytes that this frees."""
         before = self.now
         torch.clear_autocast_cache()
         return before - self.now
 
     def end_forward(self) -> int:
-        """Autocast holds weights no longer; the bytes that are kept for the backward pass."""
+        """End the forward pass, where autocast frees its casts; return the bytes kept for the backward pass."""
         self.release_casts()
-        self.now, self.casts = self.now - self.casts, 0
+        self.now, self.cast_bytes = self.now - self.cast_bytes, 0
         return self.now
 
 
@@ -138,8 +155,10 @@ class _LayerBytes(NamedTuple):
 
     Attributes:
         shape, dtype: of its output.
-        forward, backward: the most bytes beyond those held before the pass. kept: between the passes, beside input and
-            output. casts: of weights, till the whole forward pass ends. gradients: of its parameters in the end, FP32.
+        forward, backward: peak bytes of the pass, beyond those alive before it.
+        casts: of weights, until the whole forward pass ends.
+        kept: between the passes, besides input and output.
+        gradients: of its parameters at the end, FP32.
     """
 
     shape: torch.Size
@@ -152,76 +171,76 @@ class _LayerBytes(NamedTuple):
 
 
 class _StandIn(torch.autograd.Function):
-    """A layer that holds the bytes that one like it was seen to hold, and computes nothing.
+    """A layer that computes nothing and holds the bytes that a layer of its kind was measured to hold.
 
-    Inputs: one of the layer's parameters that train, if any, for autograd to see that it does; hidden states; other
-    tensors that need a gradient.
+    Inputs: one of the layer's parameters that train, if any, so that autograd runs its backward pass; hidden states;
+    other tensors that need a gradient.
     """
 
     @staticmethod
     def forward(
-        ctx,
-        ledger: Ledger,
+        ctx: Any,
+        live: FakeLiveBytes,
         layer: nn.Module,
-        held: _LayerBytes,
-        learning: nn.Parameter | None,
+        measured: _LayerBytes,
+        trained: nn.Parameter | None,
         x: Tensor,
         *others: Tensor,
     ) -> Tensor:
-        ctx.ledger, ctx.layer, ctx.held = ledger, layer, held
+        ctx.live, ctx.layer, ctx.measured = live, layer, measured
         ctx.save_for_backward(x, *others)
-        ledger.note(held.forward)
-        ledger.now += held.kept + held.casts
-        ledger.casts += held.casts
-        return x.new_empty(held.shape, dtype=held.dtype)
+        live.update_peak(measured.forward)
+        live.now += measured.kept + measured.casts
+        live.cast_bytes += measured.casts
+        return x.new_empty(measured.shape, dtype=measured.dtype)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        ctx.ledger.note(ctx.held.backward)
-        ctx.ledger.now -= ctx.held.kept
-        if ctx.layer not in ctx.ledger.learnt:  # an encoder's layers run once per number of tiles
-            ctx.ledger.learnt.add(ctx.layer)
-            ctx.ledger.finished += ctx.held.gradients
-            ctx.ledger.note()
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        ctx.live.update_peak(ctx.measured.backward)
+        ctx.live.now -= ctx.measured.kept
+        if ctx.layer not in ctx.live.finished_layers:  # an encoder's layers run once per number of tiles
+            ctx.live.finished_layers.add(ctx.layer)
+            ctx.live.finished += ctx.measured.gradients
+            ctx.live.update_peak()
         inputs = zip(ctx.saved_tensors, ctx.needs_input_grad[4:], strict=True)
         return None, None, None, None, *(torch.empty_like(tensor) if needed else None for tensor, needed in inputs)
 
 
-def _stand_in(ledger: Ledger, layer: nn.Module, forward: Callable, x: Tensor, *rest: Any) -> Tensor:
-    """In place of a layer's `forward`, which runs aside where none of its kind has run on an input like this."""
+def _stand_in(live: FakeLiveBytes, layer: nn.Module, forward: Callable, x: Tensor, *rest: Any) -> Tensor:
+    """Takes the place of a layer's `forward`, which is measured apart if none of its kind has had such an input."""
     parameters = [(parameter.shape, parameter.requires_grad) for parameter in layer.parameters()]
     kind = (type(layer), x.shape, x.dtype, x.requires_grad, *parameters)
-    if kind not in ledger.known:
-        ledger.known[kind] = _measured(ledger, layer, forward, x, *rest)
+    if kind not in live.measured:
+        live.measured[kind] = _measure(live, layer, forward, x, *rest)
     others = [part for part in tree_leaves(rest) if isinstance(part, Tensor) and part.requires_grad]
-    learning = next((parameter for parameter in layer.parameters() if parameter.requires_grad), None)
-    return _StandIn.apply(ledger, layer, ledger.known[kind], learning, x, *others)
+    trained = next((parameter for parameter in layer.parameters() if parameter.requires_grad), None)
+    return _StandIn.apply(live, layer, live.measured[kind], trained, x, *others)
 
 
-def _measured(ledger: Ledger, layer: nn.Module, forward: Callable, *inputs: Any) -> _LayerBytes:
-    """Both passes of a layer, aside: nothing of it is noted but what it holds."""
+def _measure(live: FakeLiveBytes, layer: nn.Module, forward: Callable, *inputs: Any) -> _LayerBytes:
+    """Run both passes of a layer apart: they leave no trace in `live.peaks`."""
     inputs = tree_map_only(Tensor, lambda tensor: tensor.detach().requires_grad_(tensor.requires_grad), inputs)
-    outside, ledger.most = ledger.most, {}
-    freed = ledger.release_casts()  # of what stands around the layers
-    ledger.now += freed
-    ledger.casts += freed
-    start = ledger.peak = ledger.now
+    outside, live.peaks = live.peaks, {}
+    freed = live.release_casts()  # of the modules around the layers
+    live.now += freed
+    live.cast_bytes += freed
+    start = live.peak = live.now
     out = forward(*inputs)
-    highest, casts = ledger.peak - start, ledger.release_casts()
-    kept = ledger.now - start - out.untyped_storage().nbytes()
-    held = _LayerBytes(out.shape, out.dtype, highest, casts, kept)
+    highest, casts = live.peak - start, live.release_casts()
+    kept = live.now - start - out.untyped_storage().nbytes()
+    measured = _LayerBytes(out.shape, out.dtype, highest, casts, kept)
     if out.requires_grad:
         grad = torch.empty_like(out)
-        start = ledger.peak = ledger.now
+        start = live.peak = live.now
         with torch.autocast("cpu", enabled=False):
             out.backward(grad)
-        learnt = [parameter for parameter in layer.parameters() if parameter.grad is not None]
-        held = held._replace(backward=ledger.peak - start, gradients=sum(4 * p.numel() for p in learnt))
+        trained = [parameter for parameter in layer.parameters() if parameter.grad is not None]
+        measured = measured._replace(backward=live.peak - start, gradients=sum(4 * p.numel() for p in trained))
         layer.zero_grad()
-    ledger.most = outside
-    return held
+    live.peaks = outside
+    return measured
 
 
-def _chosen(index: Tensor | None) -> Sequence[Tensor | None]:
-    """An index as whole numbers: a mask's are where it is true."""
+def _as_integers(index: Tensor | None) -> Sequence[Tensor | None]:
+    """An index as integers: a mask becomes the positions where it is true."""
     return index.nonzero().unbind(1) if index is not None and index.dtype is torch.bool else [index]

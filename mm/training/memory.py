@@ -1,14 +1,16 @@
-"""The memory of a training step on each rank, known from shapes alone.
+"""The memory of a training step on each rank, computed from shapes alone.
 
 The step runs through the model's own code, autograd, autocast and activation checkpointing on tensors without data,
-whose bytes are counted; weights, optimizer state and what FSDP2 gathers are added up. What no tensor holds is not seen:
-the workspaces of kernels, the allocator's reserves, the buffers of collectives.
+whose bytes are counted; weights, optimizer state and what FSDP gathers are added. Not counted: the workspaces of
+kernels, the allocator's reserves, the buffers of collectives. What is sharded, split and checkpointed is read from
+`mm.parallel.tables`, which the trainer applies.
 """
 
 import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,48 +19,46 @@ from torch.utils._pytree import tree_map_only
 
 from mm.batch import IGNORED, Batch, Sample, collate
 from mm.config import ModelConfig
-from mm.cross_attention import CrossAttentionBlock
 from mm.model import MultimodalModel
-from mm.parallel.tables import CHECKPOINTED_MODULES, FSDP_MODULES
+from mm.parallel.pipeline import absent_modules
+from mm.parallel.tables import CHECKPOINTED_MODULES, FP32_INPUT_MODULES, FSDP_MODULES, Split, shared_linears
 from mm.training.flops import Row
-from mm.training.live_bytes import Ledger
+from mm.training.live_bytes import FakeLiveBytes
 from mm.training.objectives import next_token_loss
 from mm.training.optimizer import apply_learning_rates
+from mm.training.precision import bf16_candidates
 from vision.tiling import CANVASES, Tiles
-
-# Layers whose products tensor ranks share: by outputs, and by inputs.
-_BY_OUTPUTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "fc1", "lm_head")
-_BY_INPUTS = ("o_proj", "down_proj", "fc2")
 
 
 @dataclass(frozen=True)
 class StepBytes:
-    """What a micro-batch's forward and backward pass holds beside weights and optimizer.
+    """What the forward and backward pass of a micro-batch hold besides weights and optimizer state.
 
     Attributes:
-        moments: bytes of gradients that are finished, in FP32 -> the most bytes of other tensors meanwhile.
+        peaks: bytes of finished gradients, in FP32 -> the peak bytes of other tensors while there are so many.
         kept: bytes between the two passes.
     """
 
-    moments: Mapping[int, int]
+    peaks: Mapping[int, int]
     kept: int
 
     @property
     def activations(self) -> int:
-        """The most bytes beside finished gradients."""
-        return max(self.moments.values())
+        """The peak bytes besides finished gradients."""
+        return max(self.peaks.values())
 
     def peak(self, dp_shard: int = 1, more_micro_batches: bool = False, in_flight: int = 1) -> float:
-        """The most bytes with the gradients.
+        """The peak bytes, gradients included.
 
         Args:
-            dp_shard: that share the gradients which are finished.
-            more_micro_batches: another has left gradients before. in_flight: micro-batches between their passes.
+            dp_shard: ranks that share the finished gradients.
+            more_micro_batches: the gradients of an earlier micro-batch are there all the time.
+            in_flight: micro-batches between their two passes, in a pipeline.
         """
         waiting = (in_flight - 1) * self.kept
         if more_micro_batches:
-            return max(self.moments) / dp_shard + self.activations + waiting
-        return max(held + done / dp_shard for done, held in self.moments.items()) + waiting
+            return max(self.peaks) / dp_shard + self.activations + waiting
+        return max(other + finished / dp_shard for finished, other in self.peaks.items()) + waiting
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ class RankBytes:
     """What a rank holds, in bytes.
 
     Attributes:
-        gathered: of other ranks' shares at a time, and the buffers that gradients are sent from.
-        activations: with all that is held for a moment. They and the gradients are not at their highest at the same
-            time: `total` can be less than the sum.
+        gathered: other ranks' shards at a time, and the buffers from which gradients are sent.
+        activations: with all temporary tensors. They and the gradients do not peak at the same time, so that `total`
+            can be less than the sum.
     """
 
     weights: float
@@ -84,11 +84,11 @@ class ShapeModel:
 
     Args:
         learning_rates: see `mm.training.optimizer.apply_learning_rates`. precision: "fp32" or "bf16".
-        sharded: it runs under FSDP2, if on one rank only. tp_degree: that share each product.
-        layers: of the language model that a pipeline's stage runs; None: all.
+        sharded: it runs under FSDP, if on one rank only. tp_degree: ranks that share each matrix product.
+        layers: of the language model that a pipeline stage runs; None: all.
 
     Raises:
-        UserError: learning_rates that do not fit the model.
+        UserError: learning rates that do not fit the model.
     """
 
     def __init__(
@@ -105,21 +105,14 @@ class ShapeModel:
         apply_learning_rates(model, learning_rates)
         layers = range(config.language_model.num_layers) if layers is None else layers
         self.first, self.last = layers.start == 0, layers.stop == config.language_model.num_layers
-        _cut(model, layers)
         self.model, self.precision, self.sharded = model.train(), precision, sharded
+        absent = absent_modules(model, layers)
+        self.num_parameters, self.num_trained = self._sizes(absent, tp_degree)
+        _keep_layers(model, absent, layers)
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.held, self.learning = self._sizes(tp_degree)
-        units, lossless = self._units(), self._lossless()
-        self.halved = sum(model.get_parameter(name).numel() for name in lossless)
-        for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-            low = name in lossless or (sharded and precision == "bf16" and name.startswith(units))
-            split = 1 if name == "language_model.lm_head.weight" else tp_degree  # every rank gets all logits
-            with self.fake:
-                data = torch.empty(
-                    _local_shape(name, parameter.shape, split), dtype=torch.bfloat16 if low else torch.float32
-                )
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, nn.Parameter(data, requires_grad=parameter.requires_grad))
+        self.bf16_weights = self._bf16_weights()
+        self.num_bf16 = sum(model.get_parameter(name).numel() for name in self.bf16_weights)
+        self._replace_by_fake_parameters(tp_degree)
 
     def bytes_of(
         self, step: StepBytes, dp_shard: int = 1, more_micro_batches: bool = False, in_flight: int = 1
@@ -127,7 +120,7 @@ class ShapeModel:
         """What a rank holds at its peak: FP32 weights, gradients and AdamW's two moments, and a step of `step`.
 
         Args:
-            dp_shard: that share weights, gradients and optimizer state; see `StepBytes.peak` for the others.
+            dp_shard: ranks that share weights, gradients and optimizer state. For the others see `StepBytes.peak`.
         """
         state = self.state_bytes(dp_shard)
         return RankBytes(
@@ -137,90 +130,99 @@ class ShapeModel:
         )
 
     def state_bytes(self, dp_shard: int = 1) -> dict[str, float]:
-        """What a rank holds whatever the batch.
+        """What a rank holds with any batch: "weights", "gradients", "optimizer" and "gathered".
 
-        All is FP32 but what `mm.training.precision.lossless_bf16` keeps in bf16: the language model is taken to be one
-        that was released in it.
-
-        Gathered is at a time: the root (embeddings, norms, projection) from its first use to its last; the unit that
-        runs and the next; gradients that a unit sends off, in FP32, and those of all the encoder's layers, which are
-        one unit.
+        All is FP32 except what `mm.training.precision.lossless_bf16` stores in bf16: the language model is taken to be
+        one that was released in bf16. Gathered at a time are: the root module (embeddings, norms, projection) from its
+        first use to its last; the FSDP module that runs and the next one; the FP32 gradients that one module sends, and
+        the gradients of the encoder's layers, which are one module.
         """
-        weights, learnt = 4 * sum(self.held.values()) - 2 * self.halved, 4 * sum(self.learning.values())
+        weights, gradients = (
+            4 * sum(self.num_parameters.values()) - 2 * self.num_bf16,
+            4 * sum(self.num_trained.values()),
+        )
         gathered = 0
         if self.sharded:
-            wide = 2 if self.precision == "bf16" else 4
-            units = {unit: number for unit, number in self.held.items() if unit}
-            sent = (4 * n + wide * n * (unit == "vision_encoder.") for unit, n in self.learning.items())
-            gathered = 4 * self.held[""] + 2 * wide * max(units.values()) + max(sent)
+            width = 2 if self.precision == "bf16" else 4
+            modules = {module: number for module, number in self.num_parameters.items() if module}
+            sent = (4 * n + width * n * (module == "vision_encoder") for module, n in self.num_trained.items())
+            gathered = 4 * self.num_parameters[""] + 2 * width * max(modules.values()) + max(sent)
         return {
             "weights": weights / dp_shard,
-            "gradients": learnt / dp_shard,
-            "optimizer": 2 * learnt / dp_shard,
+            "gradients": gradients / dp_shard,
+            "optimizer": 2 * gradients / dp_shard,
             "gathered": gathered,
         }
 
-    def _lossless(self) -> set[str]:
-        """Matrices that one process keeps in bf16, see `mm.training.precision.lossless_bf16`."""
-        if self.sharded or self.precision != "bf16":
-            return set()
-        lm, tied = self.model.language_model, self.model.config.language_model.tied_embeddings
-        linears = {f"language_model.{name}" for name, part in lm.named_modules() if isinstance(part, nn.Linear)}
-        names = {f"{name}.weight" for name in linears if not (tied and name == "language_model.lm_head")}
-        return {name for name in names if not self.model.get_parameter(name).requires_grad}
-
-    def _units(self) -> tuple[str, ...]:
-        return tuple(f"{name}." for name, module in self.model.named_modules() if isinstance(module, FSDP_MODULES))
-
-    def _sizes(self, tp_degree: int) -> tuple[dict[str, int], dict[str, int]]:
-        """Parameters that the rank holds, and of these the ones that train, by FSDP unit; the rest under ""."""
-        held, learning = {"": 0}, {"": 0}
-        units, tied = self._units(), self.model.config.language_model.tied_embeddings
-        elsewhere = () if self.last else ("language_model.lm_head.", "language_model.model.norm.")
-        elsewhere += () if self.first or tied else ("language_model.model.embed_tokens.",)
-        for name, parameter in self.model.named_parameters():
-            if not name.startswith(elsewhere):
-                unit = next((unit for unit in units if name.startswith(unit)), "")
-                number = _local_shape(name, parameter.shape, tp_degree).numel()
-                held[unit] = held.get(unit, 0) + number
-                learning[unit] = learning.get(unit, 0) + number * parameter.requires_grad
-        return held, learning
-
-    def step(self, rows: Sequence[Row], recomputed: bool = False) -> StepBytes:
-        """Bytes of a micro-batch's two passes, with fused attention.
-
-        Args:
-            recomputed: layers are computed anew in the backward pass (`activation_checkpointing`).
-        """
-        model, batch, ledger = self.model, self._batch(rows), Ledger(self.fake)
+    def step(self, rows: Sequence[Row], activation_checkpointing: bool = False) -> StepBytes:
+        """The bytes of a micro-batch's forward and backward pass, with fused attention."""
+        model, batch, live = self.model, self._batch(rows), FakeLiveBytes(self.fake)
         layers = {name: module for name, module in model.named_modules() if isinstance(module, CHECKPOINTED_MODULES)}
-        around = tuple(f"{name}." for name in layers)
+        in_layers = tuple(f"{name}." for name in layers)
         hooks = [
-            parameter.register_post_accumulate_grad_hook(ledger.finish)
+            parameter.register_post_accumulate_grad_hook(live.finish_gradient)
             for name, parameter in model.named_parameters()
-            if parameter.requires_grad and not name.startswith(around)
+            if parameter.requires_grad and not name.startswith(in_layers)
         ]
         if self.sharded and self.precision == "bf16":
-            units = [module for module in model.modules() if isinstance(module, FSDP_MODULES)]
-            rounded = (unit for unit in units if not isinstance(unit, CrossAttentionBlock))  # as by `parallel.shard`
-            hooks += [unit.register_forward_pre_hook(_lowered) for unit in rounded]
-        if not self.first:  # hidden states from the stage before need a gradient; the table's extra rows stand for them
+            hooks += [
+                module.register_forward_pre_hook(_cast_to_bf16)
+                for module in model.modules()
+                if isinstance(module, FSDP_MODULES) and not isinstance(module, FP32_INPUT_MODULES)
+            ]
+        if not self.first:  # hidden states from the previous stage need a gradient; the extra rows take their place
             model.extra_embeddings.requires_grad_()
-        with warnings.catch_warnings(), ledger.exclude(model), ledger.standing_in(list(layers.values()), recomputed):
+        one_per_kind = live.one_layer_per_kind(list(layers.values()), activation_checkpointing)
+        with warnings.catch_warnings(), live.exclude(model), one_per_kind:
             warnings.filterwarnings(
                 "ignore", message="Mismatch dtype between input and weight"
             )  # the last norm is FP32
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.precision == "bf16"):
                 loss = next_token_loss(model, batch) if self.last else model.hidden_states(batch).sum()
-                kept = ledger.end_forward()
+                kept = live.end_forward()
             if loss.requires_grad:
                 loss.backward()
         for hook in hooks:
             hook.remove()
-        return StepBytes(ledger.most, kept)
+        return StepBytes(live.peaks, kept)
+
+    def _sizes(self, absent: Sequence[str], tp_degree: int) -> tuple[dict[str, int], dict[str, int]]:
+        """The parameters that the rank holds, and those of them that train, by FSDP module; the rest under ""."""
+        num_parameters, num_trained = {"": 0}, {"": 0}
+        modules = [name for name, module in self.model.named_modules() if isinstance(module, FSDP_MODULES)]
+        absent_prefixes = tuple(f"{name}." for name in absent)
+        split = shared_linears(self.model, tp_degree)
+        for name, parameter in self.model.named_parameters():
+            if not name.startswith(absent_prefixes):
+                module = next((module for module in modules if name.startswith(f"{module}.")), "")
+                number = _local_shape(name, parameter.shape, split, tp_degree).numel()
+                num_parameters[module] = num_parameters.get(module, 0) + number
+                num_trained[module] = num_trained.get(module, 0) + number * parameter.requires_grad
+        return num_parameters, num_trained
+
+    def _bf16_weights(self) -> set[str]:
+        """The matrices that one process stores in bf16, see `mm.training.precision.lossless_bf16`."""
+        if self.sharded or self.precision != "bf16":
+            return set()
+        return {f"language_model.{name}" for name in bf16_candidates(self.model.language_model)}
+
+    def _replace_by_fake_parameters(self, tp_degree: int) -> None:
+        """Give the model parameters without data, of the shapes and types with which this rank computes."""
+        model, split = self.model, shared_linears(self.model, tp_degree)
+        split.pop("language_model.lm_head", None)  # every rank computes with all logits
+        modules = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, FSDP_MODULES))
+        for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+            in_bf16 = name in self.bf16_weights or (
+                self.sharded and self.precision == "bf16" and name.startswith(modules)
+            )
+            with self.fake:
+                shape = _local_shape(name, parameter.shape, split, tp_degree)
+                data = torch.empty(shape, dtype=torch.bfloat16 if in_bf16 else torch.float32)
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(data, requires_grad=parameter.requires_grad))
 
     def _batch(self, rows: Sequence[Row]) -> Batch:
-        """Samples of the rows' sizes; pictures without data."""
+        """Samples with the rows' sizes; pictures have no data."""
         image, side = self.model.config.image_token_id, self.model.config.vision_encoder.tile_size
         samples = []
         for row in rows:
@@ -233,25 +235,26 @@ class ShapeModel:
         return collate(samples)
 
 
-def _lowered(unit: nn.Module, inputs: tuple) -> tuple:
-    """A unit's inputs in bf16, as FSDP2 casts them."""
+def _cast_to_bf16(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A module's inputs in bf16, as FSDP casts them."""
     return tree_map_only(Tensor, lambda part: part.bfloat16() if part.is_floating_point() else part, inputs)
 
 
-def _local_shape(name: str, shape: torch.Size, tp_degree: int) -> torch.Size:
-    """Of a rank's part of a parameter."""
-    layer, leaf = name.rsplit(".", 2)[-2:] if "." in name else ("", name)
-    if layer in _BY_OUTPUTS:
-        return torch.Size((shape[0] // tp_degree, *shape[1:]))
-    if layer in _BY_INPUTS and leaf == "weight":
-        return torch.Size((shape[0], shape[1] // tp_degree))
+def _local_shape(name: str, shape: torch.Size, split: Mapping[str, Split], tp_degree: int) -> torch.Size:
+    """The shape of a tensor-parallel rank's part of a parameter."""
+    linear, _, leaf = name.rpartition(".")
+    match split.get(linear):
+        case Split.OUTPUTS:
+            return torch.Size((shape[0] // tp_degree, *shape[1:]))
+        case Split.INPUTS if leaf == "weight":
+            return torch.Size((shape[0], shape[1] // tp_degree))
     return shape
 
 
-def _cut(model: MultimodalModel, layers: range) -> None:
-    """Leave a pipeline's stage of a model: some of the language model's layers, and the blocks that end within them."""
+def _keep_layers(model: MultimodalModel, absent: Sequence[str], layers: range) -> None:
+    """Leave only a stage's layers and blocks in a model, numbered from 0, so that the model's own code runs them."""
     decoder, adapter = model.language_model.model, model.image_adapter
     decoder.layers = decoder.layers[layers.start : layers.stop]
-    kept = {position: block for position, block in adapter.by_position().items() if max(position - 1, 0) in layers}
-    adapter.positions = tuple(position - layers.start for position in kept)
-    adapter.blocks = nn.ModuleList(kept.values())
+    kept = [index for index in range(len(adapter.positions)) if f"image_adapter.blocks.{index}" not in absent]
+    adapter.blocks = nn.ModuleList(adapter.blocks[index] for index in kept)
+    adapter.positions = tuple(adapter.positions[index] - layers.start for index in kept)

@@ -1,91 +1,29 @@
-"""What training will cost before a machine is rented: parameters, operations, memory per rank, layouts that fit.
+"""What training will cost, before a machine is rented: parameters, FLOPs, memory per rank, and the layouts that fit.
 
-Samples are taken to be alike, so many text tokens and a picture of so many tiles. `mm.training.flops` knows what one of
-them costs and `mm.training.memory` what a rank holds; here the layouts are gone through, and a plan is written.
+Samples are taken to be alike (`mm.training.expected_samples`). `mm.training.flops` knows the FLOPs of a sample and
+`mm.training.memory` what a rank holds; here the layouts are searched.
 """
 
 import json
 import math
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+
+import torch
 
 from foundation.errors import UserError
 from mm.config import ModelConfig
+from mm.model import MultimodalModel
 from mm.parallel.layout import Layout
 from mm.parallel.pipeline import stage_layers
+from mm.parallel.tensor_parallel import shared_sizes
 from mm.training.config import TrainingConfig
-from mm.training.data import DataSource, RecordDataset
-from mm.training.flops import Flops, Learning, Parameters, Row, parameters, training_flops
+from mm.training.expected_samples import Samples
+from mm.training.flops import Flops, Parameters, parameters
 from mm.training.memory import RankBytes, ShapeModel, StepBytes
-from shards.format import INDEX_NAME
 
-TILES = 4  # of a picture, where no index tells: the largest canvas
 USABLE = 0.9  # of a GPU's memory: the driver, the buffers of collectives and fragmentation take the rest
-MOST_TENSOR_RANKS = 8  # GPUs of a node, which are wired closely enough to share products
-
-
-@dataclass(frozen=True)
-class Samples:
-    """What samples are taken to hold.
-
-    Attributes:
-        tokens: of text, the picture's placeholder among them; all but the first are targets.
-        tiles: tiles of a sample's picture, 0 for none -> share of the samples.
-        assumed: the tiles are not counted.
-    """
-
-    tokens: int
-    tiles: Mapping[int, float]
-    assumed: bool
-
-    @property
-    def images(self) -> float:
-        """Of a sample, on average."""
-        return sum(share for tiles, share in self.tiles.items() if tiles)
-
-    @property
-    def largest(self) -> Row:
-        """The sample with most tiles: memory must do for it."""
-        return self.row(max(self.tiles))
-
-    def row(self, tiles: int) -> Row:
-        return Row(self.tokens, self.tokens - 1, (tiles,) if tiles else ())
-
-    def flops(self, config: ModelConfig, learning: Learning, recomputed: bool = False) -> Flops:
-        """`training_flops` of a sample, on average."""
-        costs = [
-            (share, training_flops(config, [self.row(tiles)], learning, recomputed))
-            for tiles, share in self.tiles.items()
-        ]
-        return Flops(*(round(sum(share * vars(cost)[part] for share, cost in costs)) for part in vars(Flops())))
-
-
-def expected_samples(
-    config: ModelConfig, sources: Sequence[DataSource], max_tiles: int | None, tokens: int, tiles: int | None
-) -> Samples:
-    """Samples of so many tokens and tiles, or, with `tiles` None, of as many tiles as the sources' indices tell.
-
-    Where a source has no index (or is not there yet) every sample is taken to have 4, or `max_tiles`.
-
-    Raises:
-        UserError: numbers that no sample can have, or a source that cannot be read.
-    """
-    encoder = config.vision_encoder
-    most = encoder.max_num_tiles if max_tiles is None else max_tiles
-    if not 1 <= most <= encoder.max_num_tiles:
-        raise UserError(f"max_tiles is {max_tiles}; this model's image encoder takes 1 to {encoder.max_num_tiles}")
-    if not 2 <= tokens <= config.language_model.context:
-        raise UserError(f"text_tokens is {tokens}; it can be 2 to {config.language_model.context}, the context")
-    if tiles is not None and not 1 <= tiles <= most:
-        raise UserError(f"tiles is {tiles}; it can be 1 to {most}")
-    if tiles is None and sources and all((Path(source.path) / INDEX_NAME).is_file() for source in sources):
-        counts = Counter(
-            RecordDataset(sources, prepare=lambda record: record).num_tiles(encoder.tile_size, most).tolist()
-        )
-        return Samples(tokens, {tiles: counts[tiles] / counts.total() for tiles in sorted(counts)}, assumed=False)
-    return Samples(tokens, {tiles or min(TILES, most): 1.0}, assumed=True)
+MAX_TP_DEGREE = 8  # the GPUs of a node, between which the connections are fast enough for tensor parallelism
 
 
 @dataclass(frozen=True)
@@ -93,13 +31,14 @@ class Arrangement:
     """One way to run a step.
 
     Attributes:
-        held: by the rank that holds most. samples_per_second: at most, if products ran at the given rate.
+        memory: of the rank that holds most.
+        samples_per_second: at most, if matrix products ran at the given rate; None: no rate was given.
     """
 
     layout: Layout
     micro_batch_size: int
-    recomputed: bool
-    held: RankBytes
+    activation_checkpointing: bool
+    memory: RankBytes
     samples_per_second: float | None
 
 
@@ -107,131 +46,127 @@ class Arrangements:
     """The ways to run a configuration's steps on a number of GPUs.
 
     Args:
-        samples: what a step's samples hold. rate: FLOP/s of a GPU; None: not known.
+        samples: what a step's samples hold. rate: FLOP/s of a GPU; None: unknown.
 
     Raises:
-        UserError: learning_rates that do not fit the model.
+        UserError: learning rates that do not fit the model.
     """
 
     def __init__(
         self, config: ModelConfig, training: TrainingConfig, samples: Samples, gpus: int, rate: float | None
     ) -> None:
         self.config, self.training, self.samples, self.gpus, self.rate = config, training, samples, gpus, rate
-        self.parameters, self.learning = parameters(config, training.learning_rates)
+        self.parameters, self.trained = parameters(config, training.learning_rates)
+        with torch.device("meta"):
+            self.shared_sizes = {size for _, size in shared_sizes(MultimodalModel(config))}
         self._models: dict[tuple[int, int], list[ShapeModel]] = {}
         self._steps: dict[tuple[ShapeModel, int, bool], StepBytes] = {}
 
-    def of(self, layout: Layout, micro_batch_size: int, recomputed: bool) -> Arrangement:
-        """A layout's arrangement; a micro-batch is at most a rank's share of the step."""
+    def of(self, layout: Layout, micro_batch_size: int, activation_checkpointing: bool) -> Arrangement:
+        """The arrangement with a layout; a micro-batch is at most a rank's share of the step."""
         share = math.ceil(self.training.batch_size / layout.dp_size)
         size = min(micro_batch_size, share)
-        micro_batches = math.ceil(share / size)
-        held = []
+        num_micro_batches = math.ceil(share / size)
+        memory = []
         for stage in self._stages(layout):
-            key = (stage, size, recomputed)
+            key = (stage, size, activation_checkpointing)
             if key not in self._steps:
-                self._steps[key] = stage.step([self.samples.largest] * size, recomputed)
-            in_flight = min(layout.pp, micro_batches) if stage.first else 1
-            held.append(stage.bytes_of(self._steps[key], layout.dp_shard, micro_batches > 1, in_flight))
+                self._steps[key] = stage.step([self.samples.largest] * size, activation_checkpointing)
+            in_flight = min(layout.pp, num_micro_batches) if stage.first else 1
+            memory.append(stage.bytes_of(self._steps[key], layout.dp_shard, num_micro_batches > 1, in_flight))
         speed = None
         if self.rate is not None:
-            waiting = (micro_batches + layout.pp - 1) / micro_batches  # a pipeline fills and drains
-            flops = self.samples.flops(self.config, self.learning, recomputed).total
-            speed = self.gpus * self.rate / flops / waiting
-        return Arrangement(layout, size, recomputed, max(held, key=lambda one: one.total), speed)
+            slowdown = (num_micro_batches + layout.pp - 1) / num_micro_batches  # a pipeline fills and drains
+            flops = self.samples.flops(self.config, self.trained, activation_checkpointing).total
+            speed = self.gpus * self.rate / flops / slowdown
+        largest = max(memory, key=lambda rank: rank.total)
+        return Arrangement(layout, size, activation_checkpointing, largest, speed)
 
-    def fitting(self, most: float) -> list[Arrangement]:
-        """Those that need at most so many bytes per rank, each with the largest micro-batch that does.
+    def fitting(self, max_bytes: float) -> list[Arrangement]:
+        """Those that need at most `max_bytes` per rank, each with the largest micro-batch that fits.
 
-        The best are first: fewest pipeline ranks, fewest tensor ranks, nothing recomputed, fewest shards. Of the first
-        two only the least that will do are gone through.
+        The best are first: fewest pipeline stages, lowest tensor-parallel degree, no activation checkpointing, lowest
+        `dp_shard`. Only the first pair of pipeline and tensor-parallel degrees with a fitting arrangement is searched.
         """
-        for pipeline, tensor in self._products():
+        for pp, tp in self._degrees():
             found = [
                 arrangement
-                for recomputed in (False, True)
-                for arrangement in self._largest(pipeline, tensor, recomputed, most)
+                for activation_checkpointing in (False, True)
+                for arrangement in self._largest_micro_batches(pp, tp, activation_checkpointing, max_bytes)
             ]
             if found:
                 return found
         return []
 
-    def least(self) -> Arrangement:
-        """The one that needs least memory, by what does not depend on the micro-batch."""
-        layouts = [self._layouts(*products)[-1] for products in self._products()]
+    def smallest(self) -> Arrangement:
+        """The one that needs least memory, judged by what does not depend on the micro-batch."""
+        layouts = [self._layouts(*degrees)[-1] for degrees in self._degrees()]
         return self.of(min(layouts, key=lambda layout: sum(self._state(layout).values())), 1, True)
 
-    def enough_gpus(self, arrangement: Arrangement, most: float) -> int | None:
-        """GPUs with which an arrangement would need at most so many bytes per rank, sharing its weights among more."""
+    def enough_gpus(self, arrangement: Arrangement, max_bytes: float) -> int | None:
+        """The number of GPUs on which an arrangement would need at most `max_bytes` per rank, with more ranks per copy.
+
+        None: no number is enough.
+        """
         state, layout = self._state(arrangement.layout), arrangement.layout
-        shared = state["weights"] + state["gradients"] + state["optimizer"]
-        room = most - (arrangement.held.total - shared)
-        return math.ceil(shared * layout.dp_shard / room) * layout.tp * layout.pp if room > 0 else None
+        sharded = state["weights"] + state["gradients"] + state["optimizer"]
+        room = max_bytes - (arrangement.memory.total - sharded)
+        return math.ceil(sharded * layout.dp_shard / room) * layout.tp * layout.pp if room > 0 else None
 
-    def _products(self) -> Iterator[tuple[int, int]]:
-        """Numbers of pipeline and of tensor ranks that the model and the GPUs can be divided into."""
-        lm, encoder, adapter = self.config.language_model, self.config.vision_encoder, self.config.image_adapter
-        shared = (lm.num_heads, lm.num_kv_heads, lm.intermediate_size, encoder.num_heads, encoder.intermediate_size)
-        shared += (adapter.intermediate_size or lm.intermediate_size,)
-        most_stages = max(1, sum(position > 0 for position in self._positions()))
-        for pipeline in _divisors(self.gpus):
-            for tensor in _divisors(self.gpus // pipeline):
-                if tensor > MOST_TENSOR_RANKS or any(number % tensor for number in shared):
+    def _degrees(self) -> Iterator[tuple[int, int]]:
+        """The pipeline and tensor-parallel degrees that the model and the GPUs can be divided by."""
+        max_stages = max(1, sum(position > 0 for position in self._positions()))
+        for pp in _divisors(self.gpus):
+            for tp in _divisors(self.gpus // pp):
+                if tp > MAX_TP_DEGREE or any(size % tp for size in self.shared_sizes):
                     continue
-                readers = self.gpus // pipeline // tensor
-                micro_batches = math.ceil(self.training.batch_size / readers)
-                if readers <= self.training.batch_size and pipeline <= min(most_stages, micro_batches):
-                    yield pipeline, tensor
+                dp_size = self.gpus // pp // tp
+                num_micro_batches = math.ceil(self.training.batch_size / dp_size)
+                if dp_size <= self.training.batch_size and pp <= min(max_stages, num_micro_batches):
+                    yield pp, tp
 
-    def _layouts(self, pipeline: int, tensor: int) -> list[Layout]:
-        readers = self.gpus // pipeline // tensor
-        return [Layout(pipeline, readers // shards, shards, tensor) for shards in _divisors(readers)]
+    def _layouts(self, pp: int, tp: int) -> list[Layout]:
+        dp_size = self.gpus // pp // tp
+        return [Layout(pp, dp_size // dp_shard, dp_shard, tp) for dp_shard in _divisors(dp_size)]
 
-    def _largest(self, pipeline: int, tensor: int, recomputed: bool, most: float) -> list[Arrangement]:
-        """For each number of shards that can do, the arrangement with the largest micro-batch that does."""
+    def _largest_micro_batches(
+        self, pp: int, tp: int, activation_checkpointing: bool, max_bytes: float
+    ) -> list[Arrangement]:
+        """For each `dp_shard` that can fit, the arrangement with the largest micro-batch that does."""
         layouts = [
             layout
-            for layout in self._layouts(pipeline, tensor)
-            if sum(self._state(layout).values()) - self._state(layout)["gradients"] <= most
+            for layout in self._layouts(pp, tp)
+            if sum(self._state(layout).values()) - self._state(layout)["gradients"] <= max_bytes
         ]
         found: dict[Layout, Arrangement] = {}
-        for size in self._sizes(pipeline, tensor):
-            tried = [self.of(layout, size, recomputed) for layout in layouts]
-            found |= {one.layout: one for one in tried if one.held.total <= most}
+        for size in self._micro_batch_sizes(pp, tp):
+            tried = [self.of(layout, size, activation_checkpointing) for layout in layouts]
+            found |= {one.layout: one for one in tried if one.memory.total <= max_bytes}
             layouts = [layout for layout in layouts if found.get(layout) in tried]
         return [found[layout] for layout in sorted(found, key=lambda layout: layout.dp_shard)]
 
-    def _sizes(self, pipeline: int, tensor: int) -> list[int]:
-        """Of micro-batches: powers of 2, and a rank's whole share, as far as a pipeline has one for each rank."""
-        share = math.ceil(self.training.batch_size / (self.gpus // pipeline // tensor))
+    def _micro_batch_sizes(self, pp: int, tp: int) -> list[int]:
+        """Powers of 2, and a rank's whole share, as far as a pipeline has a micro-batch for each stage."""
+        share = math.ceil(self.training.batch_size / (self.gpus // pp // tp))
         sizes = [2**power for power in range(share.bit_length()) if 2**power < share] + [share]
-        return [size for size in sizes if math.ceil(share / size) >= pipeline]
+        return [size for size in sizes if math.ceil(share / size) >= pp]
 
     def _state(self, layout: Layout) -> dict[str, float]:
-        """What a layout's fullest rank holds whatever the batch."""
-        return max(
-            (stage.state_bytes(layout.dp_shard) for stage in self._stages(layout)),
-            key=lambda state: sum(state.values()),
-        )
+        """What the rank of a layout that holds most holds with any batch."""
+        states = (stage.state_bytes(layout.dp_shard) for stage in self._stages(layout))
+        return max(states, key=lambda state: sum(state.values()))
 
     def _stages(self, layout: Layout) -> list[ShapeModel]:
         """The first stage, which has most micro-batches in flight, and the last, which has the logits."""
-        products = layout.pp, layout.tp
-        if products not in self._models:
-            num_layers = self.config.language_model.num_layers
-            stages = stage_layers(self._positions(), num_layers, layout.pp)
-            self._models[products] = [
-                ShapeModel(
-                    self.config,
-                    self.training.learning_rates,
-                    self.training.precision,
-                    self.gpus > 1,
-                    layout.tp,
-                    layers,
-                )
+        degrees = layout.pp, layout.tp
+        if degrees not in self._models:
+            stages = stage_layers(self._positions(), self.config.language_model.num_layers, layout.pp)
+            learning_rates, precision = self.training.learning_rates, self.training.precision
+            self._models[degrees] = [
+                ShapeModel(self.config, learning_rates, precision, self.gpus > 1, layout.tp, layers)
                 for layers in dict.fromkeys((stages[0], stages[-1]))
             ]
-        return self._models[products]
+        return self._models[degrees]
 
     def _positions(self) -> tuple[int, ...]:
         return self.config.image_adapter.block_positions(self.config.language_model.num_layers)
@@ -242,10 +177,12 @@ class Plan:
     """What a configuration will cost.
 
     Attributes:
-        flops, recomputed_flops: of a sample, forward and backward; the second with layers computed anew.
-        configured: the configuration's own layout and micro-batch, as it stands and with `recomputed` the other way.
-        fitting: arrangements that fit, the best first. least: where none fits, the one that needs least. enough_gpus:
-            with which that would fit; None where no number would do.
+        flops, checkpointed_flops: of a sample, forward and backward; the second with activation checkpointing.
+        configured: the configuration's own layout and micro-batch, as configured, and with `activation_checkpointing`
+            the other way.
+        fitting: arrangements that fit, the best first.
+        smallest: where none fits, the one that needs least memory.
+        enough_gpus: the number of GPUs with which that one would fit; None where no number would do.
     """
 
     gpus: int
@@ -255,13 +192,14 @@ class Plan:
     samples: Samples
     parameters: dict[str, Parameters]
     flops: Flops
-    recomputed_flops: Flops
+    checkpointed_flops: Flops
     configured: list[Arrangement]
     fitting: list[Arrangement]
-    least: Arrangement | None = None
+    smallest: Arrangement | None = None
     enough_gpus: int | None = None
 
     def to_json(self) -> str:
+        """All fields, layouts and bytes included."""
         return json.dumps(asdict(self), indent=2)
 
     def __str__(self) -> str:
@@ -271,10 +209,10 @@ class Plan:
         tiles = " or ".join(map(str, self.samples.tiles))
         lines = [
             f"a step: {self.batch_size} samples of {self.samples.tokens} text tokens and {tiles} tiles "
-            f"({'assumed' if self.samples.assumed else 'as the index tells'}), {self.precision}",
+            f"({'assumed' if self.samples.assumed else 'counted in the index'}), {self.precision}",
             "",
         ]
-        rows = [("", "trained", "frozen", "TFLOP per image", "TFLOP per text token")]
+        rows: list[tuple[str, ...]] = [("", "trained", "frozen", "TFLOP per image", "TFLOP per text token")]
         images = max(self.samples.images, 1e-9)
         for part, count in self.parameters.items():
             cost = getattr(self.flops, part, 0)
@@ -289,47 +227,54 @@ class Plan:
                 )
             )
         lines += _table(rows)
-        again = self.recomputed_flops.total / self.flops.total - 1
+        added = self.checkpointed_flops.total / self.flops.total - 1
         total = self.flops.total
         lines.append(
             f"in all {total / 1e12:.3g} TFLOP per sample, {total * self.batch_size / 1e15:.3g} PFLOP per step; "
-            f"{again:+.0%} with activation_checkpointing"
+            f"{added:+.0%} with activation_checkpointing"
         )
         return lines
 
     def _memory(self) -> list[str]:
-        lines = ["GB that a rank holds, as configured, and with activation_checkpointing the other way;"]
+        lines = ["GB per rank, as configured, and with activation_checkpointing the other way;"]
         lines += ["layout: dp_replicate x dp_shard x tp x pp", *self._table_of(self.configured)]
         if self.gpu_gigabytes is None:
             return lines
-        where = f"{self.gpus} GPUs of {self.gpu_gigabytes:g} GB ({USABLE:.0%} of them counted on)"
-        if self.fitting:
-            order = "best first: fewest pipeline ranks, then tensor ranks, nothing recomputed, fewest shards"
+        where = f"{self.gpus} GPUs of {self.gpu_gigabytes:g} GB ({USABLE:.0%} of it is planned with)"
+        if self.smallest is None:
+            order = "best first: lowest pp, then lowest tp, no activation checkpointing, lowest dp_shard"
             return [*lines, "", f"what fits {where};", order, *self._table_of(self.fitting)]
-        short = self.least.held.total / 1e9 - USABLE * self.gpu_gigabytes
-        lines += ["", f"nothing fits {where}: what needs least lacks {short:.3g} GB", *self._table_of([self.least])]
-        return [*lines, f"what would help: {'; '.join(self._help())}"]
+        missing = self.smallest.memory.total / 1e9 - USABLE * self.gpu_gigabytes
+        lines += [
+            "",
+            f"nothing fits {where}: the smallest layout lacks {missing:.3g} GB",
+            *self._table_of([self.smallest]),
+        ]
+        return [*lines, f"what would help: {'; '.join(self._help(self.smallest))}"]
 
-    def _help(self) -> Iterator[str]:
-        held = self.least.held
+    def _help(self, smallest: Arrangement) -> Iterator[str]:
+        memory = smallest.memory
         if self.enough_gpus is not None:
             yield f"{self.enough_gpus} such GPUs in this layout"
-        yield f"GPUs of {math.ceil(held.total / USABLE / 1e9)} GB"
+        yield f"GPUs of {math.ceil(memory.total / USABLE / 1e9)} GB"
         if self.precision == "fp32":
             yield "training.precision: bf16"
-        if held.activations > held.total / 5:
+        if memory.activations > memory.total / 5:
             yield "fewer or smaller tiles (max_tiles, tile_size)"
 
     def _table_of(self, arrangements: Sequence[Arrangement]) -> list[str]:
         parts = ("weights", "gradients", "optimizer", "gathered", "activations", "total")
-        rated = ("images/s, at most",) * (arrangements[0].samples_per_second is not None)
-        rows = [("layout", "micro-batch", "recomputed", *parts, *rated)]
+        rated = arrangements[0].samples_per_second is not None
+        rows: list[tuple[str, ...]] = [("layout", "micro-batch", "checkpointing", *parts)]
+        if rated:
+            rows[0] += ("images/s, at most",)
         for one in arrangements:
-            ranks, speed = one.layout, one.samples_per_second
-            layout = f"{ranks.dp_replicate} x {ranks.dp_shard} x {ranks.tp} x {ranks.pp}"
-            held = (f"{getattr(one.held, part) / 1e9:.3g}" for part in parts)
-            rows.append((layout, str(one.micro_batch_size), "yes" if one.recomputed else "no", *held))
-            rows[-1] += tuple(f"{speed * self.samples.images:.3g}" for _ in rated)
+            layout = f"{one.layout.dp_replicate} x {one.layout.dp_shard} x {one.layout.tp} x {one.layout.pp}"
+            gigabytes = (f"{getattr(one.memory, part) / 1e9:.3g}" for part in parts)
+            row = (layout, str(one.micro_batch_size), "yes" if one.activation_checkpointing else "no", *gigabytes)
+            if one.samples_per_second is not None:
+                row += (f"{one.samples_per_second * self.samples.images:.3g}",)
+            rows.append(row)
         return _table(rows)
 
 
@@ -344,18 +289,18 @@ def plan(
     """What training a model of these shapes will cost.
 
     Args:
-        gpus: that there are. gpu_gigabytes: memory of each, in 1e9 bytes; None looks for no layouts that fit.
+        gpus: their number. gpu_gigabytes: memory of each, in 1e9 bytes; None searches no layouts.
         teraflops: rate of a GPU's matrix products; None estimates no speed.
 
     Raises:
-        UserError: numbers below what makes sense, learning_rates that do not fit the model, ranks that do not fit the GPUs, or
-            a model with a video adapter or speech parts, whose operations and memory are not reckoned.
+        UserError: numbers that are too small, learning rates that do not fit the model, degrees that do not fit the
+            number of GPUs, or a model with a video adapter or speech parts, which the planner cannot estimate.
     """
     others = [part for part in ("video_adapter", "speech_encoder", "speech_adapter") if getattr(config, part)]
     if others:
         raise UserError(
-            f"the model has {', '.join(others)}, and what clips and sound cost is not reckoned: plan with the run that "
-            "they were added to"
+            f"the model has {', '.join(others)}, and the planner cannot estimate clips and sound: plan with the run "
+            "that they were added to"
         )
     if gpus < 1:
         raise UserError(f"gpus is {gpus}; it must be at least 1")
@@ -364,14 +309,15 @@ def plan(
             raise UserError(f"{name} is {value:g}; it must be above 0")
     ways = Arrangements(config, training, samples, gpus, None if teraflops is None else teraflops * 1e12)
     layout, size = training.layout(gpus), training.micro_batch_size or training.batch_size
-    own = training.activation_checkpointing
-    found, least, enough = [], None, None
+    configured = training.activation_checkpointing
+    fitting: list[Arrangement] = []
+    smallest, enough = None, None
     if gpu_gigabytes is not None:
-        most = USABLE * gpu_gigabytes * 1e9
-        found = ways.fitting(most)
-        if not found:
-            least = ways.least()
-            enough = ways.enough_gpus(least, most)
+        max_bytes = USABLE * gpu_gigabytes * 1e9
+        fitting = ways.fitting(max_bytes)
+        if not fitting:
+            smallest = ways.smallest()
+            enough = ways.enough_gpus(smallest, max_bytes)
     return Plan(
         gpus,
         gpu_gigabytes,
@@ -379,11 +325,11 @@ def plan(
         training.precision,
         samples,
         ways.parameters,
-        samples.flops(config, ways.learning),
-        samples.flops(config, ways.learning, recomputed=True),
-        [ways.of(layout, size, recomputed) for recomputed in (own, not own)],
-        found,
-        least,
+        samples.flops(config, ways.trained),
+        samples.flops(config, ways.trained, activation_checkpointing=True),
+        [ways.of(layout, size, checkpointing) for checkpointing in (configured, not configured)],
+        fitting,
+        smallest,
         enough,
     )
 
@@ -397,9 +343,11 @@ def _count(number: int) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns side by side, the first to the left, the others to the right."""
+    """Aligned columns, the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
-        "  ".join(cell.rjust(width) if number else cell.ljust(width) for number, (cell, width) in enumerate(pairs))
-        for pairs in (list(zip(row, widths, strict=True)) for row in rows)
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
     ]

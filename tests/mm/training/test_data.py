@@ -206,7 +206,7 @@ def test_a_whole_repeat_is_a_source_named_so_often(squares):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"split": "training"}, "no records of split 'training'; there are: test, train, validation"),
+        ({"split": "training"}, "no records of split 'training'; it has test, train, validation"),
         ({"task": "asr"}, "no records of task 'asr'"),
         ({"repeat": 0}, "repeat .* is 0; it must be above 0"),
         ({"repeat": float("nan")}, "repeat .* is nan; it must be above 0"),

@@ -15,8 +15,8 @@ from mm.parallel.tables import CHECKPOINTED_MODULES
 from mm.training.config import TrainingConfig
 from mm.training.contrastive import ContrastiveModel, ContrastiveObjective, TextTowerConfig, contrastive_flops
 from mm.training.flops import (
-    Learning,
     Row,
+    TrainedParts,
     batch_flops,
     forward_flops,
     matmul_rate,
@@ -75,12 +75,12 @@ def test_operations_are_those_that_pytorch_counts(build_model, wide_config, rand
         forward = counted(lambda: next_token_loss(model, batch))
     assert forward_flops(wide_config, rows).total == pytest.approx(forward, rel=0.02)
     training = counted(lambda: next_token_loss(model, batch).backward())
-    learning = Learning.all(wide_config, encoder)
-    assert training_flops(wide_config, rows, learning).total == pytest.approx(training, rel=0.02)
+    trained_parts = TrainedParts.all(wide_config, encoder)
+    assert training_flops(wide_config, rows, trained_parts).total == pytest.approx(training, rel=0.02)
     assert training > 1.5 * forward
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
     "patterns",
     [
@@ -93,21 +93,21 @@ def test_operations_are_those_that_pytorch_counts(build_model, wide_config, rand
         ["vision_encoder.*"],
     ],
 )
-def test_what_is_frozen_costs_less(build_model, wide_config, random_tiles, patterns, recomputed):
+def test_frozen_weights_cost_fewer_flops(build_model, wide_config, random_tiles, patterns, checkpointing):
     rows = BATCHES["several images"]
     model = copy.deepcopy(build_model(wide_config))
     trained = apply_learning_rates(model, {**dict.fromkeys(patterns, 1e-3), "*": None})
     batch = mm.collate(samples_of(rows, wide_config, random_tiles))
     with activation_checkpointing(
-        model, CHECKPOINTED_MODULES, TrainingConfig(1, 1, activation_checkpointing=recomputed)
+        model, CHECKPOINTED_MODULES, TrainingConfig(1, 1, activation_checkpointing=checkpointing)
     ):
         training = counted(lambda: next_token_loss(model, batch).backward())
-    learning = Learning.of(trained, wide_config)
-    assert training_flops(wide_config, rows, learning, recomputed).total == pytest.approx(training, rel=0.02)
-    assert training < training_flops(wide_config, rows, recomputed=recomputed).total
+    trained_parts = TrainedParts.of(trained, wide_config)
+    assert training_flops(wide_config, rows, trained_parts, checkpointing).total == pytest.approx(training, rel=0.02)
+    assert training < training_flops(wide_config, rows, activation_checkpointing=checkpointing).total
 
 
-def test_a_text_token_costs_so_many_vision_tokens(build_model, wide_config, random_tiles):
+def test_text_token_cost_is_the_ratio_that_pytorch_counts(build_model, wide_config, random_tiles):
     """One more tile, and sixty more tokens, counted by PyTorch."""
     model = copy.deepcopy(build_model(wide_config))
     apply_learning_rates(model, {**FROZEN, "*": 1e-3})
@@ -133,25 +133,25 @@ def test_an_encoder_that_pads_computes_its_padding(build_model, wide_config, ran
 
 
 @pytest.mark.parametrize("encoder", [True, False])
-def test_layers_that_are_computed_anew_are_counted_once_more(build_model, wide_config, random_tiles, encoder):
+def test_activation_checkpointing_counts_layers_once_more(build_model, wide_config, random_tiles, encoder):
     rows = BATCHES["text beside"]
     model = copy.deepcopy(build_model(wide_config))
     apply_learning_rates(model, {**FROZEN, "vision_encoder.*": 1e-3 if encoder else None, "*": 1e-3})
     batch = mm.collate(samples_of(rows, wide_config, random_tiles))
     with activation_checkpointing(model, CHECKPOINTED_MODULES, TrainingConfig(1, 1, activation_checkpointing=True)):
         training = counted(lambda: next_token_loss(model, batch).backward())
-    learning = Learning.all(wide_config, encoder)
-    expected = training_flops(wide_config, rows, learning, recomputed=True).total
+    trained_parts = TrainedParts.all(wide_config, encoder)
+    expected = training_flops(wide_config, rows, trained_parts, activation_checkpointing=True).total
     assert expected == pytest.approx(training, rel=0.02)
-    assert expected > 1.1 * training_flops(wide_config, rows, learning).total
+    assert expected > 1.1 * training_flops(wide_config, rows, trained_parts).total
 
 
-def test_a_batch_tells_what_its_rows_hold(wide_config, random_tiles):
+def test_batch_flops_are_those_of_its_rows(wide_config, random_tiles):
     for rows in BATCHES.values():
         batch = mm.collate(samples_of(rows, wide_config, random_tiles))
-        for learning in (Learning.all(wide_config), Learning.all(wide_config, encoder=False)):
-            expected = training_flops(wide_config, rows, learning).total
-            assert batch_flops(batch, wide_config, learning) == expected
+        for trained_parts in (TrainedParts.all(wide_config), TrainedParts.all(wide_config, encoder=False)):
+            expected = training_flops(wide_config, rows, trained_parts).total
+            assert batch_flops(batch, wide_config, trained_parts) == expected
 
 
 @pytest.mark.parametrize("frozen", [(), ("vision_encoder.",), ("text_tower.",)])
@@ -165,7 +165,7 @@ def test_operations_on_pairs_are_those_that_pytorch_counts(tiny_config, make_pai
     assert expected == pytest.approx(training, rel=0.02)
 
 
-def test_the_rate_is_that_of_the_fastest_product(monkeypatch):
+def test_matmul_rate_is_that_of_the_fastest_product(monkeypatch):
     """A clock in whole seconds: each product takes 5, those that warm up 1, and the last 2."""
     ticks = iter([tick for last in (1, 5, 5, 5, 5, 1, 5, 5, 5, 2) for tick in (0, last)])
     monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
@@ -182,15 +182,15 @@ def test_text_alone_costs_the_language_model_once(build_model, wide_config, rand
     assert training_flops(wide_config, rows).total == pytest.approx(forward, rel=0.02)
 
 
-def test_the_encoder_of_the_paper_costs_what_the_paper_lets_one_expect():
+def test_flops_of_the_papers_encoder():
     """630M + 8 gated layers over 2,308 tokens: 4.8e12 operations for 4 tiles of 336 px."""
     flops = forward_flops(mm.preset("8b"), [Row(64, 64, (4,))])
     assert flops.vision_encoder == pytest.approx(4.8e12, rel=0.02)
 
 
 def test_parameters_are_counted_by_part(wide_config):
-    counts, learning = parameters(wide_config, {**FROZEN, "vision_encoder.*": None, "*": 1e-3})
-    assert learning == Learning.all(wide_config, encoder=False)
+    counts, trained_parts = parameters(wide_config, {**FROZEN, "vision_encoder.*": None, "*": 1e-3})
+    assert trained_parts == TrainedParts.all(wide_config, encoder=False)
     model = mm.MultimodalModel(wide_config)
     assert counts["vision_encoder"].trained == 0 and counts["image_adapter"].frozen == 0
     assert counts["image_adapter"].trained == sum(p.numel() for p in model.image_adapter.parameters())

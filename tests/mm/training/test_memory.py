@@ -68,51 +68,51 @@ def live_bytes(config: mm.ModelConfig, batches: list, settings: TrainingConfig) 
 
 
 @pytest.mark.parametrize("name", BATCHES)
-@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("padding", ["ragged", "llama32"])
-def test_a_step_holds_what_a_real_step_holds(name, recomputed, padding):
+def test_a_step_holds_as_much_as_a_real_step(name, checkpointing, padding):
     config = replace(CONFIG, vision_encoder=replace(CONFIG.vision_encoder, padding=padding))
-    settings = TrainingConfig(1, 4, learning_rates=RATES, activation_checkpointing=recomputed)
+    settings = TrainingConfig(1, 4, learning_rates=RATES, activation_checkpointing=checkpointing)
     real = live_bytes(config, [collated(BATCHES[name])], settings)
-    step = ShapeModel(config, RATES).step(BATCHES[name], recomputed)
+    step = ShapeModel(config, RATES).step(BATCHES[name], checkpointing)
     assert step.peak() == pytest.approx(real, rel=CLOSE)
 
 
-def test_recomputing_and_fewer_tiles_save_memory():
+def test_activation_checkpointing_and_fewer_tiles_save_memory():
     shapes = ShapeModel(CONFIG, RATES)
-    whole, recomputed = (shapes.step(BATCHES["four tiles"], again) for again in (False, True))
-    assert recomputed.activations < 0.5 * whole.activations and recomputed.kept < 0.5 * whole.kept
-    assert shapes.step(BATCHES["one tile"]).activations < 0.6 * whole.activations
+    kept, recomputed = (shapes.step(BATCHES["four tiles"], checkpointing) for checkpointing in (False, True))
+    assert recomputed.activations < 0.5 * kept.activations and recomputed.kept < 0.5 * kept.kept
+    assert shapes.step(BATCHES["one tile"]).activations < 0.6 * kept.activations
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
-def test_a_frozen_encoder_keeps_nothing(recomputed):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_frozen_encoder_keeps_no_activations(checkpointing):
     learning_rates = {"vision_encoder.*": None, **RATES}
-    settings = TrainingConfig(1, 4, learning_rates=learning_rates, activation_checkpointing=recomputed)
+    settings = TrainingConfig(1, 4, learning_rates=learning_rates, activation_checkpointing=checkpointing)
     real = live_bytes(CONFIG, [collated(BATCHES["four tiles"])], settings)
-    assert ShapeModel(CONFIG, learning_rates).step(BATCHES["four tiles"], recomputed).peak() == pytest.approx(
+    assert ShapeModel(CONFIG, learning_rates).step(BATCHES["four tiles"], checkpointing).peak() == pytest.approx(
         real, rel=CLOSE
     )
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
-def test_a_micro_batch_after_others_finds_their_gradients(recomputed):
-    settings = TrainingConfig(1, 8, learning_rates=RATES, activation_checkpointing=recomputed)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_later_micro_batch_holds_the_gradients_of_the_earlier_ones(checkpointing):
+    settings = TrainingConfig(1, 8, learning_rates=RATES, activation_checkpointing=checkpointing)
     real = live_bytes(CONFIG, [collated(BATCHES["one tile"])] * 2, settings)
-    step = ShapeModel(CONFIG, RATES).step(BATCHES["one tile"], recomputed)
+    step = ShapeModel(CONFIG, RATES).step(BATCHES["one tile"], checkpointing)
     assert step.peak(more_micro_batches=True) == pytest.approx(real, rel=CLOSE)
     assert step.peak() < step.peak(more_micro_batches=True)
 
 
 @pytest.mark.parametrize("name", ["one tile", "four tiles", "text beside"])
-@pytest.mark.parametrize("recomputed", [False, True])
-def test_bf16_holds_casts_of_what_trains(name, recomputed):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_bf16_holds_casts_of_trained_weights(name, checkpointing):
     """With fused attention, which the loop leaves aside for bf16 on a CPU."""
     model, _ = trained(CONFIG)
     with torch.no_grad():
         for parameter in model.language_model.parameters():
             parameter.copy_(parameter.bfloat16())  # as released: the run keeps its matrices in bf16
-    batch, settings = collated(BATCHES[name]), TrainingConfig(1, 4, activation_checkpointing=recomputed)
+    batch, settings = collated(BATCHES[name]), TrainingConfig(1, 4, activation_checkpointing=checkpointing)
     with lossless_bf16(model.language_model):
         weights = sum(parameter.nbytes for parameter in model.parameters())
         with activation_checkpointing(model, CHECKPOINTED_MODULES, settings), LiveBytes().exclude(model) as live:
@@ -121,7 +121,7 @@ def test_bf16_holds_casts_of_what_trains(name, recomputed):
             loss.backward()
     shapes = ShapeModel(CONFIG, RATES, precision="bf16")
     assert shapes.state_bytes()["weights"] == weights
-    assert shapes.step(BATCHES[name], recomputed).peak() == pytest.approx(live.peak, rel=CLOSE)
+    assert shapes.step(BATCHES[name], checkpointing).peak() == pytest.approx(live.peak, rel=CLOSE)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -141,12 +141,12 @@ def test_weights_gradients_and_optimizer_state(tied):
     }
     assert shapes.state_bytes() == expected
     step = shapes.step(BATCHES["ragged"])
-    assert max(step.moments) == expected["gradients"]
+    assert max(step.peaks) == expected["gradients"]
     lasting = expected["weights"] + expected["optimizer"]
     assert lasting + step.activations <= shapes.bytes_of(step).total <= sum(expected.values()) + step.activations
 
 
-def test_shards_share_what_lasts_and_gather_units():
+def test_fsdp_divides_state_and_gathers_modules():
     alone, shared = ShapeModel(CONFIG, RATES), ShapeModel(CONFIG, RATES, sharded=True)
     whole, quarter = alone.state_bytes(), shared.state_bytes(dp_shard=4)
     for part in ("weights", "gradients", "optimizer"):
@@ -163,7 +163,7 @@ def test_shards_share_what_lasts_and_gather_units():
     assert low.bytes_of(step, dp_shard=4).total < low.bytes_of(step, dp_shard=2).total
 
 
-def test_tensor_ranks_hold_their_heads_and_channels():
+def test_tensor_parallel_ranks_hold_their_heads_and_channels():
     """Of every layer's products half is held; embeddings, norms, the projection and added biases are whole."""
     model = mm.MultimodalModel(CONFIG)
     whole, half = (ShapeModel(CONFIG, RATES, sharded=True, tp_degree=ranks) for ranks in (1, 2))
@@ -174,7 +174,7 @@ def test_tensor_ranks_hold_their_heads_and_channels():
     assert 0.5 < half.step(rows).activations / whole.step(rows).activations < 0.9
 
 
-def test_stages_of_a_pipeline_hold_their_layers_and_the_encoder_each():
+def test_each_pipeline_stage_holds_its_layers_and_the_encoder():
     first, last = (ShapeModel(CONFIG, RATES, sharded=True, layers=layers) for layers in (range(4), range(4, 6)))
     model = mm.MultimodalModel(CONFIG)
     on_both = [model.vision_encoder, model.image_adapter.projection]
@@ -186,6 +186,6 @@ def test_stages_of_a_pipeline_hold_their_layers_and_the_encoder_each():
     assert last.step(BATCHES["one tile"]).kept > 0
 
 
-def test_rates_that_do_not_fit_are_refused():
+def test_learning_rates_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="no pattern of `learning_rates` fits"):
         ShapeModel(CONFIG, {"language_model.*": None})

@@ -10,8 +10,9 @@ import mm
 from mm.parallel.layout import Layout
 from mm.training.config import TrainingConfig
 from mm.training.data import DataSource
-from mm.training.flops import Learning, Row, training_flops
-from mm.training.planner import USABLE, Arrangements, Samples, expected_samples, plan
+from mm.training.expected_samples import Samples, expected_samples
+from mm.training.flops import Row, TrainedParts, training_flops
+from mm.training.planner import USABLE, Arrangements, plan
 from shards.reader import ShardSet
 from vision.tiling import choose_canvas
 
@@ -20,87 +21,91 @@ TRAINING = TrainingConfig(steps=1, batch_size=16, micro_batch_size=4, learning_r
 SAMPLES = Samples(12, {4: 1.0}, assumed=True)
 
 
-def gigabytes(most: float) -> float:
-    """Of a GPU that leaves so many bytes."""
-    return most / 1e9 / USABLE
+def gigabytes(usable: float) -> float:
+    """The memory of a GPU with so many usable bytes."""
+    return usable / 1e9 / USABLE
 
 
-def test_what_fits_fits_and_a_larger_micro_batch_does_not(tiny_config):
+def test_fitting_layouts_fit_and_a_larger_micro_batch_does_not(tiny_config):
     ways = Arrangements(tiny_config, TRAINING, SAMPLES, 4, None)
-    most = ways.of(Layout(shards=4), 2, False).held.total * 1.001
-    found = plan(tiny_config, TRAINING, SAMPLES, 4, gigabytes(most)).fitting
-    assert (Layout(shards=4), 2, False) in {(one.layout, one.micro_batch_size, one.recomputed) for one in found}
+    max_bytes = ways.of(Layout(dp_shard=4), 2, False).memory.total * 1.001
+    found = plan(tiny_config, TRAINING, SAMPLES, 4, gigabytes(max_bytes)).fitting
+    assert (Layout(dp_shard=4), 2, False) in {
+        (one.layout, one.micro_batch_size, one.activation_checkpointing) for one in found
+    }
     for one in found:
-        assert one.held.total <= most
+        assert one.memory.total <= max_bytes
         share = TRAINING.batch_size // one.layout.dp_size
         if one.micro_batch_size < share:
-            assert ways.of(one.layout, 2 * one.micro_batch_size, one.recomputed).held.total > most
-        assert one.layout.copies * one.layout.dp_shard == 4 and one.layout.tp == one.layout.pp == 1
-    order = [(one.recomputed, one.layout.dp_shard) for one in found]
-    assert order == sorted(order) and {recomputed for recomputed, _ in order} == {False, True}
+            assert ways.of(one.layout, 2 * one.micro_batch_size, one.activation_checkpointing).memory.total > max_bytes
+        assert one.layout.dp_replicate * one.layout.dp_shard == 4 and one.layout.tp == one.layout.pp == 1
+    order = [(one.activation_checkpointing, one.layout.dp_shard) for one in found]
+    assert order == sorted(order) and {checkpointing for checkpointing, _ in order} == {False, True}
 
 
-def test_products_are_shared_where_sharding_alone_does_not_do(tiny_config):
-    """A tiny model's gathered units are most of what a rank has: only tensor ranks and stages make them smaller."""
+def test_tensor_or_pipeline_parallelism_is_used_where_fsdp_is_not_enough(tiny_config):
+    """Most of a tiny model's memory are gathered modules, which only tp and pp make smaller."""
     ways = Arrangements(tiny_config, TRAINING, SAMPLES, 4, None)
-    alone, shared = ways.of(Layout(shards=4), 1, True), ways.of(Layout(shards=2, tensor=2), 1, True)
-    assert shared.held.gathered < alone.held.gathered
-    layouts = [Layout(copies=4 // shards, shards=shards) for shards in (1, 2, 4)]
-    most = min(ways.of(layout, 1, recomputed).held.total for layout in layouts for recomputed in (False, True))
-    found = plan(tiny_config, TRAINING, SAMPLES, 4, gigabytes(0.99 * most)).fitting
+    alone, shared = ways.of(Layout(dp_shard=4), 1, True), ways.of(Layout(dp_shard=2, tp=2), 1, True)
+    assert shared.memory.gathered < alone.memory.gathered
+    layouts = [Layout(dp_replicate=4 // shards, dp_shard=shards) for shards in (1, 2, 4)]
+    max_bytes = min(
+        ways.of(layout, 1, checkpointing).memory.total for layout in layouts for checkpointing in (False, True)
+    )
+    found = plan(tiny_config, TRAINING, SAMPLES, 4, gigabytes(0.99 * max_bytes)).fitting
     assert found and all(one.layout.tp > 1 or one.layout.pp > 1 for one in found)
 
 
-def test_where_nothing_fits_it_says_what_would_help(tiny_config):
+def test_where_nothing_fits_the_plan_says_what_would_help(tiny_config):
     costs = plan(tiny_config, TRAINING, SAMPLES, 2, gpu_gigabytes=1e-4)
-    assert not costs.fitting and costs.least.recomputed and costs.least.micro_batch_size == 1
+    assert not costs.fitting and costs.smallest.activation_checkpointing and costs.smallest.micro_batch_size == 1
     said = str(costs)
     assert "nothing fits 2 GPUs of 0.0001 GB" in said and "training.precision: bf16" in said
-    assert f"lacks {costs.least.held.total / 1e9 - USABLE * 1e-4:.3g} GB" in said
+    assert f"lacks {costs.smallest.memory.total / 1e9 - USABLE * 1e-4:.3g} GB" in said
 
 
 def test_enough_gpus_are_enough(tiny_config):
     """With the number that is named a rank has room for its share, with one GPU less it has not."""
     ways = Arrangements(tiny_config, replace(TRAINING, batch_size=64), SAMPLES, 2, None)
-    wide = ways.of(Layout(shards=2), 1, True)
-    most = wide.held.total - wide.held.weights / 2
-    enough = ways.enough_gpus(wide, most)
-    lasting = 2 * (wide.held.weights + wide.held.gradients + wide.held.optimizer)
-    rest = wide.held.total - lasting / 2
-    assert enough > 2 and rest + lasting / enough <= most < rest + lasting / (enough - 1)
-    assert ways.enough_gpus(wide, wide.held.gathered / 2) is None
+    wide = ways.of(Layout(dp_shard=2), 1, True)
+    max_bytes = wide.memory.total - wide.memory.weights / 2
+    enough = ways.enough_gpus(wide, max_bytes)
+    lasting = 2 * (wide.memory.weights + wide.memory.gradients + wide.memory.optimizer)
+    rest = wide.memory.total - lasting / 2
+    assert enough > 2 and rest + lasting / enough <= max_bytes < rest + lasting / (enough - 1)
+    assert ways.enough_gpus(wide, wide.memory.gathered / 2) is None
 
 
-def test_speed_is_the_rate_over_the_operations(tiny_config):
+def test_speed_is_the_rate_over_the_flops(tiny_config):
     costs = plan(tiny_config, TRAINING, SAMPLES, 2, gpu_gigabytes=1, teraflops=0.001)
     assert costs.flops == training_flops(tiny_config, [Row(12, 11, (4,))])
     for one in costs.fitting:
-        done = costs.recomputed_flops if one.recomputed else costs.flops
+        done = costs.checkpointed_flops if one.activation_checkpointing else costs.flops
         assert one.samples_per_second == pytest.approx(2e9 / done.total)
     assert costs.fitting[0].samples_per_second > costs.fitting[-1].samples_per_second
     assert plan(tiny_config, TRAINING, SAMPLES).configured[0].samples_per_second is None
 
 
-def test_a_pipeline_waits_while_it_fills(tiny_config):
+def test_a_pipeline_is_slower_while_it_fills_and_drains(tiny_config):
     ways = Arrangements(tiny_config, TRAINING, SAMPLES, 2, 1e12)
-    staged, sharded = ways.of(Layout(pp=2), 4, False), ways.of(Layout(shards=2), 4, False)
+    staged, sharded = ways.of(Layout(pp=2), 4, False), ways.of(Layout(dp_shard=2), 4, False)
     assert staged.samples_per_second == pytest.approx(sharded.samples_per_second * 4 / 5)
 
 
-def test_the_configuration_as_it_stands(tiny_config):
+def test_the_configured_layout_is_planned_with_and_without_checkpointing(tiny_config):
     training = replace(TRAINING, dp_shard=2, activation_checkpointing=True)
     costs = plan(tiny_config, training, SAMPLES, 4)
-    assert [(one.layout, one.micro_batch_size, one.recomputed) for one in costs.configured] == [
-        (Layout(copies=2, shards=2), 4, True),
-        (Layout(copies=2, shards=2), 4, False),
+    assert [(one.layout, one.micro_batch_size, one.activation_checkpointing) for one in costs.configured] == [
+        (Layout(dp_replicate=2, dp_shard=2), 4, True),
+        (Layout(dp_replicate=2, dp_shard=2), 4, False),
     ]
-    assert costs.configured[0].held.activations < costs.configured[1].held.activations
+    assert costs.configured[0].memory.activations < costs.configured[1].memory.activations
     values = json.loads(costs.to_json())
     assert values["flops"]["language_model"] == costs.flops.language_model
-    assert values["configured"][0]["held"]["total"] == costs.configured[0].held.total
+    assert values["configured"][0]["memory"]["total"] == costs.configured[0].memory.total
 
 
-def test_tiles_are_those_that_the_index_tells(tiny_config, squares, tmp_path):
+def test_tiles_are_counted_in_the_index(tiny_config, squares, tmp_path):
     sources = [DataSource(str(squares)), DataSource(str(squares), split="validation", repeat=2)]
     found = expected_samples(tiny_config, sources, None, 12, None)
     side = tiny_config.vision_encoder.tile_size
@@ -119,7 +124,7 @@ def test_tiles_are_those_that_the_index_tells(tiny_config, squares, tmp_path):
 def test_samples_without_a_picture_cost_their_text(tiny_config):
     mixed = Samples(12, {0: 0.5, 4: 0.5}, assumed=False)
     text, seeing = (training_flops(tiny_config, [Row(12, 11, tiles)]) for tiles in ((), (4,)))
-    assert mixed.flops(tiny_config, Learning.all(tiny_config)).total == pytest.approx(
+    assert mixed.flops(tiny_config, TrainedParts.all(tiny_config)).total == pytest.approx(
         (text.total + seeing.total) / 2, abs=2
     )
     assert mixed.largest == Row(12, 11, (4,)) and mixed.images == 0.5
@@ -129,7 +134,7 @@ def test_samples_without_a_picture_cost_their_text(tiny_config):
     ("change", "said"),
     [
         ({"gpus": 0}, "gpus is 0"),
-        ({"gpus": 3, "training": replace(TRAINING, dp_shard=2)}, "training.dp_shard is 2"),
+        ({"gpus": 3, "training": replace(TRAINING, dp_shard=2)}, "dp_shard is 2"),
         ({"gpu_gigabytes": 0.0}, "gpu_memory is 0"),
         ({"teraflops": -1.0}, "tflops is -1"),
         (
@@ -138,7 +143,7 @@ def test_samples_without_a_picture_cost_their_text(tiny_config):
         ),
     ],
 )
-def test_numbers_that_make_no_sense(tiny_config, change, said):
+def test_impossible_numbers_are_refused(tiny_config, change, said):
     with pytest.raises(ValueError, match=said):
         plan(**{"config": tiny_config, "training": TRAINING, "samples": SAMPLES, **change})
 
@@ -152,7 +157,7 @@ def test_numbers_that_make_no_sense(tiny_config, change, said):
         (2, 12, 3, "tiles is 3; it can be 1 to 2"),
     ],
 )
-def test_samples_that_cannot_be(tiny_config, max_tiles, tokens, tiles, said):
+def test_impossible_samples_are_refused(tiny_config, max_tiles, tokens, tiles, said):
     with pytest.raises(ValueError, match=said):
         expected_samples(tiny_config, [], max_tiles, tokens, tiles)
 
@@ -163,6 +168,6 @@ def test_the_8b_preset_on_a_node():
     training = TrainingConfig(1, 64, learning_rates=RATES, precision="bf16")
     costs = plan(mm.preset("8b"), training, Samples(64, {4: 1.0}, assumed=True), 8, 80)
     best = costs.fitting[0]
-    assert best.layout.tp == best.layout.pp == 1 and not best.recomputed
+    assert best.layout.tp == best.layout.pp == 1 and not best.activation_checkpointing
     trained = costs.parameters["vision_encoder"].trained + costs.parameters["image_adapter"].trained
-    assert best.held.optimizer == pytest.approx(8 * trained / best.layout.dp_shard)
+    assert best.memory.optimizer == pytest.approx(8 * trained / best.layout.dp_shard)
