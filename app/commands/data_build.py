@@ -50,7 +50,7 @@ def build(argv: Sequence[str]) -> None:
     """
     builder = read_builder(argv[0], argv[1:])
     built = build_set(builder, locate)
-    print(f"{built.records:,} records in {built.folder}")
+    print(f"{built.num_records:,} records in {built.folder}")
     if built.left_out:
         print(f"{len(built.left_out):,} left out: {built.folder / LEFT_OUT} lists them with reasons")
     if isinstance(builder, Mix):
