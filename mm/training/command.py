@@ -2,8 +2,8 @@
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import fields
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -51,10 +51,3 @@ def run_stage(
             if device is not None:
                 logger.info(device_line(resolve_device(device)))
             stage(config)
-
-
-@contextmanager
-def mistakes_in_one_line(name: str) -> Iterator[None]:
-    """As `foundation.errors.exit_on_user_error`, for the demos that do not call it yet."""
-    with exit_on_user_error(name):
-        yield
