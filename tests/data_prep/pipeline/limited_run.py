@@ -4,9 +4,9 @@ import resource
 import signal
 import sys
 
-from app.commands.data import main
+from app.cli import main
 
 if __name__ == "__main__":
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
-    sys.exit(main(["run", "--config", sys.argv[1]]))
+    main(["data", "run", "--config", sys.argv[1], "--quiet"])

@@ -71,8 +71,8 @@ def test_where_nothing_more_can_be_written_what_stands_there_stays(
     limit = {"measuring": 3_000, "merging": merged - 1, "writing": 100_000}[stage]
     ended = start("limited_run.py", second, tmp_path / "limited.yaml", limit)
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
-    assert ended.stderr.startswith("mm data: ") and "too large" in ended.stderr
-    assert "what stood there before still does: make room, and the same command goes on" in ended.stderr
+    assert ended.stderr.startswith("mm data run: ") and "too large" in ended.stderr
+    assert "make room on the disk; the same command goes on" in ended.stderr
     after = outcome(first.output)
     shards = {name: data for name, data in before.items() if name.startswith("shards/")}
     assert shards and shards.items() <= after.items()
