@@ -38,8 +38,8 @@ NOT_RUN = {
     ".venv/bin/pre-commit ": "changes the hooks of the checkout",
     "torchrun ": "starts 8 processes; tests/mm/parallel runs stages under torchrun",
     "python -m demos.": "fetches real sets and trains for minutes; tests/demos runs the demos on small ones",
-    "python -m benchmarks.": "measures for minutes; tests/benchmarks runs tiny shapes",
-    "OMP_NUM_THREADS=1 python -m benchmarks.": "measures for minutes; tests/benchmarks runs tiny shapes",
+    "python -m benchmarks.": "measures for minutes, some on a GPU; tests/benchmarks runs tiny shapes",
+    "OMP_NUM_THREADS=1 python -m benchmarks.": "measures for minutes, some on a GPU; tests/benchmarks runs tiny shapes",
 }
 # What the commands of a page create: absent before they run, there afterwards.
 CREATED = {
