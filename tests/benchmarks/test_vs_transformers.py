@@ -66,7 +66,7 @@ def test_fused_attention_has_the_operations_of_plain_attention():
 
 
 def test_a_step_through_accelerate_has_the_gradients_of_our_training_step(monkeypatch):
-    """Compares the clipped gradients that reach the optimizer: our loop over the transformers model, and accelerate's."""
+    """Compares the clipped gradients that reach the optimizer in our loop over their model and in accelerate's."""
     monkeypatch.setattr(vs_transformers, "TrainingConfig", partial(TrainingConfig, max_gradient_norm=0.1))
     ours, theirs = build_pair(TINY)
     steps = training_steps(TINY, ours.train(), theirs.train(), num_tiles=1)
