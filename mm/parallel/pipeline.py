@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from foundation.errors import UserError
 from mm.batch import IGNORED, Batch
-from mm.model import MultimodalModel
+from mm.model import Cache, MultimodalModel
 from mm.parallel.dtensor import full_tensor
 from mm.parallel.layout import Layout
 from mm.vision_context import VisionContexts
@@ -116,7 +116,7 @@ class Stage(MultimodalModel):
         self.batches: list[Batch] = []  # of the step
         self.scale = 1.0
 
-    def forward(self, *received: Tensor, index: Tensor) -> Tensor:
+    def forward(self, *received: Tensor, index: Tensor) -> Tensor:  # type: ignore[override]  # the pipeline's call
         """The hidden states [B, T, D] of the step's micro-batch `index` for the next stage; on the last, its loss.
 
         Args:
@@ -130,11 +130,12 @@ class Stage(MultimodalModel):
             return self.loss(self, x, batch) * self.scale if self.is_last else x
 
     @torch.no_grad()
-    def hidden_states(self, batch: Batch, cache: None = None) -> Tensor:
+    def hidden_states(self, batch: Batch, cache: Cache | None = None) -> Tensor:
         """The hidden states of the whole model, on all ranks; every rank must call it with the same batch.
 
         The ranks encode the images at the same time and run their layers one after another.
         """
+        assert cache is None, "a pipeline does not decode"
         self._check(batch)
         contexts = self.vision_contexts(batch, None)
         shape = (*batch.tokens.shape, self.config.language_model.hidden_size)
@@ -257,6 +258,7 @@ def pad_to_common_shape(batches: Sequence[Batch]) -> list[Batch]:
     num_rows, length = (max(batch.tokens.shape[side] for batch in batches) for side in (0, 1))
     padded = []
     for batch in batches:
+        assert batch.labels is not None, "batches to train on have labels"
         rows, tokens = num_rows - batch.tokens.shape[0], length - batch.tokens.shape[1]  # to add
         padded.append(
             Batch(
@@ -272,6 +274,7 @@ def pad_to_common_shape(batches: Sequence[Batch]) -> list[Batch]:
 
 def absent_modules(model: MultimodalModel, layers: range) -> list[str]:
     """The names of the modules of a model that the stage with these layers does not hold."""
+    assert model.image_adapter is not None
     decoder = model.language_model.model
     first, last = layers.start == 0, layers.stop == len(decoder.layers)
     tied = model.config.language_model.tied_embeddings  # then the table is on the first and the last stage

@@ -86,7 +86,7 @@ def all_reduce_partial_gradients(module: nn.Module, group: dist.ProcessGroup) ->
     Args:
         group: the tensor-parallel ranks.
     """
-    gradients = [parameter.grad.to_local() for parameter in _partial_parameters(module) if parameter.grad is not None]
+    gradients = [p.grad.to_local() for p in _partial_parameters(module) if isinstance(p.grad, DTensor)]
     if gradients:
         total = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(total, group=group)
@@ -154,7 +154,7 @@ def _shard_tokens(mesh: DeviceMesh, layer: EncoderLayer, inputs: tuple[Tensor, T
 
 def _gather_tokens_for_attention(
     mesh: DeviceMesh, attention: SelfAttention, inputs: tuple[Tensor], options: dict[str, Any]
-) -> tuple[tuple[DTensor], dict[str, Any]]:
+) -> tuple[tuple[Tensor], dict[str, Any]]:
     """All ranks' tokens for attention, without the padding."""
     mask, length = options["mask"]
     x = DTensor.from_local(inputs[0], mesh, [Shard(1)]).redistribute(placements=[Replicate()])

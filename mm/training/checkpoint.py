@@ -194,7 +194,8 @@ class _Writer(FileSystemWriter):
     """Writes a rank's files. When all ranks have, rank 0 renames the checkpoint and removes older ones."""
 
     def __init__(self, final: Path, state: str, keep: int) -> None:
-        super().__init__(final.with_name(final.name.replace("step", ".new")))
+        self.unfinished = final.with_name(final.name.replace("step", ".new"))
+        super().__init__(self.unfinished)
         self.final, self.state, self.keep = final, state, keep
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
@@ -206,10 +207,10 @@ class _Writer(FileSystemWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Called on rank 0; what it raises, all ranks raise."""
         super().finish(metadata, results)
-        (self.path / _STATE).write_text(self.state, encoding="utf-8")
-        _sync_to_disk(self.path / _STATE)
-        _sync_to_disk(self.path)
-        self.path.rename(self.final)
+        (self.unfinished / _STATE).write_text(self.state, encoding="utf-8")
+        _sync_to_disk(self.unfinished / _STATE)
+        _sync_to_disk(self.unfinished)
+        self.unfinished.rename(self.final)
         _sync_to_disk(self.final.parent)
         for old in _complete_checkpoints(self.final.parent)[: -self.keep]:
             shutil.rmtree(old.rename(old.with_name(f".old-{old.name}")))

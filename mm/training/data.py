@@ -7,7 +7,7 @@ consumed by all ranks. Workers only read and decode; they never choose or reorde
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -18,6 +18,14 @@ from mm.training.objectives import Objective
 from mm.training.sampler import LengthBuckets, Subsample, epoch_size, step_indices
 from shards.reader import ShardSet
 from vision.tiling import choose_canvas
+
+
+class SizedDataset(Protocol):
+    """A dataset that knows its length, such as a list."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
 @dataclass
@@ -135,10 +143,12 @@ class RecordDataset(Dataset):
         known: dict[tuple[int | None, int | None], int] = {(None, None): 0}
         counts = []
         for shards in self.sets:
-            for size in zip(*(shards.index[side].to_pylist() for side in ("width", "height")), strict=True):
-                if size not in known:
-                    known[size] = math.prod(choose_canvas(*size, tile_size, max_tiles))
-                counts.append(known[size])
+            widths, heights = (shards.index[side].to_pylist() for side in ("width", "height"))
+            for width, height in zip(widths, heights, strict=True):
+                if (width, height) not in known:
+                    rows, columns = choose_canvas(width, height, tile_size, max_tiles)
+                    known[width, height] = rows * columns
+                counts.append(known[width, height])
         return torch.tensor(counts)
 
     def durations(self) -> torch.Tensor:
@@ -201,14 +211,14 @@ class Position(NamedTuple):
     epoch: int = 0
     consumed: int = 0
 
-    def after(self, samples: int, dataset: Dataset) -> "Position":
+    def after(self, samples: int, dataset: SizedDataset) -> "Position":
         """The position `samples` samples later."""
         consumed = self.consumed + samples
         return Position(self.seed, consumed // epoch_size(len(dataset), _subsamples(dataset)), consumed)
 
 
 def step_loader(
-    dataset: Dataset,
+    dataset: SizedDataset,
     collate_step: Callable[[list], Any],
     batch_size: int,
     seed: int,
@@ -244,7 +254,7 @@ def step_loader(
     by_epoch = isinstance(dataset, RecordDataset) and dataset.by_epoch
     order = (len(dataset), batch_size, seed, consumed, subsamples, groups, buckets)
     return DataLoader(
-        dataset,
+        cast(Dataset, dataset),
         batch_sampler=_RankSampler(dp_rank, dp_size, sample_costs, by_epoch, *order),
         collate_fn=collate_step,
         num_workers=workers,
@@ -340,5 +350,5 @@ def collate_step(
     return StepData(batches, unreadable, amounts)
 
 
-def _subsamples(dataset: Dataset) -> Sequence[Subsample]:
+def _subsamples(dataset: SizedDataset) -> Sequence[Subsample]:
     return dataset.subsamples if isinstance(dataset, RecordDataset) else ()

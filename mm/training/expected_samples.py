@@ -64,6 +64,8 @@ def expected_samples(
         UserError: numbers that no sample can have, or a source that cannot be read.
     """
     encoder = config.vision_encoder
+    if encoder is None:
+        raise UserError("the model has no image encoder, so there is no picture to plan with")
     limit = encoder.max_num_tiles if max_tiles is None else max_tiles
     if not 1 <= limit <= encoder.max_num_tiles:
         raise UserError(f"max_tiles is {max_tiles}; this model's image encoder takes 1 to {encoder.max_num_tiles}")

@@ -18,6 +18,7 @@ from torch import Tensor
 from layers.linear import linear
 from mm.batch import IGNORED, Batch
 from mm.config import ModelConfig
+from mm.language_model import LanguageModelConfig
 from mm.model import MultimodalModel
 from mm.training.optimizer import apply_learning_rates
 from vision.encoder import TOKENS_MULTIPLE, VisionEncoderConfig
@@ -137,6 +138,7 @@ def training_flops(
 
 def batch_flops(batch: Batch, config: ModelConfig, trained: TrainedParts) -> int:
     """`training_flops` of a batch."""
+    assert batch.labels is not None
     targets = (batch.labels[:, 1:] != IGNORED).sum(1).tolist()
     tiles = iter(batch.images)
     rows = [
@@ -178,8 +180,15 @@ def text_token_cost(config: ModelConfig) -> float:
     def flops(tokens: int, tiles: int) -> int:
         return training_flops(config, [Row(tokens, tokens, (tiles,))]).total
 
+    assert config.vision_encoder is not None
     vision_token = (flops(64, 2) - flops(64, 1)) / config.vision_encoder.tokens_per_tile
     return (flops(128, 1) - flops(64, 1)) / 64 / vision_token
+
+
+def _attention_widths(config: LanguageModelConfig) -> tuple[int, int]:
+    """The channels of all query heads, and of all key heads."""
+    assert config.head_dim is not None, "the configuration computes it where it is not given"
+    return config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
 
 
 def _num_blocks(config: ModelConfig) -> int:
@@ -193,11 +202,12 @@ def _flops(config: ModelConfig, rows: Sequence[Row], trained: TrainedParts, reru
     encoder, blocks, first = 0, 0, None  # first: the number of LM layers below the first gradient
     tiles_of_images = [tiles for row in rows for tiles in row.tiles]
     if tiles_of_images:
+        assert config.vision_encoder is not None
         encoder = sum(encoder_flops(config.vision_encoder, tiles, trained.encoder, reruns) for tiles in tiles_of_images)
         blocks, first = _adapter_flops(config, rows, trained, reruns)
     lm = config.language_model
     text, longest = len(rows) * max(row.tokens for row in rows), max(row.tokens for row in rows)
-    query, key = lm.num_heads * lm.head_dim, lm.num_kv_heads * lm.head_dim
+    query, key = _attention_widths(lm)
     products = 2 * lm.hidden_size * (2 * query + 2 * key + 3 * lm.intermediate_size) * text
     attention = 4 * text * longest * query
     head = 2 * lm.hidden_size * lm.vocab_size * sum(row.targets for row in rows)
@@ -212,20 +222,21 @@ def _adapter_flops(
 ) -> tuple[int, int | None]:
     """The FLOPs of the projection and the blocks, which rows without images skip, and the number of LM layers below
     the first gradient; None: there is no gradient."""
-    lm, encoder = config.language_model, config.vision_encoder
+    lm, encoder, adapter = config.language_model, config.vision_encoder, config.image_adapter
+    assert encoder is not None and adapter is not None
     vision = encoder.tokens_per_tile * sum(sum(row.tiles) for row in rows)
     widest = encoder.tokens_per_tile * max(sum(row.tiles) for row in rows)
     tokens = sum(bool(row.tiles) for row in rows) * max(row.tokens for row in rows)
-    query, key = lm.num_heads * lm.head_dim, lm.num_kv_heads * lm.head_dim
+    query, key = _attention_widths(lm)
     to_query, to_keys_values = 2 * tokens * lm.hidden_size * query, 4 * vision * lm.hidden_size * key
     product = 2 * tokens * widest * query  # of queries and keys, or of weights and values
-    feed_forward = 6 * tokens * lm.hidden_size * (config.image_adapter.intermediate_size or lm.intermediate_size)
+    feed_forward = 6 * tokens * lm.hidden_size * (adapter.intermediate_size or lm.intermediate_size)
 
     into_vision = trained.encoder or trained.projection
     flops = 2 * encoder.feature_size * lm.hidden_size * vision * (1 + trained.encoder + trained.projection)
     into_text, first = False, None
     for position, (trains_attention, trains_feed_forward) in zip(
-        config.image_adapter.block_positions(lm.num_layers), trained.blocks, strict=True
+        adapter.block_positions(lm.num_layers), trained.blocks, strict=True
     ):
         queries = into_text or trains_attention  # whether they have a gradient
         keys = into_vision or trains_attention

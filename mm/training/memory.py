@@ -223,7 +223,9 @@ class ShapeModel:
 
     def _batch(self, rows: Sequence[Row]) -> Batch:
         """Samples with the rows' sizes; pictures have no data."""
-        image, side = self.model.config.image_token_id, self.model.config.vision_encoder.tile_size
+        image, encoder = self.model.config.image_token_id, self.model.config.vision_encoder
+        assert image is not None and encoder is not None
+        side = encoder.tile_size
         samples = []
         for row in rows:
             tokens = [image] * len(row.tiles) + [0] * (row.tokens - len(row.tiles))
@@ -254,6 +256,7 @@ def _local_shape(name: str, shape: torch.Size, split: Mapping[str, Split], tp_de
 def _keep_layers(model: MultimodalModel, absent: Sequence[str], layers: range) -> None:
     """Leave only a stage's layers and blocks in a model, numbered from 0, so that the model's own code runs them."""
     decoder, adapter = model.language_model.model, model.image_adapter
+    assert adapter is not None
     decoder.layers = decoder.layers[layers.start : layers.stop]
     kept = [index for index in range(len(adapter.positions)) if f"image_adapter.blocks.{index}" not in absent]
     adapter.blocks = nn.ModuleList(adapter.blocks[index] for index in kept)

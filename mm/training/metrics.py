@@ -153,9 +153,6 @@ class MetricsLog:
 class NoLog:
     """Takes the place of a `MetricsLog` on ranks that are not the main one."""
 
-    def __init__(self, *_: object) -> None:
-        pass
-
     def __enter__(self) -> "NoLog":
         return self
 
@@ -163,10 +160,10 @@ class NoLog:
         pass
 
     def advance(self, loss: float) -> None:
-        pass
+        """Do nothing."""
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
-        pass
+        """Do nothing."""
 
 
 def _step_of(line: str) -> float:

@@ -64,7 +64,7 @@ def build_optimizer(
             {"params": parameters, "lr": rate, "base_lr": rate, "weight_decay": decay}
             for (rate, decay, _), parameters in groups.items()
         ],
-        betas=tuple(betas),
+        betas=(betas[0], betas[1]),
         eps=1e-8,
         fused=True,
     )

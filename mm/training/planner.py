@@ -169,6 +169,7 @@ class Arrangements:
         return self._models[degrees]
 
     def _positions(self) -> tuple[int, ...]:
+        assert self.config.image_adapter is not None
         return self.config.image_adapter.block_positions(self.config.language_model.num_layers)
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from foundation.errors import UserError
 from mm.device import resolve_device
@@ -34,7 +34,7 @@ from mm.parallel.tensor_parallel import all_reduce_partial_gradients
 from mm.training.checkpoint import Checkpoints
 from mm.training.compiling import compiled, require_compiler
 from mm.training.config import NOT_IN_FINGERPRINT, TrainingConfig
-from mm.training.data import Position, StepData, collate_step, step_loader
+from mm.training.data import Position, SizedDataset, StepData, collate_step, step_loader
 from mm.training.guards import Guard
 from mm.training.metrics import MetricsLog, NoLog, StepMetrics, Window
 from mm.training.objectives import Objective, loss_of_hidden_states
@@ -68,7 +68,7 @@ class Trainer:
         self,
         module: nn.Module,
         objective: Objective,
-        dataset: Dataset,
+        dataset: SizedDataset,
         config: TrainingConfig,
         folder: Path,
         name: str,
@@ -99,8 +99,8 @@ class Trainer:
         self._resume()
         loader = self._loader()
         with ExitStack() as stack:
-            log = MetricsLog if self.ranks.is_main else NoLog
-            self.log = stack.enter_context(log(self.folder, self.finished_steps, self.config.steps, self.name))
+            self.log = self._metrics_log()
+            stack.enter_context(self.log)
             stack.enter_context(compiled(self.module, self.checkpointed_modules, self.config.compile))
             # Around what is compiled: the recomputation runs compiled layers.
             stack.enter_context(activation_checkpointing(self.module, self.checkpointed_modules, self.config))
@@ -201,6 +201,11 @@ class Trainer:
             sample_costs=self.sample_costs,
             length_bucket_steps=self.config.length_bucket_steps,
         )
+
+    def _metrics_log(self) -> MetricsLog | NoLog:
+        if not self.ranks.is_main:
+            return NoLog()
+        return MetricsLog(self.folder, self.finished_steps, self.config.steps, self.name)
 
     def _train_on(self, step: int, data: StepData) -> None:
         """One optimizer step (counted from 0), with its metrics."""
