@@ -10,7 +10,7 @@ import mm
 from foundation.errors import UserError, is_user_error, one_line
 from foundation.options import new_parser, read_options
 from mm.device import device_line, resolve_device
-from mm.generation import transcribe_tokens
+from mm.transcription import transcribe_tokens
 from speech.prompts import TRANSCRIBE
 from video.readers import is_animation, open_animation
 from video.timeline import MAX_PIXELS
@@ -52,7 +52,7 @@ def ask(argv: Sequence[str]) -> int:
         UserError: an empty question or no media, besides what the model and the processor refuse.
     """
     parser = new_parser("mm ask", "Ask a question about images, video clips and audio.")
-    parser.add_argument("question")
+    parser.add_argument("question", help="what to ask about the media")
     for kind, description in MEDIA.items():
         parser.add_argument(
             f"--{kind}",

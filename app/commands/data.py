@@ -74,7 +74,7 @@ def rethreshold(argv: Sequence[str]) -> None:
         allow_abbrev=False,
         exit_on_error=False,
     )
-    parser.add_argument("--work", default=DEFAULT_WORK, help=WORK_HELP)
+    parser.add_argument("--work", default=DEFAULT_WORK, metavar="FOLDER", help=WORK_HELP)
     for option, key in SHORT_FORMS.items():
         parser.add_argument(option, dest=key, metavar="VALUE", help=f"short for --{key}")
     options, changes = parser.parse_known_args(argv)
@@ -149,7 +149,7 @@ def load_scorer(config: ClipScoreConfig | VideoScoreConfig) -> OpenClip:
 
 def _work_parser(prog: str, description: str) -> ArgumentParser:
     parser = new_parser(prog, description)
-    parser.add_argument("--work", default=DEFAULT_WORK, help=WORK_HELP)
+    parser.add_argument("--work", default=DEFAULT_WORK, metavar="FOLDER", help=WORK_HELP)
     return parser
 
 
