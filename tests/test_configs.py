@@ -1,22 +1,31 @@
-"""The stages' configurations that are shipped: they can be read, and their rates reach what they name and no more."""
+"""The shipped configurations: they can be read, their headers are right, and every learning rate has parameters."""
 
-from pathlib import Path
+import dataclasses
+import importlib
+import re
+import shlex
+import typing
+from fnmatch import fnmatchcase
+from functools import cache
 
 import pytest
 import torch
 import yaml
-from jsonargparse import ArgumentParser
 
+import configs
 import mm
+from app.commands.data_build import BUILDERS, read_builder
+from data_prep.pipeline.curation import parse_config
 from demos.speech_sets import SETS
+from foundation.options import new_parser, read_options
 from mm.cross_attention import ImageAdapterConfig
 from mm.language_model import LanguageModelConfig
 from mm.training.contrastive import ContrastiveModel
 from mm.training.optimizer import apply_learning_rates
 from mm.training.speech import SpeechObjective
+from mm.training.speech_pretraining import SpeechPretraining
 from mm.training.video import VideoObjective
-from mm.video_adapter import VideoAdapterConfig
-from speech.conformer import SpeechEncoderConfig
+from speech.conformer import SpeechEncoder, SpeechEncoderConfig
 from stages.finetune import Finetune
 from stages.pretrain_image_encoder import PretrainImageEncoder
 from stages.pretrain_speech_encoder import PretrainSpeechEncoder
@@ -26,91 +35,264 @@ from stages.train_speech_adapter import TrainSpeechAdapter
 from stages.train_video_adapter import TrainVideoAdapter
 from vision.encoder import VisionEncoderConfig
 
-SHIPPED = Path(__file__).parent.parent / "configs"
-ENCODERS = sorted(SHIPPED / "speech" / f"{name}.yaml" for name in ("character_ctc", "pretraining"))
-# Of these, no gates and no pictures.
-SPEECH = sorted({*SHIPPED.glob("demo/speech*.yaml"), *SHIPPED.glob("speech/*.yaml")} - {*ENCODERS})
-ALIGNMENT = SHIPPED / "demo" / "video_alignment.yaml"  # its gates stay as they are
-CURATION = (SHIPPED / "data").iterdir()  # trains nothing
-CONFIGS = sorted(set(SHIPPED.rglob("*.yaml")) - {*CURATION, *ENCODERS, *SPEECH, ALIGNMENT})
+STAGES = {
+    "finetune": Finetune,
+    "pretrain_image_encoder": PretrainImageEncoder,
+    "pretrain_speech_encoder": PretrainSpeechEncoder,
+    "sweep": Sweep,
+    "train_image_adapter": TrainImageAdapter,
+    "train_speech_adapter": TrainSpeechAdapter,
+    "train_video_adapter": TrainVideoAdapter,
+}
+HELD_OUT = {"data/speech/librivox", "data/speech/aligner"}  # recordings of which no run may learn
+TINY_LM = LanguageModelConfig(64, 32, 48, num_layers=16, num_heads=2, num_kv_heads=1)
 
 
-def read(stage: type, file: Path):
-    """The configuration of a stage, as its command reads it."""
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--config", action="config")
-    parser.add_class_arguments(stage)
-    return parser.instantiate(parser.parse_args(["--config", str(file)]))
+@cache
+def header(name: str) -> list[str]:
+    """The lines of the comment that a file starts with, without "# "."""
+    lines = configs.path(name).read_text(encoding="utf-8").splitlines()
+    end = next(index for index, line in enumerate(lines) if not line.startswith("#"))
+    return [line[1:].strip() for line in lines[:end]]
 
 
-@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
-def test_gates_have_their_rate_alone_and_the_language_model_is_frozen(file):
-    is_encoder = "text" in yaml.safe_load(file.read_text())
-    stages = {"encoder.yaml": PretrainImageEncoder, "finetune.yaml": Finetune, "sweep.yaml": Sweep}
-    stages |= dict.fromkeys(("video.yaml", "video_adapter.yaml", "video_finetune.yaml"), TrainVideoAdapter)
-    stage = stages.get(file.name, TrainImageAdapter)
-    config = read(stage, file)
-    config = config.base if file.name == "sweep.yaml" else config
+def commands(name: str) -> list[list[str]]:
+    """The commands in a file's header, split into words; a remark in brackets after a command is left out."""
+    text = "\n".join(header(name)).replace("\\\n", " ")
+    lines = [line.partition("    (")[0] for line in text.splitlines()]
+    return [shlex.split(line) for line in lines if line.startswith(("mm ", "python -m ", "make "))]
+
+
+def own_command(name: str) -> list[str]:
+    """The one command in a file's header that reads the file itself."""
+    (command,) = (words for words in commands(name) if f"configs/{name}" in words)
+    return command
+
+
+def stage_of(name: str) -> str | None:
+    """The stage that a file is for; None for the data commands."""
+    _, command, stage, *_ = own_command(name)
+    return {"train": stage, "sweep": "sweep", "data": None}[command]
+
+
+NAMES = configs.names()
+TRAINING = [name for name in NAMES if not name.startswith("data/")]
+WITH_MODEL = [name for name in TRAINING if name != "sweep.yaml"]
+
+
+def of_stage(stage: str) -> list[str]:
+    return [name for name in TRAINING if stage_of(name) == stage]
+
+
+@cache
+def read(name: str) -> typing.Any:
+    """The configuration of a training stage, as its command reads it."""
+    parser = new_parser("test", "", config=True)
+    kind = STAGES[stage_of(name)]
+    parser.add_class_arguments(kind)
+    values = vars(read_options(parser, ["--config", str(configs.path(name))]))
+    return kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})
+
+
+def tiny_model(stage: str, config: typing.Any) -> torch.nn.Module:
+    """What a stage trains, with the adapters of its configuration beside a tiny language model; without storage."""
     with torch.device("meta"):
-        if is_encoder:
-            model = ContrastiveModel(config.encoder, config.text)
+        if stage == "pretrain_image_encoder":
+            return ContrastiveModel(config.encoder, config.text)
+        if stage == "pretrain_speech_encoder":
+            return SpeechPretraining(SpeechEncoder(config.encoder), config.best_rq)
+        if stage == "train_speech_adapter":
+            encoder = config.encoder or SpeechEncoderConfig()
+            shape = mm.ModelConfig(TINY_LM, speech_encoder=encoder, speech_adapter=config.adapter)
+            return mm.MultimodalModel(shape)
+        encoder = VisionEncoderConfig(num_layers=31, num_gated_layers=1)
+        image_adapter = config.adapter if stage == "train_image_adapter" else ImageAdapterConfig()
+        video_adapter = config.adapter if stage == "train_video_adapter" else None
+        return mm.MultimodalModel(mm.ModelConfig(TINY_LM, encoder, image_adapter, video_adapter=video_adapter))
+
+
+@cache
+def trained(name: str) -> tuple[torch.nn.Module, dict[str, float]]:
+    """The model of a file's stage, and the learning rate of each parameter that trains."""
+    config = read(name)
+    model = tiny_model(stage_of(name), config)
+    return model, apply_learning_rates(model, config.training.learning_rates)
+
+
+# ---------------------------------------------------------------------------------------------------- every file
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_header_says_the_purpose_the_command_the_cost_and_what_to_expect(name):
+    text = "\n".join(header(name))
+    assert text.partition("\n\n")[0].endswith("."), "the header does not start with a sentence"
+    assert re.search(r"^Cost\b.*:", text, re.MULTILINE), "no line of the cost"
+    assert re.search(r"^Expect:", text, re.MULTILINE), "no line of what to expect"
+    words = own_command(name)
+    assert words[words.index(f"configs/{name}") - 1] == "--config"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_header_names_commands_modules_and_files_that_exist(name):
+    for words in commands(name):
+        if words[:2] == ["python", "-m"]:
+            importlib.import_module(words[2])
+        elif words[:2] == ["mm", "train"]:
+            assert words[2] in STAGES
+        elif words[:3] == ["mm", "data", "build"]:
+            assert words[3] in BUILDERS
         else:
-            language_model = LanguageModelConfig(64, 32, 48, num_layers=16, num_heads=2, num_kv_heads=1)
-            encoder = VisionEncoderConfig(num_layers=31, num_gated_layers=1)
-            watching = VideoAdapterConfig() if stage is TrainVideoAdapter else None
-            shapes = mm.ModelConfig(language_model, encoder, ImageAdapterConfig(), video_adapter=watching)
-            model = mm.MultimodalModel(shapes)
-    rates = apply_learning_rates(model, config.training.learning_rates)
-    gates = [name for name in rates if name.rpartition(".")[2] in ("gate_attn", "gate_ffn")]
-    assert gates and not any(name.startswith(("language_model.", "extra_embeddings")) for name in rates)
-    if stage is TrainVideoAdapter:
-        assert all(name.startswith("video_adapter.") for name in rates)
-        assert VideoObjective(config.matching_weight, config.next_token_weight)
-    common = config.training.learning_rates["video_adapter.*" if stage is TrainVideoAdapter else "*"]
-    for name, rate in rates.items():
-        if rate > common and not name.endswith(("o_proj.weight", "down_proj.weight")):
-            assert model.get_parameter(name).numel() == 1, f"{name} has the gates' rate"
+            assert words[:2] in (["mm", "sweep"], ["mm", "convert"]) or words[:3] == ["mm", "data", "run"]
+    text = " ".join(header(name))
+    for file in re.findall(r"\b(?:configs|docs)/[\w/.-]+\.(?:yaml|md)", text):
+        assert (configs.ROOT.parent / file).is_file(), file
+    for file in re.findall(r"(?<![\w/])[\w]+\.yaml", text):
+        assert (configs.path(name).parent / file).is_file(), file
 
 
-@pytest.mark.parametrize("file", SPEECH, ids=lambda file: file.name)
-def test_speech_trains_ears_alone(file):
-    config = read(TrainSpeechAdapter, file)
-    language_model = LanguageModelConfig(64, 32, 48, num_layers=2, num_heads=2, num_kv_heads=1)
-    encoder = config.encoder or SpeechEncoderConfig()
-    with torch.device("meta"):
-        model = mm.MultimodalModel(
-            mm.ModelConfig(language_model, speech_encoder=encoder, speech_adapter=config.adapter)
-        )
-    rates = apply_learning_rates(model, config.training.learning_rates)
-    if config.ctc_weight:
-        assert {name.partition(".")[0] for name in rates} == {"speech_encoder", "speech_adapter"}
+@pytest.mark.parametrize("name", TRAINING)
+def test_a_training_configuration_is_read_by_its_stage(name):
+    assert isinstance(read(name), STAGES[stage_of(name)])
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("data/")])
+def test_a_data_configuration_is_read_by_its_command(name):
+    _, _, command, *rest = own_command(name)
+    file = str(configs.path(name))
+    if command == "run":
+        overrides = rest[rest.index(f"configs/{name}") + 1 :]
+        assert parse_config(["--config", file, *overrides], "mm data run").output
     else:
-        assert set(rates) == {"speech_adapter.boundaries"}  # what is heard is aligned, and stays
-    assert config.adapter.ctc_readout == bool(
-        config.ctc_weight and config.start_from is None
-    )  # a run's own has it already
-    assert SpeechObjective(config.ctc_weight, config.next_token_weight, config.distillation_weight)
-    held_out = {"data/speech/librivox", "data/speech/aligner"}
-    assert not held_out & {source.path for source in config.data}
+        assert isinstance(read_builder(rest[0], ["--config", file]), BUILDERS[rest[0]])
 
 
-@pytest.mark.parametrize("file", ENCODERS, ids=lambda file: file.name)
-def test_speech_encoders_of_all_configurations_fit_each_other(file):
-    config = read(PretrainSpeechEncoder, file)
+# ------------------------------------------------------------------------------------------- training: every file
+
+
+def keys_at_their_default(kind: type, values: dict, prefix: str = "") -> list[str]:
+    """The keys in `values`, as dotted paths, that a dataclass has as defaults anyway."""
+    hints, keys = typing.get_type_hints(kind), []
+    for field in dataclasses.fields(kind):
+        if field.name not in values:
+            continue
+        value, key = values[field.name], f"{prefix}{field.name}"
+        hint = hints[field.name]
+        nested = [part for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part)]
+        if nested and isinstance(value, dict):
+            keys += keys_at_their_default(nested[0], value, f"{key}.")
+        elif nested and isinstance(value, list):
+            keys += [inner for item in value for inner in keys_at_their_default(nested[0], item, f"{key}.")]
+        elif value == (list(field.default) if isinstance(field.default, tuple) else field.default):
+            keys.append(key)
+    return keys
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_a_key_that_equals_its_default_has_a_comment(name):
+    text = configs.path(name).read_text(encoding="utf-8")
+    for key in keys_at_their_default(STAGES[stage_of(name)], yaml.safe_load(text)):
+        lines = [line for line in text.splitlines() if re.search(rf"\b{key.rpartition('.')[2]}:", line)]
+        assert any("  # " in line for line in lines), f"{key} equals its default and does not say why it is set"
+
+
+def test_keys_at_their_default_are_found():
+    source = {"path": "x", "split": "train", "repeat": 2}
+    values = {"output": "x", "bundle": False, "adapter": {"gate_init": 0.0}, "data": [source], "training": {"steps": 1}}
+    assert keys_at_their_default(TrainImageAdapter, values) == ["data.split", "adapter.gate_init", "bundle"]
+
+
+@pytest.mark.parametrize("name", WITH_MODEL)
+def test_every_pattern_of_the_learning_rates_decides_for_a_parameter(name):
+    patterns = list(read(name).training.learning_rates)
+    decisive = set()
+    for parameter, _ in trained(name)[0].named_parameters():
+        decisive.add(next(pattern for pattern in patterns if fnmatchcase(parameter, pattern)))
+    assert decisive == set(patterns)
+
+
+@pytest.mark.parametrize("name", WITH_MODEL)
+def test_the_language_model_and_the_extra_embeddings_are_frozen(name):
+    patterns = read(name).training.learning_rates
+    for parameter in ("language_model.model.layers.0.self_attn.q_proj.weight", "extra_embeddings"):
+        deciding = [rate for pattern, rate in patterns.items() if fnmatchcase(parameter, pattern)]
+        assert stage_of(name).startswith("pretrain_") or deciding[0] is None
+    _, rates = trained(name)
+    assert rates and not any(parameter.startswith(("language_model.", "extra_embeddings")) for parameter in rates)
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_what_a_run_starts_from_is_the_output_of_another_configuration(name):
+    outputs = {read(other).output for other in TRAINING}
+    outputs |= {words[4] for other in NAMES for words in commands(other) if words[:3] == ["mm", "convert", "whisper"]}
+    config = read(name).base if name == "sweep.yaml" else read(name)
+    for key in ("start_from", "vision_encoder", "speech_encoder"):
+        folder = getattr(config, key, None)
+        assert folder is None or folder in outputs or folder.startswith("encoders/"), f"{key}: {folder}"
+
+
+# ------------------------------------------------------------------------------------------------- single stages
+
+
+GATED = [*of_stage("pretrain_image_encoder"), *of_stage("train_image_adapter"), *of_stage("finetune")]
+GATED += [name for name in of_stage("train_video_adapter") if name != "demo/video_alignment.yaml"]
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_only_gates_and_zero_matrices_have_more_than_the_common_rate(name):
+    model, rates = trained(name)
+    assert any(parameter.endswith(("gate_attn", "gate_ffn")) for parameter in rates)
+    patterns = read(name).training.learning_rates
+    common = patterns["video_adapter.*" if stage_of(name) == "train_video_adapter" else "*"]
+    for parameter, rate in rates.items():
+        if rate > common and not parameter.endswith(("o_proj.weight", "down_proj.weight")):
+            assert model.get_parameter(parameter).numel() == 1, f"{parameter} has the gates' rate"
+
+
+@pytest.mark.parametrize("name", of_stage("train_video_adapter"))
+def test_video_stages_train_the_video_adapter_alone(name):
+    config, (_, rates) = read(name), trained(name)
+    assert all(parameter.startswith("video_adapter.") for parameter in rates)
+    aligns = config.matching_weight > 0 and config.next_token_weight == 0
+    assert aligns == all(parameter.startswith("video_adapter.aggregator.") for parameter in rates)
+    VideoObjective(config.matching_weight, config.next_token_weight)  # raises for weights that do not fit
+
+
+@pytest.mark.parametrize("name", of_stage("train_speech_adapter"))
+def test_speech_stages_align_encoder_and_adapter_or_train_the_boundary_embeddings(name):
+    config, (_, rates) = read(name), trained(name)
+    if config.ctc_weight:
+        assert {parameter.partition(".")[0] for parameter in rates} == {"speech_encoder", "speech_adapter"}
+    else:
+        assert set(rates) == {"speech_adapter.boundaries"}
+    assert config.adapter.ctc_readout == bool(config.ctc_weight and config.start_from is None)
+    SpeechObjective(config.ctc_weight, config.next_token_weight, config.distillation_weight)
+
+
+@pytest.mark.parametrize("name", [*of_stage("train_speech_adapter"), *of_stage("pretrain_speech_encoder")])
+def test_no_run_learns_from_held_out_recordings(name):
+    config = read(name)
+    assert not HELD_OUT & {source.path for source in config.data}
+
+
+@pytest.mark.parametrize("name", of_stage("pretrain_speech_encoder"))
+def test_speech_encoders_have_one_shape_and_known_data(name):
+    config = read(name)
     assert config.encoder == SpeechEncoderConfig(6, 192, 768, 3, max_seconds=20)
-    assert config.character_ctc == (file.name == "character_ctc.yaml")
-    known = {f"data/speech/{name}" for name in SETS} - {"data/speech/librivox", "data/speech/aligner"}
-    assert {source.path for source in config.data} <= known  # what is held out stays held out
+    assert config.character_ctc == (name == "speech/character_ctc.yaml")
+    assert {source.path for source in config.data} <= {f"data/speech/{name}" for name in SETS}
 
 
-def test_the_aggregator_alone_is_aligned():
-    config = read(TrainVideoAdapter, ALIGNMENT)
-    language_model = LanguageModelConfig(64, 32, 48, num_layers=16, num_heads=2, num_kv_heads=1)
-    encoder = VisionEncoderConfig(num_layers=5, num_gated_layers=1, tap_points=(2, 4))
-    with torch.device("meta"):
-        model = mm.MultimodalModel(
-            mm.ModelConfig(language_model, encoder, ImageAdapterConfig(), video_adapter=config.adapter)
-        )
-    rates = apply_learning_rates(model, config.training.learning_rates)
-    assert rates and all(name.startswith("video_adapter.aggregator.") for name in rates)
-    assert VideoObjective(config.matching_weight, config.next_token_weight)
+def test_a_sweep_finetunes_the_shipped_configuration():
+    base = read("sweep.yaml").base
+    assert base == read("finetune.yaml")
+
+
+# --------------------------------------------------------------------------------------------------- the package
+
+
+def test_a_shipped_file_is_found_from_any_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert configs.path("demo/adapter.yaml").is_absolute() and configs.path("demo/adapter.yaml").is_file()
+    assert configs.names() == sorted(set(configs.names())) and "sweep.yaml" in configs.names()
+    with pytest.raises(FileNotFoundError, match=r"no configuration demo/nothing\.yaml is shipped"):
+        configs.path("demo/nothing.yaml")
