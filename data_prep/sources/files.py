@@ -9,7 +9,8 @@ from PIL import Image
 from foundation.errors import UserError
 from vision.reading import read_picture
 
-Locate = Callable[[str], Path]  # what a configuration names -> where it lies on this machine
+Locate = Callable[[str], Path]  # the path of a configuration -> the local path
+Dropped = list[tuple[str, str]]  # (name, reason) of each sample that a source leaves out
 
 
 def to_png(path: Path, size: int) -> bytes:
@@ -42,7 +43,10 @@ def license_text(folder: str | Path) -> str:
     path = Path(folder) / "LICENSE"
     if not path.is_file():
         raise UserError(f"{path}: no such file; a set's licence must lie beside it to go into its shards")
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file in UTF-8 ({error})") from error
 
 
 def licenses_beside(folders: Mapping[str, Path]) -> dict[str, str]:

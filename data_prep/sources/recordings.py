@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from data_prep.sources import tuxpaint
+from data_prep.sources.files import Dropped
 from data_prep.sources.splits import join_concepts, split_of
 from foundation.errors import UserError
 from foundation.extras import MissingExtraError, import_extra
@@ -47,9 +48,6 @@ _MFA_LANGUAGES = {
 }  # by how a file's name begins; else English
 
 
-Dropped = list[tuple[str, str]]
-
-
 def transcription_record(source: str, split: str, language: str, text: str, samples: np.ndarray) -> Record:
     """A record that asks to repeat what is said; without text, "silence" is its task.
 
@@ -62,7 +60,7 @@ def transcription_record(source: str, split: str, language: str, text: str, samp
     return _answered(source, split, "transcription" if text else "silence", language, request, text, samples)
 
 
-def asked_freely(record: Record) -> Record:
+def with_free_form_question(record: Record) -> Record:
     """A transcription that is asked for behind the sound, in one of QUESTIONS, by its id; the paper has one wording.
 
     A model that has been asked in one wording alone answers no other.
@@ -127,7 +125,7 @@ def asterisk_samples(
                 if not _is_plain(text):
                     dropped.append((where, f"no plain words: {text[:60]!r}"))
                     continue
-                yield from _record(file, f"asterisk/{where}", side_of(text), language, text, dropped)
+                yield from _record(file, f"asterisk/{where}", split_of_sentence(text), language, text, dropped)
 
 
 def asterisk_translations(folder: str | Path, dropped: Dropped | None = None) -> Iterator[Record]:
@@ -148,11 +146,11 @@ def asterisk_translations(folder: str | Path, dropped: Dropped | None = None) ->
                     if not (_is_plain(said) and _is_plain(text)):
                         continue
                     source = f"asterisk/{file.relative_to(folder).as_posix()}/{other}"
-                    if side_of(said) != side_of(text):
+                    if split_of_sentence(said) != split_of_sentence(text):
                         dropped.append((source, "sentence and translation are in different splits"))
                         continue
                     make = partial(translation_record, said=said)
-                    yield from _record(file, source, side_of(said), other, text, dropped, make)
+                    yield from _record(file, source, split_of_sentence(said), other, text, dropped, make)
 
 
 def _prompts(folder: Path) -> dict[str, dict[str, str]]:
@@ -254,7 +252,7 @@ def words_of(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
-def side_of(text: str) -> str:
+def split_of_sentence(text: str) -> str:
     """The split of a sentence: the same whoever says it and however it is written."""
     return split_of(words_of(text), VALIDATION_SHARE, TEST_SHARE)
 

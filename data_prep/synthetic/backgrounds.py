@@ -1,4 +1,4 @@
-"""Still backgrounds for drawn clips: plain colours, gradients and simple textures, each known by a number."""
+"""Backgrounds of drawn clips: plain colours, gradients and simple textures, each with an index."""
 
 import numpy as np
 from PIL import Image
@@ -6,18 +6,18 @@ from PIL import Image
 NUM_BACKGROUNDS = 3000
 
 
-def background(number: int, size: int) -> np.ndarray:
-    """The picture of that number, uint8 [size, size, 3]: the same on every machine, no two numbers' alike.
+def background(index: int, size: int) -> np.ndarray:
+    """The background of an index, uint8 [size, size, 3]: the same on every machine, different for each index.
 
-    Kinds follow one another (plain, gradient, stripes, checks, dots, clouds); colours and scales are drawn.
+    Kinds take turns (plain, gradient, stripes, checks, dots, clouds); colours and scales are random.
     """
-    rng = np.random.default_rng((20_24, number))
-    one = rng.uniform(110, 250, 3)
-    other = np.clip(one + rng.uniform(-50, 50, 3), 60, 255)
+    rng = np.random.default_rng((20_24, index))
+    first = rng.uniform(110, 250, 3)
+    second = np.clip(first + rng.uniform(-50, 50, 3), 60, 255)
     y, x = np.mgrid[0:size, 0:size] / size  # [0, 1)
     angle, scale, shift = rng.uniform(0, 2 * np.pi), rng.integers(3, 8), rng.uniform(0, 1)
     along = x * np.cos(angle) + y * np.sin(angle)
-    match number % 6:
+    match index % 6:
         case 0:
             share = np.zeros_like(x)
         case 1:
@@ -32,4 +32,4 @@ def background(number: int, size: int) -> np.ndarray:
             coarse = Image.fromarray(rng.integers(0, 256, (int(scale), int(scale)), dtype=np.uint8))
             share = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC)) / 255
     share = np.asarray(share, np.float64)[..., None]
-    return np.round(one * (1 - share) + other * share).astype(np.uint8)
+    return np.round(first * (1 - share) + second * share).astype(np.uint8)

@@ -1,6 +1,6 @@
-"""Debian's Chromium, without a window: HTML -> a PDF, or a screenshot with the places of its elements.
+"""Headless Chromium: HTML -> a PDF, or a screenshot with the bounding boxes of its elements.
 
-Pages are taken for untrusted: their scripts are not run, and nothing is loaded from outside the file.
+Pages are untrusted: their scripts do not run, and nothing is loaded from outside the file.
 """
 
 import html
@@ -21,8 +21,8 @@ from vision.reading import read_picture
 PROGRAM = "chromium"
 TIMEOUT = 300  # seconds for one page
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; font-src data:; script-src 'nonce-{nonce}'"
-FOUND = "mm-elements"  # id of the element, in the page's unseen head, that the script leaves its findings in
-# What is drawn of each element within the window: its place and its own code.
+FOUND = "mm-elements"  # id of the element in the page's head that the script writes its result to
+# Finds each visible element that lies whole within the window: its box and its HTML.
 SCRIPT = """
 const found = [];
 for (const element of document.body.querySelectorAll('*')) {
@@ -37,13 +37,13 @@ kept.textContent = JSON.stringify(found);
 document.head.append(kept);
 """
 
-Element = tuple[tuple[float, float, float, float], str]  # xmin, ymin, xmax, ymax in pixels; its code
+Element = tuple[tuple[float, float, float, float], str]  # xmin, ymin, xmax, ymax in pixels; HTML
 
 
 def require() -> None:
-    """UserError where the program is missing."""
+    """Raises UserError where Chromium is missing."""
     if shutil.which(PROGRAM) is None:
-        raise UserError(f"HTML is drawn by the program {PROGRAM}, which is missing: apt-get install chromium")
+        raise UserError(f"rendering HTML needs the program {PROGRAM}, which is missing: apt-get install chromium")
 
 
 def print_pdf(page: str) -> bytes:
@@ -51,36 +51,43 @@ def print_pdf(page: str) -> bytes:
 
     Raises:
         UserError: the program is missing or fails.
-        TimeoutError: it takes over 5 minutes: the machine's fault, for which no page may be left out.
+        TimeoutError: it takes over 5 minutes. That is an overloaded machine and not a fault of the page, so the page is
+            not left out.
     """
     with tempfile.TemporaryDirectory() as folder:
-        _run(Path(folder), _guarded(page), "--no-pdf-header-footer", "--print-to-pdf=out.pdf")
+        _run(Path(folder), _with_policy(page), "--no-pdf-header-footer", "--print-to-pdf=out.pdf")
         return _read(Path(folder) / "out.pdf")
 
 
 def screenshot(page: str, width: int, height: int) -> tuple[Image.Image, list[Element]]:
-    """The upper left of a page as an RGB picture, and the elements that are seen in it whole, in document order.
+    """The upper left part of a page as an RGB picture, and the elements that lie whole in it, in document order.
+
+    Args:
+        width, height: of the window, in pixels.
 
     Raises:
-        UserError: as `print_pdf`.
+        UserError, TimeoutError: as `print_pdf`.
     """
     size = f"--window-size={width},{height}"
     with tempfile.TemporaryDirectory() as folder:
         options = (size, "--hide-scrollbars", "--dump-dom", "--screenshot=out.png")
-        dom = _run(Path(folder), _guarded(page, SCRIPT), *options)
+        dom = _run(Path(folder), _with_policy(page, SCRIPT), *options)
         picture = read_picture(_read(Path(folder) / "out.png"))
     found = re.search(rf'<pre id="{FOUND}">(.*?)</pre>', dom, re.DOTALL)
     if found is None:
-        raise UserError(f"{PROGRAM} did not say where the page's elements are")
+        raise UserError(f"{PROGRAM} did not report the page's elements")
     elements = json.loads(html.unescape(found.group(1)))
-    inside = [(tuple(box), code) for box, code in elements if box[2] <= picture.width and box[3] <= picture.height]
-    return picture, inside
+    return picture, [
+        ((left, top, right, bottom), code)
+        for (left, top, right, bottom), code in elements
+        if right <= picture.width and bottom <= picture.height
+    ]
 
 
 def without_scripts(page: str) -> str:
-    """A page less its scripts, comments, and handlers of events, as far as they are written plainly.
+    """A page without its scripts, comments and event handlers, as far as regular expressions find them.
 
-    What a page hides from it is in its code still, yet is not run: the policy of `_guarded` sees to that.
+    What they miss stays in the page's HTML but does not run, because of the policy in `_with_policy`.
     """
     page = re.sub(r"<!--.*?-->", "", page, flags=re.DOTALL)
     page = re.sub(r"<(script|noscript|iframe|object)\b.*?</\1\s*>", "", page, flags=re.DOTALL | re.IGNORECASE)
@@ -88,10 +95,10 @@ def without_scripts(page: str) -> str:
     return re.sub(r"\son\w+\s*=\s*(\"[^\"]*\"|'[^']*'|[^\s>]+)", "", page, flags=re.IGNORECASE)
 
 
-def _guarded(page: str, script: str = "") -> str:
-    """The page under a policy that forbids scripts other than ours and everything from outside.
+def _with_policy(page: str, script: str = "") -> str:
+    """The page under a content security policy that forbids all loading, and all scripts but `script`.
 
-    Ours is run when the page is there; a word that no page can know lets it pass.
+    `script` runs when the page is loaded; a random nonce, which the page cannot know, allows it.
     """
     nonce = secrets.token_hex()
     policy = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY.format(nonce=nonce)}">'
@@ -99,8 +106,8 @@ def _guarded(page: str, script: str = "") -> str:
         policy += f'<script nonce="{nonce}">addEventListener("load", () => {{{script}}});</script>'
     page = without_scripts(page)
     doctype = re.match(r"\s*<!doctype[^>]*>", page, re.IGNORECASE)
-    at = doctype.end() if doctype else 0
-    return page[:at] + policy + page[at:]
+    position = doctype.end() if doctype else 0
+    return page[:position] + policy + page[position:]
 
 
 def _run(folder: Path, page: str, *options: str) -> str:
@@ -112,7 +119,7 @@ def _run(folder: Path, page: str, *options: str) -> str:
         "--font-render-hinting=none", "--disable-lcd-text", "--disable-component-update",
         f"--user-data-dir={folder / 'profile'}",
     ]  # fmt: skip
-    if os.geteuid() == 0:  # as root it refuses to start with its sandbox
+    if os.geteuid() == 0:  # Chromium does not start as root with its sandbox
         command += ["--no-sandbox", "--no-zygote"]
     try:
         done = subprocess.run(
@@ -121,12 +128,12 @@ def _run(folder: Path, page: str, *options: str) -> str:
     except subprocess.TimeoutExpired:
         raise TimeoutError(f"{PROGRAM} took over {TIMEOUT} seconds for a page; try again with fewer workers") from None
     if done.returncode != 0:
-        words = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no word of why"]
-        raise UserError(f"{PROGRAM} failed with {done.returncode}: {words[0][:200]}")
+        output = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
+        raise UserError(f"{PROGRAM} failed with exit status {done.returncode}: {output[0][:200]}")
     return done.stdout.decode(errors="replace")
 
 
 def _read(path: Path) -> bytes:
     if not path.is_file():
-        raise UserError(f"{PROGRAM} wrote nothing")
+        raise UserError(f"{PROGRAM} wrote no file")
     return path.read_bytes()

@@ -1,7 +1,7 @@
-"""The frame of all builders: from a builder's settings to a folder of shards, all of it or nothing.
+"""From a builder's settings to a folder of shards, which is written whole or not at all.
 
-A builder turns each of its tasks (a number, a page, a row of a table) into records, without regard to the others; so
-the shards are the same bytes for any number of processes, and each time.
+A builder turns each of its jobs (an index, a page, a row of a table) into records independently of the others, so the
+shards are the same bytes for any number of processes.
 """
 
 import random
@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import yaml
 from PIL import Image
 
-from data_prep.pipeline.workers import in_order
+from data_prep.pipeline.workers import map_in_order
 from data_prep.sources.conversations import Turn, messages_of
 from data_prep.sources.files import Locate, png
 from data_prep.sources.splits import check_shares, split_of
@@ -24,36 +24,36 @@ from foundation.errors import UserError
 from shards.format import Record, make_id
 from shards.writer import ShardWriter
 
-SETTINGS, LEFT_OUT = "built.yaml", "left_out.tsv"  # beside the tars: what they were built from, and what was left out
-CHUNK = 16  # tasks that a worker does at once
+SETTINGS, LEFT_OUT = "built.yaml", "left_out.tsv"  # beside the tars: the builder's settings, and what was left out
+CHUNK = 16  # jobs that a worker gets at a time
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Something of a source of which no record was made."""
+    """An item of a source that gave no record, and why."""
 
     name: str
     reason: str
 
 
 @dataclass(frozen=True)
-class Built:
-    """What `build` did."""
+class BuildResult:
+    """What `build` wrote: the number of records, the items without a record, and the folder of shards."""
 
-    records: int
+    num_records: int
     left_out: list[LeftOut]
     folder: Path
 
 
 @dataclass(frozen=True, kw_only=True)
 class Builder(ABC):
-    """Settings of one set to build.
+    """Settings of a set to build.
 
     Attributes:
         output: folder of shards to write.
         workers: processes; the result is the same for any number.
         samples_per_shard: records per tar.
-        overwrite: replace the folder if it is there.
+        overwrite: replace the folder if it exists.
     """
 
     output: str
@@ -66,33 +66,41 @@ class Builder(ABC):
             raise UserError(f"workers is {self.workers}; at least 1 is needed")
 
     @abstractmethod
-    def tasks(self, locate: Locate) -> Sequence[Any]:
-        """The work to do, each piece to be given to `records`, or a `LeftOut`; UserError where there is none."""
+    def jobs(self, locate: Locate) -> Sequence[Any]:
+        """The arguments of `records`, one call each; an item that is known to give no record is a `LeftOut`.
+
+        Raises:
+            UserError: there is nothing to build.
+        """
 
     @abstractmethod
-    def records(self, task: Any) -> list[Record | LeftOut]:
-        """What becomes of a task; UserError only for what the user has to mend before anything can be built."""
+    def records(self, job: Any) -> list[Record | LeftOut]:
+        """The records of a job.
+
+        Raises:
+            UserError: the whole build must stop; a problem of this job alone is returned as a `LeftOut`.
+        """
 
     def files(self, locate: Locate) -> dict[str, str]:
-        """Texts to lie beside the tars, such as the sources' licences."""
+        """Texts to write beside the tars, such as the sources' licences, by file name."""
         return {}
 
     def settings(self) -> dict:
-        """What the shards depend on."""
+        """The settings that the shards depend on."""
         return {name: value for name, value in asdict(self).items() if name not in ("output", "workers", "overwrite")}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawn(Builder):
-    """Settings of a set that is drawn from nothing but numbers.
+class DrawnSet(Builder):
+    """Settings of a set whose pictures are drawn from random numbers alone.
 
     Attributes:
-        count: pictures.
-        seed: another one gives other pictures. A larger count only adds to a smaller one's.
+        count: pictures. A larger count adds to the pictures of a smaller one.
+        seed: of all random choices.
         validation, test: shares of the pictures that are held out.
     """
 
-    kind: ClassVar[str]  # the records' task
+    task: ClassVar[str]  # of the records
     count: int = 1000
     seed: int = 0
     validation: float = 0.0
@@ -104,57 +112,64 @@ class Drawn(Builder):
             raise UserError(f"count is {self.count}; at least 1 is needed")
         check_shares(self.validation, self.test)
 
-    def tasks(self, locate: Locate) -> Sequence[int]:
+    def jobs(self, locate: Locate) -> Sequence[int]:
+        """See Builder."""
         return range(self.count)
 
-    def records(self, task: int) -> list[Record | LeftOut]:
-        source = f"{self.kind}/{self.seed}/{task}"
+    def records(self, job: int) -> list[Record | LeftOut]:
+        """See Builder."""
+        source = f"{self.task}/{self.seed}/{job}"
         picture, question, answer = self.draw(random.Random(source))
-        split = split_of(f"{source}/split", self.validation, self.test)  # else the ids, hashes of it too, go by it
-        return [conversation(source, split, self.kind, {"png": png(picture)}, [(question, answer)])]
+        # Not of `source` itself: ids are hashes of it too, so splits would be ranges of ids.
+        split = split_of(f"{source}/split", self.validation, self.test)
+        return [conversation(source, split, self.task, {"png": png(picture)}, [(question, answer)])]
 
     @abstractmethod
-    def draw(self, chance: random.Random) -> tuple[Image.Image, str, str]:
-        """A picture, what is asked of it, and the answer."""
+    def draw(self, rng: random.Random) -> tuple[Image.Image, str, str]:
+        """A picture, a question about it, and the answer."""
 
 
-def build(builder: Builder, locate: Locate = Path) -> Built:
-    """Writes a builder's set to its output folder.
+def build(builder: Builder, locate: Locate = Path) -> BuildResult:
+    """Write a builder's set to its output folder.
+
+    Args:
+        locate: maps paths of the settings to local paths.
 
     Raises:
         UserError: the folder exists, there is nothing to build, or what the builder refuses; nothing is written.
     """
     writer = ShardWriter(builder.output, builder.samples_per_shard, builder.overwrite)
-    tasks, left_out = builder.tasks(locate), []
+    jobs = builder.jobs(locate)
+    left_out: list[LeftOut] = []
     writer.files = builder.files(locate)
     with writer:
         try:
-            for made in in_order(_Making(builder), _chunks(tasks), builder.workers):
-                for one in made:
-                    if isinstance(one, LeftOut):
-                        left_out.append(one)
+            for results in map_in_order(_MakeRecords(builder), _chunks(jobs), builder.workers):
+                for result in results:
+                    if isinstance(result, LeftOut):
+                        left_out.append(result)
                     else:
-                        writer.add(one)
+                        writer.add(result)
         except BrokenExecutor:
-            raise UserError("a worker process died, of memory it may be: try again with fewer workers") from None
+            raise UserError("a worker process died, perhaps out of memory; try again with fewer workers") from None
         if not writer.rows:
             first = f"; the first of {len(left_out)}: {left_out[0].name}: {left_out[0].reason}" if left_out else ""
-            raise UserError(f"{builder.output}: not one record could be built{first}")
-        lines = sorted(writable(f"{one.name}\t{' '.join(one.reason.split())}\n") for one in left_out)
+            raise UserError(f"{builder.output}: no record could be built{first}")
+        lines = sorted(printable_name(f"{item.name}\t{' '.join(item.reason.split())}\n") for item in left_out)
         writer.files[LEFT_OUT] = "".join(lines)
         writer.files[SETTINGS] = yaml.safe_dump(
-            {"builder": type(builder).__name__.lower(), **_plain(builder.settings())}, sort_keys=False
+            {"builder": type(builder).__name__.lower(), **_without_tuples(builder.settings())}, sort_keys=False
         )
-    return Built(len(writer.rows), left_out, Path(builder.output))
+    return BuildResult(len(writer.rows), left_out, Path(builder.output))
 
 
 def conversation(
     source: str, split: str, task: str, media: dict[str, bytes], turns: Sequence[Turn], language: str = "en"
 ) -> Record:
-    """A record in which questions about one picture are asked and answered; the first shows it.
+    """A record of questions and answers about one picture, which the first question shows.
 
     Args:
-        source: what names the record; its id follows from it.
+        source: unique name of the record; its id is a hash of it.
         media: the picture under its suffix.
         language: of the answers; "und" where it is not known.
     """
@@ -164,30 +179,32 @@ def conversation(
     return Record(record_id, {**content, "messages": messages_of(suffix, turns)}, media)
 
 
-def writable(name: str) -> str:
-    """A file's name as text that can be written: bytes of it that are no UTF-8 become `\\udcXX`, in plain signs."""
+def printable_name(name: str) -> str:
+    r"""A file's name as text that UTF-8 can encode: bytes of it that are not UTF-8 become `\udcXX` in ASCII."""
     return name.encode(errors="backslashreplace").decode()
 
 
 @dataclass(frozen=True)
-class _Making:
+class _MakeRecords:
+    """The records of several jobs; a class, so that it can be sent to worker processes."""
+
     builder: Builder
 
-    def __call__(self, tasks: list) -> list[Record | LeftOut]:
-        made = []
-        for task in tasks:
-            made += [task] if isinstance(task, LeftOut) else self.builder.records(task)
-        return made
+    def __call__(self, jobs: list) -> list[Record | LeftOut]:
+        results: list[Record | LeftOut] = []
+        for job in jobs:
+            results += [job] if isinstance(job, LeftOut) else self.builder.records(job)
+        return results
 
 
-def _chunks(tasks: Sequence[Any]) -> Iterator[list]:
-    rest = iter(tasks)
+def _chunks(jobs: Sequence[Any]) -> Iterator[list]:
+    rest = iter(jobs)
     while chunk := list(islice(rest, CHUNK)):
         yield chunk
 
 
-def _plain(value: Any) -> Any:
-    """Tuples as lists, as YAML knows them."""
+def _without_tuples(value: Any) -> Any:
+    """The value with lists in place of tuples, which YAML does not know."""
     if isinstance(value, dict):
-        return {name: _plain(one) for name, one in value.items()}
-    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
+        return {name: _without_tuples(item) for name, item in value.items()}
+    return [_without_tuples(item) for item in value] if isinstance(value, list | tuple) else value

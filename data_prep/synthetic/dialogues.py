@@ -1,6 +1,6 @@
-"""Spoken dialogue: recordings answered by a language model that reads what is said in them (paper §8.2.2).
+"""Spoken dialogues: recordings with a language model's answers to their transcripts (paper §8.2.2).
 
-There is no prompt beside the sound: the model that is trained on it answers what it hears as it answers what it reads.
+The records have no text prompt beside the sound, so that a model trained on them answers speech as it answers text.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,8 +15,8 @@ from shards.reader import ShardSet
 
 
 @dataclass(frozen=True)
-class Said:
-    """A record of the source, by its row."""
+class SourceRecord:
+    """A record of a folder of shards, by its row."""
 
     folder: Path
     row: int
@@ -27,10 +27,10 @@ class Dialogues(Builder):
     """Settings.
 
     Attributes:
-        source: a folder of shards with recordings to transcribe.
-        model, max_new_tokens: what answers, and the longest answer in tokens, for the note beside the shards.
-        reply: what is said -> the answer to it. With several workers it must be picklable.
-        limit: recordings at most, the first by the records' ids; null: all.
+        source: a folder of shards with transcribed recordings.
+        model, max_new_tokens: the answering model and the length of its answers, for the settings beside the shards.
+        reply: transcript -> answer. With several workers it must be picklable.
+        limit: use at most this many recordings, in the order of ids; null: all.
     """
 
     source: str
@@ -39,35 +39,37 @@ class Dialogues(Builder):
     reply: Callable[[str], str]
     limit: int | None = None
 
-    def tasks(self, locate: Locate) -> Sequence[Said]:
+    def jobs(self, locate: Locate) -> Sequence[SourceRecord]:
+        """See Builder."""
         if self.limit is not None and self.limit < 1:
             raise UserError(f"limit is {self.limit}; at least 1 recording is needed")
         folder = locate(self.source)
-        kinds = ShardSet(folder).index["task"].to_pylist()
-        tasks = [Said(folder, row) for row, kind in enumerate(kinds) if kind == "transcription"]
-        if not tasks:
-            raise UserError(f"{self.source}: holds no recordings to transcribe")
-        return tasks[: self.limit]
+        tasks = ShardSet(folder).index["task"].to_pylist()
+        jobs = [SourceRecord(folder, row) for row, task in enumerate(tasks) if task == "transcription"]
+        if not jobs:
+            raise UserError(f"{self.source}: holds no records with the task transcription")
+        return jobs[: self.limit]
 
-    def records(self, task: Said) -> list[Record | LeftOut]:
-        record = ShardSet(task.folder)[task.row]
+    def records(self, job: SourceRecord) -> list[Record | LeftOut]:
+        """See Builder."""
+        record = ShardSet(job.folder)[job.row]
         sounds = [name for name in record.media if name.rpartition(".")[2] in AUDIO]
-        content = record.json["messages"][-1]["content"]
-        said = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
-        if not sounds or not said.strip():
+        parts = record.json["messages"][-1]["content"]
+        transcript = parts if isinstance(parts, str) else "".join(part.get("text", "") for part in parts)
+        if not sounds or not transcript.strip():
             return [LeftOut(record.id, "no sound" if not sounds else "no words")]
         try:
-            answer = self.reply(said).strip()
-        except ValueError as error:
+            answer = self.reply(transcript).strip()
+        except UserError as error:
             return [LeftOut(record.id, str(error))]
         if not answer:
-            return [LeftOut(record.id, f"no answer to {said[:80]!r}")]
+            return [LeftOut(record.id, f"no answer to {transcript[:80]!r}")]
         suffix = sounds[0]
-        content = {
+        content: dict = {
             **{name: record.json[name] for name in ("split", "language", "duration") if name in record.json},
             "id": make_id(f"dialogue/{record.id}"),
             "task": "dialogue",
-            "said": said,
+            "said": transcript,
             "messages": [
                 {"role": "user", "content": [{"type": "audio", "audio": suffix}]},
                 {"role": "assistant", "content": [{"type": "text", "text": answer}]},
@@ -76,8 +78,10 @@ class Dialogues(Builder):
         return [Record(content["id"], content, {suffix: record.media[suffix]})]
 
     def files(self, locate: Locate) -> dict[str, str]:
+        """See Builder."""
         return licenses_beside({self.source: locate(self.source)})
 
     def settings(self) -> dict:
+        """See Builder."""
         skipped = ("output", "workers", "overwrite", "reply")
-        return {one.name: getattr(self, one.name) for one in fields(self) if one.name not in skipped}
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in skipped}

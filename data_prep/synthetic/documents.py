@@ -1,4 +1,4 @@
-"""Pages of documents -> their text: PDF files, HTML files printed by Chromium, text files set by Pillow."""
+"""Pages of documents -> their text: PDF files, HTML files printed by Chromium, text files drawn with Pillow."""
 
 import hashlib
 import re
@@ -9,39 +9,43 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw
 
 from data_prep.sources.files import Locate, licenses_beside, png
 from data_prep.sources.splits import check_shares, split_of
 from data_prep.synthetic.browser import print_pdf, require
-from data_prep.synthetic.building import Builder, LeftOut, conversation, writable
-from data_prep.synthetic.plotting import FONT_FILES, font, signs_of
+from data_prep.synthetic.building import Builder, LeftOut, conversation, printable_name
+from data_prep.synthetic.plotting import FONT_FILES, code_points_of, font
 from foundation.errors import UserError
 from foundation.extras import import_extra
 from shards.format import Record
 
+if TYPE_CHECKING:
+    from pypdfium2 import PdfDocument
+
 QUESTION = "Write down the text of this page."
-MOST_GARBAGE = 0.05  # share of characters that no font's table gives a meaning to
-MOST_UNDRAWN = 0.01  # share of a text file's characters, of a page, that stay unseen or are not drawn as they are read
-COLUMNS, LINES = 84, 58  # of a page of a text file
+MAX_GARBAGE = 0.05  # share of a page's characters that are private, unassigned or replacement characters
+MAX_UNDRAWN = 0.01  # share of the characters of a text file's page that cannot be drawn in reading order
+COLUMNS, LINES = 84, 58  # characters and lines on a page of a text file
 
 
 @dataclass(frozen=True)
-class Pages:
-    """Some pages of a file: their numbers, from 0; None where the file has to be printed to know them."""
+class DocumentPages:
+    """Some pages of a file by index; None stands for all pages of a file that is not a PDF."""
 
     name: str
     path: Path
-    digest: str
+    digest: str  # SHA-256 of the file
     pages: tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
-class Page:
-    """A page of a file, by its number from 0: its picture and text, or the problem for which it has none."""
+class RenderedPage:
+    """A page of a file by index: its picture and text, or the problem why it has none."""
 
-    number: int
+    index: int
     picture: Image.Image | None = None
     text: str = ""
     problem: str | None = None
@@ -52,11 +56,11 @@ class Documents(Builder):
     """Settings.
 
     Attributes:
-        folder: holds .pdf, .html and .txt files, in folders of its own as it may be.
-        kinds: endings of the files that are taken.
+        folder: searched with all its subfolders.
+        kinds: suffixes of the files to use, some of pdf, html and txt.
         long_side: pixels of a rendered page's long side.
-        min_chars, max_chars: pages with less text, or more, are left out.
-        validation, test: shares of the documents that are held out, with all their pages.
+        min_chars, max_chars: pages with less or more text are left out.
+        validation, test: shares of the documents that are held out; all pages of a document are in one split.
     """
 
     folder: str
@@ -78,161 +82,174 @@ class Documents(Builder):
         if not 1 <= self.min_chars <= self.max_chars:
             raise UserError(f"min_chars {self.min_chars} and max_chars {self.max_chars}: 1 <= min <= max is needed")
 
-    def tasks(self, locate: Locate) -> Sequence[Pages | LeftOut]:
+    def jobs(self, locate: Locate) -> Sequence[DocumentPages | LeftOut]:
+        """See Builder."""
         folder = locate(self.folder)
         files = sorted(path for path in folder.rglob("*") if path.suffix[1:].lower() in self.kinds and path.is_file())
         if not files:
-            raise UserError(f"{self.folder}: there are no files of {', '.join(self.kinds)} in it")
+            raise UserError(f"{self.folder}: has no files with a suffix of {', '.join(self.kinds)}")
         kinds = {path.suffix[1:].lower() for path in files}
         if kinds & {"pdf", "html"}:
             _pdfium()
         if "html" in kinds:
             require()
-        tasks: list[Pages | LeftOut] = []
-        seen: dict[str, str] = {}
+        jobs: list[DocumentPages | LeftOut] = []
+        name_of: dict[str, str] = {}
         for path in files:
-            name = writable(path.relative_to(folder).as_posix())
+            name = printable_name(path.relative_to(folder).as_posix())
             try:
                 data = path.read_bytes()
                 digest = hashlib.sha256(data).hexdigest()
-                if digest in seen:
-                    raise UserError(f"the same file as {seen[digest]}")
-                seen[digest] = name
-                if path.suffix.lower() != ".pdf":
-                    tasks.append(Pages(name, path, digest, None))
+                if digest in name_of:
+                    jobs.append(LeftOut(name, f"the same file as {name_of[digest]}"))
                     continue
-                with _opened(data) as document:
+                name_of[digest] = name
+                if path.suffix.lower() != ".pdf":
+                    jobs.append(DocumentPages(name, path, digest, None))
+                    continue
+                with _open_pdf(data) as document:
                     count = len(document)
                 step = 8
-                tasks += [
-                    Pages(name, path, digest, tuple(range(start, min(start + step, count))))
+                jobs += [
+                    DocumentPages(name, path, digest, tuple(range(start, min(start + step, count))))
                     for start in range(0, count, step)
                 ]
-            except (OSError, ValueError) as error:
-                tasks.append(LeftOut(name, str(error)))
-        return tasks
+            except (OSError, UserError) as error:
+                jobs.append(LeftOut(name, str(error)))
+        return jobs
 
-    def records(self, task: Pages) -> list[Record | LeftOut]:
+    def records(self, job: DocumentPages) -> list[Record | LeftOut]:
+        """See Builder."""
         try:
-            data = task.path.read_bytes()
-            if task.path.suffix.lower() == ".txt":
-                pages = set_text(data, task.digest, self.long_side)
+            data = job.path.read_bytes()
+            if job.path.suffix.lower() == ".txt":
+                pages = draw_text_pages(data, job.digest, self.long_side)
             else:
-                if task.path.suffix.lower() == ".html":
+                if job.path.suffix.lower() == ".html":
                     data = print_pdf(data.decode("utf-8", errors="replace"))
-                pages = _rendered(data, task.pages, self.long_side)
-        except TimeoutError:
+                pages = _render_pdf(data, job.pages, self.long_side)
+        except TimeoutError:  # an overloaded machine, and not a fault of this page
             raise
-        except (OSError, ValueError) as error:
-            return [LeftOut(task.name, str(error))]
-        return [self._record(task, page) for page in pages]
+        except (OSError, UserError) as error:
+            return [LeftOut(job.name, str(error))]
+        return [self._record(job, page) for page in pages]
 
     def files(self, locate: Locate) -> dict[str, str]:
+        """See Builder."""
         return licenses_beside({self.folder: locate(self.folder)})
 
-    def _record(self, task: Pages, page: Page) -> Record | LeftOut:
-        name, text = f"{task.name}, page {page.number + 1}", page.text
+    def _record(self, job: DocumentPages, page: RenderedPage) -> Record | LeftOut:
+        name, text = f"{job.name}, page {page.index + 1}", page.text
         if page.picture is None:
             return LeftOut(name, page.problem or "cannot be drawn")
-        garbage = sum(unicodedata.category(sign) in ("Co", "Cn") or sign == "\ufffd" for sign in text)
+        garbage = sum(unicodedata.category(char) in ("Co", "Cn") or char == "\ufffd" for char in text)
         if not self.min_chars <= len(text) <= self.max_chars:
             return LeftOut(name, f"has {len(text)} characters of text, not {self.min_chars} to {self.max_chars}")
-        if garbage > MOST_GARBAGE * len(text):
-            return LeftOut(name, f"{garbage} of {len(text)} characters of its text mean nothing")
-        split = split_of(task.digest, self.validation, self.test)
-        source = f"document/{task.digest}/{page.number}"
+        if garbage > MAX_GARBAGE * len(text):
+            return LeftOut(name, f"{garbage} of {len(text)} characters of its text have no meaning in Unicode")
+        split = split_of(job.digest, self.validation, self.test)
+        source = f"document/{job.digest}/{page.index}"
         return conversation(source, split, "document", {"png": png(page.picture)}, [(QUESTION, text)], language="und")
 
 
 def page_text(text: str) -> str:
-    """Text as a PDF holds it, in order: words that a line's end divides are joined, spaces and line ends made plain."""
+    """A PDF's text with words hyphenated at line ends joined, and with plain spaces and line ends."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    text = re.sub(r"[\ufffe\u0002]\n?", "", text)  # what stands for a hyphen at a line's end
-    text = "".join(sign for sign in text if sign in "\n\t" or unicodedata.category(sign) not in ("Cc", "Cf"))
+    text = re.sub(r"[\ufffe\u0002]\n?", "", text)  # pdfium's marks of a hyphen at a line's end
+    text = "".join(char for char in text if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cf"))
     lines = [" ".join(line.split()) for line in unicodedata.normalize("NFC", text).split("\n")]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
 
 
-def set_text(data: bytes, digest: str, long_side: int) -> list[Page]:
-    """A text file as pages of LINES lines. The font follows from the digest.
+def draw_text_pages(data: bytes, digest: str, long_side: int) -> list[RenderedPage]:
+    """A text file drawn as pages of LINES lines.
 
     A page has a problem in place of a picture where over 1% of its characters cannot be drawn: the font lacks them, or
-    they are not read from left to right, or lie over others, which the plain layout does not know.
+    they need a layout that is not implemented (right-to-left text, combining marks).
+
+    Args:
+        data: the file.
+        digest: of the file; it decides the font.
+        long_side: of a page, in pixels.
 
     Raises:
-        UserError: it is not UTF-8.
+        UserError: the file is not UTF-8.
     """
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"is not UTF-8 ({error.reason} at byte {error.start})") from None
+        raise UserError(f"it is not UTF-8 ({error.reason} at byte {error.start})") from None
     lines: list[str] = []
     for line in unicodedata.normalize("NFC", text).expandtabs().splitlines():
-        line = "".join(sign for sign in line if unicodedata.category(sign) not in ("Cc", "Cf"))
+        line = "".join(char for char in line if unicodedata.category(char) not in ("Cc", "Cf"))
         lines += textwrap.wrap(line, COLUMNS, replace_whitespace=False, drop_whitespace=False) or [""]
-    size = long_side / (LINES + 8)  # pixels from line to line
-    file, height, margin = FONT_FILES[int(digest[:8], 16) % len(FONT_FILES)], max(6, round(size * 0.72)), 4 * size
+    line_step = long_side / (LINES + 8)  # pixels
+    file, height, margin = (
+        FONT_FILES[int(digest[:8], 16) % len(FONT_FILES)],
+        max(6, round(line_step * 0.72)),
+        4 * line_step,
+    )
     widest = max((font(file, height).getlength(line) for line in lines), default=0)
     if widest > long_side - 2 * margin:
         height = max(1, int(height * (long_side - 2 * margin) / widest))
-    letters = font(file, height)
-    shape = (min(long_side, max(round(widest + 2 * margin), round(long_side * 0.7))), long_side)
+    face = font(file, height)
+    size = (min(long_side, max(round(widest + 2 * margin), round(long_side * 0.7))), long_side)
     pages = []
-    for number, start in enumerate(range(0, len(lines), LINES)):
+    for index, start in enumerate(range(0, len(lines), LINES)):
         shown = lines[start : start + LINES]
         text = page_text("\n".join(shown))
-        undrawn = sum(not _is_drawn(sign, file) for sign in text)
-        if undrawn > MOST_UNDRAWN * len(text):
-            problem = f"{undrawn} of {len(text)} characters cannot be drawn with {file}: HTML and PDF bring their fonts"
-            pages.append(Page(number, problem=problem))
+        undrawn = sum(not _is_drawable(char, file) for char in text)
+        if undrawn > MAX_UNDRAWN * len(text):
+            problem = f"{undrawn} of {len(text)} characters cannot be drawn with {file}; use HTML or PDF"
+            pages.append(RenderedPage(index, problem=problem))
             continue
-        picture = Image.new("L", shape, "white")
+        picture = Image.new("L", size, "white")
         pen = ImageDraw.Draw(picture)
-        for place, line in enumerate(shown):
-            pen.text((margin, margin + place * size), line, fill="black", font=letters)
-        pages.append(Page(number, picture, text))
+        for row, line in enumerate(shown):
+            pen.text((margin, margin + row * line_step), line, fill="black", font=face)
+        pages.append(RenderedPage(index, picture, text))
     return pages
 
 
-def _is_drawn(sign: str, file: str) -> bool:
-    if sign == "\n":
+def _is_drawable(char: str, file: str) -> bool:
+    if char == "\n":
         return True
-    in_order = unicodedata.bidirectional(sign) not in ("R", "AL", "AN")
-    return ord(sign) in signs_of(file) and in_order and unicodedata.category(sign) not in ("Mn", "Me")
+    is_left_to_right = unicodedata.bidirectional(char) not in ("R", "AL", "AN")
+    return ord(char) in code_points_of(file) and is_left_to_right and unicodedata.category(char) not in ("Mn", "Me")
 
 
-def _rendered(data: bytes, wanted: Sequence[int] | None, long_side: int) -> list[Page]:
-    """A PDF's pages, RGB; one that is broken, or of an odd shape, does not harm the others."""
+def _render_pdf(data: bytes, indices: Sequence[int] | None, long_side: int) -> list[RenderedPage]:
+    """Pages of a PDF, RGB; None renders all. A broken page, or one of an odd shape, does not affect the others."""
     pdfium = _pdfium()
     pages = []
-    with _opened(data) as document:
-        for number in range(len(document)) if wanted is None else wanted:
+    with _open_pdf(data) as document:
+        for index in range(len(document)) if indices is None else indices:
             try:
-                pages.append(_rendered_page(document, number, long_side))
+                pages.append(_render_page(document, index, long_side))
             except pdfium.PdfiumError as error:
-                pages.append(Page(number, problem=f"cannot be read ({error})"))
+                pages.append(RenderedPage(index, problem=f"cannot be read ({error})"))
     return pages
 
 
-def _rendered_page(document, number: int, long_side: int) -> Page:
-    page = document[number]
+def _render_page(document: "PdfDocument", index: int, long_side: int) -> RenderedPage:
+    page = document[index]
     with closing(page):
         width, height = page.get_size()
         if not (0 < width < 20 * height and 0 < height < 20 * width):
-            return Page(number, problem=f"measures {width:.0f} x {height:.0f} points")
+            return RenderedPage(index, problem=f"measures {width:.0f} x {height:.0f} points")
         picture = page.render(scale=long_side / max(width, height), draw_annots=False).to_pil().convert("RGB")
         with closing(page.get_textpage()) as textpage:
-            return Page(number, picture, page_text(textpage.get_text_range()))
+            return RenderedPage(index, picture, page_text(textpage.get_text_range()))
 
 
 def _pdfium() -> ModuleType:
     return import_extra("pypdfium2", "data", "PDF")
 
 
-def _opened(data: bytes):
-    """A PDF, to be closed."""
+def _open_pdf(data: bytes) -> "PdfDocument":
+    """A PDF; the caller closes it."""
     pdfium = _pdfium()
     try:
         return pdfium.PdfDocument(data)
     except pdfium.PdfiumError as error:
-        raise UserError(f"cannot be opened as PDF ({error}); it may be broken, or need a password") from None
+        raise UserError(f"it cannot be opened as PDF ({error}); it may be broken, or need a password") from None

@@ -1,4 +1,4 @@
-"""Equations -> their LaTeX. What is asked for is what was drawn: matplotlib's mathtext reads the same lines."""
+"""Random equations -> their LaTeX, which is the very text that matplotlib's mathtext draws."""
 
 import random
 from dataclasses import dataclass
@@ -6,17 +6,17 @@ from typing import ClassVar
 
 from PIL import Image
 
-from data_prep.synthetic.building import Drawn
-from data_prep.synthetic.plotting import canvas, drawn
-from data_prep.synthetic.topics import words
+from data_prep.synthetic.building import DrawnSet
+from data_prep.synthetic.plotting import matplotlib_defaults, render
+from data_prep.synthetic.topics import split_names
 
 QUESTIONS = (
     "Write the equation in LaTeX.",
     "Give the LaTeX of what is written here.",
     "Transcribe the formula as LaTeX.",
 )
-LATIN = words("a b c d f g h k m n p q r s t u v w x y z")
-GREEK = words(
+LATIN = split_names("a b c d f g h k m n p q r s t u v w x y z")
+GREEK = split_names(
     r"\alpha \beta \gamma \delta \epsilon \eta \theta \lambda \mu \nu \xi \pi \rho \sigma \tau \phi \chi \psi \omega"
 )
 FUNCTIONS = (r"\sin", r"\cos", r"\tan", r"\ln", r"\exp", r"\log")
@@ -25,97 +25,97 @@ FONTS = ("dejavusans", "dejavuserif", "cm", "stix", "stixsans")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Equations(Drawn):
-    """One to three lines of an equation each."""
+class Equations(DrawnSet):
+    """One to three lines, each an equation."""
 
-    kind: ClassVar[str] = "equation"
+    task: ClassVar[str] = "equation"
 
-    def draw(self, chance: random.Random) -> tuple[Image.Image, str, str]:
-        lines = [_equation(chance) for _ in range(chance.choice((1, 1, 1, 2, 3)))]
-        with canvas("DejaVu Sans", chance.choice((20, 24, 28))):
+    def draw(self, rng: random.Random) -> tuple[Image.Image, str, str]:
+        lines = [_equation(rng) for _ in range(rng.choice((1, 1, 1, 2, 3)))]
+        with matplotlib_defaults("DejaVu Sans", rng.choice((20, 24, 28))):
             import matplotlib
             from matplotlib.figure import Figure
 
-            matplotlib.rcParams["mathtext.fontset"] = chance.choice(FONTS)
+            matplotlib.rcParams["mathtext.fontset"] = rng.choice(FONTS)
             figure = Figure(figsize=(1, 1), dpi=100)
             height = matplotlib.rcParams["font.size"] * 100 / 72
             texts = [figure.text(0, 0, f"${line}$") for line in lines]
             boxes = [text.get_window_extent() for text in texts]
-            margin, gap = chance.randint(16, 48), round(height * 0.6)
+            margin, gap = rng.randint(16, 48), round(height * 0.6)
             width = max(box.width for box in boxes) + 2 * margin
-            tall = sum(box.height for box in boxes) + gap * (len(lines) - 1) + 2 * margin
-            figure.set_size_inches(round(width) / 100, round(tall) / 100)
-            top = tall - margin
+            total_height = sum(box.height for box in boxes) + gap * (len(lines) - 1) + 2 * margin
+            figure.set_size_inches(round(width) / 100, round(total_height) / 100)
+            top = total_height - margin
             for text, box in zip(texts, boxes, strict=True):
-                text.set_position((margin / width, (top - box.height) / tall))
+                text.set_position((margin / width, (top - box.height) / total_height))
                 text.set_verticalalignment("bottom")
                 top -= box.height + gap
-            picture = drawn(figure)
+            picture = render(figure)
         answer = "\n".join(f"$${line}$$" for line in lines)
-        return picture, chance.choice(QUESTIONS), answer
+        return picture, rng.choice(QUESTIONS), answer
 
 
-def _equation(chance: random.Random) -> str:
-    shape = chance.randrange(8)
-    if shape == 0:  # a definition of a function
-        name, of = chance.choice(("f", "g", "h", r"\phi", r"\psi")), chance.choice(("x", "t", "z"))
-        return f"{name}({of}) = {_sum(chance, 2)}"
-    if shape == 1:  # a system's derivative
-        of, by = chance.sample(("x", "y", "u", "v", r"\theta"), 1)[0], "t"
-        return rf"\frac{{d{_spaced(of)}}}{{d{by}}} = {_sum(chance, 2)}"
+def _equation(rng: random.Random) -> str:
+    shape = rng.randrange(8)
+    if shape == 0:  # the definition of a function
+        name, argument = rng.choice(("f", "g", "h", r"\phi", r"\psi")), rng.choice(("x", "t", "z"))
+        return f"{name}({argument}) = {_sum(rng, 2)}"
+    if shape == 1:  # a differential equation
+        variable, time = rng.sample(("x", "y", "u", "v", r"\theta"), 1)[0], "t"
+        return rf"\frac{{d{_spaced(variable)}}}{{d{time}}} = {_sum(rng, 2)}"
     if shape == 2:
-        index, last = chance.choice("ijk"), chance.choice(("n", "N", r"\infty"))
-        return rf"\sum_{{{index}={chance.randint(0, 2)}}}^{{{last}}} {_term(chance, 1, index)} = {_sum(chance, 1)}"
+        index, last = rng.choice("ijk"), rng.choice(("n", "N", r"\infty"))
+        return rf"\sum_{{{index}={rng.randint(0, 2)}}}^{{{last}}} {_term(rng, 1, index)} = {_sum(rng, 1)}"
     if shape == 3:
-        low, high = chance.choice((("0", "1"), ("0", r"\infty"), ("a", "b"), ("0", r"\pi"), (r"-\infty", r"\infty")))
-        return rf"\int_{{{low}}}^{{{high}}} {_term(chance, 2)} \, dx = {_sum(chance, 1)}"
+        low, high = rng.choice((("0", "1"), ("0", r"\infty"), ("a", "b"), ("0", r"\pi"), (r"-\infty", r"\infty")))
+        return rf"\int_{{{low}}}^{{{high}}} {_term(rng, 2)} \, dx = {_sum(rng, 1)}"
     if shape == 4:
-        of, to = chance.choice((("n", r"\infty"), ("x", "0"), ("h", "0")))
-        return rf"\lim_{{{of} \to {to}}} {_fraction(chance, 1)} = {_sum(chance, 1)}"
-    return f"{_sum(chance, 2)} {chance.choice(RELATIONS)} {_sum(chance, 2)}"
+        variable, limit = rng.choice((("n", r"\infty"), ("x", "0"), ("h", "0")))
+        return rf"\lim_{{{variable} \to {limit}}} {_fraction(rng, 1)} = {_sum(rng, 1)}"
+    return f"{_sum(rng, 2)} {rng.choice(RELATIONS)} {_sum(rng, 2)}"
 
 
-def _sum(chance: random.Random, depth: int, least: int = 1) -> str:
-    terms = [_term(chance, depth) for _ in range(max(least, chance.choice((1, 2, 2, 3))))]
-    return terms[0] + "".join(f" {chance.choice('+-')} {term}" for term in terms[1:])
+def _sum(rng: random.Random, depth: int, min_terms: int = 1) -> str:
+    terms = [_term(rng, depth) for _ in range(max(min_terms, rng.choice((1, 2, 2, 3))))]
+    return terms[0] + "".join(f" {rng.choice('+-')} {term}" for term in terms[1:])
 
 
-def _term(chance: random.Random, depth: int, index: str | None = None) -> str:
-    """A product without a sign; nested so deep at most."""
+def _term(rng: random.Random, depth: int, index: str | None = None) -> str:
+    """A term without a sign, nested at most `depth` deep; `index` is the subscript of its symbols."""
     if depth == 0:
-        return _symbol(chance, index)
-    shape = chance.randrange(7)
+        return _symbol(rng, index)
+    shape = rng.randrange(7)
     if shape == 0:
-        return _fraction(chance, depth - 1)
+        return _fraction(rng, depth - 1)
     if shape == 1:
-        root = chance.choice(("", "", "[3]", "[n]"))
-        return rf"\sqrt{root}{{{_sum(chance, depth - 1)}}}"
+        root = rng.choice(("", "", "[3]", "[n]"))
+        return rf"\sqrt{root}{{{_sum(rng, depth - 1)}}}"
     if shape == 2:
-        return rf"{chance.choice(FUNCTIONS)}\left({_sum(chance, depth - 1)}\right)"
+        return rf"{rng.choice(FUNCTIONS)}\left({_sum(rng, depth - 1)}\right)"
     if shape == 3:
-        return rf"\left({_sum(chance, depth - 1, least=2)}\right)^{{{_power(chance)}}}"
+        return rf"\left({_sum(rng, depth - 1, min_terms=2)}\right)^{{{_power(rng)}}}"
     if shape == 4:
-        return rf"e^{{{chance.choice(('', '-'))}{_symbol(chance, index)}}}"
+        return rf"e^{{{rng.choice(('', '-'))}{_symbol(rng, index)}}}"
     if shape == 5:
-        return f"{chance.randint(2, 12)} {_symbol(chance, index)}^{{{_power(chance)}}}"
-    return f"{_symbol(chance, index)} {_symbol(chance, None)}"
+        return f"{rng.randint(2, 12)} {_symbol(rng, index)}^{{{_power(rng)}}}"
+    return f"{_symbol(rng, index)} {_symbol(rng, None)}"
 
 
-def _fraction(chance: random.Random, depth: int) -> str:
-    return rf"\frac{{{_sum(chance, depth)}}}{{{_sum(chance, depth)}}}"
+def _fraction(rng: random.Random, depth: int) -> str:
+    return rf"\frac{{{_sum(rng, depth)}}}{{{_sum(rng, depth)}}}"
 
 
-def _symbol(chance: random.Random, index: str | None) -> str:
-    name = chance.choice(GREEK if chance.random() < 0.3 else LATIN)
+def _symbol(rng: random.Random, index: str | None) -> str:
+    name = rng.choice(GREEK if rng.random() < 0.3 else LATIN)
     if index is not None:
         return f"{name}_{{{index}}}"
-    return f"{name}_{{{chance.choice(('0', '1', '2', 'i', 'k', 'n'))}}}" if chance.random() < 0.2 else name
+    return f"{name}_{{{rng.choice(('0', '1', '2', 'i', 'k', 'n'))}}}" if rng.random() < 0.2 else name
 
 
-def _power(chance: random.Random) -> str:
-    return chance.choice(("2", "2", "3", "n", "k", "-1", r"\frac{1}{2}"))
+def _power(rng: random.Random) -> str:
+    return rng.choice(("2", "2", "3", "n", "k", "-1", r"\frac{1}{2}"))
 
 
 def _spaced(name: str) -> str:
-    r"""With a space before a command, so that `d\theta` and `d x` are both read as they are meant."""
+    r"""The name, after a space where it is a command: "d" and "\theta" become "d \theta"."""
     return f" {name}" if name.startswith("\\") else name

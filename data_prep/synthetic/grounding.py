@@ -1,7 +1,7 @@
-"""Visual grounding: where things are, by numbered marks in the picture or by coordinates in the text (paper §7).
+"""Visual grounding: the place of objects, as numbered boxes in the picture or as coordinates in the text (paper §7).
 
-Coordinates are shares of the picture's width and height, between plain-text marks: a frozen language model cannot emit
-tokens that it does not have. Pictures with known boxes come from a table, or are composed of cut-outs here.
+Coordinates are shares of the picture's width and height between plain-text marks, since a frozen language model has no
+special tokens for them. Pictures with known boxes come from a table, or are composed of cut-outs (`scenes`).
 """
 
 import random
@@ -18,29 +18,27 @@ from data_prep.sources.files import Locate, licenses_beside, png
 from data_prep.sources.splits import check_shares, split_of
 from data_prep.synthetic.building import Builder, LeftOut, conversation
 from data_prep.synthetic.questions import read_table
-from data_prep.synthetic.scenes import Cutout, compose, cutouts_of
+from data_prep.synthetic.scenes import Box, CutoutFile, compose, find_cutouts
 from foundation.errors import UserError
 from shards.format import Record
 from vision.reading import read_picture
 
 COLOURS = ("#e6194b", "#0b6efd", "#0a8f3c", "#c2410c", "#7e22ce", "#111111")
-MOST_BOXES = 12  # more marks hide one another
-
-Box = tuple[float, float, float, float]  # xmin, ymin, xmax, ymax in pixels
+MAX_BOXES = 12  # more numbered boxes hide one another
 
 
 @dataclass(frozen=True)
 class GroundingScene:
-    """A picture to compose: its number, and what it may be composed of."""
+    """A picture to compose: its index, its split, and its objects."""
 
-    number: int
+    index: int
     split: str
-    cutouts: tuple[Cutout, ...]
+    cutouts: tuple[CutoutFile, ...]
 
 
 @dataclass(frozen=True)
-class Boxed:
-    """A picture with known boxes."""
+class BoxedPicture:
+    """A picture of the table with its labelled boxes."""
 
     name: str
     path: Path
@@ -49,24 +47,25 @@ class Boxed:
 
 @dataclass(frozen=True, kw_only=True)
 class Grounding(Builder):
-    """Settings; at least one of the two kinds of pictures must be named.
+    """Settings; cutouts, a table, or both must be given.
 
     Attributes:
-        cutouts: folders of pictures with transparency and a name each, as curation's sources name them.
-        without: names that fit this regular expression are left out, such as "skin tone": things that look alike.
-        count: scenes to compose of them.
-        most: things in a scene at most.
+        cutouts: folders of pictures with transparency and captions, written as the sources of a curation.
+        without: a regular expression; objects with a matching name are left out, such as "skin tone" variants.
+        count: scenes to compose of cutouts.
+        max_objects: in a scene.
         side: pixels of a scene's sides.
         table: a file .jsonl, .csv or .parquet whose rows are image, label, xmin, ymin, xmax, ymax (in pixels).
-        marked: share of the pictures that are asked about by numbered marks, not by coordinates.
-        seed: another one composes, and asks, otherwise.
-        validation, test: shares of the things (of scenes; none of them is in two splits) and of the table's pictures.
+        marked: share of the pictures with questions about numbered boxes; the others have coordinates.
+        seed: of all random choices.
+        validation, test: shares that are held out, of the objects (each is in the scenes of one split only) and of the
+            table's pictures.
     """
 
     cutouts: tuple[RawSource, ...] = ()
     without: str | None = None
     count: int = 1000
-    most: int = 6
+    max_objects: int = 6
     side: int = 448
     table: str | None = None
     marked: float = 0.5
@@ -78,146 +77,156 @@ class Grounding(Builder):
         super().__post_init__()
         check_shares(self.validation, self.test)
         if not self.cutouts and self.table is None:
-            raise UserError("neither cutouts nor a table is named; name what has known boxes")
+            raise UserError("neither cutouts nor a table is given; give one of them")
         try:
             re.compile(self.without or "")
         except re.error as error:
-            raise UserError(f"without {self.without!r} is no regular expression ({error})") from None
+            raise UserError(f"without {self.without!r} is not a regular expression ({error})") from None
         if any(source.kind != "folder" for source in self.cutouts):
-            raise UserError("cutouts are folders of pictures: kind: folder")
-        if self.count < 1 or self.side < 64 or not 2 <= self.most <= MOST_BOXES or not 0 <= self.marked <= 1:
+            raise UserError("the kind of every source in cutouts must be folder")
+        if self.count < 1 or self.side < 64 or not 2 <= self.max_objects <= MAX_BOXES or not 0 <= self.marked <= 1:
             raise UserError(
-                f"count {self.count}, side {self.side}, most {self.most}, marked {self.marked}: at least 1 scene of 64 "
-                f"pixels with 2 to {MOST_BOXES} things, and a share of 0 to 1, are needed"
+                f"count is {self.count}, side {self.side}, max_objects {self.max_objects}, marked {self.marked}; count "
+                f"must be at least 1, side at least 64, max_objects 2 to {MAX_BOXES}, and marked 0 to 1"
             )
 
-    def tasks(self, locate: Locate) -> Sequence[GroundingScene | Boxed | LeftOut]:
-        tasks: list[GroundingScene | Boxed | LeftOut] = []
+    def jobs(self, locate: Locate) -> Sequence[GroundingScene | BoxedPicture | LeftOut]:
+        """See Builder."""
+        jobs: list[GroundingScene | BoxedPicture | LeftOut] = []
         if self.table is not None:
-            tasks += self._boxed(locate(self.table))
+            jobs += self._boxed_pictures(locate(self.table))
         if self.cutouts:
-            found, left_out = cutouts_of([(source, locate(source.path)) for source in self.cutouts], self.without)
-            tasks += left_out
-            sides: dict[str, list[Cutout]] = {"train": [], "validation": [], "test": []}
-            for cutout in found:
-                sides[split_of(cutout.label, self.validation, self.test)].append(cutout)
-            for number in range(self.count):
-                split = split_of(f"scene/{self.seed}/{number}/split", self.validation, self.test)
-                there = sides[split]
-                if len(there) < self.most:
+            cutouts, left_out = find_cutouts([(source, locate(source.path)) for source in self.cutouts], self.without)
+            jobs += left_out
+            by_split: dict[str, list[CutoutFile]] = {"train": [], "validation": [], "test": []}
+            for cutout in cutouts:
+                by_split[split_of(cutout.label, self.validation, self.test)].append(cutout)
+            for index in range(self.count):
+                split = split_of(f"scene/{self.seed}/{index}/split", self.validation, self.test)
+                available = by_split[split]
+                if len(available) < self.max_objects:
                     raise UserError(
-                        f"{len(there)} things are for {split}, and a scene may hold {self.most}; name more cutouts, or "
-                        f"set another share for {split} or a smaller `most`"
+                        f"{len(available)} objects are in the split {split}, and a scene may hold {self.max_objects}; "
+                        f"give more cutouts, a larger share of {split}, or a smaller max_objects"
                     )
-                chance = random.Random(f"scene/{self.seed}/{number}")
-                chosen = chance.sample(there, chance.randint(2, self.most))
-                tasks.append(GroundingScene(number, split, tuple(chosen)))
-        return tasks
+                rng = random.Random(f"scene/{self.seed}/{index}")
+                chosen = rng.sample(available, rng.randint(2, self.max_objects))
+                jobs.append(GroundingScene(index, split, tuple(chosen)))
+        return jobs
 
-    def records(self, task: GroundingScene | Boxed) -> list[Record | LeftOut]:
-        if isinstance(task, GroundingScene):
-            source, split = f"scene/{self.seed}/{task.number}", task.split
-            chance = random.Random(f"{source}/composed")
+    def records(self, job: GroundingScene | BoxedPicture) -> list[Record | LeftOut]:
+        """See Builder."""
+        if isinstance(job, GroundingScene):
+            source, split = f"scene/{self.seed}/{job.index}", job.split
+            rng = random.Random(f"{source}/composed")
             try:
-                picture, boxes = compose(chance, task.cutouts, self.side)
-            except ValueError as error:
+                picture, boxes = compose(rng, job.cutouts, self.side)
+            except UserError as error:
                 return [LeftOut(source, str(error))]
         else:
-            source, split = f"boxes/{self.seed}/{task.name}", split_of(task.name, self.validation, self.test)
-            chance = random.Random(source)
+            source, split = f"boxes/{self.seed}/{job.name}", split_of(job.name, self.validation, self.test)
+            rng = random.Random(source)
             try:
-                picture, boxes = read_picture(task.path), list(task.boxes)
-            except ValueError as error:
-                return [LeftOut(task.name, str(error))]
+                picture, boxes = read_picture(job.path), list(job.boxes)
+            except UserError as error:
+                return [LeftOut(job.name, str(error))]
             for label, (left, top, right, bottom) in boxes:
                 if not (0 <= left < right <= picture.width and 0 <= top < bottom <= picture.height):
-                    return [LeftOut(task.name, f"the box of {label!r} is not within the picture's {picture.size}")]
-        chance.shuffle(boxes)
-        if chance.random() < self.marked:
-            picture = with_marks(picture, [box for _, box in boxes], chance.choice(COLOURS))
-            turns = _by_marks(chance, boxes)
+                    return [
+                        LeftOut(
+                            job.name,
+                            f"the box of {label!r} is not within the picture of {picture.width} x {picture.height} px",
+                        )
+                    ]
+        rng.shuffle(boxes)
+        if rng.random() < self.marked:
+            picture = draw_numbered_boxes(picture, [box for _, box in boxes], rng.choice(COLOURS))
+            turns = _questions_by_number(rng, boxes)
         else:
-            turns = _by_coordinates(chance, boxes, picture.size)
+            turns = _questions_by_coordinates(rng, boxes, picture.size)
         return [conversation(source, split, "grounding", {"png": png(picture)}, turns)]
 
     def files(self, locate: Locate) -> dict[str, str]:
+        """See Builder."""
         folders = {source.path: locate(source.path) for source in self.cutouts}
         if self.table is not None:
             folders[self.table] = locate(self.table).parent
         return licenses_beside(folders)
 
-    def _boxed(self, table: Path) -> list[Boxed | LeftOut]:
+    def _boxed_pictures(self, table: Path) -> list[BoxedPicture | LeftOut]:
         pictures: dict[str, list[tuple[str, Box]]] = {}
-        left_out = []
-        for number, row in enumerate(read_table(table), 1):
+        jobs: list[BoxedPicture | LeftOut] = []
+        for row_number, row in enumerate(read_table(table), 1):
             try:
-                box = tuple(float(row[name]) for name in ("xmin", "ymin", "xmax", "ymax"))
+                left, top, right, bottom = (float(row[name]) for name in ("xmin", "ymin", "xmax", "ymax"))
                 image, label = ("" if row[name] is None else str(row[name]).strip() for name in ("image", "label"))
                 if not image or not label:
-                    raise UserError("an empty cell")
-                pictures.setdefault(image, []).append((label, box))
+                    raise ValueError("an empty cell")
+                pictures.setdefault(image, []).append((label, (left, top, right, bottom)))
             except (KeyError, TypeError, ValueError) as error:
-                left_out.append(LeftOut(f"{table.name}:{number}", f"no image, label and box ({error!r})"))
+                jobs.append(LeftOut(f"{table.name}:{row_number}", f"no image, label and box ({error!r})"))
         for name, boxes in sorted(pictures.items()):
-            if len(boxes) > MOST_BOXES:
-                left_out.append(LeftOut(name, f"{len(boxes)} boxes, over the limit of {MOST_BOXES}"))
+            if len(boxes) > MAX_BOXES:
+                jobs.append(LeftOut(name, f"{len(boxes)} boxes, over the limit of {MAX_BOXES}"))
             else:
-                left_out.append(Boxed(name, table.parent / name, tuple(boxes)))
-        return left_out
+                jobs.append(BoxedPicture(name, table.parent / name, tuple(boxes)))
+        return jobs
 
 
 def box_text(box: Box, size: tuple[int, int]) -> str:
-    """A box in pixels as its text: (0, 32, 64, 64) in 128 x 64 px is "<box>0.000, 0.500, 0.500, 1.000</box>"."""
-    shares = [value / size[place % 2] for place, value in enumerate(box)]
+    """A box in pixels as text: (0, 32, 64, 64) in 128 x 64 px is "<box>0.000, 0.500, 0.500, 1.000</box>"."""
+    shares = [value / size[axis % 2] for axis, value in enumerate(box)]
     return f"<box>{', '.join(f'{share:.3f}' for share in shares)}</box>"
 
 
-def with_marks(picture: Image.Image, boxes: Sequence[Box], colour: str) -> Image.Image:
-    """The picture with each box drawn, and its number, from 1 on, in its corner; above it where the box is small."""
+def draw_numbered_boxes(picture: Image.Image, boxes: Sequence[Box], colour: str) -> Image.Image:
+    """A copy of the picture with each box and its number, from 1, in its corner; above a small box."""
     picture = picture.copy()
     pen = ImageDraw.Draw(picture)
-    long = max(picture.size)
-    width, letters = max(2, long // 220), ImageFont.load_default(max(12, long // 26))
+    long_side = max(picture.size)
+    width, face = max(2, long_side // 220), ImageFont.load_default(max(12, long_side // 26))
     for number, box in enumerate(boxes, 1):
         pen.rectangle(box, outline=colour, width=width)
-        tag = pen.textbbox((0, 0), str(number), font=letters)
-        wide, high = tag[2] + 3 * width, tag[3] + 2 * width
-        is_small = min(box[2] - box[0], box[3] - box[1]) < 4 * high
-        top = box[1] - high if is_small and box[1] >= high else box[1]
-        pen.rectangle((box[0], top, box[0] + wide, top + high), fill=colour)
-        pen.text((box[0] + 1.5 * width, top + width / 2), str(number), fill="white", font=letters)
+        tag = pen.textbbox((0, 0), str(number), font=face)
+        tag_width, tag_height = tag[2] + 3 * width, tag[3] + 2 * width
+        is_small = min(box[2] - box[0], box[3] - box[1]) < 4 * tag_height
+        top = box[1] - tag_height if is_small and box[1] >= tag_height else box[1]
+        pen.rectangle((box[0], top, box[0] + tag_width, top + tag_height), fill=colour)
+        pen.text((box[0] + 1.5 * width, top + width / 2), str(number), fill="white", font=face)
     return picture
 
 
-def _by_marks(chance: random.Random, boxes: Sequence[tuple[str, Box]]) -> list[Turn]:
+def _questions_by_number(rng: random.Random, boxes: Sequence[tuple[str, Box]]) -> list[Turn]:
     labels = [label for label, _ in boxes]
     turns = []
     for number, label in enumerate(labels, 1):
-        others = [str(place) for place, other in enumerate(labels, 1) if other == label]
-        if chance.random() < 0.5:
+        others = [str(other_number) for other_number, other in enumerate(labels, 1) if other == label]
+        if rng.random() < 0.5:
             turns.append((f"What is in box {number}?", label))
         elif len(others) == 1:
             turns.append((f"Which box holds this: {label}? Answer with its number.", str(number)))
         elif others[0] == str(number):
             turns.append((f"Which boxes hold this: {label}? Answer with their numbers.", ", ".join(others)))
     listed = "\n".join(f"{number}. {label}" for number, label in enumerate(labels, 1))
-    if not turns or chance.random() < 0.25:
+    if not turns or rng.random() < 0.25:
         return [("List what is in the numbered boxes.", listed)]
-    return chance.sample(turns, min(3, len(turns)))
+    return rng.sample(turns, min(3, len(turns)))
 
 
-def _by_coordinates(chance: random.Random, boxes: Sequence[tuple[str, Box]], size: tuple[int, int]) -> list[Turn]:
-    known: dict[str, list[str]] = {}
+def _questions_by_coordinates(
+    rng: random.Random, boxes: Sequence[tuple[str, Box]], size: tuple[int, int]
+) -> list[Turn]:
+    texts_of: dict[str, list[str]] = {}
     for label, box in boxes:
-        known.setdefault(label, []).append(box_text(box, size))
+        texts_of.setdefault(label, []).append(box_text(box, size))
     form = "<box>xmin, ymin, xmax, ymax</box>, each from 0 to 1"
     turns = []
-    for label, texts in known.items():
-        if chance.random() < 0.5:
+    for label, texts in texts_of.items():
+        if rng.random() < 0.5:
             turns.append((f"Where is this: {label}? Answer with {form}.", " ".join(texts)))
         else:
             turns.append((f"What is at {texts[0]}?", label))
-    listed = "\n".join(f"{label} {text}" for label, texts in known.items() for text in texts)
-    if chance.random() < 0.25:
+    listed = "\n".join(f"{label} {text}" for label, texts in texts_of.items() for text in texts)
+    if rng.random() < 0.25:
         return [(f"List the things in the picture, each with {form}.", listed)]
-    return chance.sample(turns, min(3, len(turns)))
+    return rng.sample(turns, min(3, len(turns)))

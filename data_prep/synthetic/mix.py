@@ -1,4 +1,4 @@
-"""The mixer: a set of a given size out of several, each with its weight."""
+"""Mixes weighted sources into a set of a given number of records."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from foundation.errors import UserError
 from shards.format import INDEX_SCHEMA, Record
 from shards.reader import ShardSet
 
-REPORT = "mix.json"  # beside the tars: what was drawn from where
+REPORT = "mix.json"  # beside the tars: how many records come from each source
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Ingredient:
 
     Attributes:
         path: the folder.
-        weight: its share of the budget, in proportion to the others' weights.
-        split: only these records; null takes all.
+        weight: the source's share of the budget is its weight over the sum of all weights.
+        split: take records of this split only; null takes all.
     """
 
     path: str
@@ -36,8 +36,8 @@ class Ingredient:
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """Records of one source to copy: their rows in its order."""
+class Selection:
+    """Records of one source to copy, by their rows in it, ascending."""
 
     folder: Path
     split: str | None
@@ -46,12 +46,12 @@ class Drawing:
 
 @dataclass(frozen=True, kw_only=True)
 class Mix(Builder):
-    """Which records are drawn is decided by a hash of seed and id alone: a larger budget only adds to a smaller one's.
+    """Settings. The records are chosen by a hash of seed and id, so a larger budget adds to a smaller one's records.
 
     Attributes:
-        sources: what to draw from. A record of an id that an earlier source has given is passed over.
-        budget: records to draw.
-        seed: another one draws others.
+        sources: folders to draw from. A record is skipped where an earlier source has given one with the same id.
+        budget: number of records to draw.
+        seed: of the choice of records.
     """
 
     sources: tuple[Ingredient, ...]
@@ -66,52 +66,57 @@ class Mix(Builder):
             raise UserError(f"budget is {self.budget}; at least 1 record is needed")
         for source in self.sources:
             if not 0 < source.weight < math.inf:
-                raise UserError(f"weight of {source.path} is {source.weight}; it must be above 0 (or leave it out)")
+                raise UserError(
+                    f"weight of {source.path} is {source.weight}; give a finite weight above 0, or leave the source out"
+                )
         if len({(source.path, source.split) for source in self.sources}) < len(self.sources):
-            raise UserError("a source is named twice; give it one weight")
+            raise UserError("a source is named twice; name it once, with one weight")
 
     def shares(self) -> list[int]:
         """Records to draw from each source: budget x weight, rounded so that the sum is the budget.
 
-        By Webster's method, a larger budget takes from none: each further record goes to the source whose share, with
-        half a record more, is the smallest in proportion to its weight.
+        Rounding follows Webster's method (Sainte-Laguë): each further record goes to the source whose share plus one
+        half is the smallest in proportion to its weight. So no share shrinks when the budget grows.
         """
         half, weights = Fraction(1, 2), [Fraction(source.weight) for source in self.sources]
         shares = [math.floor(self.budget * weight / sum(weights) + half) for weight in weights]
-        while (over := sum(shares) - self.budget) != 0:  # by no more than half of the sources
-            step = 1 if over < 0 else -1
+        while (excess := sum(shares) - self.budget) != 0:  # at most half of the number of sources
+            step = 1 if excess < 0 else -1
             order = [
-                (step * (share + step * half) / weight, step * number)
-                for number, (share, weight) in enumerate(zip(shares, weights, strict=True))
+                (step * (share + step * half) / weight, step * index)
+                for index, (share, weight) in enumerate(zip(shares, weights, strict=True))
             ]
             shares[order.index(min(order))] += step
         return shares
 
-    def tasks(self, locate: Locate) -> Sequence[Drawing]:
-        """Draws; UserError where a source has fewer records than its share of the budget."""
-        drawings, taken, parts = [], pa.array([], pa.string()), []
+    def jobs(self, locate: Locate) -> Sequence[Selection]:
+        """See Builder; UserError also where a source has fewer records than its share of the budget."""
+        selections: list[tuple[Path, str | None, list[int]]] = []
+        available: list[int] = []  # records of each source that no earlier source has given
+        taken = pa.array([], pa.string())
         for source, share in zip(self.sources, self.shares(), strict=True):
             folder = locate(source.path)
             ids = ShardSet(folder).select(split=source.split).index["id"].combine_chunks()
             free = np.flatnonzero(~np.isin(ids.to_numpy(zero_copy_only=False), taken.to_numpy(zero_copy_only=False)))
-            parts.append((source, share, len(free)))
-            order = sorted((_place(self.seed, ids[row].as_py()), row) for row in free.tolist())
+            available.append(len(free))
+            order = sorted((_sort_key(self.seed, ids[row].as_py()), row) for row in free.tolist())
             rows = sorted(row for _, row in order[:share])
-            drawings.append((folder, source.split, rows))
+            selections.append((folder, source.split, rows))
             taken = pa.concat_arrays([taken, ids.take(pa.array(rows, pa.int64()))])
-        self._refuse_short(parts)
+        self._check_available(available)
         step = 256
         return [
-            Drawing(folder, split, tuple(rows[start : start + step]))
-            for folder, split, rows in drawings
+            Selection(folder, split, tuple(rows[start : start + step]))
+            for folder, split, rows in selections
             for start in range(0, len(rows), step)
         ]
 
-    def records(self, task: Drawing) -> list[Record | LeftOut]:
-        shards = ShardSet(task.folder).select(split=task.split)
+    def records(self, job: Selection) -> list[Record | LeftOut]:
+        """See Builder."""
+        shards = ShardSet(job.folder).select(split=job.split)
         scores = [name for name in shards.index.column_names if name not in INDEX_SCHEMA.names]
-        records = []
-        for row in task.rows:
+        records: list[Record | LeftOut] = []
+        for row in job.rows:
             record = shards[row]
             values = {name: shards.index[name][row].as_py() for name in scores}
             record.scores = {name: value for name, value in values.items() if value is not None}
@@ -119,35 +124,37 @@ class Mix(Builder):
         return records
 
     def files(self, locate: Locate) -> dict[str, str]:
+        """See Builder."""
         return {
             REPORT: json.dumps(self.report(), indent=2) + "\n",
             **licenses_beside({source.path: locate(source.path) for source in self.sources}),
         }
 
     def report(self) -> list[dict]:
-        """What is drawn from each source: path, split, weight asked for (of 1) and got, records."""
-        whole = math.fsum(source.weight for source in self.sources)
+        """For each source its path, split, weight (of 1), achieved share of the budget, and number of records."""
+        total = math.fsum(source.weight for source in self.sources)
         return [
             {
                 "path": source.path,
                 "split": source.split,
-                "weight": source.weight / whole,
+                "weight": source.weight / total,
                 "achieved": share / self.budget,
                 "records": share,
             }
             for source, share in zip(self.sources, self.shares(), strict=True)
         ]
 
-    def _refuse_short(self, parts: list[tuple[Ingredient, int, int]]) -> None:
-        short = [f"{one.path} has {there:,} of {share:,} records" for one, share, there in parts if there < share]
+    def _check_available(self, available: list[int]) -> None:
+        parts = list(zip(self.sources, self.shares(), available, strict=True))
+        short = [f"{source.path} has {count:,} of {share:,} records" for source, share, count in parts if count < share]
         if short:
-            whole = math.fsum(source.weight for source in self.sources)
-            most = min(math.floor(there * whole / one.weight) for one, _, there in parts)
+            total = math.fsum(source.weight for source in self.sources)
+            max_budget = min(math.floor(count * total / source.weight) for source, _, count in parts)
             raise UserError(
-                f"budget of {self.budget:,} is larger than the sources allow: {'; '.join(short)}. With these weights "
-                f"about {most:,} can be drawn"
+                f"budget is {self.budget:,}, more than the sources have: {'; '.join(short)}. With these weights it can "
+                f"be about {max_budget:,}"
             )
 
 
-def _place(seed: int, record_id: str) -> bytes:
+def _sort_key(seed: int, record_id: str) -> bytes:
     return hashlib.sha256(f"{seed}/{record_id}".encode()).digest()

@@ -1,25 +1,23 @@
-"""Clips whose question only time answers -> shard records: a picture moves over a background; how it does is asked.
+"""Clips of moving pictures, with questions that only the order of the frames answers -> shard records.
 
-Every clip comes in a group: one drawing of pictures, background, place and speed, once for each answer, which stand one
-after the other in the shards: the first two, and so on, are each other's reverse or reorder the same frames. Nothing
-but the order of the frames tells the answers of a group apart, and that exactly, because of two things:
+Clips come in groups. The clips of a group share objects, background, start and speed, and each has another answer; they
+follow one another in the shards. Only the order of the frames distinguishes the answers of a group:
 
-- **One frame, at any time, has the same distribution under every answer.** The frame is a ring in both directions: what
-  leaves at one side comes in at the other. A path starts at a place drawn evenly from the whole ring and is moved by
-  it as a whole, so where the picture is at time k is even over the ring as well, whatever path it takes.
-- **The frames of a clip without their order are the same under every answer.** "left" is "right" backwards, "up" is
-  "down" backwards; that B moves and then A is A and then B backwards; and the clips of 0, 1, 2 and 3 turns visit
-  the very same places: F places in a row are visited in t + 1 sweeps to and fro, each taking every (t + 1)-th of
-  them. (A row of places is no column: frames in a wrong order tell the axis of a movement. So "left or right?" is asked
-  of a row and "up or down?" of a column.)
+- **A single frame has the same distribution under every answer.** Frames wrap around in both directions: what leaves at
+  one side enters at the other. The start of a path is uniform over the frame, so the position at each time is uniform
+  too, whatever the path.
+- **The set of a clip's frames is the same under every answer.** "left" is "right" reversed, "up" is "down" reversed,
+  "B moves, then A" is "A moves, then B" reversed. Clips of 0, 1, 2 and 3 bounces visit the same F positions in a row:
+  with t bounces in t + 1 sweeps to and fro, each over every (t + 1)-th position. (Frames in any order show the axis of
+  a movement. So "left or right?" is asked about horizontal movements and "up or down?" about vertical ones.)
 
-Which of two things *appears* first could not be asked so: the earliest frame that shows anything shows the answer. So
-both are there all the time, and it is asked which moves first. All of it holds for clips whose every frame is seen, or
-frames that lie evenly about the clip's middle.
+A question about which object *appears* first would not do: the first frame that shows an object would answer it. So
+both objects are always visible, and the question is which one moves first. All this holds for a model that sees every
+frame, or frames that are symmetric about the middle of the clip.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -27,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_prep.pipeline.workers import in_order
+from data_prep.pipeline.workers import map_in_order
 from data_prep.sources.openmoji import concept_of
 from data_prep.sources.splits import split_of
 from data_prep.synthetic.backgrounds import NUM_BACKGROUNDS, background
@@ -36,35 +34,44 @@ from foundation.errors import UserError
 from shards.format import Record, make_id
 from shards.writer import write_shards
 
+Sprite = tuple[str, np.ndarray]  # name, RGBA uint8 [h, w, 4]
+Point = Sequence[int] | np.ndarray  # x, y in pixels
+
 TASKS = ("direction", "order", "order_by_name", "bounces", "caption")
 MIN_SIZE, MIN_FRAMES = 32, 8
 VALIDATION_SHARE, TEST_SHARE = 0.05, 0.15  # of the concepts and of the backgrounds
 SUFFIX = "clip.webp"
 
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-_TIMES = ("never bounces back", "bounces back once", "bounces back twice", "bounces back three times")
+_BOUNCES = ("never bounces back", "bounces back once", "bounces back twice", "bounces back three times")
 
 
 @dataclass(frozen=True)
 class ClipScene:
-    """What the clips of a group share: two things (name, RGBA uint8 [h, w, 4]) and a background [size, size, 3]."""
+    """What the clips of a group share.
 
-    things: Sequence[tuple[str, np.ndarray]]
-    ground: np.ndarray
+    Attributes:
+        sprites: two objects, each (name, RGBA uint8 [h, w, 4]).
+        background: uint8 [size, size, 3].
+    """
+
+    sprites: Sequence[Sprite]
+    background: np.ndarray
 
     @property
     def size(self) -> int:
-        return len(self.ground)
+        """The side of a frame, in pixels."""
+        return len(self.background)
 
 
 @dataclass(frozen=True)
-class Told:
-    """One clip of a group, with what is said of it.
+class LabelledClip:
+    """One clip of a group with its question and its caption.
 
     Attributes:
         frames: uint8 [F, size, size, 3].
         answer: to the question, one of `choices`.
-        caption: a sentence that says the same.
+        caption: a sentence that states the answer.
     """
 
     frames: np.ndarray
@@ -89,20 +96,23 @@ def write_moving_clips(
     overwrite: bool = False,
     files: dict[str, str] | None = None,
 ) -> int:
-    """Writes a set of moving clips as lossless animated WebP, and returns how many there are.
+    """Write shards of moving clips as lossless animated WebP, and return the number of clips.
 
-    Concepts and backgrounds of one split are in no other. A clip follows from the seed, its number in its split and
-    the list of pictures alone.
+    A concept or a background is in one split only. A clip depends on the seed, its index in its split, and the list of
+    pictures alone.
 
     Args:
-        pictures: (name, RGBA picture) of each thing; names of one concept go to one split (see `openmoji.concept_of`).
-        num_train: clips, shared evenly among the tasks; each task is filled up to whole groups, and so with
-            num_test and num_validation.
+        pictures: objects; names of one concept go to one split (see `openmoji.concept_of`).
+        output: folder of shards to write.
+        num_train, num_test, num_validation: clips, divided evenly among the tasks and rounded up to whole groups.
         tasks: some of TASKS. All but "caption" are questions.
+        seed: of all random choices.
         size: of the frames' sides, in pixels.
-        frame_ms: milliseconds for which each frame is shown.
+        num_frames: of a clip.
+        frame_ms: duration of a frame in milliseconds.
         workers: processes that draw.
-        files: goes beside the shards, e.g. the pictures' licences.
+        overwrite: replace the folder if it exists.
+        files: texts to write beside the shards, such as the pictures' licences, by file name.
 
     Raises:
         UserError: an unknown task; too few pictures for a split; frames too small or too few; the folder exists.
@@ -112,112 +122,114 @@ def write_moving_clips(
             raise UserError(f"no task {task!r}; there are: {', '.join(TASKS)}")
     if size < MIN_SIZE or num_frames < MIN_FRAMES:
         raise UserError(f"{num_frames} frames of {size} px: at least {MIN_FRAMES} frames of {MIN_SIZE} px are needed")
-    numbers = {"train": num_train, "validation": num_validation, "test": num_test}
+    num_clips = {"train": num_train, "validation": num_validation, "test": num_test}
     sprites = _sprites(pictures, size)
-    for split, number in numbers.items():
-        if number and len(sprites[split]) < 2:
+    for split, count in num_clips.items():
+        if count and len(sprites[split]) < 2:
             raise UserError(
-                f"{len(sprites[split])} of {len(pictures)} pictures fall to the split {split}; at least 2 are needed: "
-                "give more pictures (names of one concept fall to one split)"
+                f"{len(sprites[split])} of {len(pictures)} pictures are in the split {split}; at least 2 are needed: "
+                "give more pictures (names of one concept are in one split)"
             )
     jobs = [
         (split, task, group)
-        for split, number in numbers.items()
+        for split, count in num_clips.items()
         for task in tasks
-        for group in range(_num_groups(task, -(-number // len(tasks))))
+        for group in range(_num_groups(task, -(-count // len(tasks))))
     ]
     draw = partial(_group_records, sprites=sprites, seed=seed, size=size, num_frames=num_frames, frame_ms=frame_ms)
-    groups = in_order(draw, jobs, workers)
+    groups = map_in_order(draw, jobs, workers)
     return write_shards((record for group in groups for record in group), output, overwrite=overwrite, files=files)
 
 
 @cache
 def backgrounds_of(split: str) -> list[int]:
-    """The numbers of the backgrounds that a split may use."""
-    return [n for n in range(NUM_BACKGROUNDS) if split_of(f"background {n}", VALIDATION_SHARE, TEST_SHARE) == split]
+    """The indices of the backgrounds that a split uses."""
+    indices = range(NUM_BACKGROUNDS)
+    return [index for index in indices if split_of(f"background {index}", VALIDATION_SHARE, TEST_SHARE) == split]
 
 
 # ------------------------------------------------------------------------------------------------------------- paths
 
 
-def straight_path(direction: str, start: tuple[int, int], step: int, num_frames: int) -> np.ndarray:
-    """Places [F, 2] (x, y) in pixels, not yet on the ring. Backwards it is the opposite direction's, from the end."""
+def straight_path(direction: str, start: Point, step: int, num_frames: int) -> np.ndarray:
+    """Positions [F, 2] (x, y) in pixels, before wrapping; reversed it is a path in the opposite direction."""
     return np.array(start) + np.arange(num_frames)[:, None] * step * np.array(DIRECTIONS[direction])
 
 
-def bouncing_path(turns: int, start: tuple[int, int], step: tuple[int, int], num_frames: int) -> np.ndarray:
-    """Places [F, 2] (x, y): all of start + i * step for i < F, in an order that turns back so many times.
+def bouncing_path(turns: int, start: Point, step: Point, num_frames: int) -> np.ndarray:
+    """Positions [F, 2] (x, y): all start + i * step for i < F, in an order that turns back `turns` times.
 
-    Every sweep takes the places i of one remainder modulo turns + 1, upwards and downwards in turn.
+    Each sweep visits the i of one remainder modulo turns + 1, ascending and descending in turn.
     """
     sweeps = [range(first, num_frames, turns + 1) for first in range(turns + 1)]
-    order = [i for number, sweep in enumerate(sweeps) for i in (sweep if number % 2 == 0 else reversed(sweep))]
+    order = [i for index, sweep in enumerate(sweeps) for i in (sweep if index % 2 == 0 else reversed(sweep))]
     return np.array(start) + np.array(order)[:, None] * np.array(step)
 
 
 def one_after_the_other(
-    starts: tuple[tuple[int, int], tuple[int, int]], steps: tuple[int, int], turn: int, num_frames: int
+    starts: Sequence[tuple[int, int]], steps: Sequence[int], turn: int, num_frames: int
 ) -> np.ndarray:
-    """Places [F, 2 things, 2 (x, y)]: until frame `turn` the first thing moves sideways, from there on the second."""
+    """Positions [F, 2 objects, 2 (x, y)]: before frame `turn` the first moves sideways, from there on the second."""
     frames = np.arange(num_frames)
     moved = np.stack((np.minimum(frames, turn), np.maximum(frames - turn, 0)), 1) * np.array(steps)
     return np.array(starts) + np.stack((moved, np.zeros_like(moved)), 2)
 
 
-def draw_frames(ground: np.ndarray, sprites: Sequence[np.ndarray], places: np.ndarray) -> np.ndarray:
-    """Lays pictures over a background, round the edges.
+def draw_frames(background: np.ndarray, sprites: Sequence[np.ndarray], positions: np.ndarray) -> np.ndarray:
+    """Blend pictures over a background, wrapping around its edges.
 
     Args:
-        ground: uint8 [size, size, 3].
+        background: uint8 [size, size, 3].
         sprites: RGBA uint8 [h, w, 4] each, the last one on top.
-        places: [F, sprites, 2] (x, y) of each one's left upper corner, modulo size.
+        positions: [F, sprites, 2] (x, y) of each one's upper left corner, modulo size.
 
     Returns:
         uint8 [F, size, size, 3].
     """
-    size = len(ground)
-    frames = np.repeat(ground[None], len(places), 0)
-    for frame, corners in zip(frames, places, strict=True):
+    size = len(background)
+    frames = np.repeat(background[None], len(positions), 0)
+    for frame, corners in zip(frames, positions, strict=True):
         for sprite, (x, y) in zip(sprites, corners, strict=True):
             height, width = sprite.shape[:2]
-            at = np.ix_((y + np.arange(height)) % size, (x + np.arange(width)) % size)
+            pixels = np.ix_((y + np.arange(height)) % size, (x + np.arange(width)) % size)
             alpha = sprite[..., 3:].astype(np.uint16)
-            frame[at] = (frame[at] * (255 - alpha) + sprite[..., :3] * alpha + 127) // 255
+            frame[pixels] = (frame[pixels] * (255 - alpha) + sprite[..., :3] * alpha + 127) // 255
     return frames
 
 
 # ------------------------------------------------------------------------------------------------------------ groups
 
 
-def direction_group(rng: np.random.Generator, scene: ClipScene, num_frames: int) -> list[Told]:
-    """One thing moves left, right, up, down; each clip is asked about its own axis."""
-    (name, sprite), _ = scene.things
+def direction_group(rng: np.random.Generator, scene: ClipScene, num_frames: int) -> list[LabelledClip]:
+    """One object moves left, right, up, down; each clip's question is about its own axis."""
+    (name, sprite), _ = scene.sprites
     start, step = rng.integers(0, scene.size, 2), _step(rng, scene.size, num_frames, 0.25, 0.45)
-    told = []
+    clips = []
     for direction in DIRECTIONS:
         choices = ("left", "right") if direction in ("left", "right") else ("up", "down")
-        places = straight_path(direction, start, step, num_frames)
-        told.append(
-            Told(
-                draw_frames(scene.ground, [sprite], places[:, None]),
+        positions = straight_path(direction, start, step, num_frames)
+        clips.append(
+            LabelledClip(
+                draw_frames(scene.background, [sprite], positions[:, None]),
                 f"Which way does it move, {choices[0]} or {choices[1]}?",
                 direction,
                 choices,
                 f"The {name} moves {'to the ' if choices[0] == 'left' else ''}{direction}.",
             )
         )
-    return [told[0], _reversed_of(told[0], told[1]), told[2], _reversed_of(told[2], told[3])]
+    left, right, up, down = clips
+    return [left, replace(right, frames=left.frames[::-1]), up, replace(down, frames=up.frames[::-1])]
 
 
-def order_group(rng: np.random.Generator, scene: ClipScene, num_frames: int, by_name: bool) -> list[Told]:
-    """Of an upper and a lower thing one moves sideways, then the other; and the same backwards."""
-    (upper, upper_sprite), (lower, lower_sprite) = scene.things
+def order_group(rng: np.random.Generator, scene: ClipScene, num_frames: int, by_name: bool) -> list[LabelledClip]:
+    """Of an upper and a lower object one moves sideways, then the other; and the same reversed."""
+    (upper, upper_sprite), (lower, lower_sprite) = scene.sprites
     sprites = (upper_sprite, lower_sprite)
     lanes = [int(scene.size * lane) - len(sprite) // 2 for lane, sprite in zip((0.25, 0.75), sprites, strict=True)]
     starts = [(int(rng.integers(scene.size)), lane) for lane in lanes]
     steps = [int(rng.choice((-1, 1))) * _step(rng, scene.size, num_frames, 0.75, 1.25) for _ in lanes]
     turn = int(rng.integers(num_frames // 3, num_frames - num_frames // 3))
-    frames = draw_frames(scene.ground, sprites, one_after_the_other(starts, steps, turn, num_frames))
+    frames = draw_frames(scene.background, sprites, one_after_the_other(starts, steps, turn, num_frames))
     choices, question = ("upper", "lower"), "Which one moves first, the upper or the lower one?"
     if by_name:
         choices = (upper, lower)
@@ -228,45 +240,40 @@ def order_group(rng: np.random.Generator, scene: ClipScene, num_frames: int, by_
         f"First the {lower} below moves, then the {upper} above.",
     )
     return [
-        Told(frames, question, choices[0], choices, captions[0]),
-        Told(frames[::-1], question, choices[1], choices, captions[1]),
+        LabelledClip(frames, question, choices[0], choices, captions[0]),
+        LabelledClip(frames[::-1], question, choices[1], choices, captions[1]),
     ]
 
 
-def bounces_group(rng: np.random.Generator, scene: ClipScene, num_frames: int) -> list[Told]:
-    """One thing turns back 0, 1, 2, 3 times on its way over the same places."""
-    (name, sprite), _ = scene.things
-    start, step = rng.integers(0, scene.size, 2), _step(rng, scene.size, num_frames, 0.5, 0.75)
-    step = step * np.array(DIRECTIONS[str(rng.choice(list(DIRECTIONS)))])
-    told = []
-    for turns, caption in enumerate(_TIMES):
-        frames = draw_frames(scene.ground, [sprite], bouncing_path(turns, start, step, num_frames)[:, None])
+def bounces_group(rng: np.random.Generator, scene: ClipScene, num_frames: int) -> list[LabelledClip]:
+    """One object bounces back 0, 1, 2, 3 times while it visits the same positions."""
+    (name, sprite), _ = scene.sprites
+    start, distance = rng.integers(0, scene.size, 2), _step(rng, scene.size, num_frames, 0.5, 0.75)
+    step = distance * np.array(DIRECTIONS[str(rng.choice(list(DIRECTIONS)))])
+    clips = []
+    for turns, caption in enumerate(_BOUNCES):
+        frames = draw_frames(scene.background, [sprite], bouncing_path(turns, start, step, num_frames)[:, None])
         question, choices = "How often does it bounce back?", ("0", "1", "2", "3")
-        told.append(Told(frames, question, str(turns), choices, f"The {name} {caption}."))
-    return told
+        clips.append(LabelledClip(frames, question, str(turns), choices, f"The {name} {caption}."))
+    return clips
 
 
-_GROUPS = {
+_GROUPS: dict[str, Callable[[np.random.Generator, ClipScene, int], list[LabelledClip]]] = {
     "direction": direction_group,
     "order": partial(order_group, by_name=False),
     "order_by_name": partial(order_group, by_name=True),
     "bounces": bounces_group,
 }
-_CAPTIONED = ("direction", "order", "bounces")  # in turn
+_CAPTION_KINDS = ("direction", "order", "bounces")  # take turns, by the index of the group
 
 
 def _step(rng: np.random.Generator, size: int, num_frames: int, low: float, high: float) -> int:
-    """Pixels from frame to frame: so many of the ring's rounds in a whole clip."""
+    """Pixels per frame, such that a clip crosses `low` to `high` times the frame's width."""
     return int(rng.integers(round(low * size / num_frames), round(high * size / num_frames) + 1))
 
 
-def _reversed_of(told: Told, other: Told) -> Told:
-    """The other's words about the frames of the first, backwards."""
-    return replace(other, frames=told.frames[::-1])
-
-
 def _num_groups(task: str, num_clips: int) -> int:
-    """So many that they hold at least that many clips."""
+    """The smallest number of groups that holds at least `num_clips` clips."""
     groups, clips = 0, 0
     while clips < num_clips:
         clips += _group_size(task, groups)
@@ -279,48 +286,52 @@ def _group_size(task: str, group: int) -> int:
 
 
 def _kind(task: str, group: int) -> str:
-    return _CAPTIONED[group % len(_CAPTIONED)] if task == "caption" else task
+    return _CAPTION_KINDS[group % len(_CAPTION_KINDS)] if task == "caption" else task
 
 
 def _group_records(
     job: tuple[str, str, int],
-    sprites: dict[str, list[tuple[str, np.ndarray]]],
+    sprites: dict[str, list[Sprite]],
     seed: int,
     size: int,
     num_frames: int,
     frame_ms: int,
 ) -> list[Record]:
-    """The records of group number `group` of a split and task."""
+    """The records of a group; `job` is its split, task and index."""
     split, task, group = job
     source = f"moving-clips/{seed}/{split}/{task}/{group}"
     rng = np.random.default_rng(int(make_id(source), 16))
-    things = sprites[split]
-    first = int(rng.integers(len(things)))
-    second = (first + 1 + int(rng.integers(len(things) - 1))) % len(things)
-    chosen = [(things[i][0], _resized(things[i][1], round(size * rng.uniform(0.3, 0.45)))) for i in (first, second)]
+    available = sprites[split]
+    first = int(rng.integers(len(available)))
+    second = (first + 1 + int(rng.integers(len(available) - 1))) % len(available)
+    chosen = [
+        (available[i][0], _resized(available[i][1], round(size * rng.uniform(0.3, 0.45)))) for i in (first, second)
+    ]
     scene = ClipScene(chosen, background(int(rng.choice(backgrounds_of(split))), size))
     kind = _kind(task, group)
     return [
-        _record(f"{make_id(source)}-{number}", split, task, told, frame_ms)  # a group's stand together in the shards
-        for number, told in enumerate(_GROUPS[kind](rng, scene, num_frames))
+        _record(
+            f"{make_id(source)}-{index}", split, task, clip, frame_ms
+        )  # the ids keep a group together in the shards
+        for index, clip in enumerate(_GROUPS[kind](rng, scene, num_frames))
     ]
 
 
-def _record(record_id: str, split: str, task: str, told: Told, frame_ms: int) -> Record:
-    content = {"id": record_id, "split": split, "task": task, "language": "en"}
-    content |= {"num_frames": len(told.frames), "duration": len(told.frames) * frame_ms / 1000}
+def _record(record_id: str, split: str, task: str, clip: LabelledClip, frame_ms: int) -> Record:
+    content: dict = {"id": record_id, "split": split, "task": task, "language": "en"}
+    content |= {"num_frames": len(clip.frames), "duration": len(clip.frames) * frame_ms / 1000}
     if task == "caption":
-        content["caption"] = told.caption
+        content["caption"] = clip.caption
     else:
-        question = [{"type": "video", "video": SUFFIX}, {"type": "text", "text": told.question}]
-        answer = [{"type": "text", "text": told.answer}]
+        question = [{"type": "video", "video": SUFFIX}, {"type": "text", "text": clip.question}]
+        answer = [{"type": "text", "text": clip.answer}]
         content["messages"] = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        content["choices"] = list(told.choices)
-    return Record(record_id, content, {SUFFIX: webp_clip(told.frames, frame_ms)})
+        content["choices"] = list(clip.choices)
+    return Record(record_id, content, {SUFFIX: webp_clip(clip.frames, frame_ms)})
 
 
 def webp_clip(frames: np.ndarray, frame_ms: int) -> bytes:
-    """uint8 [F, H, W, 3] -> lossless animated WebP. Frames that follow one another must differ, else it joins them."""
+    """uint8 [F, H, W, 3] -> lossless animated WebP. Successive frames must differ: WebP would join equal ones."""
     first, *others = (Image.fromarray(frame) for frame in frames)
     out = io.BytesIO()
     first.save(
@@ -331,20 +342,20 @@ def webp_clip(frames: np.ndarray, frame_ms: int) -> bytes:
         duration=frame_ms,
         loop=0,
         lossless=True,
-        quality=20,  # effort, where lossless
+        quality=20,  # the effort of lossless compression
         method=0,
     )
     return out.getvalue()
 
 
-def _sprites(pictures: Sequence[Cutout], size: int) -> dict[str, list[tuple[str, np.ndarray]]]:
-    """(name, RGBA uint8 [h, w, 4], its long side half a frame) of each split, by name; one picture for a name."""
-    found: dict[str, list[tuple[str, np.ndarray]]] = {"train": [], "validation": [], "test": []}
-    named = dict(pictures)
-    for name in sorted(named):
+def _sprites(pictures: Sequence[Cutout], size: int) -> dict[str, list[Sprite]]:
+    """The objects of each split, sorted by name, one picture per name; the long side is half a frame."""
+    by_split: dict[str, list[Sprite]] = {"train": [], "validation": [], "test": []}
+    picture_of = dict(pictures)
+    for name in sorted(picture_of):
         split = split_of(concept_of(name), VALIDATION_SHARE, TEST_SHARE)
-        found[split].append((name, _resized(np.asarray(named[name].convert("RGBA")), size // 2)))
-    return found
+        by_split[split].append((name, _resized(np.asarray(picture_of[name].convert("RGBA")), size // 2)))
+    return by_split
 
 
 def _resized(picture: np.ndarray, long_side: int) -> np.ndarray:

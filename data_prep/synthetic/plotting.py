@@ -1,4 +1,4 @@
-"""matplotlib as the builders of drawings use it: the same picture on every machine, whatever its settings and fonts."""
+"""matplotlib and its fonts, set up so that a drawing is the same on every machine."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,13 +15,13 @@ from foundation.extras import import_extra
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FAMILIES = ("DejaVu Sans", "DejaVu Serif", "STIXGeneral")  # matplotlib brings them
+FAMILIES = ("DejaVu Sans", "DejaVu Serif", "STIXGeneral")  # shipped with matplotlib
 FONT_FILES = ("DejaVuSans.ttf", "DejaVuSerif.ttf", "DejaVuSansMono.ttf")
 
 
 @contextmanager
-def canvas(family: str, size: float) -> Iterator[None]:
-    """Within it, matplotlib has its own defaults, and this font."""
+def matplotlib_defaults(family: str, size: float) -> Iterator[None]:
+    """A context in which matplotlib has its default settings and the given font, size in points."""
     matplotlib = _matplotlib()
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -29,7 +29,7 @@ def canvas(family: str, size: float) -> Iterator[None]:
         yield
 
 
-def drawn(figure: "Figure") -> Image.Image:
+def render(figure: "Figure") -> Image.Image:
     """A figure as an RGB picture."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -40,13 +40,13 @@ def drawn(figure: "Figure") -> Image.Image:
 
 @lru_cache(maxsize=64)
 def font(file: str, size: int) -> ImageFont.FreeTypeFont:
-    """One of matplotlib's font files, for drawing with Pillow; the size in pixels."""
+    """One of matplotlib's font files for drawing with Pillow; the size is in pixels."""
     path = Path(_matplotlib().get_data_path()) / "fonts" / "ttf" / file
     return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
 
 
 @lru_cache(maxsize=8)
-def signs_of(file: str) -> frozenset[int]:
+def code_points_of(file: str) -> frozenset[int]:
     """The code points that one of matplotlib's font files has a glyph for."""
     path = Path(_matplotlib().get_data_path()) / "fonts" / "ttf" / file
     from matplotlib.ft2font import FT2Font

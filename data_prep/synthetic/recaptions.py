@@ -1,4 +1,4 @@
-"""Captions written anew, by a model that the caller brings as a function of a picture."""
+"""New captions for the pictures of a folder of shards, by a model that is passed in as a function."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -12,8 +12,8 @@ from shards.reader import ShardSet
 
 
 @dataclass(frozen=True)
-class Pictured:
-    """A record of the source, by its row."""
+class SourceRecord:
+    """A record of a folder of shards, by its row."""
 
     folder: Path
     row: int
@@ -24,12 +24,12 @@ class Recaptions(Builder):
     """Settings.
 
     Attributes:
-        source: a folder of shards; of each picture the first record counts.
-        model, max_new_tokens: what captions, and the longest caption in tokens, for the note beside the shards.
-        describe: a picture's bytes -> its caption. With several workers it must be picklable.
+        source: a folder of shards; the first record of each picture is used.
+        model, max_new_tokens: the captioning model and the length of its captions, for the settings beside the shards.
+        describe: picture file's bytes -> caption. With several workers it must be picklable.
         min_words: shorter captions are left out.
-        max_repeats: captions that say a word more often than this are left out: they go round in a circle.
-        limit: pictures at most, the first by the records' ids; null: all.
+        max_repeats: captions that repeat a word more often are left out.
+        limit: use at most this many pictures, in the order of the records' ids; null: all.
     """
 
     source: str
@@ -40,33 +40,35 @@ class Recaptions(Builder):
     max_repeats: int = 6
     limit: int | None = None
 
-    def tasks(self, locate: Locate) -> Sequence[Pictured]:
+    def jobs(self, locate: Locate) -> Sequence[SourceRecord]:
+        """See Builder."""
         if self.limit is not None and self.limit < 1:
             raise UserError(f"limit is {self.limit}; at least 1 picture is needed")
         folder = locate(self.source)
         seen: set[str] = set()
-        tasks = []
+        jobs = []
         for row, picture in enumerate(ShardSet(folder).index["image_id"].to_pylist()):
             if picture is not None and picture not in seen:
                 seen.add(picture)
-                tasks.append(Pictured(folder, row))
-        if not tasks:
+                jobs.append(SourceRecord(folder, row))
+        if not jobs:
             raise UserError(f"{self.source}: holds no pictures")
-        return tasks[: self.limit]
+        return jobs[: self.limit]
 
-    def records(self, task: Pictured) -> list[Record | LeftOut]:
-        record = ShardSet(task.folder)[task.row]
+    def records(self, job: SourceRecord) -> list[Record | LeftOut]:
+        """See Builder."""
+        record = ShardSet(job.folder)[job.row]
         suffix = picture_suffixes(record.media)[0]
         try:
             caption = " ".join(self.describe(record.media[suffix]).split())
-        except ValueError as error:
+        except UserError as error:
             return [LeftOut(record.id, str(error))]
         words = caption.lower().split()
         if len(words) < self.min_words:
             return [LeftOut(record.id, f"the caption has {len(words)} words: {caption!r}")]
-        most = max(words.count(word) for word in set(words))
-        if most > self.max_repeats:
-            return [LeftOut(record.id, f"the caption says a word {most} times: {caption[:80]!r}")]
+        repeats = max(words.count(word) for word in set(words))
+        if repeats > self.max_repeats:
+            return [LeftOut(record.id, f"the caption repeats a word {repeats} times: {caption[:80]!r}")]
         record_id = make_id(f"recaption/{record.id}")
         content = {
             "id": record_id,
@@ -82,8 +84,10 @@ class Recaptions(Builder):
         return [Record(record_id, content, {suffix.rpartition(".")[2]: record.media[suffix]})]
 
     def files(self, locate: Locate) -> dict[str, str]:
+        """See Builder."""
         return licenses_beside({self.source: locate(self.source)})
 
     def settings(self) -> dict:
+        """See Builder."""
         skipped = ("output", "workers", "overwrite", "describe")
-        return {one.name: getattr(self, one.name) for one in fields(self) if one.name not in skipped}
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in skipped}

@@ -1,4 +1,4 @@
-"""Screenshots with a boxed element -> that element's HTML (paper §7): of the user's pages, or of invented ones."""
+"""Screenshots with a boxed element -> that element's HTML (paper §7), of given pages or of random ones."""
 
 import hashlib
 import random
@@ -12,8 +12,8 @@ from PIL import ImageDraw
 from data_prep.sources.files import Locate, licenses_beside, png
 from data_prep.sources.splits import check_shares, split_of
 from data_prep.synthetic.browser import require, screenshot, without_scripts
-from data_prep.synthetic.building import Builder, LeftOut, conversation, writable
-from data_prep.synthetic.pages import page_of
+from data_prep.synthetic.building import Builder, LeftOut, conversation, printable_name
+from data_prep.synthetic.pages import random_page
 from foundation.errors import UserError
 from shards.format import Record
 
@@ -23,12 +23,12 @@ QUESTIONS = (
     "Which HTML makes the element within the red box?",
 )
 COLOUR = "#e6194b"
-MOST_OF_THE_PICTURE = 0.5  # of its area; a larger element is most of the page
+MAX_AREA = 0.5  # of the picture; a larger element is most of the page
 
 
 @dataclass(frozen=True)
 class Page:
-    """A page: a file's place, or the number of an invented one."""
+    """A page: its name, and its file; None for a random page."""
 
     name: str
     path: Path | None
@@ -39,12 +39,12 @@ class Screenshots(Builder):
     """Settings.
 
     Attributes:
-        pages: a folder of .html files; null: invented pages.
-        count: invented pages, or files at most.
+        pages: a folder of .html files; null: random pages.
+        count: number of random pages, or the largest number of files.
         width, height: pixels of the window.
-        boxes: elements of a page at most, each boxed in a picture of its own.
-        max_chars: longer code is not asked for.
-        seed: another one boxes others, and invents other pages.
+        boxes: at most this many elements of a page, each boxed in a picture of its own.
+        max_chars: elements with longer HTML are not used.
+        seed: of random pages, and of the choice of elements.
         validation, test: shares of the pages that are held out.
     """
 
@@ -64,63 +64,66 @@ class Screenshots(Builder):
         for name in ("count", "boxes", "max_chars"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; at least 1 is needed")
-        if min(self.width, self.height) < 500:  # the browser makes no window narrower than this
-            raise UserError(f"a window of {self.width} x {self.height} is too small; each side needs 500 pixels")
+        if min(self.width, self.height) < 500:  # Chromium's smallest window
+            raise UserError(f"width is {self.width} and height {self.height}; each must be at least 500 pixels")
 
-    def tasks(self, locate: Locate) -> Sequence[Page]:
+    def jobs(self, locate: Locate) -> Sequence[Page]:
+        """See Builder."""
         require()
         if self.pages is None:
-            return [Page(f"invented/{number}", None) for number in range(self.count)]
+            return [Page(f"invented/{index}", None) for index in range(self.count)]
         folder = locate(self.pages)
         files = sorted(path for kind in ("html", "htm") for path in folder.rglob(f"*.{kind}") if path.is_file())
         if not files:
-            raise UserError(f"{self.pages}: there are no .html files in it")
-        return [Page(writable(path.relative_to(folder).as_posix()), path) for path in files[: self.count]]
+            raise UserError(f"{self.pages}: has no .html files")
+        return [Page(printable_name(path.relative_to(folder).as_posix()), path) for path in files[: self.count]]
 
-    def records(self, task: Page) -> list[Record | LeftOut]:
-        source = f"screenshot/{self.seed}/{task.name}"
-        chance = random.Random(source)
+    def records(self, job: Page) -> list[Record | LeftOut]:
+        """See Builder."""
+        source = f"screenshot/{self.seed}/{job.name}"
+        rng = random.Random(source)
         try:
-            code = page_of(chance) if task.path is None else task.path.read_text(encoding="utf-8", errors="replace")
+            code = random_page(rng) if job.path is None else job.path.read_text(encoding="utf-8", errors="replace")
         except OSError as error:
-            return [LeftOut(task.name, error.strerror or str(error))]
+            return [LeftOut(job.name, error.strerror or str(error))]
         try:
             picture, elements = screenshot(without_scripts(code), self.width, self.height)
-        except ValueError as error:
-            return [LeftOut(task.name, str(error))]
+        except UserError as error:
+            return [LeftOut(job.name, str(error))]
         if picture.convert("L").getextrema()[0] == 255:
-            return [LeftOut(task.name, "shows nothing but white")]
-        wanted: dict[str, tuple[float, float, float, float]] = {}
+            return [LeftOut(job.name, "shows nothing but white")]
+        box_of: dict[str, tuple[float, float, float, float]] = {}
         for (left, top, right, bottom), html in elements:
             text = tidy(html)
             fits = len(text) <= self.max_chars and re.search(r"\w", re.sub(r"<[^>]*>", "", text)) is not None
-            if fits and (right - left) * (bottom - top) <= MOST_OF_THE_PICTURE * picture.width * picture.height:
-                wanted[text] = (left, top, right, bottom)
-        if not wanted:
-            return [LeftOut(task.name, "no element with words is seen whole, and short enough")]
+            if fits and (right - left) * (bottom - top) <= MAX_AREA * picture.width * picture.height:
+                box_of[text] = (left, top, right, bottom)
+        if not box_of:
+            return [LeftOut(job.name, "no element with text is whole in the picture and short enough")]
         split = split_of(hashlib.sha256(code.encode(errors="replace")).hexdigest(), self.validation, self.test)
-        made = []
-        # One element in proportion to its code's length: else most of them would be single words.
-        order = sorted(wanted, key=lambda text: chance.random() ** (1 / len(text)), reverse=True)
-        for number, text in enumerate(order[: self.boxes]):
-            shown = picture.copy()
-            left, top, right, bottom = wanted[text]
+        records: list[Record | LeftOut] = []
+        # Elements are chosen in proportion to the length of their HTML; else most of them would be single words.
+        order = sorted(box_of, key=lambda text: rng.random() ** (1 / len(text)), reverse=True)
+        for index, text in enumerate(order[: self.boxes]):
+            boxed = picture.copy()
+            left, top, right, bottom = box_of[text]
             corners = (
                 max(0, left - 3),
                 max(0, top - 3),
                 min(picture.width - 1, right + 2),
                 min(picture.height - 1, bottom + 2),
             )
-            ImageDraw.Draw(shown).rectangle(corners, outline=COLOUR, width=3)
-            turn = (chance.choice(QUESTIONS), text)
-            made.append(conversation(f"{source}/{number}", split, "screenshot", {"png": png(shown)}, [turn]))
-        return made
+            ImageDraw.Draw(boxed).rectangle(corners, outline=COLOUR, width=3)
+            turn = (rng.choice(QUESTIONS), text)
+            records.append(conversation(f"{source}/{index}", split, "screenshot", {"png": png(boxed)}, [turn]))
+        return records
 
     def files(self, locate: Locate) -> dict[str, str]:
+        """See Builder."""
         return licenses_beside({self.pages: locate(self.pages)}) if self.pages is not None else {}
 
 
 def tidy(html: str) -> str:
-    """An element's code without what says nothing of what is seen: ids, data, and spaces between lines."""
+    """An element's HTML without invisible attributes (ids, data, ARIA) and without spaces between lines."""
     html = re.sub(r"\s(?:id|data-[\w-]+|tabindex|accesskey|rel|aria-[\w-]+)=\"[^\"]*\"", "", html)
     return re.sub(r"\s+", " ", html).strip()

@@ -1,32 +1,33 @@
-"""What drawn charts and tables are about: invented figures under names that go together."""
+"""Topics of drawn charts and tables: names that go together, and the range of their invented values."""
 
 import random
+from collections.abc import Collection
 from dataclasses import dataclass
 
 
-def words(text: str) -> tuple[str, ...]:
-    """Names, of one word each."""
+def split_names(text: str) -> tuple[str, ...]:
+    """Names of one word each from a text."""
     return tuple(text.split())
 
 
 YEARS = tuple(str(year) for year in range(1998, 2026))
-MONTHS = words("January February March April May June July August September October November December")
-DAYS = words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+MONTHS = split_names("January February March April May June July August September October November December")
+DAYS = split_names("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 QUARTERS = ("Q1", "Q2", "Q3", "Q4")
-COUNTRIES = words(
+COUNTRIES = split_names(
     "Argentina Australia Brazil Canada Chile Denmark Egypt Finland France Germany Ghana Greece India "
     "Indonesia Italy Japan Kenya Mexico Morocco Norway Peru Poland Portugal Spain Sweden Thailand Turkey "
     "Vietnam"
 )
-CITIES = words(
+CITIES = split_names(
     "Accra Athens Bergen Boston Cairo Dublin Geneva Hanoi Helsinki Kyoto Lima Lisbon Madrid Milan Nairobi Oslo Porto "
     "Prague Quito Riga Seville Tallinn Vienna Warsaw Zagreb"
 )
-FRUIT = words("Apples Bananas Cherries Figs Grapes Lemons Mangoes Melons Oranges Peaches Pears Plums")
-GOODS = words("Bags Belts Books Chairs Clocks Desks Gloves Hats Kettles Lamps Mugs Pens Shelves Shoes Tents Toys")
-ANIMALS = words("Badger Beaver Deer Eagle Fox Hare Heron Lynx Otter Owl Rabbit Seal Stork Wolf")
-SPORTS = words("Archery Boxing Chess Cycling Fencing Football Hockey Judo Rowing Rugby Sailing Skiing Tennis")
-PEOPLE = words(
+FRUIT = split_names("Apples Bananas Cherries Figs Grapes Lemons Mangoes Melons Oranges Peaches Pears Plums")
+GOODS = split_names("Bags Belts Books Chairs Clocks Desks Gloves Hats Kettles Lamps Mugs Pens Shelves Shoes Tents Toys")
+ANIMALS = split_names("Badger Beaver Deer Eagle Fox Hare Heron Lynx Otter Owl Rabbit Seal Stork Wolf")
+SPORTS = split_names("Archery Boxing Chess Cycling Fencing Football Hockey Judo Rowing Rugby Sailing Skiing Tennis")
+PEOPLE = split_names(
     "Adams Baker Chen Costa Diaz Evans Fischer Garcia Haddad Ivanov Jensen Kim Lopez Mensah Novak Okafor "
     "Park Quinn Rossi Silva Tanaka Umar Virtanen Weber Yilmaz Zhang"
 )
@@ -36,15 +37,16 @@ SOURCES = ("Biomass", "Coal", "Gas", "Hydro", "Nuclear", "Oil", "Solar", "Wind")
 
 @dataclass(frozen=True)
 class Topic:
-    """Figures of one kind.
+    """What a chart or a table is about.
 
     Attributes:
-        title: what is told; a series' name follows where there is one only.
-        unit: of every figure; may be empty.
-        head: what the names are.
-        names: what the figures are of, some of which are drawn, in their order where `ordered`.
-        series: what may stand beside one another for each name.
-        low, high: limits of the figures.
+        title: of the values; the series' name is appended where there is only one series.
+        unit: of every value; may be empty.
+        head: title of the column of names.
+        names: categories, of which a sample is drawn.
+        series: series of values that can be drawn for the same categories.
+        low, high: range of the values.
+        ordered: the names have an order, so a contiguous range of them is drawn.
     """
 
     title: str
@@ -81,16 +83,21 @@ TOPICS = (
 )
 
 
-def some(chance: random.Random, names: tuple[str, ...], count: int, ordered: bool) -> list[str]:
-    """So many of the names: a stretch of them where their order says something, else any."""
+def sample_names(rng: random.Random, names: tuple[str, ...], count: int, ordered: bool) -> list[str]:
+    """`count` of the names: a contiguous range where they are ordered, else any of them."""
     if not ordered:
-        return chance.sample(names, count)
-    start = chance.randrange(len(names) - count + 1)
+        return rng.sample(names, count)
+    start = rng.randrange(len(names) - count + 1)
     return list(names[start : start + count])
 
 
-def markdown_table(rows: list[list[str]], numeric: set[int] = frozenset()) -> str:
-    """Rows, the first of which is the head, as a markdown table; the columns of figures are set to the right."""
+def markdown_table(rows: list[list[str]], numeric: Collection[int] = ()) -> str:
+    """A Markdown table.
+
+    Args:
+        rows: the first is the head.
+        numeric: indices of the columns of numbers, which are aligned to the right.
+    """
     marks = ["---:" if column in numeric else "---" for column in range(len(rows[0]))]
     shown = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in (shown[0], marks, *shown[1:]))

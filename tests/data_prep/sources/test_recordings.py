@@ -10,15 +10,15 @@ import torch
 from data_prep.sources.recordings import (
     QUESTIONS,
     aligner_clips,
-    asked_freely,
     asterisk_samples,
     asterisk_translations,
     librivox_readings,
     parse_prompts,
     read_recording,
     resampled,
-    side_of,
+    split_of_sentence,
     spoken_stamps,
+    with_free_form_question,
 )
 from shards.format import check_record
 
@@ -114,13 +114,13 @@ def test_prompts_of_every_language_less_bracketed_lines(tmp_path):
     assert len(dropped) == 4 and len({record.id for record in records}) == 3
     for record in records:
         check_record(record)
-        assert record.json["task"] == "transcription" and record.json["split"] == side_of(text_of(record))
+        assert record.json["task"] == "transcription" and record.json["split"] == split_of_sentence(text_of(record))
         assert abs(hertz_of(sound_of(record)) - 440) < 4 and abs(record.json["duration"] - 0.5) < 0.01
     assert request_of(records[2]) == [
         {"type": "text", "text": "Repeat after me in Spanish:"},
         {"type": "audio", "audio": "flac"},
     ]
-    asked = [asked_freely(record) for record in records]
+    asked = [with_free_form_question(record) for record in records]
     for record, other in zip(records, asked, strict=True):
         sound, question = request_of(other)
         assert sound == {"type": "audio", "audio": "flac"} and question["text"] in QUESTIONS
@@ -131,7 +131,9 @@ def test_prompts_of_every_language_less_bracketed_lines(tmp_path):
 
 
 def test_prompts_are_translated_where_both_sentences_are_in_one_split(tmp_path):
-    sides = {side: [f"say {n}" for n in range(300) if side_of(f"say {n}") == side] for side in ("train", "test")}
+    sides = {
+        side: [f"say {n}" for n in range(300) if split_of_sentence(f"say {n}") == side] for side in ("train", "test")
+    }
     learnt, held_out = sides["train"], sides["test"]
     english = {"a": learnt[0], "b": held_out[0], "c": learnt[1], "d": learnt[2]}
     spanish = {"a": learnt[3], "b": held_out[1], "c": held_out[2], "e": learnt[4]}
@@ -157,8 +159,8 @@ def test_prompts_are_translated_where_both_sentences_are_in_one_split(tmp_path):
 
 def test_a_sentence_is_on_one_side_however_it_is_written():
     sentences = [f"sentence number {n}" for n in range(300)]
-    assert {side_of(text) for text in sentences} == {"train", "validation", "test"}
-    assert all(side_of(text) == side_of(f"{text.upper()} !") for text in sentences)
+    assert {split_of_sentence(text) for text in sentences} == {"train", "validation", "test"}
+    assert all(split_of_sentence(text) == split_of_sentence(f"{text.upper()} !") for text in sentences)
     assert parse_prompts("a: b\n\nx\n c: d\nvm-x: it is: 5") == {"a": "b", "vm-x": "it is: 5"}
 
 

@@ -1,4 +1,4 @@
-"""What the builders' tests share."""
+"""Fixtures of the builders' tests."""
 
 import io
 from pathlib import Path
@@ -13,7 +13,7 @@ from shards.reader import ShardSet
 
 @pytest.fixture
 def records_of():
-    """records_of(builder) -> its records, built and read again."""
+    """records_of(builder) -> its records, built and read back."""
 
     def read(builder):
         build(builder)
@@ -33,14 +33,14 @@ def bytes_of():
 
 @pytest.fixture
 def turns_of():
-    """turns_of(record) -> (question, answer) of a conversation whose first turn alone shows the picture."""
+    """turns_of(record) -> (question, answer) pairs of a conversation that shows its picture in the first turn only."""
 
     def turns(record):
         messages = record.json["messages"]
         assert [part["type"] for message in messages for part in message["content"]].count("image") == 1
         assert messages[0]["content"][0]["type"] == "image"
-        said = [message["content"][-1]["text"] for message in messages]
-        return list(zip(said[::2], said[1::2], strict=True))
+        texts = [message["content"][-1]["text"] for message in messages]
+        return list(zip(texts[::2], texts[1::2], strict=True))
 
     return turns
 

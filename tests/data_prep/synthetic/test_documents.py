@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from data_prep.synthetic.building import build
-from data_prep.synthetic.documents import QUESTION, Documents, page_text, set_text
+from data_prep.synthetic.documents import QUESTION, Documents, draw_text_pages, page_text
 
 WORDS = "The quick brown fox jumps over the lazy dog near the bank of the river"
 
@@ -50,7 +50,7 @@ def documents(tmp_path):
     )
 
 
-def test_each_page_with_its_text(documents, records_of, turns_of, picture_of, tmp_path):
+def test_each_page_has_its_text(documents, records_of, turns_of, picture_of, tmp_path):
     found = {}
     for record in records_of(documents()):
         ((question, text),) = turns_of(record)
@@ -70,7 +70,7 @@ def test_each_page_with_its_text(documents, records_of, turns_of, picture_of, tm
     assert "free for all" in (tmp_path / "set" / "LICENSE").read_text()
 
 
-def test_the_same_bytes_with_two_workers_and_documents_on_one_side(documents, bytes_of, tmp_path, records_of):
+def test_the_same_bytes_with_two_workers_and_each_document_in_one_split(documents, bytes_of, tmp_path, records_of):
     for number in range(12):
         (tmp_path / "files" / f"{number}.pdf").write_bytes(pdf([[WORDS, f"Number {number}"]] * 2))
     records = records_of(documents(validation=0.3, test=0.3))
@@ -85,7 +85,7 @@ def test_the_same_bytes_with_two_workers_and_documents_on_one_side(documents, by
     assert len({found[0] for found in sides.values()}) > 1
 
 
-def test_broken_files_copies_and_what_is_no_text_are_listed(documents, tmp_path):
+def test_broken_files_copies_and_pages_without_text_are_listed(documents, tmp_path):
     files = tmp_path / "files"
     (files / "broken.pdf").write_bytes(pdf([[WORDS]])[:60])
     (files / "empty.pdf").write_bytes(b"")
@@ -93,19 +93,19 @@ def test_broken_files_copies_and_what_is_no_text_are_listed(documents, tmp_path)
     shutil.copy(files / "below" / "a.pdf", files / "copy.pdf")
     Image.new("RGB", (100, 140)).save(files / "scan.pdf")
     built = build(documents())
-    reasons = {one.name: one.reason for one in built.left_out}
-    assert built.records == 4 and "cannot be opened as PDF" in reasons["broken.pdf"] and "empty.pdf" in reasons
+    reasons = {item.name: item.reason for item in built.left_out}
+    assert built.num_records == 4 and "cannot be opened as PDF" in reasons["broken.pdf"] and "empty.pdf" in reasons
     assert "not UTF-8" in reasons["latin.txt"] and reasons["copy.pdf"] == "the same file as below/a.pdf"
     assert "0 characters" in reasons["scan.pdf, page 1"]
 
 
-def test_text_of_a_page_in_plain_signs():
+def test_page_text_has_plain_spaces_and_joined_words():
     assert page_text("a  won\ufffe\r\nder\u00a0ful\x00 day\r\n\r\n\r\n\r\nend ") == "a wonder ful day\n\nend"
 
 
-def test_no_line_of_a_text_file_is_cut_off():
+def test_lines_of_text_files_fit_on_the_page():
     for font_number in range(3):
-        pages = set_text(("W" * 200 + "\n" + "word " * 60).encode(), f"{font_number:08x}", 600)
+        pages = draw_text_pages(("W" * 200 + "\n" + "word " * 60).encode(), f"{font_number:08x}", 600)
         for page in pages:
             edge = (page.picture.width - 8, 0, page.picture.width, page.picture.height)
             assert min(page.picture.crop(edge).getextrema()) == 255
@@ -122,51 +122,51 @@ def test_text_that_the_font_cannot_draw_is_left_out(documents, tmp_path):
     ):
         (tmp_path / "files" / f"{name}.txt").write_text(text)
     built = build(documents())
-    reasons = {one.name: one.reason for one in built.left_out if "txt" in one.name}
-    assert set(reasons) == {f"{name}.txt, page 1" for name in texts} and built.records == 4 + 2
+    reasons = {item.name: item.reason for item in built.left_out if "txt" in item.name}
+    assert set(reasons) == {f"{name}.txt, page 1" for name in texts} and built.num_records == 4 + 2
     assert "90 of 91 characters cannot be drawn with DejaVu" in reasons["chinese.txt, page 1"]
 
 
-def test_composed_and_decomposed_letters_and_unseen_signs_are_drawn_alike():
+def test_decomposed_letters_and_invisible_characters_do_not_change_the_picture():
     def drawn(text):
-        return [page.picture.tobytes() for page in set_text(text.encode(), "0" * 8, 400)]
+        return [page.picture.tobytes() for page in draw_text_pages(text.encode(), "0" * 8, 400)]
 
     assert drawn("cafe\u0301 a\u00adb " + WORDS) == drawn("caf\u00e9 ab " + WORDS)
 
 
-def test_a_damaged_page_and_one_of_an_odd_shape_take_no_other_with_them(documents, tmp_path):
+def test_a_damaged_or_odd_page_does_not_affect_the_others(documents, tmp_path):
     data = pdf([[WORDS, f"Page {number}"] for number in range(1, 5)])
     pages = data.split(b"/Type /Page /")
-    pages[2] = b"Gone " + pages[2]  # no page any more
+    pages[2] = b"Gone " + pages[2]  # not a page object
     pages[3] = pages[3].replace(b"[0 0 600 800]", b"[0 0 600 008]")
     damaged = pages[0] + b"/Type /Page /" + pages[1] + b"/Type /" + pages[2]
     (tmp_path / "files" / "damaged.pdf").write_bytes(damaged + b"".join(b"/Type /Page /" + rest for rest in pages[3:]))
     built = build(documents())
-    reasons = {one.name: one.reason for one in built.left_out if one.name.startswith("damaged")}
-    assert set(reasons) == {"damaged.pdf, page 2", "damaged.pdf, page 3"} and built.records == 4 + 2, reasons
+    reasons = {item.name: item.reason for item in built.left_out if item.name.startswith("damaged")}
+    assert set(reasons) == {"damaged.pdf, page 2", "damaged.pdf, page 3"} and built.num_records == 4 + 2, reasons
     assert "cannot be read" in reasons["damaged.pdf, page 2"] and "600 x 8 points" in reasons["damaged.pdf, page 3"]
 
 
-def test_without_the_package_that_reads_pdf(documents, tmp_path, monkeypatch):
+def test_a_missing_pdf_package_is_named(documents, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pypdfium2", None)
     with pytest.raises(ValueError, match=r"^PDF needs the package pypdfium2"):
         build(documents())
-    assert build(documents(kinds=("txt",))).records == 2
+    assert build(documents(kinds=("txt",))).num_records == 2
 
 
-def test_refusals(documents, tmp_path):
-    for changes, words in (
+def test_wrong_settings_and_folders_are_refused(documents, tmp_path):
+    for changes, message in (
         ({"kinds": ("doc",)}, "kinds are doc"),
         ({"kinds": ()}, "kinds are empty"),
         ({"long_side": 3}, "long_side is 3"),
         ({"min_chars": 9, "max_chars": 3}, "min <= max"),
     ):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=message):
             documents(**changes)
-    with pytest.raises(ValueError, match="there are no files of html"):
+    with pytest.raises(ValueError, match="no files with a suffix of html"):
         build(documents(kinds=("html",)))
     (tmp_path / "files" / "b.txt").unlink()
     (tmp_path / "files" / "below" / "a.pdf").write_bytes(b"%PDF")
-    with pytest.raises(ValueError, match=r"not one record.*a.pdf"):
+    with pytest.raises(ValueError, match=r"no record.*a.pdf"):
         build(documents())
     assert not (tmp_path / "set").exists()

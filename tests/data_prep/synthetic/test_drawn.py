@@ -1,4 +1,4 @@
-"""What is drawn from numbers: nothing is cut off, and the answer says what was drawn."""
+"""Drawn sets: nothing is cut off, and the answer describes the picture."""
 
 import random
 import re
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.mathtext import MathTextParser
 
-from data_prep.synthetic.charts import LINES, STEPS, Charts
+from data_prep.synthetic.charts import MAX_GRID_LINES, STEPS, Charts
 from data_prep.synthetic.equations import Equations
 from data_prep.synthetic.flowcharts import Flowcharts
 from data_prep.synthetic.tables import Tables, latex_table
@@ -17,7 +17,7 @@ from data_prep.synthetic.topics import markdown_table
 @pytest.mark.parametrize(
     ("builder", "count", "edge"), [(Charts, 10, 1), (Equations, 10, 8), (Flowcharts, 30, 8), (Tables, 60, 8)]
 )
-def test_nothing_touches_the_border_and_something_is_drawn(builder, count, edge):
+def test_drawings_are_not_empty_and_do_not_touch_the_border(builder, count, edge):
     for number in range(count):
         picture, question, answer = builder(output="x").draw(random.Random(number))
         pixels = np.asarray(picture)
@@ -26,24 +26,24 @@ def test_nothing_touches_the_border_and_something_is_drawn(builder, count, edge)
         assert (pixels < 128).any() and question and answer and max(picture.size) < 2400
 
 
-def test_charts_ask_for_figures_that_can_be_read():
+def test_values_of_charts_can_be_read_off():
     for number in range(10):
         _, _, answer = Charts(output="x").draw(random.Random(number))
         title, head, marks, *rows = [line for line in answer.splitlines() if line]
         assert title.startswith("**") and set(marks) <= set("|-: ")
-        figures = np.array([[float(cell) for cell in row.strip("| ").split(" | ")[1:]] for row in rows])
-        assert figures.shape == (len(rows), head.count("|") - 2)
+        values = np.array([[float(cell) for cell in row.strip("| ").split(" | ")[1:]] for row in rows])
+        assert values.shape == (len(rows), head.count("|") - 2)
         if "Share (%)" in head:
-            assert figures.sum() == 100 and (figures > 0).all()
-        else:  # all on lines of a grid of no more than some twenty
+            assert values.sum() == 100 and (values > 0).all()
+        else:  # all values lie on grid lines, of which there are about twenty at most
             assert any(
-                (figures.max() - min(0, figures.min())) / step <= LINES
-                and np.allclose(figures / step, np.round(figures / step))
+                (values.max() - min(0, values.min())) / step <= MAX_GRID_LINES
+                and np.allclose(values / step, np.round(values / step))
                 for step in STEPS
-            ), figures
+            ), values
 
 
-def test_equations_are_what_mathtext_reads():
+def test_equations_are_valid_mathtext():
     parser = MathTextParser("agg")
     for number in range(20):
         _, _, answer = Equations(output="x").draw(random.Random(number)) if number < 3 else (0, 0, _lines(number))
@@ -68,13 +68,13 @@ def test_flowcharts_lead_from_start_to_end():
         assert nodes["A"] == "Start" and nodes[max(nodes)] == "End" and len(set(nodes.values())) == len(nodes)
         assert len(nodes) + len(edges) == len(answer.splitlines()) - 3
         for name, text in nodes.items():
-            out = [words for start, words, _ in edges if start == name]
+            out = [label for start, label, _ in edges if start == name]
             expected = ["no", "yes"] if text.endswith("?") else [] if text == "End" else [""]
             assert sorted(out) == expected, answer
             assert text == "Start" or any(end == name for _, _, end in edges)
 
 
-def test_tables_in_both_forms():
+def test_tables_in_markdown_and_latex():
     rows = [["Item", "Price"], ["a|b & c", "5%"], ["", "$2"]]
     assert markdown_table(rows, {1}) == "| Item | Price |\n| --- | ---: |\n| a\\|b & c | 5% |\n|  | $2 |"
     assert latex_table(rows, {1}).splitlines()[0] == r"\begin{tabular}{lr}"

@@ -22,17 +22,17 @@ PLACE = (7, 11)
 
 
 def pictures(count=60):
-    """Coloured shapes that do not look the same shifted or turned."""
+    """Coloured shapes without symmetry."""
     rng = np.random.default_rng(0)
-    found = []
+    shapes = []
     for number in range(count):
         picture = Image.new("RGBA", (40, 40))
         ImageDraw.Draw(picture).polygon(
             [tuple(map(float, corner)) for corner in rng.uniform(0, 40, (5, 2))],
             (*map(int, rng.integers(0, 100, 3)), 255),
         )
-        found.append((f"thing{number}", picture.crop(picture.getchannel("A").getbbox())))
-    return found
+        shapes.append((f"thing{number}", picture.crop(picture.getchannel("A").getbbox())))
+    return shapes
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def frames_of(record):
 
 
 def groups_of(shards, task):
-    """Records with the same frames, whatever their order."""
+    """Groups of records that have the same frames in any order."""
     groups = {}
     for record in shards.select(split="train", task=task):
         frames, _ = frames_of(record)
@@ -68,16 +68,16 @@ def answer_of(record):
 
 
 def turns_of(path):
-    """How often the places change their direction along the axis on which they move."""
+    """How often a path changes its direction along its axis."""
     steps = np.sign(np.diff(path[:, np.ptp(path, 0).argmax()]))
     return int((steps[1:] != steps[:-1]).sum())
 
 
-# One frame at any time has the same distribution under every answer: exactly, over all places to start from
+# A single frame has the same distribution under every answer: exactly, over all start positions
 
 
 @pytest.mark.parametrize("ring", [12, 17])
-def test_at_every_time_every_place_is_shown_once_over_all_starts_whatever_the_answer(ring):
+def test_positions_are_uniform_at_every_time_under_every_answer(ring):
     starts = [(x, y) for x in range(ring) for y in range(ring)]
     paths = [lambda start, d=d: straight_path(d, start, 3, FRAMES) for d in DIRECTIONS]
     paths += [lambda start, t=t: bouncing_path(t, start, (0, 2), FRAMES) for t in range(4)]
@@ -87,7 +87,7 @@ def test_at_every_time_every_place_is_shown_once_over_all_starts_whatever_the_an
             assert {tuple(place) for place in places[:, frame].tolist()} == set(starts)
 
 
-def test_at_every_time_both_things_are_anywhere_in_their_lanes_whichever_moves_first():
+def test_positions_of_both_objects_are_uniform_whichever_moves_first():
     ring = 11
     starts = [((x, 1), (y, 6)) for x in range(ring) for y in range(ring)]
     forward = np.stack([one_after_the_other(start, (2, -3), 6, FRAMES) % ring for start in starts])
@@ -96,7 +96,7 @@ def test_at_every_time_both_things_are_anywhere_in_their_lanes_whichever_moves_f
             assert len({tuple(place) for place in places[:, frame].reshape(-1, 4).tolist()}) == ring**2
 
 
-def test_what_is_said_of_a_path_is_what_it_does():
+def test_paths_move_as_their_names_say():
     for turns in range(4):
         for frames in (8, 15, 16, 33):
             path = bouncing_path(turns, PLACE, (2, 0), frames)
@@ -115,7 +115,7 @@ def test_what_is_said_of_a_path_is_what_it_does():
 
 
 @pytest.mark.parametrize("task", ["direction", "order", "order_by_name", "bounces"])
-def test_the_answers_of_a_group_share_all_frames_and_nothing_but_their_order_differs(folder, task):
+def test_clips_of_a_group_differ_in_the_order_of_frames_only(folder, task):
     groups = groups_of(ShardSet(folder), task)
     assert len(groups) >= 40
     for group in groups:
@@ -127,8 +127,8 @@ def test_the_answers_of_a_group_share_all_frames_and_nothing_but_their_order_dif
             assert (one == other[::-1]).all() and not (one == other).all()
 
 
-def test_one_frame_tells_a_linear_reader_nothing_and_two_tell_it_the_direction(folder):
-    """Ridge regression on pixels of half of the groups, tried on the others; 40 clips, so chance is 0.5 +- 0.16."""
+def test_a_linear_classifier_needs_two_frames_to_tell_the_direction(folder):
+    """Ridge regression on half of the groups, tested on the others: 40 clips, so guessing is 0.5 +- 0.16."""
     pairs = [pair for pair in groups_of(ShardSet(folder), "direction") if "left" in pair[0][0].json["choices"]]
     half = len(pairs) // 2
 
@@ -148,15 +148,15 @@ def test_one_frame_tells_a_linear_reader_nothing_and_two_tell_it_the_direction(f
         assert abs(accuracy(lambda frames, k=frame: frames[k, ::2, ::2].ravel() / 255) - 0.5) < 0.2
 
     def shift(frames):
-        """How well the second frame is the first one moved by so many pixels."""
+        """Correlation of the second frame with the first one, shifted by -6 to 6 pixels."""
         one, two = (np.abs(np.diff(frame.astype(float).sum(2), axis=1)) for frame in frames[:2])
         return np.array([(np.roll(one, by, 1) * two).mean() for by in range(-6, 7)]) / (one * two).mean()
 
     assert accuracy(shift) > 0.85
 
 
-def test_the_clips_do_what_is_said_of_them(folder):
-    """Frames after the first are it, moved: what moved is found again from the pixels alone."""
+def test_clips_show_the_movement_of_their_answer(folder):
+    """The moving part is found from the pixels alone."""
     for group in groups_of(ShardSet(folder), "order")[:12]:
         for record, frames in group:
             changed = (frames[1].astype(int) != frames[0]).any((1, 2))
@@ -165,13 +165,11 @@ def test_the_clips_do_what_is_said_of_them(folder):
         for record, frames in group:
             assert record.json["choices"] in (["left", "right"], ["up", "down"])
             axis = 1 if answer_of(record) in ("left", "right") else 0
-            still = (frames == frames[:1]).all(
-                (0, 3)
-            )  # a thing that moves along an axis leaves other lines as they are
+            still = (frames == frames[:1]).all((0, 3))  # movement along an axis leaves the other lines unchanged
             assert still.all(axis).any() and not still.all()
 
 
-def test_records(folder):
+def test_number_and_content_of_the_records(folder):
     shards = ShardSet(folder)
     counts = Counter((row["split"], row["task"]) for row in shards.index.to_pylist())
     assert {split for split, _ in counts} == {"train", "validation", "test"}
@@ -189,24 +187,24 @@ def test_records(folder):
         assert any(caption.endswith(words) for caption in captions)
 
 
-def test_no_concept_and_no_background_is_on_two_sides(folder):
-    concepts, grounds = {}, {}
+def test_each_concept_and_each_background_is_in_one_split(folder):
+    concepts, backgrounds = {}, {}
     for record in ShardSet(folder):
         split = record.json["split"]
         text = record.json.get("caption") or " ".join(
             [record.json["messages"][0]["content"][1]["text"], answer_of(record)]
         )
         concepts.setdefault(split, set()).update(word for word in text.strip(".?").split() if word.startswith("thing"))
-        ground = np.median(frames_of(record)[0], 0).astype(np.uint8)  # things move on: most often a place is empty
-        grounds.setdefault(split, set()).add(ground[::8, ::8].tobytes())
-    for kind in (concepts, grounds):
+        median = np.median(frames_of(record)[0], 0).astype(np.uint8)  # objects move, so the median is the background
+        backgrounds.setdefault(split, set()).add(median[::8, ::8].tobytes())
+    for kind in (concepts, backgrounds):
         assert all(len(values) > 1 for values in kind.values())
         for one, other in (("train", "test"), ("train", "validation"), ("validation", "test")):
             assert not kind[one] & kind[other]
     assert len({background(number, 32).tobytes() for number in range(300)}) == 300
 
 
-def test_variants_of_a_concept_fall_to_one_split(tmp_path):
+def test_variants_of_a_concept_are_in_one_split(tmp_path):
     names = [f"{person} number {n}" for n in range(40) for person in ("man", "woman")]
     shapes = [picture for _, picture in pictures(80)]
     write_moving_clips(list(zip(names, shapes, strict=True)), tmp_path / "set", 60, 60, tasks=["order_by_name"])
@@ -217,27 +215,27 @@ def test_variants_of_a_concept_fall_to_one_split(tmp_path):
     assert all(len(splits) == 1 for splits in sides.values()) and len(sides) > 15
 
 
-def test_the_same_clips_whatever_the_order_of_pictures_and_the_workers(tmp_path):
-    things = pictures()
-    for name, given, workers in (("a", things, 1), ("b", things[::-1], 2)):
-        write_moving_clips(given, tmp_path / name, 30, 10, workers=workers, size=40, num_frames=8)
+def test_the_same_clips_for_any_order_of_pictures_and_number_of_workers(tmp_path):
+    cutouts = pictures()
+    for name, ordered, workers in (("a", cutouts, 1), ("b", cutouts[::-1], 2)):
+        write_moving_clips(ordered, tmp_path / name, 30, 10, workers=workers, size=40, num_frames=8)
     one, other = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in "ab")
     assert one == other
-    write_moving_clips(things, tmp_path / "c", 30, 10, seed=1, size=40, num_frames=8)
+    write_moving_clips(cutouts, tmp_path / "c", 30, 10, seed=1, size=40, num_frames=8)
     assert (tmp_path / "c" / "000000.tar").read_bytes() != one["000000.tar"]
-    more = write_moving_clips(things, tmp_path / "d", 60, 10, size=40, num_frames=8)
+    more = write_moving_clips(cutouts, tmp_path / "d", 60, 10, size=40, num_frames=8)
     few, many = ({record.id: record for record in ShardSet(tmp_path / name)} for name in "ad")
     assert more == len(many) > len(few) and all(many[name] == record for name, record in few.items())
 
 
-def test_what_cannot_be_drawn_is_refused(tmp_path):
+def test_wrong_settings_are_refused(tmp_path):
     for change, message in (
         ({"tasks": ["speed"]}, "no task 'speed'; there are: direction"),
         ({"size": 8}, "at least 8 frames of 32 px"),
         ({"num_frames": 4}, "4 frames of 64 px"),
-        ({"pictures": pictures(3)}, "of 3 pictures fall to the split"),
+        ({"pictures": pictures(3)}, "of 3 pictures are in the split"),
     ):
-        given = {"pictures": pictures(), "output": tmp_path / "set", "num_train": 8, "num_test": 8, **change}
+        options = {"pictures": pictures(), "output": tmp_path / "set", "num_train": 8, "num_test": 8, **change}
         with pytest.raises(ValueError, match=message):
-            write_moving_clips(**given)
+            write_moving_clips(**options)
     assert not list(tmp_path.iterdir())

@@ -37,7 +37,7 @@ def test_every_question_is_asked_about_its_picture(questions, records_of, turns_
     assert {data: sorted(turns) for data, turns in asked.items()} == {d: sorted(t) for d, t in expected.items()}
 
 
-def test_every_kind_of_table_gives_the_same(questions, bytes_of, tmp_path):
+def test_every_table_format_gives_the_same_bytes(questions, bytes_of, tmp_path):
     build(questions())
     jsonl = bytes_of(tmp_path / "set")["000000.tar"]
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "table.parquet")
@@ -52,13 +52,13 @@ def test_every_kind_of_table_gives_the_same(questions, bytes_of, tmp_path):
 
 
 def test_columns_prompt_size_and_the_most_frequent_answer(questions, records_of, turns_of, picture_of):
-    rows = [{"file": "0.png", "q": "how many?", "said": ["two", "three", "two"]}]
-    changes = {"picture_column": "file", "question_column": "q", "answer_column": "said"}
+    rows = [{"file": "0.png", "q": "how many?", "a": ["two", "three", "two"]}]
+    changes = {"picture_column": "file", "question_column": "q", "answer_column": "a"}
     (record,) = records_of(questions(rows, prompt="Briefly: {question}", max_side=10, **changes))
     assert turns_of(record) == [("Briefly: how many?", "two")] and picture_of(record).size == (10, 5)
 
 
-def test_copies_of_a_picture_are_on_one_side(questions, records_of, tmp_path):
+def test_equal_pictures_are_in_one_split(questions, records_of, tmp_path):
     for number in range(3, 60):
         Image.new("RGB", (4, 4), (number // 3, 0, 0)).save(tmp_path / f"{number}.png")
     rows = [{"image": f"{n}.png", "question": "what?", "answer": "this"} for n in range(3, 60)]
@@ -69,7 +69,7 @@ def test_copies_of_a_picture_are_on_one_side(questions, records_of, tmp_path):
     assert len(set.union(*sides.values())) == 3
 
 
-def test_what_is_wrong_in_a_row_is_listed_and_the_rest_is_done(questions, tmp_path):
+def test_wrong_rows_are_listed_and_the_others_are_used(questions, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n")
     rows = [*ROWS, {"image": "gone.png", "question": "?", "answer": "a"}]
     rows += [
@@ -78,29 +78,29 @@ def test_what_is_wrong_in_a_row_is_listed_and_the_rest_is_done(questions, tmp_pa
     ]
     rows += [{"image": "0.png", "question": "?", "answer": []}]
     built = build(questions(rows))
-    assert [one.name for one in built.left_out] == ["table.jsonl:15", "table.jsonl:16", "broken.png", "gone.png"]
-    assert "No such file" in built.left_out[3].reason and built.records == 3
+    assert [item.name for item in built.left_out] == ["table.jsonl:15", "table.jsonl:16", "broken.png", "gone.png"]
+    assert "No such file" in built.left_out[3].reason and built.num_records == 3
 
 
-def test_refusals(questions, tmp_path):
+def test_wrong_settings_and_tables_are_refused(questions, tmp_path):
     with pytest.raises(ValueError, match="the table is empty"):
         build(questions([]))
     with pytest.raises(ValueError, match=r"first row lacks.*it has image, question, answer"):
         build(questions(picture_column="picture"))
-    with pytest.raises(ValueError, match=r"not one record.*gone"):
+    with pytest.raises(ValueError, match=r"no record.*gone"):
         build(questions([{**ROWS[0], "image": "gone"}]))
     with pytest.raises(ValueError, match=r"lacks {question}"):
         questions(prompt="Answer!")
     with pytest.raises(ValueError, match="no such file"):
         build(replace(questions(), table=str(tmp_path / "gone.csv")))
-    for name, text, words in (
-        ("a.jsonl", '{"image": 1}\n[1]', "line 2 is no JSON object"),
-        ("b.jsonl", "{", "line 1 is no JSON"),
+    for name, text, message in (
+        ("a.jsonl", '{"image": 1}\n[1]', "line 2 is not a JSON object"),
+        ("b.jsonl", "{", "line 1 is not JSON"),
         ("c.parquet", "x", "c.parquet"),
         ("d.csv", "image,question,answer\n", "the table is empty"),
         ("e.txt", "x", "not .txt"),
     ):
         (tmp_path / name).write_text(text)
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=message):
             read_table(tmp_path / name)
     assert not (tmp_path / "set").exists()

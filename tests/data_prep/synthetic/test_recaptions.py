@@ -12,7 +12,7 @@ NAMES = ("red", "green", "blue", "navy")
 
 
 def describe(picture: bytes) -> str:
-    """Names the colour; goes round in a circle at green, says too little at blue."""
+    """Names the colour; repeats itself at green, is too short at blue."""
     colour = Image.open(io.BytesIO(picture)).getpixel((0, 0))
     name = next(name for name in NAMES if Image.new("RGB", (1, 1), name).getpixel((0, 0)) == colour)
     return {"green": "a green " * 9, "blue": "blue"}.get(name, f"a picture\nthat is {name}")
@@ -20,7 +20,7 @@ def describe(picture: bytes) -> str:
 
 @pytest.fixture
 def source(tmp_path):
-    """Shards of four colours; the first is there twice, with another caption."""
+    """Shards of four colours; the first one twice, with two captions."""
     records = []
     for number, name in enumerate((*NAMES, "red")):
         out = io.BytesIO()
@@ -32,7 +32,7 @@ def source(tmp_path):
     return str(tmp_path / "source")
 
 
-def test_each_picture_gets_a_caption_that_says_something(source, tmp_path, records_of):
+def test_each_picture_gets_a_caption_and_bad_ones_are_left_out(source, tmp_path, records_of):
     settings = Recaptions(
         output=str(tmp_path / "set"), source=source, model="ours", max_new_tokens=9, describe=describe
     )
@@ -41,11 +41,11 @@ def test_each_picture_gets_a_caption_that_says_something(source, tmp_path, recor
     assert found["r0"].json["caption"] == "a picture that is red" and found["r0"].json["former_caption"] == "no 0"
     assert found["r3"].json["split"] == "test" and set(found["r3"].media) == {"png"}
     left_out = (tmp_path / "set" / "left_out.tsv").read_text()
-    assert "r1\tthe caption says a word 9 times" in left_out and "r2\tthe caption has 1 words" in left_out
+    assert "r1\tthe caption repeats a word 9 times" in left_out and "r2\tthe caption has 1 words" in left_out
     assert "free for all" in (tmp_path / "set" / "LICENSE").read_text()
     settings = (tmp_path / "set" / "built.yaml").read_text()
     assert "model: ours" in settings and "max_new_tokens: 9" in settings
-    assert found["r0"].json["language"] == "und"  # nobody has said which one the model speaks
+    assert found["r0"].json["language"] == "und"  # the model's language is not known
 
 
 def test_the_same_with_two_workers(source, tmp_path, bytes_of):
@@ -57,7 +57,7 @@ def test_the_same_with_two_workers(source, tmp_path, bytes_of):
     assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
 
 
-def test_refusals(source, tmp_path):
+def test_wrong_limits_and_sources_are_refused(source, tmp_path):
     changes = {"output": str(tmp_path / "set"), "model": "ours", "max_new_tokens": 9, "describe": describe}
     with pytest.raises(ValueError, match="limit is 0"):
         build(Recaptions(source=source, limit=0, **changes))
@@ -65,6 +65,6 @@ def test_refusals(source, tmp_path):
     write_shards([Record("a", about)], tmp_path / "no_pictures")
     with pytest.raises(ValueError, match="holds no pictures"):
         build(Recaptions(source=str(tmp_path / "no_pictures"), **changes))
-    with pytest.raises(ValueError, match=r"not one record"):
+    with pytest.raises(ValueError, match=r"no record"):
         build(Recaptions(source=source, min_words=99, **changes))
     assert not (tmp_path / "set").exists()

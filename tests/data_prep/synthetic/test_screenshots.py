@@ -1,4 +1,4 @@
-"""By a program that stands in for Chromium: it draws a grey page, and says where the page's paragraphs are."""
+"""Screenshots by a stand-in for Chromium, which draws a grey page and reports the boxes of the page's paragraphs."""
 
 import os
 import re
@@ -60,9 +60,7 @@ def settings(folder, tmp_path, **changes):
     return Screenshots(**{"output": str(tmp_path / "set"), "pages": str(folder), "boxes": 2, **changes})
 
 
-def test_a_box_is_drawn_around_the_element_whose_code_is_asked_for(
-    chromium, pages, tmp_path, records_of, turns_of, picture_of
-):
+def test_the_box_is_around_the_element_of_the_answer(chromium, pages, tmp_path, records_of, turns_of, picture_of):
     codes = {"<p>One &amp; <b>two</b></p>": 0, "<p>First</p>": 0, "<p>Second one</p>": 1, "<p>Third one of all</p>": 2}
     codes["<p>4</p>"] = 4
     found = []
@@ -73,14 +71,14 @@ def test_a_box_is_drawn_around_the_element_whose_code_is_asked_for(
         rows, columns = np.flatnonzero(red.any(1)), np.flatnonzero(red.any(0))
         top = 10 + 50 * codes[code]
         assert (rows[0], rows[-1], columns[0], columns[-1]) == (top - 3, top + 32, 7, 202) and "HTML" in question
-        assert not red[top + 2 : top + 28, 12:198].any()  # what is boxed can be seen
+        assert not red[top + 2 : top + 28, 12:198].any()  # nothing is drawn over the element
     assert len(found) == 3 == len(set(found)) and "<p>One &amp; <b>two</b></p>" in found
     left_out = (tmp_path / "set" / "left_out.tsv").read_text()
-    assert "fails.html" in left_out and "failed with 3: no display" in left_out
+    assert "fails.html" in left_out and "exit status 3: no display" in left_out
     assert "free for all" in (tmp_path / "set" / "LICENSE").read_text()
 
 
-def test_the_same_bytes_with_two_workers_and_invented_pages(chromium, pages, tmp_path, bytes_of, records_of):
+def test_the_same_bytes_with_two_workers_and_random_pages(chromium, pages, tmp_path, bytes_of, records_of):
     for name, workers in (("one", 1), ("two", 2)):
         build(settings(pages, tmp_path, output=str(tmp_path / name), workers=workers))
     assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
@@ -90,7 +88,7 @@ def test_the_same_bytes_with_two_workers_and_invented_pages(chromium, pages, tmp
     assert {record.json["split"] for record in many} == {"train", "test"}
 
 
-def test_without_the_program(monkeypatch, pages, tmp_path):
+def test_missing_chromium_is_named(monkeypatch, pages, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match="apt-get install chromium"):
         build(settings(pages, tmp_path))
@@ -99,7 +97,7 @@ def test_without_the_program(monkeypatch, pages, tmp_path):
     assert not (tmp_path / "set").exists()
 
 
-def test_a_slow_machine_leaves_no_page_out(chromium, pages, tmp_path, monkeypatch):
+def test_a_timeout_stops_the_build(chromium, pages, tmp_path, monkeypatch):
     monkeypatch.setattr("data_prep.synthetic.browser.TIMEOUT", 0.001)
     with pytest.raises(TimeoutError, match="fewer workers"):
         build(settings(pages, tmp_path))
@@ -108,36 +106,36 @@ def test_a_slow_machine_leaves_no_page_out(chromium, pages, tmp_path, monkeypatc
 
 def test_html_is_printed_for_documents(chromium, pages, tmp_path):
     (tmp_path / "printed.pdf").write_bytes(b"no PDF")
-    with pytest.raises(ValueError, match=r"not one record.*a\.html: cannot be opened as PDF"):
+    with pytest.raises(ValueError, match=r"no record.*a\.html: .*cannot be opened as PDF"):
         build(Documents(output=str(tmp_path / "set"), folder=str(pages)))
 
 
-def test_no_page_knows_the_word_that_lets_a_script_pass(chromium, tmp_path, monkeypatch):
+def test_each_page_gets_a_new_nonce(chromium, tmp_path, monkeypatch):
     seen, run = [], browser._run
     monkeypatch.setattr(
         browser, "_run", lambda folder, page, *options: seen.append(page) or run(folder, page, *options)
     )
     for _ in range(2):
         browser.screenshot("<p>A</p><scr<embed>ipt nonce=mm>let hidden;</scr<embed>ipt>", 500, 500)
-    words = [re.search(r"script-src 'nonce-(.*?)'", page).group(1) for page in seen]
-    assert len(set(words)) == 2 and all(
-        len(word) > 30 and "hidden" in page for word, page in zip(words, seen, strict=True)
+    nonces = [re.search(r"script-src 'nonce-(.*?)'", page).group(1) for page in seen]
+    assert len(set(nonces)) == 2 and all(
+        len(nonce) > 30 and "hidden" in page for nonce, page in zip(nonces, seen, strict=True)
     )
 
 
-def test_scripts_are_taken_out_and_what_is_not_seen():
+def test_scripts_and_invisible_attributes_are_removed():
     page = '<a onclick="x()" href="y">b</a><script src="z">1</script><!-- c --><iframe></iframe><embed src="q"><p>d</p>'
     assert without_scripts(page) == '<a href="y">b</a><p>d</p>'
     assert tidy('<p id="a" class="b" data-x="1">c\n  d</p>') == '<p class="b">c d</p>'
 
 
-def test_refusals(chromium, pages, tmp_path):
-    for changes, words in (({"count": 0}, "count is 0"), ({"width": 300}, "too small"), ({"boxes": 0}, "boxes is 0")):
-        with pytest.raises(ValueError, match=words):
-            settings(pages, tmp_path, **changes)
+def test_wrong_settings_are_refused(chromium, pages, tmp_path):
+    for name, value in (("count", 0), ("width", 300), ("boxes", 0)):
+        with pytest.raises(ValueError, match=f"{name} is {value}"):
+            settings(pages, tmp_path, **{name: value})
     with pytest.raises(ValueError, match=r"no \.html files"):
         build(settings(tmp_path / "programs", tmp_path))
-    with pytest.raises(ValueError, match=r"not one record"):
+    with pytest.raises(ValueError, match=r"no record"):
         build(settings(pages, tmp_path, max_chars=3))
 
 
@@ -145,7 +143,7 @@ without_chromium = pytest.mark.skipif(shutil.which(PROGRAM) is None, reason="the
 
 
 @without_chromium
-def test_chromium_runs_no_script_of_a_page():
+def test_real_chromium_runs_no_script_of_a_page():
     page = "<body>{}<p>A white page</p><scr<embed>ipt nonce=mm>document.body.style.background = '#00f'</scr<embed>ipt>"
     for handler in ("", "<img/onerror=\"document.body.style.background='#00f'\" src=data:,>"):
         picture, elements = browser.screenshot(page.format(handler), 500, 500)
@@ -153,7 +151,7 @@ def test_chromium_runs_no_script_of_a_page():
 
 
 @without_chromium
-def test_chromium_itself(pages, tmp_path, records_of, turns_of, picture_of):
+def test_real_chromium_finds_the_box_of_an_element(pages, tmp_path, records_of, turns_of, picture_of):
     (pages / "fails.html").unlink()
     (pages / "b.html").write_text('<body style="margin:0"><p style="margin:90px 50px;background:#00f">Blue one</p>')
     records = records_of(settings(pages, tmp_path))
