@@ -9,12 +9,15 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import mm
+import mm.generation
 from mm.batch import IGNORED
 from mm.cross_attention import ImageAdapterConfig
+from mm.model import Cache
 from mm.training.config import TrainingConfig
 from mm.training.contrastive import ContrastiveModel, Pair, TextTowerConfig
 from mm.training.objectives import NextTokenObjective
 from mm.training.trainer import Trainer
+from speech.adapter import num_tokens
 
 FROZEN = {"language_model.*": None, "extra_embeddings": None}
 
@@ -132,3 +135,21 @@ def saved(tmp_path):
         return flat(torch.load(tmp_path / "whole.pt", weights_only=True))
 
     return read
+
+
+@pytest.fixture
+def constant_logits(monkeypatch):
+    """constant_logits(row of logits): after every token, generation gets these logits; the prompts' pass is skipped."""
+
+    def constant(row) -> None:
+        row = torch.as_tensor(row, dtype=torch.float32)
+
+        def prefill(model, samples, length):
+            cache = Cache(model, 1, 1)
+            cache.audio_embeddings = torch.zeros(sum(num_tokens(len(mel)) for one in samples for mel in one.speech), 1)
+            return row.repeat(len(samples), 1), cache
+
+        monkeypatch.setattr(mm.generation, "prefill", prefill)
+        monkeypatch.setattr(mm.generation, "decode_step", lambda model, tokens, *_: row.repeat(len(tokens), 1))
+
+    return constant

@@ -1,7 +1,6 @@
 """Generation: each row as if alone, distributions as asked for, ends where it should, pieces that join to the whole."""
 
 import io
-import math
 from dataclasses import replace
 
 import pytest
@@ -9,10 +8,6 @@ import torch
 
 import mm
 import mm.generation
-from mm.generation import transcribe_tokens, truncate_repetition
-from mm.model import Cache
-from speech.adapter import SpeechAdapterConfig, num_tokens
-from speech.conformer import SpeechEncoderConfig
 from vision.tiling import Tiles
 
 PATTERNS = [".i...", "....", ".ii..i...", "i", "....i", "..iii", "." * 30]
@@ -22,20 +17,6 @@ SAMPLING = {"temperature": 1.3, "top_p": 0.9, "seed": 5}
 @pytest.fixture
 def samples(make_sample):
     return [make_sample(pattern, seed) for seed, pattern in enumerate(PATTERNS)]
-
-
-@pytest.fixture
-def constant_logits(monkeypatch, tiny_model):
-    """constant_logits(row of logits): the model says the same after whatever tokens."""
-
-    def constant(row):
-        row = torch.as_tensor(row, dtype=torch.float32)
-        monkeypatch.setattr(
-            mm.generation, "prefill", lambda model, samples, length: (row.repeat(len(samples), 1), Cache(model, 1, 1))
-        )
-        monkeypatch.setattr(mm.generation, "decode_step", lambda model, tokens, *_: row.repeat(len(tokens), 1))
-
-    return constant
 
 
 @pytest.fixture
@@ -99,133 +80,6 @@ def test_each_sample_has_a_limit_of_its_own(tiny_model, samples):
     limits = [1, 12, 3, 7, 2, 5, 1]
     for row, cut, limit in zip(whole, mm.generate_tokens(tiny_model, samples, limits, []), limits, strict=True):
         assert cut == row[:limit]
-
-
-def test_a_transcript_has_at_most_three_tokens_for_each_of_its_sound(tiny_model, monkeypatch):
-    sound = tiny_model.config.audio_token_id
-    prompts = [mm.Sample([5, *[sound] * number, 6]) for number in (0, 1, 6, 7)]
-    free = mm.generate_tokens(tiny_model, prompts, [1, 3, 18, 20])
-    assert transcribe_tokens(tiny_model, prompts, 20) == [truncate_repetition(tokens) for tokens in free]
-    given = []
-    monkeypatch.setattr(mm.generation, "generate_tokens", lambda _, __, limits: given.append(limits) or [])
-    transcribe_tokens(tiny_model, prompts, 20)
-    assert given == [[1, 3, 18, 20]]
-
-
-@pytest.fixture(scope="module")
-def reading_model(tiny_config, beside_tiny_model) -> mm.MultimodalModel:
-    """A model whose adapter has a readout."""
-    encoder = SpeechEncoderConfig(num_layers=1, width=32, ffn_width=48, num_heads=2)
-    adapter = SpeechAdapterConfig(hidden_size=32, intermediate_size=48, num_heads=2, ctc_readout=True)
-    return beside_tiny_model(replace(tiny_config, speech_encoder=encoder, speech_adapter=adapter), seed=0)
-
-
-def sounding(model: mm.MultimodalModel, *lengths: int) -> list[mm.Sample]:
-    """Prompts with one sound each, of so many mel frames."""
-    start, sound, end = (model.config.speech_start_id, model.config.audio_token_id, model.config.speech_end_id)
-    mels = [torch.randn(length, 80, generator=torch.Generator().manual_seed(length)) for length in lengths]
-    return [mm.Sample([5, start, *[sound] * num_tokens(len(mel)), end], speech=[mel]) for mel in mels]
-
-
-def test_a_transcript_is_the_same_whatever_stands_beside_it(reading_model):
-    prompts = [*sounding(reading_model, 40, 400, 120), mm.Sample([5, 6])]
-    alone = [transcribe_tokens(reading_model, [prompt], 9)[0] for prompt in prompts]
-    assert transcribe_tokens(reading_model, prompts, 9) == alone
-    assert alone[3] == [] and len(alone[1]) == 9 and alone[0] != alone[1]
-    assert [len(tokens) for tokens in transcribe_tokens(reading_model, prompts, 2)] == [2, 2, 2, 0]
-
-
-def test_a_sound_is_heard_once(reading_model, monkeypatch):
-    heard = []
-    hear = reading_model.speech_encoder.forward
-    monkeypatch.setattr(reading_model.speech_encoder, "forward", lambda *given: heard.append(given) or hear(*given))
-    assert transcribe_tokens(reading_model, sounding(reading_model, 40, 400), 9)[1]
-    assert len(heard) == 1
-
-
-@pytest.fixture
-def says(monkeypatch):
-    """says(sounds): what each sound to come says, in rows of weights of token 9, of token 4 and of the blank."""
-
-    def set_sounds(*sounds):
-        def audio_token_scores(_, heard):
-            assert heard is None or len(heard) == sum(map(len, sounds))  # None where there was no prompts' pass
-            weights = torch.tensor([row for sound in sounds for row in sound]).clamp(min=1e-9)
-            return torch.tensor([[9, 4]]).expand(len(weights), 2), (weights / weights.sum(-1, keepdim=True)).log()
-
-        monkeypatch.setattr(mm.MultimodalModel, "audio_token_scores", audio_token_scores)
-
-    return set_sounds
-
-
-def test_what_was_heard_is_said_once(reading_model, says):
-    nine, four, nothing = [1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]
-    says([nine, nine, nothing, four, nothing, four], [nothing] * 5, [nothing, four, nine])
-    first, second, third = sounding(reading_model, 48, 40, 24)
-    assert transcribe_tokens(reading_model, [first, mm.Sample([5]), second, third], 9) == [[9, 4, 4], [], [], [4, 9]]
-
-
-@pytest.mark.parametrize(("expected", "heard", "chosen"), [(2.0, 1.0, 9), (2.0, 3.0, 4), (0.0, 1.0, 4), (1.0, 0.0, 9)])
-def test_the_language_model_and_the_sound_choose_together(
-    tiny_model, reading_model, says, constant_logits, expected, heard, chosen
-):
-    """Log-odds of the language model for 9, of the sound for 4."""
-    logits = torch.full((tiny_model.config.language_model.vocab_size,), -9.0)
-    logits[9], logits[4] = expected, 0.0
-    constant_logits(logits)
-    says([[0.0, 0.0, 1.0], [1.0, math.exp(heard), 0.0], [0.0, 0.0, 1.0]])
-    assert transcribe_tokens(reading_model, sounding(reading_model, 24), 9) == [[chosen]]
-
-
-@pytest.mark.parametrize(
-    ("expected", "heard", "said"), [(2.0, 1.5, []), (2.0, 2.5, [9]), (-2.0, -1.5, [9]), (-2.0, -2.5, [])]
-)
-def test_a_transcript_ends_likewise(tiny_config, reading_model, says, constant_logits, expected, heard, said):
-    """Log-odds of the language model for one of two stop tokens, as likely as each other, of the sound for 9."""
-    logits = torch.full((tiny_config.language_model.vocab_size,), -9.0)
-    logits[[4, 11]], logits[9] = expected - math.log(2), 0.0
-    constant_logits(logits)
-    says([[math.exp(heard), 0.0, 1.0]])
-    lm = replace(tiny_config.language_model, stop_tokens=(4, 11))
-    stopping = mm.MultimodalModel(replace(reading_model.config, language_model=lm))
-    assert transcribe_tokens(stopping, sounding(reading_model, 8), 9) == [said]
-    says([[0.0, 1.0, math.exp(-heard)]])  # a stop token is heard, and not said
-    assert transcribe_tokens(stopping, sounding(reading_model, 8), 9) == [[]]
-
-
-def test_without_stop_tokens_what_was_heard_ends_a_transcript(tiny_config, reading_model, says):
-    lm = replace(tiny_config.language_model, stop_tokens=())
-    endless = mm.MultimodalModel(replace(reading_model.config, language_model=lm))
-    says([[1.0, 0.0, 0.1], [0.0, 0.0, 1.0], [0.0, 0.1, 1.0]])
-    assert transcribe_tokens(endless, sounding(endless, 24), 9) == [[9]]
-
-
-def test_a_prompt_that_is_refused_is_not_heard(reading_model, monkeypatch):
-    monkeypatch.setattr(mm.MultimodalModel, "audio_token_scores", lambda *_: pytest.fail("heard"))
-    short, long = sounding(reading_model, 40), sounding(reading_model, 40)
-    with pytest.raises(ValueError, match="prompt 0 has 2 sounds"):
-        transcribe_tokens(reading_model, [mm.Sample([5], speech=short[0].speech * 2)], 9)
-    with pytest.raises(ValueError, match="max_new_tokens is 0"):
-        transcribe_tokens(reading_model, short, 0)
-    long[0].tokens[:0] = [5] * 160
-    with pytest.raises(ValueError, match="leaves no room"):
-        transcribe_tokens(reading_model, long, 9)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "kept"),
-    [
-        ([], []),
-        ([1, 2, 3, 4] * 3, [1, 2, 3, 4]),
-        ([9, *[1, 2, 3, 4] * 3, 1, 2], [9, 1, 2, 3, 4]),
-        ([9, *[1, 2, 3, 4] * 2, 1, 2, 3, 8], [9, *[1, 2, 3, 4] * 2, 1, 2, 3, 8]),  # not for the third time
-        ([5, 7] + [6] * 12, [5, 7, 6]),
-        ([5, 7] + [6] * 11, [5, 7] + [6] * 11),  # "no, no, no" may be said
-        ([1, 2, 3] * 4 + [9], [1, 2, 3]),
-    ],
-)
-def test_a_transcript_that_goes_round_is_kept_once(tokens, kept):
-    assert truncate_repetition(tokens) == kept
 
 
 def test_none_means_the_models_own_stop_tokens(build_model, tiny_config, samples):

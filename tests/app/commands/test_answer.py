@@ -152,7 +152,7 @@ def test_speech_is_transcribed(mm_command, everything_run, media, monkeypatch):
 def test_the_audio_limits_the_length_of_its_transcript(mm_command, everything_run, media, monkeypatch):
     """A transcript has at most three tokens per audio token, whatever --max-new-tokens allows."""
     limits, generate = [], mm.generate_tokens
-    monkeypatch.setattr("mm.generation.generate_tokens", lambda *given: limits.append(given[2]) or generate(*given))
+    monkeypatch.setattr("mm.transcription.generate_tokens", lambda *given: limits.append(given[2]) or generate(*given))
     code, _, _ = mm_command("transcribe", media / "speech.wav", "--model", everything_run, "--max-new-tokens", 99)
     model, processor = mm.load(everything_run)
     content = [{"type": "audio", "audio": str(media / "speech.wav")}]
