@@ -1,4 +1,4 @@
-"""What a model is given in place of what it should see or hear, to tell how much of an answer rests on that."""
+"""Baselines: inputs without images, time, frame order or the right sound, to measure how much answers use them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,8 +16,8 @@ from vision.tiling import Tiles
 MID_GREY = 128
 
 
-def blank(sample: Sample) -> Sample:
-    """The sample with mid-grey in place of every pixel, of clips too, tiles as they were."""
+def blank_pixels(sample: Sample) -> Sample:
+    """The sample with every pixel of its images and clips mid-grey; the tiles keep their numbers and grids."""
 
     def grey(tiles: Tiles) -> Tiles:
         return Tiles(torch.full_like(tiles.pixels, MID_GREY), tiles.grid)
@@ -26,8 +26,8 @@ def blank(sample: Sample) -> Sample:
     return replace(sample, images=[grey(tiles) for tiles in sample.images], videos=clips)
 
 
-def one_frame(sample: Sample) -> Sample:
-    """The sample with the middle frame alone of every clip: the control that sees no time."""
+def keep_middle_frame(sample: Sample) -> Sample:
+    """The sample with only the middle frame of every clip: a baseline without time."""
     clips = []
     for clip in sample.videos:
         middle = len(clip.frames) // 2
@@ -35,40 +35,47 @@ def one_frame(sample: Sample) -> Sample:
     return replace(sample, videos=clips)
 
 
-def shuffled_frames(sample: Sample) -> Sample:
-    """The sample with the frames of every clip in another order under the true times: the control that sees all that is
-    shown, and not when. The order follows from what is shown."""
+def shuffle_frames(sample: Sample) -> Sample:
+    """The sample with the frames of every clip in a random order, at the original times: a baseline without order.
+
+    The order depends on the pixels only.
+    """
     clips = []
     for clip in sample.videos:
         seed = int(sum(int(tiles.pixels.long().sum()) for tiles in clip.frames))
         order = torch.randperm(len(clip.frames), generator=torch.Generator().manual_seed(seed)).tolist()
-        clips.append(Clip([clip.frames[place] for place in order], clip.times))
+        clips.append(Clip([clip.frames[index] for index in order], clip.times))
     return replace(sample, videos=clips)
 
 
 FRAMES: dict[str, Callable[[Sample], Sample]] = {
     "all": lambda sample: sample,
-    "one": one_frame,
-    "shuffled": shuffled_frames,
+    "one": keep_middle_frame,
+    "shuffled": shuffle_frames,
 }
 
 
-def with_other_sound(records: ShardSet | Sequence[Record], numbers: Sequence[int], number: int) -> Record:
-    """A record with the sound of the next among `numbers` that has another and wants another answer, itself as it is.
+def replace_sound(records: ShardSet | Sequence[Record], indices: Sequence[int], index: int) -> Record:
+    """Record `index` with another record's sound.
+
+    It comes from the next record among `indices`, after which the first one follows, that has another answer and other
+    media.
 
     Raises:
-        UserError: the record or the other one has no sound, or all want the same answer.
+        UserError: no record has another answer, or one of the two records has no sound.
     """
-    record, place = records[number], numbers.index(number)
-    wanted = record_answer(record).casefold()
-    for other_number in [*numbers[place + 1 :], *numbers[:place]]:
-        other = records[other_number]
-        if record_answer(other).casefold() != wanted and other.media != record.media:
+    record, position = records[index], indices.index(index)
+    answer = record_answer(record).casefold()
+    for other_index in [*indices[position + 1 :], *indices[:position]]:
+        other = records[other_index]
+        if record_answer(other).casefold() != answer and other.media != record.media:
             break
     else:
-        raise UserError(f"no record wants another answer than {record.id}: there is no sound to replace its own with")
-    own, others = ([name for name in one.media if name.rpartition(".")[2] in AUDIO] for one in (record, other))
-    if not own or not others:
-        raise UserError(f"record {(record if not own else other).id} holds no sound")
-    sounds = {name: other.media[others[position % len(others)]] for position, name in enumerate(own)}
+        raise UserError(f"record {record.id}: its sound cannot be replaced, since no record has another answer")
+    names, other_names = (
+        [name for name in media if name.rpartition(".")[2] in AUDIO] for media in (record.media, other.media)
+    )
+    if not names or not other_names:
+        raise UserError(f"record {(record if not names else other).id} has no sound")
+    sounds = {name: other.media[other_names[place % len(other_names)]] for place, name in enumerate(names)}
     return replace(record, media={**record.media, **sounds})

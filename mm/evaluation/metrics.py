@@ -1,13 +1,11 @@
-"""Scores of answers and captions, each with its 95% confidence interval. Pure functions over text.
-
-Flow: `evaluate.py` hands over predictions and references; a `Score` comes out.
-"""
+"""Metrics of answers, captions and transcripts, each with a 95% confidence interval: pure functions over text."""
 
 import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from sacrebleu.metrics import BLEU, CHRF
@@ -16,9 +14,9 @@ from sacrebleu.significance import estimate_ci
 from foundation.errors import UserError
 from foundation.extras import import_extra
 
-NUM_BOOTSTRAP = 1000  # resamplings behind the interval of a corpus score
+NUM_BOOTSTRAP = 1000  # resamples for the interval of a corpus score
 
-# What the VQA evaluation code rewrites. Each contraction is restored where one of its apostrophes is missing.
+# Rewriting of the official VQA evaluation code. A contraction with one missing apostrophe gets it back.
 _CONTRACTIONS = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
     he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
@@ -30,9 +28,9 @@ _CONTRACTIONS = """
 """
 _RESTORED = {
     word[: mark.start()] + word[mark.end() :]: word for word in _CONTRACTIONS.split() for mark in re.finditer("'", word)
-} | {"somebody'd": "somebodyd"}  # the one entry of the official list that goes the other way
+} | {"somebody'd": "somebodyd"}  # the official list removes the apostrophe here
 _NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-_NUMBERS = {word: str(number) for number, word in enumerate(_NUMBER_WORDS)} | {"none": "0"}
+_NUMBERS = {word: str(value) for value, word in enumerate(_NUMBER_WORDS)} | {"none": "0"}
 _ARTICLES = ("a", "an", "the")
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 
@@ -43,7 +41,7 @@ class Score:
 
     Attributes:
         value: 0 to 1 for averages over samples; 0 or more for error rates, with 1 for as many errors as words; 0 to 100
-            for BLEU and chrF, as their users know them.
+            for BLEU and chrF.
         interval: half the width of the 95% confidence interval, on the scale of `value`.
     """
 
@@ -54,7 +52,7 @@ class Score:
 
     @property
     def scale(self) -> int:
-        """What value and interval are multiplied by to read from 0 to 100."""
+        """The factor that brings value and interval to a scale of 0 to 100."""
         return 1 if self.name in ("bleu", "chrf") else 100
 
     def __str__(self) -> str:
@@ -71,10 +69,10 @@ def average(name: str, values: Sequence[float]) -> Score:
 
 @lru_cache(maxsize=100_000)
 def normalise_answer(answer: str) -> str:
-    """An answer as the VQA evaluation code compares it: lower case, without articles, numbers up to ten as digits.
+    """Normalise an answer like the official VQA evaluation: lower case, no articles, numbers up to ten as digits.
 
-    Punctuation goes where a space stands beside it somewhere in the answer or a comma stands between digits, and
-    becomes a space elsewhere; a full stop stays only before a digit; contractions get their apostrophe back.
+    A punctuation mark is removed if the answer has it next to a space, or has a comma between digits; otherwise it
+    becomes a space. A full stop stays before a digit only. Contractions get a missing apostrophe back.
 
     Example: "The red-brown  dogs, two." -> "red brown dogs 2"
     """
@@ -84,7 +82,7 @@ def normalise_answer(answer: str) -> str:
     for sign in _PUNCTUATION:
         beside_space = f"{sign} " in text or f" {sign}" in text
         cleaned = cleaned.replace(sign, "" if beside_space or has_comma_in_number else " ")
-    # The official pattern means to spare stops behind digits too, but its look-behind is mistyped and spares none.
+    # The official pattern was meant to keep full stops after digits too, but its look-behind is mistyped.
     cleaned = re.sub(r"\.(?!\d)", "", cleaned)
     words = (_NUMBERS.get(word, word) for word in cleaned.lower().split())
     return " ".join(_RESTORED.get(word, word) for word in words if word not in _ARTICLES)
@@ -93,24 +91,24 @@ def normalise_answer(answer: str) -> str:
 def vqa_accuracy(prediction: str, references: Sequence[str]) -> float:
     """The official VQA accuracy of one answer, 0 to 1.
 
-    With the answers of ten people: min(number who agree / 3, 1), averaged over the ten sets of nine of them. With
-    fewer than four references (often one) a set could not hold three that agree: then one that agrees is enough.
-    Both sides are always normalised; the official code leaves them as they are where all people agree.
+    With the answers of ten people it is min(number of equal answers / 3, 1), averaged over the ten subsets of nine
+    people. With fewer than four references (often one), three equal ones are impossible in a subset, so one is enough.
+    Both sides are always normalised; the official code does not normalise if all people agree.
     """
-    given = normalise_answer(prediction)
-    agree = [normalise_answer(reference) == given for reference in references]
+    answer = normalise_answer(prediction)
+    agree = [normalise_answer(reference) == answer for reference in references]
     if len(agree) < 4:
         return float(any(agree))
-    return math.fsum(min((sum(agree) - own) / 3, 1.0) for own in agree) / len(agree)
+    return math.fsum(min((sum(agree) - left_out) / 3, 1.0) for left_out in agree) / len(agree)
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
-    """1 where the prediction is one of the references to the letter, but for white space around it; else 0."""
+    """1 if the prediction equals one of the references, except for white space around it; else 0."""
     return float(prediction.strip() in {reference.strip() for reference in references})
 
 
 def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
-    """Corpus BLEU (sacrebleu's default: 13a tokens, exponential smoothing) with its bootstrap interval.
+    """Corpus BLEU (sacrebleu's default: 13a tokens, exponential smoothing) with a bootstrap interval.
 
     Args:
         references: one or more per prediction; their number may differ.
@@ -119,67 +117,74 @@ def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Sco
 
 
 def chrf(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
-    """Corpus chrF (sacrebleu's default: six-character n-grams, beta 2) with its bootstrap interval; as `bleu`."""
+    """Corpus chrF (sacrebleu's default: six-character n-grams, beta 2) with a bootstrap interval."""
     return _corpus_score("chrf", CHRF(), predictions, references)
 
 
 def error_rate(
     name: str, predictions: Sequence[str], references: Sequence[Sequence[str]], languages: Sequence[str]
 ) -> Score:
-    """Word error rate ("wer") or character error rate ("cer") of a corpus: what jiwer counts as substituted, deleted
-    and inserted, per word or character of the references, with its bootstrap interval over records.
+    """Word error rate ("wer") or character error rate ("cer") of a corpus, with a bootstrap interval over records.
 
-    Both sides are normalised as Whisper's evaluation does it: by its rules for English, else by its basic ones. Of
-    several references the one with the fewest errors counts. Where nothing is said, every word is one inserted.
+    It is the number of substitutions, deletions and insertions, as jiwer counts them, per word or character of the
+    references. Both sides are normalised like in Whisper's evaluation: by its English rules, or else its basic ones. Of
+    several references, the one with the fewest errors counts. With an empty reference, every word is an insertion.
 
     Args:
+        name: "wer" or "cer".
+        references: one or more per prediction; their number may differ.
         languages: of each record, such as "en".
 
     Raises:
-        UserError: jiwer or whisper-normalizer is missing, or no reference holds a word.
+        UserError: no reference has a word.
+        MissingExtraError: jiwer or whisper-normalizer is not installed.
     """
-    pairs = [
-        min((_count_errors(name, said, one, language) for one in given), key=lambda counts: counts[0])
-        for said, given, language in zip(predictions, references, languages, strict=True)
+    counts = [
+        min(
+            (_count_errors(name, prediction, reference, language) for reference in texts),
+            key=lambda errors_and_length: errors_and_length[0],
+        )
+        for prediction, texts, language in zip(predictions, references, languages, strict=True)
     ]
-    errors, lengths = np.array(pairs, dtype=np.float64).T
+    errors, lengths = np.array(counts, dtype=np.float64).T
     if not lengths.sum():
-        raise UserError(f"{name}: no reference holds a word; there is nothing to count errors in")
-    return Score(name, float(errors.sum() / lengths.sum()), ratio_interval(errors, lengths), len(pairs))
+        raise UserError(f"{name}: no reference has a word, so there is no error rate")
+    return Score(name, float(errors.sum() / lengths.sum()), ratio_interval(errors, lengths), len(counts))
 
 
-def ratio_interval(tops: np.ndarray, bottoms: np.ndarray) -> float:
-    """Half the width of the bootstrap's 95% interval of a sum over another, of parts drawn together, each [N]."""
-    draws, count = np.random.default_rng(12345), len(tops)
-    chosen = [draws.integers(0, count, count) for _ in range(NUM_BOOTSTRAP)]
-    ratios = [tops[rows].sum() / bottoms[rows].sum() for rows in chosen if bottoms[rows].sum()]
+def ratio_interval(numerators: np.ndarray, denominators: np.ndarray) -> float:
+    """Half the width of the bootstrap's 95% confidence interval of sum(numerators) / sum(denominators), each [N]."""
+    rng, count = np.random.default_rng(12345), len(numerators)
+    resamples = [rng.integers(0, count, count) for _ in range(NUM_BOOTSTRAP)]
+    ratios = [numerators[rows].sum() / denominators[rows].sum() for rows in resamples if denominators[rows].sum()]
     _, interval = estimate_ci(np.array(ratios))
     return float(interval)
 
 
 def _count_errors(name: str, prediction: str, reference: str, language: str) -> tuple[int, int]:
-    """Errors, and words or characters of the reference."""
-    return count_errors(name, *(normalise_speech(text, language) for text in (prediction, reference)))
+    """Errors and length of a normalised pair of texts."""
+    return count_errors(name, normalise_speech(prediction, language), normalise_speech(reference, language))
 
 
-def count_errors(name: str, said: str, wanted: str) -> tuple[int, int]:
-    """What jiwer counts as substituted, deleted and inserted, and words ("wer") or characters ("cer") of `wanted`; both
-    texts as they are.
+def count_errors(name: str, prediction: str, reference: str) -> tuple[int, int]:
+    """Substitutions, deletions and insertions of words ("wer") or characters ("cer"), and the reference's length.
+
+    The texts are not normalised.
 
     Raises:
-        UserError: jiwer is missing.
+        MissingExtraError: jiwer is not installed.
     """
-    length = len(wanted.split()) if name == "wer" else len(wanted)
-    if not length or not said:
-        return max(length, len(said.split()) if name == "wer" else len(said)), length
+    length = len(reference.split()) if name == "wer" else len(reference)
+    if not length or not prediction:
+        return max(length, len(prediction.split()) if name == "wer" else len(prediction)), length
     jiwer = import_extra("jiwer", "speech", "an error rate")
-    counted = (jiwer.process_words if name == "wer" else jiwer.process_characters)(wanted, said)
-    return counted.substitutions + counted.deletions + counted.insertions, length
+    counts = (jiwer.process_words if name == "wer" else jiwer.process_characters)(reference, prediction)
+    return counts.substitutions + counts.deletions + counts.insertions, length
 
 
 @lru_cache(maxsize=100_000)
 def normalise_speech(text: str, language: str) -> str:
-    """What is compared of a transcript: Whisper's English rules, or for other languages its basic ones."""
+    """Normalise a transcript by Whisper's English rules, or for other languages its basic ones."""
     return " ".join(_speech_normaliser(language == "en")(text).split())
 
 
@@ -193,15 +198,17 @@ def _speech_normaliser(english: bool) -> Callable[[str], str]:
 def _corpus_score(
     name: str, metric: BLEU | CHRF, predictions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> Score:
-    most = max(len(row) for row in references)
-    streams = [[row[i] if i < len(row) else None for row in references] for i in range(most)]
+    """A corpus score of sacrebleu with a bootstrap interval."""
+    num_streams = max(len(row) for row in references)
+    # sacrebleu takes None for a missing reference, which its annotations do not say.
+    streams: Any = [[row[i] if i < len(row) else None for row in references] for i in range(num_streams)]
     value = float(metric.corpus_score(list(predictions), streams).score)
-    # sacrebleu's bootstrap with its own draws. Its n_bootstrap holds all resamplings at once (720 MB for chrF of 10,000
-    # captions) and fails where a resampling scores exactly 0, as those of a model without training do.
+    # sacrebleu's bootstrap, with the same random draws. Its n_bootstrap holds all resamples at once (720 MB for chrF of
+    # 10,000 captions), and fails if a resample scores exactly 0, as an untrained model's can.
     statistics = np.array(metric._extract_corpus_statistics(list(predictions), streams), dtype=np.float64)
-    draws, count = np.random.default_rng(12345), len(predictions)
+    rng, count = np.random.default_rng(12345), len(predictions)
     resampled = [
-        metric._compute_score_from_stats(statistics[draws.integers(0, count, count)].sum(0)).score
+        metric._compute_score_from_stats(statistics[rng.integers(0, count, count)].sum(0)).score
         for _ in range(NUM_BOOTSTRAP)
     ]
     _, interval = estimate_ci(np.array(resampled, dtype=np.float64))

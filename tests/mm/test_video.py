@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import mm
-from mm.evaluation.baselines import blank, one_frame, shuffled_frames
+from mm.evaluation.baselines import blank_pixels, keep_middle_frame, shuffle_frames
 from mm.generation import decode_step, prefill
 from mm.video_adapter import VideoAdapterConfig
 from video.aggregator import AggregatorConfig, TemporalAggregator, split_into_passes, time_embedding
@@ -266,7 +266,7 @@ def test_wrong_use_is_named(model, tiny_model, sample, make_sample, config):
 
 def test_controls_take_time_away_and_leave_the_rest(sample, make_clip):
     made = sample("i.v..v", (5, 8))
-    alone, mixed = one_frame(made), shuffled_frames(made)
+    alone, mixed = keep_middle_frame(made), shuffle_frames(made)
     for clip, single, shuffled in zip(made.videos, alone.videos, mixed.videos, strict=True):
         middle = len(clip.frames) // 2
         assert single.frames[0] is clip.frames[middle] and single.times.tolist() == [clip.times[middle].item()]
@@ -274,9 +274,9 @@ def test_controls_take_time_away_and_leave_the_rest(sample, make_clip):
         assert torch.equal(shuffled.times, clip.times)
         order = [id(frame) for frame in shuffled.frames]
         assert order != [id(frame) for frame in clip.frames] and set(order) == {id(frame) for frame in clip.frames}
-    again = shuffled_frames(made).videos[0].frames
+    again = shuffle_frames(made).videos[0].frames
     assert [id(frame) for frame in again] == [id(frame) for frame in mixed.videos[0].frames]
     assert alone.images is made.images and alone.tokens is made.tokens
-    grey = blank(made)
+    grey = blank_pixels(made)
     assert all((tiles.pixels == 128).all() for tiles in [*grey.images, *grey.videos[0].frames])
     assert len(grey.videos[1].frames) == 8

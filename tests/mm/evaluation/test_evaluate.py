@@ -1,4 +1,4 @@
-"""Evaluation of the tiny model: answers do not depend on what stands beside them, broken records do no harm."""
+"""Evaluation of a tiny model: answers do not depend on the batch, and broken records are reported."""
 
 import io
 import json
@@ -9,7 +9,7 @@ import torch
 
 import mm
 import mm.evaluation.evaluate
-from mm.evaluation.baselines import blank
+from mm.evaluation.baselines import blank_pixels
 from mm.evaluation.evaluate import evaluate
 from mm.evaluation.likelihood import answer_log_likelihoods
 from shards.format import Record
@@ -31,15 +31,15 @@ def png(random_picture):
 
 @pytest.fixture(scope="module")
 def question(png):
-    def record(number: int, answer: str | None = None, text: str | None = None, **fields) -> Record:
-        name = f"q{number:03d}"
-        asked = text or "what is in the picture? " * (1 + number % 3) + "shape" * (number % 5)
+    def record(index: int, answer: str | None = None, text: str | None = None, **fields) -> Record:
+        name = f"q{index:03d}"
+        asked = text or "what is in the picture? " * (1 + index % 3) + "shape" * (index % 5)
         messages = [
             {"role": "user", "content": [{"type": "image", "image": "png"}, {"type": "text", "text": asked}]},
-            {"role": "assistant", "content": answer or SHAPES[number % len(SHAPES)]},
+            {"role": "assistant", "content": answer or SHAPES[index % len(SHAPES)]},
         ]
         values = {"id": name, "split": "test", "task": "vqa", "language": "en", "messages": messages, **fields}
-        return Record(name, values, {"png": png(number, width=28 * (1 + number % 2))})
+        return Record(name, values, {"png": png(index, width=28 * (1 + index % 2))})
 
     return record
 
@@ -61,7 +61,7 @@ def predictions(report) -> dict[str, str]:
     return {row["id"]: row["prediction"] for row in report.predictions}
 
 
-def test_answers_are_those_given_alone(build_model, tiny_config, records, tiny_processor):
+def test_answers_do_not_depend_on_the_batch(build_model, tiny_config, records, tiny_processor):
     model = build_model(tiny_config, seed=4)
     report = evaluate(model, tiny_processor, records, ["vqa_accuracy"], max_new_tokens=6, batch_size=4)
     for record, row in zip(records, report.predictions, strict=True):
@@ -70,11 +70,11 @@ def test_answers_are_those_given_alone(build_model, tiny_config, records, tiny_p
         assert row["prediction"] == tiny_processor.decode(tokens)
         assert row["reference"] == reference
         assert row["question"] == record.json["messages"][0]["content"][1]["text"].strip()
-    assert len(set(predictions(report).values())) > 5  # the questions do differ to this model
+    assert len(set(predictions(report).values())) > 5  # the model distinguishes the questions
 
 
 @pytest.mark.parametrize("metrics", [("exact_match", "choice"), ("choice",)])
-def test_batch_size_and_order_change_nothing(monkeypatch, ask, records, metrics):
+def test_batch_size_and_order_do_not_change_the_report(monkeypatch, ask, records, metrics):
     many = ask(list(reversed(records)), metrics, batch_size=32)
     monkeypatch.setattr(mm.evaluation.evaluate, "_WINDOW", 2)  # several windows of two batches of two
     one = ask(records, metrics, batch_size=2)
@@ -83,9 +83,9 @@ def test_batch_size_and_order_change_nothing(monkeypatch, ask, records, metrics)
     assert ("prediction" in one.predictions[0]) == ("exact_match" in metrics)
 
 
-def test_own_answers_score_full_marks_and_others_do_not(ask, records, question):
-    said = list(predictions(ask(records)).values())
-    right = [question(number, answer=answer or "?") for number, answer in enumerate(said)]
+def test_the_models_own_answers_score_full_marks(ask, records, question):
+    answers = list(predictions(ask(records)).values())
+    right = [question(index, answer=answer or "?") for index, answer in enumerate(answers)]
     half = right[:4] + records[4:]
     metrics = ("vqa_accuracy", "exact_match", "bleu", "chrf")
     full = ask(right, metrics)
@@ -98,13 +98,14 @@ def test_own_answers_score_full_marks_and_others_do_not(ask, records, question):
     assert [row["scores"]["exact_match"] for row in report.predictions] == [1.0] * 4 + [0.0] * 5
 
 
-def test_answers_of_ten_people_count(ask, records, question):
-    said = list(predictions(ask(records)).values())
-    asked = [question(n, answers=[answer, answer] + [f"other {k}" for k in range(8)]) for n, answer in enumerate(said)]
+def test_the_answers_of_ten_people_are_references(ask, records, question):
+    answers = list(predictions(ask(records)).values())
+    others = [f"other {k}" for k in range(8)]
+    asked = [question(n, answers=[answer, answer, *others]) for n, answer in enumerate(answers)]
     assert ask(asked).scores["vqa_accuracy"].value == pytest.approx(0.6)
 
 
-def test_blanked_model_sees_no_picture(ask, question, png):
+def test_blanked_images_do_not_matter(ask, question, png):
     asked = [question(number, text="what is it?") for number in (0, 2, 4)]
     other = [replace(record, media={"png": png(50 + n)}) for n, record in enumerate(asked)]
     assert predictions(ask(asked)) != predictions(ask(other))
@@ -115,9 +116,9 @@ def test_blanked_model_sees_no_picture(ask, question, png):
     assert "blanked" in str(blanked)
 
 
-def test_blank_keeps_tiles_and_tokens(make_sample):
+def test_blank_pixels_keeps_tiles_and_tokens(make_sample):
     sample = make_sample(".i.i")
-    grey = blank(sample)
+    grey = blank_pixels(sample)
     assert grey.tokens == sample.tokens
     assert [tiles.grid for tiles in grey.images] == [tiles.grid for tiles in sample.images]
     assert all((tiles.pixels == 128).all() for tiles in grey.images)
@@ -134,7 +135,7 @@ def test_limit_draws_the_same_records_for_a_seed(ask, records):
     assert len(ask(records, limit=100).predictions) == len(records)
 
 
-def test_broken_records_are_listed_and_the_rest_is_scored(ask, records, question):
+def test_broken_records_are_listed_and_the_others_scored(ask, records, question):
     broken = replace(records[1], media={"png": b"not a picture"})
     no_answer = replace(records[2], json={**records[2].json, "messages": records[2].json["messages"][:1]})
     malformed = replace(records[3], json={"id": "q003"})
@@ -150,7 +151,7 @@ def test_broken_records_are_listed_and_the_rest_is_scored(ask, records, question
     assert all(row["id"] in str(report) for row in report.failed)
 
 
-def test_not_one_readable_record_is_an_error(ask, records):
+def test_no_readable_record_is_an_error(ask, records):
     with pytest.raises(ValueError, match="none of the 1 records"):
         ask([replace(records[0], media={})])
 
@@ -164,14 +165,14 @@ def test_not_one_readable_record_is_an_error(ask, records):
         (("bleu",), {"limit": 0}, "limit"),
     ],
 )
-def test_options_out_of_range(ask, records, metrics, options, message):
+def test_options_out_of_range_are_errors(ask, records, metrics, options, message):
     with pytest.raises(ValueError, match=message):
         ask(records, metrics, **options)
     with pytest.raises(ValueError, match="no records"):
         ask([])
 
 
-def test_shard_set_with_a_damaged_record(ask, records, tmp_path):
+def test_a_shard_with_a_damaged_record(ask, records, tmp_path):
     write_shards(records, tmp_path / "set")
     whole = ask(ShardSet(tmp_path / "set"))
     assert predictions(whole) == predictions(ask(records))
@@ -184,7 +185,7 @@ def test_shard_set_with_a_damaged_record(ask, records, tmp_path):
 
 
 @pytest.mark.parametrize("caption_prompt", ["Describe the picture.", None])
-def test_captions(tokenizer, tiny_config, tiny_model, png, caption_prompt):
+def test_captions_and_choices_among_them(tokenizer, tiny_config, tiny_model, png, caption_prompt):
     processor = mm.Processor(tokenizer, tiny_config, caption_prompt=caption_prompt)
     fields = {"split": "test", "task": "caption", "language": "en"}
     captioned = [
@@ -205,7 +206,7 @@ def full_forward_log_likelihood(model, prompt: mm.Sample, whole: mm.Sample) -> f
     return sum(float(scores[i - 1, whole.tokens[i]]) for i in positions)
 
 
-def test_choice_takes_the_likeliest_whole_answer(ask, tiny_model, tiny_processor, question):
+def test_choice_takes_the_most_probable_answer(ask, tiny_model, tiny_processor, question):
     choices = [*"abcdefghijklmnopqrstuvwxyz", "ab", "xyz"]
     records = [question(number, answer=choices[3 * number], choices=choices) for number in range(9)]
     report = ask(records, ("choice",))
@@ -223,25 +224,25 @@ def test_choice_takes_the_likeliest_whole_answer(ask, tiny_model, tiny_processor
     assert len({row["choice"] for row in report.predictions}) > 1
 
 
-def test_records_bring_their_own_choices(ask, question):
+def test_a_record_may_have_its_own_choices(ask, question):
     asked = [question(0, answer="maybe", choices=["maybe"]), question(1), question(2)]
     report = ask(asked, ("choice",))
     assert report.predictions[0]["choice"] == "maybe"
     assert {row["choice"] for row in report.predictions[1:]} <= {SHAPES[1], SHAPES[2]}
 
 
-def test_choice_among_too_many_answers_is_refused(ask, question):
+def test_too_many_choices_are_an_error(ask, question):
     with pytest.raises(ValueError, match="201 different answers"):
         ask([question(number, answer=f"answer {number}") for number in range(201)], ("choice",))
 
 
-def test_log_likelihoods_of_different_answers_side_by_side(tiny_model, make_sample):
+def test_log_likelihoods_equal_those_of_a_full_pass(tiny_model, make_sample):
     samples = [make_sample(".i..", 1), make_sample("......", 2), make_sample(".ii.i....", 3)]
     answers = [[[5, 6, 7], [8]], [[9]], [[8, 9], [10, 11, 12, 13], [5]]]
     found = answer_log_likelihoods(tiny_model, samples, answers)
     assert [len(row) for row in found] == [2, 1, 3]
-    for sample, given, values in zip(samples, answers, found, strict=True):
-        for answer, value in zip(given, values, strict=True):
+    for sample, candidates, values in zip(samples, answers, found, strict=True):
+        for answer, value in zip(candidates, values, strict=True):
             tokens = sample.tokens + answer
             labels = [-100] * len(sample.tokens) + answer
             with torch.inference_mode():
@@ -249,14 +250,14 @@ def test_log_likelihoods_of_different_answers_side_by_side(tiny_model, make_samp
             assert value == pytest.approx(expected, abs=1e-4)
 
 
-def test_log_likelihoods_refuse_what_has_none(tiny_model, make_sample):
+def test_log_likelihoods_of_impossible_answers_are_errors(tiny_model, make_sample):
     with pytest.raises(ValueError, match="no tokens"):
         answer_log_likelihoods(tiny_model, [make_sample("..")], [[[]]])
     with pytest.raises(ValueError, match="context"):
         answer_log_likelihoods(tiny_model, [make_sample("." * 158)], [[[3, 4, 5]]])
 
 
-def test_report_is_written_whole(ask, records, tmp_path):
+def test_a_report_is_written_completely(ask, records, tmp_path):
     report = ask([replace(records[0], media={}), *records[1:]], ("exact_match",))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "scores.json").write_text("old")

@@ -1,4 +1,4 @@
-"""Scores against their definitions, and the VQA normalisation against cases worked out by hand from its rules."""
+"""Metrics, compared with their definitions, and the VQA normalisation with cases derived from its rules by hand."""
 
 import math
 
@@ -60,42 +60,42 @@ def test_normalisation_follows_the_official_rules(answer, normalised):
 
 
 @pytest.mark.parametrize(("agree", "expected"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
-def test_ten_people_give_the_known_steps(agree, expected):
+def test_vqa_accuracy_of_ten_people_has_the_known_steps(agree, expected):
     people = ["red"] * agree + [f"other {n}" for n in range(10 - agree)]
     assert vqa_accuracy("The red.", people) == pytest.approx(expected)
 
 
-def test_one_reference_is_exact_match_after_normalisation():
+def test_vqa_accuracy_of_one_reference_is_exact_match_after_normalisation():
     assert vqa_accuracy("Two", ["2"]) == 1.0
     assert vqa_accuracy("two dogs", ["2"]) == 0.0
     assert vqa_accuracy("b", ["a b", "c"]) == 1.0
 
 
-def test_exact_match_forgives_only_outer_space():
+def test_exact_match_ignores_only_outer_white_space():
     assert exact_match(" yes\n", ["no", "yes"]) == 1.0
     assert exact_match("Yes", ["yes"]) == 0.0
     assert exact_match("yes.", ["yes"]) == 0.0
 
 
 @pytest.mark.parametrize("num_samples", [4, 100])
-def test_average_has_the_stated_interval(num_samples):
+def test_the_interval_of_an_average(num_samples):
     score = average("vqa_accuracy", [1.0, 1.0, 1.0, 0.0] * (num_samples // 4))
     assert score.value == 0.75
     assert score.interval == pytest.approx(1.96 * math.sqrt(0.75 * 0.25 / num_samples))
     assert score.num_samples == num_samples
 
 
-def test_perfect_average_has_no_interval():
+def test_a_perfect_average_has_an_interval_of_zero():
     assert average("exact_match", [1.0] * 9).interval == 0.0
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(bleu, sacrebleu.BLEU()), (chrf, sacrebleu.CHRF())])
-def test_corpus_scores_are_sacrebleus(ours, theirs):
-    said = ["the cat sat on a mat", "a red circle", "two dogs run in the park"] * 5
+def test_corpus_scores_equal_sacrebleus(ours, theirs):
+    predictions = ["the cat sat on a mat", "a red circle", "two dogs run in the park"] * 5
     first = ["the cat sat on the mat", "a red circle", "two dogs ran in a park"] * 5
     second = ["a cat sat on a mat", "one red circle", "dogs run in the park"] * 5
-    score = ours(said, [[a, b] for a, b in zip(first, second, strict=True)])
-    expected = theirs.corpus_score(said, [first, second], n_bootstrap=1000)
+    score = ours(predictions, [[a, b] for a, b in zip(first, second, strict=True)])
+    expected = theirs.corpus_score(predictions, [first, second], n_bootstrap=1000)
     assert score.value == pytest.approx(expected.score)
     assert score.interval == pytest.approx(expected._ci, rel=1e-3)  # sacrebleu resamples in float32
     assert score.interval > 0
@@ -103,53 +103,54 @@ def test_corpus_scores_are_sacrebleus(ours, theirs):
 
 
 @pytest.mark.parametrize("metric", [bleu, chrf])
-def test_corpus_scores_of_nonsense_are_zero(metric):
+def test_corpus_scores_of_wrong_answers_are_near_zero(metric):
     score = metric(["xyz", "", "a b"], [["q"], ["w e"], ["a c"]])
     assert 0 <= score.value < 30
     assert metric(["", ""], [["a b c"], ["d e f"]]).value == 0
 
 
-def test_number_of_references_may_differ():
-    some, one = bleu(["a b c d", "a b c d"], [["a b c d", "x"], ["a b c e"]]), bleu(["a b c d"], [["a b c d"]])
-    assert some.value < one.value == pytest.approx(100)
+def test_the_number_of_references_may_differ():
+    several, one = bleu(["a b c d", "a b c d"], [["a b c d", "x"], ["a b c e"]]), bleu(["a b c d"], [["a b c d"]])
+    assert several.value < one.value == pytest.approx(100)
 
 
-def test_score_prints_percent_and_size():
+def test_a_score_prints_percent_and_number_of_samples():
     assert str(average("vqa_accuracy", [1.0] * 900 + [0.0] * 100)) == "vqa_accuracy 90.0% ± 1.9 (1,000 samples)"
 
 
-def test_error_rates_are_those_of_all_words_together():
-    said = ["the cat sat", "Hello, World!", "", "a b c d e f"]
-    wanted = [["the cat sat down"], ["hello world"], ["two words"], ["a x"]]
-    words = error_rate("wer", said, wanted, ["de"] * 4)
+def test_error_rates_count_all_words_of_the_corpus():
+    predictions = ["the cat sat", "Hello, World!", "", "a b c d e f"]
+    references = [["the cat sat down"], ["hello world"], ["two words"], ["a x"]]
+    words = error_rate("wer", predictions, references, ["de"] * 4)
     assert words.value == pytest.approx((1 + 0 + 2 + 5) / (4 + 2 + 2 + 2))
     assert words.num_samples == 4 and words.scale == 100
     characters = error_rate("cer", ["abd", ""], [["abcd"], ["ef"]], ["de", "de"])
     assert characters.value == pytest.approx((1 + 2) / 6)
-    assert error_rate("wer", ["one"], [["one", "two"]], ["de"]).value == 0  # the nearest of several references
-    assert error_rate("wer", ["noise", "one"], [[""], ["one"]], ["de"] * 2).value == 1  # invented where nothing is said
+    assert error_rate("wer", ["one"], [["one", "two"]], ["de"]).value == 0  # the closest of several references
+    insertions = error_rate("wer", ["noise", "one"], [[""], ["one"]], ["de"] * 2)  # with an empty reference
+    assert insertions.value == 1
 
 
-def test_error_rates_compare_what_whispers_evaluation_compares():
-    said, wanted = ["It's colour, Mr. Smith: twenty"], [["it is color mister smith 20"]]
-    assert error_rate("wer", said, wanted, ["en"]).value == 0
-    assert error_rate("wer", said, wanted, ["fr"]).value > 0.5
+def test_error_rates_normalise_like_whispers_evaluation():
+    predictions, references = ["It's colour, Mr. Smith: twenty"], [["it is color mister smith 20"]]
+    assert error_rate("wer", predictions, references, ["en"]).value == 0
+    assert error_rate("wer", predictions, references, ["fr"]).value > 0.5
     assert error_rate("wer", ["Привет, МИР"], [["привет мир!"]], ["ru"]).value == 0
 
 
-def test_the_interval_of_an_error_rate_is_that_of_its_records():
-    """Half of 400 records wholly wrong: by the binomial formula 1.96 * sqrt(0.25 / 400) = 4.9%."""
-    said = ["right" if number % 2 else "wrong" for number in range(400)]
-    score = error_rate("wer", said, [["right"]] * 400, ["de"] * 400)
+def test_the_interval_of_an_error_rate_is_over_records():
+    """Half of 400 records are wrong: by the binomial formula 1.96 * sqrt(0.25 / 400) = 4.9%."""
+    predictions = ["right" if index % 2 else "wrong" for index in range(400)]
+    score = error_rate("wer", predictions, [["right"]] * 400, ["de"] * 400)
     assert score.value == 0.5 and score.interval == pytest.approx(0.049, abs=0.005)
-    with pytest.raises(ValueError, match="no reference holds a word"):
+    with pytest.raises(ValueError, match="no reference has a word"):
         error_rate("wer", ["a"], [["..."]], ["de"])
 
 
-def test_a_ratios_interval_is_that_of_normal_theory_for_many_parts():
-    draws = np.random.default_rng(0)
-    tops, bottoms = draws.normal(3, 1, 400), draws.uniform(1, 2, 400)
-    ratio = tops.sum() / bottoms.sum()
-    wanted = 1.96 * np.std(tops - ratio * bottoms) / (bottoms.mean() * 20)  # the delta method
-    assert ratio_interval(tops, bottoms) == pytest.approx(wanted, rel=0.1)
-    assert ratio_interval(2 * bottoms, bottoms) == pytest.approx(0, abs=1e-9)
+def test_the_interval_of_a_ratio_approaches_normal_theory():
+    rng = np.random.default_rng(0)
+    numerators, denominators = rng.normal(3, 1, 400), rng.uniform(1, 2, 400)
+    ratio = numerators.sum() / denominators.sum()
+    expected = 1.96 * np.std(numerators - ratio * denominators) / (denominators.mean() * 20)  # the delta method
+    assert ratio_interval(numerators, denominators) == pytest.approx(expected, rel=0.1)
+    assert ratio_interval(2 * denominators, denominators) == pytest.approx(0, abs=1e-9)

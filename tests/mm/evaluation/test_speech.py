@@ -44,7 +44,7 @@ def answers_with_the_length(speech_model, monkeypatch) -> None:
     def generate(_, samples, __):
         return [speech_model[1].tokenizer(f"{len(sample.speech[0])} frames").input_ids for sample in samples]
 
-    monkeypatch.setattr("mm.generation.generate_tokens", generate)
+    monkeypatch.setattr("mm.transcription.generate_tokens", generate)
 
 
 def test_error_rates_and_real_time_factor(speech_model, records, answers_with_the_length):
@@ -73,7 +73,7 @@ def test_replaced_speech_gives_the_answers_to_other_sounds(speech_model, records
 
 def test_only_transcripts_have_the_limit_of_their_sound(speech_model, records, monkeypatch):
     transcript_limits, other_limits = [], []
-    for module, limits in (("mm.generation", transcript_limits), ("mm.evaluation.evaluate", other_limits)):
+    for module, limits in (("mm.transcription", transcript_limits), ("mm.evaluation.evaluate", other_limits)):
         monkeypatch.setattr(
             f"{module}.generate_tokens",
             lambda _, samples, limit, limits=limits: limits.append(limit) or [[]] * len(samples),
