@@ -28,13 +28,13 @@ def test_the_contrastive_loss_is_the_formula(contrastive, pairs):
         loss = objective.loss(contrastive, batch) / objective.count(batch)
         images, texts = contrastive(batch)
     logits = torch.tensor(2.0).exp() * images @ texts.T
-    own = torch.arange(4)
-    assert torch.allclose(loss, (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2, rtol=1e-5)
+    targets = torch.arange(4)
+    assert torch.allclose(loss, (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2, rtol=1e-5)
     assert torch.allclose(images.norm(dim=-1), torch.ones(4)) and torch.allclose(texts.norm(dim=-1), torch.ones(4))
 
 
-def test_siglip_is_the_formula(contrastive_model, pairs):
-    """Each picture and text apart: do they belong together? Zhai et al. 2023, algorithm 1."""
+def test_the_siglip_loss_is_the_formula(contrastive_model, pairs):
+    """A sigmoid for each image and text (Zhai et al. 2023, algorithm 1)."""
     objective, module = ContrastiveObjective(), contrastive_model("siglip").eval()
     assert module.logit_scale.exp().item() == pytest.approx(10) and module.logit_bias.item() == -10
     batch = objective.collate(pairs)
@@ -47,34 +47,34 @@ def test_siglip_is_the_formula(contrastive_model, pairs):
     assert objective.observe(module).keys() == {"logit_scale", "logit_bias"}
 
 
-def test_an_idle_pair_is_compared_with_nothing(contrastive, pairs):
-    """It runs through both towers and changes neither the loss nor any gradient."""
+def test_a_dummy_pair_takes_no_part_in_the_loss(contrastive, pairs):
+    """It runs through both towers, and changes neither the loss nor a gradient."""
     objective = ContrastiveObjective()
-    found = []
+    results = []
     for samples in (pairs, [*pairs, objective.dummy_sample(contrastive)]):
         contrastive.zero_grad()
         batch = objective.collate(samples)
         loss = objective.loss(contrastive, batch)
         loss.backward()
-        found.append((objective.count(batch), loss, {n: p.grad.clone() for n, p in contrastive.named_parameters()}))
-    (count, loss, gradients), (other_count, other_loss, others) = found
+        results.append((objective.count(batch), loss, {n: p.grad.clone() for n, p in contrastive.named_parameters()}))
+    (count, loss, gradients), (other_count, other_loss, others) = results
     assert count == other_count == 4 and torch.allclose(loss, other_loss, rtol=1e-6)
     for name, gradient in gradients.items():
         torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-6, msg=name)  # fp32 sums of other shapes
 
 
-def test_the_scale_of_the_logits_is_bounded(contrastive, pairs):
+def test_the_logit_scale_is_at_most_100(contrastive, pairs):
     objective = ContrastiveObjective()
     batch = objective.collate(pairs)
     losses = []
-    for scale in (5.0, 9.0):  # e^5 and e^9 are both above 100
+    for scale in (5.0, 9.0):  # exp(5) and exp(9) are above 100
         with torch.no_grad():
             contrastive.logit_scale.fill_(scale)
             losses.append(float(objective.loss(contrastive, batch)))
     assert losses[0] == losses[1]
 
 
-def test_a_picture_is_the_mean_of_its_own_tokens(contrastive, pairs):
+def test_an_images_embedding_is_that_of_the_mean_of_its_tokens(contrastive, pairs):
     batch = ContrastiveObjective().collate(pairs)
     with torch.no_grad():
         together, _ = contrastive(batch)
@@ -85,8 +85,8 @@ def test_a_picture_is_the_mean_of_its_own_tokens(contrastive, pairs):
     assert torch.allclose(together, torch.stack(alone), atol=1e-5)  # fp32 sums in other batch shapes
 
 
-def test_every_tensor_of_both_towers_learns(contrastive, pairs):
-    """From a fresh start: what waits behind a gate at 0 gets its turn, and no two tensors hold each other at 0."""
+def test_every_tensor_of_both_towers_trains(contrastive, pairs):
+    """From the initial weights: tensors behind a gate at 0 too, and no two tensors keep each other at 0."""
     before = {name: parameter.detach().clone() for name, parameter in contrastive.named_parameters()}
     optimizer = torch.optim.Adam(contrastive.parameters(), lr=1e-3)
     objective = ContrastiveObjective()
@@ -94,19 +94,19 @@ def test_every_tensor_of_both_towers_learns(contrastive, pairs):
         optimizer.zero_grad()
         objective.loss(contrastive, objective.collate(pairs)).backward()
         optimizer.step()
-    still = {name for name, parameter in contrastive.named_parameters() if torch.equal(parameter, before[name])}
-    assert still == set()
+    unchanged = {name for name, parameter in contrastive.named_parameters() if torch.equal(parameter, before[name])}
+    assert unchanged == set()
 
 
-def test_fresh_weights_depend_on_the_seed_alone(tiny_config):
-    def fresh(before: int, seed: int) -> VisionEncoder:
-        torch.manual_seed(before)
+def test_initial_weights_depend_on_the_seed_alone(tiny_config):
+    def initialised(global_seed: int, seed: int) -> VisionEncoder:
+        torch.manual_seed(global_seed)
         encoder = VisionEncoder(tiny_config.vision_encoder)
         initialise_encoder(encoder, seed)
         return encoder
 
-    one, same, other = fresh(1, 5), fresh(2, 5), fresh(1, 6)
+    first, same, other = initialised(1, 5), initialised(2, 5), initialised(1, 6)
     name = "layers.1.mlp.fc1.weight"
-    assert torch.equal(one.get_parameter(name), same.get_parameter(name))
-    assert not torch.equal(one.get_parameter(name), other.get_parameter(name))
-    assert all(p.isfinite().all() for p in one.parameters())
+    assert torch.equal(first.get_parameter(name), same.get_parameter(name))
+    assert not torch.equal(first.get_parameter(name), other.get_parameter(name))
+    assert all(p.isfinite().all() for p in first.parameters())

@@ -12,7 +12,7 @@ from mm.batch import IGNORED
 from mm.training.objectives import NextTokenObjective, check_loss_weights, next_token_loss
 
 
-def test_targets_are_the_next_tokens_and_only_those_with_a_label(tiny_model, samples):
+def test_the_loss_is_over_the_next_tokens_that_have_a_label(tiny_model, samples):
     objective = NextTokenObjective()
     batch = objective.collate(samples)
     with torch.no_grad():
@@ -41,7 +41,7 @@ def test_a_dummy_sample_causes_gradients_of_zero_only(tiny_model):
     batch = objective.collate([objective.dummy_sample(model)])
     loss = objective.loss(model, batch)
     loss.backward()
-    assert float(loss) == 0 and objective.count(batch) == 0
+    assert loss.item() == 0 and objective.count(batch) == 0
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     assert gradients and not any(gradient.any() for gradient in gradients)
 

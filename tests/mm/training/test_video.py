@@ -1,4 +1,4 @@
-"""The auxiliary loss of clips: what counts as an answer, and that it asks for the answer's own embeddings."""
+"""The matching loss of clips: the formula, which rows count, and how it is added to the next-token loss."""
 
 import math
 from dataclasses import replace
@@ -29,7 +29,7 @@ def model(beside_tiny_model, tiny_config) -> mm.MultimodalModel:
 
 @pytest.fixture(scope="module")
 def row(model, random_tiles):
-    """row(answer, clips=1, frames=3) -> a sample with so many clips, whose last tokens are the answer."""
+    """row(answer, clips=1, frames=3) -> a sample with clips, whose last tokens are the answer."""
 
     def make(answer: list[int], clips: int = 1, frames: int = 3) -> mm.Sample:
         tokens = [5, *[model.config.video_token_id] * clips, 6, *answer]
@@ -45,48 +45,61 @@ def embedding(model, *tokens):
     return model.embed(torch.tensor([tokens]))[0].mean(0)
 
 
-def test_it_is_the_likelihood_of_the_own_answer_among_those_of_the_batch(model, row):
+def test_the_loss_is_the_cross_entropy_of_the_own_answer_among_the_batchs(model, row):
     stop = model.config.language_model.stop_tokens[0]
     batch = mm.collate([row([10, stop]), row([20, 21, stop], frames=2), row([10, stop])])
     sizes = model.clip_sizes(batch.videos)
-    assert sizes == [2 * sizes[1], sizes[1], 2 * sizes[1]]  # two effective frames, one, two
-    watched = torch.randn(sum(sizes), 64, generator=torch.Generator().manual_seed(0))
-    loss, right, compared = matching_loss(model, batch, watched)
+    assert sizes == [2 * sizes[1], sizes[1], 2 * sizes[1]]  # of two, one and two merged frames
+    vision_tokens = torch.randn(sum(sizes), 64, generator=torch.Generator().manual_seed(0))
+    loss, num_matched, num_clips = matching_loss(model, batch, vision_tokens)
     answers = torch.stack([embedding(model, 10), embedding(model, 20, 21)])
-    expected, nearest = 0.0, 0
-    for clip, own in zip(watched.split(sizes), (0, 1, 0), strict=True):
+    expected, expected_matched = 0.0, 0
+    for clip, answer in zip(vision_tokens.split(sizes), (0, 1, 0), strict=True):
         logits = SCALE * torch.cosine_similarity(clip.mean(0)[None], answers)
-        expected -= F.log_softmax(logits, 0)[own]
-        nearest += int(logits.argmax() == own)
+        expected -= F.log_softmax(logits, 0)[answer]
+        expected_matched += int(logits.argmax() == answer)
     torch.testing.assert_close(loss, expected)
-    assert (right, compared) == (nearest, 3)
+    assert (num_matched, num_clips) == (expected_matched, 3)
 
 
-def test_clips_that_lie_at_their_answers_have_next_to_no_loss(model, row):
+def test_clips_with_their_answers_embeddings_have_next_to_no_loss(model, row):
     batch = mm.collate([row([10]), row([20])])
     size = model.clip_sizes(batch.videos)[0]
-    watched = torch.cat([embedding(model, token).expand(size, -1) for token in (10, 20)])
-    loss, right, _ = matching_loss(model, batch, watched)
-    assert right == 2 and loss < 0.01
-    assert matching_loss(model, batch, watched.flip(0))[0] > 2 * math.log(2)
+    vision_tokens = torch.cat([embedding(model, token).expand(size, -1) for token in (10, 20)])
+    loss, num_matched, _ = matching_loss(model, batch, vision_tokens)
+    assert num_matched == 2 and loss < 0.01
+    assert matching_loss(model, batch, vision_tokens.flip(0))[0] > 2 * math.log(2)
 
 
-def test_rows_without_a_clip_or_with_several_have_no_part(model, row):
+def test_rows_without_a_clip_or_with_several_are_left_out(model, row):
     batch = mm.collate([row([10], clips=2), row([20], clips=0), row([30])])
     assert matching_loss(model, batch, model.encode_videos(batch.videos))[2] == 1
-    lonely = mm.collate([row([10], clips=2), row([20], clips=0)])
-    loss, _, compared = matching_loss(model, lonely, model.encode_videos(lonely.videos))
-    assert (loss.item(), compared) == (0, 0)
+
+
+def test_a_batch_without_rows_to_match_has_no_loss(model, row):
+    batch = mm.collate([row([10], clips=2), row([20], clips=0)])
+    loss, _, num_clips = matching_loss(model, batch, model.encode_videos(batch.videos))
+    assert (loss.item(), num_clips) == (0, 0)
     assert float(VideoObjective(1.0, 0.0).loss(model, mm.collate([row([20], clips=0)]))) == 0
 
 
-def test_both_losses_are_summed_and_what_was_matched_is_told_once(model, row):
+def test_both_losses_are_weighted_and_summed(model, row):
     batch = mm.collate([row([10, 11]), row([20, 21])])
-    both = VideoObjective(0.5, 2.0)
     with torch.no_grad():
-        loss = both.loss(model, batch)
+        loss = VideoObjective(0.5, 2.0).loss(model, batch)
         next_tokens = NextTokenObjective().loss(model, batch)
         matching = VideoObjective(1.0, 0.0).loss(model, batch)
     torch.testing.assert_close(loss, 0.5 * matching + 2 * next_tokens)
-    assert 0 <= both.observe(model)["match_accuracy"] <= 1
-    assert "match_accuracy" not in both.observe(model)
+
+
+def test_match_accuracy_is_over_all_clips_since_the_last_report(model, row):
+    objective = VideoObjective(1.0, 0.0)
+    rows = [row([10]), row([20, 21]), row([30])]
+    num_matched = 0
+    with torch.no_grad():
+        for samples in (rows[:2], rows):
+            batch = mm.collate(samples)
+            objective.loss(model, batch)
+            num_matched += matching_loss(model, batch, model.encode_videos(batch.videos))[1]
+    assert objective.observe(model)["match_accuracy"] == num_matched / 5
+    assert "match_accuracy" not in objective.observe(model)
