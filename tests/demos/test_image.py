@@ -1,4 +1,4 @@
-"""The demo from end to end, on small stand-ins for its sets and models."""
+"""The image demo from end to end, on small stand-ins for its sets and models."""
 
 import json
 import re
@@ -6,15 +6,16 @@ from html.parser import HTMLParser
 
 import pytest
 
+import configs
 import demos.image
 import mm
-from demos.page import Example, write_page
+from demos.image_page import Example, write_image_page
 from mm.evaluation.evaluate import EvaluationReport
 from mm.evaluation.metrics import Score
 
 
 class Page(HTMLParser):
-    """What a page refers to, its pictures, its tags that stay open and its text."""
+    """A page's references, number of pictures, and texts; refuses elements that run or load something."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -31,11 +32,13 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
-def test_from_assets_to_a_page(home, capfd):
-    demos.image.main(["--questions", "20"])
-    shown = capfd.readouterr().err
-    assert "data/demo/easy_vqa: 516 samples, 0 left out" in shown and "open runs/demo/index.html" in shown
+def test_demo_from_assets_to_a_page(home, capfd):
+    demos.image.main(["--questions", "20", "--device", "cpu"])
+    out, err = capfd.readouterr()
+    assert err.startswith("device: cpu\n") and "data/demo/easy_vqa: 516 samples, 0 left out" in err
+    assert out.endswith("open runs/demo/index.html\n") and "vqa_accuracy" in out
     assert (home / "data" / "demo" / "openmoji" / "LICENSE").read_text() == "licence of openmoji"
+    assert (home / "runs" / "data" / "demo" / "openmoji" / "report.html").is_file()
 
     text = (home / "runs" / "demo" / "index.html").read_text(encoding="utf-8")
     page = Page(text)
@@ -49,7 +52,7 @@ def test_from_assets_to_a_page(home, capfd):
         rows = (home / "runs" / "demo" / "evaluation" / name / "predictions.jsonl").read_text().splitlines()
         assert rows, name
         if not name.endswith("_blank"):
-            page.pictures -= min(len(rows), demos.image.PICTURES_SHOWN)
+            page.pictures -= min(len(rows), demos.image.NUM_EXAMPLES)
     assert page.pictures == 0
     assert any("A stamp of & number" in words for words in page.words)
     assert any("what color is it?" in words for words in page.words)
@@ -61,8 +64,8 @@ def test_from_assets_to_a_page(home, capfd):
     assert isinstance(mm.generate(model, processor, [{"role": "user", "content": content}], 3), str)
 
 
-def test_what_is_done_is_not_done_again(home, monkeypatch, capfd):
-    """Interrupted between the stages, then finished: each stage ran once, and a third time only the page is made."""
+def test_finished_parts_are_not_repeated(home, monkeypatch, capfd):
+    """Interrupted between the stages, then finished: each stage runs once, and a third run only makes the page."""
     adapter = demos.image.stages.train_image_adapter.main
     monkeypatch.setattr(demos.image.stages.train_image_adapter, "main", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -81,51 +84,66 @@ def test_what_is_done_is_not_done_again(home, monkeypatch, capfd):
     assert "step" not in capfd.readouterr().err
 
 
-def test_the_number_of_steps(home):
-    demos.image.main(["--questions", "4", "--steps", "6", "--encoder_steps", "5"])
+def test_steps_of_both_stages_and_quiet_logging(home, capfd):
+    demos.image.main(["--questions", "4", "--steps", "6", "--encoder-steps", "5", "--quiet"])
     for run, number in (("demo-6-after-5", 6), ("demo-encoder-5", 5)):
         rows = (home / "runs" / run / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(row)["step"] for row in rows] == list(range(1, number + 1))
     assert not (home / "runs" / "demo-encoder").exists()
+    assert not re.search("device:|samples, .* left out|trained for", capfd.readouterr().err)
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--steps", "0"], "steps is 0"),
-        (["--encoder_steps", "0"], "encoder_steps is 0"),
+        (["--encoder-steps", "0"], "encoder-steps is 0"),
         (["--steps", "few"], "steps"),
         (["--questions", "0"], "questions is 0"),
         (["--speed", "9"], "--speed"),
+        (["--device", "tpu9"], "tpu9"),
     ],
 )
-def test_mistakes_are_said_before_minutes_of_work(home, capsys, options, said):
+def test_wrong_options_are_refused_before_any_work(home, capsys, options, message):
     with pytest.raises(SystemExit) as ended:
-        demos.image.main(options)
-    shown = capsys.readouterr().err
-    assert ended.value.code == 1 and said in shown and shown.count("\n") == 1
+        demos.image.main(["--quiet", *options])
+    err = capsys.readouterr().err
+    assert ended.value.code == 1 and message in err and err.count("\n") == 1
     assert not (home / "data").exists() and not (home / "runs").exists()
 
 
-def test_programs_that_are_missing_are_named_first(home, monkeypatch, capsys):
+def test_debug_shows_the_traceback_of_a_wrong_option(home):
+    with pytest.raises(ValueError, match="steps is 0"):
+        demos.image.main(["--steps", "0", "--debug"])
+
+
+def test_missing_programs_are_named_before_any_work(home, monkeypatch, capsys):
     monkeypatch.setattr(demos.image, "missing_programs", lambda: ["npm (apt-get install npm)"])
     monkeypatch.setattr(demos.image, "fetch", lambda _: pytest.fail("nothing is fetched before"))
     with pytest.raises(SystemExit) as ended:
-        demos.image.main([])
+        demos.image.main(["--quiet"])
     assert ended.value.code == 1 and capsys.readouterr().err == "demo: the demo needs npm (apt-get install npm)\n"
     assert not (home / "data").exists() and not (home / "runs").exists()
 
 
-def test_what_a_model_says_cannot_break_the_page(tmp_path, random_picture):
+@pytest.mark.parametrize("module", ["image", "video", "speech"])
+def test_configurations_are_found_from_any_folder(module, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    constants = vars(__import__(f"demos.{module}", fromlist=["demos"]))
+    names = [value for name, value in constants.items() if name.endswith("CONFIG") and isinstance(value, str)]
+    assert names and all(configs.path(name).is_file() for name in names)
+
+
+def test_texts_are_escaped_on_the_page(tmp_path, random_picture):
     report = EvaluationReport({"vqa_accuracy": Score("vqa_accuracy", 0.5, 0.1, 4)}, [], [])
     picture = tmp_path / "picture.webp"
     random_picture().save(picture)
-    said = "<script>alert(1)</script> 'quoted' & \"so on\""
-    example = Example(picture.read_bytes(), f"{said}?", said + ".", said, "")
+    text = "<script>alert(1)</script> 'quoted' & \"so on\""
+    example = Example(picture.read_bytes(), f"{text}?", text + ".", text, "")
     (tmp_path / "metrics.jsonl").write_text('{"step": 10, "loss": 2.0}\n')
     reports = {"answers": report, "answers_blank": report}
-    write_page(tmp_path / "index.html", reports, {"answers": [example]}, tmp_path / "metrics.jsonl")
+    write_image_page(tmp_path / "index.html", reports, {"answers": [example]}, tmp_path / "metrics.jsonl")
     page = Page((tmp_path / "index.html").read_text(encoding="utf-8"))
     assert page.references[0].startswith("data:image/webp;base64,") and page.pictures == 1
-    assert {said, f"{said}?", f"expected: {said}.", "blind: (nothing)"} <= set(page.words)
-    assert not list(tmp_path.glob("*.new"))
+    assert {text, f"{text}?", f"expected: {text}.", "blind: (nothing)"} <= set(page.words)
+    assert {path.name for path in tmp_path.iterdir()} == {"index.html", "metrics.jsonl", "picture.webp"}

@@ -10,10 +10,11 @@ import pytest
 import yaml
 from PIL import Image
 
+import configs
 import demos.speech
 import mm
 from data_prep.synthetic.spoken_words import Espeak, write_spoken_words
-from demos.speech_page import SpeechExample, codes_picture, mel_picture, write_page
+from demos.speech_page import SpeechExample, codes_picture, mel_picture, write_speech_page
 from mm.evaluation.evaluate import EvaluationReport
 from mm.evaluation.metrics import Score
 from tests.demos.test_image import Page
@@ -36,20 +37,21 @@ def home(tmp_path, monkeypatch, language_model_folder) -> Path:
     monkeypatch.setattr(demos.speech, "Flite", lambda folder: Espeak("en-us+f3"))
     monkeypatch.setattr(demos.speech, "NUM_SENTENCES", 80)
     monkeypatch.setattr(demos.speech, "NUM_SILENCES", 40)
+    monkeypatch.setattr(configs, "ROOT", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_from_voices_to_a_page_and_what_is_done_is_not_done_again(home, monkeypatch, capfd):
+def test_demo_from_voices_to_a_page_and_finished_parts_are_not_repeated(home, monkeypatch, capfd):
     demos.speech.main(["--limit", "6"])
-    shown = capfd.readouterr().err
-    assert "data/demo_speech/words: 200 recordings" in shown and "open runs/demo-speech/index.html" in shown
+    out, err = capfd.readouterr()
+    assert "data/demo_speech/words: 200 recordings" in err and out.endswith("open runs/demo-speech/index.html\n")
     text = (home / "runs" / "demo-speech" / "index.html").read_text(encoding="utf-8")
     page = Page(text)
     assert {reference[:22] for reference in page.references} == {"data:image/png;base64,", "data:audio/flac;base64"}
     assert text.count("<audio") == 6 and page.pictures == 6 + 2 * 4  # of four the masks and the codes as well
     assert not re.search(r"https?:|url\(|@import", text)
-    for name in ("heard", "replaced"):
+    for name in ("original", "replaced"):
         scores = json.loads((home / "runs" / "demo-speech" / "evaluation" / name / "scores.json").read_text())["scores"]
         wer = scores["wer"]
         assert wer["num_samples"] == 6
@@ -65,31 +67,31 @@ def test_from_voices_to_a_page_and_what_is_done_is_not_done_again(home, monkeypa
     assert (home / "runs" / "demo-speech" / "config.yaml").stat().st_mtime_ns == run
 
 
-@pytest.mark.parametrize(("options", "said"), [(["--limit", "0"], "limit is 0"), (["--speed", "9"], "--speed")])
-def test_mistakes_are_said_before_minutes_of_work(home, capsys, options, said):
+@pytest.mark.parametrize(("options", "message"), [(["--limit", "0"], "limit is 0"), (["--speed", "9"], "--speed")])
+def test_wrong_options_are_refused_before_any_work(home, capsys, options, message):
     with pytest.raises(SystemExit) as ended:
-        demos.speech.main(options)
-    shown = capsys.readouterr().err
-    assert ended.value.code == 1 and said in shown and shown.count("\n") == 1
+        demos.speech.main(["--quiet", *options])
+    err = capsys.readouterr().err
+    assert ended.value.code == 1 and message in err and err.count("\n") == 1
     assert not (home / "data").exists() and not (home / "runs").exists()
 
 
-def test_what_a_model_says_cannot_break_the_page(tmp_path):
+def test_texts_are_escaped_on_the_page(tmp_path):
     report = EvaluationReport({"wer": Score("wer", 0.5, 0.1, 4)}, [], [])
-    said = "<script>alert(1)</script> 'quoted' & \"so on\""
+    text = "<script>alert(1)</script> 'quoted' & \"so on\""
     write_spoken_words([Espeak()], tmp_path / "words", num_sentences=42)
     sound = next(iter(demos.speech.ShardSet(tmp_path / "words"))).media["flac"]
     (tmp_path / "metrics.jsonl").write_text('{"step": 10, "loss": 2.0}\n')
     silence = EvaluationReport({"exact_match": Score("exact_match", 1.0, 0.0, 4)}, [], [])
-    reports = {"heard": report, "replaced": report, "silence": silence}
-    example = SpeechExample(sound, sound, said + ".", said, "")
-    write_page(tmp_path / "index.html", reports, [example], tmp_path / "metrics.jsonl")
+    reports = {"original": report, "replaced": report, "silence": silence}
+    example = SpeechExample(sound, text + ".", text, "")
+    write_speech_page(tmp_path / "index.html", reports, [example], tmp_path / "metrics.jsonl")
     page = Page((tmp_path / "index.html").read_text(encoding="utf-8"))
     assert page.pictures == 3
-    assert {said, f"said: {said}.", "of another sound: (nothing)"} <= set(page.words)
+    assert {text, f"expected: {text}.", "of another sound: (nothing)"} <= set(page.words)
 
 
-def test_masks_and_codes_are_those_of_pretraining(tmp_path):
+def test_pictures_of_masks_and_codes(tmp_path):
     write_spoken_words([Espeak()], tmp_path / "words", num_sentences=42)
     sound = next(iter(demos.speech.ShardSet(tmp_path / "words"))).media["flac"]
     shown, hidden = (np.asarray(Image.open(io.BytesIO(mel_picture(sound, masked)))) for masked in (False, True))

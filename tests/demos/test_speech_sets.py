@@ -1,4 +1,4 @@
-"""Sets of real recordings: each by its name, those that are there kept. The sets themselves are small stand-ins."""
+"""The table of speech sets: which assets each needs, licences, and that existing sets are kept. Sets are stand-ins."""
 
 import inspect
 
@@ -13,7 +13,7 @@ from shards.reader import ShardSet
 
 @pytest.fixture
 def fetched(tmp_path, monkeypatch) -> list[str]:
-    """What has been fetched; in the place of each set stands a recording that says its asset's name."""
+    """The names of the fetched assets; each set is replaced by one recording that says its assets' names."""
     names: list[str] = []
 
     def fetch(name: str):
@@ -52,15 +52,15 @@ def test_each_set_is_written_once_with_its_licence(fetched, tmp_path, capfd):
     assert not fetched
 
 
-def test_makers_take_as_many_folders_as_there_are_assets():
+def test_each_set_takes_a_folder_per_asset():
     for to_samples, *assets in demos.speech_sets.SETS.values():
         inspect.signature(to_samples).bind(*assets, [])
     to_samples, *_ = demos.speech_sets.SETS["silences"]
     records = list(to_samples([]))
-    assert len(records) == demos.speech_sets.NUM_SILENCES and {one.json["task"] for one in records} == {"silence"}
+    assert len(records) == demos.speech_sets.NUM_SILENCES and {record.json["task"] for record in records} == {"silence"}
 
 
-def test_a_mistake_is_one_line(capsys):
+def test_a_wrong_option_ends_with_one_line(capsys):
     with pytest.raises(SystemExit, match="1"):
         demos.speech_sets.main(["--speed", "9"])
     assert capsys.readouterr().err.count("\n") == 1

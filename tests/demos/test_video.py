@@ -65,7 +65,6 @@ def home(tmp_path, monkeypatch, run_folder) -> Path:
     return tmp_path
 
 
-@pytest.mark.slow
 def test_demo_from_clips_to_a_page_and_finished_parts_are_not_repeated(home, capfd):
     demos.video.main(["--questions", "3"])
     assert capfd.readouterr().out.endswith("open runs/demo-video/index.html\n")
