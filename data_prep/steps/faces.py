@@ -5,7 +5,6 @@ face's centre is there, the face's size and the offset of the centre. Its ONNX f
 code is not used. It also finds drawn faces that look like real ones.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +18,7 @@ from PIL import Image, ImageDraw
 from data_prep.steps.step import DECIMALS, Columns, Draft, Step, as_numpy, verdicts
 from foundation.errors import UserError
 from foundation.extras import import_extra
+from foundation.hashing import file_sha256
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -87,7 +87,7 @@ class CenterFace:
         Raises:
             UserError: the file is missing or holds another network, or a package is missing.
         """
-        detector = cls(model, hashlib.sha256(_read_bytes(model)).hexdigest(), max_side)
+        detector = cls(model, _sha256(model), max_side)
         _load(model, detector.sha256)
         return detector
 
@@ -210,9 +210,9 @@ def _overlap(box: np.ndarray, others: np.ndarray) -> np.ndarray:
     return shared / np.maximum(areas - shared, 1e-9)
 
 
-def _read_bytes(model: Path) -> bytes:
+def _sha256(model: Path) -> str:
     try:
-        return model.read_bytes()
+        return file_sha256(model)
     except OSError as error:
         raise UserError(f"{model}: CenterFace's ONNX file cannot be read ({error.strerror})") from None
 
@@ -221,11 +221,10 @@ def _read_bytes(model: Path) -> bytes:
 def _load(model: Path, sha256: str) -> "InferenceSession":
     """The network for pictures of any size; the file declares an input of 32 x 32 px, ten at a time."""
     onnx, onnxruntime = (import_extra(name, "data", "the step faces") for name in ("onnx", "onnxruntime"))
-    data = _read_bytes(model)
-    if hashlib.sha256(data).hexdigest() != sha256:
+    if _sha256(model) != sha256:
         raise UserError(f"{model}: has changed since the run began; start it again")
     try:
-        network = onnx.load_from_string(data)
+        network = onnx.load_from_string(model.read_bytes())
     except Exception as error:  # protobuf's DecodeError
         raise UserError(f"{model}: is no ONNX file ({error})") from None
     weights = {tensor.name for tensor in network.graph.initializer}

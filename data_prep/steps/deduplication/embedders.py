@@ -4,7 +4,6 @@ There are two: SSCD, a trained network whose weights the user provides, and low 
 runs and tests. Similarities of different embedders cannot be compared, so each has a calibrated threshold of its own.
 """
 
-import hashlib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from foundation.errors import UserError
+from foundation.hashing import file_sha256
 
 if TYPE_CHECKING:
     from torch import nn
@@ -105,7 +105,7 @@ class SSCD:
         Raises:
             UserError: there is no such file, or it does not hold these weights.
         """
-        embedder = cls(weights, hashlib.sha256(_read_bytes(weights)).hexdigest())
+        embedder = cls(weights, _sha256(weights))
         embedder._model()
         return embedder
 
@@ -141,9 +141,9 @@ def _lowest(count: int) -> np.ndarray:
     return np.array(sorted(grid, key=lambda wave: (sum(wave), wave))[:count])
 
 
-def _read_bytes(weights: Path) -> bytes:
+def _sha256(weights: Path) -> str:
     try:
-        return weights.read_bytes()
+        return file_sha256(weights)
     except OSError as error:
         raise UserError(f"{weights}: the weights of SSCD cannot be read ({error.strerror})") from None
 
@@ -152,7 +152,6 @@ def _read_bytes(weights: Path) -> bytes:
 def _load(weights: Path, sha256: str) -> "nn.Module":
     from data_prep.steps.deduplication.sscd import load_sscd  # importing torch takes seconds
 
-    data = _read_bytes(weights)
-    if hashlib.sha256(data).hexdigest() != sha256:
+    if _sha256(weights) != sha256:
         raise UserError(f"{weights}: has changed since the run began; start it again")
-    return load_sscd(data, str(weights))
+    return load_sscd(weights.read_bytes(), str(weights))
