@@ -1,4 +1,4 @@
-"""Several processes learn to watch and to hear as one does, by the losses that need no language model and with it."""
+"""Gradients of video and speech objectives on two processes equal those of one process."""
 
 import copy
 from dataclasses import replace
@@ -13,7 +13,7 @@ from mm.training.distillation import DistillationSample
 from mm.training.speech import SpeechObjective
 from mm.training.video import VideoObjective
 from speech.adapter import num_tokens
-from tests.mm.parallel.test_ranks import CLOSE, alone, carry_out, opened
+from tests.mm.parallel.test_fsdp import CLOSE, alone, carry_out, opened
 from video.sampling import Clip
 
 ANSWERS = ([10, 11], [10, 11], [20], [20])  # of two ranks, each has both: answers are told apart within a micro-batch
@@ -64,7 +64,8 @@ def reading(model: mm.MultimodalModel) -> mm.MultimodalModel:
 
 
 @pytest.mark.slow
-def test_gradients_are_those_of_one_process(model, random_tiles, config, tmp_path):
+@pytest.mark.distributed
+def test_video_and_speech_gradients_equal_those_of_one_process(model, random_tiles, config, tmp_path):
     cases = {
         "matching": (watching(model, random_tiles), VideoObjective(1.0, 0.0), "video_adapter.aggregator.*"),
         "watching": (watching(model, random_tiles), VideoObjective(0.5, 1.0), "video_adapter.*"),

@@ -1,4 +1,4 @@
-"""A pipeline's stages train as the whole model does: what each holds, gradients, norms, weights; with FSDP as well."""
+"""Pipeline parallelism against one process: parameters held, gradients, norms and weights; with FSDP and tp as well."""
 
 import copy
 import json
@@ -31,7 +31,7 @@ from tests.mm.training.launch import launch
 
 # Sums over micro-batches and ranks run in another order than in one pass: fp32 rounding of gradients of size 1e-3 to 1.
 CLOSE = {"rtol": 1e-3, "atol": 2e-6}
-PROGRAM = Path(__file__).with_name("staged_ranks.py")
+PROGRAM = Path(__file__).with_name("pipeline_program.py")
 PAPER = tuple(range(4, 125, 4))  # the blocks of 405B
 FROZEN = {"language_model.*": None, "extra_embeddings": None}
 
@@ -81,7 +81,7 @@ def count(module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def test_the_papers_stages():
+def test_stage_layers_of_the_paper():
     cuts = stage_layers(PAPER, 126, 31)
     assert cuts == [range(start, start + 4) for start in range(0, 120, 4)] + [range(120, 126)]
     assert [len(layers) // 4 for layers in stage_layers(PAPER, 126, 16)] == [2] * 15 + [1]
@@ -91,7 +91,7 @@ def test_the_papers_stages():
 
 @pytest.mark.parametrize("positions", [PAPER, tuple(range(3, 126, 4)), (0, 5, 6, 20, 126)])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_stages_are_cut_behind_blocks_and_hold_about_equally_many(positions, ranks):
+def test_stages_end_with_blocks_and_have_about_equally_many(positions, ranks):
     cuts = stage_layers(positions, 126, ranks)
     assert [depth for layers in cuts for depth in layers] == list(range(126))
     assert {layers.stop for layers in cuts[:-1]} <= set(positions)
@@ -100,7 +100,7 @@ def test_stages_are_cut_behind_blocks_and_hold_about_equally_many(positions, ran
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_stage_holds_its_layers_and_what_every_rank_needs(build_model, tiny_config, tied):
+def test_a_stage_holds_its_layers_and_the_shared_modules(build_model, tiny_config, tied):
     language_model = replace(tiny_config.language_model, tied_embeddings=tied)
     model = build_model(replace(tiny_config, language_model=language_model))
     first, middle, last = stages(model, 3)
@@ -123,7 +123,13 @@ def test_a_stage_holds_its_layers_and_what_every_rank_needs(build_model, tiny_co
     assert first.holders[table] == ([0, 2] if tied else [0])
 
 
-def test_405b_is_cut_without_its_weights():
+def test_building_a_stage_draws_no_random_numbers(model):
+    before = torch.get_rng_state()
+    stages(model, 3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_stages_of_405b_on_the_meta_device():
     with torch.device("meta"):
         model = mm.MultimodalModel(preset("405b"))
     everywhere = count(model.vision_encoder) + count(model.image_adapter.projection) + model.extra_embeddings.numel()
@@ -142,7 +148,7 @@ def test_405b_is_cut_without_its_weights():
 
 
 @pytest.mark.parametrize("positions", [(2, 4, 6), (0, 3, 5)])
-def test_stages_one_after_another_are_the_model(build_model, tiny_config, uneven, positions):
+def test_stages_in_sequence_compute_the_models_loss(build_model, tiny_config, uneven, positions):
     model = build_model(replace(tiny_config, image_adapter=ImageAdapterConfig(positions=positions)))
     batch = mm.collate(uneven)
     hidden: tuple = ()
@@ -152,7 +158,7 @@ def test_stages_one_after_another_are_the_model(build_model, tiny_config, uneven
     assert hidden[0] == next_token_loss(model, batch)
 
 
-def test_padding_to_the_largest_batch_changes_nothing(model, uneven):
+def test_padding_to_a_common_shape_changes_no_loss_or_gradient(model, uneven):
     apply_learning_rates(model, {**FROZEN, "*": 1e-3})
     parts = [mm.collate(uneven[start : start + 3]) for start in (0, 3, 6)]
     padded = pad_to_common_shape(parts)
@@ -217,8 +223,11 @@ def test_a_stage_refuses_the_samples_that_the_whole_model_refuses(model, make_sa
 
 
 @pytest.mark.slow
+@pytest.mark.distributed
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_steps_and_runs_are_those_of_one_process(build_model, tiny_config, tiny_model, uneven, config, tmp_path, size):
+def test_pipeline_steps_and_runs_equal_those_of_one_process(
+    build_model, tiny_config, tiny_model, uneven, config, tmp_path, size
+):
     """Pipelines of 2 and 3 ranks, and with 4 ranks of 2, each stage sharded over 2, in 2 copies, or with each product
     shared by 2.
 

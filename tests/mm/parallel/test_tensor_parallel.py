@@ -22,7 +22,7 @@ from tests.mm.training.launch import launch
 
 # Sums over ranks run in another order than in one process: fp32 rounding of gradients of size 1e-3 to 1.
 CLOSE = {"rtol": 1e-3, "atol": 2e-6}
-PROGRAM = Path(__file__).with_name("tensor_ranks.py")
+PROGRAM = Path(__file__).with_name("tensor_parallel_program.py")
 
 
 def carry_out(folder: Path, size: int, steps=None, refused=None, runs=()) -> None:
@@ -106,8 +106,9 @@ def assert_vision_gradient_is_summed_in_fp32(found: list[tuple[torch.dtype, torc
 
 
 @pytest.mark.slow
+@pytest.mark.distributed
 @pytest.mark.parametrize("size", [2, 4])
-def test_gradients_are_those_of_one_process(models, uneven, config, tmp_path, size):
+def test_tensor_parallel_gradients_equal_those_of_one_process(models, uneven, config, tmp_path, size):
     text = [sample for sample in uneven if not sample.images]
     one = config(max_gradient_norm=1e9)
     two, four = replace(one, tp_degree=2), replace(one, tp_degree=4)
@@ -148,9 +149,8 @@ def test_gradients_are_those_of_one_process(models, uneven, config, tmp_path, si
 
 
 @pytest.mark.slow
-def test_runs_are_those_of_one_process_and_mistakes_are_named(
-    models, tiny_config, build_model, uneven, config, tmp_path
-):
+@pytest.mark.distributed
+def test_tensor_parallel_runs_equal_those_of_one_process(models, tiny_config, build_model, uneven, config, tmp_path):
     """Also those that go on with other numbers of tensor ranks than they were saved with."""
     model, batch = models["wide"], mm.collate(uneven)
     training = config(

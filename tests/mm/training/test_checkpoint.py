@@ -1,4 +1,4 @@
-"""Checkpoints are written beside the training, are whole or absent, and go on in any number and layout of ranks."""
+"""Checkpoints are written in the background, are complete or absent, and resume on any number and layout of ranks."""
 
 import copy
 import importlib.util
@@ -24,10 +24,10 @@ from mm.training.sampler import step_indices
 from mm.training.trainer import Trainer
 from tests.mm.training.launch import launch
 
-PROGRAM = Path(__file__).with_name("checkpoint_ranks.py")
-specification = importlib.util.spec_from_file_location("checkpoint_ranks", PROGRAM)
-checkpoint_ranks = importlib.util.module_from_spec(specification)
-specification.loader.exec_module(checkpoint_ranks)
+PROGRAM = Path(__file__).with_name("checkpoint_program.py")
+specification = importlib.util.spec_from_file_location("checkpoint_program", PROGRAM)
+checkpoint_program = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(checkpoint_program)
 
 OFTEN = {"steps": 8, "batch_size": 3, "save_every": 3, "keep": 9}
 
@@ -70,7 +70,7 @@ def names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in (folder / "checkpoints").iterdir())
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(model, config, run, saved, slow):
+def test_training_continues_while_a_checkpoint_is_written(model, config, run, saved, slow):
     """The first is not written before the fifth step begins, and yet holds what the third left."""
     expected = run(copy.deepcopy(model), config(**OFTEN), "alone") / "checkpoints"
     reached = threading.Event()
@@ -85,7 +85,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(model, config, run, save
         assert (found / name / "state.json").read_text() == (expected / name / "state.json").read_text()
 
 
-def test_one_is_written_at_a_time_and_the_end_waits(model, config, run, slow):
+def test_one_checkpoint_is_written_at_a_time_and_the_end_of_the_run_waits(model, config, run, slow):
     events = slow(lambda: time.sleep(0.05))
     folder = run(model, config(**{**OFTEN, "save_every": 1, "steps": 4, "log_every": 1}))
     written = [(what, f".new-{step:08d}") for step in range(1, 5) for what in ("begun", "written")]
@@ -102,7 +102,7 @@ def stop() -> None:
     raise Stopped
 
 
-def test_an_error_waits_for_what_is_being_written(model, config, run, slow, tmp_path):
+def test_an_error_in_training_waits_for_the_write(model, config, run, slow, tmp_path):
     slow(lambda: time.sleep(0.3))
     with pytest.raises(Stopped):
         run(model, config(**OFTEN), objective=Doing({4: stop}))
@@ -121,7 +121,7 @@ def full_at(folder: Path, step: int):
 
 
 @pytest.mark.parametrize("step", [3, 6, 8])  # the first, one between, and the last, which the end waits for
-def test_a_full_disk_leaves_what_was_whole(model, config, run, same, tmp_path, step):
+def test_a_full_disk_leaves_complete_checkpoints(model, config, run, same, tmp_path, step):
     settings = config(**OFTEN)
     other = copy.deepcopy(model)
     with pytest.raises(
@@ -141,7 +141,7 @@ def test_a_failed_write_does_not_hide_the_error_that_ends_a_run(model, config, r
     assert "step-00000003 could not be written" in caplog.text
 
 
-def test_the_disk_has_everything_before_it_gets_its_name(monkeypatch, tmp_path):
+def test_all_files_are_synced_before_the_checkpoint_is_renamed(monkeypatch, tmp_path):
     module = nn.Linear(2, 2)
     synced, renamed = set(), []
     fsync, rename = os.fsync, Path.rename
@@ -164,7 +164,7 @@ def test_the_disk_has_everything_before_it_gets_its_name(monkeypatch, tmp_path):
     assert (tmp_path / "checkpoints").stat().st_ino in synced  # after it, the list of names too
 
 
-def test_what_an_interrupted_write_left_is_no_obstacle(tmp_path):
+def test_leftovers_of_an_interrupted_write_are_removed(tmp_path):
     module = nn.Linear(2, 2)
     (tmp_path / "checkpoints" / ".new-00000005").mkdir(parents=True)
     (tmp_path / "checkpoints" / ".new-00000005" / "junk").write_text("")
@@ -175,7 +175,7 @@ def test_what_an_interrupted_write_left_is_no_obstacle(tmp_path):
     assert not (tmp_path / "checkpoints" / "step-00000005" / "junk").exists()
 
 
-def test_settings_that_came_later_are_no_difference_while_they_are_off(tmp_path):
+def test_new_settings_that_are_off_do_not_count_as_a_difference(tmp_path):
     module = nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(module.parameters())
     with Checkpoints(
@@ -201,7 +201,7 @@ def test_settings_that_came_later_are_no_difference_while_they_are_off(tmp_path)
             checkpoints.resume()
 
 
-def test_what_was_never_stepped_goes_on_without_moments(tmp_path):
+def test_parameters_without_gradients_resume_without_moments(tmp_path):
     """As after steps of text alone, in which nothing has a gradient."""
     modules = [nn.Linear(2, 2) for _ in range(2)]
     for module, resumed in zip(modules, (None, (1, Position(3, 0, 1), {"a": 1})), strict=True):
@@ -212,16 +212,16 @@ def test_what_was_never_stepped_goes_on_without_moments(tmp_path):
     assert torch.equal(modules[0].weight, modules[1].weight)
 
 
-def test_the_saved_position_says_what_comes_next(model, samples, config, run, tmp_path):
+def test_the_saved_position_decides_the_next_samples(model, samples, config, run, tmp_path):
     settings = config(steps=4, batch_size=5, save_every=2, seed=3)
-    seen = checkpoint_ranks.Noted(samples)
+    seen = checkpoint_program.Noted(samples)
     with pytest.raises(Stopped):
         run(copy.deepcopy(model), settings, dataset=seen, objective=Doing({3: stop}))
     file = tmp_path / "run" / "checkpoints" / "step-00000002" / "state.json"
     state = json.loads(file.read_text())
     assert state["position"] == {"seed": 3, "epoch": 1, "consumed": 10}  # of 7 samples an epoch
     file.write_text(json.dumps({**state, "position": {"seed": 3, "epoch": 1, "consumed": 11}}))
-    moved = checkpoint_ranks.Noted(samples)
+    moved = checkpoint_program.Noted(samples)
     run(model, settings, dataset=moved)
     order = [index for _, step in zip(range(5), step_indices(7, 5, 3), strict=False) for index in step]
     assert seen.steps == [order[0:5], order[5:10], order[10:15]]
@@ -235,7 +235,8 @@ def planned(folder: Path, **plan) -> Path:
 
 
 @pytest.mark.slow
-def test_any_number_and_layout_of_ranks_goes_on(model, samples, config, tmp_path):
+@pytest.mark.distributed
+def test_checkpoints_resume_on_any_number_and_layout_of_ranks(model, samples, config, tmp_path):
     """Four ranks write in four layouts and read each in all; then 4 -> 2 -> 1 ranks share the steps of a run."""
     folder = tmp_path / "ranks"
     settings = config(steps=6, batch_size=5, save_every=100, evaluate_every=2)
@@ -246,7 +247,7 @@ def test_any_number_and_layout_of_ranks_goes_on(model, samples, config, tmp_path
     done = launch(PROGRAM, planned(folder, full=True, runs=[("run", settings, 2)], **plan), 2)
     assert done.returncode == 0, done.said[-4000:]
     assert names(folder / "run") == ["step-00000002", "step-00000004"]
-    last = checkpoint_ranks.Noted(samples)
+    last = checkpoint_program.Noted(samples)
     Trainer(model, NextTokenObjective(), last, settings, folder / "run", "test").run()
     assert [json.loads(line)["step"] for line in (folder / "run" / "metrics.jsonl").open()] == [1, 2, 3, 4, 5, 6]
 
@@ -257,12 +258,12 @@ def test_any_number_and_layout_of_ranks_goes_on(model, samples, config, tmp_path
     order = [sorted(step) for _, step in zip(range(6), step_indices(7, 5, 0), strict=False)]
     assert [sorted(step) for step in taken + last.steps] == order  # none lost, none twice
 
-    for layout in checkpoint_ranks.LAYOUTS:  # and one process takes up what four wrote
-        parts = checkpoint_ranks.Parts(3)
-        optimizer = checkpoint_ranks.optimizer_of(parts, backwards=True)
+    for layout in checkpoint_program.LAYOUTS:  # and one process takes up what four wrote
+        parts = checkpoint_program.Parts(3)
+        optimizer = checkpoint_program.optimizer_of(parts, backwards=True)
         Checkpoints(folder / layout, 1, {}, parts, optimizer).resume()
         expected = torch.load(folder / layout / "expected.pt")
-        found = checkpoint_ranks.state_of(parts, optimizer)
+        found = checkpoint_program.state_of(parts, optimizer)
         assert found.keys() == expected.keys() and len(found) == 4 * 6
         assert all(torch.equal(found[name], expected[name]) for name in found), layout
         random_state = torch.Generator().manual_seed(100).get_state()  # of the first
@@ -270,7 +271,8 @@ def test_any_number_and_layout_of_ranks_goes_on(model, samples, config, tmp_path
 
 
 @pytest.mark.slow
-def test_two_ranks_interrupted_are_uninterrupted(model, samples, config, tmp_path):
+@pytest.mark.distributed
+def test_an_interrupted_run_of_two_ranks_ends_as_the_uninterrupted_one(model, samples, config, tmp_path):
     """One rank alone is told to end; all do, with a checkpoint, and go on bit for bit. Then torchrun is told.
 
     The checkpoint follows an evaluation, after which the sharded module still holds whole tensors.

@@ -1,4 +1,4 @@
-"""Compiled layers learn what others learn, for sizes of any kind, and are left as they were found."""
+"""Compiled layers have the same gradients, for inputs of any size, and are restored after the run."""
 
 import copy
 import os
@@ -67,7 +67,7 @@ def ragged(tiny_config, random_tiles):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="there is no C++ compiler")
-def test_compiled_layers_have_the_gradients_of_others(shallow_model, config, ragged):
+def test_compiled_layers_have_the_same_gradients(shallow_model, config, ragged):
     settings, samples = config(max_gradient_norm=1e9), ragged(random.Random(0), ONE_TILE)
     loss, exact = gradients(shallow_model, samples, settings)
     found, seen = gradients(shallow_model, samples, replace(settings, compile=True))
@@ -98,7 +98,7 @@ def traced(monkeypatch):
 
 
 @pytest.mark.slow
-def test_other_sizes_need_no_other_code(shallow_model, config, traced, ragged):
+def test_other_sizes_are_not_compiled_again(shallow_model, config, traced, ragged):
     draw = random.Random(0)
     graphs = []
     for _ in range(40):
@@ -110,7 +110,7 @@ def test_other_sizes_need_no_other_code(shallow_model, config, traced, ragged):
 
 
 @pytest.mark.slow
-def test_a_run_compiles_and_leaves_the_layers_as_they_were(model, config, run, traced, same):
+def test_a_run_compiles_and_restores_the_layers(model, config, run, traced, same):
     other = copy.deepcopy(model)
     settings = config(steps=2, activation_checkpointing=True)
     run(model, settings, checkpointed_modules=CHECKPOINTED_MODULES)
@@ -125,14 +125,14 @@ def test_a_run_compiles_and_leaves_the_layers_as_they_were(model, config, run, t
         run(other, settings, "compiled", checkpointed_modules=CHECKPOINTED_MODULES)
 
 
-def test_without_a_compiler_it_is_said_and_nothing_is_left(model, config, run, monkeypatch, tmp_path):
+def test_a_missing_compiler_is_reported_before_a_folder_is_made(model, config, run, monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ValueError, match="needs a C\\+\\+ compiler, and no-such-compiler is not to be found") as caught:
+    with pytest.raises(ValueError, match="needs a C\\+\\+ compiler, and no-such-compiler was not found") as caught:
         run(model, config(compile=True))
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("ranks", [{"tp_degree": 2}, {"pp_degree": 2}])
-def test_ranks_that_share_layers_are_refused(ranks):
+def test_compile_with_tensor_or_pipeline_parallelism_is_refused(ranks):
     with pytest.raises(ValueError, match=r"training\.compile works without"):
         TrainingConfig(steps=1, batch_size=4, compile=True, **ranks)

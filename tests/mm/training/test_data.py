@@ -50,7 +50,7 @@ def loaded(dataset, count: int, seed: int = 0, consumed: int = 0, workers: int =
     return [batch for _, batch in zip(range(count), loader, strict=False)]
 
 
-def test_every_epoch_shows_each_sample_once_in_an_order_of_its_own():
+def test_each_epoch_has_each_sample_once_in_its_own_order():
     shown = list(itertools.chain(*first(15, 50, 10, 3)))
     epochs = [shown[start : start + 50] for start in (0, 50, 100)]
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
@@ -70,12 +70,12 @@ def test_seeds_differ_and_repeat():
 
 
 @pytest.mark.parametrize("consumed", [5, 35, 40, 1000])
-def test_from_any_position_the_sequence_goes_on(consumed):
+def test_the_order_continues_from_any_position(consumed):
     whole = first(1000 // 5 + 20, 37, 5, 9)
     assert first(20, 37, 5, 9, consumed=consumed) == whole[consumed // 5 :][:20]
 
 
-def test_workers_and_restarts_change_nothing(dataset):
+def test_workers_and_restarts_do_not_change_the_order(dataset):
     alone = loaded(dataset, 12)
     assert len(set(itertools.chain(*alone))) == 32  # all there are
     assert loaded(dataset, 12, workers=2) == alone
@@ -83,7 +83,7 @@ def test_workers_and_restarts_change_nothing(dataset):
     assert loaded(dataset, 12, seed=1) != alone
 
 
-def test_a_source_repeats(squares):
+def test_a_source_with_a_repeat_occurs_so_often(squares):
     sources = [
         DataSource(str(squares), split="test", repeat=3),
         DataSource(str(squares), split="validation", task="vqa"),
@@ -107,7 +107,7 @@ def weighed(squares):
 EPOCH = 10 + 2 * 16 + 8  # round(0.3 * 32), and 2.5 * 16
 
 
-def test_a_source_comes_in_the_share_that_it_is_given(weighed):
+def test_a_fractional_repeat_draws_a_part_of_the_source_in_each_epoch(weighed):
     epochs, per_epoch = 60, []
     flat = itertools.chain.from_iterable(first(epochs, len(weighed), EPOCH, 3, subsamples=weighed.subsamples))
     shown = [weighed[index].id for index in flat]
@@ -123,7 +123,7 @@ def test_a_source_comes_in_the_share_that_it_is_given(weighed):
     assert len(often) == 32 and min(often.values()) > 5 and max(often.values()) < 34
 
 
-def test_what_is_drawn_depends_on_seed_epoch_and_source_alone(weighed, squares):
+def test_the_drawn_part_depends_on_seed_epoch_and_source_alone(weighed, squares):
     def drawn(dataset, epoch: int, seed: int = 3) -> set[str]:
         return {dataset[index].id for index in epoch_order(len(dataset), seed, epoch, dataset.subsamples)}
 
@@ -134,7 +134,7 @@ def test_what_is_drawn_depends_on_seed_epoch_and_source_alone(weighed, squares):
     assert set(one[one < 32].tolist()) != set((other[other >= 32] - 32).tolist())  # two sources are drawn apart
 
 
-def test_shares_are_the_same_for_any_workers_ranks_and_restarts(weighed):
+def test_fractional_repeats_do_not_depend_on_workers_ranks_and_restarts(weighed):
     whole = loaded(weighed, 25)  # 125 samples: two and a half epochs
     assert loaded(weighed, 25, workers=2) == whole
     assert loaded(weighed, 12, consumed=65) == whole[13:]  # from the middle of the second epoch
@@ -145,7 +145,7 @@ def test_shares_are_the_same_for_any_workers_ranks_and_restarts(weighed):
     assert [sorted(one + two) for one, two in zip(*shares, strict=True)] == [sorted(step) for step in whole]
 
 
-def test_records_that_come_together_follow_each_other_in_one_step(squares):
+def test_records_of_a_group_follow_each_other(squares):
     alone = DataSource(str(squares), split="validation", task="vqa", repeat=0.5)
     dataset = RecordDataset([alone, DataSource(str(squares), split="test", group_size=4)], name_of)
     orders = [epoch_order(len(dataset), 0, epoch, dataset.subsamples, dataset.groups).tolist() for epoch in range(3)]
@@ -163,7 +163,7 @@ def test_records_that_come_together_follow_each_other_in_one_step(squares):
     assert loaded(only, 10, consumed=50) == whole[10:] and loaded(only, 20, workers=2) == whole
 
 
-def test_steps_of_samples_about_equally_long():
+def test_length_buckets_put_samples_of_similar_length_into_a_step():
     lengths = torch.rand(103, generator=torch.Generator().manual_seed(1))
     buckets = LengthBuckets(lengths, 10, 5)
     for epoch in (0, 1, 7):
@@ -188,7 +188,7 @@ def test_steps_of_samples_about_equally_long():
     assert sorted(first(3, 4, 10, 0, buckets=LengthBuckets(lengths, 10, 5))[0])  # a set smaller than a step
 
 
-def test_buckets_need_durations_and_nothing_that_comes_together(squares):
+def test_length_buckets_need_durations_and_no_groups(squares):
     for source, said in (
         (DataSource(str(squares)), "have no durations"),
         (DataSource(str(squares), group_size=2), "group_size"),
@@ -197,7 +197,7 @@ def test_buckets_need_durations_and_nothing_that_comes_together(squares):
             step_loader(RecordDataset([source], lambda record: record), list, 4, 0, length_bucket_steps=4)
 
 
-def test_a_whole_repeat_is_a_source_named_so_often(squares):
+def test_an_integer_repeat_equals_naming_the_source_so_often(squares):
     twice = RecordDataset([DataSource(str(squares), split="test", repeat=2.0)], name_of)
     named = RecordDataset([DataSource(str(squares), split="test")] * 2, name_of)
     assert loaded(twice, 20) == loaded(named, 20) and not twice.subsamples
@@ -214,17 +214,17 @@ def test_a_whole_repeat_is_a_source_named_so_often(squares):
         ({"path": "nowhere"}, "nowhere: no such folder"),
     ],
 )
-def test_sources_that_cannot_be(squares, source, message):
+def test_impossible_sources_are_refused(squares, source, message):
     with pytest.raises(ValueError, match=message):
         RecordDataset([DataSource(**{"path": str(squares), **source})], name_of)
 
 
-def test_no_sources():
+def test_an_empty_list_of_sources_is_refused():
     with pytest.raises(ValueError, match="no data"):
         RecordDataset([], name_of)
 
 
-def test_a_set_without_records(tmp_path, square_record):
+def test_a_source_without_records_is_refused(tmp_path, square_record):
     write_shards([square_record(0)], tmp_path / "set")
     (tmp_path / "set" / "index.parquet").unlink()
     (tmp_path / "set" / "000000.tar").write_bytes(bytes(10240))  # a tar's end mark alone
@@ -232,7 +232,7 @@ def test_a_set_without_records(tmp_path, square_record):
         RecordDataset([DataSource(str(tmp_path / "set"), split=None)], name_of)
 
 
-def test_what_cannot_be_prepared_is_named(tmp_path, square_record, tiny_processor):
+def test_records_that_cannot_be_prepared_are_unreadable(tmp_path, square_record, tiny_processor):
     good, cut, foreign = square_record(1), square_record(2), square_record(3)
     cut.media["png"] = cut.media["png"][:200]
     foreign.json["messages"][0]["content"] = [{"type": "text", "text": "?"}, {"type": "clip"}]
@@ -245,7 +245,7 @@ def test_what_cannot_be_prepared_is_named(tmp_path, square_record, tiny_processo
     assert isinstance(dataset[2], Unreadable) and "clip" in dataset[2].reason
 
 
-def test_a_record_malformed_in_any_other_way_is_named_too(squares):
+def test_a_record_with_any_other_error_is_unreadable(squares):
     def prepare(record: Record, broken: str):
         if record.id == broken:
             raise KeyError("caption")  # such as a picture of a foreign set, without any text
@@ -257,7 +257,7 @@ def test_a_record_malformed_in_any_other_way_is_named_too(squares):
     assert dataset[4].id == "square-2004"
 
 
-def test_a_record_that_the_shard_does_not_hold_is_named(tmp_path, square_record):
+def test_a_record_missing_in_the_shard_is_unreadable(tmp_path, square_record):
     write_shards([square_record(n) for n in range(3)], tmp_path / "set")
     dataset = RecordDataset([DataSource(str(tmp_path / "set"))], name_of)
     tar = tmp_path / "set" / "000000.tar"
@@ -270,7 +270,7 @@ def test_a_record_that_the_shard_does_not_hold_is_named(tmp_path, square_record)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
-def test_a_step_is_dealt_out_once_and_evenly(num_ranks):
+def test_balance_across_ranks_assigns_each_sample_once_and_evenly(num_ranks):
     generator = torch.Generator().manual_seed(num_ranks)
     for _ in range(20):
         loads = torch.randint(0, 5, (64,), generator=generator).tolist()
@@ -282,12 +282,12 @@ def test_a_step_is_dealt_out_once_and_evenly(num_ranks):
         assert max(sums) - min(sums) <= max(4, 0.5 * (max(in_turn) - min(in_turn)))
 
 
-def test_equal_loads_keep_numbers_equal():
+def test_equal_costs_give_equal_numbers_of_samples():
     assert [len(positions) for positions in balance_across_ranks([1] * 7, 3)] == [3, 2, 2]
     assert balance_across_ranks([5], 2) == [[0], []]
 
 
-def test_work_is_told_by_the_index(tmp_path, random_picture, square_record, tiny_config):
+def test_sample_costs_come_from_the_index(tmp_path, random_picture, square_record, tiny_config):
     """Tiles, a caption's characters by four, and nothing of what messages say; in vision tokens all together."""
     sizes, captions = [(28, 28), (100, 28), (60, 60)], ["noise of any colour", "noise", "so much noise " * 20]
     records = []
@@ -307,7 +307,7 @@ def test_work_is_told_by_the_index(tmp_path, random_picture, square_record, tiny
     assert sample_costs_of(dataset, tiny_config, 4).tolist() == pytest.approx(expected * 2, abs=0.5)
 
 
-def test_micro_batches_keep_to_number_and_tokens():
+def test_micro_batches_respect_both_limits():
     rng = random.Random(0)
     for _ in range(200):
         sizes = sorted(rng.randint(1, 100) for _ in range(rng.randint(1, 30)))
@@ -320,7 +320,7 @@ def test_micro_batches_keep_to_number_and_tokens():
             assert len(part) == most or (budget is not None and (len(part) + 1) * following[0] > budget)
 
 
-def test_a_budget_of_tokens_cuts_a_step_where_samples_are_long():
+def test_max_tokens_splits_a_step_of_long_samples():
     samples = [mm.Sample([5] * length, [5] * length) for length in (30, 4, 9, 4, 8)]
     batches = collate_step(samples, NextTokenObjective(), None, max_tokens=16).batches
     assert [batch.lengths.tolist() for batch in batches] == [[4, 4], [8], [9], [30]]

@@ -1,4 +1,4 @@
-"""The planner's numbers against PyTorch's own counter of operations, and against the model itself."""
+"""FLOPs and parameters computed from shapes, against PyTorch's own counter and the model itself."""
 
 import copy
 import time

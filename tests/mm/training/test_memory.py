@@ -1,4 +1,4 @@
-"""The memory of a step known from shapes, against the bytes of the tensors that a real step on the CPU holds."""
+"""The memory of a step computed from shapes, against the bytes of the tensors of a real step on the CPU."""
 
 from dataclasses import replace
 

@@ -18,13 +18,13 @@ def trained(module) -> set[str]:
     return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
-def test_the_first_pattern_that_fits_decides(module):
+def test_the_first_matching_pattern_decides(module):
     learning_rates = apply_learning_rates(module, {"mouth.*": None, "*.bias": 0.5, "*": 0.1})
     assert learning_rates == {"eye.weight": 0.1, "eye.bias": 0.5, "norm.weight": 0.1, "norm.bias": 0.5}
     assert trained(module) == set(learning_rates)
 
 
-def test_what_was_frozen_can_be_released(module):
+def test_frozen_parameters_can_be_unfrozen(module):
     apply_learning_rates(module, {"eye.*": None, "*": 0.1})
     assert set(apply_learning_rates(module, {"eye.*": 0.1, "*": None})) == trained(module) == {"eye.weight", "eye.bias"}
 
@@ -38,12 +38,12 @@ def test_what_was_frozen_can_be_released(module):
         ({"*": None}, "freezes every parameter"),
     ],
 )
-def test_mistakes_are_refused(module, learning_rates, message):
+def test_patterns_that_do_not_fit_are_refused(module, learning_rates, message):
     with pytest.raises(ValueError, match=message):
         apply_learning_rates(module, learning_rates)
 
 
-def test_weight_decay_is_for_matrices(module):
+def test_weight_decay_applies_to_matrices_only(module):
     learning_rates = apply_learning_rates(module, {"mouth.*": None, "norm.*": 0.5, "*": 0.1})
     optimizer = build_optimizer(module, learning_rates, weight_decay=0.3, betas=(0.9, 0.95))
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
@@ -56,7 +56,7 @@ def test_weight_decay_is_for_matrices(module):
     assert groups[id(module["norm"].bias)]["lr"] == pytest.approx(0.05)
 
 
-def test_adamw_is_the_formula():
+def test_adamw_follows_its_formula():
     """One step from nothing moves every weight by its rate against the sign of its gradient, and decays it."""
     module = nn.Linear(3, 2)
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
@@ -68,7 +68,7 @@ def test_adamw_is_the_formula():
         assert torch.allclose(p, decayed - 0.01 * p.grad.sign(), atol=1e-6)
 
 
-def test_warm_up_is_linear_and_the_cosine_ends_where_it_should():
+def test_linear_warm_up_then_cosine():
     factors = [learning_rate_factor(step, num_steps=110, warmup_steps=10, final_factor=0.2) for step in range(111)]
     assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert factors[10] == 1.0

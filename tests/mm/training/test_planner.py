@@ -1,4 +1,4 @@
-"""Plans: the layouts that fit are those that fit, the best first, and where none does, it says what would help."""
+"""Plans: fitting layouts fit, the best first, and where none fits, the plan says what would help."""
 
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""A frozen language model of bf16 numbers is kept in bf16 while a run computes in it; every number stays."""
+"""A frozen language model of bf16 numbers is stored in bf16 during a bf16 run, and no number changes."""
 
 import copy
 from dataclasses import replace
@@ -25,7 +25,7 @@ def low(module: nn.Module) -> set[str]:
     return {name for name, parameter in module.named_parameters() if parameter.dtype is torch.bfloat16}
 
 
-def test_a_run_is_the_same_to_the_bit(released, samples, config, run, same):
+def test_a_run_with_bf16_storage_is_bit_equal(released, samples, config, run, same):
     settings = config(precision="bf16", micro_batch_size=3)
     apply_learning_rates(released, settings.learning_rates)
     plain, kept = released, copy.deepcopy(released)
@@ -48,7 +48,7 @@ def test_a_run_is_the_same_to_the_bit(released, samples, config, run, same):
     assert same(plain, kept) and not low(kept)
 
 
-def test_what_trains_and_what_bf16_cannot_hold_stays_fp32(released, config):
+def test_trained_and_inexact_matrices_stay_fp32(released, config):
     apply_learning_rates(released, {"language_model.model.layers.0.*": 1e-3, **config().learning_rates})
     layers = released.language_model.model.layers
     exact = layers[1].mlp.up_proj.weight
@@ -65,7 +65,7 @@ def test_what_trains_and_what_bf16_cannot_hold_stays_fp32(released, config):
     assert all(torch.equal(before[name], after[name]) and before[name].dtype is after[name].dtype for name in before)
 
 
-def test_a_table_that_is_the_output_layer_too_stays_fp32(tiny_config):
+def test_tied_embeddings_stay_fp32(tiny_config):
     tied = replace(tiny_config, language_model=replace(tiny_config.language_model, tied_embeddings=True))
     model = mm.MultimodalModel(tied).bfloat16().float().requires_grad_(False)
     with lossless_bf16(model.language_model):
@@ -73,6 +73,6 @@ def test_a_table_that_is_the_output_layer_too_stays_fp32(tiny_config):
         assert len(low(model)) == 7 * tied.language_model.num_layers
 
 
-def test_nothing_happens_where_it_is_not_asked_for(released):
+def test_an_inactive_context_changes_nothing(released):
     with lossless_bf16(released.requires_grad_(False), active=False):
         assert not low(released)

@@ -1,4 +1,4 @@
-"""Interrupted and taken up again, a run ends as if it had not been: weights, optimizer, draws and numbers."""
+"""An interrupted and resumed run ends as the uninterrupted one: weights, optimizer, random states and metrics."""
 
 import copy
 import json
@@ -55,7 +55,7 @@ def newest(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("stop_at", [2, 4, 6, 9])  # before the first checkpoint, just after it, between, at the last
-def test_interrupted_is_uninterrupted(model, config, train, same, saved, stop_at):
+def test_a_resumed_run_ends_as_the_uninterrupted_one(model, config, train, same, saved, stop_at):
     settings = config(**OFTEN)
     other = copy.deepcopy(model)
     whole = train(model, settings, "whole")
@@ -70,7 +70,7 @@ def test_interrupted_is_uninterrupted(model, config, train, same, saved, stop_at
     assert one == two
 
 
-def test_interrupted_again_and_again(model, config, train, same):
+def test_a_run_interrupted_several_times_ends_as_the_uninterrupted_one(model, config, train, same):
     settings = config(**OFTEN, workers=1)
     other = copy.deepcopy(model)
     whole = train(model, settings, "whole")
@@ -81,7 +81,7 @@ def test_interrupted_again_and_again(model, config, train, same):
     assert same(model, other) and numbers(parts) == numbers(whole)
 
 
-def test_a_finished_run_is_left_as_it_is(model, config, train, same):
+def test_a_finished_run_is_not_changed(model, config, train, same):
     other = copy.deepcopy(model)
     folder = train(model, config(**OFTEN))
     before = (folder / "metrics.jsonl").read_text()
@@ -89,7 +89,7 @@ def test_a_finished_run_is_left_as_it_is(model, config, train, same):
     assert same(model, other) and (folder / "metrics.jsonl").read_text() == before
 
 
-def test_lines_beyond_the_checkpoint_go(model, config, train):
+def test_metrics_after_the_checkpoint_are_removed(model, config, train):
     settings = config(**{**OFTEN, "save_every": 4, "log_every": 1})
     with pytest.raises(Interrupted):
         train(copy.deepcopy(model), settings, stop_at=8)
@@ -137,7 +137,7 @@ def test_interrupted_while_a_checkpoint_is_written(model, config, train, same, m
     assert [entry.name for entry in place.iterdir()] == ["step-00000010"]  # and nothing half-written
 
 
-def test_so_many_checkpoints_are_kept(model, config, train):
+def test_the_newest_checkpoints_are_kept(model, config, train):
     folder = train(model, config(**OFTEN, keep=2))
     assert sorted(entry.name for entry in (folder / "checkpoints").iterdir()) == ["step-00000009", "step-00000010"]
 
@@ -158,7 +158,7 @@ def test_so_many_checkpoints_are_kept(model, config, train):
         ({"precision": "bf16"}, "another precision;"),
     ],
 )
-def test_another_configuration_is_refused_by_name(model, config, train, change, named):
+def test_another_configuration_is_refused_and_the_settings_named(model, config, train, change, named):
     folder = train(copy.deepcopy(model), config(**OFTEN))
     before = (folder / "metrics.jsonl").read_text()
     with pytest.raises(ValueError, match=named):
@@ -166,7 +166,7 @@ def test_another_configuration_is_refused_by_name(model, config, train, change, 
     assert (folder / "metrics.jsonl").read_text() == before
 
 
-def test_what_the_stage_adds_is_compared_too(model, samples, config, train):
+def test_the_stages_own_settings_are_compared_too(model, samples, config, train):
     train(copy.deepcopy(model), config(**OFTEN), identity={"data": ["a", "b"], "max_tiles": 4})
     with pytest.raises(ValueError, match="another data;"):
         train(copy.deepcopy(model), config(**OFTEN), identity={"data": ["a", "c"], "max_tiles": 4})
@@ -176,14 +176,14 @@ def test_what_the_stage_adds_is_compared_too(model, samples, config, train):
         train(model, config(**OFTEN), dataset=samples[:5], identity={"data": ["a", "b"], "max_tiles": 4})
 
 
-def test_how_often_may_change(model, config, train):
+def test_intervals_may_change_on_resume(model, config, train):
     with pytest.raises(Interrupted):
         train(copy.deepcopy(model), config(**OFTEN), stop_at=8)
     train(model, config(**{**OFTEN, "save_every": 1, "keep": 5, "log_every": 1, "evaluate_every": 2, "workers": 1}))
 
 
 @pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", "state.json"])
-def test_a_damaged_checkpoint_is_named_and_an_earlier_one_serves(model, config, train, same, file):
+def test_a_damaged_checkpoint_is_named_and_an_earlier_one_can_be_resumed(model, config, train, same, file):
     settings = config(**OFTEN)
     other = copy.deepcopy(model)
     folder = train(copy.deepcopy(model), settings)
@@ -197,7 +197,7 @@ def test_a_damaged_checkpoint_is_named_and_an_earlier_one_serves(model, config, 
     assert same(model, other)
 
 
-def test_a_checkpoint_holds_what_trains_and_no_more(model, config, train, saved):
+def test_a_checkpoint_holds_trained_tensors_only(model, config, train, saved):
     folder = train(model, config(**OFTEN))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     moments = {f"optimizer.{name}.{kind}" for name in trained for kind in ("exp_avg", "exp_avg_sq", "step")}

@@ -1,4 +1,4 @@
-"""One optimizer step: micro-batches are one batch, frozen is frozen, and bad numbers change nothing."""
+"""One optimizer step: micro-batches equal one batch, frozen parts do not change, and bad numbers are not applied."""
 
 import copy
 import hashlib
@@ -53,7 +53,7 @@ def weights_hash(*modules) -> str:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
-def test_micro_batches_are_one_batch(model, samples, config, size):
+def test_micro_batches_equal_one_batch(model, samples, config, size):
     loss, norm, whole = gradients(model, samples, config(max_gradient_norm=1e9))
     other_loss, other_norm, parts = gradients(model, samples, config(max_gradient_norm=1e9, micro_batch_size=size))
     assert loss == pytest.approx(other_loss, rel=1e-5) and norm == pytest.approx(other_norm, rel=1e-4)
@@ -81,7 +81,7 @@ def test_micro_batches_hold_rows_of_similar_length(samples):
     assert [batch.lengths.tolist() for batch in batches] == [[3, 3, 4], [5, 8, 12], [15]]
 
 
-def test_the_language_model_stays_as_it_is(model, samples, config):
+def test_the_language_model_does_not_change(model, samples, config):
     settings = config(
         micro_batch_size=3, learning_rates={"language_model.*": None, "extra_embeddings": None, "*": 0.01}
     )
@@ -101,12 +101,12 @@ def test_the_language_model_stays_as_it_is(model, samples, config):
     assert weights_hash(model.vision_encoder, model.image_adapter) != others
 
 
-def test_every_trained_tensor_learns(model, samples, config):
+def test_every_trained_tensor_has_a_gradient(model, samples, config):
     _, _, seen = gradients(model, samples, config())
     assert {name for name, gradient in seen.items() if not gradient.abs().sum() > 0} == set()
 
 
-def test_freezing_a_part_spares_it(model, samples, config):
+def test_a_frozen_part_has_no_gradient(model, samples, config):
     learning_rates = {"language_model.*": None, "extra_embeddings": None, "vision_encoder.*": None, "*": 0.1}
     _, _, seen = gradients(model, samples, config(learning_rates=learning_rates))
     assert {name.split(".")[0] for name in seen} == {"image_adapter"}
@@ -121,9 +121,7 @@ def test_a_step_of_text_alone_changes_nothing(model, samples, config, run, same,
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_activations_computed_anew_give_the_same_gradients(
-    model, config, run, tiny_model, monkeypatch, same, precision
-):
+def test_activation_checkpointing_gives_the_same_weights(model, config, run, tiny_model, monkeypatch, same, precision):
     calls = []
     forward = CrossAttentionBlock.forward
 
@@ -143,7 +141,7 @@ def test_activations_computed_anew_give_the_same_gradients(
     assert not [layer for layer in other.modules() if "forward" in vars(layer)]  # left as it was found
 
 
-def test_bf16_compute_keeps_fp32_weights_and_gradients(model, samples, config):
+def test_bf16_precision_keeps_fp32_weights_and_gradients(model, samples, config):
     exact, _, full = gradients(model, samples, config())
     loss, _, seen = gradients(model, samples, config(precision="bf16"))
     assert {gradient.dtype for gradient in seen.values()} == {torch.float32}
@@ -196,7 +194,7 @@ class BoundlessGradient(NextTokenObjective):
 @pytest.mark.parametrize(
     ("objective", "message"), [(NotANumber(), "the loss is nan"), (BoundlessGradient(), "gradient norm nan")]
 )
-def test_numbers_that_are_not_finite_are_refused(model, samples, config, objective, message):
+def test_a_step_that_is_not_finite_is_not_applied(model, samples, config, objective, message):
     settings = config(micro_batch_size=3)
     optimizer = build_optimizer(model, apply_learning_rates(model, settings.learning_rates), 0.1, (0.9, 0.95))
     before = weights_hash(model)
@@ -229,7 +227,7 @@ class BlockingCopies(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("padding", ["ragged", "llama32"])
-def test_a_step_asks_the_device_nothing_before_all_of_it_is_under_way(model, samples, config, padding):
+def test_a_step_does_not_synchronise_before_its_last_backward_pass(model, samples, config, padding):
     """The meta device computes shapes alone, so that any question about a value is an error."""
     model.vision_encoder.config = replace(model.vision_encoder.config, padding=padding)
     settings = config(micro_batch_size=2)

@@ -1,4 +1,4 @@
-"""A whole run of the loop: what it reports, what it leaves out, and what it leaves on disk."""
+"""A whole training run: its metrics, what it skips, and what it leaves on disk."""
 
 import copy
 import json
@@ -21,7 +21,7 @@ def lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_what_is_reported(model, samples, config, run):
+def test_metrics_of_a_run(model, samples, config, run):
     folder = run(model, config(steps=4, log_every=2, evaluate_every=3), evaluate=lambda _: {"accuracy": 0.25})
     rows = lines(folder)
     assert [row["step"] for row in rows] == [2, 3, 4]
@@ -41,7 +41,7 @@ def test_what_is_reported(model, samples, config, run):
     assert rows[2]["gate/attn_4"] == model.image_adapter.blocks[1].gate_attn.tanh().item()
 
 
-def test_utilisation_is_of_what_the_device_gives_at_best(model, samples, config, run):
+def test_mfu_is_the_share_of_the_peak_rate(model, samples, config, run):
     """Operations as the objective counts them, of every micro-batch."""
     objective = NextTokenObjective(lambda batch: 1000 * len(batch.lengths))
     folder = run(model, config(micro_batch_size=3), objective=objective, matmul_rate=1e6)
@@ -50,7 +50,7 @@ def test_utilisation_is_of_what_the_device_gives_at_best(model, samples, config,
     assert "mfu" not in lines(run(model, config(), folder="uncounted"))[0]
 
 
-def test_tensorboard_has_the_same_numbers(model, config, run):
+def test_tensorboard_has_the_same_metrics(model, config, run):
     folder = run(model, config())
     board = EventAccumulator(str(folder / "tensorboard")).Reload()
     rows = lines(folder)
@@ -59,12 +59,12 @@ def test_tensorboard_has_the_same_numbers(model, config, run):
     assert losses == [(row["step"], pytest.approx(row["loss"])) for row in rows]
 
 
-def test_the_loss_falls_on_what_is_seen_again_and_again(model, config, run):
+def test_the_loss_falls_on_repeated_samples(model, config, run):
     rows = lines(run(model, config(steps=12, learning_rates={**config().learning_rates, "*": 0.01})))
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
 
 
-def test_evaluation_takes_no_part_in_the_speed(model, config, run):
+def test_evaluation_does_not_count_as_time_of_steps(model, config, run):
     def slowly(_) -> dict[str, float]:
         time.sleep(0.5)
         return {}
@@ -107,7 +107,7 @@ class Watching(NextTokenObjective):
         return super().loss(module, batch)
 
 
-def test_evaluation_sees_a_model_that_does_not_train(model, config, run):
+def test_evaluation_runs_in_eval_mode(model, config, run):
     objective = Watching()
     objective.modes = modes = []
     settings = config(steps=2, evaluate_every=1)
@@ -123,7 +123,7 @@ def test_unreadable_records_are_skipped_and_logged(model, samples, config, run, 
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_step_without_anything_to_read_is_refused(model, config, run, workers):
+def test_a_step_without_readable_records_is_refused(model, config, run, workers):
     with pytest.raises(ValueError) as caught:
         run(model, config(batch_size=1, workers=workers), dataset=[BAD])
     assert str(caught.value) == "none of a step's records can be read; the first: broken or truncated picture"
@@ -135,7 +135,7 @@ def test_a_run_that_cannot_start_leaves_no_folder(model, config, run, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_file_in_the_place_of_the_folder(model, config, run, tmp_path):
+def test_a_file_in_place_of_the_folder_is_refused(model, config, run, tmp_path):
     (tmp_path / "run").write_text("mine")
     with pytest.raises(ValueError, match="run is a file"):
         run(model, config())
@@ -163,7 +163,7 @@ def test_a_file_in_the_place_of_the_folder(model, config, run, tmp_path):
         ("betas", (0.9, 1.5)),
     ],
 )
-def test_settings_out_of_range(field, value):
+def test_settings_out_of_range_are_refused(field, value):
     with pytest.raises(ValueError, match=rf"training\.{field}"):
         TrainingConfig(**{"steps": 1, "batch_size": 4, field: value})
 

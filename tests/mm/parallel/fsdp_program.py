@@ -1,6 +1,6 @@
 """What `torchrun` starts in the tests of parallelism: one process of several, told what to do by a pickled plan.
 
-    torchrun ... many_ranks.py FOLDER
+    torchrun ... fsdp_program.py FOLDER
 
 FOLDER/plan.pt holds {"samples", "objective", "fsdp_modules", "gradients": {name: (model, TrainingConfig)},
 "runs": [(folder, model, TrainingConfig, checkpoint of an earlier run that it goes on from, or None)]}. The first rank

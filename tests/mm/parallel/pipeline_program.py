@@ -1,6 +1,6 @@
 """What `torchrun` starts in the tests of pipelines: one process of several, told what to do by a pickled plan.
 
-    torchrun ... staged_ranks.py FOLDER
+    torchrun ... pipeline_program.py FOLDER
 
 FOLDER/plan.pt holds {"samples", "steps": {name: (model, TrainingConfig)}, "records", "runs": [(folder, model,
 TrainingConfig, checkpoint of an earlier run that it goes on from, or None, step in which the last rank is told to end,

@@ -1,6 +1,6 @@
 """What `torchrun` starts in the tests of tensor parallelism: one process of several, told what to do by a pickled plan.
 
-    torchrun ... tensor_ranks.py FOLDER
+    torchrun ... tensor_parallel_program.py FOLDER
 
 FOLDER/plan.pt holds {"steps": {name: (model, samples, TrainingConfig)}, "refused": {name: (model, ranks)},
 "runs": [(folder, model, samples, TrainingConfig, checkpoint of an earlier run that it goes on from, or None)]}. The

@@ -24,7 +24,7 @@ from vision.encoder import VisionEncoder
 
 # Sums over ranks run in another order than in one process: fp32 rounding of gradients of size 1e-3 to 1.
 CLOSE = {"rtol": 1e-3, "atol": 2e-6}
-PROGRAM = Path(__file__).with_name("many_ranks.py")
+PROGRAM = Path(__file__).with_name("fsdp_program.py")
 TOWERS = (VisionEncoder, open_clip.transformer.ResidualAttentionBlock)
 
 
@@ -71,8 +71,9 @@ def alone(model, samples, config, objective=None) -> dict:
 
 
 @pytest.mark.slow
+@pytest.mark.distributed
 @pytest.mark.parametrize("size", [2, 4])
-def test_gradients_are_those_of_one_process(model, uneven, config, tmp_path, size):
+def test_fsdp_gradients_equal_those_of_one_process(model, uneven, config, tmp_path, size):
     settings = config(max_gradient_norm=1e9)
     cases = {"sharded": settings, "micro": config(max_gradient_norm=1e9, micro_batch_size=1)}
     if size == 4:
@@ -94,7 +95,8 @@ def test_gradients_are_those_of_one_process(model, uneven, config, tmp_path, siz
 
 
 @pytest.mark.slow
-def test_compiled_layers_are_gathered_like_others(shallow_model, uneven, config, tmp_path):
+@pytest.mark.distributed
+def test_compiled_layers_under_fsdp_have_the_same_gradients(shallow_model, uneven, config, tmp_path):
     settings = config(max_gradient_norm=1e9)
     case = replace(settings, compile=True, activation_checkpointing=True)
     carry_out(tmp_path, 2, uneven, gradients={"compiled": (shallow_model, case)})
@@ -105,7 +107,8 @@ def test_compiled_layers_are_gathered_like_others(shallow_model, uneven, config,
 
 
 @pytest.mark.slow
-def test_runs_are_those_of_one_process_and_go_on_with_any_number_of_ranks(model, uneven, config, tmp_path):
+@pytest.mark.distributed
+def test_fsdp_runs_equal_those_of_one_process_and_resume_on_any_number_of_ranks(model, uneven, config, tmp_path):
     settings = {"batch_size": 4, "save_every": 2, "learning_rates": {**config().learning_rates, "*": 1e-4}}
     whole = config(steps=6, **settings)
     once = tmp_path / "alone"
@@ -132,8 +135,9 @@ def test_runs_are_those_of_one_process_and_go_on_with_any_number_of_ranks(model,
 
 
 @pytest.mark.slow
+@pytest.mark.distributed
 @pytest.mark.parametrize("size", [2, 4])
-def test_contrastive_gradients_are_those_of_one_process(contrastive_model, make_pairs, config, tmp_path, size):
+def test_contrastive_gradients_equal_those_of_one_process(contrastive_model, make_pairs, config, tmp_path, size):
     """Every picture meets every text, though two ranks have four and two pairs, and the last of four has none."""
     bad = Unreadable("square-0007", "broken or truncated picture")
     pairs = make_pairs(6)
@@ -171,32 +175,3 @@ def test_contrastive_gradients_are_those_of_one_process(contrastive_model, make_
         lines = [(tmp_path / folder / "metrics.jsonl").read_text().splitlines() for folder in ("run", "again")]
         losses = [[json.loads(line)["loss"] for line in rows] for rows in lines]
         assert losses[1] == losses[0][4:] and losses[0][0] == pytest.approx(expected["loss"], rel=1e-4)
-
-
-@pytest.mark.slow
-def test_a_rank_that_does_not_come_is_named_in_seconds(tmp_path):
-    program = tmp_path / "late.py"
-    program.write_text(
-        "import time\n"
-        "from mm.parallel.process_group import init_distributed\n"
-        "with init_distributed() as ranks:\n"
-        "    ranks.check_consistent('configuration', {'learning_rates': 1})\n"
-        "    if ranks.rank == 1:\n"
-        "        time.sleep(20)\n"
-        "    else:\n"
-        "        ranks.barrier(2)\n"
-    )
-    done = launch(program, tmp_path, 2)
-    assert done.returncode != 0 and "rank 0 waited 2 s" in done.said and "1" in done.said.split("failed")[1][:200]
-
-
-@pytest.mark.slow
-def test_ranks_that_were_started_differently_are_named(tmp_path):
-    program = tmp_path / "odd.py"
-    program.write_text(
-        "from mm.parallel.process_group import init_distributed\n"
-        "with init_distributed() as ranks:\n"
-        "    ranks.check_consistent('configuration', {'learning_rates': ranks.rank == 1})\n"
-    )
-    done = launch(program, tmp_path, 2)
-    assert done.returncode != 0 and "ranks 1 have another configuration than rank 0" in done.said

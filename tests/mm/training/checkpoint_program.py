@@ -1,6 +1,6 @@
 """What `torchrun` starts in the tests of checkpoints: one process of several, told what to do by a pickled plan.
 
-    torchrun ... checkpoint_ranks.py FOLDER
+    torchrun ... checkpoint_program.py FOLDER
 
 FOLDER/plan.pt holds {"layouts": whether to write and read `Parts` in every layout, "full": whether to write onto a full
 disk, "runs": [(folder, TrainingConfig, step in which the last rank is told to end, or None)], "model", "samples"}. Each
