@@ -1,4 +1,4 @@
-"""Models put together from parts that exist and adapters that are new, each new one drawn from its own seed."""
+"""Models assembled from existing parts and new adapters. Each new adapter is initialised from a seed of its own."""
 
 from dataclasses import asdict, replace
 
@@ -17,53 +17,49 @@ from speech.conformer import SpeechEncoder
 from speech.whisper import WhisperEncoder
 from vision.encoder import VisionEncoder, at_tile_size
 
-FREE_FIELDS = (
-    "norm_eps",
-    "rotary",
-    "context",
-    "stop_tokens",
-    "tied_embeddings",
-)  # what may differ between LMs of a shape
+# Fields that may differ between language models that an adapter fits.
+FREE_FIELDS = ("norm_eps", "rotary", "context", "stop_tokens", "tied_embeddings")
 
 
 def assemble(
     language_model: LanguageModel, vision_encoder: VisionEncoder, adapter: ImageAdapterConfig, seed: int = 0
 ) -> MultimodalModel:
-    """A model from a language model and an encoder that exist, with a new adapter between them.
+    """A model from an existing language model and image encoder, with a new adapter between them.
 
-    The extra input rows are drawn at the scale of the language model's own table.
+    The extra embeddings are drawn at the scale of the language model's own table.
     """
-    config = ModelConfig(language_model.config, vision_encoder.config, adapter)
     with meta_device():
-        model = MultimodalModel(config)
+        model = MultimodalModel(ModelConfig(language_model.config, vision_encoder.config, adapter))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model.image_adapter = ImageAdapter(adapter, config.language_model, config.vision_encoder.feature_size)
-        table = language_model.model.embed_tokens.weight
-        rows = torch.randn(model.extra_embeddings.shape) * table.float().std()
-    model.extra_embeddings = nn.Parameter(rows.to(table.dtype), requires_grad=False)
-    model.language_model = language_model
+        model.image_adapter = ImageAdapter(adapter, language_model.config, vision_encoder.config.feature_size)
+        _attach(model, language_model)
     model.vision_encoder = vision_encoder
     return model
 
 
 def from_language_model(language_model: LanguageModel, seed: int = 0) -> MultimodalModel:
-    """A model of a language model alone, which `add_speech` gives ears; its extra input rows as in `assemble`."""
+    """A model of a language model alone, to which `add_speech` adds speech; extra embeddings as in `assemble`."""
     with meta_device():
         model = MultimodalModel(ModelConfig(language_model.config))
-    table = language_model.model.embed_tokens.weight
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        rows = torch.randn(model.extra_embeddings.shape) * table.float().std()
-    model.extra_embeddings = nn.Parameter(rows.to(table.dtype), requires_grad=False)
-    model.language_model = language_model
+        _attach(model, language_model)
     return model
 
 
-def replace_language_model(model: MultimodalModel, other: LanguageModel) -> None:
-    """Put another language model of the same shape in the place of the model's own (paper §7.5.1).
+def _attach(model: MultimodalModel, language_model: LanguageModel) -> None:
+    """Give a model its language model, and new extra embeddings at the scale and in the type of its table."""
+    table = language_model.model.embed_tokens.weight
+    rows = torch.randn(model.extra_embeddings.shape) * table.float().std()
+    model.extra_embeddings = nn.Parameter(rows.to(table.dtype), requires_grad=False)
+    model.language_model = language_model
 
-    Angles, context and stop tokens become the other's.
+
+def replace_language_model(model: MultimodalModel, other: LanguageModel) -> None:
+    """Replace a model's language model by another one of the same shape, in place (paper §7.5.1).
+
+    Rotary settings, context and stop tokens become the other's.
 
     Raises:
         UserError: another shape; names the fields that differ.
@@ -83,7 +79,7 @@ def replace_language_model(model: MultimodalModel, other: LanguageModel) -> None
 
 
 def add_video_adapter(model: MultimodalModel, adapter: VideoAdapterConfig, seed: int = 0) -> None:
-    """Give a model that sees images a new video adapter; in place, in the type of its image adapter.
+    """Add a new video adapter to a model with an image adapter, in the image adapter's dtype; in place.
 
     Raises:
         UserError: a model without an image adapter, or one that has a video adapter.
@@ -91,6 +87,7 @@ def add_video_adapter(model: MultimodalModel, adapter: VideoAdapterConfig, seed:
     if model.video_adapter is not None:
         raise UserError("the model has a video_adapter already; train it on instead of adding one")
     config = replace(model.config, video_adapter=adapter)
+    assert model.image_adapter is not None, "the configuration refuses a video adapter without an image adapter"
     projection = model.image_adapter.projection
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -100,19 +97,20 @@ def add_video_adapter(model: MultimodalModel, adapter: VideoAdapterConfig, seed:
 
 
 def set_tile_size(model: MultimodalModel, tile_size: int) -> None:
-    """Resize the image encoder's position tables to another tile resolution, in pixels; in place."""
+    """Resize the image encoder's position tables to another tile size, in pixels; in place."""
     assert model.vision_encoder is not None
     model.vision_encoder = at_tile_size(model.vision_encoder, tile_size)
     model.config = replace(model.config, vision_encoder=model.vision_encoder.config)
 
 
-def set_factor(model: MultimodalModel, factor: int) -> None:
-    """Let the temporal aggregator merge up to `factor` frames into one; in place, no weight depends on it.
+def set_aggregation_factor(model: MultimodalModel, factor: int) -> None:
+    """Let the temporal aggregator merge up to `factor` frames into one; in place. No weight depends on the factor.
 
     Raises:
         UserError: a factor below 1.
     """
     adapter = model.config.video_adapter
+    assert adapter is not None and model.video_adapter is not None
     adapter = replace(adapter, aggregator=replace(adapter.aggregator, factor=factor))
     model.config = replace(model.config, video_adapter=adapter)
     model.video_adapter.config = adapter
@@ -122,11 +120,12 @@ def set_factor(model: MultimodalModel, factor: int) -> None:
 def add_speech(
     model: MultimodalModel, encoder: SpeechEncoder | WhisperEncoder, adapter: SpeechAdapterConfig, seed: int = 0
 ) -> None:
-    """Give a model ears: a speech encoder that exists and a new adapter, whose output starts as large as the language
-    model's embeddings are; in place.
+    """Add an existing speech encoder and a new speech adapter to a model; in place.
+
+    The adapter's output starts at the scale of the language model's embeddings.
 
     Raises:
-        UserError: the model hears already.
+        UserError: the model has a speech encoder.
     """
     if model.speech_encoder is not None:
         raise UserError("the model has a speech_encoder already; train it on instead of adding one")

@@ -112,7 +112,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     if any(sample.labels is not None for sample in samples):
         padded = ((sample.labels or []) + [IGNORED] * longest for sample in samples)
         labels = torch.tensor([row[:longest] for row in padded])
-    media: dict[str, list[Any]] = {}
+    media: dict[str, Any] = {}
     for modality in MODALITIES:
         rows = [getattr(sample, modality.field) for sample in samples]
         media[modality.field] = [item for row in rows for item in row]
@@ -145,7 +145,7 @@ def dummy_sample(config: ModelConfig) -> Sample:
     modality.
     """
     tokens: list[int] = []
-    media: dict[str, list[Any]] = {}
+    media: dict[str, Any] = {}
     for modality in MODALITIES:
         if getattr(config, modality.part) is not None:
             item = modality.dummy(config)

@@ -34,7 +34,7 @@ class ModelConfig:
     language_model: LanguageModelConfig
     vision_encoder: VisionEncoderConfig | None = None
     image_adapter: ImageAdapterConfig | None = None
-    image_token_id: int | None = None
+    image_token_id: int = None  # type: ignore[assignment]  # None is replaced in __post_init__
     video_adapter: VideoAdapterConfig | None = None
     speech_encoder: SpeechEncoderConfig | WhisperEncoderConfig | None = None
     speech_adapter: SpeechAdapterConfig | None = None
@@ -49,11 +49,11 @@ class ModelConfig:
                 f"{NUM_EXTRA_TOKENS} extra rows"
             )
         if (self.vision_encoder is None) != (self.image_adapter is None):
-            raise UserError("a model that sees needs both vision_encoder and image_adapter; one of them is missing")
+            raise UserError("images need both vision_encoder and image_adapter; one of them is missing")
         if self.video_adapter is not None and self.image_adapter is None:
-            raise UserError("a video_adapter stands among the blocks of an image_adapter, and there is none")
+            raise UserError("a video_adapter needs an image_adapter, between whose blocks it stands; there is none")
         if (self.speech_encoder is None) != (self.speech_adapter is None):
-            raise UserError("a model that hears needs both speech_encoder and speech_adapter; one of them is missing")
+            raise UserError("sound needs both speech_encoder and speech_adapter; one of them is missing")
 
     @property
     def video_token_id(self) -> int:
@@ -131,7 +131,7 @@ def from_dict(values: dict[str, Any], config_class: type[Config] = ModelConfig) 
 
 def _build(annotation: Any, value: Any) -> Any:
     """A value as a field's annotation says: nested configurations are built, lists become tuples."""
-    classes = [option for option in _options(annotation) if dataclasses.is_dataclass(option)]
+    classes: list[Any] = [option for option in _options(annotation) if dataclasses.is_dataclass(option)]
     if value is None or not classes:
         return tuple(value) if isinstance(value, list) else value
     if not isinstance(value, dict):

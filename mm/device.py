@@ -1,4 +1,4 @@
-"""Which device a command or a stage runs on."""
+"""The device that a command or a stage runs on."""
 
 import torch
 
@@ -6,13 +6,13 @@ from foundation.errors import UserError
 
 
 def resolve_device(name: torch.device | str = "auto") -> torch.device:
-    """A device by its name; "auto" is CUDA where this machine has it, else the CPU.
+    """A device by its name; "auto" is CUDA where the machine has it, else the CPU.
 
     Args:
         name: such as "auto", "cpu" or "cuda:1".
 
     Raises:
-        UserError: torch does not know the device, or this machine does not have it.
+        UserError: torch does not know the device, or the machine does not have it.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

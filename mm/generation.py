@@ -58,6 +58,7 @@ def stream(
     tokens: list[int] = []
     sent = ""
     for (token,) in stream_tokens(model, [processor.prompt(messages)], max_new_tokens, **options):
+        assert token is not None  # the only row has not ended
         tokens.append(token)
         text = processor.decode(tokens)
         if not text.endswith("\ufffd") and len(text) > len(sent):  # a character may be spread over several tokens

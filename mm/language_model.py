@@ -1,8 +1,8 @@
-"""The language model: one decoder for Llama 1-3.x, SmolLM2, Mistral and Qwen2, run as it is and kept frozen.
+"""The language model: one decoder for Llama 1-3.x, SmolLM2, Mistral and Qwen2, which stays frozen.
 
-RMSNorm, grouped-query attention, rotary positions, SwiGLU. Parameter names are those of Hugging Face Llama folders, so
-a state dict is the language model's own whatever adapters stand beside it. `mm/model.py` walks the same layers with
-cross-attention between them; alone, this file is a whole language model.
+RMSNorm, grouped-query attention, rotary positions, SwiGLU. Parameter names are those of Hugging Face Llama folders, and
+adapters do not change them. `mm/model.py` runs the same layers with cross-attention between them; this file alone is a
+complete language model.
 """
 
 from dataclasses import dataclass, field
@@ -23,7 +23,9 @@ class LanguageModelConfig:
 
     Attributes:
         head_dim: None means hidden_size / num_heads.
-        qkv_bias: biases on q, k, v (Qwen2). output_bias, mlp_bias: the same on o and on the feed-forward.
+        qkv_bias: biases on q, k and v (Qwen2).
+        output_bias: a bias on o.
+        mlp_bias: biases on the feed-forward.
         context: the longest sequence, in tokens.
         stop_tokens: ids that end an answer.
     """
@@ -34,7 +36,7 @@ class LanguageModelConfig:
     num_layers: int = 32
     num_heads: int = 32
     num_kv_heads: int = 8
-    head_dim: int | None = None
+    head_dim: int = None  # type: ignore[assignment]  # None is replaced in __post_init__
     norm_eps: float = 1e-5
     rotary: RotaryConfig = field(default_factory=RotaryConfig)
     qkv_bias: bool = False
@@ -84,7 +86,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding table, layers and final norm: what Hugging Face folders call `model`."""
+    """Embedding table, layers and final norm; Hugging Face folders call it `model`."""
 
     def __init__(self, config: LanguageModelConfig) -> None:
         super().__init__()
@@ -94,7 +96,7 @@ class Decoder(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """tokens [B, T] -> logits [B, T, vocab]; causal, so right padding changes nothing before it."""
+    """tokens [B, T] -> logits [B, T, vocab]. Attention is causal, so right padding does not change earlier tokens."""
 
     def __init__(self, config: LanguageModelConfig) -> None:
         super().__init__()
@@ -109,7 +111,7 @@ class LanguageModel(nn.Module):
         return rotary_angles(self.config.rotary, self.config.head_dim, positions, dtype)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """The bare language model, without adapters or cache."""
+        """Logits of the language model alone, without adapters or cache."""
         x = self.model.embed_tokens(tokens)
         rotary = self.angles(torch.arange(tokens.shape[1], device=tokens.device), x.dtype)
         for layer in self.model.layers:

@@ -194,7 +194,7 @@ class Processor:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of an answer's tokens, without special tokens."""
-        return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
 
     def _caption_request(self, kind: str) -> str | None:
         return self.caption_prompt if kind == "image" else self.video_prompt
@@ -243,7 +243,7 @@ class Processor:
         # Templates of models that know images write the tokenizer's own image token for each image part.
         if image_text and ("'image'" in self.chat_template or '"image"' in self.chat_template):
             text = self._apply_template([_in_parts(message) for message in flat], answer_follows)
-            text = text.replace(image_text, IMAGE.mark)
+            text = text.replace(str(image_text), IMAGE.mark)
         else:
             text = self._apply_template(flat, answer_follows)
         for modality in MODALITIES:

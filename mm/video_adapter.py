@@ -1,8 +1,8 @@
 """The video adapter: the temporal aggregator, and gated cross-attention blocks of its own (paper §7.3).
 
-The blocks have the form of the image adapter's and stand before some of them; at gates of 0 they are the identity.
-Images and clips of a row are attended to by their own blocks only.
-Shapes: S vision tokens of a frame, E effective frames of a clip, D width of the LM.
+The blocks have the form of the image adapter's and stand before some of them; with gates at 0 they are the identity.
+A row's images are attended to by the image blocks alone, and its clips by the video blocks alone.
+Shapes: S vision tokens of a frame, E effective frames of a clip, C channels of features, D width of the LM.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,13 +21,13 @@ from vision.tiling import Tiles
 
 @dataclass(frozen=True)
 class VideoAdapterConfig:
-    """Where the blocks stand and how they start.
+    """Shape of the aggregator, positions and initialisation of the blocks.
 
     Attributes:
-        interval: a block stands before every so-manieth image cross-attention block. 4 in the paper (two blocks in the
-            8B model, five in the 70B one); a small language model has few image blocks and needs less.
+        interval: one video block per `interval` image blocks, before the last of them. 4 in the paper (two blocks in
+            the 8B model, five in the 70B one); a small language model has few image blocks and needs a smaller one.
         intermediate_size: width of the blocks' feed-forward; None is the LM's own.
-        gate_init, fit_inputs: how the blocks start, as in `mm.cross_attention.ImageAdapterConfig`.
+        gate_init, fit_inputs: initialisation of the blocks, as in `mm.cross_attention.ImageAdapterConfig`.
         frames_per_pass: how many frames are encoded at a time where no gradient is kept.
     """
 
@@ -47,7 +47,7 @@ class VideoAdapterConfig:
         """The number of LM layers completed before each block.
 
         Raises:
-            UserError: fewer image blocks than `interval`, so that no block would stand anywhere.
+            UserError: fewer image blocks than `interval`, which leave no position for a video block.
         """
         positions = tuple(image_positions[self.interval - 1 :: self.interval])
         if not positions:
@@ -78,15 +78,16 @@ class VideoAdapter(nn.Module):
         )
 
     def by_position(self) -> dict[int, CrossAttentionBlock]:
-        """Each block under the number of LM layers before it."""
-        return dict(zip(self.positions, self.blocks, strict=True))
+        """The blocks by the number of LM layers before them."""
+        pairs = zip(self.positions, self.blocks, strict=True)
+        return {position: block for position, block in pairs if isinstance(block, CrossAttentionBlock)}
 
     def forward(self, clips: Sequence[Clip], encode: Callable[[list[Tiles]], Tensor]) -> Tensor:
         """Clips as vision tokens of the LM's width.
 
         Args:
-            encode: the image encoder: pictures -> features of all their tokens, [sum of S, C]. Without gradients it is
-                given `frames_per_pass` frames at a time, and what it gives is merged before the next.
+            encode: the image encoder: frames -> features of all their tokens, [sum of S, C]. Without gradients it gets
+                `frames_per_pass` frames at a time, and their features are merged before it gets the next ones.
 
         Returns:
             [sum of E * S, D], clip by clip, effective frame by effective frame.
@@ -98,21 +99,24 @@ class VideoAdapter(nn.Module):
             for start in range(0, len(clip.frames), factor)
         ]
         sizes = [len(frames) for frames, _ in groups]
-        at_once = sum(sizes) if torch.is_grad_enabled() else self.config.frames_per_pass
+        chunk_size = sum(sizes) if torch.is_grad_enabled() else self.config.frames_per_pass
         merged: list[Tensor] = []
-        for some in split_into_passes(sizes, at_once):
-            frames = [frame for index in some for frame in groups[index][0]]
+        for group_indices in split_into_passes(sizes, chunk_size):
+            frames = [frame for index in group_indices for frame in groups[index][0]]
             embedded: list[Tensor] = []
-            for start in range(0, len(frames), at_once):
-                chunk = slice(start, start + at_once)
+            for start in range(0, len(frames), chunk_size):
+                chunk = slice(start, start + chunk_size)
                 features = encode(frames[chunk])
                 per_tile = len(features) // sum(tiles.num_tiles for tiles in frames[chunk])
                 counts = [tiles.num_tiles * per_tile for tiles in frames[chunk]]
                 embedded += self.aggregator.embed(features, counts)
-            ends = torch.tensor([sizes[index] for index in some]).cumsum(0).tolist()
+            ends = torch.tensor([sizes[index] for index in group_indices]).cumsum(0).tolist()
             merged += self.aggregator(
-                [torch.stack(embedded[end - sizes[index] : end]) for index, end in zip(some, ends, strict=True)],
-                [groups[index][1] for index in some],
+                [
+                    torch.stack(embedded[end - sizes[index] : end])
+                    for index, end in zip(group_indices, ends, strict=True)
+                ],
+                [groups[index][1] for index in group_indices],
                 per_tile,
             )
         return torch.cat(merged)

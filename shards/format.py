@@ -7,6 +7,7 @@ consecutive: `{id}.json`, then its media in the order of their suffixes (`{id}.p
 import hashlib
 import io
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,7 +76,7 @@ def member_order(suffix: str) -> tuple[bool, int, str]:
     return (suffix != "json", int(number) if number.isdigit() else -1, rest if number.isdigit() else suffix)
 
 
-def picture_suffixes(media: dict[str, bytes]) -> list[str]:
+def picture_suffixes(media: Iterable[str]) -> list[str]:
     """The suffixes of a record's images, in order."""
     return sorted((name for name in media if _without_number(name) in PICTURES), key=member_order)
 

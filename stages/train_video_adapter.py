@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from foundation.errors import UserError
-from mm.assembly import add_video_adapter, set_factor, set_tile_size
+from mm.assembly import add_video_adapter, set_aggregation_factor, set_tile_size
 from mm.model import MultimodalModel
 from mm.parallel.process_group import Ranks
 from mm.processor import Processor
@@ -100,7 +100,7 @@ def initial_model(config: TrainVideoAdapter) -> tuple[MultimodalModel, Processor
     elif config.adapter != VideoAdapterConfig():
         raise UserError(f"{config.start_from} brings its own video adapter: leave `adapter` out")
     if config.factor is not None:
-        set_factor(model, config.factor)
+        set_aggregation_factor(model, config.factor)
     settings = {
         **earlier.settings(),
         "max_frames": config.max_frames,

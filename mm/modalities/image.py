@@ -31,12 +31,6 @@ def quantities(images: Sequence[Tiles]) -> dict[str, float]:
     return {"images": len(images), "tiles": sum(tiles.num_tiles for tiles in images)}
 
 
-def placeholder(config: ModelConfig) -> int:
-    """The image token; released models have one of their own."""
-    assert config.image_token_id is not None
-    return config.image_token_id
-
-
 IMAGE = Modality(
     name="image",
     plural="images",
@@ -44,9 +38,9 @@ IMAGE = Modality(
     part="vision_encoder",
     suffixes=picture_suffixes,
     read=read,
-    token_id=placeholder,
+    token_id=lambda config: config.image_token_id,
     num_tokens=lambda tiles: 1,
-    tokens=lambda tiles, config: [placeholder(config)],
+    tokens=lambda tiles, config: [config.image_token_id],
     dummy=black_tile,
     quantities=quantities,
 )

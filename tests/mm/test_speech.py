@@ -201,7 +201,7 @@ def test_wrong_use_is_named(model, tiny_model, sample, config):
         logits(model, replace(short, speech=[]))
     with pytest.raises(ValueError, match="no speech_encoder"):
         logits(tiny_model, short)
-    with pytest.raises(ValueError, match="needs both speech_encoder and speech_adapter"):
+    with pytest.raises(ValueError, match="need both speech_encoder and speech_adapter"):
         replace(config, speech_adapter=None)
 
 
