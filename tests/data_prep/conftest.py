@@ -1,4 +1,4 @@
-"""A small pool of every sort of pair, good and bad, to be written as folders, tars or parquet files."""
+"""Fixtures: a small pool of good and bad pairs, written as folders, tars or parquet files, and runs over it."""
 
 import io
 import tarfile
@@ -12,12 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_prep.pipeline.curation import Curate, run
+import data_prep.pipeline.curation
+from data_prep.pipeline.curation import CurationConfig, run
 from data_prep.pipeline.pool import RawSource
 from data_prep.pipeline.writing import WriteConfig
 from data_prep.steps.caption_rules import CaptionRules
 from data_prep.steps.image_rules import ImageRules
+from data_prep.steps.motion import Motion
 from data_prep.steps.resampling import ResamplingConfig
+from tests.data_prep.scripted import MiddleFace, RednessClassifier, ScriptedScorer, SizeReader
 
 NOUNS = ("dog", "cat", "boat", "tree", "house", "bird", "fish", "flower", "car", "mountain")
 
@@ -36,16 +39,16 @@ def encoded(picture: Image.Image, form: str = "PNG") -> bytes:
 def make_good_pairs(count: int = 40) -> dict[str, tuple[str, bytes, bytes]]:
     """key -> (suffix, picture, caption): JPEG, PNG, GIF and SVG in turn, a dog in every second caption."""
     pairs = {}
-    for number in range(count):
-        noun = "dog" if number % 2 else NOUNS[number % len(NOUNS)]
-        caption = f"A picture of a {noun} in front of the old wall number {number}".encode()
-        suffix = ("jpg", "png", "gif", "svg")[number % 4]
+    for index in range(count):
+        noun = "dog" if index % 2 else NOUNS[index % len(NOUNS)]
+        caption = f"A picture of a {noun} in front of the old wall number {index}".encode()
+        suffix = ("jpg", "png", "gif", "svg")[index % 4]
         if suffix == "svg":
-            body = f'<rect width="9" height="9" fill="#abc"/><circle cx="4" cy="4" r="{1 + number / 20}"/>'
+            body = f'<rect width="9" height="9" fill="#abc"/><circle cx="4" cy="4" r="{1 + index / 20}"/>'
             picture = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9">{body}</svg>'.encode()
         else:
-            picture = encoded(make_noise(number), {"jpg": "JPEG"}.get(suffix, suffix.upper()))
-        pairs[f"good{number:03d}"] = (suffix, picture, caption)
+            picture = encoded(make_noise(index), {"jpg": "JPEG"}.get(suffix, suffix.upper()))
+        pairs[f"good{index:03d}"] = (suffix, picture, caption)
     return pairs
 
 
@@ -95,19 +98,19 @@ def write_parquet(folder: Path, pairs: dict, name: str) -> None:
 
 @pytest.fixture(scope="session")
 def good_pairs() -> Callable[[int], dict]:
-    """good_pairs(count) -> pairs that no rule but the resampling drops."""
+    """good_pairs(count) -> pairs that only the resampling drops."""
     return make_good_pairs
 
 
 @pytest.fixture(scope="session")
 def bad_pairs() -> dict:
-    """Pairs that cannot be read, by what is wrong with them."""
+    """Pairs that cannot be read, by their fault."""
     return BAD
 
 
 @pytest.fixture(scope="session")
 def noise() -> Callable:
-    """noise(seed, size) -> a picture of coloured blots."""
+    """noise(seed, size) -> a picture of smooth coloured noise."""
     return make_noise
 
 
@@ -119,14 +122,14 @@ def encode() -> Callable:
 
 @pytest.fixture
 def pool(tmp_path) -> Callable[..., Path]:
-    """pool(kind, name, pairs, files=1) -> a folder that holds the pairs, as tars or parquet in so many files."""
+    """pool(kind, name, pairs, files=1) -> a folder that holds the pairs, in `files` tars or parquet files."""
 
     def write(kind: str, name: str, pairs: dict, files: int = 1) -> Path:
         folder = tmp_path / "pools" / name
         folder.mkdir(parents=True)
-        for number in range(files):
-            some = dict(list(pairs.items())[number::files])
-            {"folder": write_folder, "tars": write_tar, "parquet": write_parquet}[kind](folder, some, f"{number:02d}")
+        for index in range(files):
+            of_file = dict(list(pairs.items())[index::files])
+            {"folder": write_folder, "tars": write_tar, "parquet": write_parquet}[kind](folder, of_file, f"{index:02d}")
         return folder
 
     return write
@@ -134,17 +137,17 @@ def pool(tmp_path) -> Callable[..., Path]:
 
 @pytest.fixture
 def text(tmp_path) -> Path:
-    """A good text, to take n-grams from."""
+    """A text that the n-grams are taken from."""
     path = tmp_path / "text.txt"
     path.write_text("a picture of an old wall\n" + "\n".join(f"a {noun} in the garden" for noun in NOUNS))
     return path
 
 
 @pytest.fixture
-def curate(tmp_path, text) -> Callable[..., Curate]:
+def curate(tmp_path, text) -> Callable[..., CurationConfig]:
     """curate(source folder, kind, output, **changes) -> a run's configuration, with all rules that need no model."""
 
-    def config(source: Path, kind: str, output: str, **changes) -> Curate:
+    def config(source: Path, kind: str, output: str, **changes) -> CurationConfig:
         settings = {
             "output": str(tmp_path / output),
             "sources": (RawSource(str(source), kind),),
@@ -154,14 +157,35 @@ def curate(tmp_path, text) -> Callable[..., Curate]:
             "write": WriteConfig(samples_per_shard=10),
             "svg_size": 64,
         }
-        return Curate(**{**settings, **changes})
+        return CurationConfig(**{**settings, **changes})
 
     return config
 
 
 @pytest.fixture
+def curate_clips(curate) -> Callable[..., CurationConfig]:
+    """curate_clips(source folder, kind, output, **changes) -> the same for a source of clips, with the motion score."""
+
+    def config(source: Path, kind: str, output: str, **changes) -> CurationConfig:
+        sources = (RawSource(str(source), kind, media="clips"),)
+        settings = {"image_rules": None, "resampling": None, "motion": Motion(0.02)}
+        return curate(source, kind, output, **{"sources": sources, **settings, **changes})
+
+    return config
+
+
+@pytest.fixture
+def scripted(monkeypatch) -> Callable:
+    """Replaces all models by stand-ins; the value is the `load_scorer` of a run."""
+    monkeypatch.setattr(data_prep.pipeline.curation.OpenNsfw, "of_package", RednessClassifier)
+    monkeypatch.setattr(data_prep.pipeline.curation.CenterFace, "of_file", lambda *_: MiddleFace())
+    monkeypatch.setattr(data_prep.pipeline.curation.RapidOcr, "of_package", SizeReader)
+    return lambda config: ScriptedScorer(config.pretrained)
+
+
+@pytest.fixture
 def work(pool, curate, good_pairs, bad_pairs) -> Path:
-    """The output folder of a run over forty good pairs and one of each bad sort."""
+    """The output folder of a run over forty good pairs and all bad ones."""
     config = curate(pool("tars", "a", {**good_pairs(40), **bad_pairs}), "tars", "run")
     run(config)
     return Path(config.output)

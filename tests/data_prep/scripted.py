@@ -1,17 +1,18 @@
-"""Stand-ins for models, by rules that a test can foresee; in a module of their own, so that workers find them."""
+"""Stand-ins for models, with results that tests can compute; a module that worker processes can import."""
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from data_prep.steps.ocr import Line
+from data_prep.steps.ocr import TextLine
 
 
 @dataclass(frozen=True)
 class ScriptedScorer:
-    """A pair's score is its caption's last number / 100."""
+    """A pair's score is the last number of its caption / 100."""
 
     id: str = "scripted"
 
@@ -21,7 +22,7 @@ class ScriptedScorer:
 
 @dataclass(frozen=True)
 class RednessClassifier:
-    """How red a picture is on average."""
+    """The score is the mean of the red channel, 0 to 1."""
 
     id: str = "redness"
 
@@ -31,7 +32,7 @@ class RednessClassifier:
 
 @dataclass(frozen=True)
 class MiddleFace:
-    """A face in the middle of every picture, as likely as the picture is red."""
+    """A face in the middle of every picture, with the picture's redness as its score, and a face in the corner."""
 
     id: str = "middle"
 
@@ -42,11 +43,16 @@ class MiddleFace:
 
 @dataclass(frozen=True)
 class SizeReader:
-    """Reads the width of every picture and an O, surely, and its height, hardly."""
+    """Reads the width of every picture and an O with high confidence, and its height with low confidence."""
 
     id: str = "size"
 
-    def read(self, picture: Image.Image) -> list[Line]:
+    def read(self, picture: Image.Image) -> list[TextLine]:
         corners = (0.0, 0.0, picture.width / 2, 0.0, picture.width / 2, picture.height / 4, 0.0, picture.height / 4)
-        sure = [Line(f"{picture.width} {{px}}", 0.9, corners), Line("O", 1.0, corners)]
-        return [*sure, Line(str(picture.height), 0.3, corners)]
+        confident = [TextLine(f"{picture.width} {{px}}", 0.9, corners), TextLine("O", 1.0, corners)]
+        return [*confident, TextLine(str(picture.height), 0.3, corners)]
+
+
+def redness(data: bytes) -> float:
+    """The score that RednessClassifier gives a picture file."""
+    return RednessClassifier().score(Image.open(io.BytesIO(data)).convert("RGB"))

@@ -1,6 +1,6 @@
-"""A run that ends as a power cut ends it, at the N-th moment at which it gives a file or folder its name.
+"""A run that kills itself when it renames a file or folder for the N-th time.
 
-killed_run.py CONFIG N: or, where N is negative, at the -N-th moment at which near duplicates are written.
+killed_run.py CONFIG N: where N is negative, it kills itself at the -N-th call that searches or writes near duplicates.
 """
 
 import os

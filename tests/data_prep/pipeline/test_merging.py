@@ -3,44 +3,49 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.pipeline import merging
-from data_prep.pipeline.measuring import PICTURES
+from data_prep.pipeline.measuring import PAIRS, PICTURES, SOURCES
 from data_prep.pipeline.merging import merge
 
 
 def parts(tmp_path, name, ids, count):
-    """Folders of parts that hold rows of so many pictures and pairs, each id in two of them."""
+    """`count` folders of parts that hold rows of pictures and pairs, each id in two of them."""
     folders = []
-    for number in range(count):
-        folder = tmp_path / name / f"part{number}"
+    for index in range(count):
+        folder = tmp_path / name / f"part{index}"
         folder.mkdir(parents=True)
-        some = [*ids[number::count], *ids[(number + 1) % count :: count]]
-        empty = [None] * len(some)
-        pairs = {"id": some, "image_id": some, "caption": some, "problem": empty}
-        pq.write_table(pa.table(pairs, schema=merging.PAIRS), folder / "pairs.parquet")
-        pictures = {"image_id": some, "picture_problem": empty, "width": [1] * len(some), "height": [2] * len(some)}
+        of_part = [*ids[index::count], *ids[(index + 1) % count :: count]]
+        nulls = [None] * len(of_part)
+        pairs = {"id": of_part, "image_id": of_part, "caption": of_part, "problem": nulls}
+        pq.write_table(pa.table(pairs, schema=PAIRS), folder / "pairs.parquet")
+        pictures = {
+            "image_id": of_part,
+            "picture_problem": nulls,
+            "width": [1] * len(of_part),
+            "height": [2] * len(of_part),
+        }
         pq.write_table(pa.table(pictures, schema=PICTURES), folder / "pictures.parquet")
-        sources = {field.name: empty for field in merging.SOURCES} | {"id": some, "key": some}
-        pq.write_table(pa.table(sources, schema=merging.SOURCES), folder / "sources.parquet")
+        sources = {field.name: nulls for field in SOURCES} | {"id": of_part, "key": of_part}
+        pq.write_table(pa.table(sources, schema=SOURCES), folder / "sources.parquet")
         folders.append(folder)
     return folders
 
 
 @pytest.mark.parametrize("rows", [7, 40, 10_000])
-def test_pieces_of_any_size_give_the_same_files_however_parts_are_cut(tmp_path, monkeypatch, rows):
+def test_the_size_of_buckets_and_the_division_into_parts_do_not_change_the_files(tmp_path, monkeypatch, rows):
     ids = [f"{number * 2654435761 % 2**32:032x}"[::-1] for number in range(900)]
-    merge(parts(tmp_path, "one", ids, 1), (), tmp_path / "whole")
-    monkeypatch.setattr(merging, "ROWS_PER_PIECE", rows)
+    merge(parts(tmp_path, "one", ids, 1), (), tmp_path / "one")
+    monkeypatch.setattr(merging, "ROWS_PER_BUCKET", rows)
     monkeypatch.setattr(merging, "BATCH", 64)
-    merge(parts(tmp_path, "many", list(reversed(ids)), 5), (), tmp_path / "cut")
+    merge(parts(tmp_path, "many", list(reversed(ids)), 5), (), tmp_path / "many")
     for table in ("pairs", "pictures"):
-        whole, cut = (tmp_path / name / f"{table}.parquet" for name in ("whole", "cut"))
-        assert whole.read_bytes() == cut.read_bytes()
-        assert pq.read_table(cut)[0].to_pylist() == sorted(ids)
-    assert not list((tmp_path / "cut").glob("*.pieces"))
+        one, many = (tmp_path / name / f"{table}.parquet" for name in ("one", "many"))
+        assert one.read_bytes() == many.read_bytes()
+        assert pq.read_table(many)[0].to_pylist() == sorted(ids)
+    assert not list((tmp_path / "many").glob("*.buckets"))
 
 
-def test_row_groups_are_of_one_size_and_ids_that_are_all_one_pair_are_a_piece(tmp_path, monkeypatch):
-    monkeypatch.setattr(merging, "ROWS_PER_PIECE", 3)
+def test_row_groups_have_one_size_and_a_repeated_id_stays_in_one_bucket(tmp_path, monkeypatch):
+    monkeypatch.setattr(merging, "ROWS_PER_BUCKET", 3)
     monkeypatch.setattr(merging, "ROWS_PER_GROUP", 20)
     ids = [*(f"{number:032x}" for number in range(50)), *["f" * 32] * 9]
     merge(parts(tmp_path, "a", ids, 2), (), tmp_path / "set")

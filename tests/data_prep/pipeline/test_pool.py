@@ -8,13 +8,14 @@ import pytest
 
 from data_prep.pipeline.curation import run
 from data_prep.pipeline.ledger import stats, why
-from data_prep.pipeline.pool import BrokenFile, RawPair, RawSource, parts_of, picture_bytes
+from data_prep.pipeline.pool import BrokenFile, RawPair, RawSource, list_parts, picture_bytes
+from foundation.errors import UserError
 
 LINES = "A cow.\nde.utf8=Eine Kuh.\nfr.utf8=Une vache.\n"
 
 
 def read(source, folder):
-    return [raw for part in parts_of(source, folder) for raw in part.read()]
+    return [raw for part in list_parts(source, folder) for raw in part.read()]
 
 
 def tar_of(path, members):
@@ -26,7 +27,7 @@ def tar_of(path, members):
 
 
 @pytest.mark.parametrize("kind", ["folder", "tars", "parquet"])
-def test_pairs_come_out_as_they_lie_and_pictures_are_found_again(pool, good_pairs, kind):
+def test_pairs_are_read_unchanged_and_pictures_are_read_again_by_position(pool, good_pairs, kind):
     pairs = good_pairs(20)
     folder = pool(kind, "a", pairs, files=3)
     source = RawSource(str(folder), kind)
@@ -37,7 +38,7 @@ def test_pairs_come_out_as_they_lie_and_pictures_are_found_again(pool, good_pair
         assert picture_bytes(source, folder, raw.path, raw.place, len(raw.picture)) == raw.picture
 
 
-def test_one_file_is_a_source_too(pool, good_pairs):
+def test_a_single_file_is_a_source(pool, good_pairs):
     folder = pool("tars", "a", good_pairs(4), files=2)
     source = RawSource("x", "tars")
     raws = read(source, folder / "00.tar")
@@ -46,7 +47,7 @@ def test_one_file_is_a_source_too(pool, good_pairs):
     assert picture_bytes(source, folder / "00.tar", raw.path, raw.place, len(raw.picture)) == raw.picture
 
 
-def test_members_of_a_tar(tmp_path):
+def test_members_of_one_key_are_a_pair(tmp_path):
     path = tmp_path / "a.tar"
     tar_of(path, [("b/1.cls", b"7"), ("b/1.JPG", b"one"), ("b/1.txt", b"One."), ("2.json", b'{"caption": "Two."}'),
                   ("2.png", b"two"), ("3.json", b"{"), ("3.png", b"three"), ("4.0.png", b"4"), ("4.1.png", b"5"),
@@ -58,7 +59,7 @@ def test_members_of_a_tar(tmp_path):
     assert five.picture is None
 
 
-def test_keys_that_are_used_twice(pool, curate, good_pairs, tmp_path):
+def test_a_repeated_key_is_noted(pool, curate, good_pairs, tmp_path):
     pairs = list(good_pairs(6).values())
     rasters = [pair for pair in pairs if pair[0] == "png"][:1] + [pair for pair in pairs if pair[0] == "jpg"][:2]
     folder = tmp_path / "twice"
@@ -71,29 +72,27 @@ def test_keys_that_are_used_twice(pool, curate, good_pairs, tmp_path):
     assert run(config) == 3
     counted = stats(Path(config.output))
     assert ("ingest", "note", "another pair of its source has its key", 2) in counted
-    with pytest.raises(ValueError, match="same: 2 pairs"):
+    with pytest.raises(UserError, match="same: 2 pairs"):
         why(Path(config.output), "same")
 
 
-def test_corrupt_files_cost_only_what_is_in_them(pool, curate, good_pairs):
-    for kind in ("tars", "parquet"):
-        folder = pool(kind, kind, good_pairs(24), files=3)
-        broken = sorted(folder.iterdir())[1]
-        data = broken.read_bytes()
-        broken.write_bytes(data[: len(data) // 2])
-        raws = read(RawSource("x", kind), folder)
-        (bad,) = [raw for raw in raws if isinstance(raw, BrokenFile)]
-        assert bad.path == broken.name and bad.problem.startswith(("corrupt or truncated tar", "corrupt or unusable"))
-        whole = sum(isinstance(raw, RawPair) for raw in raws)
-        assert 16 <= whole < 24
-        config = curate(folder, kind, f"run-{kind}", resampling=None)
-        assert run(config) == sum(raw.caption is not None for raw in raws if isinstance(raw, RawPair))
-        assert broken.name in why(Path(config.output), broken.name) and "corrupt" in why(
-            Path(config.output), broken.name
-        )
+@pytest.mark.parametrize("kind", ["tars", "parquet"])
+def test_only_the_pairs_of_a_corrupt_file_are_lost(pool, curate, good_pairs, kind):
+    folder = pool(kind, kind, good_pairs(24), files=3)
+    broken = sorted(folder.iterdir())[1]
+    data = broken.read_bytes()
+    broken.write_bytes(data[: len(data) // 2])
+    raws = read(RawSource("x", kind), folder)
+    (bad,) = [raw for raw in raws if isinstance(raw, BrokenFile)]
+    assert bad.path == broken.name and bad.problem.startswith(("corrupt or truncated tar", "corrupt or unusable"))
+    num_read = sum(isinstance(raw, RawPair) for raw in raws)
+    assert 16 <= num_read < 24
+    config = curate(folder, kind, f"run-{kind}", resampling=None)
+    assert run(config) == sum(raw.caption is not None for raw in raws if isinstance(raw, RawPair))
+    assert broken.name in why(Path(config.output), broken.name) and "corrupt" in why(Path(config.output), broken.name)
 
 
-def test_a_tar_that_is_damaged_in_the_middle(pool, good_pairs):
+def test_pairs_before_the_damage_of_a_tar_are_read(pool, good_pairs):
     folder = pool("tars", "a", good_pairs(6))
     (path,) = folder.iterdir()
     with tarfile.open(path) as tar:
@@ -115,30 +114,33 @@ def test_parquet_columns(tmp_path):
     assert "there is no column caption" in missing.problem
 
 
-def test_captions_in_svg_titles_and_of_known_sets(tmp_path):
-    folder = tmp_path / "clip"
-    folder.mkdir()
-    (folder / "a.svg").write_text(
+def test_captions_in_svg_titles(tmp_path):
+    (tmp_path / "a.svg").write_text(
         "<svg><metadata><dc:title>Tom &amp; Jerry</dc:title></metadata><title>x</title></svg>"
     )
-    (folder / "b.svg").write_text("<svg/>")
-    assert [raw.caption for raw in read(RawSource("x", "folder", "title"), folder)] == [b"Tom & Jerry", None]
-    stamps = tmp_path / "stamps"
-    stamps.mkdir()
-    (stamps / "cow.txt").write_text(LINES)
+    (tmp_path / "b.svg").write_text("<svg/>")
+    assert [raw.caption for raw in read(RawSource("x", "folder", "title"), tmp_path)] == [b"Tom & Jerry", None]
+
+
+def test_captions_of_tux_paint_in_all_languages(tmp_path):
+    (tmp_path / "cow.txt").write_text(LINES)
     for name in ("cow.png", "cow_mirror.png", "mute.png"):
-        (stamps / name).write_bytes(b"x")
-    raws = read(RawSource("x", "folder", "tuxpaint"), stamps)
+        (tmp_path / name).write_bytes(b"x")
+    raws = read(RawSource("x", "folder", "tuxpaint"), tmp_path)
     assert [(raw.key, raw.caption) for raw in raws[:3]] == [
         ("cow.png#en", b"A cow."), ("cow.png#de", b"Eine Kuh."), ("cow.png#fr", b"Une vache."),
     ]  # fmt: skip
     assert [raw.caption for raw in raws[3:]] == [b"A cow.", b"Eine Kuh.", b"Une vache.", None]
-    (missing,) = read(RawSource("x", "folder", "openmoji"), stamps)
+
+
+def test_a_folder_without_the_captions_of_its_set_is_broken(tmp_path):
+    (tmp_path / "cow.png").write_bytes(b"x")
+    (missing,) = read(RawSource("x", "folder", "openmoji"), tmp_path)
     assert isinstance(missing, BrokenFile) and "no captions" in missing.problem
 
 
-def test_places_that_are_not_there(tmp_path):
-    with pytest.raises(ValueError, match="nowhere: no such file or folder"):
-        parts_of(RawSource("nowhere", "tars"), tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="nothing of kind 'tars'"):
-        parts_of(RawSource("here", "tars"), tmp_path)
+def test_missing_and_empty_sources_are_refused(tmp_path):
+    with pytest.raises(UserError, match="nowhere: no such file or folder"):
+        list_parts(RawSource("nowhere", "tars"), tmp_path / "nowhere")
+    with pytest.raises(UserError, match="nothing of kind 'tars'"):
+        list_parts(RawSource("here", "tars"), tmp_path)

@@ -1,4 +1,4 @@
-"""Broken pools, broken disks and broken runs: the rest goes on, and what is written is whole."""
+"""Broken pictures, full disks and killed runs: the run continues, and what is written is complete."""
 
 import json
 import os
@@ -16,15 +16,15 @@ from data_prep.pipeline.ledger import stats
 from data_prep.pipeline.pool import RawSource
 from data_prep.steps.near_duplicates import NearDuplicatesConfig
 from shards.reader import ShardSet
+from tests.data_prep.runs import ROOT
 
-ROOT = Path(__file__).parent.parent.parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def outcome(work: str) -> dict[str, bytes]:
     files = [path for path in sorted(Path(work).rglob("*")) if path.is_file() and "parts" not in path.parts]
-    own = ("measured.yaml", "decided.yaml", "report.html")  # they name the folder, or the time
-    return {str(path.relative_to(work)): path.read_bytes() for path in files if path.name not in own}
+    excluded = ("measured.yaml", "decided.yaml", "report.html")  # they contain the folder's name
+    return {str(path.relative_to(work)): path.read_bytes() for path in files if path.name not in excluded}
 
 
 def start(program: str, config, path: Path, *arguments: int) -> subprocess.CompletedProcess:
@@ -34,23 +34,23 @@ def start(program: str, config, path: Path, *arguments: int) -> subprocess.Compl
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_while_it_looks_for_near_duplicates_ends_as_one_that_is_not(
-    pool, curate, good_pairs, tmp_path
-):
+@pytest.mark.distributed
+def test_a_run_that_is_killed_during_the_search_gives_the_same_bytes(pool, curate, good_pairs, tmp_path):
     folder = pool("tars", "a", good_pairs(24))
     settings = {"near_duplicates": NearDuplicatesConfig(threshold=0.9), "resampling": None}
-    whole, cut = (curate(folder, "tars", name, **settings) for name in ("whole", "cut"))
-    run(whole)
-    # after so many files of the search (negative), or so many renamings of what is complete (positive)
-    killed = [start("killed_run.py", cut, tmp_path / "cut.yaml", moment) for moment in (-1, -2, 2, 100)]
+    complete, broken = (curate(folder, "tars", name, **settings) for name in ("complete", "broken"))
+    run(complete)
+    # negative: at that file of the search; positive: at that renaming of a complete file or folder
+    killed = [start("killed_run.py", broken, tmp_path / "broken.yaml", moment) for moment in (-1, -2, 2, 100)]
     assert [ended.returncode for ended in killed] == [-signal.SIGKILL] * 3 + [0]
-    assert outcome(cut.output) == outcome(whole.output)
-    assert "set/near_duplicates/edges.parquet" in outcome(cut.output)
+    assert outcome(broken.output) == outcome(complete.output)
+    assert "set/near_duplicates/edges.parquet" in outcome(broken.output)
 
 
 @pytest.mark.slow
+@pytest.mark.distributed
 @pytest.mark.parametrize("stage", ["measuring", "merging", "writing"])
-def test_where_nothing_more_can_be_written_what_stands_there_stays(
+def test_a_full_disk_leaves_what_is_written_and_the_run_continues(
     pool, curate, good_pairs, noise, encode, tmp_path, stage
 ):
     first = curate(pool("tars", "a", good_pairs(8)), "tars", "run", resampling=None)
@@ -84,7 +84,7 @@ def test_where_nothing_more_can_be_written_what_stands_there_stays(
     assert {name: again[name] for name in outcome(fresh.output)} == outcome(fresh.output)
 
 
-def test_one_jpeg_in_a_hundred_is_cut_short_and_the_others_are_kept(pool, curate, noise, encode):
+def test_truncated_jpegs_are_dropped_and_the_others_are_kept(pool, curate, noise, encode):
     pairs = {}
     for number in range(200):
         data = encode(noise(number), "JPEG")

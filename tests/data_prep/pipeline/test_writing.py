@@ -9,7 +9,7 @@ from vision.reading import count_frames, read_picture
 
 @pytest.mark.parametrize("form, suffix", [("WEBP", "png"), ("PNG", "png"), ("MPO", "jpg")])
 @pytest.mark.parametrize("default_image", [False, True])
-def test_of_several_pictures_in_one_file_only_that_which_was_looked_at_is_written(noise, form, suffix, default_image):
+def test_only_the_first_frame_of_a_file_is_written(noise, form, suffix, default_image):
     out = io.BytesIO()
     more = {"default_image": True} if default_image and form == "PNG" else {}
     noise(1).save(out, form, save_all=True, append_images=[noise(2)], **more)
@@ -24,7 +24,7 @@ def test_of_several_pictures_in_one_file_only_that_which_was_looked_at_is_writte
 
 
 @pytest.mark.parametrize("form, suffix", [("WEBP", "webp"), ("PNG", "png"), ("JPEG", "jpg")])
-def test_a_file_of_one_picture_keeps_its_bytes(noise, encode, form, suffix):
+def test_a_file_of_one_frame_keeps_its_bytes(noise, encode, form, suffix):
     data = encode(noise(1), form)
     assert encode_picture(data, read_picture(data), None) == (suffix, data)
     assert encode_picture(data, read_picture(data), 20)[1] != data

@@ -4,8 +4,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.pipeline.pool import RawSource
-from data_prep.report.language_confusion import confusions
-from data_prep.report.report import confusions_html
+from data_prep.report.language_confusion import confusions, confusions_html
 from data_prep.sources.splits import split_of
 from data_prep.steps.caption_rules import CaptionRules
 
@@ -31,7 +30,7 @@ def is_held_out(caption: str) -> bool:
     return split_of(f"line/{caption}", 0, 0.5) == "test"
 
 
-def test_lines_that_were_held_out_are_counted_once_by_length_and_language(stored):
+def test_held_out_lines_are_counted_once_by_length_and_language(stored):
     rules = CaptionRules(languages=("en",), min_language_score=0.6, min_short_language_score=0.3)
     rows, expected = [], {}
     for number in range(400):
@@ -46,7 +45,7 @@ def test_lines_that_were_held_out_are_counted_once_by_length_and_language(stored
             key = (words, language[:2] if language[:2] != "en" else "", score >= limit)
             expected[key] = expected.get(key, 0) + 1
     rows.append(("stamps", "c.png#en", "an apple", 0.9, 2))
-    rows.append(("stamps", "c.png#fr", "an apple", 0.9, 2))  # spelt as in English: no mistake to keep it
+    rows.append(("stamps", "c.png#fr", "an apple", 0.9, 2))  # spelt as in English, so keeping it is no error
     rows.append(("stamps", "d.png#?", "what is this", 0.9, 3))
     if is_held_out("an apple"):
         expected[3, "", True] += 1
@@ -60,19 +59,19 @@ def test_lines_that_were_held_out_are_counted_once_by_length_and_language(stored
         assert {language for language, _, _ in one.languages} == {"de", "pt"}
         assert one.others_kept == sum(kept for _, _, kept in one.languages) > 0
         assert one.languages[0][2] / one.languages[0][1] >= one.languages[1][2] / one.languages[1][1]
-        # choices leave what they say of the wanted lines in the other half
-        own = [
+        # each choice of a threshold keeps its share of the wanted lines in the half "choosing"
+        scores = [
             score
             for _, key, caption, score, w in rows
             if "#en" in key and "_mirror" not in key and (w < 5) == (words < 5) and not is_held_out(caption)
         ]
         for share, at in one.choices:
-            assert share <= np.mean(np.array(own) >= at) <= share + 1.5 / len(own)
+            assert share <= np.mean(np.array(scores) >= at) <= share + 1.5 / len(scores)
     page = confusions_html(found)
-    assert "under 5 words" in page and f"<td class=n>{found[0].others_kept}" in page
+    assert "under 5 words" in page and f'<td class="number">{found[0].others_kept}' in page
 
 
-def test_a_pool_without_labelled_lines_has_no_table(stored):
+def test_a_pool_without_lines_of_known_language_has_no_table(stored):
     folder = stored([("other", "a", "some line", 0.5, 2)])
     assert confusions(folder, CaptionRules(), [OTHER]) == [] and confusions_html([]) == ""
     assert confusions(folder, CaptionRules(), [TUX, OTHER]) == []

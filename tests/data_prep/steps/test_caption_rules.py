@@ -3,14 +3,15 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from data_prep.steps.caption_rules import BOILER_PLATE, CaptionRules, flaw_of, mend, symbol_share
+from data_prep.steps.caption_rules import BOILER_PLATE, CaptionRules, find_flaw, mend, symbol_share
+from foundation.errors import UserError
 
 
-def judged(captions, **settings):
+def decide(captions, **settings):
     """caption -> (decision, reason) where there is one."""
     rules = CaptionRules(**settings)
     measured = rules.measure({"caption": captions})
-    columns = {name: pa.array(values, rules.adds[name]) for name, values in measured.items()}
+    columns = {name: pa.array(values, rules.measured_columns[name]) for name, values in measured.items()}
     table = pa.table({"id": captions, "caption": captions, **columns})
     return {captions[row["row"]]: (row["decision"], row["reason"]) for row in rules.decide(table, Path()).to_pylist()}
 
@@ -28,16 +29,16 @@ OTHERS = [
 ]  # fmt: skip
 
 
-def test_languages():
-    said = judged(ENGLISH + OTHERS, min_short_language_score=0.09)
-    assert set(said) == set(OTHERS) and all("another language" in reason for _, reason in said.values())
-    assert set(judged(ENGLISH[:2] + OTHERS[:3], languages=("de", "ru"))) == {*ENGLISH[:2], OTHERS[1]}
+def test_captions_in_other_languages_are_dropped():
+    decisions = decide(ENGLISH + OTHERS, min_short_language_score=0.09)
+    assert set(decisions) == set(OTHERS) and all("another language" in reason for _, reason in decisions.values())
+    assert set(decide(ENGLISH[:2] + OTHERS[:3], languages=("de", "ru"))) == {*ENGLISH[:2], OTHERS[1]}
 
 
-def test_short_captions_are_judged_by_a_score_of_their_own():
-    assert "A cat." in judged(["A cat."], min_short_language_score=0.2)
-    assert not judged(["A cat."], min_short_language_score=0.05, min_language_score=0.99)
-    assert "(a short caption)" not in judged([OTHERS[0]])[OTHERS[0]][1]
+def test_short_captions_have_a_threshold_of_their_own():
+    assert "A cat." in decide(["A cat."], min_short_language_score=0.2)
+    assert not decide(["A cat."], min_short_language_score=0.05, min_language_score=0.99)
+    assert "(a short caption)" not in decide([OTHERS[0]])[OTHERS[0]][1]
 
 
 @pytest.mark.parametrize(
@@ -51,28 +52,34 @@ def test_short_captions_are_judged_by_a_score_of_their_own():
         ("A dog. Come and see", None),
     ],
 )  # fmt: skip
-def test_flaws(caption, flaw):
-    assert flaw_of(caption, BOILER_PLATE) == flaw
+def test_flaws_are_found(caption, flaw):
+    assert find_flaw(caption, BOILER_PLATE) == flaw
 
 
-def test_lengths_symbols_and_repetition():
+def test_length_symbols_and_repetition_have_limits():
     long = "a dog " + "very " * 5 + "nice thing on the wall here"
     captions = ["!!!", "dog " * 6, "the dog and the cat and the bird", long, "$$ ** dog ## @@"]
-    said = judged(captions, max_words=12, min_language_score=0.0, min_short_language_score=0.0)
-    assert {caption: reason for caption, (_, reason) in said.items() if _ == "drop"} == {
+    decisions = decide(captions, max_words=12, min_language_score=0.0, min_short_language_score=0.0)
+    assert {caption: reason for caption, (_, reason) in decisions.items() if _ == "drop"} == {
         "!!!": "too few words", "dog " * 6: "repeats itself", long: "too many words",
         "$$ ** dog ## @@": "too many symbols",
     }  # fmt: skip
+
+
+def test_letters_and_punctuation_of_any_script_are_no_symbols():
     assert symbol_share("Ein Hund – „wau“!") == 0 and symbol_share("हिन्दी में") == 0 and symbol_share("") == 0
 
 
-def test_capitals_are_mended_and_said_so():
+def test_several_words_in_capitals_are_corrected():
     assert mend("A RED  APPLE\n") == "A red apple" and mend("NASA") == "NASA" and mend("USB A") == "USB A"
     assert mend("The NASA logo") == "The NASA logo"
-    said = judged(["A RED APPLE ON THE OLD TABLE", "A dog on the old table"])
-    assert said == {"A RED APPLE ON THE OLD TABLE": ("change", "capitals or blanks mended")}
 
 
-def test_a_broken_pattern_is_named():
-    with pytest.raises(ValueError, match=r"boiler_plate '\(' is no regular expression"):
-        judged(["a dog"], boiler_plate=("(",))
+def test_a_corrected_caption_is_noted():
+    decisions = decide(["A RED APPLE ON THE OLD TABLE", "A dog on the old table"])
+    assert decisions == {"A RED APPLE ON THE OLD TABLE": ("change", "capitals or blanks mended")}
+
+
+def test_a_broken_pattern_is_refused():
+    with pytest.raises(UserError, match=r"boiler_plate '\(' is no regular expression"):
+        decide(["a dog"], boiler_plate=("(",))

@@ -1,4 +1,4 @@
-"""The demo's curation on small sets that are shaped like OpenMoji and Tux Paint: what stays, and on which side."""
+"""The demo's curation of small sets with the structure of OpenMoji and Tux Paint: what is kept, in which split."""
 
 import colorsys
 import json
@@ -14,9 +14,11 @@ import data_prep.sources.openmoji
 import data_prep.sources.tuxpaint
 from data_prep.pipeline.curation import read_config, rethreshold, run
 from data_prep.pipeline.ledger import count_concepts
+from foundation.errors import UserError
 from shards.reader import ShardSet
+from tests.data_prep.runs import ROOT
 
-CONFIG = Path(__file__).parent.parent.parent.parent / "configs/data/demo.yaml"
+CONFIG = ROOT / "configs/data/demo.yaml"
 ROLES = ("cook", "farmer", "judge", "pilot", "singer")
 TONES = ("light", "medium", "dark")
 
@@ -77,11 +79,11 @@ def tuxpaint(tmp_path, noise) -> Path:
 
 @pytest.fixture
 def demo(tmp_path):
-    """demo(number of the source, its folder) -> the demo's configuration for that source alone."""
+    """demo(index of the source, its folder) -> the demo's configuration for that source alone."""
 
-    def config(number: int, folder: Path):
+    def config(index: int, folder: Path):
         shipped = read_config(CONFIG)
-        sources, output = shipped.sources[number : number + 1], f"{tmp_path}/run-{folder.name}"
+        sources, output = shipped.sources[index : index + 1], f"{tmp_path}/run-{folder.name}"
         return replace(shipped, sources=sources, workers=1, output=output)
 
     return config
@@ -94,7 +96,7 @@ def splits(records) -> dict[str, set[str]]:
     return found
 
 
-def test_openmoji_keeps_its_concepts_each_in_the_split_that_it_always_had(openmoji, demo):
+def test_openmoji_keeps_most_concepts_in_the_splits_of_the_source_set(openmoji, demo):
     config = demo(0, openmoji)
     count = run(config, lambda _: openmoji)
     kept, known = count_concepts(Path(config.output))
@@ -112,7 +114,7 @@ def test_openmoji_keeps_its_concepts_each_in_the_split_that_it_always_had(openmo
     assert all(len(split) == 1 for split in sides.values()) and len(sides) < len(curated)
 
 
-def test_tux_paint_keeps_its_english_sentences_on_one_side_each(tuxpaint, demo):
+def test_tux_paint_keeps_its_english_sentences_in_one_split_each(tuxpaint, demo):
     config = demo(1, tuxpaint)
     run(config, lambda _: tuxpaint)
     kept, known = count_concepts(Path(config.output))
@@ -122,8 +124,8 @@ def test_tux_paint_keeps_its_english_sentences_on_one_side_each(tuxpaint, demo):
     assert not any("Etwas" in caption for caption in curated)
 
 
-def test_what_is_dropped_moves_no_pair_to_another_side(openmoji, demo):
-    """Splits come first: a looser or stricter threshold of near duplicates leaves every pair where it was."""
+def test_dropped_pairs_move_no_other_pair_to_another_split(openmoji, demo):
+    """Splits come first: the threshold of near duplicates does not change the split of any pair."""
     sides = {}
     config = demo(0, openmoji)
     for threshold in (1.0, 0.8):
@@ -136,11 +138,11 @@ def test_what_is_dropped_moves_no_pair_to_another_side(openmoji, demo):
     assert sides[0.8].items() < sides[1.0].items()
 
 
-def test_by_picture_and_by_concept_are_two_runs(openmoji, demo):
+def test_changing_split_by_needs_another_run(openmoji, demo):
     config = demo(0, openmoji)
     by_picture = replace(config, write=replace(config.write, split_by="picture"))
     run(by_picture, lambda _: openmoji)
-    with pytest.raises(ValueError, match="concepts was not part of the run"):
+    with pytest.raises(UserError, match=r"concepts .*`mm data run`"):
         rethreshold(Path(config.output), config, lambda _: openmoji)
     ids = pq.read_table(Path(config.output) / "set" / "pairs.parquet", columns=["id"])["id"]
     assert len(ids) == len(json.loads((openmoji / "data" / "openmoji.json").read_text()))

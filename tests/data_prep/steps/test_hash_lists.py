@@ -10,17 +10,18 @@ import pytest
 from data_prep.pipeline.curation import rethreshold, run, steps_of
 from data_prep.pipeline.deciding import decide
 from data_prep.pipeline.ledger import why
-from data_prep.pipeline.measuring import pair_id, picture_id
-from data_prep.steps.hash_lists import FAR, HashLists, HashListsConfig, phash, read_lists
+from data_prep.steps.hash_lists import EMPTY_LIST_DISTANCE, HashLists, HashListsConfig, phash, read_lists
+from foundation.errors import UserError
 from shards.reader import ShardSet
+from tests.data_prep.runs import id_of
 from vision.reading import read_picture
 
 
 @pytest.fixture
 def write_list(tmp_path):
-    def write(name, hashes, head="phash 256"):
+    def write(name, hashes, first_line="phash 256"):
         path = tmp_path / name
-        path.write_text("\n".join([head, *hashes]) + "\n")
+        path.write_text("\n".join([first_line, *hashes]) + "\n")
         return path
 
     return write
@@ -41,71 +42,95 @@ def test_distances_are_those_of_imagehash(noise, write_list):
         assert distance == min(own - imagehash.phash(other, hash_size=16) for other in pictures[:3])
     assert measured["hash_distance"][:3] == [0, 0, 0] and min(measured["hash_distance"][3:]) > 60
     assert step.passes(measured) == [False] * 3 + [True] * 5
-    assert HashLists((), 10).measure({"picture": pictures[:1]})["hash_distance"] == [FAR]
+    assert HashLists((), 10).measure({"picture": pictures[:1]})["hash_distance"] == [EMPTY_LIST_DISTANCE]
 
 
-def test_edited_copies_are_near(noise, encode):
+def test_edited_copies_have_near_hashes(noise, encode):
     picture = noise(1, (200, 160))
     copies = [read_picture(encode(picture, "JPEG")), picture.resize((100, 80))]
     for copy in copies:
-        assert np.bitwise_count(phash(picture) ^ phash(copy)).sum() < 60  # strangers: about half of 256
+        assert np.bitwise_count(phash(picture) ^ phash(copy)).sum() < 60  # of other pictures: about half of 256
 
 
-@pytest.mark.parametrize("head", ["phash 64", "pdq 256", "", "00" * 32])
-def test_lists_of_another_algorithm_or_width_are_refused(write_list, head):
-    with pytest.raises(ValueError, match=r"bad\.txt: its first line .* begins with `phash 256`"):
-        read_lists([write_list("bad.txt", ["0" * 64], head)])
+@pytest.mark.parametrize("first_line", ["phash 64", "pdq 256", "", "00" * 32])
+def test_lists_of_another_algorithm_or_width_are_refused(write_list, first_line):
+    with pytest.raises(UserError, match=r"bad\.txt: its first line .* begins with `phash 256`"):
+        read_lists([write_list("bad.txt", ["0" * 64], first_line)])
 
 
 def test_broken_lists_are_refused(write_list, tmp_path):
-    with pytest.raises(ValueError, match=r"hash 2: .* is not 64 hexadecimal digits"):
+    with pytest.raises(UserError, match=r"hash 2: .* is not 64 hexadecimal digits"):
         read_lists([write_list("bad.txt", ["0" * 64, "0" * 16])])
-    with pytest.raises(ValueError, match="no readable hash list"):
+    with pytest.raises(UserError, match="no readable hash list"):
         read_lists([tmp_path / "absent.txt"])
     (tmp_path / "other").mkdir()
-    with pytest.raises(ValueError, match="same name"):
+    with pytest.raises(UserError, match="same name"):
         read_lists([write_list("a.txt", []), write_list("other/a.txt", [])])
 
 
-def test_matches_are_quarantined_before_all_else_and_nothing_is_told(pool, curate, good_pairs, write_list):
+@pytest.fixture
+def quarantined(pool, curate, good_pairs, write_list):
+    """(configuration, ids) of a run with a list that matches two pairs, of which one has a broken caption."""
     pairs = good_pairs(12)
-    secret = ("png", pairs["good001"][1], b"\0 a caption that would be dropped as well")
-    files = [write_list("harm.txt", [hex_of(read_picture(pairs["good001"][1]))])]
-    config = curate(pool("tars", "a", {**pairs, "secret": secret}), "tars", "run", resampling=None)
-    config = replace(config, hash_lists=HashListsConfig(tuple(map(str, files)), max_distance=4))
+    broken = ("png", pairs["good001"][1], b"\0 a caption that would be dropped as well")
+    file = write_list("harm.txt", [hex_of(read_picture(pairs["good001"][1]))])
+    config = curate(pool("tars", "a", {**pairs, "broken": broken}), "tars", "run", resampling=None)
+    config = replace(config, hash_lists=HashListsConfig((str(file),), max_distance=4))
     assert run(config) == 11
-    work = Path(config.output)
-    ledger = pq.read_table(work / "ledger.parquet").to_pylist()
-    ids = {pair_id(picture_id(pair[1]), pair[2]) for pair in (secret, pairs["good001"])}
+    return config, {id_of(broken), id_of(pairs["good001"])}
+
+
+def test_matches_are_quarantined_before_any_other_decision(quarantined):
+    config, ids = quarantined
+    ledger = pq.read_table(Path(config.output) / "ledger.parquet").to_pylist()
     rows = [row for row in ledger if row["id"] in ids]
     assert {(row["step"], row["decision"], row["reason"]) for row in rows} == {
         ("hash_lists", "quarantine", "matches the list harm")
     }
     assert len(rows) == 2 and all(row["value"] is None for row in rows)
-    assert not ids & set(ShardSet(work / "shards").index["id"].to_pylist())
+    assert not ids & set(ShardSet(Path(config.output) / "shards").index["id"].to_pylist())
+
+
+def test_only_the_name_of_the_list_is_reported(quarantined):
+    config, ids = quarantined
     for pair in ids:
-        said = why(work, pair)
-        assert "harm" in said and "caption" not in said and ".tar" not in said and "\n" not in said
-        (stored,) = pq.read_table(work / "set" / "pairs.parquet", filters=[("id", "==", pair)]).to_pylist()
+        text = why(Path(config.output), pair)
+        assert "harm" in text and "caption" not in text and ".tar" not in text and "\n" not in text
+
+
+def test_no_caption_and_no_score_of_a_match_is_stored(quarantined):
+    config, ids = quarantined
+    for pair in ids:
+        file = Path(config.output) / "set" / "pairs.parquet"
+        (stored,) = pq.read_table(file, filters=[("id", "==", pair)]).to_pylist()
         assert all(value is None for name, value in stored.items() if name not in ("id", "image_id", "problem"))
 
-    before = (work / "ledger.parquet").read_bytes()
-    with pytest.raises(ValueError, match="hash_lists cannot be left out without `mm data run`"):
-        rethreshold(work, replace(config, hash_lists=None))
-    assert (work / "ledger.parquet").read_bytes() == before
-    with pytest.raises(ValueError, match=r"max_distance 3 is below 4, that of the run"):
+
+def test_the_step_cannot_be_left_out_later(quarantined):
+    config, _ = quarantined
+    ledger = Path(config.output) / "ledger.parquet"
+    before = ledger.read_bytes()
+    with pytest.raises(UserError, match="hash_lists cannot be left out without `mm data run`"):
+        rethreshold(Path(config.output), replace(config, hash_lists=None))
+    assert ledger.read_bytes() == before
+
+
+def test_the_distance_can_be_raised_but_not_lowered_later(quarantined):
+    config, _ = quarantined
+    work = Path(config.output)
+    with pytest.raises(UserError, match=r"max_distance 3 is below 4.*`mm data run`"):
         rethreshold(work, replace(config, hash_lists=replace(config.hash_lists, max_distance=3)))
     rethreshold(work, replace(config, hash_lists=replace(config.hash_lists, max_distance=256)))
     assert set(pq.read_table(work / "ledger.parquet")["decision"].to_pylist()) == {"quarantine"}
 
 
-def test_a_hidden_pair_goes_whatever_is_said_of_its_picture(pool, curate, good_pairs, write_list):
+def test_a_hidden_pair_is_dropped_even_without_the_list(pool, curate, good_pairs, write_list):
     pairs = good_pairs(12)
     files = [write_list("harm.txt", [hex_of(read_picture(pairs["good001"][1]))])]
     config = curate(pool("tars", "a", pairs), "tars", "run", resampling=None)
     run(replace(config, hash_lists=HashListsConfig(tuple(map(str, files)), max_distance=4)))
-    work, hidden = Path(config.output), pair_id(picture_id(pairs["good001"][1]), pairs["good001"][2])
-    rows = [row for said in decide(work / "set", steps_of(config, Path), {}) for row in said.to_pylist()]
+    work, hidden = Path(config.output), id_of(pairs["good001"])
+    rows = [row for table in decide(work / "set", steps_of(config, Path), {}) for row in table.to_pylist()]
     assert [(row["step"], row["decision"]) for row in rows if row["id"] == hidden] == [("ingest", "drop")]
     assert sum(row["decision"] == "keep" for row in rows) == 11
 
