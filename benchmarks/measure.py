@@ -1,7 +1,7 @@
-"""How benchmarks measure: interleaved repetitions, the machine's ceilings, counted work, live tensor bytes.
+"""How benchmarks measure: interleaved repetitions, the machine's peak rates, counted FLOPs, live tensor bytes.
 
-A speed alone says little on a shared machine: every repetition runs all contestants in turn, so that what disturbs one
-disturbs the others, and each median stands beside what the machine gives at best in the same process.
+On a shared machine, a speed alone says little. So every repetition runs all candidates in turn, so that a disturbance
+affects all of them, and each median is reported with the peak rate that the machine reached in the same process.
 """
 
 import json
@@ -26,7 +26,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def seconds_of(work: Callable[[], object], device: torch.device | str = "cpu") -> Callable[[], float]:
-    """`work` as a callable that returns how long it took, until the device had done it."""
+    """A callable that runs `work` and returns its seconds, until the device has finished."""
 
     def timed() -> float:
         _wait(device)
@@ -44,24 +44,24 @@ def _wait(device: torch.device | str) -> None:
 
 
 def interleave(
-    contestants: dict[str, Callable[[], float]], repetitions: int, warm_up: bool = True
+    candidates: dict[str, Callable[[], float]], repetitions: int, warm_up: bool = True
 ) -> dict[str, list[float]]:
-    """Seconds of each contestant, one after the other in every repetition.
+    """The seconds of each candidate, which run one after the other in every repetition.
 
     Args:
-        warm_up: one round before them does not count; what takes minutes is as slow in the first round as in the next.
+        warm_up: run one more round first, which does not count; not needed for what takes minutes.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for repetition in range(-int(warm_up), repetitions):
-        for name, run in contestants.items():
-            taken = run()
+        for name, run in candidates.items():
+            elapsed = run()
             if repetition >= 0:
-                seconds[name].append(taken)
+                seconds[name].append(elapsed)
     return seconds
 
 
 def spread(seconds: list[float]) -> dict[str, float]:
-    """Median, and the quartiles around it."""
+    """The median and the quartiles."""
     ordered = sorted(seconds)
     low, high = (ordered[round(part * (len(ordered) - 1))] for part in (0.25, 0.75))
     return {"median": statistics.median(ordered), "lower_quartile": low, "upper_quartile": high}
@@ -73,12 +73,12 @@ def matmul_ceiling(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> float:
-    """FLOP/s of matrix products of this side: the best repetition of the faster of two ways to compute them."""
+    """The peak FLOP/s of products of square matrices, see `mm.training.flops.matmul_rate`."""
     return matmul_rate(str(device), "bf16" if dtype is torch.bfloat16 else "fp32", side, repetitions)
 
 
 def bandwidth_ceiling(megabytes: int = 512, repetitions: int = 9, device: torch.device | str = "cpu") -> float:
-    """Bytes per second of reading fp32 memory far larger than the caches, the best of the repetitions."""
+    """The peak bytes per second of reading fp32 memory far larger than the caches: the best of the repetitions."""
     x = torch.ones(megabytes * 2**20 // 4, device=device)
     return x.numel() * 4 / min(_repeat(x.sum, repetitions, device))
 
@@ -95,19 +95,18 @@ def _attention_flops(q_shape, k_shape, *_args, out_shape=None, **_kwargs) -> int
 
 
 def _attention_backward_flops(_grad_shape, q_shape, k_shape, *_args, out_shape=None, **_kwargs) -> int:
-    """Five products: the scores again, and the gradients of q, k, v and the weights."""
+    """Five products: the attention scores again, and the gradients of q, k, v and the weights."""
     return 10 * torch.Size(q_shape).numel() * k_shape[2]
 
 
 def _convolution_backward_flops(grad_shape, x_shape, weight_shape, *args, out_shape) -> int:
-    """Of input and weights, each as much as the forward pass; the counter's own forgets groups."""
+    """The gradients of input and weights, each as much as the forward pass; PyTorch's own count ignores groups."""
     output_mask = args[-1]
     kernel = math.prod(weight_shape[1:])  # of one output: the channels of its group, times positions
     return 2 * torch.Size(grad_shape).numel() * kernel * sum(output_mask[:2])
 
 
-# The counter does not know the CPU's fused attention, and would count 0; a GPU's with fewer heads of keys than of
-# queries it takes for a mistake.
+# PyTorch's counter counts 0 for the CPU's fused attention, and fails on a GPU's with fewer key heads than query heads.
 FUSED = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
 ATTENTION_FLOPS = {
     getattr(torch.ops.aten, f"_scaled_dot_product_{name}{suffix}"): count
@@ -118,16 +117,16 @@ OWN_COUNTS = {**ATTENTION_FLOPS, torch.ops.aten.convolution_backward: _convoluti
 
 
 def count_flops(work: Callable[[], object]) -> int:
-    """FLOPs of matrix products and attention in `work`, which runs once; a multiplication and an addition are two."""
+    """The FLOPs of matrix products and attention in `work`, which runs once; a multiply-add counts as two."""
     with FlopCounterMode(display=False, custom_mapping=OWN_COUNTS) as counter:
         work()
     return counter.get_total_flops()
 
 
 class ShareBytes(LiveBytes):
-    """Live bytes of one rank among several: its share of sharded tensors, and what it gathers meanwhile.
+    """Live bytes of one rank of several: its shards, and what it has gathered.
 
-    FSDP empties storages and fills them again in place, so all are looked at after every operation, which is slow.
+    FSDP resizes storages in place, so that all storages are checked after every operation, which is slow.
     """
 
     def __init__(self) -> None:
@@ -150,13 +149,13 @@ class ShareBytes(LiveBytes):
             weakref.finalize(storage, self._count, counted, 0)
 
     def _count(self, counted: list[int], size: int) -> None:
-        """`counted` holds what a storage adds to the sum so far."""
+        """Change what a storage adds to the sum. Args: counted: a list with what it has added so far."""
         self.now += size - counted[0]
         counted[0] = size
 
 
 def machine() -> dict[str, object]:
-    """What ran: processor, threads, versions."""
+    """The machine and software of a measurement: processor, threads, versions."""
     names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     return {
         "processor": names[0] if names else platform.processor(),

@@ -1,9 +1,10 @@
-"""One set of random weights as two models: a `transformers` mllama, and ours read from the folder it saves.
+"""One set of random weights in two models: a `transformers` mllama, and ours, loaded from the folder that it saves.
 
-What goes into both is made here too, so that every benchmark beside `transformers` compares equals.
+Their inputs are made here too, so that every benchmark against `transformers` compares the same work.
 """
 
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,7 @@ from transformers import MllamaConfig, MllamaForConditionalGeneration
 from transformers.utils.logging import disable_progress_bar
 
 import mm
-from benchmarks.ours import random_samples
+from benchmarks.random_model import random_samples
 from mm.convert import mllama
 from vision.encoder import CLIP_MEAN, CLIP_STD
 from vision.tiling import MAX_TILES
@@ -21,11 +22,12 @@ from vision.tiling import MAX_TILES
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of both models; the defaults are the fixed shape of the table in docs/benchmarks.md.
+    """The sizes of both models; the defaults are those of the table in docs/benchmarks.md.
 
     Attributes:
-        tap_indices: blocks whose outputs `transformers` keeps, counted from 0; ours are one more, in completed blocks.
-        text_tokens: of a prompt and of a training row, the image's placeholder among them.
+        tap_indices: blocks whose outputs `transformers` keeps, counted from 0. Our tap points count completed blocks,
+            so they are one more.
+        text_tokens: of a prompt and of a training row, the image's placeholder included.
     """
 
     tile_size: int = 336
@@ -62,7 +64,7 @@ TINY = Shape(
 
 
 def build_pair(shape: Shape) -> tuple[mm.MultimodalModel, nn.Module]:
-    """Our model and the one of `transformers` (sdpa attention), with the same random weights and every gate open."""
+    """Our model and the one of `transformers` (sdpa attention), with the same random weights and all gates at 0.5."""
     per_block = shape.layers // shape.blocks
     config = MllamaConfig(
         vision_config={
@@ -108,8 +110,8 @@ def build_pair(shape: Shape) -> tuple[mm.MultimodalModel, nn.Module]:
 
 
 @contextmanager
-def padding(model: mm.MultimodalModel, mode: str):
-    """While it lasts, the encoder runs in this mode: "ragged" or "llama32"."""
+def padding(model: mm.MultimodalModel, mode: str) -> Iterator[None]:
+    """Context in which the encoder pads in this mode: "ragged" or "llama32"."""
     encoder = model.vision_encoder
     before = encoder.config
     encoder.config = replace(before, padding=mode)
@@ -120,12 +122,12 @@ def padding(model: mm.MultimodalModel, mode: str):
 
 
 def make_samples(shape: Shape, num_rows: int, num_tiles: int) -> list[mm.Sample]:
-    """Rows of random text behind one image of random tiles; every token but the placeholder is a target."""
+    """Rows of random text after one image of random tiles; every token except the placeholder is a target."""
     return random_samples(shape.tile_size, shape.vocab_size, shape.text_tokens, num_rows, num_tiles)
 
 
 def their_images(samples: list[mm.Sample]) -> dict[str, Tensor]:
-    """The images as `transformers`' processor hands them over: normalised, padded to four tiles."""
+    """The images as `transformers`' processor returns them: normalised, padded to four tiles."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
     images = [sample.images[0] for sample in samples]
     pixels = torch.zeros(len(images), 1, MAX_TILES, *images[0].pixels.shape[1:])
@@ -138,7 +140,7 @@ def their_images(samples: list[mm.Sample]) -> dict[str, Tensor]:
 
 
 def their_inputs(samples: list[mm.Sample]) -> dict[str, Tensor]:
-    """The rows as `transformers`' processor hands them over; every token sees all tiles of the image before it."""
+    """The rows as `transformers`' processor returns them; every token attends to all tiles of the image before it."""
     tokens = torch.tensor([sample.tokens for sample in samples])
     images = their_images(samples)
     cross = images["aspect_ratio_mask"][:, None].expand(-1, tokens.shape[1], -1, -1).contiguous()

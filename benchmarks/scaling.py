@@ -1,10 +1,10 @@
-"""What a training step costs as its parts grow: time and memory over layers, width, tiles, text and ranks, on a CPU.
+"""The cost of a training step by size: time and memory over layers, width, tiles, text and ranks, on a CPU.
 
     python -m benchmarks.scaling            # about 5 minutes on 2 cores; draws docs/scaling.svg
-    python -m benchmarks.scaling --quick    # two small values each, to see that it runs; its numbers mean nothing
+    python -m benchmarks.scaling --quick    # two small values each, to test the script; its numbers mean nothing
 
-One is varied at a time around a base shape. Counted beside: the planner's operations, which time would follow if every
-operation took equally long.
+One size is varied at a time around a base shape. The planner's FLOPs are listed too: time would be proportional to them
+if every operation took equally long.
 """
 
 import argparse
@@ -20,8 +20,8 @@ import torch
 
 import mm
 from benchmarks import measure
-from benchmarks.ours import RATES, adamw, random_model, random_samples, training_step
 from benchmarks.plot import PowerLaw, draw
+from benchmarks.random_model import LEARNING_RATES, adamw, random_model, random_samples, training_step
 from mm.cross_attention import ImageAdapterConfig
 from mm.language_model import LanguageModelConfig
 from mm.parallel.parallelize import parallelize
@@ -33,18 +33,18 @@ from mm.training.objectives import NextTokenObjective
 from vision.encoder import VisionEncoderConfig
 
 ROOT = Path(__file__).parent.parent
-ROWS = 8  # of a step, over all ranks
+ROWS = 8  # samples of a step, over all ranks
 TILE_SIZE, VOCABULARY, HEAD = 112, 4096, 64
 
 
 @dataclass(frozen=True)
 class Size:
-    """A step's shape; the defaults are the base.
+    """The sizes of a step; the defaults are the base shape.
 
     Attributes:
-        layers: of the language model, with a block after every fourth, and of the encoder, with a gated layer for every
-            four. width: of both. tiles: of each row's image. text_tokens: of each row. ranks: that share the rows and
-            the weights.
+        layers: of the language model, with a block after every fourth, and of the encoder, which has one gated layer
+            more for every four. width: of both. tiles: of each row's image. text_tokens: of each row.
+        ranks: processes that share the rows and the weights.
     """
 
     layers: int = 8
@@ -88,29 +88,28 @@ def model_config(size: Size) -> mm.ModelConfig:
 
 
 def step_flops(size: Size) -> float:
-    """Operations of a rank."""
+    """The FLOPs of a rank in a step."""
     row = Row(size.text_tokens, size.text_tokens - 1, (size.tiles,))
     return training_flops(model_config(size), [row] * ROWS).total / size.ranks
 
 
-def measured(size: Size, repetitions: int) -> dict[str, float]:
-    """Median seconds of a step, and the most bytes alive in one: weights, gradients, optimizer and activations.
+def measure_step(size: Size, repetitions: int) -> dict[str, float]:
+    """The median seconds of a step, and its peak live bytes: weights, gradients, optimizer and activations.
 
-    Of several ranks all call this; the slowest counts, and the one that holds most.
+    All ranks must call it; the slowest rank's seconds and the largest rank's bytes are returned.
     """
     ranks = Ranks.current()
     assert ranks.size == size.ranks
-    config = TrainingConfig(steps=1, batch_size=ROWS, learning_rates=RATES)
+    config = TrainingConfig(steps=1, batch_size=ROWS, learning_rates=LEARNING_RATES)
     samples = random_samples(TILE_SIZE, VOCABULARY, size.text_tokens, ROWS, size.tiles)
     with measure.LiveBytes() if ranks.size == 1 else measure.ShareBytes() as live:
         model = random_model(model_config(size), "cpu").train()
         if ranks.size > 1:
-            parallelize(
-                model, FSDP_MODULES, config.layout(ranks.size), config.precision, "cpu", NextTokenObjective.forward_methods
-            )
+            layout, methods = config.layout(ranks.size), NextTokenObjective.forward_methods
+            parallelize(model, FSDP_MODULES, layout, config.precision, "cpu", methods)
         optimizer = adamw(model, config)
         step = training_step(model, optimizer, samples[ranks.rank :: ranks.size], config, "cpu")
-        step()  # makes the optimizer's state
+        step()  # creates the optimizer state
         live.peak = live.now
         step()
     seconds = [measure.seconds_of(step)() for _ in range(repetitions)]
@@ -121,7 +120,7 @@ def measured(size: Size, repetitions: int) -> dict[str, float]:
 
 
 def on_ranks(size: Size, repetitions: int) -> dict[str, float]:
-    """As `measured`, by as many processes of one thread each as there are ranks."""
+    """`measure_step` in as many processes, of one thread each, as there are ranks."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "found.json"
         command = ["--standalone", "--nproc-per-node", str(size.ranks), "-m", "benchmarks.scaling_rank"]
@@ -132,7 +131,7 @@ def on_ranks(size: Size, repetitions: int) -> dict[str, float]:
 
 
 def laws(rows: list[dict], amount: str) -> dict[str, PowerLaw]:
-    """How an amount grows with each parameter."""
+    """The power law by which an amount grows with each size."""
     found = {}
     for name in dict.fromkeys(row["varied"] for row in rows):
         pairs = [(row["size"][name], row[amount]) for row in rows if row["varied"] == name]
@@ -142,7 +141,7 @@ def laws(rows: list[dict], amount: str) -> dict[str, PowerLaw]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two small values each: does it run?")
+    parser.add_argument("--quick", action="store_true", help="two small values each, to test the script")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=measure.RESULTS, help="folder of the JSON file")
@@ -153,10 +152,10 @@ def main() -> None:
     rows = []
     print("| varied | value | seconds | MB | GFLOP |\n|---|---|---|---|---|")
     for name, values in varied.items():
-        torch.set_num_threads(1 if name == "ranks" else arguments.threads)  # as each of several ranks has
+        torch.set_num_threads(1 if name == "ranks" else arguments.threads)  # as many as each of several ranks has
         for value in values:
             size = replace(base, **{name: value})
-            found = on_ranks(size, repetitions) if size.ranks > 1 else measured(size, repetitions)
+            found = on_ranks(size, repetitions) if size.ranks > 1 else measure_step(size, repetitions)
             rows.append({"varied": name, "size": asdict(size), **found, "flops": step_flops(size)})
             amounts = f"{found['seconds']:.3f} | {found['peak_bytes'] / 1e6:.0f} | {rows[-1]['flops'] / 1e9:.0f}"
             print(f"| {name.replace('_', ' ')} | {value} | {amounts} |", flush=True)

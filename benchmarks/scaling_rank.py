@@ -1,8 +1,8 @@
-"""What `torchrun` starts in `benchmarks.scaling`: one of several ranks, of one thread.
+"""The process that `benchmarks.scaling` starts through torchrun for each of several ranks.
 
     python -m benchmarks.scaling_rank SIZE REPETITIONS FILE
 
-SIZE is JSON; the first rank writes what was measured to FILE.
+SIZE is JSON; rank 0 writes the measurement to FILE.
 """
 
 import json
@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.scaling import Size, measured
+from benchmarks.scaling import Size, measure_step
 from mm.parallel.process_group import init_distributed
 
 
 def main(size: str, repetitions: str, file: str) -> None:
     torch.set_num_threads(1)
     with init_distributed() as ranks:
-        found = measured(Size(**json.loads(size)), int(repetitions))
+        found = measure_step(Size(**json.loads(size)), int(repetitions))
         if ranks.is_main:
             Path(file).write_text(json.dumps(found))
 

@@ -1,4 +1,4 @@
-"""The GPU's benchmark of speech runs in small on a CPU, its rows agree, and it says what does not fit."""
+"""The GPU benchmark of speech: it runs on a CPU, its rows are consistent, and it reports what does not fit."""
 
 import json
 import sys
@@ -20,10 +20,10 @@ def start(monkeypatch):
     return run
 
 
-def test_it_runs_on_a_tiny_shape(start, tmp_path, capsys):
+def test_the_benchmark_runs_on_a_tiny_shape(start, tmp_path, capsys):
     start("--quick", "--output", tmp_path)
     values = json.loads((tmp_path / "gpu_speech.json").read_text())
-    plan, shown = gpu_speech.small_plan(), capsys.readouterr().out
+    plan, shown = gpu_speech.tiny_speech_plan(), capsys.readouterr().out
     assert [(row["stage"], row["utterances"]) for row in values["training"]] == [
         (stage, number) for stage in ("BEST-RQ", "frozen language model") for number in plan.utterances
     ]
@@ -34,9 +34,9 @@ def test_it_runs_on_a_tiny_shape(start, tmp_path, capsys):
     assert pair == pytest.approx(2 * single, rel=1e-6)  # utterances of one length: all of a step is twice as much
 
 
-def test_rows_hear_what_they_say_and_the_language_model_is_frozen():
-    plan = gpu_speech.small_plan()
-    (sample,) = gpu_speech.heard(plan, 1)
+def test_samples_hold_one_utterance_and_the_language_model_is_frozen():
+    plan = gpu_speech.tiny_speech_plan()
+    (sample,) = gpu_speech.random_speech_samples(plan, 1)
     assert sample.tokens.count(plan.config.audio_token_id) == num_tokens(len(sample.speech[0]))
     assert sum(label != -100 for label in sample.labels) == plan.text_tokens
     _, (_, model, *_) = gpu_speech.stages(plan)
@@ -44,7 +44,7 @@ def test_rows_hear_what_they_say_and_the_language_model_is_frozen():
     assert all(weight.requires_grad for weight in model.speech_encoder.parameters())
 
 
-def test_what_does_not_fit_is_said(start, tmp_path, monkeypatch, capsys):
+def test_a_step_that_does_not_fit_is_reported(start, tmp_path, monkeypatch, capsys):
     def full(*arguments):
         raise torch.OutOfMemoryError("out of memory")
 
@@ -56,14 +56,14 @@ def test_what_does_not_fit_is_said(start, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_ends_with_a_line(start, tmp_path):
+def test_without_a_gpu_it_ends_with_one_line(start, tmp_path):
     with pytest.raises(SystemExit, match="there is no GPU here"):
         start("--output", tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", FUSED[1:])
-def test_a_gpus_attention_of_fewer_heads_of_keys_is_counted(name):
+def test_flops_of_a_gpus_attention_with_fewer_key_heads_are_counted(name):
     q, k = torch.empty(2, 8, 5, 16, device="meta"), torch.empty(2, 2, 7, 16, device="meta")
     work = getattr(torch.ops.aten, f"_scaled_dot_product_{name}")
     more = {"flash_attention": (), "efficient_attention": (None, False), "cudnn_attention": (None, False)}[name]
@@ -71,7 +71,7 @@ def test_a_gpus_attention_of_fewer_heads_of_keys_is_counted(name):
     assert OWN_COUNTS[getattr(torch.ops.aten, f"_scaled_dot_product_{name}_backward")] is not None
 
 
-def test_a_depthwise_convolutions_gradients_cost_twice_what_it_does():
+def test_gradients_of_a_depthwise_convolution_cost_twice_its_forward_pass():
     x = torch.randn(2, 6, 9, requires_grad=True)
     depthwise = torch.nn.Conv1d(6, 6, 3, padding=1, groups=6)
     forward = count_flops(lambda: depthwise(x.detach()))

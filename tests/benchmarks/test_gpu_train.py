@@ -1,4 +1,4 @@
-"""The GPU's benchmark runs in small on a CPU, counts what the planner counts, and says so where there is no GPU."""
+"""The GPU benchmark of training: it runs on a CPU, counts the planner's FLOPs, and needs a GPU otherwise."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ def start(monkeypatch):
     return run
 
 
-def test_it_runs_on_a_tiny_shape(start, tmp_path, capsys):
+def test_the_benchmark_runs_on_a_tiny_shape(start, tmp_path, capsys):
     start("--quick", "--output", tmp_path)
     values = json.loads((tmp_path / "gpu_train.json").read_text())
     plan = gpu_train.tiny_plan()
@@ -36,7 +36,7 @@ def test_it_runs_on_a_tiny_shape(start, tmp_path, capsys):
         assert gpu_train.decoding_line(row) in shown
 
 
-def test_what_does_not_fit_is_said_and_the_rest_is_measured(start, tmp_path, monkeypatch, capsys):
+def test_a_step_that_does_not_fit_is_reported_and_the_rest_is_measured(start, tmp_path, monkeypatch, capsys):
     def full(model, optimizer, samples, config, device):
         def step():
             model.image_adapter.projection.bias.grad = torch.ones_like(model.image_adapter.projection.bias)
@@ -53,7 +53,7 @@ def test_what_does_not_fit_is_said_and_the_rest_is_measured(start, tmp_path, mon
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_ends_with_a_line(start, tmp_path, capsys):
+def test_without_a_gpu_it_ends_with_one_line(start, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         start("--output", tmp_path)
     assert ended.value.code.startswith("there is no GPU here") and "\n" not in ended.value.code  # exit status 1
@@ -72,7 +72,7 @@ def test_a_decoding_step_reads_its_weights_and_caches_once():
     assert layers < read[0] < sum(p.nbytes for p in model.parameters())
 
 
-def test_a_model_made_on_the_device_is_frozen_as_training_has_it():
+def test_a_model_built_on_the_device_is_frozen_as_in_training():
     plan = gpu_train.tiny_plan()
     model = gpu_train.random_model(plan.config, "cpu", frozen_in_bf16=True)
     kinds = {name: parameter.dtype for name, parameter in model.named_parameters()}

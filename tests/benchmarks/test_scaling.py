@@ -1,4 +1,4 @@
-"""Cost over size: power laws are found and drawn where they are, and the benchmark runs, on several ranks too."""
+"""Cost over size: power laws are fitted and drawn at the right places, and the benchmark runs, on several ranks too."""
 
 import json
 import math
@@ -17,7 +17,8 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 @pytest.mark.slow
-def test_it_runs_on_small_values(tmp_path, monkeypatch, capsys):
+@pytest.mark.distributed
+def test_the_benchmark_runs_on_small_values(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["scaling", "--quick", "--threads", "1", "--output", str(tmp_path)])
     scaling.main()
     values = json.loads((tmp_path / "scaling.json").read_text())
@@ -32,14 +33,14 @@ def test_it_runs_on_small_values(tmp_path, monkeypatch, capsys):
     assert len(list(shown.iter(f"{SVG}circle"))) == 2 * len(values["rows"])
 
 
-def test_a_power_law_is_found():
+def test_power_laws_are_fitted():
     law = PowerLaw((1, 2, 4, 7), tuple(3 * value**0.7 for value in (1, 2, 4, 7)))
     assert law.exponent == pytest.approx(0.7) and law.factor == pytest.approx(3)
     noisy = PowerLaw((1, 2, 4), (1.1, 3.6, 17.6))  # x^2 times 1.1, 0.9, 1.1
     assert noisy.exponent == pytest.approx(2)
 
 
-def test_points_stand_on_their_line_and_a_row_has_one_axis():
+def test_points_are_on_their_line_and_a_row_shares_one_axis():
     laws = {"steep": PowerLaw((1, 10, 100), (1.0, 10.0, 100.0)), "flat_one": PowerLaw((1, 100), (5.0, 5.0))}
     shown = ElementTree.fromstring(draw({"seconds": laws}))
     circles = [tuple(float(circle.get(side)) for side in ("cx", "cy")) for circle in shown.iter(f"{SVG}circle")]
@@ -57,7 +58,7 @@ def test_points_stand_on_their_line_and_a_row_has_one_axis():
 
 
 @pytest.mark.parametrize("rows", [{"seconds": {"tiles": PowerLaw((1, 2), (0.0, 1.0))}}, {}])
-def test_logarithmic_axes_refuse_what_they_cannot_show(rows):
+def test_logarithmic_axes_refuse_values_that_are_not_positive(rows):
     with pytest.raises(ValueError, match="all above 0"):
         draw(rows)
 
@@ -67,7 +68,7 @@ def test_ticks_are_few_and_round():
     assert ticks(0.15, 3e5) == pytest.approx([1, 10, 100, 1000, 10**4, 10**5])
 
 
-def test_storages_that_are_emptied_in_place_hold_nothing():
+def test_storages_resized_in_place_are_counted_by_their_size():
     with ShareBytes() as live:
         gathered = torch.zeros(1000)
         kept = torch.zeros(100)
