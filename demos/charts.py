@@ -7,7 +7,7 @@ from foundation.html import Markup, escape
 
 Points = list[tuple[float, float]]  # (step, value)
 WIDTH, HEIGHT = 420, 250  # of a chart, in pixels
-LEFT, RIGHT, TOP, BOTTOM = 44, 40, 26, 24  # margins around the plotted area
+LEFT, RIGHT, TOP, BOTTOM = 56, 40, 26, 24  # margins around the plotted area
 
 
 def read_metrics(file: Path) -> list[dict]:

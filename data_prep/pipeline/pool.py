@@ -15,7 +15,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.sources.captions_beside import CAPTIONS
+from data_prep.sources.captions import CAPTIONS
 from foundation.errors import UserError
 
 PICTURE_SUFFIXES = frozenset(

@@ -24,7 +24,7 @@ from data_prep.pipeline.deciding import StoredSet
 from data_prep.pipeline.ledger import LEDGER_NAME, kept_ids
 from data_prep.pipeline.pool import LocatedSources, read_verified
 from data_prep.pipeline.workers import Engine, map_in_order
-from data_prep.sources.files import licenses_beside
+from data_prep.sources.files import licenses_of
 from data_prep.sources.splits import check_shares, split_of
 from data_prep.steps.clips import ClipLength, container_of
 from data_prep.steps.concepts import concepts_of
@@ -94,7 +94,7 @@ def write(
         return len(ids)
     for left_over in work.glob(f".{folder.name}.*"):  # of a run that was killed
         shutil.rmtree(left_over, ignore_errors=True)
-    files = {NOTE: note, **licenses_beside({name: folder for name, (_, folder) in sources.items()})}
+    files = {NOTE: note, **licenses_of({name: folder for name, (_, folder) in sources.items()})}
     finishing = [step for step in steps if step.finish_columns is not None]
     make = partial(_records, sources=sources, finishing=finishing, config=config, svg_size=svg_size)
     chunks = _chunks(_rows(work / "set", ids, steps, config.split_by))

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.sources.conversations import REQUEST, conversations
+from data_prep.sources.conversations import CAPTION_REQUEST, conversations
 from data_prep.sources.splits import split_of
 from foundation.errors import UserError
 from shards.format import Record, make_id
@@ -18,7 +18,7 @@ SHAPES = ("circle", "rectangle", "triangle")
 
 
 def to_samples(folder: str | Path, dropped: list[tuple[str, str]] | None = None) -> Iterator[Record]:
-    """Yields the records of the whole set: its own test split, and its train split less some validation pictures.
+    """Yields a record for each question: the set's test split, and its train split, a part of which is for validation.
 
     Args:
         folder: holds `train` and `test`.
@@ -30,13 +30,14 @@ def to_samples(folder: str | Path, dropped: list[tuple[str, str]] | None = None)
     folder, dropped = Path(folder), [] if dropped is None else dropped
     for part in ("train", "test"):
         pictures: dict[int, bytes | None] = {}
-        for number, (question, answer, image) in enumerate(_questions(folder / part / "questions.json")):
+        for index, (question, answer, image) in enumerate(_questions(folder / part / "questions.json")):
             name = f"{part}/images/{image}.png"
             if image not in pictures:
                 pictures[image] = _read(folder, name, dropped)
-            if pictures[image] is None:
+            picture = pictures[image]
+            if picture is None:
                 continue
-            record_id = make_id(f"easy-vqa/{part}/{number}")
+            record_id = make_id(f"easy-vqa/{part}/{index}")
             content = {
                 "id": record_id,
                 "split": _split(name),
@@ -50,15 +51,15 @@ def to_samples(folder: str | Path, dropped: list[tuple[str, str]] | None = None)
                     {"role": "assistant", "content": [{"type": "text", "text": answer}]},
                 ],
             }
-            yield Record(record_id, content, {"png": pictures[image]})
+            yield Record(record_id, content, {"png": picture})
 
 
 def to_captions(folder: str | Path, dropped: list[tuple[str, str]] | None = None) -> Iterator[Record]:
     """Yields a captioned record, "a blue circle", for each training picture whose answers name both colour and shape.
 
-    Splits are those of `to_samples`; the test pictures are left out, so nothing of them is ever learnt.
+    Splits are those of `to_samples`; test pictures are left out, so that no training uses them.
 
-    Args and errors: as `to_samples`.
+    Args, Raises: see `to_samples`.
     """
     folder, dropped = Path(folder), [] if dropped is None else dropped
     for image, turns in _by_picture(folder, "train").items():
@@ -72,11 +73,11 @@ def to_captions(folder: str | Path, dropped: list[tuple[str, str]] | None = None
 
 
 def to_conversations(folder: str | Path, dropped: list[tuple[str, str]] | None = None) -> Iterator[Record]:
-    """Yields conversations of several turns about one picture, with all its questions and its caption among them.
+    """Yields conversations of several turns, which together have all questions about a picture and its caption.
 
     Splits are those of `to_samples`.
 
-    Args and errors: as `to_samples`.
+    Args, Raises: see `to_samples`.
     """
     folder, dropped = Path(folder), [] if dropped is None else dropped
     for part in ("train", "test"):
@@ -85,8 +86,8 @@ def to_conversations(folder: str | Path, dropped: list[tuple[str, str]] | None =
             picture = _read(folder, name, dropped)
             if picture is None:
                 continue
-            described = [] if caption is None else [(REQUEST, caption)]
-            yield from conversations(f"easy-vqa/{name}", _split(name), {"png": picture}, [*turns, *described])
+            request = [] if caption is None else [(CAPTION_REQUEST, caption)]
+            yield from conversations(f"easy-vqa/{name}", _split(name), {"png": picture}, [*turns, *request])
 
 
 def _split(name: str) -> str:
@@ -94,7 +95,7 @@ def _split(name: str) -> str:
 
 
 def _by_picture(folder: Path, part: str) -> dict[int, list[tuple[str, str]]]:
-    """(question, answer) of each picture, by its number."""
+    """The (question, answer) pairs of each picture, by its number."""
     turns: dict[int, list[tuple[str, str]]] = {}
     for question, answer, image in _questions(folder / part / "questions.json"):
         turns.setdefault(image, []).append((question, answer))
@@ -102,7 +103,7 @@ def _by_picture(folder: Path, part: str) -> dict[int, list[tuple[str, str]]]:
 
 
 def _caption(turns: list[tuple[str, str]]) -> str | None:
-    """ "a blue circle", where the answers name both colour and shape."""
+    """A caption such as "a blue circle", where the answers name both colour and shape."""
     named = {"shape" if answer in SHAPES else "color": answer for _, answer in turns if answer not in ("yes", "no")}
     return f"a {named['color']} {named['shape']}" if len(named) == 2 else None
 
@@ -112,13 +113,13 @@ def _questions(path: Path) -> list[tuple[str, str, int]]:
         rows = json.loads(path.read_text(encoding="utf-8"))
         return [(str(question), str(answer), int(image)) for question, answer, image in rows]
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: no list of [question, answer, picture number] ({error})") from None
+        raise UserError(f"{path}: not a list of [question, answer, picture number] ({error})") from None
 
 
 def _read(folder: Path, name: str, dropped: list[tuple[str, str]]) -> bytes | None:
     try:
         read_picture(folder / name)
         return (folder / name).read_bytes()
-    except ValueError as error:
+    except UserError as error:
         dropped.append((name, str(error)))
         return None

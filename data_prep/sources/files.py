@@ -1,9 +1,10 @@
-"""Files of a source set -> what goes into a shard: where they lie, pictures as PNG, the licence beside them."""
+"""Files of source sets: local paths, pictures as PNG, licences."""
 
 import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from foundation.errors import UserError
@@ -14,20 +15,23 @@ Dropped = list[tuple[str, str]]  # (name, reason) of each sample that a source l
 
 
 def to_png(path: Path, size: int) -> bytes:
-    """Any picture file as RGB PNG, its long side at most `size` px (SVG: exactly).
+    """Any picture file as RGB PNG.
 
-    SVG text is left out, so that the same set gives the same bytes whatever fonts a machine has.
+    SVG text is not drawn, so that the bytes do not depend on the machine's fonts.
+
+    Args:
+        size: pixels of the long side at most; of an SVG's exactly.
 
     Raises:
-        UserError: the file cannot be read, or shows nothing but white.
+        UserError: the file cannot be read, or is white all over.
     """
     picture = read_picture(path, svg_size=size, svg_fonts=False)
-    if min(low for low, _ in picture.getextrema()) == 255:
-        raise UserError(f"{path}: shows nothing but white (an SVG may have nothing but text)")
+    if np.asarray(picture).min() == 255:
+        raise UserError(f"{path}: is white all over (an SVG may have nothing but text)")
     long_side = max(picture.size)
     if long_side > size:
-        shape = [max(1, round(side * size / long_side)) for side in picture.size]
-        picture = picture.resize(shape, Image.Resampling.LANCZOS)
+        width, height = (max(1, round(side * size / long_side)) for side in picture.size)
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     return png(picture)
 
 
@@ -39,18 +43,22 @@ def png(picture: Image.Image) -> bytes:
 
 
 def license_text(folder: str | Path) -> str:
-    """The licence that lies beside a fetched set; goes into the shards' folder as LICENSE. UserError without one."""
+    """The content of LICENSE in a fetched set's folder.
+
+    Raises:
+        UserError: there is no such file.
+    """
     path = Path(folder) / "LICENSE"
     if not path.is_file():
-        raise UserError(f"{path}: no such file; a set's licence must lie beside it to go into its shards")
+        raise UserError(f"{path}: no such file; a set needs its licence, which is copied beside the shards")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file in UTF-8 ({error})") from error
 
 
-def licenses_beside(folders: Mapping[str, Path]) -> dict[str, str]:
-    """The licences that lie in the sources' folders, as one file LICENSE; nothing where there is none.
+def licenses_of(folders: Mapping[str, Path]) -> dict[str, str]:
+    """The LICENSE files of sources joined into one, under the name LICENSE; empty where no source has one.
 
     Args:
         folders: name of a source -> its folder.

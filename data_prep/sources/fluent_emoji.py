@@ -1,6 +1,6 @@
 """Fluent Emoji, animated (256 x 256 px WebP clips named by code point) -> captioned shard records.
 
-The set: `assets/{code points}.webp`, a third of which moves. It has no names: OpenMoji has them.
+The set: `assets/{code points}.webp`, a third of which is animated. The captions are OpenMoji's names.
 """
 
 import io
@@ -20,15 +20,15 @@ SUFFIX = "clip.webp"
 def to_samples(
     folder: str | Path, openmoji: str | Path, dropped: list[tuple[str, str]] | None = None
 ) -> Iterator[Record]:
-    """Yields one captioned record per moving emoji, its file as it is; variants of a concept are in the same split.
+    """Yields one captioned record per animated emoji with its unchanged file; variants of a concept are in one split.
 
     Args:
         folder: holds `assets`.
-        openmoji: the folder of OpenMoji, for `data/openmoji.json`.
-        dropped: gets (file, reason) for each emoji left out: those that stand still, too.
+        openmoji: the folder of OpenMoji; holds `data/openmoji.json`.
+        dropped: gets (file, reason) for each emoji left out, those with a single frame among them.
 
     Raises:
-        UserError: one of the sets is not there.
+        UserError: one of the sets is missing.
     """
     folder, dropped = Path(folder), [] if dropped is None else dropped
     names = {_code_points(Path(path).stem): annotation for annotation, path in read_annotations(Path(openmoji))}
@@ -47,7 +47,7 @@ def to_samples(
             dropped.append((path.name, f"broken or truncated clip ({type(error).__name__}: {error})"))
             continue
         if num_frames == 1:
-            dropped.append((path.name, "stands still"))
+            dropped.append((path.name, "has a single frame"))
             continue
         record_id = make_id(f"fluent-emoji/{path.stem}")
         content = {
@@ -63,20 +63,20 @@ def to_samples(
 
 
 def _code_points(name: str) -> str:
-    """ "1F468-200D-1F373" and "1f468-fe0f_1f373" alike: without joiners and variation selectors."""
+    """Code points without joiners and variation selectors: "1F468-200D-1F373" and "1f468-fe0f_1f373" are equal."""
     points = name.lower().replace("_", "-").split("-")
     return "-".join(point.lstrip("0") for point in points if point not in ("fe0f", "200d"))
 
 
 def _length(data: bytes) -> tuple[int, float]:
-    """(frames, seconds) of a WebP file. Seconds are known once each frame has been decoded."""
+    """(frames, seconds) of a WebP file. Pillow knows a frame's duration once it has decoded it."""
     with Image.open(io.BytesIO(data)) as clip:
         num_frames = getattr(clip, "n_frames", 1)
         if num_frames == 1:
             return 1, 0.0
         milliseconds = 0
-        for number in range(num_frames):
-            clip.seek(number)
+        for index in range(num_frames):
+            clip.seek(index)
             clip.load()
             milliseconds += clip.info["duration"]
     return num_frames, milliseconds / 1000

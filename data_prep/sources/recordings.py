@@ -1,7 +1,7 @@
-"""Recordings that come with their words -> shard records to transcribe, 16 kHz mono FLAC each.
+"""Transcribed recordings -> shard records for transcription, 16 kHz mono FLAC.
 
-Sets: the prompts of the Asterisk telephone system, Tux Paint's spoken descriptions, and two small ones that are held
-out whole. A sentence of a set is in one split, whoever says it.
+Sets: the prompts of the Asterisk telephone system, Tux Paint's spoken descriptions, and two small sets that are held
+out whole. A sentence of a set is in one split, whoever speaks it.
 """
 
 import gzip
@@ -40,59 +40,63 @@ LANGUAGES = {
     "sv": "Swedish",
 }
 ASTERISK_LANGUAGES = ("en", "es", "fr", "it", "ru")
-STAMP_LANGUAGES = ("bg", "es", "fr", "ro", "ru")  # of those that tuxpaint-stamps-default speaks, the fullest
-_MFA_LANGUAGES = {
-    "13697_": "es",
-    "common_voice_ja": "ja",
-    "se10x016": "sv",
-}  # by how a file's name begins; else English
+STAMP_LANGUAGES = ("bg", "es", "fr", "ro", "ru")  # the languages of tuxpaint-stamps-default with most recordings
+_MFA_LANGUAGES = {"13697_": "es", "common_voice_ja": "ja", "se10x016": "sv"}  # by prefix of the file; else English
 
 
 def transcription_record(source: str, split: str, language: str, text: str, samples: np.ndarray) -> Record:
-    """A record that asks to repeat what is said; without text, "silence" is its task.
+    """A record with the task "transcription", or "silence" where the text is empty.
 
     Args:
-        source: names the recording; the id follows from it.
+        source: unique name of the recording; the id follows from it.
+        split: of the record.
         language: a key of LANGUAGES.
+        text: the transcript.
         samples: int16 [T] at 16 kHz.
     """
     request = f"{TRANSCRIBE} {LANGUAGES[language]}:"
-    return _answered(source, split, "transcription" if text else "silence", language, request, text, samples)
+    return _speech_record(source, split, "transcription" if text else "silence", language, request, text, samples)
 
 
 def with_free_form_question(record: Record) -> Record:
-    """A transcription that is asked for behind the sound, in one of QUESTIONS, by its id; the paper has one wording.
+    """A transcription record with one of QUESTIONS after the sound in place of the fixed prompt before it.
 
-    A model that has been asked in one wording alone answers no other.
+    A model that is trained with one wording alone does not answer others (the paper has one wording). The record's id
+    decides the question.
     """
     sound = record.json["messages"][0]["content"][1]
     question = QUESTIONS[int(record.id, 16) // 8 % len(QUESTIONS)]  # the lowest bits may have chosen the record
-    asked = {"role": "user", "content": [sound, {"type": "text", "text": question}]}
-    return replace(record, json={**record.json, "messages": [asked, *record.json["messages"][1:]]})
+    request = {"role": "user", "content": [sound, {"type": "text", "text": question}]}
+    return replace(record, json={**record.json, "messages": [request, *record.json["messages"][1:]]})
 
 
 def translation_record(source: str, split: str, language: str, text: str, samples: np.ndarray, said: str) -> Record:
-    """A record that asks to put `said` into another language (paper §8.2.2); arguments as `transcription_record`,
-    language and text being the translation's."""
+    """A record that asks for a translation of the spoken sentence (paper §8.2.2).
+
+    Args:
+        source, split, samples: see `transcription_record`.
+        language, text: of the translation.
+        said: the spoken sentence, which is stored under the same name.
+    """
     request = f"Translate the following sentence into {LANGUAGES[language]}:"
-    record = _answered(source, split, "translation", language, request, text, samples)
+    record = _speech_record(source, split, "translation", language, request, text, samples)
     record.json["said"] = said
     return record
 
 
-def _answered(
+def _speech_record(
     source: str, split: str, task: str, language: str, request: str, text: str, samples: np.ndarray
 ) -> Record:
     record_id = make_id(source)
-    asked = [{"type": "text", "text": request}, {"type": "audio", "audio": "flac"}]
-    content = {
+    user = [{"type": "text", "text": request}, {"type": "audio", "audio": "flac"}]
+    content: dict = {
         "id": record_id,
         "split": split,
         "task": task,
         "language": language,
         "duration": round(len(samples) / SAMPLE_RATE, 3),
         "messages": [
-            {"role": "user", "content": asked},
+            {"role": "user", "content": user},
             {"role": "assistant", "content": [{"type": "text", "text": text}]},
         ],
     }
@@ -104,12 +108,12 @@ def asterisk_samples(
 ) -> Iterator[Record]:
     """Yields the prompts of each language, one speaker per language.
 
-    Lines with anything in brackets are left out: they describe tones, or say how the words are said.
+    Transcripts with brackets are left out: they describe tones, or the way of speaking.
 
     Args:
         folder: holds `asterisk/sounds/{language}_*/**.g722` and `doc/*/core-sounds-{language}.txt.gz`.
         dropped: gets (file, reason) for each recording left out.
-        languages: only these; None takes all that are there.
+        languages: use these only; None takes all that exist.
 
     Raises:
         UserError: there are no transcripts; PyAV or soundfile is missing.
@@ -121,28 +125,28 @@ def asterisk_samples(
         for sounds in sorted(folder.glob(f"asterisk/sounds/{language}_*")):
             for name, text in sentences.items():
                 file = sounds / f"{name}.g722"
-                where = file.relative_to(folder).as_posix()
+                name_in_set = file.relative_to(folder).as_posix()
                 if not _is_plain(text):
-                    dropped.append((where, f"no plain words: {text[:60]!r}"))
+                    dropped.append((name_in_set, f"not a plain transcript: {text[:60]!r}"))
                     continue
-                yield from _record(file, f"asterisk/{where}", split_of_sentence(text), language, text, dropped)
+                yield from _record(file, f"asterisk/{name_in_set}", split_of_sentence(text), language, text, dropped)
 
 
 def asterisk_translations(folder: str | Path, dropped: Dropped | None = None) -> Iterator[Record]:
-    """Yields the prompts of each language with each of the other languages' words for the same prompt.
+    """Yields the prompts of each language with their texts in each of the other languages.
 
-    Where a sentence and its translation are in different splits the pair is in none: what is held out is held out on
-    both sides, and from `asterisk_samples` as well. Arguments and errors: as there.
+    A pair whose sentence and translation are in different splits is left out, so that held-out texts are in no training
+    record, here and in `asterisk_samples`. Args, Raises: as there.
     """
     folder, dropped = Path(folder), [] if dropped is None else dropped
     prompts = _prompts(folder)
     for language, sentences in prompts.items():
-        others = {other: given for other, given in prompts.items() if other != language}
+        others = {other: texts for other, texts in prompts.items() if other != language}
         for sounds in sorted(folder.glob(f"asterisk/sounds/{language}_*")):
             for name, said in sentences.items():
                 file = sounds / f"{name}.g722"
-                for other, given in others.items():
-                    text = given.get(name, "")
+                for other, texts in others.items():
+                    text = texts.get(name, "")
                     if not (_is_plain(said) and _is_plain(text)):
                         continue
                     source = f"asterisk/{file.relative_to(folder).as_posix()}/{other}"
@@ -154,12 +158,12 @@ def asterisk_translations(folder: str | Path, dropped: Dropped | None = None) ->
 
 
 def _prompts(folder: Path) -> dict[str, dict[str, str]]:
-    """Language -> prompt's name -> its words."""
-    texts = sorted(folder.glob("doc/*/core-sounds-*.txt.gz"))
-    if not texts:
-        raise UserError(f"{folder}: no doc/*/core-sounds-*.txt.gz in it")
+    """Language -> name of a prompt -> its transcript."""
+    paths = sorted(folder.glob("doc/*/core-sounds-*.txt.gz"))
+    if not paths:
+        raise UserError(f"{folder}: has no doc/*/core-sounds-*.txt.gz")
     prompts = {}
-    for path in texts:
+    for path in paths:
         with gzip.open(path) as file:
             prompts[path.name.removeprefix("core-sounds-").partition(".")[0]] = parse_prompts(_decoded(file.read()))
     return prompts
@@ -174,8 +178,7 @@ def spoken_stamps(
 ) -> Iterator[Record]:
     """Yields the spoken descriptions of Tux Paint's stamps.
 
-    Stamps with one English sentence, or with one sentence in any language, are in one split, whatever languages are
-    asked for.
+    Stamps with the same English sentence, or the same sentence in any language, are in one split, for any `languages`.
 
     Args:
         folder: holds `stamps/**/{name}.txt` and `{name}_desc_{language}.ogg` beside it.
@@ -186,20 +189,20 @@ def spoken_stamps(
         UserError: there are no recordings; PyAV or soundfile is missing.
     """
     folder, dropped = Path(folder), [] if dropped is None else dropped
-    found: list[tuple[Path, str, str, str]] = []  # (file, language, sentence, English concept)
+    stamps: list[tuple[Path, str, str, str]] = []  # (file, language, sentence, English concept)
     for path in sorted(folder.glob("stamps/**/*_desc_??.ogg")):
         stem, _, language = path.stem.rpartition("_desc_")
         if language not in STAMP_LANGUAGES:
             continue
         try:
-            found.append((path, language, *_stamp_sentences(path.with_name(f"{stem}.txt"), language)))
-        except ValueError as error:
+            stamps.append((path, language, *_stamp_sentences(path.with_name(f"{stem}.txt"), language)))
+        except UserError as error:
             if language in languages:
                 dropped.append((path.relative_to(folder).as_posix(), str(error)))
-    if not found:
-        raise UserError(f"{folder}: no stamps/**/*_desc_*.ogg in it that have a sentence")
-    concepts = join_concepts((concept, f"{language}/{words_of(text)}") for _, language, text, concept in found)
-    for path, language, text, concept in found:
+    if not stamps:
+        raise UserError(f"{folder}: has no stamps/**/*_desc_*.ogg with a sentence")
+    concepts = join_concepts((concept, f"{language}/{words_of(text)}") for _, language, text, concept in stamps)
+    for path, language, text, concept in stamps:
         if language not in languages:
             continue
         split = split_of(concepts[concept], VALIDATION_SHARE, TEST_SHARE)
@@ -208,7 +211,7 @@ def spoken_stamps(
 
 
 def librivox_readings(folder: str | Path, dropped: Dropped | None = None) -> Iterator[Record]:
-    """Yields the readings that come with pocketsphinx, all of them held out.
+    """Yields the LibriVox readings of pocketsphinx's tests, all of them held out.
 
     Args:
         folder: holds `transcription`, lines `<s> words </s> (name)`, and `{name}.wav`.
@@ -222,7 +225,7 @@ def librivox_readings(folder: str | Path, dropped: Dropped | None = None) -> Ite
 
 
 def aligner_clips(folder: str | Path, dropped: Dropped | None = None) -> Iterator[Record]:
-    """Yields the clips that come with the Montreal Forced Aligner and have one transcript, all of them held out.
+    """Yields the transcribed clips of the Montreal Forced Aligner's tests, all of them held out.
 
     Args:
         folder: holds `lab/{name}.lab` and `wav/{name}.*`.
@@ -230,7 +233,7 @@ def aligner_clips(folder: str | Path, dropped: Dropped | None = None) -> Iterato
     folder, dropped = Path(folder), [] if dropped is None else dropped
     paths = sorted(folder.glob("lab/*.lab"))
     if not paths:
-        raise UserError(f"{folder}: no lab/*.lab in it")
+        raise UserError(f"{folder}: has no lab/*.lab")
     for path in paths:
         text = " ".join(re.sub(r"\[\w*\]|<\w*>", " ", path.read_text(encoding="utf-8")).split())
         language = next((code for start, code in _MFA_LANGUAGES.items() if path.name.startswith(start)), "en")
@@ -242,18 +245,18 @@ def aligner_clips(folder: str | Path, dropped: Dropped | None = None) -> Iterato
 
 
 def parse_prompts(text: str) -> dict[str, str]:
-    """Lines `name: words` -> name -> words; others (comments, blanks) are skipped."""
+    """Name -> text of the lines `name: text`; other lines (comments, blanks) are skipped."""
     lines = (re.match(r"([\w/.+-]+):\s*(.*)", line) for line in text.splitlines())
     return {match[1]: " ".join(match[2].split()) for match in lines if match}
 
 
 def words_of(text: str) -> str:
-    """Lower case, without punctuation: what tells sentences apart."""
+    """The text in lower case without punctuation; sentences with equal words count as equal."""
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
 def split_of_sentence(text: str) -> str:
-    """The split of a sentence: the same whoever says it and however it is written."""
+    """The split of a sentence: independent of speaker, case and punctuation."""
     return split_of(words_of(text), VALIDATION_SHARE, TEST_SHARE)
 
 
@@ -282,12 +285,12 @@ def read_recording(path: Path) -> np.ndarray:
     return read_sound(path, dtype=torch.int16, max_seconds=math.inf, allow_truncated=True).numpy()
 
 
-def resampled(samples: np.ndarray, rate: int) -> np.ndarray:
-    """int16 [T] at any rate -> int16 [T'] at 16 kHz."""
+def resample_to_16_khz(samples: np.ndarray, rate: int) -> np.ndarray:
+    """int16 [T] at `rate` Hz -> int16 [T'] at 16 kHz."""
     if rate == SAMPLE_RATE:
         return samples
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # processes that speak have a core each
+    torch.set_num_threads(1)  # this runs in worker processes, one per core
     try:
         wave = resample(torch.from_numpy(samples.astype(np.float32)), rate)
     finally:
@@ -312,8 +315,9 @@ def _record(
     dropped: Dropped,
     make: Callable[..., Record] = transcription_record,
 ) -> Iterator[Record]:
+    """Yields the record of a recording; a missing or broken one goes to `dropped`."""
     if not path.is_file():
-        dropped.append((source, "there is no recording of it"))
+        dropped.append((source, "has no recording"))
         return
     try:
         samples = read_recording(path)

@@ -1,4 +1,4 @@
-"""Which side of a split a sample lies on: a hash of what it shows decides, so that all its copies are on one."""
+"""Assigns samples to splits by a hash of what they show, so that copies are in one split."""
 
 import hashlib
 from collections.abc import Iterable
@@ -7,30 +7,34 @@ from foundation.errors import UserError
 
 
 def split_of(concept: str, validation: float, test: float) -> str:
-    """ "train", "validation" or "test"; the two shares are of all concepts, the rest is for training.
+    """The split of a concept: "train", "validation" or "test".
 
-    Depends on the concept's name alone: adding or removing others moves nothing.
+    It depends on the concept's name and the shares alone, and not on other concepts.
+
+    Args:
+        concept: name of what a sample shows.
+        validation, test: shares of all concepts; the rest is for training.
     """
-    place = int.from_bytes(hashlib.sha256(concept.encode()).digest()[:8], "big") / 2**64
-    if place < validation:
+    position = int.from_bytes(hashlib.sha256(concept.encode()).digest()[:8], "big") / 2**64
+    if position < validation:
         return "validation"
-    return "test" if place < validation + test else "train"
+    return "test" if position < validation + test else "train"
 
 
 def check_shares(validation: float, test: float) -> None:
-    """UserError unless both are shares that leave something to train on."""
+    """Raises UserError unless both are shares from 0 and their sum is below 1."""
     if validation < 0 or test < 0 or validation + test >= 1:
-        raise UserError(f"validation is {validation} and test {test}; they are shares, and 1 is not reached by both")
+        raise UserError(f"validation is {validation} and test {test}; both must be at least 0 and their sum below 1")
 
 
 def join_concepts(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Joins concepts that share evidence, also by way of others.
+    """Joins concepts that share evidence, directly or through other concepts (union-find).
 
     Args:
-        pairs: (concept, evidence), e.g. (name, hash of the picture): two names of one picture are one concept.
+        pairs: (concept, evidence), such as (name, hash of the picture): two names of one picture are one concept.
 
     Returns:
-        each concept -> the alphabetically first of the concepts it is joined to.
+        each concept -> the alphabetically first of the concepts that it is joined with.
     """
     parents: dict[tuple[str, str], tuple[str, str]] = {}
 

@@ -1,7 +1,7 @@
-"""Tux Paint stamps (cut-out photographs and drawings, a sentence each) -> captioned shard records.
+"""Tux Paint stamps (cut-out photographs and drawings with a sentence each) -> captioned shard records.
 
 The set: under `stamps`, a `{name}.svg` and/or `{name}.png` beside `{name}.txt`, whose first line is the English
-sentence and whose other lines are translations (`de.utf8=...`). `{name}_mirror.png` is the other way round.
+sentence and whose other lines are translations (`de.utf8=...`). `{name}_mirror.png` is the mirrored picture.
 """
 
 import re
@@ -22,18 +22,18 @@ def to_samples(
 ) -> Iterator[Record]:
     """Yields one captioned record per stamp; stamps with the same sentence, mirrored ones too, are in the same split.
 
-    Of a stamp that is there as SVG and as PNG the SVG is used, as the program does; the PNG where the SVG is of no use.
+    Of a stamp with an SVG and a PNG file the SVG is used, as Tux Paint does, or the PNG where the SVG cannot be used.
 
     Args:
         folder: holds `stamps`.
         dropped: gets (file, reason) for each picture left out.
-        picture_size: of the long side at most (of an SVG's exactly), in pixels.
+        picture_size: pixels of the long side at most; of an SVG's exactly.
 
     Raises:
         UserError: there are no stamps in the folder.
     """
     folder, dropped = Path(folder), [] if dropped is None else dropped
-    stamps: dict[Path, list[Path]] = {}  # path without its ending -> its pictures, SVG first
+    stamps: dict[Path, list[Path]] = {}  # path without its suffix -> its pictures, SVG first
     for kind in ("svg", "png"):
         for path in folder.glob(f"stamps/**/*.{kind}"):
             stamps.setdefault(path.with_suffix(""), []).append(path)
@@ -43,9 +43,11 @@ def to_samples(
     for stem in sorted(stamps):
         try:
             captions[stem] = sentence_of(stem)
-        except ValueError as error:
+        except UserError as error:
             dropped.append((_name(stem, folder), str(error)))
-    concepts = join_concepts((concept_of(caption), _name(_plain(stem), folder)) for stem, caption in captions.items())
+    concepts = join_concepts(
+        (concept_of(caption), _name(_unmirrored(stem), folder)) for stem, caption in captions.items()
+    )
     for stem, caption in captions.items():
         picture = _first_readable(stamps[stem], folder, picture_size, dropped)
         if picture is None:
@@ -69,25 +71,29 @@ def _first_readable(paths: list[Path], folder: Path, size: int, dropped: list[tu
     for path in paths:
         try:
             return to_png(path, size)
-        except ValueError as error:
+        except UserError as error:
             dropped.append((_name(path, folder), str(error)))
     return None
 
 
-def _plain(stem: Path) -> Path:
+def _unmirrored(stem: Path) -> Path:
     return stem.with_name(stem.name.removesuffix("_mirror"))
 
 
 def concept_of(caption: str) -> str:
-    """The sentence in lower case, without punctuation and a leading article: "A Red Apple." -> "red apple"."""
+    """The sentence in lower case without punctuation and leading article: "red apple" of "A Red Apple."."""
     words = re.findall(r"\w+", caption.lower())
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("a", "an", "the", "some") else words)
 
 
 def sentence_of(stem: Path) -> str:
-    """The English sentence of a stamp (a mirrored stamp without one of its own has that of the plain one)."""
-    for source in (stem, _plain(stem)):
-        path = source.with_name(f"{source.name}.txt")
+    """The English sentence of a stamp, or of its unmirrored stamp where a mirrored one has none.
+
+    Raises:
+        UserError: there is no sentence, or it is not UTF-8.
+    """
+    for text_stem in (stem, _unmirrored(stem)):
+        path = text_stem.with_name(f"{text_stem.name}.txt")
         if path.is_file():
             lines = path.read_bytes().splitlines() or [b""]
             try:

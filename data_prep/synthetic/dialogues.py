@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from data_prep.sources.files import Locate, licenses_beside
+from data_prep.sources.files import Locate, licenses_of
 from data_prep.synthetic.building import Builder, LeftOut
 from foundation.errors import UserError
 from shards.format import AUDIO, Record, make_id
@@ -79,7 +79,7 @@ class Dialogues(Builder):
 
     def files(self, locate: Locate) -> dict[str, str]:
         """See Builder."""
-        return licenses_beside({self.source: locate(self.source)})
+        return licenses_of({self.source: locate(self.source)})
 
     def settings(self) -> dict:
         """See Builder."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw
 
-from data_prep.sources.files import Locate, licenses_beside, png
+from data_prep.sources.files import Locate, licenses_of, png
 from data_prep.sources.splits import check_shares, split_of
 from data_prep.synthetic.browser import print_pdf, require
 from data_prep.synthetic.building import Builder, LeftOut, conversation, printable_name
@@ -136,7 +136,7 @@ class Documents(Builder):
 
     def files(self, locate: Locate) -> dict[str, str]:
         """See Builder."""
-        return licenses_beside({self.folder: locate(self.folder)})
+        return licenses_of({self.folder: locate(self.folder)})
 
     def _record(self, job: DocumentPages, page: RenderedPage) -> Record | LeftOut:
         name, text = f"{job.name}, page {page.index + 1}", page.text

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data_prep.pipeline.pool import RawSource
 from data_prep.sources.conversations import Turn
-from data_prep.sources.files import Locate, licenses_beside, png
+from data_prep.sources.files import Locate, licenses_of, png
 from data_prep.sources.splits import check_shares, split_of
 from data_prep.synthetic.building import Builder, LeftOut, conversation
 from data_prep.synthetic.questions import read_table
@@ -151,7 +151,7 @@ class Grounding(Builder):
         folders = {source.path: locate(source.path) for source in self.cutouts}
         if self.table is not None:
             folders[self.table] = locate(self.table).parent
-        return licenses_beside(folders)
+        return licenses_of(folders)
 
     def _boxed_pictures(self, table: Path) -> list[BoxedPicture | LeftOut]:
         pictures: dict[str, list[tuple[str, Box]]] = {}

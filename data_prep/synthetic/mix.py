@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from data_prep.sources.files import Locate, licenses_beside
+from data_prep.sources.files import Locate, licenses_of
 from data_prep.synthetic.building import Builder, LeftOut
 from foundation.errors import UserError
 from shards.format import INDEX_SCHEMA, Record
@@ -127,7 +127,7 @@ class Mix(Builder):
         """See Builder."""
         return {
             REPORT: json.dumps(self.report(), indent=2) + "\n",
-            **licenses_beside({source.path: locate(source.path) for source in self.sources}),
+            **licenses_of({source.path: locate(source.path) for source in self.sources}),
         }
 
     def report(self) -> list[dict]:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from data_prep.pipeline.writing import encode_picture
 from data_prep.sources.conversations import Turn, conversations
-from data_prep.sources.files import Locate, licenses_beside
+from data_prep.sources.files import Locate, licenses_of
 from data_prep.sources.splits import check_shares, split_of
 from data_prep.synthetic.building import Builder, LeftOut
 from foundation.errors import UserError
@@ -97,7 +97,7 @@ class Questions(Builder):
 
     def files(self, locate: Locate) -> dict[str, str]:
         """See Builder."""
-        return licenses_beside({self.table: locate(self.table).parent})
+        return licenses_of({self.table: locate(self.table).parent})
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from data_prep.sources.files import Locate, licenses_beside
+from data_prep.sources.files import Locate, licenses_of
 from data_prep.synthetic.building import Builder, LeftOut
 from foundation.errors import UserError
 from shards.format import Record, make_id, picture_suffixes
@@ -85,7 +85,7 @@ class Recaptions(Builder):
 
     def files(self, locate: Locate) -> dict[str, str]:
         """See Builder."""
-        return licenses_beside({self.source: locate(self.source)})
+        return licenses_of({self.source: locate(self.source)})
 
     def settings(self) -> dict:
         """See Builder."""

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from data_prep.pipeline.pool import RawSource, list_parts
-from data_prep.sources.captions_beside import CAPTIONS
+from data_prep.sources.captions import CAPTIONS
 from data_prep.synthetic.building import LeftOut
 from foundation.errors import UserError
 from vision.reading import read_rgba

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import ImageDraw
 
-from data_prep.sources.files import Locate, licenses_beside, png
+from data_prep.sources.files import Locate, licenses_of, png
 from data_prep.sources.splits import check_shares, split_of
 from data_prep.synthetic.browser import require, screenshot, without_scripts
 from data_prep.synthetic.building import Builder, LeftOut, conversation, printable_name
@@ -91,7 +91,7 @@ class Screenshots(Builder):
         except UserError as error:
             return [LeftOut(job.name, str(error))]
         if picture.convert("L").getextrema()[0] == 255:
-            return [LeftOut(job.name, "shows nothing but white")]
+            return [LeftOut(job.name, "is white all over")]
         box_of: dict[str, tuple[float, float, float, float]] = {}
         for (left, top, right, bottom), html in elements:
             text = tidy(html)
@@ -120,7 +120,7 @@ class Screenshots(Builder):
 
     def files(self, locate: Locate) -> dict[str, str]:
         """See Builder."""
-        return licenses_beside({self.pages: locate(self.pages)}) if self.pages is not None else {}
+        return licenses_of({self.pages: locate(self.pages)}) if self.pages is not None else {}
 
 
 def tidy(html: str) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 from data_prep.pipeline.workers import map_in_order
 from data_prep.sources.recordings import (
     SAMPLE_RATE,
-    resampled,
+    resample_to_16_khz,
     split_of_sentence,
     transcription_record,
     with_free_form_question,
@@ -64,7 +64,7 @@ class Espeak:
         data = text.encode() + b"\0"
         library.espeak_Synth(data, ctypes.c_size_t(len(data)), 0, 0, 0, 1, None, None)  # 1: the text is UTF-8
         library.espeak_Synchronize()
-        return resampled(np.concatenate(pieces), rate)
+        return resample_to_16_khz(np.concatenate(pieces), rate)
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Flite:
         samples = np.ctypeslib.as_array(wave.contents.samples, (wave.contents.num_samples,)).copy()
         rate = wave.contents.sample_rate
         library.delete_wave(wave)
-        return resampled(samples, rate)
+        return resample_to_16_khz(samples, rate)
 
 
 Voice = Espeak | Flite

@@ -4,7 +4,7 @@ import json
 import pytest
 from PIL import Image
 
-from data_prep.sources.conversations import MAX_TURNS, REQUEST, caption_conversations, conversations
+from data_prep.sources.conversations import CAPTION_REQUEST, MAX_TURNS, caption_conversations, conversations
 from shards.format import Record, check_record
 
 TURNS = [(f"what is {number}?", str(number)) for number in range(10)]
@@ -17,13 +17,13 @@ def picture(number=0):
 
 
 def turns_of(record):
-    """(question, answer) of a conversation whose picture is in its first turn alone."""
+    """(question, answer) pairs of a conversation that shows its picture in the first turn only."""
     messages = record.json["messages"]
     assert [message["role"] for message in messages] == ["user", "assistant"] * (len(messages) // 2)
     kinds = [[part["type"] for part in message["content"]] for message in messages]
     assert kinds == [["image", "text"]] + [["text"]] * (len(messages) - 1)
-    said = [message["content"][-1]["text"] for message in messages]
-    return list(zip(said[::2], said[1::2], strict=True))
+    texts = [message["content"][-1]["text"] for message in messages]
+    return list(zip(texts[::2], texts[1::2], strict=True))
 
 
 def captioned(number, caption, split="train"):
@@ -31,7 +31,7 @@ def captioned(number, caption, split="train"):
     return Record(f"p{number}", about, picture(number))
 
 
-def test_every_turn_comes_once_in_conversations_of_about_equal_length():
+def test_each_turn_is_used_once_in_conversations_of_about_equal_length():
     records = list(conversations("set/1", "train", picture(), [*TURNS, TURNS[3]]))
     for record in records:
         check_record(record)
@@ -42,14 +42,14 @@ def test_every_turn_comes_once_in_conversations_of_about_equal_length():
     assert len({record.id for record in records}) == 3
 
 
-def test_the_order_is_the_pictures_own_and_not_the_sets():
+def test_the_order_of_turns_depends_on_the_picture_alone():
     def order(source, turns):
         return [turns_of(record) for record in conversations(source, "train", picture(), turns)]
 
     assert order("set/1", TURNS) == order("set/1", TURNS[::-1]) != order("set/2", TURNS)
 
 
-def test_captions_become_requests_and_questions_that_the_picture_answers():
+def test_captions_become_requests_and_yes_no_questions():
     captions = ["a red apple.", "the green apple.", "A boat", "an old boat", "a house of wood"]
     records = [captioned(number, caption) for number, caption in enumerate(captions)]
     records += [captioned(9, "a lonely test", split="test")]
@@ -59,7 +59,7 @@ def test_captions_become_requests_and_questions_that_the_picture_answers():
     for record, chat in zip(records, chats, strict=True):
         check_record(chat)
         turns = dict(turns_of(chat))
-        assert turns.pop(REQUEST) == record.json["caption"]
+        assert turns.pop(CAPTION_REQUEST) == record.json["caption"]
         assert turns.pop(f'Does "{record.json["caption"].rstrip(".")}" describe the picture?') == "yes"
         wrong[record.json["caption"]] = [(question.split('"')[1], answer) for question, answer in turns.items()]
     assert wrong.pop("a lonely test") == []  # there is no other to ask about
@@ -67,16 +67,18 @@ def test_captions_become_requests_and_questions_that_the_picture_answers():
         assert answer == "no" and other in {name.rstrip(".") for name in captions}
         assert caption.rstrip(".").split()[-1] != other.split()[-1]  # no apple is asked about an apple
     assert wrong["a house of wood"][0][0] in {name.rstrip(".") for name in captions[:4]}
-    orders = {tuple(question == REQUEST for question, _ in turns_of(chat)) for chat in chats[:5]}
+    orders = {tuple(question == CAPTION_REQUEST for question, _ in turns_of(chat)) for chat in chats[:5]}
     assert len(orders) > 1
 
 
-def test_the_same_chats_whatever_the_order_of_the_records():
+def test_the_order_of_the_records_does_not_change_the_chats():
     records = [captioned(number, f"thing {number} {'abc'[number % 3]}") for number in range(12)]
-    one, other = ({chat.id: chat.json for chat in caption_conversations(given)} for given in (records, records[::-1]))
+    one, other = (
+        {chat.id: chat.json for chat in caption_conversations(ordered)} for ordered in (records, records[::-1])
+    )
     assert one == other and len(json.dumps(one)) > 100
 
 
-def test_a_record_without_a_picture_is_no_conversation_about_one():
+def test_a_record_without_a_picture_is_refused():
     with pytest.raises(ValueError):
         list(conversations("set/1", "train", {}, TURNS))

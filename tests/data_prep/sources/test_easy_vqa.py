@@ -3,7 +3,7 @@ import json
 import pytest
 from PIL import Image
 
-from data_prep.sources.conversations import REQUEST
+from data_prep.sources.conversations import CAPTION_REQUEST
 from data_prep.sources.easy_vqa import to_captions, to_conversations, to_samples
 from shards.format import check_record
 
@@ -37,17 +37,17 @@ def test_a_record_for_each_question_with_its_own_picture(folder):
     assert records[7].media["png"] == (folder / "train" / "images" / "3.png").read_bytes()
 
 
-def test_validation_is_some_training_pictures_with_all_their_questions(folder):
-    sides = {}
+def test_all_questions_about_a_picture_are_in_one_split(folder):
+    splits_of = {}
     for record in to_samples(folder):
-        sides.setdefault(record.media["png"], []).append(record.json["split"])
-    assert len(sides) == 205 and all(len(splits) == 2 and len(set(splits)) == 1 for splits in sides.values())
+        splits_of.setdefault(record.media["png"], []).append(record.json["split"])
+    assert len(splits_of) == 205 and all(len(splits) == 2 and len(set(splits)) == 1 for splits in splits_of.values())
     splits = [record.json["split"] for record in to_samples(folder)]
     assert splits.count("test") == 10 and 0 < splits.count("validation") < 20
     assert splits == [record.json["split"] for record in to_samples(folder)]
 
 
-def test_captions_come_from_the_answers_of_training_pictures_alone(folder):
+def test_captions_are_made_of_training_pictures_only(folder):
     questions = [
         ["what color?", "blue", 0],
         ["is it?", "no", 0],
@@ -63,16 +63,16 @@ def test_captions_come_from_the_answers_of_training_pictures_alone(folder):
     assert record.json["split"] == asked.json["split"]
 
 
-def test_conversations_hold_all_that_is_known_of_a_picture(folder):
+def test_conversations_have_all_questions_and_the_caption_of_a_picture(folder):
     questions = [[f"what {thing}?", answer, 0] for thing, answer in (("color", "blue"), ("shape", "circle"))]
     questions += [[f"is it {number}?", "no", 0] for number in range(6)]
     (folder / "test" / "questions.json").write_text(json.dumps(questions))
     chats, turns = list(to_conversations(folder)), {}
     for chat in chats:
         check_record(chat)
-        said = [message["content"][-1]["text"] for message in chat.json["messages"]]
-        turns.setdefault(chat.media["png"], []).extend(zip(said[::2], said[1::2], strict=True))
-    expected = [(question, answer) for question, answer, _ in questions] + [(REQUEST, "a blue circle")]
+        texts = [message["content"][-1]["text"] for message in chat.json["messages"]]
+        turns.setdefault(chat.media["png"], []).extend(zip(texts[::2], texts[1::2], strict=True))
+    expected = [(question, answer) for question, answer, _ in questions] + [(CAPTION_REQUEST, "a blue circle")]
     assert sorted(turns[(folder / "test" / "images" / "0.png").read_bytes()]) == sorted(expected)
     assert sorted(turns[(folder / "train" / "images" / "0.png").read_bytes()]) == [
         ("what is 0?", "red"),
@@ -83,7 +83,7 @@ def test_conversations_hold_all_that_is_known_of_a_picture(folder):
     assert all(splits[chat.media["png"]] == chat.json["split"] for chat in chats)
 
 
-def test_a_broken_picture_is_reported_once_and_the_rest_is_done(folder):
+def test_a_broken_picture_is_reported_once_and_the_others_are_used(folder):
     (folder / "train" / "images" / "3.png").write_bytes(b"")
     (folder / "train" / "images" / "4.png").unlink()
     dropped = []
@@ -92,8 +92,8 @@ def test_a_broken_picture_is_reported_once_and_the_rest_is_done(folder):
     assert "empty" in dropped[0][1] and "no such file" in dropped[1][1]
 
 
-def test_a_folder_that_is_not_the_set(folder, tmp_path):
+def test_a_folder_without_the_set_is_refused(folder, tmp_path):
     (folder / "train" / "questions.json").write_text("[[1]]")
     for place in (folder, tmp_path / "absent"):
-        with pytest.raises(ValueError, match=r"questions\.json: no list"):
+        with pytest.raises(ValueError, match=r"questions\.json: not a list"):
             list(to_samples(place))

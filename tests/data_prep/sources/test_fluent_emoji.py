@@ -27,7 +27,7 @@ def folders(tmp_path):
     return tmp_path / "fluent", tmp_path / "openmoji"
 
 
-def test_moving_emoji_under_their_names(folders):
+def test_animated_emoji_are_captioned_and_others_left_out(folders):
     fluent, names = folders
     files = {"1f600": clip(), "2764": clip(5), "1f468-200d-1f373": clip(2), "1f373": clip(1), "1f9ff": clip()}
     for name, data in {**files, "1f602": b"RIFF", "00e0": b""}.items():
@@ -41,7 +41,7 @@ def test_moving_emoji_under_their_names(folders):
     records = {record.json["caption"]: record for record in to_samples(fluent, names, dropped)}
     assert set(records) == {"grinning face", "red heart", "man cook"}
     reasons = {name: reason for name, reason in dropped}
-    assert reasons["1f373.webp"] == "stands still" and "no name" in reasons["1f9ff.webp"]
+    assert reasons["1f373.webp"] == "has a single frame" and "no name" in reasons["1f9ff.webp"]
     assert "broken" in reasons["1f602.webp"] and len(reasons) == 4
     heart = records["red heart"]
     check_record(heart)
@@ -54,7 +54,7 @@ def test_moving_emoji_under_their_names(folders):
         assert picture.n_frames == 2
 
 
-def test_splits_are_those_of_the_drawings(folders, monkeypatch):
+def test_splits_are_those_of_openmoji(folders, monkeypatch):
     fluent, names = folders
     for code in ("1f600", "2764", "1f468-200d-1f373"):
         (fluent / "assets" / f"{code}.webp").write_bytes(clip())
@@ -64,7 +64,7 @@ def test_splits_are_those_of_the_drawings(folders, monkeypatch):
         assert record.json["split"] == openmoji.split_of(concept, openmoji.VALIDATION_SHARE, openmoji.TEST_SHARE)
 
 
-def test_folders_that_are_not_the_sets(folders, tmp_path):
+def test_folders_without_the_sets_are_refused(folders, tmp_path):
     fluent, names = folders
     with pytest.raises(ValueError, match="no WebP files under 'assets'"):
         list(to_samples(tmp_path / "absent", names))

@@ -28,7 +28,7 @@ def make_set(tmp_path):
     return make
 
 
-def test_records(make_set):
+def test_content_of_the_records(make_set):
     records = list(to_samples(make_set([("flag: Chad", drawing("red")), ("heart", drawing("blue"))])))
     assert [record.json["caption"] for record in records] == ["heart", "flag of Chad"]
     for record in records:
@@ -37,8 +37,8 @@ def test_records(make_set):
         assert picture.size == (128, 128) and picture.mode == "RGB" and picture.getpixel((127, 127)) == (255, 255, 255)
 
 
-def test_larger_pictures_of_the_same_records(make_set):
-    """Drawings that are equal at 128 px stay one, though more pixels might tell them apart."""
+def test_a_larger_picture_size_gives_the_same_records(make_set):
+    """Drawings that are equal at 128 px give one record at every size."""
     near = drawing("red").replace('r="30"', 'r="30.001"')
     folder = make_set([("flag: Chad", drawing("red")), ("heart", drawing("blue")), ("round flag: Chad", near)])
     small, large = list(to_samples(folder)), list(to_samples(folder, picture_size=192))
@@ -46,13 +46,13 @@ def test_larger_pictures_of_the_same_records(make_set):
     assert {Image.open(io.BytesIO(record.media["png"])).size for record in large} == {(192, 192)}
 
 
-def test_captions_read_well():
+def test_captions_of_annotations():
     assert caption_of("man cook: dark skin tone") == "man cook, dark skin tone"
     assert caption_of("flag: Chad") == "flag of Chad"
     assert caption_of("keycap: 5") == "keycap 5"
 
 
-def test_variants_of_a_concept_have_one_name():
+def test_variants_have_the_same_concept():
     cook = ["cook", "man cook", "woman cook: dark skin tone", "cook: medium-light skin tone"]
     assert {concept_of(name) for name in cook} == {"cook"}
     hands = [
@@ -67,7 +67,7 @@ def test_variants_of_a_concept_have_one_name():
     assert concept_of("mandarin") == "mandarin" and concept_of("snowman") == "snowman"
 
 
-def test_variants_and_equal_pictures_share_a_side(make_set):
+def test_variants_and_equal_pictures_are_in_one_split(make_set):
     shades = [f"#{i:06x}" for i in range(0, 600 * 9, 9)]
     drawings = []
     for i in range(200):
@@ -76,16 +76,16 @@ def test_variants_and_equal_pictures_share_a_side(make_set):
         # other names that share one picture: thing7's friend looks like thing8's
         drawings.append((f"friend of thing{i // 2 * 2}: medium skin tone", drawing(shades[3 * (i // 2 * 2) + 2])))
         drawings.append((f"flag: {i}", drawing(shades[3 * i])))
-    sides, counts = {}, {}
+    splits_of, counts = {}, {}
     for record in to_samples(make_set(drawings)):
         concept = concept_of(record.json["caption"])
-        sides.setdefault(concept, set()).add(record.json["split"])
+        splits_of.setdefault(concept, set()).add(record.json["split"])
         counts[record.json["split"]] = counts.get(record.json["split"], 0) + 1
-    assert all(len(side) == 1 for side in sides.values())
+    assert all(len(side) == 1 for side in splits_of.values())
     assert set(counts) == {"train", "validation", "test"} and counts["train"] > 0.8 * sum(counts.values())
 
 
-def test_one_picture_with_several_names_keeps_the_shortest(make_set):
+def test_the_shortest_name_of_equal_pictures_is_used(make_set):
     names = ["people wrestling: dark skin tone, light skin tone", "people wrestling", "man wrestling"]
     dropped = []
     records = list(to_samples(make_set([(name, drawing("red")) for name in names]), dropped))
@@ -94,7 +94,7 @@ def test_one_picture_with_several_names_keeps_the_shortest(make_set):
     assert all("same picture as color/svg/2.svg" in reason for _, reason in dropped)
 
 
-def test_one_bad_file_does_not_stop_the_others(make_set):
+def test_unusable_files_are_reported_and_the_others_used(make_set):
     blank = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 72 72"><text>A</text></svg>'
     folder = make_set([("broken", "<svg"), ("blank", blank), ("good", drawing("red")), ("lost", "")])
     (folder / "color" / "svg" / "3.svg").unlink()
@@ -102,11 +102,11 @@ def test_one_bad_file_does_not_stop_the_others(make_set):
     assert [record.json["caption"] for record in to_samples(folder, dropped)] == ["good"]
     reasons = dict(dropped)
     assert sorted(reasons) == [f"color/svg/{i}.svg" for i in (0, 1, 3)]
-    assert "truncated" in reasons["color/svg/0.svg"] and "nothing but white" in reasons["color/svg/1.svg"]
+    assert "truncated" in reasons["color/svg/0.svg"] and "white all over" in reasons["color/svg/1.svg"]
 
 
-def test_a_folder_that_is_not_the_set(tmp_path):
-    with pytest.raises(ValueError, match=r"openmoji\.json: no list of drawings"):
+def test_a_folder_without_the_set_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"openmoji\.json: not a list of drawings"):
         list(to_samples(tmp_path))
     with pytest.raises(ValueError, match="LICENSE"):
         license_text(tmp_path)

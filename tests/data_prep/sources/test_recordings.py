@@ -15,7 +15,7 @@ from data_prep.sources.recordings import (
     librivox_readings,
     parse_prompts,
     read_recording,
-    resampled,
+    resample_to_16_khz,
     split_of_sentence,
     spoken_stamps,
     with_free_form_question,
@@ -61,7 +61,7 @@ def hertz_of(samples):
     return np.abs(np.fft.rfft(samples)).argmax() * 16_000 / len(samples)
 
 
-def test_any_rate_and_channels_become_16_khz_mono(tmp_path):
+def test_recordings_of_any_rate_and_channels_become_16_khz_mono(tmp_path):
     for name, rate, channels in (
         ("a.wav", 44_100, 2),
         ("b.flac", 8_000, 1),
@@ -73,16 +73,16 @@ def test_any_rate_and_channels_become_16_khz_mono(tmp_path):
         assert samples.dtype == np.int16 and abs(len(samples) - 8000) < 400
         assert abs(hertz_of(samples) - 440) < 4 and np.abs(samples).max() > 6000
     assert (read_recording(tmp_path / "d.wav") == tone()).all()
-    down = resampled(tone(22_050), 22_050)
+    down = resample_to_16_khz(tone(22_050), 22_050)
     assert abs(len(down) - 8000) < 40 and abs(hertz_of(down) - 440) < 4
     square = np.where(np.arange(22_050) // 50 % 2, 32767, -32768).astype(np.int16)  # overshoots when it is resampled
-    limited, threads = resampled(square, 22_050), torch.get_num_threads()
+    limited, threads = resample_to_16_khz(square, 22_050), torch.get_num_threads()
     assert limited.min() == -32768 and limited.max() == 32767
     assert (np.diff(np.sign(limited.astype(int))) != 0).sum() == (np.diff(np.sign(square.astype(int))) != 0).sum()
     assert torch.get_num_threads() == threads
 
 
-def test_what_is_no_sound_is_named(tmp_path):
+def test_files_without_sound_are_refused(tmp_path):
     (tmp_path / "a.wav").write_bytes(b"")
     (tmp_path / "b.ogg").write_bytes(b"OggS no")
     write(tmp_path / "c.wav", tone()[:0])
@@ -99,7 +99,7 @@ def asterisk(tmp_path, **texts):
     return tmp_path
 
 
-def test_prompts_of_every_language_less_bracketed_lines(tmp_path):
+def test_prompts_of_every_language_without_bracketed_lines(tmp_path):
     folder = asterisk(
         tmp_path,
         en=b"; a comment\nhello: Hello  there.\ndigits/1: one\n"
@@ -130,14 +130,13 @@ def test_prompts_of_every_language_less_bracketed_lines(tmp_path):
         list(asterisk_samples(tmp_path / "doc"))
 
 
-def test_prompts_are_translated_where_both_sentences_are_in_one_split(tmp_path):
-    sides = {
-        side: [f"say {n}" for n in range(300) if split_of_sentence(f"say {n}") == side] for side in ("train", "test")
-    }
-    learnt, held_out = sides["train"], sides["test"]
-    english = {"a": learnt[0], "b": held_out[0], "c": learnt[1], "d": learnt[2]}
-    spanish = {"a": learnt[3], "b": held_out[1], "c": held_out[2], "e": learnt[4]}
-    lines = ["\n".join(f"{name}: {text}" for name, text in said.items()).encode() for said in (english, spanish)]
+def test_translations_need_both_sentences_in_one_split(tmp_path):
+    sentences = [f"say {n}" for n in range(300)]
+    trained = [text for text in sentences if split_of_sentence(text) == "train"]
+    held_out = [text for text in sentences if split_of_sentence(text) == "test"]
+    english = {"a": trained[0], "b": held_out[0], "c": trained[1], "d": trained[2]}
+    spanish = {"a": trained[3], "b": held_out[1], "c": held_out[2], "e": trained[4]}
+    lines = ["\n".join(f"{name}: {text}" for name, text in texts.items()).encode() for texts in (english, spanish)]
     folder = asterisk(tmp_path, en=lines[0], es=lines[1])
     for name in ("en_US_f/a", "en_US_f/b", "en_US_f/c", "en_US_f/d", "es_MX_f/a", "es_MX_f/b", "es_MX_f/c"):
         write_g722(folder / "asterisk" / "sounds" / f"{name}.g722", tone())
@@ -145,9 +144,9 @@ def test_prompts_are_translated_where_both_sentences_are_in_one_split(tmp_path):
     records = list(asterisk_translations(folder, dropped))
     found = {(record.json["language"], text_of(record), record.json["split"]) for record in records}
     assert found == {
-        ("es", learnt[3], "train"),
+        ("es", trained[3], "train"),
         ("es", held_out[1], "test"),
-        ("en", learnt[0], "train"),
+        ("en", trained[0], "train"),
         ("en", held_out[0], "test"),
     }
     assert len(dropped) == 2 and all("different splits" in reason for _, reason in dropped)
@@ -157,14 +156,14 @@ def test_prompts_are_translated_where_both_sentences_are_in_one_split(tmp_path):
     assert not transcribed & {record.id for record in records}
 
 
-def test_a_sentence_is_on_one_side_however_it_is_written():
+def test_the_split_of_a_sentence_ignores_case_and_punctuation():
     sentences = [f"sentence number {n}" for n in range(300)]
     assert {split_of_sentence(text) for text in sentences} == {"train", "validation", "test"}
     assert all(split_of_sentence(text) == split_of_sentence(f"{text.upper()} !") for text in sentences)
     assert parse_prompts("a: b\n\nx\n c: d\nvm-x: it is: 5") == {"a": "b", "vm-x": "it is: 5"}
 
 
-def test_stamps_that_share_a_sentence_share_a_side(tmp_path):
+def test_stamps_with_a_common_sentence_are_in_one_split(tmp_path):
     for number in range(120):
         place = tmp_path / "stamps" / f"a{number}"
         write(place.with_name(f"{place.name}_desc_fr.ogg"), tone(44_100, 0.1), 44_100)
@@ -172,22 +171,22 @@ def test_stamps_that_share_a_sentence_share_a_side(tmp_path):
         write(place.with_name(f"{place.name}_desc_el.ogg"), tone(44_100, 0.1), 44_100)
         lines = [f"A thing {number}.", f"fr.utf8=Une chose {number // 2}.", f"ru.utf8=Вещь {number}.", "el.utf8=x"]
         place.with_suffix(".txt").write_text("\n".join(lines if number != 7 else lines[:2]))
-    dropped, sides = [], {}
+    dropped, splits_of = [], {}
     records = list(spoken_stamps(tmp_path, dropped))
     assert len(records) == 239 and [name for name, _ in dropped] == ["stamps/a7_desc_ru.ogg"]
     for record in records:
         number = int(text_of(record).strip(".").split()[-1])
         key = number if record.json["language"] == "fr" else number // 2
-        sides.setdefault(key, set()).add(record.json["split"])
-    assert all(len(side) == 1 for side in sides.values())
-    assert {split for side in sides.values() for split in side} == {"train", "validation", "test"}
+        splits_of.setdefault(key, set()).add(record.json["split"])
+    assert all(len(side) == 1 for side in splits_of.values())
+    assert {split for side in splits_of.values() for split in side} == {"train", "validation", "test"}
     french = [record for record in records if record.json["language"] == "fr"]
     assert list(spoken_stamps(tmp_path, languages=["fr"])) == french != records
     with pytest.raises(ValueError, match="_desc_"):
         list(spoken_stamps(tmp_path / "absent"))
 
 
-def test_clips_that_are_held_out(tmp_path):
+def test_small_sets_are_held_out_whole(tmp_path):
     (tmp_path / "transcription").write_text("<s> he was not ill </s> (a-1)\n<s> no sound </s> (a-2)\n")
     write(tmp_path / "a-1.wav", tone())
     dropped = []

@@ -27,7 +27,7 @@ def captions(records):
     return sorted(record.json["caption"] for record in records)
 
 
-def test_pictures_are_shrunk_never_enlarged_and_transparency_is_white(stamp):
+def test_pictures_are_shrunk_but_not_enlarged_and_transparency_becomes_white(stamp):
     folder = stamp("animals/cow.png", "A cow – “moo”.")
     stamp("animals/cat.png", "A cat.", size=(60, 20))
     clear = Image.new("RGBA", (400, 300))
@@ -45,7 +45,7 @@ def test_pictures_are_shrunk_never_enlarged_and_transparency_is_white(stamp):
     assert Image.open(io.BytesIO(records["A cat."].media["png"])).size == (60, 20)
 
 
-def test_the_svg_is_used_where_it_can_be_read_else_the_png(stamp):
+def test_a_readable_svg_is_used_before_the_png(stamp):
     folder = stamp("a/good.svg", "Good.", colour='<rect width="9" height="9" fill="lime"/>')
     stamp("a/good.png")
     stamp("a/linked.svg", "Linked.", colour='<image href="secret.png" width="9" height="9"/>')
@@ -57,22 +57,22 @@ def test_the_svg_is_used_where_it_can_be_read_else_the_png(stamp):
     assert [name for name, _ in dropped] == ["stamps/a/linked.svg"] and "secret.png" in dropped[0][1]
 
 
-def test_same_sentence_and_mirrored_stamps_share_a_side(stamp):
+def test_stamps_with_one_sentence_and_mirrored_stamps_are_in_one_split(stamp):
     for i in range(60):
         folder = stamp(f"a/thing{i}.png", f"A thing {i}.", size=(4, 4))
         stamp(f"b/thing{i}_other.png", f"THING {i}", size=(4, 4))
         stamp(f"a/thing{i}_mirror.png", f"Something {i}, the other way round." if i % 2 else None, size=(4, 4))
-    sides, counts = {}, {}
+    splits_of, counts = {}, {}
     for record in to_samples(folder):
         number = "".join(filter(str.isdigit, record.json["caption"]))
-        sides.setdefault(number, []).append(record.json["split"])
+        splits_of.setdefault(number, []).append(record.json["split"])
         counts[record.json["split"]] = counts.get(record.json["split"], 0) + 1
-    assert len(sides) == 60 and all(len(side) == 3 and len(set(side)) == 1 for side in sides.values())
+    assert len(splits_of) == 60 and all(len(side) == 3 and len(set(side)) == 1 for side in splits_of.values())
     assert counts["train"] > 0.7 * 180 and counts["test"] > 0
     assert concept_of("A Red Apple.") == concept_of("the red apple") == "red apple" and concept_of("A") == "a"
 
 
-def test_splits_and_ids_do_not_depend_on_the_place_of_the_folder(stamp, tmp_path):
+def test_splits_and_ids_do_not_depend_on_the_path_of_the_folder(stamp, tmp_path):
     for i in range(30):
         folder = stamp(f"a/{i}.png", f"Number {i}.", size=(4, 4))
     before = list(to_samples(folder))
@@ -100,6 +100,6 @@ def test_stamps_without_a_usable_sentence_or_picture_are_reported(stamp):
         assert any(name in file and word in reason for file, reason in dropped), (name, dropped)
 
 
-def test_a_folder_without_stamps(tmp_path):
+def test_a_folder_without_stamps_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no pictures under 'stamps'"):
         list(to_samples(tmp_path))

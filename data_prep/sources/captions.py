@@ -1,7 +1,7 @@
-"""Where the captions of a folder's pictures are: beside them, inside them, or as a known set keeps them.
+"""Finds the captions of a folder's pictures: in text files beside them, in SVG titles, or in the format of a known set.
 
-Each function takes the set's folder and returns a function of (a picture's path in it, its bytes) that gives the
-picture's captions as (key, bytes) pairs; a picture without a caption gives [(key, None)].
+Each function takes the set's folder and returns a function of (a picture's path in the folder, its bytes) that returns
+the picture's captions as (key, bytes) pairs; a picture without a caption gives [(path, None)].
 """
 
 import html
@@ -17,8 +17,8 @@ _TITLE = re.compile(rb"<(?:dc:)?title\b[^>]*>([^<]*)</(?:dc:)?title\s*>")
 _TRANSLATION = re.compile(rb"([A-Za-z_@]+)\.utf8=(.*)", re.DOTALL)
 
 
-def text_beside(folder: Path) -> Captions:
-    """The whole text of `{name}.txt` beside `{name}.jpg`."""
+def text_file(folder: Path) -> Captions:
+    """The whole content of `{name}.txt` beside `{name}.jpg`."""
 
     def captions(name: str, picture: bytes) -> list[tuple[str, bytes | None]]:
         path = (folder / name).with_suffix(".txt")
@@ -28,16 +28,16 @@ def text_beside(folder: Path) -> Captions:
 
 
 def svg_title(folder: Path) -> Captions:
-    """The first title in an SVG file, of the file's metadata where it has any."""
+    """The first title in an SVG file, which is that of its metadata where there is one."""
 
     def captions(name: str, picture: bytes) -> list[tuple[str, bytes | None]]:
-        found = _TITLE.search(picture)
-        if found is None:
+        title = _TITLE.search(picture)
+        if title is None:
             return [(name, None)]
         try:
-            return [(name, html.unescape(found.group(1).decode()).encode())]
+            return [(name, html.unescape(title.group(1).decode()).encode())]
         except UnicodeDecodeError:
-            return [(name, found.group(1))]
+            return [(name, title.group(1))]
 
     return captions
 
@@ -53,40 +53,44 @@ def openmoji(folder: Path) -> Captions:
 
 
 def tuxpaint(folder: Path) -> Captions:
-    """Every line of the stamp's text: the sentence in English (key `{name}#en`) and in each other language."""
+    """Each line of the stamp's text file: the English sentence (key `{path}#en`) and its translations."""
 
     def captions(name: str, picture: bytes) -> list[tuple[str, bytes | None]]:
         stem = (folder / name).with_suffix("")
-        for source in (stem, stem.with_name(stem.name.removesuffix("_mirror"))):
-            path = source.with_name(f"{source.name}.txt")
+        for text_stem in (stem, stem.with_name(stem.name.removesuffix("_mirror"))):
+            path = text_stem.with_name(f"{text_stem.name}.txt")
             if path.is_file():
                 lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
-                return [_labelled(name, line, first=number == 0) for number, line in enumerate(lines) if line.strip()]
+                return [
+                    _with_language(name, line, first=index == 0) for index, line in enumerate(lines) if line.strip()
+                ]
         return [(name, None)]
 
     return captions
 
 
 def tuxpaint_english(folder: Path) -> Captions:
-    """The first line of the stamp's text alone (key `{name}#en`)."""
-    every = tuxpaint(folder)
+    """The English sentence of the stamp's text file alone (key `{path}#en`)."""
+    all_captions = tuxpaint(folder)
 
     def captions(name: str, picture: bytes) -> list[tuple[str, bytes | None]]:
-        found = every(name, picture)
-        return [one for one in found if one[0].endswith("#en")] or [(name, None)]
+        english = [(key, text) for key, text in all_captions(name, picture) if key.endswith("#en")]
+        return english or [(name, None)]
 
     return captions
 
 
-def _labelled(name: str, line: bytes, first: bool) -> tuple[str, bytes]:
+def _with_language(name: str, line: bytes, first: bool) -> tuple[str, bytes]:
+    """(key, text) of a line; the key ends with the language, "?" where it is not known."""
     translation = _TRANSLATION.match(line)
     if translation:
         return f"{name}#{translation.group(1).decode()}", translation.group(2)
     return f"{name}#{'en' if first else '?'}", line
 
 
+# The values of a source's `captions` in a curation's configuration.
 CAPTIONS: dict[str, Callable[[Path], Captions]] = {
-    "text": text_beside,
+    "text": text_file,
     "title": svg_title,
     "openmoji": openmoji,
     "tuxpaint": tuxpaint,
