@@ -98,6 +98,8 @@ class Decoder(nn.Module):
 class LanguageModel(nn.Module):
     """tokens [B, T] -> logits [B, T, vocab]. Attention is causal, so right padding does not change earlier tokens."""
 
+    report: object = None  # a converter's LoadingReport
+
     def __init__(self, config: LanguageModelConfig) -> None:
         super().__init__()
         self.config = config

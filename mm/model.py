@@ -65,6 +65,9 @@ class MultimodalModel(nn.Module):
         config: shapes of all parts. Weights start at random; `mm.load` and `mm.convert` bring real ones.
     """
 
+    report: object = None  # a converter's LoadingReport
+    mllama_source: object = None  # the folder that mm.convert.mllama read it from
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config

@@ -119,6 +119,8 @@ def _mel_bank(num_mels: int) -> Tensor:
 class WhisperEncoder(nn.Module):
     """The encoder: Whisper features in, frames of 40 ms out, like `speech.conformer.SpeechEncoder`."""
 
+    report: object = None  # a converter's LoadingReport
+
     def __init__(self, config: WhisperEncoderConfig) -> None:
         super().__init__()
         from transformers import WhisperConfig

@@ -147,6 +147,8 @@ class GatedPatchPosition(nn.Module):
 class VisionEncoder(nn.Module):
     """Tiles -> vision features: the final output and the tapped hidden states, concatenated; CLS tokens are kept."""
 
+    report: object = None  # a converter's LoadingReport
+
     def __init__(self, config: VisionEncoderConfig) -> None:
         super().__init__()
         self.config = config

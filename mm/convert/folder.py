@@ -1,4 +1,4 @@
-"""Hugging Face folders, read without running anything in them, and written whole: JSON and safetensors, no pickles."""
+"""Read and write Hugging Face folders: JSON and safetensors only, no pickles, so no code of a folder runs."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,11 +20,11 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
-def read_json(path: str | Path) -> dict:
-    """A JSON object from a file.
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read a JSON object from a file.
 
     Raises:
-        UserError: no such file, or no JSON object in it.
+        UserError: the file cannot be read, or holds no JSON object.
     """
     path = Path(path)
     try:
@@ -33,43 +34,43 @@ def read_json(path: str | Path) -> dict:
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds a JSON {type(values).__name__}; an object is needed")
+        raise UserError(f"{path} holds a JSON {type(values).__name__}; it must hold an object")
     return values
 
 
-def read_config(folder: str | Path) -> tuple[dict, dict]:
-    """A folder's config.json and its generation_config.json; the second is {} where there is none.
+def read_config(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read a folder's config.json and generation_config.json; the second is {} if the file is missing.
 
     Raises:
-        UserError: not a folder, no config.json, or a file that is not valid JSON.
+        UserError: it is not a folder, has no config.json, or a file is not valid JSON.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
     if not (folder / "config.json").is_file():
         ggufs = sorted(path.name for path in folder.glob("*.gguf"))
-        hint = f"; name the file itself to read {ggufs[0]}" if ggufs else ""
+        hint = f"; to read {ggufs[0]}, give the path of the file" if ggufs else ""
         raise UserError(f"{folder} has no config.json, so it is not a Hugging Face model folder{hint}")
     generation = folder / "generation_config.json"
     return read_json(folder / "config.json"), read_json(generation) if generation.is_file() else {}
 
 
 def read_tensors(folder: str | Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Every tensor of a folder's safetensors file or shards, on the CPU.
+    """Read all tensors of a folder's safetensors file or shards, to the CPU.
 
     Args:
-        dtype: floating-point tensors are converted one by one while they are read; None keeps them as stored.
+        dtype: of floating-point tensors, which are converted as they are read; None keeps the stored one.
 
     Raises:
-        UserError: no safetensors files, a missing or damaged one, or a tensor that two shards hold.
+        UserError: there are no safetensors files, one is missing or damaged, or two shards hold the same tensor.
     """
     tensors: dict[str, Tensor] = {}
     for path in _weight_files(Path(folder)):
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
-                for name in file.keys():  # noqa: SIM118  the file is no dict
+                for name in file.keys():  # noqa: SIM118  the file is not a dict
                     if name in tensors:
-                        raise UserError(f"{path} holds {name}, which another shard holds too")
+                        raise UserError(f"{path} holds {name}, and so does another shard")
                     tensor = file.get_tensor(name)
                     tensors[name] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
         except (SafetensorError, OSError) as error:
@@ -78,6 +79,7 @@ def read_tensors(folder: str | Path, dtype: torch.dtype | None = None) -> dict[s
 
 
 def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: one, or those that its index names."""
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if (folder / INDEX).is_file():
@@ -90,23 +92,23 @@ def _weight_files(folder: Path) -> list[Path]:
             raise UserError(f"{folder / INDEX} names {foreign[0]!r}, which is not a safetensors file of this folder")
         absent = [name for name in names if not (folder / name).is_file()]
         if absent:
-            raise UserError(f"{folder} lacks {', '.join(absent)}, named by {INDEX}; fetch the rest of the folder")
+            raise UserError(f"{folder} lacks {', '.join(absent)}, named by {INDEX}; download the rest of the folder")
         return [folder / name for name in names]
     pickles = sorted(path.name for path in folder.glob("*.bin")) + sorted(path.name for path in folder.glob("*.pt*"))
     if pickles:
         raise UserError(
-            f"{folder} holds {pickles[0]}, a pickle, which could run code when read. Convert it once, where you trust "
-            f'it: transformers.AutoModelForCausalLM.from_pretrained("{folder}").save_pretrained("OUT")'
+            f"{folder} holds {pickles[0]}, a pickle, which can run code when it is read. If you trust it, convert it: "
+            f'transformers.AutoModelForCausalLM.from_pretrained("{folder}").save_pretrained("OUT")'
         )
     raise UserError(f"{folder} holds neither {SINGLE} nor {INDEX}")
 
 
 @contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its name when the block succeeds, and vanishes when it fails.
+    """A temporary folder, renamed to `folder` when the block succeeds, and deleted when it fails.
 
     Raises:
-        UserError: `folder` exists and holds something.
+        UserError: `folder` exists and is not empty.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -121,32 +123,33 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def write_json(path: Path, values: dict) -> None:
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a JSON object, indented."""
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> None:
-    """Named tensors as one safetensors file, or as several and an index when they are more than `max_shard_bytes`."""
-    shards: list[dict[str, int]] = []  # sizes by name
-    waiting: dict[str, Tensor] = {}
+    """Write named tensors as one safetensors file, or as shards of at most `max_shard_bytes` with an index."""
+    shards: list[dict[str, int]] = []  # bytes by name
+    pending: dict[str, Tensor] = {}
 
-    def write() -> None:
-        save_file(waiting, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shards.append({name: tensor.nbytes for name, tensor in waiting.items()})
-        waiting.clear()
+    def write_shard() -> None:
+        save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append({name: tensor.nbytes for name, tensor in pending.items()})
+        pending.clear()
 
     for name, tensor in tensors:
-        if waiting and sum(t.nbytes for t in waiting.values()) + tensor.nbytes > max_shard_bytes:
-            write()
-        waiting[name] = tensor.contiguous()
-    write()
+        if pending and sum(t.nbytes for t in pending.values()) + tensor.nbytes > max_shard_bytes:
+            write_shard()
+        pending[name] = tensor.contiguous()
+    write_shard()
     if len(shards) == 1:
         os.replace(folder / "shard-0", folder / SINGLE)
         return
-    weight_map = {}
-    for number, sizes in enumerate(shards):
-        file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
-        os.replace(folder / f"shard-{number}", folder / file)
+    weight_map: dict[str, str] = {}
+    for index, sizes in enumerate(shards):
+        file = f"model-{index + 1:05}-of-{len(shards):05}.safetensors"
+        os.replace(folder / f"shard-{index}", folder / file)
         weight_map |= dict.fromkeys(sizes, file)
     total = sum(sum(sizes.values()) for sizes in shards)
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

@@ -1,11 +1,13 @@
-"""GGUF files: metadata -> configuration, (quantised) tensors -> Hugging Face names and row order.
+"""Load GGUF files: metadata -> configuration, (quantised) tensors -> Hugging Face's names and row order.
 
-llama.cpp rotates neighbouring channels where Hugging Face rotates halves of a head; its converter therefore permutes
-the rows of q and k for the architecture "llama" (Llama, Mistral, SmolLM2). They are put back here.
+llama.cpp's rotary positions pair neighbouring channels, Hugging Face's pair the halves of a head. So llama.cpp's
+converter permutes the rows of q and k for the architecture "llama" (Llama, Mistral, SmolLM2), which is undone here.
 """
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,6 +20,9 @@ from mm.convert.gguf_reader import GgufFile, StoredTensor, read_gguf
 from mm.convert.gguf_tokenizer import build_tokenizer
 from mm.convert.llama_config import limit_context
 from mm.language_model import LanguageModelConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 ARCHITECTURES = ("llama", "qwen2")
 OUTER_NAMES = {
@@ -40,10 +45,10 @@ ROPE_FACTORS = "rope_freqs.weight"
 
 
 def open_gguf(path: str | Path) -> GgufFile:
-    """Metadata and memory-mapped tensors of a file.
+    """Open a file: its metadata, and its memory-mapped tensors.
 
     Raises:
-        UserError: not a GGUF file, a damaged one, or one part of a split file.
+        UserError: it is not a GGUF file, damaged, or one part of a split file.
     """
     file = read_gguf(path)
     if (file.metadata.get("split.count") or 1) > 1:
@@ -54,17 +59,17 @@ def open_gguf(path: str | Path) -> GgufFile:
 def read(
     path: str | Path, dtype: torch.dtype | None = None
 ) -> tuple[LanguageModelConfig, dict[str, Tensor], dict[str, str], list[str]]:
-    """The decoder that a file describes, and its tensors under their Hugging Face names.
+    """Read the decoder's configuration, and its tensors under their Hugging Face names.
 
     Args:
-        dtype: of the tensors, converted one by one; None is float32.
+        dtype: of the tensors, which are converted one by one; None is float32.
 
     Returns:
         configuration, tensors, names of tensors left out with the reason, and notes for the report.
 
     Raises:
-        UserError: an architecture, setting or quantisation that is not supported, or missing metadata, by name; a
-            file that is damaged.
+        UserError: an architecture, setting or quantisation is not supported, metadata is missing, or the file is
+            damaged; the message names it.
     """
     file = open_gguf(path)
     config, notes = _config(file, path)
@@ -72,7 +77,7 @@ def read(
 
 
 def read_shape(path: str | Path) -> LanguageModelConfig:
-    """The decoder that a file describes, without its tensors; raises as `read`."""
+    """The decoder's configuration, without reading tensors; raises like `read`."""
     return _config(open_gguf(path), path)[0]
 
 
@@ -81,7 +86,7 @@ def _config(file: GgufFile, path: str | Path) -> tuple[LanguageModelConfig, list
     if architecture not in ARCHITECTURES:
         raise UserError(f"{path}: architecture {architecture!r} is not supported; it can be llama or qwen2")
 
-    def setting(name: str, default=None, needed: bool = False):
+    def setting(name: str, default: Any = None, needed: bool = False) -> Any:
         value = file.metadata.get(f"{architecture}.{name}")
         if value is None and needed:
             raise UserError(f"{path} lacks {architecture}.{name}")
@@ -89,20 +94,20 @@ def _config(file: GgufFile, path: str | Path) -> tuple[LanguageModelConfig, list
 
     tensors = {tensor.name: tensor for tensor in file.tensors}
     if setting("expert_count", 0) > 1 or any("_exps." in name for name in tensors):
-        raise UserError(f"{path} is a mixture of experts, which this decoder does not compute")
+        raise UserError(f"{path} is a mixture of experts, which is not supported")
     if "token_embd.weight" not in tensors:
         raise UserError(f"{path} lacks the tensor token_embd.weight")
     hidden_size, num_heads = setting("embedding_length", needed=True), setting("attention.head_count", needed=True)
     num_kv_heads, intermediate_size = setting("attention.head_count_kv", num_heads), setting("feed_forward_length")
     varying = [n for n, v in (("heads", num_heads), ("KV heads", num_kv_heads)) if isinstance(v, list)]
     if varying or not isinstance(intermediate_size, int):
-        raise UserError(f"{path} has {' and '.join(varying) or 'a feed-forward'} of its own per layer: not supported")
+        raise UserError(
+            f"{path} has {' and '.join(varying) or 'feed-forward sizes'} that differ per layer: not supported"
+        )
     head_dim = setting("attention.key_length", hidden_size // num_heads)
     for name in ("attention.value_length", "rope.dimension_count"):
         if setting(name, head_dim) != head_dim:
-            raise UserError(
-                f"{path}: {architecture}.{name} is {setting(name)}; only the head size {head_dim} is possible"
-            )
+            raise UserError(f"{path}: {architecture}.{name} is {setting(name)}; it must be the head size {head_dim}")
     context, notes = limit_context(setting("context_length", needed=True), setting("attention.sliding_window") or None)
     stop = [file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     config = LanguageModelConfig(
@@ -152,11 +157,11 @@ def _tensors(
         return {hugging_face_name(w.name): tensor for w, tensor in zip(weights, tensors, strict=True)}, ignored
 
 
-def read_tokenizer(path: str | Path):
-    """The `transformers` tokenizer of a file, with its chat template.
+def read_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
+    """Read a file's tokenizer as one of `transformers`, with its chat template.
 
     Raises:
-        UserError: a kind of tokenizer that is not known, by name.
+        UserError: the kind of tokenizer is not supported; the message names it.
     """
     file = open_gguf(path)
     prefix = "tokenizer."
@@ -165,25 +170,25 @@ def read_tokenizer(path: str | Path):
 
 
 def hugging_face_name(name: str) -> str:
-    """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight; a name that is not known stays as it is."""
+    """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight; an unknown name is unchanged."""
     stem, _, kind = name.rpartition(".")
     if stem in OUTER_NAMES:
         return f"{OUTER_NAMES[stem]}.{kind}"
     block, _, rest = stem.partition(".")
-    number, _, part = rest.partition(".")
-    if block == "blk" and number.isdecimal() and part in LAYER_NAMES:
-        return f"model.layers.{number}.{LAYER_NAMES[part]}.{kind}"
+    layer, _, part = rest.partition(".")
+    if block == "blk" and layer.isdecimal() and part in LAYER_NAMES:
+        return f"model.layers.{layer}.{LAYER_NAMES[part]}.{kind}"
     return name
 
 
 def unpermute(values: np.ndarray, num_heads: int) -> np.ndarray:
-    """Rows of q or k [heads * head_dim, ...] from neighbouring pairs back to halves of a head."""
+    """Reorder the rows of q or k [heads * head_dim, ...] from neighbouring pairs to halves of a head."""
     pairs = values.reshape(num_heads, values.shape[0] // num_heads // 2, 2, *values.shape[1:])
     return pairs.swapaxes(1, 2).reshape(values.shape)
 
 
-def _rotary(path: str | Path, setting, factors, head_dim: int) -> RotaryConfig:
-    """Rotary settings out of the metadata and the optional tensor of divisors per frequency."""
+def _rotary(path: str | Path, setting: Callable[..., Any], factors: StoredTensor | None, head_dim: int) -> RotaryConfig:
+    """Rotary settings from the metadata and the optional tensor of one divisor per frequency."""
     theta = float(setting("rope.freq_base", 10_000.0))
     kind = setting("rope.scaling.type", "none")
     linear = float(setting("rope.scaling.factor", setting("rope.scale_linear", 1.0)) or 1.0)
@@ -196,12 +201,12 @@ def _rotary(path: str | Path, setting, factors, head_dim: int) -> RotaryConfig:
         raise UserError(f"{path} has both linear rope scaling and {ROPE_FACTORS}, which is not supported")
     divisors = torch.from_numpy(np.array(dequantize(factors.data, factors.tensor_type), dtype=np.float32))
     candidates = [RotaryConfig(theta), RotaryConfig(theta, "linear", float(divisors[0]))]
-    # Llama 3.1 and 3.2 differ in the factor, which is the divisor of every low frequency, and in nothing else.
+    # Llama 3.1 and 3.2 differ in the factor only, which is the divisor of every low frequency.
     candidates.append(RotaryConfig(theta, "llama3", float(divisors.max()), 1.0, 4.0, 8192))
-    wanted = inverse_frequencies(candidates[0], head_dim)
+    unscaled = inverse_frequencies(candidates[0], head_dim)
     for candidate in candidates:
-        if divisors.shape == wanted.shape and torch.allclose(
-            inverse_frequencies(candidate, head_dim), wanted / divisors, rtol=1e-4, atol=0
+        if divisors.shape == unscaled.shape and torch.allclose(
+            inverse_frequencies(candidate, head_dim), unscaled / divisors, rtol=1e-4, atol=0
         ):
             return candidate
     raise UserError(f"{path}: the divisors in {ROPE_FACTORS} are not those of Llama 3.1's rope scaling")

@@ -1,15 +1,17 @@
-"""Language models of the Llama family, out of Hugging Face folders and GGUF files.
+"""Load language models of the Llama family from Hugging Face folders and GGUF files.
 
-    path -> configuration (anything that this decoder does not compute is refused by name) -> tensors -> LanguageModel
+    path -> configuration (settings that the decoder does not support are errors) -> tensors -> LanguageModel
 
-The state-dict names of a Hugging Face Llama folder are the decoder's own, so tensors of a folder go in as they are;
-`mm/convert/gguf_file.py` renames those of a GGUF file.
+The decoder has the state-dict names of a Hugging Face Llama folder; `mm/convert/gguf_file.py` renames a GGUF file's
+tensors.
 """
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from foundation.errors import UserError
 from layers.meta import meta_device
@@ -19,19 +21,22 @@ from mm.convert.llama_config import check_num_layers, language_model_config, sto
 from mm.convert.report import load_tensors
 from mm.language_model import LanguageModel, LanguageModelConfig
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 def load(path: str | Path, dtype: torch.dtype | None = None) -> LanguageModel:
-    """A language model from a Hugging Face folder (config.json and safetensors) or a `.gguf` file.
+    """Load a language model from a Hugging Face folder (config.json and safetensors) or a `.gguf` file.
 
     Args:
-        dtype: of the weights; None keeps a folder's own, and gives float32 for a GGUF file.
+        dtype: of the weights; None keeps a folder's, and gives float32 for a GGUF file.
 
     Returns:
-        the model, with what happened to each tensor in its attribute `report`.
+        the model; its attribute `report` is a `LoadingReport`.
 
     Raises:
-        UserError: an architecture, setting or tensor that the decoder does not have, by name; a damaged file;
-            weights stored as pickles.
+        UserError: an architecture, setting or tensor is not supported, a file is damaged, or the weights are pickles;
+            the message names it.
     """
     path = Path(path)
     if path.is_file():
@@ -47,10 +52,10 @@ def load(path: str | Path, dtype: torch.dtype | None = None) -> LanguageModel:
 
 
 def read_shape(path: str | Path) -> LanguageModelConfig:
-    """What `load` would load, without its weights.
+    """The configuration of the model that `load` would load, without reading weights.
 
     Raises:
-        UserError: an architecture or setting that the decoder does not have, by name; a damaged file.
+        UserError: an architecture or setting is not supported, or a file is damaged.
     """
     path = Path(path)
     if path.is_file():
@@ -60,18 +65,18 @@ def read_shape(path: str | Path) -> LanguageModelConfig:
 
 
 def build(
-    config: LanguageModelConfig, tensors: dict, source: Path, ignored: dict[str, str], notes: list[str]
+    config: LanguageModelConfig, tensors: dict[str, Tensor], source: Path, ignored: dict[str, str], notes: list[str]
 ) -> LanguageModel:
-    """A language model around tensors under its own names; `lm_head.weight` may be left out when tied."""
+    """Build a language model from tensors under its own names; `lm_head.weight` may be missing if it is tied."""
     if config.tied_embeddings and "lm_head.weight" in tensors:
         table = tensors.get("model.embed_tokens.weight")
         if table is not None and torch.equal(tensors["lm_head.weight"], table):
             del tensors["lm_head.weight"]
             ignored = ignored | {"lm_head.weight": "tied to model.embed_tokens.weight, which has the same values"}
         else:
-            # As transformers does: the stored values win over the setting.
+            # As in transformers, the stored values override the setting.
             config = dataclasses.replace(config, tied_embeddings=False)
-            notes = [*notes, "tie_word_embeddings is set, but lm_head.weight has values of its own: not tied"]
+            notes = [*notes, "tie_word_embeddings is set, but lm_head.weight has other values: not tied"]
     check_num_layers(config.num_layers, len(tensors))
     with meta_device():
         model = LanguageModel(config)
@@ -79,24 +84,25 @@ def build(
     return model
 
 
-def load_tokenizer(path: str | Path):
-    """The `transformers` tokenizer, with its chat template, of a Hugging Face folder or a `.gguf` file.
+def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
+    """Load the `transformers` tokenizer, with its chat template, of a Hugging Face folder or a `.gguf` file.
 
     Raises:
-        UserError: no tokenizer there, or a kind of tokenizer in a GGUF file that is not known, by name.
+        UserError: there is no tokenizer, or a GGUF file has an unknown kind of tokenizer.
     """
     path = Path(path)
     if path.is_file():
         return gguf_file.read_tokenizer(path)
     if not path.is_dir():
         raise UserError(f"{path} is neither a folder nor a file")
-    # AutoTokenizer of transformers 5 rebuilds some classes from vocabulary and merges alone: of SmolLM2's folder, a
-    # GPT2Tokenizer, it loses the rule that cuts digits apart. Where there is a tokenizer.json, it holds every rule.
+    # AutoTokenizer of transformers 5 rebuilds some tokenizers from vocabulary and merges only. From SmolLM2's folder, a
+    # GPT2Tokenizer, it loses the rule that splits digits. A tokenizer.json holds all rules.
+    kind: Any
     if (path / "tokenizer.json").is_file():
         from transformers import PreTrainedTokenizerFast as kind
     else:
-        from transformers import AutoTokenizer as kind  # takes a quarter of a second more
+        from transformers import AutoTokenizer as kind  # imported here only: it takes a quarter of a second
     try:
         return kind.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # transformers raises many kinds here
+    except Exception as error:  # transformers raises many kinds of errors
         raise UserError(f"{path} holds no tokenizer that transformers can read: {error}") from error

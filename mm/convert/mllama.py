@@ -1,17 +1,25 @@
-"""Llama 3.2 Vision folders, in and out again: same names, same bytes.
+"""Read and write Llama 3.2 Vision folders; a folder that is read and written keeps its names and bytes.
 
-    folder -> config.json -> ModelConfig -> tensors under our names -> MultimodalModel -> back
+    folder -> config.json -> ModelConfig -> tensors under our names -> MultimodalModel -> folder
 
-One table of names serves both ways. What differs between the layouts, besides names: the released stack counts the
-cross-attention blocks as layers, its embedding table has the eight extra rows at its end, its patch embedding is a
-convolution, and its position tables are flat. `transformers` taps the encoder one block later than the reference that
-made the weights; an index of the folder is read here as the reference reads it, as a number of completed blocks.
+One table of names serves both directions. The layouts also differ in this: the released decoder counts cross-attention
+blocks as layers, its embedding table ends with the eight extra rows, its patch embedding is a convolution, and its
+position tables are flat.
+
+Logits equal those of `transformers`, to rounding, under two conditions:
+- The tap points are those of `transformers`: load with `tap_points=[i + 1 for i in intermediate_layers_indices]`.
+  `transformers` keeps the output of block i, the reference implementation (which trained the weights) its input, the
+  state after i completed blocks. By default we follow the reference.
+- No text stands before the first image of a row, and rows without images are not in a batch with images. In
+  `transformers`, a token without a visible image attends to all vision tokens alike; in the reference and here, the
+  blocks do not change it.
 """
 
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,14 +28,14 @@ from layers.meta import meta_device
 from mm.config import ModelConfig
 from mm.convert.folder import new_folder, read_config, read_tensors, write_json, write_tensors
 from mm.convert.llama_config import check_num_layers
-from mm.convert.mllama_config import config_values, model_config, same_meaning, with_dtype
+from mm.convert.mllama_config import check_unchanged, config_values, model_config, with_dtype
 from mm.convert.report import load_tensors
 from mm.model import MultimodalModel
 
 TABLE = "language_model.model.embed_tokens.weight"
 EXTRA = "extra_embeddings"
 HEAD = "language_model.lm_head.weight"
-# Our names -> released names, by their beginnings; the numbers of decoder layers are counted anew.
+# Prefixes of our names -> prefixes of released names. Decoder layers are renumbered.
 NAMES = {
     "vision_encoder.layers.": "vision_model.transformer.layers.",
     "vision_encoder.gated_layers.": "vision_model.global_transformer.layers.",
@@ -43,7 +51,7 @@ NAMES = {
 }
 GATES = {"gate_attn": "cross_attn_attn_gate", "gate_ffn": "cross_attn_mlp_gate"}
 LAYER, BLOCK, STACK = "language_model.model.layers.", "image_adapter.blocks.", "language_model.model.layers."
-# Released names -> those of a model in memory in transformers 5, which some folders have.
+# Prefixes of released names -> those that transformers 5 has in memory, and that some folders have.
 RENAMED = {
     "language_model.lm_head.": "lm_head.",
     "language_model.model.": "model.language_model.",
@@ -55,34 +63,36 @@ SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "USE_POLICY*"
 
 @dataclass(frozen=True)
 class MllamaSource:
-    """The folder that a model was read from, kept on the model as `mllama_source` so that `save` can give it back.
+    """The folder that a model was read from; it is the model's attribute `mllama_source`, which `save` uses.
 
     Attributes:
-        folder: where it lay.
-        values: its config.json, unknown fields included.
-        renamed: its tensors have the names of `RENAMED`.
+        folder: its path.
+        values: its config.json, with unknown fields.
+        renamed: whether its tensors have the names of `RENAMED`.
     """
 
     folder: Path
-    values: dict
+    values: dict[str, Any]
     renamed: bool
 
 
 def load(
     folder: str | Path, tap_points: tuple[int, ...] | None = None, dtype: torch.dtype | None = None
 ) -> MultimodalModel:
-    """A model from a Llama 3.2 Vision folder: config.json and safetensors.
+    """Load a model from a Llama 3.2 Vision folder: config.json and safetensors.
 
     Args:
-        tap_points: encoder depths in completed blocks; None reads the folder's intermediate_layers_indices as such
-            (released: 3, 7, 15, 23, 30). `transformers` computes what i + 1 for each of them gives.
+        tap_points: encoder depths whose states are features, in completed blocks. None takes the folder's
+            intermediate_layers_indices (released: 3, 7, 15, 23, 30), like the reference. For the results of
+            `transformers`, give each index plus 1; see this module's docstring.
         dtype: of the weights; None keeps the folder's.
 
     Returns:
-        the model, with what happened to each tensor in its attribute `report`.
+        the model; its attribute `report` is a `LoadingReport`.
 
     Raises:
-        UserError: another kind of model, a setting or tensor that the model does not have, by name, or damage.
+        UserError: it is another kind of model, a setting or tensor is not supported, or a file is damaged; the message
+            names it.
     """
     folder = Path(folder)
     values, generation = read_config(folder)
@@ -91,22 +101,24 @@ def load(
     head = released_to_stored(HEAD, renamed)
     config, notes = model_config(values, generation, tap_points, has_head=head in stored)
     encoder = config.vision_encoder
+    assert encoder is not None
     check_num_layers(config.language_model.num_layers + encoder.num_layers + encoder.num_gated_layers, len(stored))
     with meta_device():
         model = MultimodalModel(config)
-    tensors, reshaped = {}, []
+    tensors: dict[str, Tensor] = {}
+    reshaped = []
     for name, parameter in model.state_dict().items():
-        place = stored_name(name, config, renamed)
-        if place not in stored or name == EXTRA:
+        folder_name = stored_name(name, config, renamed)
+        if folder_name not in stored or name == EXTRA:
             continue
-        tensor = stored.pop(place)
+        tensor = stored.pop(folder_name)
         if name == TABLE:
             rows = config.language_model.vocab_size
             tensors[EXTRA] = tensor[rows:].clone()
             tensor = tensor[:rows]
-            reshaped.append(f"{place}: {list(tensor.shape)} and {list(tensors[EXTRA].shape)}, its last rows apart")
+            reshaped.append(f"{folder_name}: split into {list(tensor.shape)} and {list(tensors[EXTRA].shape)} rows")
         elif tuple(tensor.shape) == stored_shape(name, config, tuple(parameter.shape)) != tuple(parameter.shape):
-            reshaped.append(f"{place}: {list(tensor.shape)} -> {list(parameter.shape)}")
+            reshaped.append(f"{folder_name}: {list(tensor.shape)} -> {list(parameter.shape)}")
             tensor = tensor.reshape(parameter.shape)
         tensors[name] = tensor
     ignored = {name: "rotary frequencies are computed" for name in stored if name.endswith("rotary_emb.inv_freq")}
@@ -127,23 +139,24 @@ def load(
 def save(model: MultimodalModel, folder: str | Path, max_shard_bytes: int = 5 * 10**9) -> None:
     """Write a model as a Llama 3.2 Vision folder, which `load` and `transformers` read.
 
-    A model that `load` read gets its config.json, tensor names, tokenizer and processor files back as they were; any
-    other gets a config.json of its own, if mllama can express it (it has no tokenizer to write).
+    For a model from `load`, config.json, tensor names, tokenizer and processor files are those of its folder. Other
+    models get a new config.json and no tokenizer.
 
     Args:
-        folder: new or empty; nothing is left there if writing fails.
-        max_shard_bytes: of one safetensors file; more tensors than fit are spread over several, with an index.
+        folder: new or empty; nothing is left behind if writing fails.
+        max_shard_bytes: largest size of a safetensors file; larger models get several and an index.
 
     Raises:
-        UserError: a field that mllama cannot express, by name, or a folder that holds something.
+        UserError: mllama cannot express a field of the configuration, or the folder is not empty.
     """
-    source = getattr(model, "mllama_source", None)
+    source = model.mllama_source
+    assert source is None or isinstance(source, MllamaSource)
     dtypes = {parameter.dtype for parameter in model.parameters()}
     if source is None:
         values, renamed = config_values(model.config), False
     else:
         values, renamed = source.values, source.renamed
-        same_meaning(values, model.config)
+        check_unchanged(values, model.config)
     values = with_dtype(values, dtypes)
     with new_folder(folder) as new:
         if source is not None and source.folder.is_dir():
@@ -153,33 +166,37 @@ def save(model: MultimodalModel, folder: str | Path, max_shard_bytes: int = 5 * 
 
 
 def stored_name(name: str, config: ModelConfig, renamed: bool = False) -> str:
-    """The name in a folder of one of our parameters, e.g. image_adapter.blocks.0.gate_attn ->
-    language_model.model.layers.3.cross_attn_attn_gate."""
+    """Our name of a parameter -> the folder's.
+
+    Example: image_adapter.blocks.0.gate_attn -> language_model.model.layers.3.cross_attn_attn_gate
+    """
+    assert config.image_adapter is not None
     positions = config.image_adapter.block_positions(config.language_model.num_layers)
     if name == EXTRA:
         name = TABLE
     elif name.startswith(LAYER):
-        number, _, rest = name.removeprefix(LAYER).partition(".")
-        earlier = sum(position <= int(number) for position in positions)
-        name = f"{STACK}{int(number) + earlier}.{rest}"
+        layer, _, rest = name.removeprefix(LAYER).partition(".")
+        num_blocks_before = sum(position <= int(layer) for position in positions)
+        name = f"{STACK}{int(layer) + num_blocks_before}.{rest}"
     elif name.startswith(BLOCK):
-        number, _, rest = name.removeprefix(BLOCK).partition(".")
-        name = f"{STACK}{positions[int(number)] + int(number)}.{GATES.get(rest, rest)}"
+        block, _, rest = name.removeprefix(BLOCK).partition(".")
+        name = f"{STACK}{positions[int(block)] + int(block)}.{GATES.get(rest, rest)}"
     else:
-        beginning = next((start for start in NAMES if name.startswith(start)), "")
-        name = NAMES.get(beginning, "") + name.removeprefix(beginning)
+        prefix = next((prefix for prefix in NAMES if name.startswith(prefix)), "")
+        name = NAMES.get(prefix, "") + name.removeprefix(prefix)
     return released_to_stored(name, renamed)
 
 
 def released_to_stored(name: str, renamed: bool) -> str:
-    """A released name, or its other spelling."""
-    beginning = next((start for start in RENAMED if name.startswith(start)), "") if renamed else ""
-    return RENAMED.get(beginning, "") + name.removeprefix(beginning)
+    """A released name, with the prefixes of `RENAMED` if `renamed`."""
+    prefix = next((prefix for prefix in RENAMED if name.startswith(prefix)), "") if renamed else ""
+    return RENAMED.get(prefix, "") + name.removeprefix(prefix)
 
 
 def stored_shape(name: str, config: ModelConfig, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape in a folder of one of our parameters, whose shape here is `shape`."""
+    """The shape in a folder of one of our parameters, whose own shape is `shape`."""
     encoder = config.vision_encoder
+    assert encoder is not None
     if name == "vision_encoder.patch_embedding.weight":
         return shape[0], 3, encoder.patch_size, encoder.patch_size
     if name in (
@@ -193,9 +210,9 @@ def stored_shape(name: str, config: ModelConfig, shape: tuple[int, ...]) -> tupl
 
 
 def _stored(model: MultimodalModel, renamed: bool, keep_head: bool) -> Iterator[tuple[str, Tensor]]:
-    """What a folder holds: the folder's names, and our parameters in the folder's shapes.
+    """Our parameters under the folder's names and in its shapes.
 
-    A head that is tied to the table is written only with `keep_head`: `transformers` does not tie mllama's.
+    A head that is tied to the embedding table is only written with `keep_head`: `transformers` does not tie mllama's.
     """
     config = model.config
     for name, tensor in model.state_dict().items():
@@ -207,7 +224,7 @@ def _stored(model: MultimodalModel, renamed: bool, keep_head: bool) -> Iterator[
 
 
 def _copy_side_files(old: Path, new: Path) -> None:
-    """Tokenizer, processor and licence files; the weights' index and config.json are written anew."""
+    """Copy tokenizer, processor and licence files; config.json and the index of the weights are written anew."""
     for pattern in SIDE_FILES:
         for path in old.glob(pattern):
             if path.is_file() and not path.name.endswith(".index.json") and path.name != "config.json":

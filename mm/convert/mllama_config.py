@@ -1,14 +1,15 @@
-"""A Llama 3.2 Vision config.json and our configuration, each out of the other; what has no counterpart is refused."""
+"""Translate a Llama 3.2 Vision config.json to our configuration and back; fields without a counterpart are errors."""
 
 import copy
 import dataclasses
 from itertools import pairwise
+from typing import Any
 
 import torch
 
 from foundation.errors import UserError
 from mm.config import NUM_EXTRA_TOKENS, ModelConfig
-from mm.convert.llama_config import check_whole_numbers, language_model_config, stop_tokens
+from mm.convert.llama_config import check_positive_integers, language_model_config, stop_tokens
 from mm.cross_attention import ImageAdapterConfig
 from vision.encoder import VisionEncoderConfig
 from vision.tiling import CANVASES, MAX_TILES
@@ -29,60 +30,60 @@ VISION_DEFAULTS = {
     "supported_aspect_ratios": CANVASES,
 }
 CROSS_ATTENTION_LAYERS = (3, 8, 13, 18, 23, 28, 33, 38)
-LAYERNORM_EPS = 1e-5  # of the layer norms around the encoder's layers, fixed in mllama
+LAYERNORM_EPS = 1e-5  # of the layer norms around the encoder's layers; mllama has no field for it
 ACTIVATIONS = ("gelu", "quick_gelu")
 
 
 def model_config(
-    values: dict, generation: dict, tap_points: tuple[int, ...] | None, has_head: bool = True
+    values: dict[str, Any], generation: dict[str, Any], tap_points: tuple[int, ...] | None, has_head: bool = True
 ) -> tuple[ModelConfig, list[str]]:
     """Our configuration of the model that a config.json describes, and notes for the report.
 
     Args:
-        generation: of generation_config.json, for the stop tokens.
-        tap_points: in place of the folder's own.
-        has_head: the folder holds an output table of its own.
+        generation: generation_config.json, for the stop tokens.
+        tap_points: override the folder's, see `mm.convert.mllama.load`.
+        has_head: whether the folder holds a separate output table.
 
     Raises:
-        UserError: another kind of model, or a setting that this model does not have, by name.
+        UserError: it is another kind of model, or a setting is not supported; the message names it.
     """
     if values.get("model_type") != "mllama":
-        raise UserError(f"model_type {values.get('model_type')!r} is not mllama, the kind of Llama 3.2 Vision folders")
+        raise UserError(f"model_type is {values.get('model_type')!r}; Llama 3.2 Vision folders have mllama")
     text, vision = values.get("text_config"), values.get("vision_config")
     if not isinstance(text, dict) or not isinstance(vision, dict):
         raise UserError("config.json lacks text_config or vision_config")
     if values.get("quantization_config") is not None:
-        raise UserError("quantization_config is not supported; use the folder with plain weights")
+        raise UserError("quantization_config is not supported; use a folder with weights that are not quantised")
     text = {"model_type": "mllama_text_model", "num_hidden_layers": 40, **text}
     if text.get("cross_attention_layers") is None:
         text["cross_attention_layers"] = CROSS_ATTENTION_LAYERS
-    cross_layers = sorted(_whole_number_list(text, "cross_attention_layers"))
-    check_whole_numbers(text, ("num_hidden_layers",))
+    cross_layers = sorted(_integer_list(text, "cross_attention_layers"))
+    check_positive_integers(text, ("num_hidden_layers",))
     if any(not 0 <= layer < text["num_hidden_layers"] for layer in cross_layers):
-        raise UserError(f"cross_attention_layers {cross_layers} lie outside 0..{text['num_hidden_layers'] - 1}")
+        raise UserError(f"cross_attention_layers {cross_layers} are outside 0..{text['num_hidden_layers'] - 1}")
     if any(after - before < 2 for before, after in pairwise(cross_layers)):
-        raise UserError(f"cross_attention_layers {cross_layers} without a language layer between are not supported")
+        raise UserError(f"cross_attention_layers {cross_layers} without a language layer in between are not supported")
     decoder, notes = language_model_config(
         text, stop_tokens(values, generation), text["num_hidden_layers"] - len(cross_layers)
     )
     if decoder.head_dim * decoder.num_heads != decoder.hidden_size:
-        raise UserError(f"head_dim {decoder.head_dim} other than hidden_size / num_attention_heads is not mllama's")
+        raise UserError(f"head_dim is {decoder.head_dim}; in mllama it must be hidden_size / num_attention_heads")
     if has_head and decoder.tied_embeddings:
         decoder = dataclasses.replace(decoder, tied_embeddings=False)
-        notes.append("tie_word_embeddings is set, but the folder has an output table of its own, which is used")
+        notes.append("tie_word_embeddings is set, but the folder has a separate output table, which is used")
     encoder = _vision_config(vision, tap_points)
-    positions = tuple(layer - earlier for earlier, layer in enumerate(cross_layers))
+    positions = tuple(layer - num_before for num_before, layer in enumerate(cross_layers))
     image_token = values.get("image_token_index", values.get("image_token_id", decoder.vocab_size))
     if type(image_token) is not int:
-        raise UserError(f"image_token_index is {image_token!r}; a token id is needed")
+        raise UserError(f"image_token_index is {image_token!r}; it must be a token id")
     return ModelConfig(decoder, encoder, ImageAdapterConfig(positions), image_token), notes
 
 
-def config_values(config: ModelConfig) -> dict:
-    """A config.json for a model of ours.
+def config_values(config: ModelConfig) -> dict[str, Any]:
+    """The config.json of one of our models.
 
     Raises:
-        UserError: every field whose value mllama cannot express.
+        UserError: mllama cannot express some fields; the message names all of them.
     """
     lm, encoder, adapter = config.language_model, config.vision_encoder, config.image_adapter
     if encoder is None or adapter is None:
@@ -104,9 +105,7 @@ def config_values(config: ModelConfig) -> dict:
             point >= encoder.num_layers for point in encoder.tap_points
         )
         or not encoder.tap_points,
-        "vision_encoder.padding 'ragged' (mllama pads; a model with padding 'llama32' computes what it computes)": (
-            encoder.padding != "llama32"
-        ),
+        "vision_encoder.padding 'ragged' (it must be 'llama32', since mllama pads)": encoder.padding != "llama32",
     }
     found = [name for name, present in wrong.items() if present]
     if found:
@@ -133,7 +132,7 @@ def config_values(config: ModelConfig) -> dict:
         "rms_norm_eps": lm.norm_eps,
         "rope_parameters": rope,
         "max_position_embeddings": lm.context,
-        "cross_attention_layers": [position + earlier for earlier, position in enumerate(positions)],
+        "cross_attention_layers": [position + num_before for num_before, position in enumerate(positions)],
         "tie_word_embeddings": False,
         "eos_token_id": stop,
         "pad_token_id": None,
@@ -165,65 +164,67 @@ def config_values(config: ModelConfig) -> dict:
     }
 
 
-def same_meaning(values: dict, config: ModelConfig) -> None:
-    """Make sure that a folder's config.json still describes a model read from it.
+def check_unchanged(values: dict[str, Any], config: ModelConfig) -> None:
+    """Check that a folder's config.json still describes the model that was read from it.
 
-    Stop tokens and tap points may differ: the first lie in generation_config.json, the second are given back as read.
+    Stop tokens and tap points may differ: stop tokens are in generation_config.json, and the folder's indices are
+    written back.
 
     Raises:
-        UserError: the fields that changed since, or parts that mllama does not have.
+        UserError: fields have changed, or the model has parts that mllama does not have.
     """
     _refuse_other_parts(config)
+    assert config.vision_encoder is not None
     tied = config.language_model.tied_embeddings
-    meant, _ = model_config(values, {}, config.vision_encoder.tap_points, has_head=not tied)
+    described, _ = model_config(values, {}, config.vision_encoder.tap_points, has_head=not tied)
     changed = []
     for part in ("language_model", "vision_encoder", "image_adapter"):
-        old, new = dataclasses.asdict(getattr(meant, part)), dataclasses.asdict(getattr(config, part))
+        old, new = dataclasses.asdict(getattr(described, part)), dataclasses.asdict(getattr(config, part))
         changed += [
             f"{part}.{name}: {old[name]} -> {new[name]}"
             for name in old
             if old[name] != new[name] and name not in ("stop_tokens", "tied_embeddings", "gate_init")
         ]
-    if meant.image_token_id != config.image_token_id:
-        changed.append(f"image_token_id: {meant.image_token_id} -> {config.image_token_id}")
+    if described.image_token_id != config.image_token_id:
+        changed.append(f"image_token_id: {described.image_token_id} -> {config.image_token_id}")
     if changed:
         raise UserError(
-            f"the model is no longer the one that its folder describes ({'; '.join(changed)}); set "
-            "model.mllama_source = None to write it with a config.json of its own"
+            f"the model differs from its folder's config.json ({'; '.join(changed)}); set model.mllama_source = None "
+            "to write it with a new config.json"
         )
 
 
-def with_dtype(values: dict, dtypes: set[torch.dtype]) -> dict:
-    """A config.json that names the tensors' dtype, or the widest of several; unchanged where it already does."""
+def with_dtype(values: dict[str, Any], dtypes: set[torch.dtype]) -> dict[str, Any]:
+    """A config.json with the dtype of the tensors, or the widest of several."""
     widest = torch.float64 if torch.float64 in dtypes else torch.float32
     name = str(dtypes.pop() if len(dtypes) == 1 else widest).removeprefix("torch.")
     values = copy.deepcopy(values)
-    spelled = False
+    has_field = False
     for part in (values, values.get("text_config") or {}, values.get("vision_config") or {}):
         for key in ("dtype", "torch_dtype"):
             if part.get(key) is not None:
                 part[key] = name
-                spelled = spelled or part is values
-    return values if spelled else {**values, "dtype": name}
+                has_field = has_field or part is values
+    return values if has_field else {**values, "dtype": name}
 
 
 def _refuse_other_parts(config: ModelConfig) -> None:
     others = [part for part in ("video_adapter", "speech_encoder", "speech_adapter") if getattr(config, part)]
     if others:
         raise UserError(
-            f"mllama cannot express {', '.join(others)}: convert the run from before they were added, which has the "
-            "same language model, encoder and image adapter"
+            f"mllama cannot express {', '.join(others)}; convert an earlier run without them, with the same language "
+            "model, encoder and image adapter"
         )
 
 
-def _whole_number_list(values: dict, name: str) -> tuple[int, ...]:
-    numbers = values[name]
-    if not isinstance(numbers, list | tuple) or any(type(number) is not int for number in numbers):
-        raise UserError(f"{name} is {numbers!r}; a list of whole numbers is needed")
-    return tuple(numbers)
+def _integer_list(values: dict[str, Any], name: str) -> tuple[int, ...]:
+    items = values[name]
+    if not isinstance(items, list | tuple) or any(type(item) is not int for item in items):
+        raise UserError(f"{name} is {items!r}; it must be a list of integers")
+    return tuple(items)
 
 
-def _vision_config(values: dict, tap_points: tuple[int, ...] | None) -> VisionEncoderConfig:
+def _vision_config(values: dict[str, Any], tap_points: tuple[int, ...] | None) -> VisionEncoderConfig:
     values = {**VISION_DEFAULTS, **{name: value for name, value in values.items() if value is not None}}
     heads = values.get("num_attention_heads", values["attention_heads"])
     sides = {}
@@ -231,10 +232,10 @@ def _vision_config(values: dict, tap_points: tuple[int, ...] | None) -> VisionEn
         side = values[name]
         sides[name] = side[0] if isinstance(side, list) and len(set(side)) == 1 else side
     counts = ("hidden_size", "intermediate_size", "num_hidden_layers", "max_num_tiles")
-    check_whole_numbers({**values, **sides, "attention_heads": heads}, (*counts, *sides, "attention_heads"))
+    check_positive_integers({**values, **sides, "attention_heads": heads}, (*counts, *sides, "attention_heads"))
     if type(values["num_global_layers"]) is not int or values["num_global_layers"] < 0:
-        raise UserError(f"num_global_layers is {values['num_global_layers']!r}; a whole number from 0 is needed")
-    taps = _whole_number_list(values, "intermediate_layers_indices")
+        raise UserError(f"num_global_layers is {values['num_global_layers']!r}; it must be an integer of 0 or more")
+    taps = _integer_list(values, "intermediate_layers_indices")
     feature_size = values["hidden_size"] * (1 + len(taps))
     wrong = {
         "num_channels": values["num_channels"] != 3,
@@ -248,7 +249,9 @@ def _vision_config(values: dict, tap_points: tuple[int, ...] | None) -> VisionEn
     if found:
         raise UserError(f"vision_config with {'; '.join(found)} is not supported")
     if tap_points is not None and len(tap_points) != len(taps):
-        raise UserError(f"tap_points {tuple(tap_points)} are {len(tap_points)}; the projection takes {len(taps)}")
+        raise UserError(
+            f"{len(tap_points)} tap_points are given, {tuple(tap_points)}; the projection takes {len(taps)}"
+        )
     return VisionEncoderConfig(
         tile_size=sides["image_size"],
         patch_size=sides["patch_size"],
@@ -264,4 +267,4 @@ def _vision_config(values: dict, tap_points: tuple[int, ...] | None) -> VisionEn
     )
 
 
-assert NUM_EXTRA_TOKENS == 8  # mllama's embedding table has as many rows more
+assert NUM_EXTRA_TOKENS == 8  # mllama's embedding table has 8 more rows than its output table

@@ -1,12 +1,13 @@
-"""Image encoders from open_clip: its ViT towers, whose features then equal the tower's own block outputs.
+"""Image encoders from open_clip's ViT towers; their features equal the outputs of the tower's blocks.
 
-MetaCLIP's ViT-H/14 (`load("ViT-H-14-quickgelu", "metaclip_fullcc")`) is the one to start from. What comes after the
-blocks (pooling, projection into the joint space) stays behind; tile positions and gated layers are new, at gate 0.
+The recommended one is MetaCLIP's ViT-H/14: `load("ViT-H-14-quickgelu", "metaclip_fullcc")`. Pooling and the projection
+into the joint space are left out. Tile positions and gated layers are new, with gates at 0.
 """
 
 import dataclasses
 import difflib
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -26,25 +27,25 @@ def load(
     tap_points: tuple[int, ...] | None = None,
     num_gated_layers: int = 8,
 ) -> VisionEncoder:
-    """An encoder with the weights of an open_clip model.
+    """Load an encoder with the weights of an open_clip model.
 
     Args:
-        model_name: as open_clip knows it, e.g. "ViT-H-14-quickgelu".
-        pretrained: open_clip's tag of the weights (fetched from the hub, unless cached), or a local checkpoint file.
+        model_name: open_clip's name, such as "ViT-H-14-quickgelu".
+        pretrained: open_clip's tag of the weights (downloaded from the hub, unless cached), or a local checkpoint file.
         tile_size, tap_points, num_gated_layers: see `from_model`.
 
     Raises:
-        UserError: a name, tag or file that open_clip cannot load, or a tower that `from_model` refuses.
+        UserError: open_clip cannot load the name, tag or file, or `from_model` does not support the tower.
     """
     import open_clip
 
     known = open_clip.list_models()
-    if ":" not in model_name and model_name not in known:  # a colon stands in names of folders and of the hub
+    if ":" not in model_name and model_name not in known:  # names of folders and of the hub have a colon
         near = ", ".join(difflib.get_close_matches(model_name, known)) or "ViT-H-14-quickgelu"
-        raise UserError(f"open_clip cannot load {model_name}: it has {near} and others (open_clip.list_models())")
+        raise UserError(f"open_clip has no model {model_name}; it has {near} and others (open_clip.list_models())")
     try:
         model = open_clip.create_model(model_name, pretrained=str(pretrained), require_pretrained=True)
-    except Exception as error:  # open_clip raises many kinds here
+    except Exception as error:  # open_clip raises many kinds of errors
         raise UserError(f"open_clip cannot load {model_name} with weights {pretrained}: {error}") from error
     return from_model(model, tile_size, tap_points, num_gated_layers, source=f"{model_name} ({pretrained})")
 
@@ -56,19 +57,19 @@ def from_model(
     num_gated_layers: int = 8,
     source: str = "open_clip tower",
 ) -> VisionEncoder:
-    """An encoder with a copy of the weights of an open_clip model, or of its `visual` tower.
+    """Build an encoder with a copy of the weights of an open_clip model, or of its `visual` tower.
 
     Args:
-        tile_size: side of a tile; None is the tower's own image size, another one resizes the position table.
+        tile_size: side of a tile; None takes the tower's image size, another one resizes the position table.
         tap_points: None takes the paper's fractions of the depth, see `default_tap_points`.
-        num_gated_layers: new layers behind the tower, the identity until trained.
-        source: for the report, which the encoder has in its attribute `report`.
+        num_gated_layers: new layers after the tower, the identity until they are trained.
+        source: names the tower in the report, the encoder's attribute `report`.
 
     Raises:
-        UserError: a tower that is no plain ViT, with the option that makes it another.
+        UserError: the tower is not a plain ViT; the message names the options that differ.
     """
-    tower = getattr(model, "visual", model)
-    left_out = _check(tower)
+    tower: Any = getattr(model, "visual", model)
+    left_out = _check_tower(tower)
     blocks = tower.transformer.resblocks
     patch_size, image_size = tower.conv1.kernel_size[0], tower.image_size[0]
     config = VisionEncoderConfig(
@@ -86,11 +87,11 @@ def from_model(
     )
     with meta_device():
         encoder = VisionEncoder(config)
-    # Without layers, all that is left to draw at random is what the tower does not have.
-    drawn = VisionEncoder(dataclasses.replace(config, num_layers=0, tap_points=())).state_dict()
+    # An encoder without layers initialises only the parts that the tower does not have.
+    initialised = VisionEncoder(dataclasses.replace(config, num_layers=0, tap_points=())).state_dict()
     dtype = tower.class_embedding.dtype
-    new = {name: value.to(dtype) for name, value in drawn.items() if name.startswith(NEW_PARTS)}
-    old, reshaped = _rename(tower)
+    new = {name: value.to(dtype) for name, value in initialised.items() if name.startswith(NEW_PARTS)}
+    old, reshaped = _tower_tensors(tower)
     old = resize_positions(old, image_size // patch_size, config.patches_per_side)
     if config.tile_size != image_size:
         reshaped.append(f"positional_embedding: resized from {image_size} to {config.tile_size} px, bilinear")
@@ -106,7 +107,7 @@ def from_model(
 
 
 def default_tap_points(num_layers: int) -> tuple[int, ...]:
-    """The paper's (4, 8, 16, 24, 31) of 32 layers, at the same fractions of another depth, rounded down.
+    """The paper's tap points (4, 8, 16, 24, 31) of 32 layers, scaled to another depth and rounded down.
 
     Example: 24 layers give (3, 6, 12, 18, 23), 4 give (1, 2, 3).
     """
@@ -114,27 +115,27 @@ def default_tap_points(num_layers: int) -> tuple[int, ...]:
     return tuple(sorted(set(points)))
 
 
-def _rename(tower: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
-    """The tower's weights under the encoder's names, and what changed its shape."""
+def _tower_tensors(tower: Any) -> tuple[dict[str, Tensor], list[str]]:
+    """The tower's weights under the encoder's names, and the changes of shape for the report."""
     conv = tower.conv1.weight.detach()  # [C, 3, p, p]: a patch is flattened in the same order
     tensors = {
         "patch_embedding.weight": conv.flatten(1),
         "class_embedding": tower.class_embedding.detach(),
         "patch_position.local": tower.positional_embedding.detach(),
-        **_norm("layernorm_pre", tower.ln_pre),
-        **_norm("layernorm_post", tower.ln_post),
+        **_weight_and_bias("layernorm_pre", tower.ln_pre),
+        **_weight_and_bias("layernorm_post", tower.ln_post),
     }
-    for number, block in enumerate(tower.transformer.resblocks):
-        layer = f"layers.{number}"
+    for index, block in enumerate(tower.transformer.resblocks):
+        layer = f"layers.{index}"
         weights, biases = block.attn.in_proj_weight.detach().chunk(3), block.attn.in_proj_bias.detach().chunk(3)
         for part, weight, bias in zip("qkv", weights, biases, strict=True):
             tensors[f"{layer}.self_attn.{part}_proj.weight"] = weight
             tensors[f"{layer}.self_attn.{part}_proj.bias"] = bias
-        tensors |= _norm(f"{layer}.self_attn.o_proj", block.attn.out_proj)
-        tensors |= _norm(f"{layer}.input_layernorm", block.ln_1)
-        tensors |= _norm(f"{layer}.post_attention_layernorm", block.ln_2)
-        tensors |= _norm(f"{layer}.mlp.fc1", block.mlp.c_fc)
-        tensors |= _norm(f"{layer}.mlp.fc2", block.mlp.c_proj)
+        tensors |= _weight_and_bias(f"{layer}.self_attn.o_proj", block.attn.out_proj)
+        tensors |= _weight_and_bias(f"{layer}.input_layernorm", block.ln_1)
+        tensors |= _weight_and_bias(f"{layer}.post_attention_layernorm", block.ln_2)
+        tensors |= _weight_and_bias(f"{layer}.mlp.fc1", block.mlp.c_fc)
+        tensors |= _weight_and_bias(f"{layer}.mlp.fc2", block.mlp.c_proj)
     reshaped = [
         f"conv1.weight: {list(conv.shape)} -> {list(conv.flatten(1).shape)}",
         "transformer.resblocks.*.attn.in_proj_weight and in_proj_bias: split into q, k and v",
@@ -142,12 +143,16 @@ def _rename(tower: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
     return tensors, reshaped
 
 
-def _norm(name: str, layer: nn.Module) -> dict[str, Tensor]:
+def _weight_and_bias(name: str, layer: Any) -> dict[str, Tensor]:
     return {f"{name}.weight": layer.weight.detach(), f"{name}.bias": layer.bias.detach()}
 
 
-def _check(tower: nn.Module) -> dict[str, str]:
-    """Refuse a tower that computes anything else than a plain ViT; return the weights left out, with the reason."""
+def _check_tower(tower: Any) -> dict[str, str]:
+    """Check that a tower is a plain ViT; return the parts that are left out, with the reason.
+
+    Raises:
+        UserError: it is not; the message names the options that differ.
+    """
     from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer
 
     if not isinstance(tower, VisionTransformer):
@@ -176,10 +181,10 @@ def _check(tower: nn.Module) -> dict[str, str]:
     }
     found = [name for name, present in refusals.items() if present]
     if found:
-        raise UserError(f"the tower has {'; '.join(found)}: the encoder would not compute what it computes")
+        raise UserError(f"the tower has {'; '.join(found)}, which the encoder does not support")
     left_out = {"proj": "it projects pooled features into the joint space, after the blocks"}
     if not isinstance(tower.patch_dropout, nn.Identity):
-        left_out["patch_dropout"] = "it acts in open_clip's own training only"
+        left_out["patch_dropout"] = "it is only active in open_clip's training"
     if tower.pool_type != "tok":
-        left_out[f"pool_type {tower.pool_type}"] = "it pools after the blocks; every token stays"
+        left_out[f"pool_type {tower.pool_type}"] = "it pools after the blocks; the encoder keeps all tokens"
     return left_out

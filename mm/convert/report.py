@@ -1,6 +1,6 @@
-"""How tensors read from a file get into a module: strictly, without a second copy, and with a report by name.
+"""Load tensors into a module strictly and without a copy, and report every name.
 
-Every converter ends here: it turns what it read into tensors under the module's own names and calls `load_tensors`.
+Every converter ends here: it gives what it read the module's own names, and calls `load_tensors`.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,22 +11,22 @@ from torch import Tensor, nn
 
 from foundation.errors import UserError
 
-MOST_NAMED = 20  # names that an error lists before it says "and N more"
+MAX_NAMES = 20  # names that a message lists before "and N more"
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class LoadingReport:
-    """What happened to every tensor of a file and every parameter of the module; `str` is what commands print.
+    """What became of every tensor of a file and every parameter of a module; commands print its `str`.
 
     Attributes:
         source: the file or folder.
-        num_loaded: parameters that were filled.
-        missing: names that the module needs and the file lacks.
-        unexpected: names in the file that the module has no place for.
-        reshaped: "name: [stored shape] -> [shape in the module]", where the layout differs.
-        ignored: names left out on purpose, with the reason.
-        notes: what else the reader should know, e.g. a context that was limited.
+        num_loaded: parameters that were loaded.
+        missing: names of parameters that the file lacks.
+        unexpected: names of tensors that the module does not have.
+        reshaped: "name: [stored shape] -> [shape in the module]", where they differ.
+        ignored: names of tensors that were left out on purpose, with the reason.
+        notes: further remarks, such as a limited context.
     """
 
     source: str
@@ -55,21 +55,22 @@ def load_tensors(
     ignored: dict[str, str] | None = None,
     notes: Iterable[str] = (),
 ) -> LoadingReport:
-    """Make `tensors` the parameters of a module, best one built on the meta device: nothing is copied.
+    """Make `tensors` the parameters of a module without a copy; build the module on the meta device.
 
-    Parameters that the module shares under two names are given once, under the first name, and stay shared.
+    A parameter that the module holds under two names (tied weights) is given once, under the first name, and stays
+    tied.
 
     Args:
-        tensors: by the module's names; a name that the module lacks is reported as unexpected.
+        tensors: by the module's names; names that it lacks are reported as unexpected.
         source: the file or folder, for messages.
-        stored_name: turns a name of the module into the file's, for messages.
-        reshaped, ignored, notes: what the converter did; they go into the report.
+        stored_name: the file's name of one of the module's parameters, for messages.
+        reshaped, ignored, notes: for the report.
 
     Raises:
-        UserError: missing or unexpected tensors, wrong shapes, or tensors that are not floating point, by name.
+        UserError: tensors are missing, unexpected, of another shape, or not floating point; the message names them.
     """
-    shared = _shared_names(module)
-    expected = {name: tensor.shape for name, tensor in module.state_dict().items() if name not in shared}
+    tied = _tied_names(module)
+    expected = {name: tensor.shape for name, tensor in module.state_dict().items() if name not in tied}
     found = {name: tensor for name, tensor in tensors.items() if name in expected}
     report = LoadingReport(
         str(source),
@@ -91,26 +92,26 @@ def load_tensors(
     if problems:
         raise UserError("\n".join([f"{source} does not fit the model that its configuration describes:", *problems]))
     module.load_state_dict({name: tensor.contiguous() for name, tensor in found.items()}, strict=False, assign=True)
-    for name, first in shared.items():
+    for name, first in tied.items():
         parent, _, last = name.rpartition(".")
         setattr(module.get_submodule(parent), last, module.get_parameter(first))
     return report
 
 
-def _shared_names(module: nn.Module) -> dict[str, str]:
-    """Second names of parameters that the module holds under two, each with the first."""
+def _tied_names(module: nn.Module) -> dict[str, str]:
+    """Further names of tied parameters -> the first name."""
     first_names: dict[int, str] = {}
-    shared = {}
+    tied = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         first = first_names.setdefault(id(parameter), name)
         if first != name:
-            shared[name] = first
-    return shared
+            tied[name] = first
+    return tied
 
 
 def _section(title: str, items: Iterable[str]) -> list[str]:
     items = list(items)
     if not items:
         return []
-    more = [f"    and {len(items) - MOST_NAMED} more"] if len(items) > MOST_NAMED else []
-    return [f"  {title} ({len(items)}):", *(f"    {item}" for item in items[:MOST_NAMED]), *more]
+    more = [f"    and {len(items) - MAX_NAMES} more"] if len(items) > MAX_NAMES else []
+    return [f"  {title} ({len(items)}):", *(f"    {item}" for item in items[:MAX_NAMES]), *more]

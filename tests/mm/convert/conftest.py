@@ -1,4 +1,4 @@
-"""What the parity tests share: random weights in which nothing is zero, least of all a gate."""
+"""Random models for the parity tests; no weight and no gate is zero."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def randomise():
 def largest_difference():
     def compare(ours: torch.Tensor, theirs: torch.Tensor) -> float:
         assert ours.shape == theirs.shape
-        assert theirs.abs().max() > 0.01  # else agreement would say nothing
+        assert theirs.abs().max() > 0.01  # else the comparison would be meaningless
         return float((ours.double() - theirs.double()).abs().max())
 
     return compare

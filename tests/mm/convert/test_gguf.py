@@ -1,4 +1,4 @@
-"""GGUF files: a model written as llama.cpp's converter writes it comes back with its logits and its tokenizer."""
+"""GGUF files in the format of llama.cpp's converter: logits and tokenizers equal those of the original model."""
 
 import json
 
@@ -28,13 +28,13 @@ SETTINGS = {
 
 
 def permute(rows: np.ndarray, num_heads: int) -> np.ndarray:
-    """What llama.cpp's converter does to q and k: halves of a head become neighbouring pairs."""
+    """The permutation of q and k in llama.cpp's converter: halves of a head become neighbouring pairs."""
     halves = rows.reshape(num_heads, 2, rows.shape[0] // num_heads // 2, *rows.shape[1:])
     return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
 def write(path, model, architecture="llama", quantisation=None, permuted=True, metadata=None, extra=None):
-    """Write a transformers model as GGUF; matrices are quantised, the model gets the values that come back."""
+    """Write a transformers model as GGUF with quantised matrices, and give the model the dequantised values."""
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(config.num_hidden_layers)
@@ -104,7 +104,7 @@ def assert_same_logits(path, theirs, largest_difference):
 
 
 @pytest.mark.parametrize("quantisation", [None, "F16", "BF16", "Q8_0", "Q4_1"])
-def test_logits_come_back(tmp_path, randomise, largest_difference, quantisation):
+def test_logits_equal_those_of_the_original(tmp_path, randomise, largest_difference, quantisation):
     theirs = random_model(randomise)
     kind = quantisation and gguf.GGMLQuantizationType[quantisation]
     path = write(tmp_path / "model.gguf", theirs, quantisation=kind)
@@ -124,7 +124,9 @@ def test_logits_come_back(tmp_path, randomise, largest_difference, quantisation)
         ("qwen2", transformers.Qwen2Config, {}),
     ],
 )
-def test_variants_come_back(tmp_path, randomise, largest_difference, architecture, kind, settings):
+def test_logits_of_variants_equal_the_original(
+    tmp_path, randomise, largest_difference, architecture, kind, settings
+):
     theirs = random_model(randomise, kind, **settings)
     path = write(tmp_path / "model.gguf", theirs, architecture, permuted=architecture == "llama")
     ours = assert_same_logits(path, theirs, largest_difference)
@@ -168,13 +170,13 @@ def test_linear_scaling_metadata(tmp_path, randomise, largest_difference):
         ({"split.count": 2}, {}, "split"),
     ],
 )
-def test_what_the_decoder_does_not_compute_is_refused_by_name(tmp_path, randomise, metadata, extra, named):
+def test_unsupported_settings_are_errors_that_name_them(tmp_path, randomise, metadata, extra, named):
     path = write(tmp_path / "model.gguf", random_model(randomise), metadata=metadata, extra=extra)
     with pytest.raises(ValueError, match=named):
         llama.load(path)
 
 
-def test_other_architectures_and_other_files_are_refused(tmp_path, randomise):
+def test_other_architectures_and_files_are_errors(tmp_path, randomise):
     theirs = random_model(randomise)
     with pytest.raises(ValueError, match="gemma"):
         llama.load(write(tmp_path / "gemma.gguf", theirs, "gemma"))
@@ -187,7 +189,7 @@ def test_other_architectures_and_other_files_are_refused(tmp_path, randomise):
         llama.load(tmp_path / "not.gguf")
 
 
-def test_a_type_that_cannot_be_unpacked_is_refused_with_its_tensor(tmp_path, randomise):
+def test_an_unsupported_tensor_type_is_an_error(tmp_path, randomise):
     whole_numbers = {"blk.0.ffn_up.weight_scale": np.zeros((4, 4), np.int8)}
     file = write(tmp_path / "int8.gguf", random_model(randomise), extra=whole_numbers)
     with pytest.raises(ValueError, match=r"int8.gguf: blk.0.ffn_up.weight_scale is stored as I8: "):
@@ -270,7 +272,7 @@ CUTS = {
 
 
 @pytest.mark.parametrize("cut", CUTS)
-def test_byte_level_tokenizers_come_back(tmp_path, cut):
+def test_byte_level_tokenizers_equal_the_original(tmp_path, cut):
     original = byte_level_tokenizer(CUTS[cut]())
     path = write_tokenizer(tmp_path / "t.gguf", original, "gpt2", cut, add_bos_token=False)
     ours = llama.load_tokenizer(path)
@@ -285,23 +287,23 @@ def test_byte_level_tokenizers_come_back(tmp_path, cut):
     assert prompt == "<|im_start|>see<|im_end|>"
 
 
-def test_digits_are_cut_apart_before_merging(tmp_path):
-    """The rule that is lost when only vocabulary and merges are read: white space before a digit stays whole."""
+def test_digits_are_split_before_merging(tmp_path):
+    """White space before a digit is not split; with vocabulary and merges only, this rule would be lost."""
     original = byte_level_tokenizer(CUTS["smollm"]())
     path = write_tokenizer(tmp_path / "t.gguf", original, "gpt2", "smollm")
     pieces = llama.load_tokenizer(path).tokenize("a\n\n12")
     assert pieces == ["a", "ĊĊ", "1", "2"]
 
 
-def test_a_start_token_is_put_where_the_file_asks_for_it(tmp_path):
+def test_a_start_token_is_added_if_the_file_says_so(tmp_path):
     original = byte_level_tokenizer(CUTS["llama-bpe"]())
     for flag, expected in ((True, [1]), (False, [])):
         path = write_tokenizer(tmp_path / "t.gguf", original, "gpt2", "llama-bpe", add_bos_token=flag)
         assert llama.load_tokenizer(path).encode("see") == expected + original.encode("see").ids
 
 
-def test_sentence_piece_tokenizers_come_back(tmp_path):
-    """Merges are not stored, only scores: they are found again from the pieces."""
+def test_sentencepiece_tokenizers_equal_the_original(tmp_path):
+    """Only scores are stored; the merges follow from the pieces."""
     bytes_ = [f"<0x{value:02X}>" for value in range(256)]
     original = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     original.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -324,7 +326,7 @@ def test_sentence_piece_tokenizers_come_back(tmp_path):
         assert ours.decode(tokens, skip_special_tokens=True) == text
 
 
-def test_unknown_cuts_are_refused_by_name(tmp_path):
+def test_unknown_tokenizers_are_errors(tmp_path):
     original = byte_level_tokenizer(CUTS["gpt-2"]())
     with pytest.raises(ValueError, match="tekken"):
         llama.load_tokenizer(write_tokenizer(tmp_path / "t.gguf", original, "gpt2", "tekken"))
@@ -332,8 +334,8 @@ def test_unknown_cuts_are_refused_by_name(tmp_path):
         llama.load_tokenizer(write_tokenizer(tmp_path / "u.gguf", original, "rwkv"))
 
 
-def test_folders_keep_the_rules_of_their_tokenizer_json(tmp_path):
-    """SmolLM2's folder names the class GPT2Tokenizer, whose own rules would replace the file's."""
+def test_folders_use_the_rules_of_their_tokenizer_json(tmp_path):
+    """SmolLM2's folder names the class GPT2Tokenizer, whose rules would replace the file's."""
     original = byte_level_tokenizer(CUTS["smollm"]())
     original.save(str(tmp_path / "tokenizer.json"))
     settings = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|im_end|>", "chat_template": "{{ messages }}"}

@@ -1,4 +1,4 @@
-"""Language models out of Hugging Face folders: logits are those of `transformers`, and nothing is taken silently."""
+"""Language models from Hugging Face folders: logits equal those of `transformers`; unsupported settings are errors."""
 
 import json
 
@@ -50,7 +50,7 @@ VARIANTS = {
 
 @pytest.fixture
 def folder(tmp_path, randomise):
-    """Writes a random model of a configuration and returns it with its folder."""
+    """Write a random model of a configuration, and return it with its folder."""
 
     def write(kind=transformers.LlamaConfig, **settings):
         config = kind(**{**SIZES, **settings})
@@ -70,7 +70,7 @@ def edit(folder, **values):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_are_those_of_transformers(folder, variant, largest_difference):
+def test_logits_equal_those_of_transformers(folder, variant, largest_difference):
     kind, settings = VARIANTS[variant]
     theirs, path = folder(kind, **settings)
     ours = llama.load(path)
@@ -83,7 +83,7 @@ def test_logits_are_those_of_transformers(folder, variant, largest_difference):
     assert "tensors loaded" in str(ours.report)
 
 
-def test_both_spellings_of_rotary_settings_mean_the_same(folder):
+def test_both_formats_of_rotary_settings_are_equal(folder):
     _, path = folder(rope_parameters=LLAMA3)
     new = llama.load(path).config
     scaling = {name: value for name, value in LLAMA3.items() if name != "rope_theta"}
@@ -124,7 +124,7 @@ def test_stop_tokens_come_from_the_generation_config_first(folder):
     assert llama.load(path).config.stop_tokens == (7,)
 
 
-def test_missing_unexpected_and_misshapen_tensors_are_all_named(folder):
+def test_missing_unexpected_and_misshapen_tensors_are_named(folder):
     _, path = folder()
     tensors = load_file(path / "model.safetensors")
     del tensors["model.layers.0.mlp.up_proj.weight"], tensors["model.norm.weight"]
@@ -138,14 +138,14 @@ def test_missing_unexpected_and_misshapen_tensors_are_all_named(folder):
     assert "lm_head.weight: [5, 32] in the file, the model has [67, 32]" in str(error.value)
 
 
-def test_a_long_list_of_names_is_cut_with_its_count(folder):
+def test_a_long_list_of_names_is_shortened(folder):
     _, path = folder()
     save_file({"something.else": torch.ones(1)}, path / "model.safetensors")
     with pytest.raises(ValueError, match=r"missing \(30\)(.|\n)*and 10 more(.|\n)*something\.else"):
         llama.load(path)
 
 
-def test_rotary_buffers_are_left_out_with_a_reason(folder):
+def test_rotary_buffers_are_left_out(folder):
     _, path = folder()
     tensors = load_file(path / "model.safetensors")
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
@@ -153,7 +153,7 @@ def test_rotary_buffers_are_left_out_with_a_reason(folder):
     assert "inv_freq (rotary frequencies are computed)" in str(llama.load(path).report)
 
 
-def test_a_head_that_contradicts_tying_keeps_its_values(folder):
+def test_a_stored_head_overrides_tying(folder):
     _, path = folder()
     edit(path, tie_word_embeddings=True)
     model = llama.load(path)
@@ -178,7 +178,7 @@ def test_a_sliding_window_limits_the_context(folder, largest_difference):
         assert largest_difference(model(tokens), theirs(tokens).logits) < 5e-5
 
 
-def test_qwen2_windows_count_only_where_they_are_used(folder):
+def test_qwen2_windows_only_count_if_they_are_used(folder):
     _, path = folder(transformers.Qwen2Config)
     assert llama.load(path).config.context == 128
     edit(path, use_sliding_window=True, sliding_window=16, max_window_layers=3, layer_types=None)
@@ -207,7 +207,7 @@ def test_qwen2_windows_count_only_where_they_are_used(folder):
         ({"eos_token_id": "</s>"}, "eos_token_id"),
     ],
 )
-def test_what_the_decoder_does_not_compute_is_refused_by_name(folder, values, named):
+def test_unsupported_settings_are_errors_that_name_them(folder, values, named):
     _, path = folder()
     edit(path, **values)
     (path / "generation_config.json").unlink(missing_ok=True)
@@ -215,7 +215,7 @@ def test_what_the_decoder_does_not_compute_is_refused_by_name(folder, values, na
         llama.load(path)
 
 
-def test_pickles_are_refused_with_the_way_out(folder):
+def test_pickles_are_errors_that_say_how_to_convert_them(folder):
     _, path = folder()
     (path / "model.safetensors").rename(path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"pickle.*save_pretrained"):
@@ -223,7 +223,7 @@ def test_pickles_are_refused_with_the_way_out(folder):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "absent"])
-def test_damaged_weights_are_a_value_error(folder, damage):
+def test_damaged_weights_are_errors(folder, damage):
     _, path = folder()
     weights = path / "model.safetensors"
     content = weights.read_bytes()
@@ -234,7 +234,7 @@ def test_damaged_weights_are_a_value_error(folder, damage):
         llama.load(path)
 
 
-def test_paths_that_are_no_models(tmp_path):
+def test_paths_without_a_model_are_errors(tmp_path):
     with pytest.raises(ValueError, match="not a folder"):
         llama.load(tmp_path / "nothing")
     with pytest.raises(ValueError, match=r"no config\.json"):

@@ -1,4 +1,4 @@
-"""Llama 3.2 Vision folders: what goes in comes out, names and bytes, and `transformers` reads what is written."""
+"""Llama 3.2 Vision folders: reading and writing keeps names and bytes, and `transformers` reads the result."""
 
 import json
 from dataclasses import replace
@@ -48,7 +48,7 @@ def edited(folder, target, **parts):
 
 
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 30_000])
-def test_a_folder_comes_out_as_it_went_in(mllama, tmp_path, max_shard_bytes):
+def test_a_folder_is_written_as_it_was_read(mllama, tmp_path, max_shard_bytes):
     _, folder = mllama
     source = edited(folder, tmp_path / "in", something_unknown={"kept": [1, 2]})
     (source / "tokenizer.json").write_text("{}")
@@ -58,7 +58,7 @@ def test_a_folder_comes_out_as_it_went_in(mllama, tmp_path, max_shard_bytes):
     assert model.config.language_model.stop_tokens == (9,)
     convert.save(model, tmp_path / "out", max_shard_bytes)
     assert_same_tensors(tmp_path / "out", source)
-    assert config_of(tmp_path / "out") == config_of(source)  # its own indices, and what nobody here knows
+    assert config_of(tmp_path / "out") == config_of(source)  # its own indices, and unknown fields
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
     assert (tmp_path / "out" / "generation_config.json").read_text() == '{"eos_token_id": 9}'
     index = tmp_path / "out" / "model.safetensors.index.json"
@@ -67,7 +67,7 @@ def test_a_folder_comes_out_as_it_went_in(mllama, tmp_path, max_shard_bytes):
         assert set(json.loads(index.read_text())["weight_map"]) == set(all_tensors(folder))
 
 
-def test_transformers_reads_what_is_written(mllama, tmp_path):
+def test_transformers_reads_a_written_folder(mllama, tmp_path):
     theirs, folder = mllama
     convert.save(convert.load(folder), tmp_path / "out", max_shard_bytes=50_000)
     again, info = MllamaForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
@@ -76,8 +76,8 @@ def test_transformers_reads_what_is_written(mllama, tmp_path):
         assert torch.equal(again.state_dict()[name], parameter), name
 
 
-def test_the_released_spelling_of_settings(mllama, tmp_path):
-    """Released folders say rope_scaling, rope_theta and torch_dtype, and name no generation settings."""
+def test_the_released_format_of_settings(mllama, tmp_path):
+    """Released folders have rope_scaling, rope_theta and torch_dtype, and no generation settings."""
     _, folder = mllama
     rope = config_of(folder)["text_config"]["rope_parameters"]
     text = {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope, "rope_parameters": None}
@@ -88,7 +88,7 @@ def test_the_released_spelling_of_settings(mllama, tmp_path):
     assert config_of(tmp_path / "out") == config_of(source)
 
 
-def test_the_names_of_a_model_in_memory_are_read_and_written_too(mllama, tmp_path):
+def test_the_names_of_transformers_5_are_read_and_written(mllama, tmp_path):
     theirs, folder = mllama
     other = edited(folder, tmp_path / "in")
     save_file(dict(theirs.state_dict()), other / "model.safetensors")
@@ -101,7 +101,7 @@ def test_the_names_of_a_model_in_memory_are_read_and_written_too(mllama, tmp_pat
     assert MllamaForConditionalGeneration.from_pretrained(tmp_path / "out").config.image_token_index == 61
 
 
-def test_what_training_changed_is_what_is_written(mllama, tmp_path):
+def test_trained_weights_are_written(mllama, tmp_path):
     _, folder = mllama
     model = convert.load(folder)
     with torch.no_grad():
@@ -122,7 +122,7 @@ def test_positions_count_language_layers(mllama):
     assert config.image_adapter.positions == (1, 3, 5)
 
 
-def test_another_dtype_is_named_in_the_written_config(mllama, tmp_path):
+def test_the_written_config_has_the_dtype_of_the_weights(mllama, tmp_path):
     _, folder = mllama
     convert.save(convert.load(folder, dtype=torch.bfloat16), tmp_path / "out")
     assert config_of(tmp_path / "out")["dtype"] == "bfloat16"
@@ -132,7 +132,7 @@ def test_another_dtype_is_named_in_the_written_config(mllama, tmp_path):
 
 
 @pytest.mark.parametrize("image_token_index", [7, 61, 66])
-def test_the_image_token_is_followed_wherever_it_lies(mllama, tmp_path, image_token_index, random_tiles):
+def test_the_image_token_may_have_any_id(mllama, tmp_path, image_token_index, random_tiles):
     _, folder = mllama
     model = convert.load(edited(folder, tmp_path / "in", image_token_index=image_token_index))
     assert model.config.image_token_id == image_token_index
@@ -140,7 +140,7 @@ def test_the_image_token_is_followed_wherever_it_lies(mllama, tmp_path, image_to
     assert logits.shape == (1, 2, 61)
 
 
-def test_without_an_output_table_the_input_table_serves(mllama, tmp_path):
+def test_without_an_output_table_the_embeddings_are_tied(mllama, tmp_path):
     _, folder = mllama
     source = edited(folder, tmp_path / "in", text={"tie_word_embeddings": True})
     tensors = all_tensors(source)
@@ -190,20 +190,20 @@ def test_missing_and_unexpected_tensors_have_the_folders_names(mllama, tmp_path)
         ({"image_token_index": 999}, "image_token_id 999"),
     ],
 )
-def test_settings_that_the_model_does_not_have_are_refused_by_name(mllama, tmp_path, parts, named):
+def test_unsupported_settings_are_errors_that_name_them(mllama, tmp_path, parts, named):
     _, folder = mllama
     with pytest.raises(ValueError, match=named):
         convert.load(edited(folder, tmp_path / "in", **parts))
 
 
-def test_tap_points_of_another_number_do_not_fit_the_projection(mllama):
+def test_another_number_of_tap_points_is_an_error(mllama):
     with pytest.raises(ValueError, match="the projection takes 3"):
         convert.load(mllama[1], tap_points=(1, 2))
 
 
 @pytest.fixture
 def own_config(tiny_config):
-    """Our tiny model's shape, as mllama can express it."""
+    """A tiny configuration that mllama can express."""
     encoder = replace(tiny_config.vision_encoder, padding="llama32", attention_bias=False)
     lm = tiny_config.language_model
     return replace(
@@ -214,7 +214,7 @@ def own_config(tiny_config):
     )
 
 
-def test_a_model_of_our_own_becomes_a_folder(own_config, build_model, tmp_path, random_tiles):
+def test_one_of_our_models_becomes_a_folder(own_config, build_model, tmp_path, random_tiles):
     model = build_model(own_config)
     convert.save(model, tmp_path / "out")
     again = convert.load(tmp_path / "out")
@@ -241,7 +241,7 @@ def test_a_model_of_our_own_becomes_a_folder(own_config, build_model, tmp_path, 
         ("image_adapter", {"intermediate_size": 8}, "intermediate_size"),
     ],
 )
-def test_what_mllama_cannot_express_is_refused_by_name(own_config, tmp_path, part, change, named):
+def test_what_mllama_cannot_express_is_an_error(own_config, tmp_path, part, change, named):
     config = replace(own_config, **{part: replace(getattr(own_config, part), **change)})
     with pytest.raises(ValueError, match=f"cannot express.*{named}"):
         convert.save(mm.MultimodalModel(config), tmp_path / "out")
@@ -249,7 +249,7 @@ def test_what_mllama_cannot_express_is_refused_by_name(own_config, tmp_path, par
 
 
 @pytest.mark.parametrize("part", ["video_adapter", "speech_encoder"])
-def test_eyes_for_clips_and_ears_are_not_left_out_in_silence(mllama, own_config, tmp_path, part):
+def test_video_and_speech_parts_are_errors(mllama, own_config, tmp_path, part):
     aggregator = AggregatorConfig(hidden_size=32, intermediate_size=48, num_layers=1, num_heads=2)
     parts = {"video_adapter": VideoAdapterConfig(aggregator, interval=1)}
     if part == "speech_encoder":
@@ -265,14 +265,14 @@ def test_eyes_for_clips_and_ears_are_not_left_out_in_silence(mllama, own_config,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_model_that_outgrew_its_folder_is_refused(mllama, tmp_path):
+def test_a_changed_model_does_not_fit_its_folder(mllama, tmp_path):
     model = convert.load(mllama[1])
     model.config = replace(model.config, image_token_id=62)
     with pytest.raises(ValueError, match=r"image_token_id: 61 -> 62.*mllama_source = None"):
         convert.save(model, tmp_path / "out")
 
 
-def test_nothing_is_overwritten_and_nothing_half_written(mllama, tmp_path, monkeypatch):
+def test_folders_are_not_overwritten_or_half_written(mllama, tmp_path, monkeypatch):
     model = convert.load(mllama[1])
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()

@@ -1,8 +1,8 @@
-"""Llama 3.2 Vision: encoder, logits, gradients and greedy tokens are those of `transformers`.
+"""Llama 3.2 Vision: encoder, logits, gradients and greedy tokens equal those of `transformers`.
 
-Two differences are meant, and have their own tests: `transformers` taps the encoder one block later than an index
-says (so parity asks for index + 1), and lets text before the first image receive attention output (so parity cases
-begin with an image).
+There are two intended differences, with tests of their own. `transformers` taps the output of the block of an index,
+and the reference its input, so parity needs tap points of index + 1. In `transformers`, text before the first image
+attends to all images, so parity needs rows that start with an image.
 """
 
 from dataclasses import replace
@@ -37,22 +37,22 @@ def normalised(pixels: torch.Tensor) -> torch.Tensor:
 
 def their_images(rows, dtype=torch.float32) -> dict:
     """Images of each row -> pixel_values [B, N, 4, 3, S, S], aspect_ratio_ids [B, N], aspect_ratio_mask [B, N, 4]."""
-    most = max(len(images) for images in rows)
+    max_images = max(len(images) for images in rows)
     size = rows[0][0].pixels.shape[-1]
-    pixels = torch.zeros(len(rows), most, 4, 3, size, size)
-    ids = torch.zeros(len(rows), most, dtype=torch.long)
-    mask = torch.zeros(len(rows), most, 4, dtype=torch.long)
+    pixels = torch.zeros(len(rows), max_images, 4, 3, size, size)
+    ids = torch.zeros(len(rows), max_images, dtype=torch.long)
+    mask = torch.zeros(len(rows), max_images, 4, dtype=torch.long)
     mask[:, :, 0] = 1
     for row, images in enumerate(rows):
-        for number, tiles in enumerate(images):
-            pixels[row, number, : tiles.num_tiles] = normalised(tiles.pixels)
-            ids[row, number] = tiles.canvas_id
-            mask[row, number, : tiles.num_tiles] = 1
+        for index, tiles in enumerate(images):
+            pixels[row, index, : tiles.num_tiles] = normalised(tiles.pixels)
+            ids[row, index] = tiles.canvas_id
+            mask[row, index, : tiles.num_tiles] = 1
     return {"pixel_values": pixels.to(dtype), "aspect_ratio_ids": ids, "aspect_ratio_mask": mask}
 
 
 def their_batch(samples, dtype=torch.float32) -> dict:
-    """Samples as `transformers`' own processor would hand them to its model, right-padded."""
+    """Samples as the processor of `transformers` gives them to its model, right-padded."""
     length = max(len(sample.tokens) for sample in samples)
     tokens = torch.zeros(len(samples), length, dtype=torch.long)
     attention = torch.zeros_like(tokens)
@@ -72,7 +72,7 @@ def their_batch(samples, dtype=torch.float32) -> dict:
 
 @pytest.fixture(scope="module")
 def samples(random_tiles):
-    """Image first, then: every canvas; two images in a row and apart; rows of different lengths."""
+    """Samples that start with an image: every canvas, several images together and apart, different lengths."""
 
     def text(length, seed):
         return torch.randint(4, 60, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -89,8 +89,8 @@ def samples(random_tiles):
     return [*one_each, together, apart, last]
 
 
-def test_encoder_output(pair, random_tiles, largest_difference):
-    """In float64, where rounding leaves about 1e-15 of the values, so that any real difference shows."""
+def test_encoder_features_equal_those_of_transformers(pair, random_tiles, largest_difference):
+    """In float64, in which rounding errors are about 1e-15, so that any other difference is visible."""
     ours, theirs = (part.double() for part in (pair[0].vision_encoder, pair[1].model.vision_model))
     images = [random_tiles(number, grid) for number, grid in enumerate(CANVASES)]
     given = their_images([[tiles] for tiles in images], torch.float64)
@@ -102,8 +102,8 @@ def test_encoder_output(pair, random_tiles, largest_difference):
     assert largest_difference(features, expected) < 1e-11
 
 
-def test_unused_tiles_matter_in_released_models(pair, random_tiles):
-    """The quirk that padding="llama32" is for: a lone tile is seen differently when nothing pads it."""
+def test_unused_tiles_change_the_features_of_released_models(pair, random_tiles):
+    """With padding="llama32", real tokens attend to padding, so features differ from those without it."""
     encoder = pair[0].vision_encoder
     tiles = [random_tiles(1)]
     with torch.no_grad():
@@ -114,7 +114,7 @@ def test_unused_tiles_matter_in_released_models(pair, random_tiles):
     assert (padded - ragged).abs().max() > 1e-3
 
 
-def test_logits(pair, samples, largest_difference):
+def test_logits_equal_those_of_transformers(pair, samples, largest_difference):
     ours, theirs = pair
     batch = mm.collate(samples)
     with torch.no_grad():
@@ -125,7 +125,7 @@ def test_logits(pair, samples, largest_difference):
         assert largest_difference(logits[row, :length], expected[row, :length]) < 1e-4
 
 
-def test_logits_without_images(pair, largest_difference):
+def test_logits_without_images_equal_those_of_transformers(pair, largest_difference):
     ours, theirs = pair
     samples = [mm.Sample([5, 6, 7, 8]), mm.Sample([9, 10])]
     batch = mm.collate(samples)
@@ -135,8 +135,8 @@ def test_logits_without_images(pair, largest_difference):
         assert largest_difference(ours(batch)[1, :2], expected[1, :2]) < 1e-4
 
 
-def test_gradients_of_all_that_is_trained(pair, samples, largest_difference):
-    """Encoder and adapter get the gradients that `transformers` computes; the language model gets none."""
+def test_gradients_equal_those_of_transformers(pair, samples, largest_difference):
+    """Gradients of encoder and adapter; the language model is frozen."""
     ours, theirs = pair
     ours.requires_grad_(False)
     ours.vision_encoder.requires_grad_(True)
@@ -165,8 +165,8 @@ def test_gradients_of_all_that_is_trained(pair, samples, largest_difference):
     ours.zero_grad(), theirs.zero_grad()
 
 
-def test_greedy_generation(pair, samples):
-    """All rows at once here, each row alone there."""
+def test_greedy_tokens_equal_those_of_transformers(pair, samples):
+    """Our rows are in one batch, theirs are alone."""
     ours, theirs = pair
     new = mm.generate_tokens(ours, samples, max_new_tokens=10, stop_tokens=[])
     for sample, tokens in zip(samples, new, strict=True):
@@ -175,11 +175,11 @@ def test_greedy_generation(pair, samples):
                 **their_batch([sample]), max_new_tokens=10, min_new_tokens=10, do_sample=False, eos_token_id=None
             )
         assert tokens == out[0, len(sample.tokens) :].tolist()
-    assert len({tuple(tokens) for tokens in new}) > 5  # what is generated depends on what is seen
+    assert len({tuple(tokens) for tokens in new}) > 5  # the tokens depend on the images
 
 
 def test_transformers_taps_one_block_later_than_the_reference(mllama, random_tiles, largest_difference):
-    """The folder's indices 0, 1, 3: the reference keeps the state that enters these blocks, we do the same."""
+    """For the indices 0, 1, 3, the reference and we tap the input of these blocks, `transformers` the output."""
     theirs, folder = mllama
     ours = convert.load(folder)
     assert ours.config.vision_encoder.tap_points == (0, 1, 3)
@@ -203,17 +203,17 @@ def test_transformers_taps_one_block_later_than_the_reference(mllama, random_til
         assert largest_difference(taps[..., place], real[0]) < 1e-5
         assert largest_difference(their_taps[..., place], real[1]) < 1e-5
         assert (taps[..., place] - their_taps[..., place]).abs().max() > 0.01
-    assert largest_difference(features[:, :32], expected[:, :32]) < 1e-5  # the final output is the same
+    assert largest_difference(features[:, :32], expected[:, :32]) < 1e-5  # the final output is equal
 
 
-def test_text_before_the_first_image(pair, random_tiles):
-    """There, its logits move with the picture's pixels; here, they are those of the language model alone."""
+def test_text_before_the_first_image_does_not_depend_on_it(pair, random_tiles):
+    """In `transformers` its logits change with the pixels; here they are those of the language model alone."""
     ours, theirs = pair
     tokens = [5, 6, 7, IMAGE, 8, 9]
     first, second = (mm.Sample(tokens, images=[random_tiles(seed, (1, 2))]) for seed in (1, 2))
     with torch.no_grad():
-        moved = theirs(**their_batch([first])).logits - theirs(**their_batch([second])).logits
-        assert moved[0, :3].abs().max() > 1e-4
+        change = theirs(**their_batch([first])).logits - theirs(**their_batch([second])).logits
+        assert change[0, :3].abs().max() > 1e-4
         one, other = ours(mm.collate([first])), ours(mm.collate([second]))
         assert torch.equal(one[0, :3], other[0, :3])
         alone = ours.language_model(torch.tensor([tokens[:3]]))
@@ -234,14 +234,14 @@ def test_text_before_the_first_image(pair, random_tiles):
         [IMAGE, IMAGE, IMAGE],
     ],
 )
-def test_who_sees_which_image_is_their_mask(row):
-    number = row.count(IMAGE)
-    tiles = [1 + image % 4 for image in range(number)]
+def test_visibility_equals_their_mask(row):
+    num_images = row.count(IMAGE)
+    tiles = [1 + image % 4 for image in range(num_images)]
     dense = convert_sparse_cross_attention_mask_to_dense(
         [get_cross_attention_token_mask(row, IMAGE)], [tiles], 4, len(row)
     )
-    (intervals,) = visibility_intervals(torch.tensor([row]) == IMAGE, [number], tiles)  # one vision token per tile
+    (intervals,) = visibility_intervals(torch.tensor([row]) == IMAGE, [num_images], tiles)  # one vision token per tile
     for position in range(len(row)):
-        theirs = [bool(dense[0, position, i, t]) for i in range(number) for t in range(tiles[i])]
+        theirs = [bool(dense[0, position, i, t]) for i in range(num_images) for t in range(tiles[i])]
         start, end = intervals[position].tolist()
         assert theirs == [start <= token < end for token in range(sum(tiles))]

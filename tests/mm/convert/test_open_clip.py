@@ -1,4 +1,4 @@
-"""open_clip towers: every tapped state is the tower's own block output, and no option is dropped silently."""
+"""open_clip towers: tapped states equal the outputs of the tower's blocks, and unsupported options are errors."""
 
 import open_clip
 import pytest
@@ -28,7 +28,7 @@ def random_tiles(size=SIZE, seed=0):
 
 
 def own_states(tower, tiles) -> list[torch.Tensor]:
-    """What the tower's blocks give: the state before the first block, each block's output, and ln_post of the last."""
+    """The states of a tower: before the first block, after each block, and ln_post of the last."""
     states = []
     hooks = [tower.ln_pre.register_forward_hook(lambda _m, _i, out: states.append(out))]
     hooks += [b.register_forward_hook(lambda _m, _i, out: states.append(out)) for b in tower.transformer.resblocks]
@@ -43,7 +43,7 @@ def own_states(tower, tiles) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("quick_gelu", [False, True])
 @pytest.mark.parametrize("settings", [{}, {"pos_embed_type": "sin_cos_2d"}, {"mlp_ratio": 3.0, "head_width": 12}])
-def test_features_are_the_block_outputs(tower, largest_difference, quick_gelu, settings):
+def test_features_equal_the_block_outputs(tower, largest_difference, quick_gelu, settings):
     theirs = tower(quick_gelu, **settings)
     encoder = convert.from_model(theirs, tap_points=TAPS, num_gated_layers=2)
     tiles = random_tiles()
@@ -57,7 +57,7 @@ def test_features_are_the_block_outputs(tower, largest_difference, quick_gelu, s
     assert largest_difference(features[:, :WIDTH], states[-1]) < 2e-5  # gates are 0: new layers change nothing
 
 
-def test_a_whole_model_and_its_tower_give_the_same(randomise):
+def test_a_model_and_its_tower_give_equal_encoders(randomise):
     text = {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1}
     model = randomise(open_clip.CLIP(embed_dim=24, vision_cfg=SETTINGS, text_cfg=text))
     one, other = convert.from_model(model), convert.from_model(model.visual)
@@ -94,7 +94,7 @@ def test_another_tile_size_resizes_the_positions(tower):
     ("num_layers", "expected"),
     [(32, (4, 8, 16, 24, 31)), (24, (3, 6, 12, 18, 23)), (12, (1, 3, 6, 9, 11)), (4, (1, 2, 3)), (1, (1,))],
 )
-def test_default_taps_keep_the_papers_fractions(num_layers, expected):
+def test_default_tap_points_are_at_the_papers_fractions(num_layers, expected):
     assert convert.default_tap_points(num_layers) == expected
 
 
@@ -111,12 +111,12 @@ def test_default_taps_keep_the_papers_fractions(num_layers, expected):
         ({"layers": (1, 1, 1, 1)}, "ModifiedResNet"),
     ],
 )
-def test_towers_that_compute_something_else_are_refused_by_name(settings, named):
+def test_other_towers_are_errors_that_name_the_option(settings, named):
     with pytest.raises(ValueError, match=named):
         convert.from_model(_build_vision_tower(24, CLIPVisionCfg(**{**SETTINGS, **settings})))
 
 
-def test_another_normalisation_is_refused(tower):
+def test_another_normalisation_is_an_error(tower):
     theirs = tower()
     open_clip.model.set_model_preprocess_cfg(theirs, {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)})
     with pytest.raises(ValueError, match="normalisation"):
@@ -125,7 +125,7 @@ def test_another_normalisation_is_refused(tower):
     convert.from_model(theirs)
 
 
-def test_options_outside_the_blocks_are_listed(tower):
+def test_options_outside_the_blocks_are_reported(tower):
     report = str(convert.from_model(tower(patch_dropout=0.5, pool_type="avg")).report)
     assert "patch_dropout" in report
     assert "pool_type avg" in report
@@ -140,7 +140,7 @@ def test_a_local_checkpoint_by_name(tmp_path, tower, randomise, monkeypatch):
     encoder = convert.load("tiny-test", tmp_path / "weights.pt", num_gated_layers=1)
     tiles = random_tiles()
     assert torch.equal(encoder([tiles]), convert.from_model(model, num_gated_layers=1)([tiles]))
-    with pytest.raises(ValueError, match="cannot load no-such-model"):
+    with pytest.raises(ValueError, match="no model no-such-model"):
         convert.load("no-such-model", tmp_path / "weights.pt")
     with pytest.raises(ValueError, match="cannot load tiny-test"):
         convert.load("tiny-test", tmp_path / "absent.pt")
