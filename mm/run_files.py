@@ -30,6 +30,11 @@ from foundation.hashing import file_sha256, files_sha256
 FORMAT = 2
 CONFIG_FILE = "config.yaml"
 ENCODERS = {"vision_encoder": "image encoder", "speech_encoder": "speech encoder"}  # kinds of folders besides "model"
+# Fields of configurations whose names changed since format 1, by the part that holds them.
+FORMAT_1_NAMES = {
+    "speech_adapter": {"readout": "ctc_readout"},
+    "aggregator": {"num_waves": "num_time_frequencies"},
+}
 
 Description = dict[str, Any]
 
@@ -127,45 +132,30 @@ def read_description(folder: str | Path) -> Description:
         description = _upgrade(description)
     if not isinstance(description.get("parts"), dict):  # the last entry
         raise UserError(f"{file} is not complete: it does not list its parts; write the run anew")
-    needed = {"model": dict, "processor": dict} if description.get("kind") == "model" else {}
-    if any(not isinstance(description.get(name), kind) for name, kind in needed.items()) or (
-        needed and "language_model" not in description
+    if description.get("kind") not in ("model", *ENCODERS):
+        raise UserError(f"{file} has kind {description.get('kind')!r}; it can be {', '.join(('model', *ENCODERS))}")
+    if description["kind"] == "model" and not (
+        all(isinstance(description.get(name), dict) for name in ("model", "processor"))
+        and "language_model" in description
     ):
         raise UserError(f"{file} is not complete: it lacks the processor or the language model; write the run anew")
     return description
 
 
 def _upgrade(description: Description) -> Description:
-    """A description of format 1 as format 2: with the kinds written down and fields under their new names."""
+    """A description of format 1 as format 2: with the kinds written down, and fields under their present names."""
 
-    def speech_encoder(values: Any) -> Any:
-        if not isinstance(values, dict) or "kind" in values:
-            return values
-        # Format 1 wrote every field, and only the conformer has this one.
-        return {"kind": "conformer" if "kernel_size" in values else "whisper", **values}
-
-    def speech_adapter(values: Any) -> Any:
+    def upgrade(name: str, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        return {"ctc_readout" if name == "readout" else name: value for name, value in values.items()}
-
-    def video_adapter(values: Any) -> Any:
-        if not isinstance(values, dict) or not isinstance(values.get("aggregator"), dict):
-            return values
-        new_names = {"num_waves": "num_time_frequencies"}
-        aggregator = {new_names.get(name, name): value for name, value in values["aggregator"].items()}
-        return {**values, "aggregator": aggregator}
+        if name == "speech_encoder":  # format 1 wrote every field, and only the conformer has this one
+            values = {"kind": "conformer" if "kernel_size" in values else "whisper", **values}
+        new_names = FORMAT_1_NAMES.get(name, {})
+        return {new_names.get(field, field): upgrade(field, value) for field, value in values.items()}
 
     kind = next((name for name in ("model", *ENCODERS) if name in description), "model")
-    upgraded = {**description, "format": FORMAT, "kind": kind}
-    if isinstance(upgraded.get("model"), dict):
-        renamed = {"speech_encoder": speech_encoder, "speech_adapter": speech_adapter, "video_adapter": video_adapter}
-        upgraded["model"] = {
-            name: renamed[name](values) if name in renamed else values for name, values in upgraded["model"].items()
-        }
-    if "speech_encoder" in upgraded:
-        upgraded["speech_encoder"] = speech_encoder(upgraded["speech_encoder"])
-    return upgraded
+    fields = {name: upgrade(name, value) for name, value in description.items() if name != "format"}
+    return {"format": FORMAT, "kind": kind, **fields}
 
 
 def why_not_a_model(folder: Path) -> str:

@@ -10,9 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import mm
 import mm.run_files
-from mm.assembly import assemble
-from mm.encoder_folders import load_vision_encoder, save_vision_encoder
-from mm.run_files import CONFIG_FILE, replaced_files
+from mm.run_files import CONFIG_FILE
 from mm.run_folder import save
 
 PARTS = ("vision_encoder", "image_adapter", "extra_embeddings")
@@ -161,34 +159,6 @@ def test_failed_save_leaves_the_old_run(monkeypatch, build_model, tiny_config, t
     assert torch.equal(logits(mm.load(run)[0], sample), logits(tiny_model, sample))
 
 
-def test_description_goes_first_and_comes_last(monkeypatch, tmp_path):
-    """Killed at any move between, the folder does not pass for a whole one."""
-
-    def write(text: str) -> None:
-        with replaced_files(tmp_path / "run", last="z.yaml") as new:
-            for name in ("z.yaml", "a", "b"):
-                (new / name).write_text(text)
-
-    write("old")
-    moves = []
-
-    def moves_then_fails(source, target):
-        moves.append(target.name)
-        if len(moves) == 2:
-            raise KeyboardInterrupt
-        source.rename(target)
-
-    monkeypatch.setattr(mm.run_files.os, "replace", moves_then_fails)
-    with pytest.raises(KeyboardInterrupt):
-        write("new")
-    monkeypatch.undo()
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["a", "b"]
-    write("newer")
-    assert {path.name: path.read_text() for path in (tmp_path / "run").iterdir()} == dict.fromkeys(
-        ("a", "b", "z.yaml"), "newer"
-    )
-
-
 def test_saving_again_replaces_the_run_and_keeps_other_files(build_model, tiny_config, tiny_processor, run, sample):
     (run / "notes.txt").write_text("mine")
     other = build_model(tiny_config, seed=3)
@@ -211,48 +181,6 @@ def test_model_without_eyes(bare_model, tokenizer, tmp_path):
     model, _ = mm.load(tmp_path / "run")
     assert model.vision_encoder is None
     assert torch.equal(logits(model, mm.Sample([3, 4, 5])), logits(bare_model, mm.Sample([3, 4, 5])))
-
-
-def test_encoder_alone_comes_back(tiny_model, run, random_tiles, tmp_path):
-    save_vision_encoder(tmp_path / "encoder", tiny_model.vision_encoder)
-    images = [random_tiles(1, (1, 2)), random_tiles(2)]
-    for folder in (tmp_path / "encoder", run):
-        with torch.inference_mode():
-            assert torch.equal(load_vision_encoder(folder)(images), tiny_model.vision_encoder(images))
-    with pytest.raises(ValueError, match="only the image encoder"):
-        mm.load(tmp_path / "encoder")
-    (tmp_path / "encoder" / "vision_encoder.safetensors").unlink()
-    with pytest.raises(ValueError, match="incomplete"):
-        load_vision_encoder(tmp_path / "encoder")
-
-
-def test_encoder_of_another_tile_size(tiny_model, run, random_tiles):
-    encoder = load_vision_encoder(run, tile_size=56)
-    assert encoder.config.tile_size == 56
-    assert encoder.patch_position.local.shape == (17, 32)
-    old, new = tiny_model.vision_encoder.patch_position, encoder.patch_position
-    assert torch.equal(new.local[0], old.local[0])  # CLS has no place in the picture
-    corners = new.local[1:].unflatten(0, (4, 4))[[0, 0, 3, 3], [0, 3, 0, 3]]
-    torch.testing.assert_close(corners, old.local[1:])  # bilinear: corners keep the four old positions
-    with torch.inference_mode():
-        assert encoder([random_tiles(size=56)]).shape == (17, encoder.config.feature_size)
-
-
-def test_assembled_model_starts_as_its_language_model(tiny_model, bare_model, tiny_config, sample):
-    def put_together(**options) -> mm.MultimodalModel:
-        adapter = replace(tiny_config.image_adapter, gate_init=0.25)
-        return assemble(tiny_model.language_model, tiny_model.vision_encoder, adapter, **options)
-
-    model = put_together()
-    assert model.language_model is tiny_model.language_model
-    assert model.vision_encoder is tiny_model.vision_encoder
-    table = tiny_model.language_model.model.embed_tokens.weight
-    assert 0.8 < float(model.extra_embeddings.detach().std() / table.detach().std()) < 1.2
-    assert {float(block.gate_attn.detach()) for block in model.image_adapter.blocks} == {0.25}
-    again, other = put_together(), put_together(seed=1)
-    assert torch.equal(logits(model, sample), logits(again, sample))
-    assert not torch.equal(logits(model, sample), logits(other, sample))
-    assert not any(parameter.is_meta for parameter in model.parameters())
 
 
 def test_stored_names_are_the_parts_own(run, tiny_model):

@@ -260,7 +260,7 @@ def test_wrong_use_is_named(model, tiny_model, sample, make_sample, config):
         logits(tiny_model, sample("v.."))
     with pytest.raises(ValueError, match="interval of at most 3"):
         mm.MultimodalModel(replace(config, video_adapter=VideoAdapterConfig(aggregator=SMALL, interval=4)))
-    with pytest.raises(ValueError, match="blocks of an image_adapter"):
+    with pytest.raises(ValueError, match="needs an image_adapter"):
         replace(config, vision_encoder=None, image_adapter=None)
 
 
