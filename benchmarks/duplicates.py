@@ -1,11 +1,11 @@
-"""Near duplicates in a made-up set whose duplicates are known: what is found, and what is taken for one and is none.
+"""Precision and recall of near duplicates on a synthetic set whose duplicates are known.
 
     python -m benchmarks.duplicates                    # 20,000 pictures, beside imagededup where it is installed
     python -m benchmarks.duplicates --pictures 1000
 
-Half of the pictures are scenes and edited copies of them; half are hard negatives: one template with another number,
-plain colours, logos on white, pages of a document. Precision and recall are over pairs of pictures; survivors are those
-that stay of each true component, 1 at best. imagededup's CNN class is given our embedder as its model.
+Half of the pictures are scenes and their edited copies; half are hard negatives: cards of one template, plain colours,
+logos on white, pages of a document. Precision and recall are over pairs of pictures; the best number of survivors per
+true component is 1. imagededup's CNN class uses our embedder as its model.
 """
 
 import argparse
@@ -22,31 +22,31 @@ import pyarrow.parquet as pq
 
 from benchmarks.measure import machine, write_results
 from benchmarks.pictures import known_graph
-from data_prep.pipeline.curation import Curate, rethreshold, run
+from data_prep.pipeline.curation import CurationConfig, rethreshold, run
 from data_prep.pipeline.pool import RawSource
 from data_prep.steps.deduplication.embedders import LowFrequencies
 from data_prep.steps.near_duplicates import EDGES, NODES, NearDuplicatesConfig
 
 INSTALL = "pip install --no-deps imagededup==0.3.3.post2 scikit-learn joblib cloudpickle threadpoolctl narwhals"
-STRICTER = (0.9, 0.95, 0.98, 0.99)  # thresholds that the same run is decided with anew
-HASH_DISTANCE = 10  # imagededup's own default for hashes of 64 bits
+STRICTER = (0.9, 0.95, 0.98, 0.99)  # further thresholds, decided from the same run
+HASH_DISTANCE = 10  # imagededup's default for hashes of 64 bits
 Pairs = set[tuple[str, str]]
 
 
 def make(folder: Path, count: int) -> tuple[dict[str, int], dict[str, str]]:
-    """Writes the pictures as files and as a tar; name -> component, name -> kind."""
+    """Writes the pictures as files and as a tar; returns name -> component, and name -> kind."""
     component_of, kind_of = {}, {}
     (folder / "files").mkdir()
     (folder / "tars").mkdir()
     with tarfile.open(folder / "tars" / "all.tar", "w") as tar:
-        for number, (kind, component, data) in enumerate(known_graph(count)):
-            name = f"{number:06d}.jpg"
+        for index, (kind, component, data) in enumerate(known_graph(count)):
+            name = f"{index:06d}.jpg"
             path = folder / "files" / name
             path.write_bytes(data)
             component_of[name], kind_of[name] = component, kind
             tar.add(path, name)
-            text = tarfile.TarInfo(f"{number:06d}.txt")
-            (folder / "caption").write_text(f"picture number {number}")
+            text = tarfile.TarInfo(f"{index:06d}.txt")
+            (folder / "caption").write_text(f"picture number {index}")
             text.size = (folder / "caption").stat().st_size
             with open(folder / "caption", "rb") as caption:
                 tar.addfile(text, caption)
@@ -54,20 +54,20 @@ def make(folder: Path, count: int) -> tuple[dict[str, int], dict[str, str]]:
 
 
 def ours(folder: Path) -> tuple[Pairs, set[str]]:
-    """(pairs above the threshold, pictures that stay) of a run of the curation."""
+    """(pairs above the threshold, pictures that are kept) of a curation run."""
     run(_config(folder, LowFrequencies.threshold))
     return _decided(folder, LowFrequencies.threshold)
 
 
 def ours_at(folder: Path, threshold: float) -> tuple[Pairs, set[str]]:
-    """The same of what that run would decide with another threshold."""
+    """The same for that run, decided again with another threshold."""
     rethreshold(folder / "run", _config(folder, threshold))
     return _decided(folder, threshold)
 
 
-def _config(folder: Path, threshold: float) -> Curate:
+def _config(folder: Path, threshold: float) -> CurationConfig:
     source = RawSource(str(folder / "tars"), "tars")
-    return Curate(str(folder / "run"), (source,), near_duplicates=NearDuplicatesConfig(threshold=threshold))
+    return CurationConfig(str(folder / "run"), (source,), near_duplicates=NearDuplicatesConfig(threshold=threshold))
 
 
 def _decided(folder: Path, threshold: float) -> tuple[Pairs, set[str]]:
@@ -79,8 +79,8 @@ def _decided(folder: Path, threshold: float) -> tuple[Pairs, set[str]]:
     nodes = defaultdict(list)
     for row in pq.read_table(state / NODES).to_pylist():
         nodes[row["node"]] += names[row["image_id"]]
-    same = {pair for some in names.values() for pair in combinations(sorted(some), 2)}
-    pairs = same | {pair for some in nodes.values() for pair in combinations(sorted(some), 2)}
+    groups = [*names.values(), *nodes.values()]  # pictures with equal bytes, and with equal vectors
+    pairs = {pair for group in groups for pair in combinations(sorted(group), 2)}
     edges = pq.read_table(state / EDGES, filters=[("similarity", ">=", threshold)]).to_pylist()
     for edge in edges:
         pairs |= {tuple(sorted(pair)) for pair in product(nodes[edge["a"]], nodes[edge["b"]])}
@@ -115,29 +115,29 @@ def imagededup_cnn(folder: Path) -> tuple[Pairs, set[str]]:
 
 
 def _of_map(found: dict[str, list[str]]) -> tuple[Pairs, set[str]]:
-    """What is near what -> pairs, and what stays where each takes all that is near it, as imagededup removes them."""
+    """(pairs, pictures that are kept) of picture -> its neighbours, which it removes, as imagededup does."""
     pairs = {tuple(sorted((one, other))) for one, others in found.items() for other in others}
-    gone: set[str] = set()
-    for one in found:
-        if one not in gone:
-            gone.update(found[one])
-    return pairs, set(found) - gone
+    removed: set[str] = set()
+    for name in found:
+        if name not in removed:
+            removed.update(found[name])
+    return pairs, set(found) - removed
 
 
-def judge(pairs: Pairs, kept: Iterable[str], component_of: dict[str, int], kind_of: dict[str, str]) -> dict:
+def evaluate(pairs: Pairs, kept: Iterable[str], component_of: dict[str, int], kind_of: dict[str, str]) -> dict:
     sizes = Counter(component_of.values())
     true = sum(size * (size - 1) // 2 for size in sizes.values())
     right = sum(component_of[one] == component_of[other] for one, other in pairs)
     wrong = Counter(kind_of[one] for one, other in pairs if component_of[one] != component_of[other])
-    stays = Counter(component_of[name] for name in kept)
+    survivors = Counter(component_of[name] for name in kept)
     copied = [component for component, size in sizes.items() if size > 1]
     return {
         "pairs_found": len(pairs),
         "true_pairs": true,
         "precision": right / len(pairs) if pairs else None,
         "recall": right / true if true else None,
-        "survivors_per_component": sum(stays[component] for component in copied) / max(1, len(copied)),
-        "components_lost": sum(stays[component] == 0 for component in sizes),
+        "survivors_per_component": sum(survivors[component] for component in copied) / max(1, len(copied)),
+        "components_lost": sum(survivors[component] == 0 for component in sizes),
         "components": len(sizes),
         "wrong_pairs_by_kind": dict(sorted(wrong.items())),
     }
@@ -151,7 +151,7 @@ def main() -> None:
     try:
         import imagededup  # noqa: F401
     except ImportError:
-        print(f"imagededup is not installed, so only ours is measured; to compare: {INSTALL}")
+        print(f"imagededup is not installed, so only this project is measured; to compare: {INSTALL}")
     else:
         contestants |= {"imagededup, PHash": imagededup_hash, "imagededup, CNN, our embedder": imagededup_cnn}
     rows = {}
@@ -161,12 +161,12 @@ def main() -> None:
         print(
             "| | precision | recall | survivors per component | components lost | seconds |\n|---|---|---|---|---|---|"
         )
-        contestants |= {f"ours, threshold {one}": partial(ours_at, threshold=one) for one in STRICTER}
+        contestants |= {f"ours, threshold {threshold}": partial(ours_at, threshold=threshold) for threshold in STRICTER}
         for name, find in contestants.items():
-            begun = time.perf_counter()
+            start = time.perf_counter()
             found = find(folder)
-            seconds = time.perf_counter() - begun
-            rows[name] = {**judge(*found, component_of, kind_of), "seconds": seconds}
+            seconds = time.perf_counter() - start
+            rows[name] = {**evaluate(*found, component_of, kind_of), "seconds": seconds}
             row = rows[name]
             print(
                 f"| {name} | {row['precision'] or 0:.4f} | {row['recall'] or 0:.4f} "

@@ -1,4 +1,4 @@
-"""Made-up pictures with a known graph of near duplicates: scenes with edited copies, and what only looks alike."""
+"""Synthetic pictures with known near duplicates: scenes with edited copies, and hard negatives."""
 
 import io
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ NEGATIVES = ("template", "plain", "logo", "page")
 
 
 def scene(seed: int, side: int = SIDE) -> Image.Image:
-    """Blots of colour with shapes before them, unlike that of any other seed."""
+    """Smooth coloured noise with shapes in front of it; every seed gives another picture."""
     generator = np.random.default_rng(seed)
     small = generator.integers(0, 256, (6, 8, 3), dtype=np.uint8)
     picture = Image.fromarray(small).resize((side * 4 // 3, side), Image.Resampling.BICUBIC)
@@ -25,7 +25,7 @@ def scene(seed: int, side: int = SIDE) -> Image.Image:
 
 
 def edited(picture: Image.Image, generator: np.random.Generator) -> bytes:
-    """A copy of it as they go around: rescaled, recompressed, brighter, blurred or cropped a little."""
+    """A JPEG copy with a random edit: rescaled, brighter or darker, blurred, cropped, or only recompressed."""
     edit = generator.integers(0, 5)
     if edit == 0:
         scale = generator.uniform(0.5, 0.9)
@@ -42,7 +42,7 @@ def edited(picture: Image.Image, generator: np.random.Generator) -> bytes:
 
 
 def negative(kind: str, seed: int, side: int = SIDE) -> Image.Image:
-    """One of a kind whose members look alike and are not the same."""
+    """A picture of a kind (of NEGATIVES) whose members are similar and no copies."""
     generator = np.random.default_rng(seed)
     if kind == "plain":
         return Image.new("RGB", (side, side), tuple(int(c) for c in generator.integers(0, 256, 3)))
@@ -69,11 +69,11 @@ def jpeg(picture: Image.Image, quality: int = 90) -> bytes:
 
 
 def known_graph(count: int) -> Iterator[tuple[str, int, bytes]]:
-    """Yields (kind, component, file) of so many pictures: half scenes and their copies, half hard negatives."""
+    """Yields (kind, component, JPEG) of `count` pictures: half scenes and their copies, half hard negatives."""
     generator, component = np.random.default_rng(0), 0
     made = 0
     while made < count:
-        if component % 7:  # six negatives come after a scene with, on average, five copies
+        if component % 7:  # six negatives follow a scene, which has five copies on average
             kind = NEGATIVES[component % len(NEGATIVES)]
             yield kind, component, jpeg(negative(kind, component))
             made += 1

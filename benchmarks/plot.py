@@ -1,4 +1,4 @@
-"""Power laws as a picture: measured points and fitted lines on logarithmic axes, one panel each, as SVG."""
+"""Plots of power laws as SVG: measured points and the fitted line on logarithmic axes, one panel each."""
 
 import html
 import math
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from foundation.errors import UserError
 
-WIDTH, HEIGHT, LEFT, GAP, TOP, BOTTOM = 176, 150, 62, 20, 46, 50  # of a panel, and around it, in pixels
+WIDTH, HEIGHT, LEFT, GAP, TOP, BOTTOM = 176, 150, 62, 20, 46, 50  # px, of a panel and around it
 
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """amounts ~ factor * values ** exponent, fitted by least squares between logarithms."""
+    """amounts ~ factor * values ** exponent, fitted by least squares on logarithms."""
 
     values: tuple[float, ...]
     amounts: tuple[float, ...]
@@ -28,19 +28,19 @@ class PowerLaw:
 
     @property
     def _line(self) -> tuple[float, float]:
-        logarithms = ([math.log(number) for number in numbers] for numbers in (self.values, self.amounts))
+        logarithms = ([math.log(value) for value in column] for column in (self.values, self.amounts))
         return tuple(statistics.linear_regression(*logarithms))
 
 
 def draw(rows: dict[str, dict[str, PowerLaw]]) -> str:
-    """An SVG document: a row of panels for each label, in it a panel for each name; a row's panels share their axis.
+    """An SVG document with a row of panels for each label and a panel for each name; a row shares its vertical axis.
 
     Raises:
-        UserError: no panels, or a number that is not above 0.
+        UserError: there are no panels, or a value is not above 0.
     """
     laws = [law for panels in rows.values() for law in panels.values()]
     if not laws or min(min(*law.values, *law.amounts) for law in laws) <= 0:
-        raise UserError("logarithmic axes need numbers, all above 0")
+        raise UserError("logarithmic axes need values, all above 0")
     columns = max(map(len, rows.values()))
     width, height = LEFT + columns * (WIDTH + GAP), len(rows) * (TOP + HEIGHT + BOTTOM)
     parts = [
@@ -48,8 +48,8 @@ def draw(rows: dict[str, dict[str, PowerLaw]]) -> str:
         'font-family="system-ui, sans-serif" font-size="11.5">',
         f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
     ]
-    for number, (label, panels) in enumerate(rows.items()):
-        top = number * (TOP + HEIGHT + BOTTOM) + TOP
+    for row, (label, panels) in enumerate(rows.items()):
+        top = row * (TOP + HEIGHT + BOTTOM) + TOP
         amounts = [amount for law in panels.values() for amount in law.amounts]
         low, high = min(amounts) / 1.3, max(amounts) * 1.3
         parts.append(_text(8, top - 28, label, size=13))
@@ -86,7 +86,7 @@ def _panel(left: float, top: float, name: str, law: PowerLaw, low: float, high: 
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Numbers 1, 2 and 5 times powers of ten from `low` to `high`; only the powers where there are many."""
+    """1, 2 and 5 times powers of ten from `low` to `high`; the powers alone if there are more than eight."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     fine = [digit * 10.0**power for power in powers for digit in (1, 2, 5)]
     inside = [number for number in fine if low <= number <= high]

@@ -1,11 +1,11 @@
-"""Resampling by n-grams: does it keep what it should, and how fast are n-grams found in captions?
+"""Resampling by n-grams: kept shares compared with their expectation, and the speed of finding n-grams in captions.
 
-    python -m benchmarks.resampling                       # the real pool; fetches its pictures' captions and WordNet
+    python -m benchmarks.resampling                       # the sample pool; downloads it and WordNet
     python -m benchmarks.resampling --captions 2000 --entries 20000 --seeds 5 --repetitions 1
 
-Kept shares are held against the exact expectation for every n-gram (a pair is drawn anew with each seed), as a
-chi-square. Speeds are of one core, vocabulary ready, captions read: ours, the same words and pairs looked up in a
-dictionary, `pyahocorasick`, and a plain loop.
+Kept shares are compared with the exact expectation for every n-gram by a chi-square test; each seed draws every pair
+anew. Speeds are of one core, without building the vocabulary and reading captions: ours, a dictionary of words and
+pairs of words, `pyahocorasick`, and a plain loop.
 """
 
 import argparse
@@ -17,9 +17,9 @@ from itertools import islice, pairwise
 import numpy as np
 import pyarrow as pa
 
-from app.commands.data import locate
+from app.assets import locate
 from benchmarks.measure import interleave, machine, seconds_of, spread, write_results
-from data_prep.pipeline.pool import RawPair, RawSource, parts_of
+from data_prep.pipeline.pool import RawPair, RawSource, list_parts
 from data_prep.steps.ngrams import Vocabulary, read_texts, words_of
 from data_prep.steps.resampling import critical_thresholds, frequencies, keep_probabilities
 
@@ -28,21 +28,21 @@ SOURCES = (
     RawSource("asset:tuxpaint-stamps", "folder", captions="tuxpaint"),
     RawSource("asset:openclipart-svg", "folder", captions="title"),
 )
-PLAIN = 20  # captions that the plain loop is timed with: it looks for every entry in each
-FEW = 5  # n-grams that fewer expected losses than this come to say nothing in a chi-square
+PLAIN_CAPTIONS = 20  # that the slow plain loop is timed with
+MIN_VARIANCE = 5  # n-grams with a lower variance are too rare for a chi-square test
 
 
 def read_captions(limit: int | None) -> list[str]:
-    """Captions of the real pool, each pair's own, as read."""
-    parts = (part for source in SOURCES for part in parts_of(source, locate(source.path)))
+    """The captions of the sample pool, one per pair, unchanged."""
+    parts = (part for source in SOURCES for part in list_parts(source, locate(source.path)))
     raws = (raw for part in parts for raw in part.read() if isinstance(raw, RawPair) and raw.caption)
     return list(islice((raw.caption.decode(errors="replace") for raw in raws), limit))
 
 
 def kept_shares(captions: list[str], vocabulary: Vocabulary, threshold: float, seeds: int) -> dict:
-    """Over n-grams: captions with it that were kept, of what was expected, in units of the deviation expected."""
-    lists = pa.array([vocabulary.numbers_in(caption) for caption in captions], pa.list_(pa.int32()))
-    ids = [f"{number:032x}" for number in range(len(captions))]
+    """The deviations of kept captions per n-gram and per pair from their expectation, in standard deviations."""
+    lists = pa.array([vocabulary.ngram_indices(caption) for caption in captions], pa.list_(pa.int32()))
+    ids = [f"{index:032x}" for index in range(len(captions))]
     counts = frequencies(lists, len(vocabulary.ngrams))
     probability = keep_probabilities(lists, counts, threshold)
     kept = np.zeros(len(captions))
@@ -53,11 +53,11 @@ def kept_shares(captions: list[str], vocabulary: Vocabulary, threshold: float, s
         np.bincount(ngrams, values[rows], len(vocabulary.ngrams))
         for values in (seeds * probability, kept, seeds * probability * (1 - probability))
     )
-    sure = np.flatnonzero((variance == 0) & (counts > 0))
-    unsure = np.flatnonzero(variance > FEW)
-    order = unsure[np.argsort(-counts[unsure])]
+    certain = np.flatnonzero((variance == 0) & (counts > 0))
+    uncertain = np.flatnonzero(variance > MIN_VARIANCE)
+    order = uncertain[np.argsort(-counts[uncertain])]
     deviation = (drawn - expected)[order] / np.sqrt(variance[order])
-    # n-grams share captions, so theirs are not independent; pairs are
+    # the test is over pairs, which are independent; n-grams are not, since they share captions
     mixed = (probability > 0) & (probability < 1)
     each = ((kept - seeds * probability)[mixed] ** 2 / (seeds * probability * (1 - probability))[mixed]).sum()
     return {
@@ -67,7 +67,7 @@ def kept_shares(captions: list[str], vocabulary: Vocabulary, threshold: float, s
         "threshold": threshold,
         "kept": float(kept.sum() / seeds),
         "expected": float(probability.sum()),
-        "sure_ngrams_as_expected": bool(np.array_equal(drawn[sure], expected[sure])),
+        "certain_ngrams_as_expected": bool(np.array_equal(drawn[certain], expected[certain])),
         "ngrams": len(order),
         "rms_deviation_of_ngrams": float(np.sqrt((deviation**2).mean())) if len(order) else None,
         "largest_deviation": float(np.abs(deviation).max()) if len(order) else None,
@@ -87,7 +87,7 @@ def kept_shares(captions: list[str], vocabulary: Vocabulary, threshold: float, s
 
 
 def vocabulary_of(texts: Iterator[str], entries: int) -> Vocabulary:
-    """The n-grams of the texts; made-up pairs of their words where they are too few."""
+    """`entries` n-grams of the texts, with random pairs of their words where they have too few."""
     ngrams = Vocabulary.of_texts(texts).ngrams
     words = [ngram for ngram in ngrams if " " not in ngram]
     generator, found = np.random.default_rng(0), set(islice(ngrams, entries))
@@ -98,7 +98,7 @@ def vocabulary_of(texts: Iterator[str], entries: int) -> Vocabulary:
 
 
 def finders(vocabulary: Vocabulary) -> dict[str, Callable[[str], list[int]]]:
-    """Ways to find the numbers of a caption's n-grams, in order."""
+    """Functions that find the indices of a caption's n-grams, ascending."""
     try:
         import ahocorasick
     except ImportError:
@@ -125,7 +125,7 @@ def finders(vocabulary: Vocabulary) -> dict[str, Callable[[str], list[int]]]:
         return sorted(found)
 
     return {
-        "ours": vocabulary.numbers_in,
+        "ours": vocabulary.ngram_indices,
         "dictionary": with_dictionary,
         "pyahocorasick": with_c,
         "plain loop": plain,
@@ -134,7 +134,7 @@ def finders(vocabulary: Vocabulary) -> dict[str, Callable[[str], list[int]]]:
 
 def speeds(captions: list[str], vocabulary: Vocabulary, repetitions: int) -> dict[str, dict]:
     found = finders(vocabulary)
-    some = captions[:: max(1, len(captions) // PLAIN)][:PLAIN]
+    some = captions[:: max(1, len(captions) // PLAIN_CAPTIONS)][:PLAIN_CAPTIONS]
     for name, find in found.items():
         for caption in some if name == "plain loop" else captions[:2000]:
             assert find(caption) == found["ours"](caption), (name, caption)
@@ -164,8 +164,8 @@ def main() -> None:
         f"{shares['captions']:,} captions, {shares['matched']:,} with an n-gram; kept {shares['kept']:,.1f} of "
         f"{shares['expected']:,.1f} expected at T = {shares['threshold']:g}, mean of {shares['seeds']} seeds\n"
         f"chi-square over pairs {shares['chi_square']:,.0f}, {shares['degrees_of_freedom']:,} degrees of freedom: "
-        f"{shares['standard_deviations']:+.1f} standard deviations; rare n-grams kept for certain: "
-        f"{shares['sure_ngrams_as_expected']}; {shares['ngrams']:,} n-grams: root mean square deviation "
+        f"{shares['standard_deviations']:+.1f} standard deviations; rare n-grams all kept: "
+        f"{shares['certain_ngrams_as_expected']}; {shares['ngrams']:,} n-grams: root mean square deviation "
         f"{shares['rms_deviation_of_ngrams'] or 0:.2f}, largest {shares['largest_deviation'] or 0:.1f}\n"
     )
     print("| n-gram | captions | kept | expected |\n|---|---|---|---|")

@@ -35,13 +35,11 @@ class MeanColour:
 
 
 def everything(work: str) -> dict[str, bytes]:
-    """The files of a run, aside from canaries, reports and settings."""
+    """The files of a run without canaries, report and settings."""
     folder = Path(work)
-    files = [
-        path for path in folder.rglob("*") if path.is_file() and path.parent != folder and "canaries" not in str(path)
-    ]
-    files.append(folder / "ledger.parquet")
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    files = [folder / "ledger.parquet", *(path for path in folder.glob("*/**/*") if path.is_file())]
+    names = {path: path.relative_to(folder) for path in files}
+    return {str(name): path.read_bytes() for path, name in names.items() if name.parts[0] != "canaries"}
 
 
 def planted(work: str) -> list[bytes]:
