@@ -22,10 +22,10 @@ from data_prep.sources.splits import join_concepts, split_of
 from foundation.errors import UserError
 from foundation.extras import MissingExtraError, import_extra
 from shards.format import Record, make_id
+from speech.features import SAMPLE_RATE
 from speech.prompts import TRANSCRIBE
 from speech.reading import read_sound, resample
 
-SAMPLE_RATE = 16_000
 QUESTIONS = ("What did they say?", "What is said here?", "Write down what you hear.", "What do you hear?")
 VALIDATION_SHARE, TEST_SHARE = 0.02, 0.08  # of the sentences
 LANGUAGES = {

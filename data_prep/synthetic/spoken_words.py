@@ -20,7 +20,6 @@ import numpy as np
 
 from data_prep.pipeline.workers import map_in_order
 from data_prep.sources.recordings import (
-    SAMPLE_RATE,
     resample_to_16_khz,
     split_of_sentence,
     transcription_record,
@@ -31,6 +30,7 @@ from foundation.errors import UserError
 from foundation.extras import import_extra
 from shards.format import Record, make_id
 from shards.writer import write_shards
+from speech.features import SAMPLE_RATE
 
 WORDS = split_names(
     "apple bird blue boat book boy bread car cat chair cold cow dog door fish flower girl good green hand "
