@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import functional
 from transformers import MllamaImageProcessor
 from transformers.models.mllama.image_processing_mllama import (
     get_image_size_fit_to_canvas,
     get_optimal_tiled_canvas,
 )
 
-from vision.tiling import CANVASES, Tiles, choose_canvas, fit_size, split_tiles, tile_image
+from vision.tiling import CANVASES, Tiles, choose_canvas, fit_size, resize, split_tiles, tile_image
 
 SIZES = [
     (1, 1),
@@ -143,3 +144,12 @@ def test_invalid_arguments_are_errors(change, named):
 def test_tiles_that_do_not_fit_their_grid_are_errors(pixels, grid):
     with pytest.raises(ValueError, match="grid"):
         Tiles(pixels, grid)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 200), (97, 61), (224, 224)])
+@pytest.mark.parametrize("new_size", [(1, 3), (28, 28), (140, 33), (9, 250)])  # torchvision fails at 1 x 1
+def test_resizing_equals_torchvisions_to_the_bit(size, new_size):
+    pixels = torch.randint(0, 256, (*size, 3), dtype=torch.uint8).permute(2, 0, 1)
+    for layout in (pixels, pixels.contiguous()):
+        expected = functional.resize(layout, list(new_size), functional.InterpolationMode.BILINEAR, antialias=True)
+        assert torch.equal(resize(layout, *new_size), expected)
