@@ -95,9 +95,6 @@ class SpeechAdapter(nn.Module):
         Returns:
             tokens [B, N, D], zero beyond an utterance's length, and lengths int64 [B] in tokens. N is S / 2, rounded
             up; token n comes from frames 2n - 1 to 2n + 1.
-
-        Raises:
-            UserError: lengths outside 1..S.
         """
         x = without_padding(frames, frame_mask(lengths, frames.shape[1], frames.device))
         lengths = _after_stride(lengths)
@@ -116,12 +113,8 @@ class SpeechAdapter(nn.Module):
 
         The input of `output_proj` is normalised to a root mean square of 1, so the scale of its weight sets the scale
         of its output. `token_rms` measures the result.
-
-        Raises:
-            UserError: `rms` is not above 0.
         """
-        if not rms > 0:
-            raise UserError(f"the embeddings' root mean square is {rms}; it must be above 0")
+        assert rms > 0, f"the embeddings' root mean square is {rms}"
         weight = self.output_proj.weight
         weight.mul_(rms / (weight.float().square().mean().sqrt() * weight.shape[1] ** 0.5))
         self.output_proj.bias.zero_()

@@ -82,18 +82,12 @@ def num_frames(num_mel_frames: IntOrTensor) -> IntOrTensor:
 def frame_mask(lengths: Tensor, num_frames: int, device: torch.device) -> Tensor | None:
     """The mask of each utterance's real frames: bool [B, num_frames], or None if nothing is padded.
 
-    Lengths are only inspected on the CPU, because reading them from a GPU would wait for it. There the result is
-    always a mask.
-
-    Raises:
-        UserError: lengths outside 1..num_frames (only checked on the CPU).
+    Lengths are only inspected and checked on the CPU, because reading them from a GPU would wait for it. There the
+    result is always a mask.
     """
     if lengths.device.type == "cpu":
         shortest, longest = (int(length) for length in lengths.aminmax())
-        if shortest < 1 or longest > num_frames:
-            raise UserError(
-                f"utterances have {shortest} to {longest} frames; in this batch they can have 1 to {num_frames}"
-            )
+        assert shortest >= 1 and longest <= num_frames, f"lengths are {shortest} to {longest}, outside 1..{num_frames}"
         if shortest == num_frames:
             return None
     mask = torch.arange(num_frames, device=lengths.device) < lengths[:, None]
@@ -207,9 +201,6 @@ class SpeechEncoder(nn.Module):
         Returns:
             frames [B, S, W], zero beyond an utterance's length, and lengths int64 [B] in frames. S is T / 4, rounded
             up: the corpus mean fills the last frame.
-
-        Raises:
-            UserError: lengths outside 1..T.
         """
         return self.encode(*self.embed(*self.stack(mel, lengths)))
 

@@ -152,15 +152,9 @@ class WhisperEncoder(nn.Module):
         Returns:
             frames [B, S, 2 * width], zero beyond an utterance's length, and lengths int64 [B] in frames. S is T / 4,
             rounded up.
-
-        Raises:
-            UserError: lengths outside 1..T, or T above the window.
         """
         num_mel_frames, limit = mel.shape[1], self.config.max_mel_frames
-        if num_mel_frames > limit:
-            raise UserError(
-                f"{num_mel_frames} mel frames do not fit Whisper's window of {limit} ({limit / FRAMES_PER_SECOND:g} s)"
-            )
+        assert num_mel_frames <= limit, f"{num_mel_frames} mel frames are over the window of {limit}"
         window = self._window(mel, frame_mask(lengths, num_mel_frames, mel.device))
         frames = self.encoder(window.transpose(1, 2).to(self.encoder.conv1.weight.dtype)).last_hidden_state
         count = num_frames(num_mel_frames)

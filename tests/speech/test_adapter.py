@@ -67,7 +67,7 @@ def test_fit_output_scale_reaches_the_rms_of_the_embeddings(rms):
         tokens, token_lengths = adapter(frames, lengths)
     assert float(token_rms(tokens, token_lengths)) == pytest.approx(rms, rel=0.1)
     torch.testing.assert_close(adapter.boundaries.square().mean(-1).sqrt(), torch.full((2,), rms))
-    with pytest.raises(ValueError, match=r"is 0\.0; it must be above 0"):
+    with pytest.raises(AssertionError, match=r"is 0\.0"):
         adapter.fit_output_scale(0.0)
 
 

