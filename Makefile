@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-video demo-speech test lint coverage programs
+.PHONY: demo demo-video demo-speech test fuzz lint coverage programs
 
 demo: programs $(VENV)/.installed
 	$(BIN)/python -m demos.image $(ARGS)
@@ -22,6 +22,12 @@ programs:
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# Many random inputs for the tests marked fuzz: make fuzz CASES=2000 TESTS="tests/video tests/speech"
+CASES ?= 1000
+TESTS ?= tests
+fuzz: $(VENV)/.installed
+	CASES=$(CASES) $(BIN)/python -m pytest -n 2 -m fuzz $(TESTS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

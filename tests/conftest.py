@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -33,6 +34,19 @@ from vision.tiling import Tiles
 # Tiny tensors: threads cost more than they bring, also in the processes that tests start.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+# Tests marked `fuzz`: the same few inputs in each `make test`, and CASES new ones in `make fuzz`.
+CHECKS = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture)
+settings.register_profile(
+    "test", max_examples=25, derandomize=True, database=None, deadline=None, suppress_health_check=CHECKS
+)
+settings.register_profile(
+    "fuzz",
+    max_examples=int(os.environ.get("CASES", "1")),
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=CHECKS,
+)
+settings.load_profile("fuzz" if "CASES" in os.environ else "test")
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
