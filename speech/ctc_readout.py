@@ -1,4 +1,4 @@
-"""CTC readout: adapter rows become embeddings of the tokens that they stand for, compressed to the utterance's front.
+"""CTC readout: replace an utterance's adapter rows by embeddings of the tokens that CTC finds, followed by filler.
 
 An adapter that is trained with CTC puts a row near a token's embedding where the token is spoken, and near the blank's
 in between. A frozen language model transcribes such rows badly: it has never read text with gaps, or rows that are only
@@ -30,7 +30,7 @@ def ctc_compress(rows: Tensor, lengths: Tensor, table: Tensor, blank: Tensor, re
     Args:
         rows: [N, D]. lengths: rows of each utterance, int64, with the sum N.
         table: embeddings of the vocabulary, [V, D]. blank: embedding of the CTC blank, [D].
-        rest: filler row behind an utterance's tokens, [D].
+        rest: filler row after an utterance's tokens, [D].
 
     Returns:
         [N, D] in the dtype of `rows`.

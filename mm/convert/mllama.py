@@ -10,9 +10,9 @@ Logits equal those of `transformers`, to rounding, under two conditions:
 - The tap points are those of `transformers`: load with `tap_points=[i + 1 for i in intermediate_layers_indices]`.
   `transformers` keeps the output of block i, the reference implementation (which trained the weights) its input, the
   state after i completed blocks. By default we follow the reference.
-- No text stands before the first image of a row, and rows without images are not in a batch with images. In
-  `transformers`, a token without a visible image attends to all vision tokens alike; in the reference and here, the
-  blocks do not change it.
+- No row has text before its first image, and rows without images are in a batch without images. `transformers` does
+  not mask the attention of a token that sees no image: it attends to all vision tokens of its row. In the reference and
+  here, the cross-attention blocks do not change such a token.
 """
 
 import shutil

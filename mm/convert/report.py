@@ -1,6 +1,6 @@
 """Load tensors into a module strictly and without a copy, and report every name.
 
-Every converter ends here: it gives what it read the module's own names, and calls `load_tensors`.
+Every converter renames the tensors that it has read to the module's names, and then calls `load_tensors`.
 """
 
 from collections.abc import Callable, Iterable
