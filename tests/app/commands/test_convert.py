@@ -72,7 +72,7 @@ def test_a_finished_run_is_not_overwritten(refused, run_folder, arguments):
         (("from-mllama", "absent", "out"), "there is no folder absent"),
         (("from-mllama", "absent"), "output"),
         (("to-mllama", "absent", "out"), "there is no folder absent"),
-        (("open-clip", "ViT-H-41", "none", "out"), "cannot load ViT-H-41: it has ViT-H-1"),
+        (("open-clip", "ViT-H-41", "none", "out"), "ViT-H-41; it has ViT-H-1"),
         (("open-clip", "ViT-S-32", "gone.pt", "out"), "open_clip cannot load ViT-S-32 with weights gone.pt"),
     ],
 )

@@ -31,11 +31,11 @@ def test_a_plan_reads_shapes_and_no_weights(
         plans.append(json.loads(out))
         assert code == 0
         shown = mm_command(*command, "--gpus", 2, "--gpu-memory", 1, "--tflops", 1)[1]
-        assert "a step: 8 samples of 12 text tokens and 1 tiles (as the index tells), fp32" in shown
+        assert "8 samples of 12 text tokens and 1 tiles (counted in the index), fp32" in shown
         assert "what fits 2 GPUs of 1 GB" in shown and "images/s, at most" in shown
     model, _ = mm.load(run_folder)
-    totals = [[one["held"]["total"] for one in plan.pop("configured")] for plan in plans]
-    assert totals[0] == pytest.approx(totals[1], rel=1e-3)  # rotary frequencies, made by the first of two, stay for all
+    totals = [[arrangement["memory"]["total"] for arrangement in plan.pop("configured")] for plan in plans]
+    assert totals[0] == pytest.approx(totals[1], rel=1e-3)  # rotary frequencies are allocated once
     assert plans[0] == plans[1] and plans[0]["batch_size"] == 8
     for part in ("vision_encoder", "image_adapter"):
         counted = sum(parameter.numel() for parameter in getattr(model, part).parameters())
