@@ -47,6 +47,7 @@ COLUMNS = {
     "OpenMoji, chrF": ("openmoji", "chrf"),
     "Tux Paint, chrF": ("tuxpaint", "chrf"),
 }
+ANNEALING_CONFIG, FINETUNE_CONFIG = "demo/annealing.yaml", "demo/finetune.yaml"
 SCORES_FILE = "held_out.json"
 
 
@@ -71,9 +72,9 @@ def demo_stages(questions: int, device: str = "auto") -> str:
             write_shards(caption_conversations(ShardSet(DATA / captions)), DATA / name, files=files)
     train(ADAPTER_RUN, device=device)
     scores = {"adapter": score_run(ADAPTER_RUN, questions, device)}
-    run_stage_once(stages.train_image_adapter.main, "demo/annealing.yaml", ADAPTER_RUN, ANNEALED_RUN, device)
+    run_stage_once(stages.train_image_adapter.main, ANNEALING_CONFIG, ADAPTER_RUN, ANNEALED_RUN, device)
     scores["annealing"] = score_run(ANNEALED_RUN, questions, device)
-    run_stage_once(stages.finetune.main, "demo/finetune.yaml", ANNEALED_RUN, CHAT_RUN, device)
+    run_stage_once(stages.finetune.main, FINETUNE_CONFIG, ANNEALED_RUN, CHAT_RUN, device)
     scores["finetuning"] = score_run(CHAT_RUN, questions, device)
 
     retrieval = last_retrieval(ENCODER)

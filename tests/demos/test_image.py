@@ -126,7 +126,7 @@ def test_missing_programs_are_named_before_any_work(home, monkeypatch, capsys):
     assert not (home / "data").exists() and not (home / "runs").exists()
 
 
-@pytest.mark.parametrize("module", ["image", "video", "speech"])
+@pytest.mark.parametrize("module", ["image", "video", "speech", "stages"])
 def test_configurations_are_found_from_any_folder(module, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     constants = vars(__import__(f"demos.{module}", fromlist=["demos"]))
