@@ -76,12 +76,12 @@ def kept_shares(captions: list[str], vocabulary: Vocabulary, threshold: float, s
         "standard_deviations": float((each - mixed.sum()) / np.sqrt(2 * max(mixed.sum(), 1))),
         "most_thinned": [
             {
-                "ngram": vocabulary.ngrams[number],
-                "captions": int(counts[number]),
-                "share": float(drawn[number] / seeds / counts[number]),
-                "expected": float(expected[number] / seeds / counts[number]),
+                "ngram": vocabulary.ngrams[index],
+                "captions": int(counts[index]),
+                "share": float(drawn[index] / seeds / counts[index]),
+                "expected": float(expected[index] / seeds / counts[index]),
             }
-            for number in order[:10]
+            for index in order[:10]
         ],
     }
 
@@ -104,18 +104,18 @@ def finders(vocabulary: Vocabulary) -> dict[str, Callable[[str], list[int]]]:
     except ImportError:
         raise SystemExit("this benchmark compares with pyahocorasick: pip install pyahocorasick==2.3.1") from None
     automaton = ahocorasick.Automaton()
-    numbers = {ngram: number for number, ngram in enumerate(vocabulary.ngrams)}
-    for ngram, number in numbers.items():
-        automaton.add_word(f" {ngram} ", number)
+    indices = {ngram: index for index, ngram in enumerate(vocabulary.ngrams)}
+    for ngram, index in indices.items():
+        automaton.add_word(f" {ngram} ", index)
     automaton.make_automaton()
-    get = numbers.get
+    get = indices.get
 
     def plain(caption: str) -> list[int]:
         text = " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", caption).casefold()))
-        return [number for number, ngram in enumerate(vocabulary.ngrams) if f" {ngram} " in f" {text} "]
+        return [index for index, ngram in enumerate(vocabulary.ngrams) if f" {ngram} " in f" {text} "]
 
     def with_c(caption: str) -> list[int]:
-        return sorted({number for _, number in automaton.iter(f" {' '.join(words_of(caption))} ")})
+        return sorted({index for _, index in automaton.iter(f" {' '.join(words_of(caption))} ")})
 
     def with_dictionary(caption: str) -> list[int]:
         words = words_of(caption)

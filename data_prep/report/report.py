@@ -193,7 +193,7 @@ def _threshold_html(threshold: _Threshold, thumbnails: Thumbnails) -> str:
 
 
 def _histogram(rule: ThresholdRule) -> str:
-    """An SVG; counts are on a logarithmic scale, since most pairs are far from any threshold. The red line is it."""
+    """An SVG; counts are on a logarithmic scale, since most pairs are far from any threshold; the red line marks it."""
     values = rule.values[np.isfinite(rule.values)]
     low, high = min(values.min(), rule.threshold), max(values.max(), rule.threshold)
     high = high if high > low else low + 1
