@@ -1,4 +1,4 @@
-"""Averages of runs: means of weights, chosen by score, refused where the runs are not of one model."""
+"""Averages of runs: means of weights; the index of runs is chosen by score; runs of different models are refused."""
 
 import copy
 from pathlib import Path
@@ -19,12 +19,12 @@ GATE = "image_adapter.blocks.0.gate_attn"
 def runs(tiny_model, tiny_processor, language_model_folder, tmp_path) -> list[Path]:
     """Four runs that differ in one gate and in a matrix."""
     folders = []
-    for number, gate in enumerate((0.0, 1.0, 3.0, 8.0)):
+    for index, gate in enumerate((0.0, 1.0, 3.0, 8.0)):
         model = copy.deepcopy(tiny_model)
         with torch.no_grad():
             model.get_parameter(GATE).fill_(gate)
-            model.image_adapter.projection.weight.add_(number)
-        folders.append(tmp_path / f"run-{number}")
+            model.image_adapter.projection.weight.add_(index)
+        folders.append(tmp_path / f"run-{index}")
         save(folders[-1], model, tiny_processor, language_model=language_model_folder)
     return folders
 
@@ -33,7 +33,7 @@ def gate(folder: Path) -> float:
     return mm.load(folder)[0].get_parameter(GATE).item()
 
 
-def test_an_average_is_the_mean_and_of_equal_runs_the_run(runs, tmp_path):
+def test_an_average_is_the_mean_and_equals_equal_runs(runs, tmp_path):
     average(runs, tmp_path / "mean")
     assert gate(tmp_path / "mean") == 3.0
     first, second = (mm.load(run)[0].state_dict() for run in runs[:2])
@@ -45,7 +45,7 @@ def test_an_average_is_the_mean_and_of_equal_runs_the_run(runs, tmp_path):
     assert all(torch.equal(same[name], tensor) for name, tensor in second.items())
 
 
-def test_as_many_of_the_best_are_taken_as_score_best_together(runs, tmp_path):
+def test_the_number_of_runs_with_the_best_score_is_averaged(runs, tmp_path):
     choice = average_best(runs, tmp_path / "best", score=lambda run: -abs(gate(run) - 1.8))
     assert [run.name for run, _ in choice.ranked] == ["run-1", "run-2", "run-0", "run-3"]
     assert choice.num_averaged == 2 and gate(tmp_path / "best") == 2.0  # (1 + 3) / 2
@@ -74,7 +74,7 @@ def test_runs_of_different_models_are_refused(runs, tmp_path):
     assert not (tmp_path / "mean").exists()
 
 
-def test_a_broken_run_leaves_nothing_behind(runs, tmp_path):
+def test_after_a_damaged_run_no_output_is_left(runs, tmp_path):
     (runs[2] / "image_adapter.safetensors").write_bytes(b"broken")
     with pytest.raises(ValueError, match="image_adapter"):
         average(runs, tmp_path / "mean")

@@ -1,4 +1,4 @@
-"""Presets count what the paper counts; configurations survive a file; wrong shapes are named."""
+"""Presets have the paper's sizes; configurations are read back from a file; wrong shapes are refused by name."""
 
 import json
 from dataclasses import replace
@@ -55,7 +55,7 @@ def test_encoder_has_the_published_size(tile_size, with_tables):
         ({"name": "8b", "tile_size": 300}, "300 is not a multiple"),
     ],
 )
-def test_presets_that_are_not_there(arguments, message):
+def test_unknown_presets_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         mm.preset(**arguments)
 
@@ -69,7 +69,7 @@ def test_absent_parts_are_none(tiny_config):
 
 
 @pytest.mark.parametrize("name", ["tiny", "8b"])
-def test_configuration_survives_a_file(tiny_config, name):
+def test_a_configuration_is_read_back_from_a_file(tiny_config, name):
     config = tiny_config if name == "tiny" else mm.preset(name, tile_size=560)
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
 
@@ -114,7 +114,7 @@ def test_adapter_positions_ascend_within_the_layers(positions):
         ImageAdapterConfig(positions=positions).block_positions(6)
 
 
-def test_head_size_of_its_own(tiny_config):
+def test_head_size_may_differ_from_width_over_heads(tiny_config):
     assert tiny_config.language_model.head_dim == 16
     config = LanguageModelConfig(
         vocab_size=50, hidden_size=60, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32

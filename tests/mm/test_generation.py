@@ -1,4 +1,4 @@
-"""Generation: each row as if alone, distributions as asked for, ends where it should, pieces that join to the whole."""
+"""Generation: rows do not depend on each other, distributions follow the options, answers end, pieces join up."""
 
 import io
 from dataclasses import replace
@@ -40,17 +40,17 @@ def test_greedy_tokens_are_the_argmax_of_the_full_forward(tiny_model, samples):
         assert logits[len(sample.tokens) - 1 : -1].argmax(-1).tolist() == new
 
 
-@pytest.mark.parametrize(("number", "is_seen"), [(0, False), (1, True)])
-def test_generated_tokens_keep_seeing_the_last_images(tiny_model, make_sample, number, is_seen):
-    """What the first block adds to new tokens: below it no image has acted, so that only its own sight counts."""
+@pytest.mark.parametrize(("index", "is_attended"), [(0, False), (1, True)])
+def test_generated_tokens_attend_to_the_last_images(tiny_model, make_sample, index, is_attended):
+    """What the first block adds to new tokens: no image acts before it, so its output depends on its own mask alone."""
     sample = make_sample("i..i..")
     images = list(sample.images)
-    images[number] = Tiles(255 - images[number].pixels, images[number].grid)
+    images[index] = Tiles(255 - images[index].pixels, images[index].grid)
     added = []
 
-    def keep(_, given, output):
-        torch.testing.assert_close(given[0][0], given[0][1], rtol=0, atol=0)
-        added.append(output - given[0])
+    def keep(_, inputs, output):
+        torch.testing.assert_close(inputs[0][0], inputs[0][1], rtol=0, atol=0)
+        added.append(output - inputs[0])
 
     with torch.inference_mode():
         _, cache = mm.generation.prefill(tiny_model, [sample, mm.Sample(sample.tokens, images=images)], 12)
@@ -63,10 +63,10 @@ def test_generated_tokens_keep_seeing_the_last_images(tiny_model, make_sample, n
     assert len(added) == 3
     for one, other in added:
         assert (one.abs() > 1e-3).any()
-        assert torch.equal(one, other) != is_seen
+        assert torch.equal(one, other) != is_attended
 
 
-def test_stop_tokens_end_a_row_and_are_not_given_out(tiny_model, samples):
+def test_stop_tokens_end_a_row_and_are_left_out(tiny_model, samples):
     free = mm.generate_tokens(tiny_model, samples, 10, [])
     stop = free[0][4]
     stopped = mm.generate_tokens(tiny_model, samples, 10, [stop])
@@ -75,18 +75,18 @@ def test_stop_tokens_end_a_row_and_are_not_given_out(tiny_model, samples):
     assert len(stopped[0]) <= 4
 
 
-def test_each_sample_has_a_limit_of_its_own(tiny_model, samples):
-    whole = mm.generate_tokens(tiny_model, samples, 12, [])
+def test_samples_may_have_different_limits(tiny_model, samples):
+    expected = mm.generate_tokens(tiny_model, samples, 12, [])
     limits = [1, 12, 3, 7, 2, 5, 1]
-    for row, cut, limit in zip(whole, mm.generate_tokens(tiny_model, samples, limits, []), limits, strict=True):
+    for row, cut, limit in zip(expected, mm.generate_tokens(tiny_model, samples, limits, []), limits, strict=True):
         assert cut == row[:limit]
 
 
-def test_none_means_the_models_own_stop_tokens(build_model, tiny_config, samples):
-    own = mm.generate_tokens(build_model(tiny_config), samples, 10, [])[1][3]
-    config = replace(tiny_config, language_model=replace(tiny_config.language_model, stop_tokens=(own,)))
+def test_the_models_stop_tokens_are_the_default(build_model, tiny_config, samples):
+    stop = mm.generate_tokens(build_model(tiny_config), samples, 10, [])[1][3]
+    config = replace(tiny_config, language_model=replace(tiny_config.language_model, stop_tokens=(stop,)))
     model = build_model(config)
-    assert mm.generate_tokens(model, samples, 10) == mm.generate_tokens(model, samples, 10, [own])
+    assert mm.generate_tokens(model, samples, 10) == mm.generate_tokens(model, samples, 10, [stop])
     assert mm.generate_tokens(model, samples, 10) != mm.generate_tokens(model, samples, 10, [])
 
 
@@ -99,7 +99,7 @@ def test_answers_end_where_the_context_is_full(tiny_model, make_sample):
     assert len(short) == 50
 
 
-def test_full_context_is_refused(tiny_model, make_sample):
+def test_a_prompt_that_fills_the_context_is_refused(tiny_model, make_sample):
     with pytest.raises(ValueError, match="prompt 1 has 160 tokens"):
         mm.generate_tokens(tiny_model, [make_sample("."), make_sample("." * 160)], 5)
 
@@ -120,7 +120,7 @@ def test_options_out_of_range(tiny_model, make_sample, options, message):
         mm.generate_tokens(tiny_model, [make_sample("..")], **{"max_new_tokens": 3, **options})
 
 
-def test_no_samples_no_tokens(tiny_model):
+def test_no_samples_give_no_tokens(tiny_model):
     assert mm.generate_tokens(tiny_model, [], 5) == []
 
 
@@ -191,9 +191,9 @@ def test_pieces_of_a_broken_character_join_too(monkeypatch, tiny_model, tiny_pro
     del tokens[1], tokens[-1]  # bytes that make no character, in the middle and at the end
     monkeypatch.setattr(mm.generation, "stream_tokens", lambda *_, **__: iter([[token] for token in tokens]))
     messages = [{"role": "user", "content": "say it"}]
-    whole = mm.generate(tiny_model, tiny_processor, messages)
-    assert "".join(mm.stream(tiny_model, tiny_processor, messages)) == whole
-    assert "\ufffd" in whole
+    expected = mm.generate(tiny_model, tiny_processor, messages)
+    assert "".join(mm.stream(tiny_model, tiny_processor, messages)) == expected
+    assert "\ufffd" in expected
 
 
 @pytest.mark.parametrize("options", [{}, SAMPLING])
@@ -203,7 +203,7 @@ def test_stream_of_a_real_answer_joins_to_it(tiny_model, tiny_processor, options
     assert "".join(pieces) == mm.generate(tiny_model, tiny_processor, messages, 20, **options)
 
 
-def test_callers_own_code_is_left_in_the_mode_it_was_in(tiny_model, make_sample):
+def test_inference_mode_does_not_reach_the_caller(tiny_model, make_sample):
     steps = mm.generation.stream_tokens(tiny_model, [make_sample(".i.")], 3, [])
     next(steps)
     assert not torch.is_inference_mode_enabled()

@@ -1,4 +1,4 @@
-"""What a GPU gives is what the CPU gives, to rounding: logits, answers, losses and gradients, of everything at once."""
+"""On a GPU, logits, answers, losses and gradients equal the CPU's to rounding, with all modalities in one batch."""
 
 import copy
 from dataclasses import replace
@@ -18,13 +18,13 @@ from speech.conformer import SpeechEncoderConfig
 from video.aggregator import AggregatorConfig
 from video.sampling import Clip
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 DEVICE = "cuda"
 
 
 @pytest.fixture(scope="module")
 def model(tiny_config, build_model) -> mm.MultimodalModel:
-    """It sees, watches, hears and reads out what it heard."""
+    """A model of every modality, with a CTC readout."""
     aggregator = AggregatorConfig(
         factor=4, hidden_size=32, intermediate_size=48, num_layers=1, num_heads=2, num_time_frequencies=8
     )
@@ -39,22 +39,22 @@ def model(tiny_config, build_model) -> mm.MultimodalModel:
 
 @pytest.fixture(scope="module")
 def samples(model, make_sample, random_tiles) -> list[mm.Sample]:
-    """A row of text alone, one with two pictures, one with a clip, and two of sound, of which one is long."""
+    """Rows of text alone, with two images, with a clip, and two with sound, one of them long."""
     config, rows = (
         model.config,
         [make_sample("......"), make_sample(".i..i...", seed=1), make_sample("..i.....", seed=2)],
     )
-    clip = Clip([random_tiles(50 + number) for number in range(6)], torch.arange(6, dtype=torch.float64) / 5)
+    clip = Clip([random_tiles(50 + index) for index in range(6)], torch.arange(6, dtype=torch.float64) / 5)
     rows[2] = replace(
         rows[2],
         tokens=[config.video_token_id if token == config.image_token_id else token for token in rows[2].tokens],
         images=[],
         videos=[clip],
     )
-    for number, length in enumerate((120, 230)):
+    for index, length in enumerate((120, 230)):
         mel = utterance(length)
         sound = [config.speech_start_id, *[config.audio_token_id] * num_tokens(length), config.speech_end_id]
-        rows.append(replace(make_sample("....", seed=5 + number), speech=[mel]))
+        rows.append(replace(make_sample("....", seed=5 + index), speech=[mel]))
         rows[-1].tokens[1:1] = sound
     placeholders = range(config.language_model.vocab_size, config.language_model.vocab_size + 8)
     for row in rows:
@@ -66,7 +66,7 @@ def utterance(length: int) -> torch.Tensor:
     return 8 + 3 * torch.randn(length, 80, generator=torch.Generator().manual_seed(length))
 
 
-def test_logits_are_the_cpus(model, samples):
+def test_logits_equal_those_of_the_cpu(model, samples):
     batch = mm.collate(samples)
     with torch.inference_mode():
         expected = model(batch)
@@ -76,13 +76,13 @@ def test_logits_are_the_cpus(model, samples):
         torch.testing.assert_close(found[row, :length], expected[row, :length], rtol=1e-3, atol=1e-3)
 
 
-def test_answers_are_the_cpus(model, samples):
+def test_answers_equal_those_of_the_cpu(model, samples):
     prompts = [replace(sample, labels=None) for sample in samples]
     expected = mm.generate_tokens(model, prompts, max_new_tokens=6)
     assert mm.generate_tokens(copy.deepcopy(model).to(DEVICE), prompts, max_new_tokens=6) == expected
 
 
-def test_losses_and_gradients_are_the_cpus(model, samples):
+def test_losses_and_gradients_equal_those_of_the_cpu(model, samples):
     torch.manual_seed(0)
     encoder, best_rq = model.speech_encoder, BestRqConfig(codebook_size=32, num_codebooks=2)
     mels = [utterance(length) for length in (90, 170)]

@@ -1,7 +1,7 @@
-"""What the model may and may not do with images, gates open: who sees what, and what stays the bare language model.
+"""Images in the model, with open gates: which tokens they act on, and which logits stay the language model's own.
 
-Equal to the bit where the same arithmetic runs on the same tensors; elsewhere within 2e-4 of logits of size 1 to 10,
-since fp32 sums taken in another order differ by about 1e-6 each.
+Logits are equal to the bit where the same operations run on the same tensors. Elsewhere they are of size 1 to 10 and
+equal within 2e-4, since FP32 sums in another order differ by about 1e-6 each.
 """
 
 from dataclasses import replace
@@ -33,8 +33,8 @@ def samples(make_sample):
 def with_other_pixels(sample: mm.Sample, *numbers: int) -> mm.Sample:
     """The sample with the images of these numbers inverted."""
     images = [
-        Tiles(255 - tiles.pixels, tiles.grid) if number in numbers else tiles
-        for number, tiles in enumerate(sample.images)
+        Tiles(255 - tiles.pixels, tiles.grid) if index in numbers else tiles
+        for index, tiles in enumerate(sample.images)
     ]
     return mm.Sample(sample.tokens, sample.labels, images)
 
@@ -44,18 +44,18 @@ def logits(model: mm.MultimodalModel, *samples: mm.Sample) -> torch.Tensor:
 
 
 def block_outputs(model: mm.MultimodalModel, sample: mm.Sample) -> torch.Tensor:
-    """What the first block adds to each token [T, D]; what enters it has not met an image yet."""
-    seen = {}
+    """What the first block adds to each token, [T, D]; no image acts on its input."""
+    recorded = {}
 
     def keep(_, inputs, output):
-        seen["added"] = (output - inputs[0])[0]
+        recorded["added"] = (output - inputs[0])[0]
 
     handle = model.image_adapter.blocks[0].register_forward_hook(keep)
     try:
         logits(model, sample)
     finally:
         handle.remove()
-    return seen["added"]
+    return recorded["added"]
 
 
 @pytest.mark.parametrize("pattern", ["..i...", "...i", "i....", "..ii...i..", ".i.i.i."])
@@ -63,11 +63,11 @@ def test_pixels_change_no_logit_before_their_image(tiny_model, make_sample, patt
     sample = make_sample(pattern)
     before = logits(tiny_model, sample)[0]
     places = [place for place, mark in enumerate(pattern) if mark == "i"]
-    for number, place in enumerate(places):
-        after = logits(tiny_model, with_other_pixels(sample, number))[0]
+    for index, place in enumerate(places):
+        after = logits(tiny_model, with_other_pixels(sample, index))[0]
         torch.testing.assert_close(after[:place], before[:place], rtol=0, atol=0)
         changed = (after[place:] - before[place:]).abs().amax(-1)
-        assert (changed > 1e-3).all(), "the image must be seen from its placeholder on"
+        assert (changed > 1e-3).all(), "an image acts on every token from its placeholder on"
 
 
 def test_block_depends_on_the_latest_run_of_images_only(tiny_model, make_sample):
@@ -75,18 +75,18 @@ def test_block_depends_on_the_latest_run_of_images_only(tiny_model, make_sample)
     sample = make_sample(pattern)
     before = block_outputs(tiny_model, sample)
     # image -> tokens whose latest run, up to them, holds it
-    sees = {0: range(1, 5), 1: range(2, 5), 2: range(5, 8), 3: range(8, 12), 4: range(9, 12)}
-    for number, tokens in sees.items():
-        change = (block_outputs(tiny_model, with_other_pixels(sample, number)) - before).abs().amax(-1)
-        seeing = torch.tensor([place in tokens for place in range(len(pattern))])
-        assert (change[seeing] > 1e-3).all(), f"image {number} is not seen by all of {list(tokens)}"
-        assert (change[~seeing] == 0).all(), f"image {number} is seen outside {list(tokens)}"
+    attended_by = {0: range(1, 5), 1: range(2, 5), 2: range(5, 8), 3: range(8, 12), 4: range(9, 12)}
+    for index, tokens in attended_by.items():
+        change = (block_outputs(tiny_model, with_other_pixels(sample, index)) - before).abs().amax(-1)
+        attending = torch.tensor([place in tokens for place in range(len(pattern))])
+        assert (change[attending] > 1e-3).all(), f"image {index} does not act on all of {list(tokens)}"
+        assert (change[~attending] == 0).all(), f"image {index} acts outside {list(tokens)}"
     assert (before[0] == 0).all()
     assert (before[1:] != 0).any(-1).all()
 
 
-def test_what_a_run_adds_is_what_it_adds_alone(tiny_model, make_sample):
-    """The run before it may as well be text: the block adds the same to every later token."""
+def test_a_run_of_images_adds_what_it_adds_alone(tiny_model, make_sample):
+    """With text in place of the run before it, the block adds the same to every later token."""
     sample = make_sample("..i..ii..")
     text = [7 if place == 2 else token for place, token in enumerate(sample.tokens)]
     alone = mm.Sample(text, images=sample.images[1:])
@@ -131,7 +131,7 @@ def test_cached_rows_without_images_are_the_bare_language_model_to_the_bit(tiny_
 
 
 @pytest.mark.parametrize("positions", [(2, 4, 6), (0, 3, 6), None])
-def test_closed_gates_leave_the_language_model_as_it_is(build_model, bare_model, tiny_config, samples, positions):
+def test_closed_gates_give_the_language_models_logits(build_model, bare_model, tiny_config, samples, positions):
     adapter = replace(tiny_config.image_adapter, positions=positions)
     model = build_model(replace(tiny_config, image_adapter=adapter))
     model.language_model, model.extra_embeddings = bare_model.language_model, bare_model.extra_embeddings
@@ -150,7 +150,7 @@ def test_new_model_starts_with_closed_gates(tiny_config, samples):
 
 
 @pytest.mark.parametrize("position", [0, 2, 6])
-def test_each_position_sees(build_model, tiny_config, make_sample, position):
+def test_images_act_at_each_block_position(build_model, tiny_config, make_sample, position):
     model = build_model(replace(tiny_config, image_adapter=replace(tiny_config.image_adapter, positions=(position,))))
     sample = make_sample("..i..")
     changed = (logits(model, sample) - logits(model, with_other_pixels(sample, 0)))[0].abs().amax(-1)
@@ -168,7 +168,7 @@ def test_batch_equals_single_in_any_order(tiny_model, samples):
 
 
 def test_images_of_a_batch_do_not_mix(tiny_model, samples):
-    """Changing every image of all other rows leaves a row's logits where they are."""
+    """A row's logits stay equal when all images of all other rows change."""
     before = logits(tiny_model, *samples)
     for row, sample in enumerate(samples):
         others = [s if s is sample else with_other_pixels(s, *range(len(s.images))) for s in samples]
@@ -187,12 +187,12 @@ def test_ragged_encoding_equals_each_image_alone(tiny_model, random_tiles):
 @pytest.mark.parametrize("pattern", [".i...", ".ii..i...", "i", "....i", "...", "..i.i"])
 def test_cached_decoding_equals_the_full_forward(tiny_model, make_sample, pattern):
     sample, new = make_sample(pattern), [9, 4, 77, 31]
-    whole = logits(tiny_model, mm.Sample(sample.tokens + new, images=sample.images))[0]
+    expected = logits(tiny_model, mm.Sample(sample.tokens + new, images=sample.images))[0]
     found, cache = prefill(tiny_model, [sample], len(pattern) + len(new))
     for step, token in enumerate(new):
-        torch.testing.assert_close(found[0], whole[len(pattern) + step - 1], **CLOSE)
+        torch.testing.assert_close(found[0], expected[len(pattern) + step - 1], **CLOSE)
         found = decode_step(tiny_model, [token], [len(pattern) + step], cache)
-    torch.testing.assert_close(found[0], whole[-1], **CLOSE)
+    torch.testing.assert_close(found[0], expected[-1], **CLOSE)
 
 
 def test_cached_decoding_of_a_ragged_batch_equals_the_full_forward(tiny_model, samples):
@@ -202,12 +202,12 @@ def test_cached_decoding_of_a_ragged_batch_equals_the_full_forward(tiny_model, s
         positions = [len(sample.tokens) + step for sample in samples]
         found = decode_step(tiny_model, [row[step] for row in new], positions, cache)
     for row, sample in enumerate(samples):
-        whole = logits(tiny_model, mm.Sample(sample.tokens + new[row], images=sample.images))[0]
-        torch.testing.assert_close(found[row], whole[-1], **CLOSE)
+        expected = logits(tiny_model, mm.Sample(sample.tokens + new[row], images=sample.images))[0]
+        torch.testing.assert_close(found[row], expected[-1], **CLOSE)
 
 
 def test_padding_is_not_an_image_even_where_ids_coincide(build_model, tiny_config, make_sample):
-    """Rows are padded with token 0, which some released model might use for its images."""
+    """Rows are padded with token 0, which a released model might use for its images."""
     model = build_model(replace(tiny_config, image_token_id=0))
     sample = mm.Sample([5, 0, 7], images=make_sample("i").images)
     alone = logits(model, sample)[0]
@@ -272,7 +272,7 @@ def test_vision_tokens_sum_their_gradient_in_fp32_under_autocast(tiny_model, mak
     assert vision.dtype == torch.float32
 
 
-def test_a_fitted_block_reads_what_differs_before_answers(tiny_config, samples):
+def test_a_fitted_block_amplifies_differences_before_answers(tiny_config, samples):
     with torch.inference_mode(False), torch.no_grad():
         adapter = replace(tiny_config.image_adapter, gate_init=0.5)
         model = mm.MultimodalModel(replace(tiny_config, image_adapter=adapter))
@@ -280,17 +280,19 @@ def test_a_fitted_block_reads_what_differs_before_answers(tiny_config, samples):
         model.language_model.model.embed_tokens.weight[:, 5] += 9  # and one that is always the same
         batch = answered(samples)
         before = model(batch)
-        seen = {}
+        recorded = {}
         blocks = model.image_adapter.blocks
-        for number, block in enumerate(blocks):
-            block.register_forward_pre_hook(lambda _, inputs, number=number: seen.update({number: inputs[0]}))
+        for index, block in enumerate(blocks):
+            block.register_forward_pre_hook(lambda _, inputs, index=index: recorded.update({index: inputs[0]}))
         model.fit_inputs(batch)
-    for number, block in enumerate(blocks):
-        asked = seen[number][torch.arange(len(batch.lengths)), batch.lengths - 3]  # the last two tokens are the answer
+    for index, block in enumerate(blocks):
+        before_answer = recorded[index][
+            torch.arange(len(batch.lengths)), batch.lengths - 3
+        ]  # the last two tokens are the answer
         for norm in (block.input_layernorm, block.post_attention_layernorm):
-            sizes = norm(asked).square().mean(0).sqrt()
+            sizes = norm(before_answer).square().mean(0).sqrt()
             torch.testing.assert_close(sizes, torch.ones_like(sizes), rtol=1e-3, atol=0)
-        read = block.post_attention_layernorm(asked)
+        read = block.post_attention_layernorm(before_answer)
         spread = (read - read.mean(0)).square().mean().sqrt()
         for matrix in (block.mlp.gate_proj.weight, block.mlp.up_proj.weight):
             torch.testing.assert_close(matrix @ read.mean(0), torch.zeros(len(matrix)), rtol=0, atol=1e-4)
@@ -311,7 +313,7 @@ def test_fitting_reads_neither_padding_nor_other_tokens(build_model, tiny_config
         first.fit_inputs(mm.collate(samples))
 
 
-def test_fitting_to_states_that_do_not_differ_blows_nothing_up(tiny_config):
+def test_fitting_to_equal_states_stays_within_the_largest_scale(tiny_config):
     with torch.inference_mode(False), torch.no_grad():
         model = mm.MultimodalModel(tiny_config)
         block = model.image_adapter.blocks[0]
@@ -320,7 +322,7 @@ def test_fitting_to_states_that_do_not_differ_blows_nothing_up(tiny_config):
 
 
 def answered(samples, unanswered=0):
-    """The samples of some length, their last two tokens the answer, but for the last `unanswered`."""
+    """Samples of sufficient length, with their last two tokens as the answer; the last `unanswered` have none."""
     samples = [sample for sample in samples if len(sample.tokens) > 2]
     labels = [[IGNORED] * (len(sample.tokens) - 2) + sample.tokens[-2:] for sample in samples]
     for row in labels[len(samples) - unanswered :]:

@@ -1,4 +1,4 @@
-"""Messages and captions become tokens, targets and tiles; a prompt is how its example begins; what bad input gets."""
+"""Messages and captions become tokens, targets and tiles; an example begins with its prompt; bad input is refused."""
 
 import io
 from dataclasses import replace
@@ -22,7 +22,7 @@ REFUSES_SYSTEM = (
 
 @pytest.fixture
 def conversation(random_picture):
-    """Two turns of three pictures: the second question brings one, the first two of them."""
+    """Two turns: the first question has two pictures, the second one."""
 
     def image(seed: int) -> dict:
         return {"type": "image", "image": random_picture(20 + 40 * seed, 28, seed)}
@@ -86,7 +86,7 @@ def test_targets_are_the_assistants_turns_with_their_stop_token(tiny_processor, 
 @pytest.mark.parametrize("template", [None, PLAIN_TEMPLATE, WITHOUT_GENERATION_PROMPT])
 @pytest.mark.parametrize("last", [2, 4])
 def test_prompt_is_the_beginning_of_its_example(tokenizer, tiny_config, conversation, template, last):
-    """So that the model is asked in the very tokens that it was trained on, and says what was a target first."""
+    """At inference the model gets the tokens that it was trained on, and the first new token was a target."""
     processor = mm.Processor(tokenizer, tiny_config, chat_template=template)
     prompt, example = processor.prompt(conversation[:last]), processor.example(conversation[: last + 1])
     length = len(prompt.tokens)
@@ -97,7 +97,7 @@ def test_prompt_is_the_beginning_of_its_example(tokenizer, tiny_config, conversa
     assert example.tokens.count(processor.image_token_id) == len(example.images)
 
 
-def test_template_without_generation_prompt_learns_each_turn_to_its_stop(tokenizer, tiny_config, conversation):
+def test_without_a_generation_prompt_targets_end_at_the_stop_token(tokenizer, tiny_config, conversation):
     processor = mm.Processor(tokenizer, tiny_config, chat_template=WITHOUT_GENERATION_PROMPT)
     for run, answer in zip(targets(processor, processor.example(conversation)), ("differ", "😀"), strict=True):
         assert run.endswith(f"{answer}<|end|>")
@@ -128,7 +128,7 @@ def test_caption_follows_its_prompt(tokenizer, tiny_config, random_picture, prom
     assert len(asked.images) == len(example.images) == 1
 
 
-def test_caption_without_prompt_stands_right_behind_the_picture(tokenizer, tiny_config, random_picture):
+def test_without_a_prompt_the_caption_follows_the_image(tokenizer, tiny_config, random_picture):
     processor = mm.Processor(tokenizer, tiny_config, caption_prompt=None)
     assert text_of(processor, processor.caption_prompt_for(random_picture())) == "#"
 
@@ -220,19 +220,19 @@ def test_bad_captions_are_named(tokenizer, tiny_config, random_picture, prompt):
         processor.caption_example(random_picture(), "  ")
 
 
-def test_nothing_to_learn_is_an_error(tiny_processor, conversation):
+def test_a_conversation_without_an_answer_is_refused(tiny_processor, conversation):
     with pytest.raises(ValueError, match="no assistant turn"):
         tiny_processor.example(conversation[:2])
 
 
-def test_templates_that_cannot_serve_are_named(tokenizer, tiny_config, conversation):
+def test_unusable_templates_are_refused(tokenizer, tiny_config, conversation):
     with pytest.raises(ValueError, match="rewrites earlier turns"):
         mm.Processor(tokenizer, tiny_config, chat_template=COUNTS_MESSAGES).example(conversation)
     with pytest.raises(ValueError, match="no system messages"):
         mm.Processor(tokenizer, tiny_config, chat_template=REFUSES_SYSTEM).prompt(conversation)
 
 
-def test_pictures_need_eyes(tokenizer, bare_model, random_picture):
+def test_images_need_an_image_encoder(tokenizer, bare_model, random_picture):
     processor = mm.Processor(tokenizer, bare_model.config)
     with pytest.raises(ValueError, match="no vision_encoder"):
         processor.prompt([{"role": "user", "content": [{"type": "image", "image": random_picture()}]}])
@@ -262,8 +262,8 @@ def test_images_in_an_answer_are_no_targets(tiny_processor, random_picture):
     assert targets(tiny_processor, sample) == ["this", "<|end|>"]
 
 
-def test_a_template_that_places_images_itself_is_given_them(tokenizer, tiny_config, conversation):
-    """As Llama 3.2 Vision's: it looks for image parts, and writes a system turn only where it finds none."""
+def test_a_template_that_places_images_itself_gets_image_parts(tokenizer, tiny_config, conversation):
+    """Like Llama 3.2 Vision's template, which writes a system turn only where it finds no image parts."""
     template = (
         "{% set seen = namespace(images=false) %}{% for m in messages %}{% if m.content is not string %}"
         "{% for part in m.content %}{% if part.type == 'image' %}{% set seen.images = true %}{% endif %}{% endfor %}"
@@ -283,13 +283,13 @@ def test_a_template_that_places_images_itself_is_given_them(tokenizer, tiny_conf
         processor.prompt([{"role": "user", "content": "a <|begin|> of mine"}])
 
 
-def test_transparent_pictures_stand_on_white_as_files_do(tiny_processor):
+def test_transparent_pictures_get_a_white_background(tiny_processor):
     clear = Image.new("RGBA", (28, 28), (0, 0, 0, 0))
     sample = tiny_processor.prompt([{"role": "user", "content": [{"type": "image", "image": clear}]}])
     assert sample.images[0].pixels.min() == 255
 
 
-def test_a_template_that_places_images_serves_a_model_whose_tokenizer_has_no_image_token(
+def test_a_template_that_places_images_works_without_an_image_token_in_the_tokenizer(
     tokenizer, tiny_config, random_picture
 ):
     template = (

@@ -1,4 +1,4 @@
-"""Run folders: what is saved is what comes back, and whatever is not whole is refused by name."""
+"""Run folders: what is loaded equals what was saved, and incomplete folders are refused by name."""
 
 import json
 import shutil
@@ -57,7 +57,7 @@ def test_run_does_not_hold_the_language_model(run):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_bundle_is_whole_by_itself(build_model, tiny_config, tiny_processor, sample, tmp_path, tied):
+def test_a_bundle_needs_no_other_file(build_model, tiny_config, tiny_processor, sample, tmp_path, tied):
     config = replace(tiny_config, language_model=replace(tiny_config.language_model, tied_embeddings=tied))
     built = build_model(config)
     save(tmp_path / "run", built, tiny_processor, bundle=True)
@@ -78,7 +78,7 @@ def test_processor_settings_come_back(tiny_model, tokenizer, tiny_config, tmp_pa
     assert loaded.tokenizer(text).input_ids == tokenizer(text).input_ids
 
 
-def test_dtype_is_the_stored_one_unless_told(build_model, tiny_config, tiny_processor, tmp_path):
+def test_the_stored_dtype_is_the_default(build_model, tiny_config, tiny_processor, tmp_path):
     save(tmp_path / "run", build_model(tiny_config).to(torch.bfloat16), tiny_processor, bundle=True)
     for dtype, expected in ((None, torch.bfloat16), (torch.float32, torch.float32)):
         model, _ = mm.load(tmp_path / "run", device="cpu", dtype=dtype)
@@ -93,7 +93,7 @@ def test_language_model_may_move(tiny_model, run, language_model, sample, tmp_pa
     assert torch.equal(logits(model, sample), logits(tiny_model, sample))
 
 
-def test_exchanged_language_model_is_refused(run, language_model):
+def test_a_replaced_language_model_is_refused(run, language_model):
     state = load_file(language_model / "model.safetensors")
     state["model.norm.weight"] += 1e-3
     save_file(state, language_model / "model.safetensors")
@@ -102,7 +102,7 @@ def test_exchanged_language_model_is_refused(run, language_model):
 
 
 def test_language_model_with_another_configuration_is_refused(run, language_model):
-    """The same weights under another norm epsilon are another model."""
+    """The same weights with another norm epsilon are another model."""
     values = json.loads((language_model / "config.json").read_text())
     (language_model / "config.json").write_text(json.dumps({**values, "rms_norm_eps": 1e-3}))
     with pytest.raises(ValueError, match=r"norm_eps is 0\.001, was 1e-05"):
@@ -143,7 +143,9 @@ def test_folder_without_configuration_is_not_a_run(run, tmp_path):
         mm.load(tmp_path / "nowhere")
 
 
-def test_failed_save_leaves_the_old_run(monkeypatch, build_model, tiny_config, tiny_model, tiny_processor, run, sample):
+def test_a_failed_save_keeps_the_old_run(
+    monkeypatch, build_model, tiny_config, tiny_model, tiny_processor, run, sample
+):
     (run / "notes.txt").write_text("mine")
     before = sorted(path.name for path in run.iterdir())
 
@@ -176,13 +178,13 @@ def test_save_needs_to_know_the_language_model(tiny_model, tiny_processor, tmp_p
     assert not (tmp_path / "run" / CONFIG_FILE).exists()
 
 
-def test_model_without_eyes(bare_model, tokenizer, tmp_path):
+def test_a_language_model_alone_comes_back(bare_model, tokenizer, tmp_path):
     save(tmp_path / "run", bare_model, mm.Processor(tokenizer, bare_model.config), bundle=True)
     model, _ = mm.load(tmp_path / "run")
     assert model.vision_encoder is None
     assert torch.equal(logits(model, mm.Sample([3, 4, 5])), logits(bare_model, mm.Sample([3, 4, 5])))
 
 
-def test_stored_names_are_the_parts_own(run, tiny_model):
+def test_stored_names_are_those_of_the_parts(run, tiny_model):
     assert set(load_file(run / "image_adapter.safetensors")) == set(tiny_model.image_adapter.state_dict())
     assert set(load_file(run / "vision_encoder.safetensors")) == set(tiny_model.vision_encoder.state_dict())

@@ -1,4 +1,4 @@
-"""What the model does with speech: whose rows it fills, what it leaves alone, and everything at once in one batch.
+"""Speech in the model: which rows it fills, which it leaves unchanged, and every modality in one batch.
 
 Tolerances as in test_model.py.
 """
@@ -29,7 +29,7 @@ def _no_gradients():
 
 @pytest.fixture(scope="module")
 def config(tiny_config) -> mm.ModelConfig:
-    """With everything that a model can have."""
+    """A model of every modality."""
     aggregator = AggregatorConfig(
         factor=4, hidden_size=32, intermediate_size=48, num_layers=1, num_heads=2, num_time_frequencies=8
     )
@@ -60,8 +60,8 @@ def sample(make_sample, config, random_tiles) -> Callable[..., mm.Sample]:
         tokens: list[int] = []
         for mark, token in zip(pattern, made.tokens, strict=True):
             if mark == "s":
-                heard = [config.audio_token_id] * num_tokens(len(next(lengths)))
-                tokens += [config.speech_start_id, *heard, config.speech_end_id]
+                embedded = [config.audio_token_id] * num_tokens(len(next(lengths)))
+                tokens += [config.speech_start_id, *embedded, config.speech_end_id]
             else:
                 tokens.append(config.video_token_id if mark == "v" else token)
         made.tokens = tokens
@@ -76,7 +76,7 @@ def logits(model: mm.MultimodalModel, *samples: mm.Sample) -> torch.Tensor:
     return model(mm.collate(samples))
 
 
-def test_rows_without_speech_stay_to_the_bit(model, tiny_model, sample, make_sample):
+def test_rows_without_speech_are_unchanged_to_the_bit(model, tiny_model, sample, make_sample):
     rows = [make_sample("..i..", 1), sample("..s..", seed=5), make_sample(".....", 2)]
     padding = [0] * (len(rows[1].tokens) - 5)
     plain = [replace(row, tokens=row.tokens + padding) for row in (rows[0], make_sample(".....", 3), rows[2])]
@@ -84,19 +84,19 @@ def test_rows_without_speech_stay_to_the_bit(model, tiny_model, sample, make_sam
     assert torch.equal(with_speech[[0, 2], :5], bare[[0, 2], :5])
 
 
-def test_the_input_is_what_was_heard_between_marks_of_its_own(model, config, sample):
+def test_audio_embeddings_stand_between_the_adapters_marks(model, config, sample):
     made = sample(".s.", (30,))
     batch = mm.collate([made])
     x = model.insert_audio_embeddings(model.embed(batch.tokens), batch)[0]
     mel = made.speech[0]
-    heard, counts = model.speech_adapter(*model.speech_encoder(mel[None], torch.tensor([len(mel)])))
+    embedded, counts = model.speech_adapter(*model.speech_encoder(mel[None], torch.tensor([len(mel)])))
     assert counts.tolist() == [4]
-    assert torch.equal(x[2:6], heard[0])
+    assert torch.equal(x[2:6], embedded[0])
     assert torch.equal(x[[1, 6]], model.speech_adapter.boundaries)
     assert torch.equal(x[[0, 7]], model.embed(batch.tokens)[0, [0, 7]])
 
 
-def test_longer_speech_than_the_encoder_takes_is_heard_in_pieces(model, config, sample):
+def test_speech_beyond_the_encoders_limit_is_encoded_in_pieces(model, config, sample):
     long = sample("s", (200,))
     assert config.speech_encoder.max_mel_frames == 80
     batch = mm.collate([long])
@@ -121,7 +121,7 @@ def test_a_batch_gives_each_row_what_it_gets_alone(model, sample, make_sample):
         assert torch.allclose(together[index, : len(row.tokens)], logits(model, row)[0], **CLOSE)
 
 
-def test_what_stands_before_speech_does_not_hear_it(model, sample):
+def test_speech_does_not_act_on_earlier_tokens(model, sample):
     first = sample("i..s..", (30,))
     second = replace(first, speech=[first.speech[0] + 2.0])
     a, b = logits(model, first)[0], logits(model, second)[0]
@@ -131,7 +131,7 @@ def test_what_stands_before_speech_does_not_hear_it(model, sample):
 
 @pytest.mark.parametrize("ctc_readout", [False, True])
 def test_cached_decoding_equals_the_whole_pass(model, sample, ctc_readout, beside_tiny_model, config):
-    """In rows side by side, one of two utterances of which the first is cut in two."""
+    """In a batch with a row of two utterances, of which the first is longer than the encoder's limit."""
     rows = [sample("s.v.", (33,)), sample("i.s.s", (100, 8), 1)]
     if ctc_readout:
         adapter = replace(config.speech_adapter, ctc_readout=True)
@@ -172,25 +172,24 @@ def test_gradients_reach_encoder_adapter_and_marks(build_model, config, sample):
                 assert parameter.grad.abs().max() > 0, name
 
 
-def test_a_model_reads_out_what_it_hears(build_model, config, sample):
-    """Rows that are embeddings among blanks are to it what their text is, with its end mark in the rows left over;
-    nothing else tells the two models apart."""
+def test_a_ctc_readout_gives_the_language_model_text(build_model, config, sample):
+    """Rows of token embeddings between blanks act like the text itself, with the end mark in the remaining rows."""
     plain = build_model(config)
     reader = build_model(replace(config, speech_adapter=replace(config.speech_adapter, ctc_readout=True)))
     reader.load_state_dict(plain.state_dict())
     made = sample("..s.", (40,))
-    said, blank, end = [7, 30], config.audio_token_id, config.speech_end_id
-    rows = reader.embed(torch.tensor([[blank, said[0], said[0], blank, said[1]]]))[0]
+    transcript, blank, end = [7, 30], config.audio_token_id, config.speech_end_id
+    rows = reader.embed(torch.tensor([[blank, transcript[0], transcript[0], blank, transcript[1]]]))[0]
     reader._encode_audio = lambda speech: rows
-    heard = logits(reader, made)
-    at = made.tokens.index(blank)
-    text = [*made.tokens[:at], *said, end, end, end, *made.tokens[at + 5 :]]
+    found = logits(reader, made)
+    start = made.tokens.index(blank)
+    text = [*made.tokens[:start], *transcript, end, end, end, *made.tokens[start + 5 :]]
     marks = dict(zip((config.speech_start_id, end), plain.speech_adapter.boundaries, strict=True))
     x = torch.stack([marks.get(token, plain.embed(torch.tensor([[token]]))[0, 0]) for token in text])
-    walked = plain.run_layers(x[None], torch.arange(len(text)), {})
-    expected = plain.language_model.lm_head(plain.language_model.model.norm(walked))
-    torch.testing.assert_close(heard, expected, rtol=1e-2, atol=1e-2)  # a mean of eight has a little of the others
-    assert not torch.allclose(heard, logits(plain, made), **CLOSE)
+    hidden = plain.run_layers(x[None], torch.arange(len(text)), {})
+    expected = plain.language_model.lm_head(plain.language_model.model.norm(hidden))
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)  # a mean of eight embeddings, nearly all of one
+    assert not torch.allclose(found, logits(plain, made), **CLOSE)
 
 
 def test_wrong_use_is_named(model, tiny_model, sample, config):

@@ -15,7 +15,7 @@ from speech.conformer import SpeechEncoderConfig
 
 def test_without_ctc_a_transcript_has_at_most_three_tokens_per_audio_token(tiny_model, monkeypatch):
     sound = tiny_model.config.audio_token_id
-    prompts = [mm.Sample([5, *[sound] * number, 6]) for number in (0, 1, 6, 7)]
+    prompts = [mm.Sample([5, *[sound] * count, 6]) for count in (0, 1, 6, 7)]
     free = mm.generate_tokens(tiny_model, prompts, [1, 3, 18, 20])
     assert transcribe_tokens(tiny_model, prompts, 20) == [truncate_repetition(tokens) for tokens in free]
     limits = []
@@ -50,7 +50,7 @@ def test_a_transcript_does_not_depend_on_its_neighbours(ctc_model):
 def test_a_sound_is_encoded_once(ctc_model, monkeypatch):
     calls = []
     forward = ctc_model.speech_encoder.forward
-    monkeypatch.setattr(ctc_model.speech_encoder, "forward", lambda *given: calls.append(given) or forward(*given))
+    monkeypatch.setattr(ctc_model.speech_encoder, "forward", lambda *inputs: calls.append(inputs) or forward(*inputs))
     assert transcribe_tokens(ctc_model, prompts_with_sounds(ctc_model, 40, 400), 9)[1]
     assert len(calls) == 1
 

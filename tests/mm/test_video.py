@@ -1,4 +1,4 @@
-"""What the video adapter may and may not do, gates open: who sees a clip, what time is to it, and what stays as it was.
+"""The video adapter with open gates: which tokens clips act on, how times of frames matter, and what stays unchanged.
 
 Tolerances as in test_model.py.
 """
@@ -47,7 +47,7 @@ def make_clip(random_tiles) -> Callable[..., Clip]:
     """make_clip(num_frames, seed=0, grid=(1, 1)) -> noise at 5 Hz."""
 
     def clip(num_frames: int, seed: int = 0, grid: tuple[int, int] = (1, 1)) -> Clip:
-        frames = [random_tiles(1000 * seed + number, grid) for number in range(num_frames)]
+        frames = [random_tiles(1000 * seed + index, grid) for index in range(num_frames)]
         return Clip(frames, torch.arange(num_frames, dtype=torch.float64) / 5 + 0.1)
 
     return clip
@@ -78,7 +78,7 @@ def with_clip(sample: mm.Sample, clip: Clip) -> mm.Sample:
     return replace(sample, videos=[clip])
 
 
-def test_at_gates_of_zero_nothing_changes_for_any_row(beside_tiny_model, config, tiny_model, sample, make_sample):
+def test_gates_of_zero_change_no_row(beside_tiny_model, config, tiny_model, sample, make_sample):
     fresh = beside_tiny_model(config, seed=1)
     for block in fresh.video_adapter.blocks:
         block.gate_attn.data.zero_()
@@ -99,7 +99,7 @@ def test_open_gates_change_only_rows_with_clips(model, tiny_model, sample, make_
     assert (with_video[1] - logits(tiny_model, closed)[0]).abs()[2:].max() > 0.01
 
 
-def test_what_stands_before_a_clip_does_not_see_it(model, sample, make_clip):
+def test_clips_do_not_act_on_earlier_tokens(model, sample, make_clip):
     first = sample("..v..", (5,))
     second = with_clip(first, make_clip(5, seed=9))
     a, b = logits(model, first)[0], logits(model, second)[0]
@@ -107,14 +107,14 @@ def test_what_stands_before_a_clip_does_not_see_it(model, sample, make_clip):
     assert ((a - b).abs().amax(-1)[2:] > 1e-3).all()
 
 
-def test_images_and_clips_of_a_row_are_seen_by_their_own_blocks(model, sample, make_clip):
+def test_images_and_clips_are_attended_to_by_their_own_blocks(model, sample, make_clip):
     mixed = sample("i.v..", (3,))
-    seen = model.vision_contexts(mm.collate([mixed]), None)
-    assert set(seen) == {"image", "video"}
-    assert seen["image"].tokens.shape[0] == model.vision_encoder.num_vision_tokens(mixed.images[0])
-    assert seen["video"].tokens.shape[0] == model.vision_encoder.num_vision_tokens(mixed.videos[0].frames[0])
-    for place, block in model.blocks().items():
-        assert block in (model.image_adapter if place[1] == "image" else model.video_adapter).blocks
+    contexts = model.vision_contexts(mm.collate([mixed]), None)
+    assert set(contexts) == {"image", "video"}
+    assert contexts["image"].tokens.shape[0] == model.vision_encoder.num_vision_tokens(mixed.images[0])
+    assert contexts["video"].tokens.shape[0] == model.vision_encoder.num_vision_tokens(mixed.videos[0].frames[0])
+    for (_, kind), block in model.blocks().items():
+        assert block in (model.image_adapter if kind == "image" else model.video_adapter).blocks
 
 
 def test_a_batch_gives_each_row_what_it_gets_alone(model, sample, make_sample):
@@ -138,7 +138,7 @@ def test_cached_decoding_equals_the_whole_pass(model, sample):
 
 
 @pytest.mark.parametrize("num_frames", [1, 2, 3, 4, 5, 8, 9, 63, 64])
-def test_any_number_of_frames_becomes_its_groups(model, make_clip, num_frames):
+def test_frames_are_merged_in_groups_for_any_number_of_frames(model, make_clip, num_frames):
     clip = make_clip(num_frames)
     tokens = model.video_adapter([clip], model.vision_encoder)
     per_frame = model.vision_encoder.num_vision_tokens(clip.frames[0])
@@ -149,7 +149,7 @@ def test_any_number_of_frames_becomes_its_groups(model, make_clip, num_frames):
     assert torch.allclose(tokens[-per_frame:], alone, **CLOSE)
 
 
-def test_the_number_of_frames_encoded_at_a_time_changes_nothing_and_is_kept_to(model, make_clip):
+def test_frames_per_pass_limits_memory_and_does_not_change_results(model, make_clip):
     adapter, sizes = model.video_adapter, []
     clips = [make_clip(11), make_clip(3, 1, (1, 2)), make_clip(1, 2)]
 
@@ -158,11 +158,11 @@ def test_the_number_of_frames_encoded_at_a_time_changes_nothing_and_is_kept_to(m
         return model.vision_encoder(frames)
 
     outputs = []
-    for number in (1, 2, 3, 5, 100):
-        adapter.config = replace(adapter.config, frames_per_pass=number)
+    for num_frames in (1, 2, 3, 5, 100):
+        adapter.config = replace(adapter.config, frames_per_pass=num_frames)
         sizes.clear()
         outputs.append(adapter(clips, encode))
-        assert max(sizes) <= number
+        assert max(sizes) <= num_frames
         assert sum(sizes) == 15
     adapter.config = model.config.video_adapter
     for output in outputs[1:]:
@@ -170,7 +170,7 @@ def test_the_number_of_frames_encoded_at_a_time_changes_nothing_and_is_kept_to(m
     assert list(split_into_passes([4, 4, 3, 3, 1], 7)) == [range(0, 1), range(1, 3), range(3, 5)]
 
 
-def test_time_is_known(model, make_clip):
+def test_the_order_and_times_of_frames_matter(model, make_clip):
     clip = make_clip(4)
 
     def tokens(frames: list[int], times: torch.Tensor) -> torch.Tensor:
@@ -178,19 +178,18 @@ def test_time_is_known(model, make_clip):
         return model.video_adapter([moved], model.vision_encoder)
 
     inorder = tokens([0, 1, 2, 3], clip.times)
-    assert (tokens([2, 0, 3, 1], clip.times) - inorder).abs().max() > 0.05  # what is shown when
-    assert (tokens([0, 1, 2, 3], 3 * clip.times) - inorder).abs().max() > 0.01  # how fast
-    assert (tokens([0, 1, 2, 3], clip.times + 40) - inorder).abs().max() > 0.01  # how late
+    assert (tokens([2, 0, 3, 1], clip.times) - inorder).abs().max() > 0.05  # the order
+    assert (tokens([0, 1, 2, 3], 3 * clip.times) - inorder).abs().max() > 0.01  # the speed
+    assert (tokens([0, 1, 2, 3], clip.times + 40) - inorder).abs().max() > 0.01  # the start
 
 
-def test_later_times_than_any_in_training_are_still_apart():
+def test_times_beyond_those_in_training_are_told_apart():
     late = time_embedding(torch.tensor([3000.0, 3000.04, 3600.0], dtype=torch.float64), 32)
     assert torch.cdist(late, late)[~torch.eye(3, dtype=torch.bool)].min() > 0.5
 
 
 def test_positions_in_the_frame_stay_apart(model, make_clip):
-    """What the latents take from the frames before they look at each other is from their own position alone, motion
-    apart."""
+    """Without motion, a latent reads only its own position of the frames, until latents attend to each other."""
     aggregator, times = copy.deepcopy(model.video_adapter.aggregator), make_clip(3).times[None]
     aggregator.motion.weight.zero_()
     features = torch.randn(3, 5, SMALL.hidden_size)
@@ -199,15 +198,15 @@ def test_positions_in_the_frame_stay_apart(model, make_clip):
     taken = []
     layer = aggregator.layers[0]
     handle = layer.space_norm.register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0]))
-    for given in (features, other):
-        aggregator._merge(given[None], times, 5)
+    for frames in (features, other):
+        aggregator._merge(frames[None], times, 5)
     handle.remove()
     difference = (taken[0] - taken[1]).abs().amax(-1)[0]
     assert (difference > 1e-3).tolist() == [False, False, True, False, False]
 
 
 class Largest(TorchDispatchMode):
-    """Remembers how many elements the largest tensor had that any operation gave."""
+    """Records the number of elements of the largest tensor that any operation returns."""
 
     numel = 0
 
@@ -264,7 +263,7 @@ def test_wrong_use_is_named(model, tiny_model, sample, make_sample, config):
         replace(config, vision_encoder=None, image_adapter=None)
 
 
-def test_controls_take_time_away_and_leave_the_rest(sample, make_clip):
+def test_baselines_change_time_alone(sample, make_clip):
     made = sample("i.v..v", (5, 8))
     alone, mixed = keep_middle_frame(made), shuffle_frames(made)
     for clip, single, shuffled in zip(made.videos, alone.videos, mixed.videos, strict=True):
