@@ -124,9 +124,7 @@ def test_logits_equal_those_of_the_original(tmp_path, randomise, largest_differe
         ("qwen2", transformers.Qwen2Config, {}),
     ],
 )
-def test_logits_of_variants_equal_the_original(
-    tmp_path, randomise, largest_difference, architecture, kind, settings
-):
+def test_logits_of_variants_equal_the_original(tmp_path, randomise, largest_difference, architecture, kind, settings):
     theirs = random_model(randomise, kind, **settings)
     path = write(tmp_path / "model.gguf", theirs, architecture, permuted=architecture == "llama")
     ours = assert_same_logits(path, theirs, largest_difference)
