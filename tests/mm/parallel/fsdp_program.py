@@ -1,10 +1,10 @@
-"""What `torchrun` starts in the tests of parallelism: one process of several, told what to do by a pickled plan.
+"""The program that each rank runs in the tests of FSDP, on a pickled plan.
 
     torchrun ... fsdp_program.py FOLDER
 
 FOLDER/plan.pt holds {"samples", "objective", "fsdp_modules", "gradients": {name: (model, TrainingConfig)},
-"runs": [(folder, model, TrainingConfig, checkpoint of an earlier run that it goes on from, or None)]}. The first rank
-leaves FOLDER/{name}.pt with the loss, norms and whole gradients of one step, and the trained weights of each run in its
+"runs": [(folder, model, TrainingConfig, checkpoint of an earlier run to resume or None)]}. Rank 0 writes
+FOLDER/{name}.pt with the loss, norms and full gradients of one step, and the trained weights of each run into its
 folder.
 """
 
@@ -28,7 +28,7 @@ from mm.training.trainer import Trainer, activation_checkpointing, train_step
 
 
 class Spy(torch.optim.SGD):
-    """Takes no step; gathers the gradients it would have taken."""
+    """Keeps the gradients and does not change the weights."""
 
     def step(self) -> None:
         self.seen = [full_tensor(p.grad).clone() for group in self.param_groups for p in group["params"]]
@@ -64,7 +64,7 @@ def gradients_of_a_step(model, samples, objective, fsdp_modules, config, ranks) 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    torch.compile = partial(torch.compile, backend="aot_eager")  # all of it but machine code, which takes minutes
+    torch.compile = partial(torch.compile, backend="aot_eager")  # everything except compiling, which takes minutes
     with init_distributed() as ranks:
         plan = torch.load(folder / "plan.pt", weights_only=False)
         samples, objective, fsdp_modules = plan["samples"], plan["objective"], plan["fsdp_modules"]

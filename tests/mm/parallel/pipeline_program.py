@@ -1,11 +1,11 @@
-"""What `torchrun` starts in the tests of pipelines: one process of several, told what to do by a pickled plan.
+"""The program that each rank runs in the tests of pipelines, on a pickled plan.
 
     torchrun ... pipeline_program.py FOLDER
 
 FOLDER/plan.pt holds {"samples", "steps": {name: (model, TrainingConfig)}, "records", "runs": [(folder, model,
-TrainingConfig, checkpoint of an earlier run that it goes on from, or None, step in which the last rank is told to end,
-or None)]}. The first rank leaves FOLDER/{name}.pt with what each rank found in one step over the samples, and in the
-folder of each run over the records its trained weights.
+TrainingConfig, checkpoint of an earlier run to resume or None, step in which the last rank gets SIGTERM or None)]}.
+Rank 0 writes FOLDER/{name}.pt, the results of each rank in one step over the samples, and the trained weights into the
+folder of each run over the records.
 """
 
 import copy
@@ -36,7 +36,7 @@ from mm.training.trainer import Trainer, train_step
 
 
 class Spy(torch.optim.SGD):
-    """Takes no step; gathers the gradients it would have taken."""
+    """Keeps the gradients and does not change the weights."""
 
     def __init__(self, module) -> None:
         self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -47,13 +47,13 @@ class Spy(torch.optim.SGD):
 
 
 def one_step(model, samples, config, ranks) -> dict:
-    """Of a step in which each pipeline takes its share of the samples."""
+    """The results of a step in which each pipeline has its share of the samples."""
     objective, layout = NextTokenObjective(), config.layout(ranks.size)
     dp_rank = layout.dp_rank(ranks.rank)
     apply_learning_rates(model, config.learning_rates)
     share = math.ceil(len(samples) / layout.dp_size)
-    mine = samples[dp_rank :: layout.dp_size]
-    work = collate_step(mine, objective, config.micro_batch_size, objective.dummy_sample(model), share)
+    own_samples = samples[dp_rank :: layout.dp_size]
+    work = collate_step(own_samples, objective, config.micro_batch_size, objective.dummy_sample(model), share)
     stage = build_stage(model, layout, "cpu", config.precision, loss_of_hidden_states)
     if layout.dp_size * layout.tp > 1:
         parallelize(stage, FSDP_MODULES, layout, config.precision, "cpu", objective.forward_methods)
@@ -70,7 +70,7 @@ def one_step(model, samples, config, ranks) -> dict:
 
 
 class Ending(Dataset):
-    """Records; when those of the given step are asked for, the last rank is told to end. Each rank draws at random."""
+    """Records; the last rank gets SIGTERM when those of the given step are read. Each rank's random state differs."""
 
     def __init__(self, records: list, at: int | None, ranks: Ranks) -> None:
         self.records, self.at, self.ranks, self.steps = records, at, ranks, 0

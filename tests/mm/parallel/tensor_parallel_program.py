@@ -1,11 +1,11 @@
-"""What `torchrun` starts in the tests of tensor parallelism: one process of several, told what to do by a pickled plan.
+"""The program that each rank runs in the tests of tensor parallelism, on a pickled plan.
 
     torchrun ... tensor_parallel_program.py FOLDER
 
-FOLDER/plan.pt holds {"steps": {name: (model, samples, TrainingConfig)}, "refused": {name: (model, ranks)},
-"runs": [(folder, model, samples, TrainingConfig, checkpoint of an earlier run that it goes on from, or None)]}. The
-first rank leaves FOLDER/{name}.pt with what came of one step, FOLDER/refused.pt with what was said, and the trained
-weights and the other numbers of each run in its folder.
+FOLDER/plan.pt holds {"steps": {name: (model, samples, TrainingConfig)}, "refused": {name: (model, tp_degree)},
+"runs": [(folder, model, samples, TrainingConfig, checkpoint of an earlier run to resume or None)]}. Rank 0 writes
+FOLDER/{name}.pt with the results of one step, FOLDER/refused.pt with the error messages, and the trained weights of
+each run into its folder.
 """
 
 import copy
@@ -38,7 +38,7 @@ from vision.encoder import EncoderLayer
 
 
 class Spy(torch.optim.SGD):
-    """Takes no step; gathers the gradients it would have taken."""
+    """Keeps the gradients and does not change the weights."""
 
     def step(self) -> None:
         trained = [p for group in self.param_groups for p in group["params"]]
@@ -47,7 +47,7 @@ class Spy(torch.optim.SGD):
 
 
 def one_step(model, samples, config, ranks) -> dict:
-    """What one step of all ranks gives, and what this rank had to do with it."""
+    """The results of one step of all ranks, and this rank's part in it."""
     objective, layout = NextTokenObjective(), config.layout(ranks.size)
     dp_rank, dp_size = layout.dp_rank(ranks.rank), layout.dp_size
     module = copy.deepcopy(model)
@@ -75,7 +75,7 @@ def one_step(model, samples, config, ranks) -> dict:
 
 
 def watch_tokens(module: nn.Module) -> set[tuple[int, int, int]]:
-    """Gets, for each pass of a layer of the encoder, the tokens before it, in its norms, and in its attention."""
+    """A set that collects (tokens before an encoder layer, in its norms, in its attention) of each pass."""
     seen, passing = set(), {}
     for layer in (layer for layer in module.modules() if isinstance(layer, EncoderLayer)):
         layer.register_forward_pre_hook(lambda _, x: passing.update(whole=x[0].shape[1]), prepend=True)
@@ -86,7 +86,7 @@ def watch_tokens(module: nn.Module) -> set[tuple[int, int, int]]:
 
 
 def watch_types(module: nn.Module) -> set[torch.dtype]:
-    """Gets the types that the weights of sharded layers have when they run."""
+    """A set that collects the types of sharded layers' weights while they run."""
     seen = set()
     for layer in (layer for layer in module.modules() if isinstance(layer, (DecoderLayer, CrossAttentionBlock))):
         layer.mlp.up_proj.register_forward_hook(lambda product, *_: seen.add(product.weight.dtype))
@@ -94,7 +94,7 @@ def watch_types(module: nn.Module) -> set[torch.dtype]:
 
 
 def watch_vision(module: nn.Module) -> list[torch.Tensor]:
-    """Gets, block by block, the vision tokens that come to it, and what it computes its keys and its values of."""
+    """A list that collects, block by block, its vision tokens and the inputs of its key and value projections."""
     seen = []
 
     def keep(_, inputs: tuple) -> None:
@@ -109,7 +109,7 @@ def watch_vision(module: nn.Module) -> list[torch.Tensor]:
 
 
 def evaluated(module: nn.Module, batches: list, layout: Layout) -> dict[str, float]:
-    """What validation gives, and whether all that is not split over tensor ranks is the same on them, bit for bit."""
+    """Validation metrics, and whether parameters that are not split are bit-equal on the tensor-parallel ranks."""
     digest, number = hashlib.sha256(), 0
     for parameter in module.parameters():
         names = parameter.device_mesh.mesh_dim_names

@@ -35,7 +35,7 @@ def carry_out(
     plan = {"samples": samples, "gradients": gradients or {}, "runs": list(runs), "fsdp_modules": fsdp_modules}
     torch.save(plan | {"objective": objective or NextTokenObjective()}, folder / "plan.pt")
     done = launch(PROGRAM, folder, size)
-    assert done.returncode == 0, done.said[-4000:]
+    assert done.returncode == 0, done.output[-4000:]
 
 
 @pytest.fixture

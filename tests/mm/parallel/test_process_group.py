@@ -32,7 +32,7 @@ def test_barrier_names_the_rank_that_does_not_arrive(tmp_path):
     )
     done = launch(program, tmp_path, 2)
     assert done.returncode != 0
-    assert "RuntimeError: rank 0 waited 2 s" in done.said and "1" in done.said.split("failed")[1][:200]
+    assert "RuntimeError: rank 0 waited 2 s" in done.output and "1" in done.output.split("failed")[1][:200]
 
 
 @pytest.mark.slow
@@ -45,7 +45,7 @@ def test_check_consistent_names_the_ranks_that_differ(tmp_path):
         "    ranks.check_consistent('configuration', {'learning_rates': ranks.rank == 1})\n"
     )
     done = launch(program, tmp_path, 2)
-    assert done.returncode != 0 and "ranks 1 have another configuration than rank 0" in done.said
+    assert done.returncode != 0 and "ranks 1 have another configuration than rank 0" in done.output
 
 
 def test_ranks_of_a_layout_are_numbered_with_tp_fastest_and_pp_slowest():

@@ -29,7 +29,7 @@ def carry_out(folder: Path, size: int, steps=None, refused=None, runs=()) -> Non
     folder.mkdir(exist_ok=True)
     torch.save({"steps": steps or {}, "refused": refused or {}, "runs": list(runs)}, folder / "plan.pt")
     done = launch(PROGRAM, folder, size)
-    assert done.returncode == 0, done.said[-4000:]
+    assert done.returncode == 0, done.output[-4000:]
 
 
 @pytest.fixture
@@ -206,7 +206,7 @@ def test_tensor_parallel_runs_equal_those_of_one_process(models, tiny_config, bu
     last = lines("run")[-1]
     assert last["eval/same"] == 1 and last["eval/number"] > 50
 
-    said = torch.load(tmp_path / "refused.pt")
-    assert said["lm"] == "tp_degree is 4; it must divide num_kv_heads of the language model, 2"
-    assert said["encoder"] == "tp_degree is 4; it must divide num_heads of the image encoder, 2"
-    assert said["adapter"] == "tp_degree is 4; it must divide intermediate_size of the cross-attention blocks, 90"
+    messages = torch.load(tmp_path / "refused.pt")
+    assert messages["lm"] == "tp_degree is 4; it must divide num_kv_heads of the language model, 2"
+    assert messages["encoder"] == "tp_degree is 4; it must divide num_heads of the image encoder, 2"
+    assert messages["adapter"] == "tp_degree is 4; it must divide intermediate_size of the cross-attention blocks, 90"

@@ -1,11 +1,11 @@
-"""What `torchrun` starts in the tests of checkpoints: one process of several, told what to do by a pickled plan.
+"""The program that each rank runs in the tests of checkpoints, on a pickled plan.
 
     torchrun ... checkpoint_program.py FOLDER
 
 FOLDER/plan.pt holds {"layouts": whether to write and read `Parts` in every layout, "full": whether to write onto a full
-disk, "runs": [(folder, TrainingConfig, step in which the last rank is told to end, or None)], "model", "samples"}. Each
-rank leaves what it took of each step in FOLDER/{folder}/samples-{ranks}-{rank}.json, and how each run ended in
-FOLDER/{folder}/ended-{rank}.
+disk, "runs": [(folder, TrainingConfig, step in which the last rank gets SIGTERM or None)], "model", "samples"}. Each
+rank writes the indices that it read in each step to FOLDER/{folder}/samples-{ranks}-{rank}.json, and the exit code of
+each run to FOLDER/{folder}/ended-{rank}.
 """
 
 import copy
@@ -37,7 +37,7 @@ PARTS_OF_STAGE = (("encoder", "front"), ("encoder", "back"), ("frozen",), ("enco
 
 
 class Parts(nn.Module):
-    """Matrices that 4 ranks do not share evenly, a vector of one, and what does not train."""
+    """Matrices that 4 ranks do not divide evenly, a vector of one element, and a frozen layer."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Parts(nn.Module):
 
 
 def arranged(layout: str, seed: int, rank: int) -> Parts:
-    """This rank's part of four: FSDP, HSDP, FSDP over tensor parallel, or some of the parts alone."""
+    """One of four ranks' part: FSDP, HSDP, FSDP with tensor parallelism, or some of the parts alone (pipeline)."""
     parts = Parts(seed)
     if layout == "shards":
         fully_shard(parts, mesh=init_device_mesh("cpu", (4,)))
@@ -67,14 +67,14 @@ def arranged(layout: str, seed: int, rank: int) -> Parts:
 
 
 def optimizer_of(parts: nn.Module, backwards: bool) -> torch.optim.AdamW:
-    """A group per parameter, in either order."""
+    """AdamW with a group per parameter, in either order."""
     trained = [p for p in parts.parameters() if p.requires_grad]
     groups = [{"params": [p]} for p in (reversed(trained) if backwards else trained)]
     return torch.optim.AdamW(groups or [{"params": []}], lr=0.1, fused=True)
 
 
 def state_of(parts: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
-    """Trained tensors and moments, whole; every rank must ask."""
+    """Full trained tensors and moments; every rank must call it."""
     trained = {name: p for name, p in parts.named_parameters() if p.requires_grad}
     state = {f"model.{name}": full_tensor(p.detach()) for name, p in trained.items()}
     for name, p in trained.items():
@@ -112,7 +112,7 @@ def write_and_read_in_every_layout(folder: Path, ranks: Ranks) -> None:
 
 
 def write_onto_a_full_disk(folder: Path, ranks: Ranks) -> None:
-    """The last rank's disk is full in the second of three saves: all ranks fail alike, by name of that rank."""
+    """The last rank's disk is full in the second of three saves: all ranks raise the error, which names that rank."""
     parts = Parts(ranks.rank)
     with Checkpoints(folder / "full", 1, {}, parts, optimizer_of(parts, backwards=False)) as checkpoints:
         checkpoints.save(1, Position(0), {})
@@ -128,12 +128,12 @@ def write_onto_a_full_disk(folder: Path, ranks: Ranks) -> None:
             expected = f"step-00000002 could not be written (rank {ranks.size - 1}: OSError: [Errno 28]"
             assert expected in str(error), error
         else:
-            raise AssertionError("nobody noticed")
+            raise AssertionError("no error was raised")
     assert [entry.name for entry in (folder / "full" / "checkpoints").glob("step-*")] == ["step-00000001"]
 
 
 class Noted(Dataset):
-    """Samples, and which were asked for in each step."""
+    """Samples that record which indices were read in each step."""
 
     def __init__(self, samples: list) -> None:
         self.samples, self.steps = samples, []
@@ -147,7 +147,7 @@ class Noted(Dataset):
 
 
 class Ended(NextTokenObjective):
-    """Weighs each loss at random, on each rank differently; tells its own process to end in the given step."""
+    """Weights each loss at random, on each rank differently; sends SIGTERM to its process in the given step."""
 
     def __init__(self, rank: int, at: int | None) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class Ended(NextTokenObjective):
 
 
 def mean_state(module: nn.Module, samples: list) -> dict[str, float]:
-    """An evaluation that runs the sharded module in a way that leaves it holding whole tensors."""
+    """An evaluation after which the sharded module still holds gathered tensors."""
     return {"state": module.hidden_states(NextTokenObjective().collate(samples)).mean().item()}
 
 

@@ -1,7 +1,7 @@
-"""Ranks as `torchrun` starts them, but forked from a process that has imported what they need.
+"""Starts ranks as `torchrun` does, but forked from a process that has already imported what they need.
 
-Importing PyTorch takes each of them longer than most of what the tests ask. The tests of the stages, and that of
-interrupted ranks, start theirs with `torchrun` itself.
+Importing PyTorch would take each rank longer than most tests. The tests of the stages, and that of interrupted ranks,
+use `torchrun` itself.
 """
 
 import multiprocessing
@@ -17,31 +17,31 @@ import torch
 
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(["mm.training.adapters", "mm.parallel.pipeline", "open_clip", "torch.utils.tensorboard"])
-GRACE = 5.0  # seconds that the others have when one rank has failed
+GRACE = 5.0  # seconds that the other ranks have after one has failed
 
 
 class Ended(NamedTuple):
-    """What came of ranks: 0 where all have ended well, and what they said."""
+    """The highest exit code of the ranks, and their output."""
 
     returncode: int
-    said: str
+    output: str
 
 
 def launch(program: Path, folder: Path, size: int, timeout: float = 600.0) -> Ended:
-    """Runs `program FOLDER` in so many ranks.
+    """Run `program FOLDER` on `size` ranks.
 
     Raises:
-        TimeoutError: they have not ended after so many seconds.
+        TimeoutError: no rank has ended after `timeout` seconds.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(size)}
-    told = [folder / f"said-{rank}.txt" for rank in range(size)]
+        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(size)}
+    files = [folder / f"output-{rank}.txt" for rank in range(size)]
     ranks = [
         FORKED.Process(
-            target=_rank, args=(program, folder, meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, said)
+            target=_rank, args=(program, folder, rendezvous | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, file)
         )
-        for rank, said in enumerate(told)
+        for rank, file in enumerate(files)
     ]
     for rank in ranks:
         rank.start()
@@ -57,14 +57,14 @@ def launch(program: Path, folder: Path, size: int, timeout: float = 600.0) -> En
             rank.kill()
         for rank in ranks:
             rank.join()
-    said = "".join(file.read_text() for file in told)
+    output = "".join(file.read_text() for file in files)
     if len(late) == size:
-        raise TimeoutError(f"{size} ranks have not ended after {timeout:g} s: {said[-4000:]}")
-    return Ended(max(abs(rank.exitcode) for rank in ranks), said)
+        raise TimeoutError(f"{size} ranks have not ended after {timeout:g} s: {output[-4000:]}")
+    return Ended(max(abs(rank.exitcode) for rank in ranks), output)
 
 
-def _rank(program: Path, folder: Path, environment: dict[str, str], said: Path) -> None:
-    with said.open("w") as stream:
+def _rank(program: Path, folder: Path, environment: dict[str, str], file: Path) -> None:
+    with file.open("w") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
     os.environ.update(environment)

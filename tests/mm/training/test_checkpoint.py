@@ -33,7 +33,7 @@ OFTEN = {"steps": 8, "batch_size": 3, "save_every": 3, "keep": 9}
 
 
 class Doing(NextTokenObjective):
-    """Does something at the beginning of some steps: {step: what}."""
+    """Calls a function at the beginning of some steps: {step: function}."""
 
     def __init__(self, what: dict) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Doing(NextTokenObjective):
 
 @pytest.fixture
 def slow(monkeypatch):
-    """slow(wait) -> the events of writing, each of which calls `wait` first."""
+    """slow(wait) -> a list of write events; each write calls `wait` first."""
 
     def do(wait) -> list[tuple[str, str]]:
         events, genuine = [], FileSystemWriter.write_data
@@ -71,7 +71,7 @@ def names(folder: Path) -> list[str]:
 
 
 def test_training_continues_while_a_checkpoint_is_written(model, config, run, saved, slow):
-    """The first is not written before the fifth step begins, and yet holds what the third left."""
+    """The first checkpoint is written during the fifth step, and holds the state after the third."""
     expected = run(copy.deepcopy(model), config(**OFTEN), "alone") / "checkpoints"
     reached = threading.Event()
     events = slow(lambda: reached.wait(30))
@@ -95,7 +95,7 @@ def test_one_checkpoint_is_written_at_a_time_and_the_end_of_the_run_waits(model,
 
 
 class Stopped(BaseException):
-    """As a Ctrl-C: no error that anything catches."""
+    """Like Ctrl-C: not an `Exception`, so that nothing catches it."""
 
 
 def stop() -> None:
@@ -110,7 +110,7 @@ def test_an_error_in_training_waits_for_the_write(model, config, run, slow, tmp_
 
 
 def full_at(folder: Path, step: int):
-    """A disk that is full when the checkpoint of a step is written: its file leads to a device without space."""
+    """A disk that is full when the checkpoint of a step is written: the file is a link to /dev/full."""
 
     def do() -> None:
         new = folder / "checkpoints" / f".new-{step:08d}"
@@ -202,7 +202,7 @@ def test_new_settings_that_are_off_do_not_count_as_a_difference(tmp_path):
 
 
 def test_parameters_without_gradients_resume_without_moments(tmp_path):
-    """As after steps of text alone, in which nothing has a gradient."""
+    """As after steps of text alone, in which no parameter has a gradient."""
     modules = [nn.Linear(2, 2) for _ in range(2)]
     for module, resumed in zip(modules, (None, (1, Position(3, 0, 1), {"a": 1})), strict=True):
         optimizer = torch.optim.AdamW(module.parameters())
@@ -237,15 +237,15 @@ def planned(folder: Path, **plan) -> Path:
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_checkpoints_resume_on_any_number_and_layout_of_ranks(model, samples, config, tmp_path):
-    """Four ranks write in four layouts and read each in all; then 4 -> 2 -> 1 ranks share the steps of a run."""
+    """Four ranks write in four layouts and read each in all; then a run continues on 4, 2 and 1 ranks."""
     folder = tmp_path / "ranks"
     settings = config(steps=6, batch_size=5, save_every=100, evaluate_every=2)
     plan = {"model": model, "samples": samples}
     done = launch(PROGRAM, planned(folder, layouts=True, runs=[("run", settings, 2)], **plan), 4)
-    assert done.returncode == 0, done.said[-4000:]
+    assert done.returncode == 0, done.output[-4000:]
     assert names(folder / "run") == ["step-00000002"]
     done = launch(PROGRAM, planned(folder, full=True, runs=[("run", settings, 2)], **plan), 2)
-    assert done.returncode == 0, done.said[-4000:]
+    assert done.returncode == 0, done.output[-4000:]
     assert names(folder / "run") == ["step-00000002", "step-00000004"]
     last = checkpoint_program.Noted(samples)
     Trainer(model, NextTokenObjective(), last, settings, folder / "run", "test").run()
@@ -258,7 +258,7 @@ def test_checkpoints_resume_on_any_number_and_layout_of_ranks(model, samples, co
     order = [sorted(step) for _, step in zip(range(6), step_indices(7, 5, 0), strict=False)]
     assert [sorted(step) for step in taken + last.steps] == order  # none lost, none twice
 
-    for layout in checkpoint_program.LAYOUTS:  # and one process takes up what four wrote
+    for layout in checkpoint_program.LAYOUTS:  # one process reads what four wrote
         parts = checkpoint_program.Parts(3)
         optimizer = checkpoint_program.optimizer_of(parts, backwards=True)
         Checkpoints(folder / layout, 1, {}, parts, optimizer).resume()
@@ -273,25 +273,25 @@ def test_checkpoints_resume_on_any_number_and_layout_of_ranks(model, samples, co
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_an_interrupted_run_of_two_ranks_ends_as_the_uninterrupted_one(model, samples, config, tmp_path):
-    """One rank alone is told to end; all do, with a checkpoint, and go on bit for bit. Then torchrun is told.
+    """One rank gets SIGTERM; all stop after a checkpoint, and resume bit for bit. Then torchrun gets SIGTERM.
 
-    The checkpoint follows an evaluation, after which the sharded module still holds whole tensors.
+    The checkpoint follows an evaluation, after which the sharded module still holds gathered tensors.
     """
     settings = config(steps=6, batch_size=5, save_every=100, evaluate_every=2)
     endless = replace(settings, steps=10_000, save_every=10_000)
-    runs = [("whole", settings, None), ("parts", settings, 4), ("parts", settings, None), ("told", endless, None)]
+    runs = [("whole", settings, None), ("parts", settings, 4), ("parts", settings, None), ("stopped", endless, None)]
     folder = planned(tmp_path / "ranks", model=model, samples=samples, runs=runs)
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(PROGRAM), str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
     process = subprocess.Popen([sys.executable, *command], env=environment, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not (folder / "told" / "metrics.jsonl").exists():
+    while process.poll() is None and not (folder / "stopped" / "metrics.jsonl").exists():
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=240)
+    _, output = process.communicate(timeout=240)
     assert process.returncode != 0
-    assert [(folder / "told" / f"ended-{rank}").read_text() for rank in range(2)] == ["143", "143"], said[-4000:]
-    reached = json.loads((folder / "told" / "metrics.jsonl").read_text().splitlines()[-1])["step"]
-    assert names(folder / "told") == [f"step-{reached:08d}"]
+    assert [(folder / "stopped" / f"ended-{rank}").read_text() for rank in range(2)] == ["143", "143"], output[-4000:]
+    reached = json.loads((folder / "stopped" / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert names(folder / "stopped") == [f"step-{reached:08d}"]
 
     weights = [torch.load(folder / name / "weights.pt") for name in ("parts", "whole")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])

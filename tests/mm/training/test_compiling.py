@@ -25,7 +25,7 @@ from mm.training.trainer import activation_checkpointing, train_step
 
 
 class Spy(torch.optim.SGD):
-    """Takes down the gradients and leaves the weights alone."""
+    """Keeps the gradients and does not change the weights."""
 
     def step(self) -> None:
         self.seen = [p.grad.clone() for group in self.param_groups for p in group["params"]]
@@ -82,12 +82,12 @@ def test_compiled_layers_have_the_same_gradients(shallow_model, config, ragged):
     assert {gradient.dtype for gradient in seen.values()} == {torch.float32}
     one, other = (torch.cat([given[name].flatten() for name in exact]) for given in (seen, exact))
     assert F.cosine_similarity(one, other, dim=0) > 0.99
-    assert not [layer for layer in shallow_model.modules() if "forward" in vars(layer)]  # left as it was found
+    assert not [layer for layer in shallow_model.modules() if "forward" in vars(layer)]  # restored
 
 
 @pytest.fixture
 def traced(monkeypatch):
-    """In place of machine code, PyTorch's own operations as they were traced; gives the number of graphs so far."""
+    """Compile to PyTorch's own operations instead of machine code; returns the number of graphs so far."""
     monkeypatch.setattr(loop, "require_compiler", lambda: None)
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters["stats"]
@@ -104,8 +104,8 @@ def test_other_sizes_are_not_compiled_again(shallow_model, config, traced, ragge
     for _ in range(40):
         gradients(shallow_model, ragged(draw, ANY), config(compile=True))
         graphs.append(traced())
-    # The language model's layer; the block, for images of one size or several; the encoder's layer, for one image of so
-    # many tiles or several, of one tile or several. Forty steps of sizes of their own need no more.
+    # The decoder layer; the block, for images of one or several sizes; the encoder layer, for one or several images and
+    # one or several tiles. Forty steps with different sizes need no more graphs.
     assert 3 <= graphs[0] <= graphs[-1] <= 8
 
 

@@ -189,11 +189,11 @@ def test_length_buckets_put_samples_of_similar_length_into_a_step():
 
 
 def test_length_buckets_need_durations_and_no_groups(squares):
-    for source, said in (
+    for source, reason in (
         (DataSource(str(squares)), "have no durations"),
         (DataSource(str(squares), group_size=2), "group_size"),
     ):
-        with pytest.raises(ValueError, match=f"length_bucket_steps is 4, and .*{said}"):
+        with pytest.raises(ValueError, match=f"length_bucket_steps is 4, and .*{reason}"):
             step_loader(RecordDataset([source], lambda record: record), list, 4, 0, length_bucket_steps=4)
 
 
@@ -273,12 +273,12 @@ def test_a_record_missing_in_the_shard_is_unreadable(tmp_path, square_record):
 def test_balance_across_ranks_assigns_each_sample_once_and_evenly(num_ranks):
     generator = torch.Generator().manual_seed(num_ranks)
     for _ in range(20):
-        loads = torch.randint(0, 5, (64,), generator=generator).tolist()
-        dealt = balance_across_ranks(loads, num_ranks)
+        costs = torch.randint(0, 5, (64,), generator=generator).tolist()
+        dealt = balance_across_ranks(costs, num_ranks)
         assert sorted(position for positions in dealt for position in positions) == list(range(64))
         assert max(map(len, dealt)) <= -(-64 // num_ranks)
-        sums = [sum(loads[position] for position in positions) for positions in dealt]
-        in_turn = [sum(loads[rank::num_ranks]) for rank in range(num_ranks)]
+        sums = [sum(costs[position] for position in positions) for positions in dealt]
+        in_turn = [sum(costs[rank::num_ranks]) for rank in range(num_ranks)]
         assert max(sums) - min(sums) <= max(4, 0.5 * (max(in_turn) - min(in_turn)))
 
 
@@ -288,7 +288,7 @@ def test_equal_costs_give_equal_numbers_of_samples():
 
 
 def test_sample_costs_come_from_the_index(tmp_path, random_picture, square_record, tiny_config):
-    """Tiles, a caption's characters by four, and nothing of what messages say; in vision tokens all together."""
+    """Tiles, a caption's characters divided by four, and 0 for messages; the cost of all in vision tokens."""
     sizes, captions = [(28, 28), (100, 28), (60, 60)], ["noise of any colour", "noise", "so much noise " * 20]
     records = []
     for number, (size, caption) in enumerate(zip(sizes, captions, strict=True)):
@@ -311,13 +311,13 @@ def test_micro_batches_respect_both_limits():
     rng = random.Random(0)
     for _ in range(200):
         sizes = sorted(rng.randint(1, 100) for _ in range(rng.randint(1, 30)))
-        most, budget = rng.randint(1, 10), rng.choice((None, rng.randint(1, 400)))
-        parts = split_into_micro_batches(sizes, sizes, most, budget)
+        max_samples, max_tokens = rng.randint(1, 10), rng.choice((None, rng.randint(1, 400)))
+        parts = split_into_micro_batches(sizes, sizes, max_samples, max_tokens)
         assert [size for part in parts for size in part] == sizes
-        assert all(1 <= len(part) <= most for part in parts)
-        assert budget is None or all(len(part) == 1 or len(part) * part[-1] <= budget for part in parts)
-        for part, following in itertools.pairwise(parts):  # none could take one more
-            assert len(part) == most or (budget is not None and (len(part) + 1) * following[0] > budget)
+        assert all(1 <= len(part) <= max_samples for part in parts)
+        assert max_tokens is None or all(len(part) == 1 or len(part) * part[-1] <= max_tokens for part in parts)
+        for part, following in itertools.pairwise(parts):  # none has room for one more
+            assert len(part) == max_samples or (max_tokens is not None and (len(part) + 1) * following[0] > max_tokens)
 
 
 def test_max_tokens_splits_a_step_of_long_samples():

@@ -59,9 +59,9 @@ def test_tensor_or_pipeline_parallelism_is_used_where_fsdp_is_not_enough(tiny_co
 def test_where_nothing_fits_the_plan_says_what_would_help(tiny_config):
     costs = plan(tiny_config, TRAINING, SAMPLES, 2, gpu_gigabytes=1e-4)
     assert not costs.fitting and costs.smallest.activation_checkpointing and costs.smallest.micro_batch_size == 1
-    said = str(costs)
-    assert "nothing fits 2 GPUs of 0.0001 GB" in said and "training.precision: bf16" in said
-    assert f"lacks {costs.smallest.memory.total / 1e9 - USABLE * 1e-4:.3g} GB" in said
+    text = str(costs)
+    assert "nothing fits 2 GPUs of 0.0001 GB" in text and "training.precision: bf16" in text
+    assert f"lacks {costs.smallest.memory.total / 1e9 - USABLE * 1e-4:.3g} GB" in text
 
 
 def test_enough_gpus_are_enough(tiny_config):
@@ -131,7 +131,7 @@ def test_samples_without_a_picture_cost_their_text(tiny_config):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"gpus": 0}, "gpus is 0"),
         ({"gpus": 3, "training": replace(TRAINING, dp_shard=2)}, "dp_shard is 2"),
@@ -143,13 +143,13 @@ def test_samples_without_a_picture_cost_their_text(tiny_config):
         ),
     ],
 )
-def test_impossible_numbers_are_refused(tiny_config, change, said):
-    with pytest.raises(ValueError, match=said):
+def test_impossible_numbers_are_refused(tiny_config, change, message):
+    with pytest.raises(ValueError, match=message):
         plan(**{"config": tiny_config, "training": TRAINING, "samples": SAMPLES, **change})
 
 
 @pytest.mark.parametrize(
-    ("max_tiles", "tokens", "tiles", "said"),
+    ("max_tiles", "tokens", "tiles", "message"),
     [
         (5, 12, None, "max_tiles is 5"),
         (None, 1, None, "text_tokens is 1"),
@@ -157,8 +157,8 @@ def test_impossible_numbers_are_refused(tiny_config, change, said):
         (2, 12, 3, "tiles is 3; it can be 1 to 2"),
     ],
 )
-def test_impossible_samples_are_refused(tiny_config, max_tiles, tokens, tiles, said):
-    with pytest.raises(ValueError, match=said):
+def test_impossible_samples_are_refused(tiny_config, max_tiles, tokens, tiles, message):
+    with pytest.raises(ValueError, match=message):
         expected_samples(tiny_config, [], max_tiles, tokens, tiles)
 
 

@@ -17,11 +17,11 @@ TIMES = ("_per_second", "_seconds", "seconds_per_step", "data_wait_share", "mfu"
 
 
 class Interrupted(BaseException):
-    """As a Ctrl-C: no error that anything catches."""
+    """Like Ctrl-C: not an `Exception`, so that nothing catches it."""
 
 
 class Interrupting(NextTokenObjective):
-    """Stops in the given step; weighs each loss at random, so that the random state matters."""
+    """Stops in the given step; weights each loss at random, so that the random state matters."""
 
     def __init__(self, at: int | None = None) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Interrupting(NextTokenObjective):
 
 @pytest.fixture
 def train(run):
-    """As `run`, with an objective that draws at random and may stop."""
+    """Like `run`, with an objective that draws random numbers and may stop."""
 
     def do(model, config, folder="run", stop_at=None, **options):
         return run(model, config, folder, objective=Interrupting(stop_at), **options)
@@ -45,7 +45,7 @@ def train(run):
 
 
 def numbers(folder: Path) -> list[dict]:
-    """What was reported, but for times."""
+    """The metrics, except times."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if not name.endswith(TIMES)} for row in rows]
 
@@ -111,7 +111,7 @@ def test_metrics_after_the_checkpoint_are_removed(model, config, train):
     ],
 )
 def test_interrupted_while_a_checkpoint_is_written(model, config, train, same, monkeypatch, owner, operation, call):
-    """In the middle of its files, before it gets its name, and while an older one is removed."""
+    """While its files are written, before it is renamed, and while an older one is removed."""
     settings = config(**{**OFTEN, "save_every": 2, "keep": 1})
     other = copy.deepcopy(model)
     train(model, settings, "whole")

@@ -24,7 +24,7 @@ TOLERANCE = {"rtol": 2e-4, "atol": 2e-6}  # fp32 sums in another order, through 
 
 
 class Spy(torch.optim.SGD):
-    """Takes down the gradients and leaves the weights alone."""
+    """Keeps the gradients and does not change the weights."""
 
     def __init__(self, model) -> None:
         super().__init__([p for p in model.parameters() if p.requires_grad], lr=1.0)
@@ -212,7 +212,7 @@ def test_a_step_without_targets_is_refused(model, samples, config):
 
 
 class BlockingCopies(TorchDispatchMode):
-    """Takes down the copies between devices that wait for all work before them."""
+    """Records the copies between devices that wait for the device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -228,7 +228,7 @@ class BlockingCopies(TorchDispatchMode):
 
 @pytest.mark.parametrize("padding", ["ragged", "llama32"])
 def test_a_step_does_not_synchronise_before_its_last_backward_pass(model, samples, config, padding):
-    """The meta device computes shapes alone, so that any question about a value is an error."""
+    """The meta device has no values, so that reading one is an error."""
     model.vision_encoder.config = replace(model.vision_encoder.config, padding=padding)
     settings = config(micro_batch_size=2)
     learning_rates = apply_learning_rates(model, settings.learning_rates)

@@ -42,7 +42,7 @@ def test_metrics_of_a_run(model, samples, config, run):
 
 
 def test_mfu_is_the_share_of_the_peak_rate(model, samples, config, run):
-    """Operations as the objective counts them, of every micro-batch."""
+    """FLOPs as the objective counts them, of every micro-batch."""
     objective = NextTokenObjective(lambda batch: 1000 * len(batch.lengths))
     folder = run(model, config(micro_batch_size=3), objective=objective, matmul_rate=1e6)
     for row in lines(folder):
@@ -169,7 +169,7 @@ def test_settings_out_of_range_are_refused(field, value):
 
 
 class Ended(NextTokenObjective):
-    """Is asked to end in the middle of its third step."""
+    """Sends SIGTERM to its process in the middle of the third step."""
 
     step = 0
 
