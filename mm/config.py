@@ -4,7 +4,7 @@ import dataclasses
 import types
 import typing
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from foundation.errors import UserError
 from mm.cross_attention import ImageAdapterConfig
@@ -18,7 +18,6 @@ from vision.encoder import VisionEncoderConfig
 NUM_EXTRA_TOKENS = 8  # rows beside the LM's table: image, video, audio, speech start, speech end, three spare
 # Configurations of parts that come in several kinds. The kind is written as the tag `kind` into stored descriptions.
 KINDS: dict[str, type] = {"conformer": SpeechEncoderConfig, "whisper": WhisperEncoderConfig}
-Config = TypeVar("Config")
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     return values
 
 
-def from_dict(values: dict[str, Any], config_class: type[Config] = ModelConfig) -> Config:  # type: ignore[assignment]
+def from_dict(values: dict[str, Any], config_class: Any = ModelConfig) -> Any:
     """A configuration from the plain values of `to_dict`.
 
     Args:
