@@ -18,6 +18,7 @@ from torch import Tensor
 
 from foundation.errors import UserError
 from foundation.extras import MissingExtraError, import_extra
+from foundation.media import open_media
 from speech.features import SAMPLE_RATE
 
 if TYPE_CHECKING:
@@ -206,12 +207,7 @@ def _ogg_ends(file: BinaryIO) -> bool:
 def _decode_av(
     file: BinaryIO, raw_format: str | None, max_seconds: float, int16: bool, allow_truncated: bool
 ) -> tuple[np.ndarray, int]:
-    av = import_extra("av", "speech", "sound")
-    try:
-        container = av.open(file, format=raw_format)
-    except av.error.FFmpegError as error:
-        raise UserError(f"no sound or video in a known format, or truncated ({error.strerror})") from None
-    with container:
+    with open_media(file, "speech", container_format=raw_format) as container:
         if not container.streams.audio:
             kind = "a video or picture" if container.streams.video else "a file"
             raise UserError(f"is {kind} without sound")

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from foundation.media import open_media
 from video.timeline import MAX_PIXELS, MAX_SECONDS, TIME_LIMIT, decode_frames, open_video, pyav
 
 
@@ -32,7 +33,7 @@ def codec_speed(source: bytes) -> float | None:
     with open_video(source, MAX_PIXELS, MAX_SECONDS) as video:
         stream_index = video.stream.index
     # The file is opened again, because a codec that has decoded a frame no longer exports vectors.
-    with av.open(io.BytesIO(source)) as container:
+    with open_media(io.BytesIO(source), "video") as container:
         stream, previous_pts = container.streams[stream_index], None
         stream.codec_context.options = {"flags2": "+export_mvs"}
         stream.codec_context.thread_count = 1

@@ -19,6 +19,7 @@ import numpy as np
 
 from foundation.errors import UserError
 from foundation.extras import import_extra
+from foundation.media import open_media
 
 MAX_PIXELS = 2**25  # per frame; 8K (7680 x 4320) is just below
 MAX_SECONDS = 3600.0
@@ -28,13 +29,6 @@ MIN_PRESENT = (
     0.5  # of the frames that a container announces; its count may be off by a few, a truncated file lacks many
 )
 SEEK_FRAMES = 12  # a seek costs about as much as decoding this many frames
-
-# Containers of video, and of sound, so that the error says that the file has sound only. Others are not opened:
-# playlists make the demuxer open further files, and text and images would be taken for video.
-_CONTAINERS = (
-    "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,ivf,obu,flv,asf,ogg,mxf,nut,dv,rm,mjpeg,"
-    "wav,mp3,flac,aac,aiff,amr"
-)
 
 
 class Undecodable(Exception):
@@ -130,11 +124,7 @@ def open_video(source: str | Path | bytes, max_pixels: int, max_seconds: float) 
         if not file.read(1):
             raise UserError("the file is empty (0 bytes)")
         file.seek(0)
-        try:
-            container = av.open(file, options={"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"})
-        except av.error.FFmpegError as error:
-            raise UserError(f"not a video, or broken or truncated at its start ({error.strerror})") from None
-        with container:
+        with open_media(file, "video") as container:
             yield _probe(av, container, max_pixels, max_seconds)
 
 
