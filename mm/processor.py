@@ -15,7 +15,7 @@ from foundation.errors import UserError
 from mm.batch import IGNORED, Sample
 from mm.config import ModelConfig
 from mm.modalities import AUDIO, IMAGE, MODALITIES, MediaLimits, MediaSource
-from mm.records import record_answer, record_medium, record_messages
+from mm.records import part_error, record_answer, record_caption, record_medium, record_messages
 from shards.format import Record
 
 BY_NAME = {modality.name: modality for modality in MODALITIES}
@@ -179,7 +179,7 @@ class Processor:
             sample = self.example(record_messages(record))
         else:
             kind, source = record_medium(record)
-            sample = self.caption_example(source, record.json["caption"], kind)
+            sample = self.caption_example(source, record_caption(record), kind)
         if len(sample.tokens) > self.context:
             raise UserError(f"the sample has {len(sample.tokens)} tokens, over the context of {self.context}")
         return sample
@@ -227,15 +227,14 @@ class Processor:
             case {"type": "text", "text": str(text)}:
                 _check_no_mark(text, f"message {index}")
                 return text
-            case {"type": str(kind)} if kind in BY_NAME and kind in part:
+            case {"type": str(kind)} if kind in BY_NAME and part.get(kind) is not None:
                 modality = BY_NAME[kind]
                 if getattr(self.config, modality.part) is None:
                     raise UserError(f"message {index} holds {modality.plural}, and the model has no {modality.part}")
                 limits = MediaLimits(self.max_tiles, self.max_frames, self.max_frame_tiles or self.max_tiles)
                 media[modality.field].append(modality.read(part[kind], self.config, limits))
                 return modality.mark
-        forms = ['{"type": "text", "text": ...}', *(f'{{"type": "{kind}", "{kind}": file}}' for kind in BY_NAME)]
-        raise UserError(f"message {index} holds {part!r}; a part is {', '.join(forms[:-1])} or {forms[-1]}")
+        raise part_error(part, f"message {index}")
 
     def _render(self, flat: list[Message], answer_follows: bool) -> str:
         """Messages as the chat template writes them, with a mark in each item's place."""

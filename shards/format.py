@@ -102,9 +102,16 @@ def check_record(record: Record) -> None:
             raise UserError(f"{where}: medium {suffix!r} is not one of {', '.join((*PICTURES, *CLIPS, *AUDIO))}")
     for message in record.json.get("messages", ()):
         for part in message["content"] if isinstance(message["content"], list) else ():
-            name = part.get(part["type"]) if part["type"] != "text" else None
-            if name is not None and name not in record.media:
-                raise UserError(f"{where}: a message names the medium {name!r}; the record has {sorted(record.media)}")
+            kind = part.get("type") if isinstance(part, dict) else None
+            if not isinstance(kind, str) or not isinstance(part.get(kind), str):
+                raise UserError(
+                    f'{where}: a message holds a part of another form than {{"type": "text", "text": ...}} or, with a '
+                    f'medium\'s suffix, {{"type": "image", "image": "0.jpg"}}: {part!r:.80}'
+                )
+            if kind != "text" and part[kind] not in record.media:
+                raise UserError(
+                    f"{where}: a message names the medium {part[kind]!r}; the record has {sorted(record.media)}"
+                )
 
 
 def index_row(record: Record, shard: str | None, offset: int | None, size: int) -> dict[str, Any]:

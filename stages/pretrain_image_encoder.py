@@ -20,7 +20,7 @@ from foundation.errors import UserError
 from mm.device import resolve_device
 from mm.encoder_folders import save_vision_encoder
 from mm.parallel.process_group import Ranks
-from mm.records import record_pictures
+from mm.records import content_texts, record_caption, record_pictures
 from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
 from mm.training.contrastive import (
@@ -137,11 +137,10 @@ def image_text_pair(record: Record, tokenizer: open_clip.SimpleTokenizer, tile_s
 
 def record_text(record: Record) -> str:
     """A record's caption, or the text of all its messages."""
-    if "caption" in record.json:
-        return record.json["caption"]
-    contents = (message["content"] for message in record.json["messages"])
-    parts = (part for content in contents for part in ([{"text": content}] if isinstance(content, str) else content))
-    return " ".join(part["text"] for part in parts if "text" in part)
+    if "messages" not in record.json or "caption" in record.json:
+        return record_caption(record)
+    where = f"a message of record {record.id}"
+    return " ".join(text for message in record.json["messages"] for text in content_texts(message["content"], where))
 
 
 def recall_at_1(model: nn.Module, batch: PairBatch) -> dict[str, float]:

@@ -25,7 +25,7 @@ from mm.evaluation.metrics import Score
 from mm.generation import generate_tokens
 from mm.model import MultimodalModel
 from mm.processor import Processor
-from mm.records import record_answer
+from mm.records import content_texts, record_answer, record_answers, record_choices
 from mm.run_files import replaced_files
 from mm.transcription import transcribe_tokens
 from shards.format import Record
@@ -112,8 +112,9 @@ def evaluate(
 ) -> EvaluationReport:
     """Answer the last question of every record greedily, and score the answers.
 
-    A record's reference is its last assistant turn or its caption; a list of strings `"answers"` in its json gives
-    several, such as the ten of VQA. The answers do not depend on `batch_size` or on the order of the records.
+    A record's reference is its last assistant turn or its caption; a list `"answers"` in its json gives several, such
+    as the ten of VQA, as strings or as VQAv2's own objects (see `mm.records.record_answers`). The model's answers do
+    not depend on `batch_size` or on the order of the records.
 
     Args:
         metrics: of METRICS. `choice` is the share of records for which the most probable choice is a reference. The
@@ -213,14 +214,9 @@ class _PromptBuilder:
         self._choice_tokens: dict[tuple[bool, str], list[int]] = {}
 
     def __call__(self, record: Record) -> _Prompt:
-        for name in ("answers", "choices"):
-            if not isinstance(record.json.get(name) or [], list):
-                raise UserError(f"{name} of record {record.id} is {record.json[name]!r}; it must be a list")
+        references, own_choices = record_answers(record), record_choices(record)
         sample, reference = self.processor.record_prompt(record)
-        references = [str(answer) for answer in record.json.get("answers") or [reference]]
-        choices = []
-        if self.shared_choices is not None:
-            choices = [str(choice) for choice in record.json.get("choices") or self.shared_choices]
+        choices = [] if self.shared_choices is None else own_choices or self.shared_choices
         choice_tokens = [self._tokens("messages" in record.json, choice) for choice in choices]
         length, longest = len(sample.tokens), max((len(tokens) for tokens in choice_tokens), default=1)
         if length + longest > self.context:
@@ -296,7 +292,7 @@ def _shared_choices(records: ShardSet | Sequence[Record]) -> list[str]:
     answers: set[str] = set()
     for record in _readable(records):
         try:
-            if not record.json.get("choices"):
+            if record_choices(record) is None:
                 answers |= {record_answer(record)} - {""}  # an empty answer is not a choice
         except Exception:  # reported when the record is evaluated
             continue
@@ -332,9 +328,8 @@ def _question(processor: Processor, record: Record) -> str:
         return processor.caption_prompt or ""
     for message in reversed(record.json["messages"][:-1]):
         if message["role"] == "user":
-            content = message["content"]
-            parts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
-            return " ".join(part.strip() for part in parts if part.strip())
+            texts = content_texts(message["content"], f"a message of record {record.id}")
+            return " ".join(text.strip() for text in texts if text.strip())
     return ""
 
 

@@ -238,6 +238,17 @@ def test_messages_may_only_name_media_of_the_record():
         check_record(record)
 
 
+@pytest.mark.parametrize(
+    "part",
+    [{"type": "image"}, {"image": "0.jpg"}, {"type": "image_url", "image_url": {"url": "0.jpg"}}, {"text": "?"}, "?"],
+)
+def test_parts_of_another_form_are_not_written(part):
+    record = make_records(1)[-1]
+    record.json["messages"][0]["content"].append(part)
+    with pytest.raises(ValueError, match=r"two-pictures: a message holds a part of another form than"):
+        check_record(record)
+
+
 def test_folders_without_shards_are_errors(tmp_path):
     with pytest.raises(ValueError, match="no such folder"):
         ShardSet(tmp_path / "absent")

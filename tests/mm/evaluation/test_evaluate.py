@@ -105,6 +105,35 @@ def test_the_answers_of_ten_people_are_references(ask, records, question):
     assert ask(asked).scores["vqa_accuracy"].value == pytest.approx(0.6)
 
 
+def test_vqav2s_own_answer_objects_score_as_strings_do(ask, records, question):
+    answers = list(predictions(ask(records)).values())
+    given = [[*[answer] * 2, *(f"other {k}" for k in range(8))] for answer in answers]
+    objects = [
+        [{"answer": text, "answer_confidence": "yes", "answer_id": k} for k, text in enumerate(texts, 1)]
+        for texts in given
+    ]
+    asked = [question(n, answers=texts) for n, texts in enumerate(objects)]
+    assert ask(asked).scores["vqa_accuracy"].value == pytest.approx(0.6)
+    asked[4].json["answers"][3] = None
+    report = ask(asked)
+    assert report.scores["vqa_accuracy"].num_samples == 8
+    assert [row["id"] for row in report.failed] == ["q004"] and "answers of record q004" in report.failed[0]["reason"]
+
+
+def test_a_caption_that_is_null_is_not_the_reference_none(ask, records):
+    fields = {"id": "c", "split": "test", "task": "caption", "language": "en", "caption": None}
+    report = ask([Record("c", fields, records[0].media), records[0]])
+    assert [row["reason"] for row in report.failed] == ["the caption of record c is null: write it as one string"]
+
+
+def test_parts_of_a_table_with_a_column_for_each_key_are_read(ask, question):
+    """Such tables write null under the keys that a part does not have."""
+    plain, padded = question(0), question(0)
+    for part in padded.json["messages"][0]["content"]:
+        part.update({"text": part.get("text"), "image": part.get("image"), "video": None})
+    assert ask([padded]).predictions == ask([plain]).predictions
+
+
 def test_blanked_images_do_not_matter(ask, question, png):
     asked = [question(number, text="what is it?") for number in (0, 2, 4)]
     other = [replace(record, media={"png": png(50 + n)}) for n, record in enumerate(asked)]
