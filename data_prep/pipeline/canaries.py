@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from data_prep.pipeline.canary_edits import COPIES, IMPOSTORS, transfer_colours
-from data_prep.pipeline.pool import LocatedSources, read_verified
+from data_prep.pipeline.pool import LocatedSources, read_all_verified
 from data_prep.pipeline.workers import Engine, map_in_order
 from data_prep.sources.files import png
 from data_prep.steps.deduplication.neighbours import cosine, near_planted
@@ -156,9 +156,9 @@ def plant(
         return
     nodes = pq.read_table(state / NODES)
     chosen = _chosen(nodes["image_id"].to_pylist(), config)
-    make = partial(_canaries_of, step=step, sources=sources, svg_size=svg_size)
-    rows = _rows(work / "set", chosen)
-    jobs = [(row, rows[index - 1]) for index, row in enumerate(rows)]  # (picture, another picture)
+    make = partial(_canaries_of, step=step, svg_size=svg_size)
+    pictures = list(zip(chosen, read_all_verified(_rows(work / "set", chosen), sources), strict=True))
+    jobs = [(picture, pictures[index - 1]) for index, picture in enumerate(pictures)]  # (picture, another picture)
     made = [canary for canaries in map_in_order(make, jobs, workers, engine) for canary in canaries]
     planted, joined = _search(made, nodes, state, step)
     temporary = target.with_name(f".{FOLDER}.{monotonic_ns()}")
@@ -262,23 +262,30 @@ def _rows(set_folder: Path, chosen: Sequence[str]) -> list[Row]:
     return [first[image_id] for image_id in chosen]
 
 
-def _canaries_of(job: tuple[Row, Row], step: NearDuplicates, sources: LocatedSources, svg_size: int) -> list[_Canary]:
-    row, other = job
-    picture = _picture(row, sources, svg_size)
+def _canaries_of(
+    job: tuple[tuple[str, bytes], tuple[str, bytes]], step: NearDuplicates, svg_size: int
+) -> list[_Canary]:
+    """The canaries of a picture.
+
+    Args:
+        job: (image_id, bytes) of the picture, and of another one.
+    """
+    (image_id, data), (other_id, other_data) = job
+    picture = _picture(data, svg_size)
     copies = [(name, edit(picture)) for name, edit in COPIES.items()]
-    made = [_Canary("copy", name, row["image_id"], row["image_id"], _embedding(data, step)) for name, data in copies]
-    if other["image_id"] == row["image_id"]:  # the only picture
+    made = [_Canary("copy", name, image_id, image_id, _embedding(copy, step)) for name, copy in copies]
+    if other_id == image_id:  # the only picture
         return made
-    second = _picture(other, sources, svg_size)
+    other = _picture(other_data, svg_size)
     for name, imitate in IMPOSTORS.items():
-        content = other["image_id"] if imitate is transfer_colours else None
-        embedding = _embedding(png(imitate(picture, second)), step)
-        made.append(_Canary("impostor", name, row["image_id"], content, embedding))
+        content = other_id if imitate is transfer_colours else None
+        embedding = _embedding(png(imitate(picture, other)), step)
+        made.append(_Canary("impostor", name, image_id, content, embedding))
     return made
 
 
-def _picture(row: Row, sources: LocatedSources, svg_size: int) -> Image.Image:
-    return read_picture(read_verified(row, sources), MAX_PIXELS, svg_size=svg_size, svg_fonts=False)
+def _picture(data: bytes, svg_size: int) -> Image.Image:
+    return read_picture(data, MAX_PIXELS, svg_size=svg_size, svg_fonts=False)
 
 
 def _embedding(data: bytes, step: NearDuplicates) -> bytes | None:

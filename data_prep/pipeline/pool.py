@@ -1,4 +1,4 @@
-"""Reads the pairs of a raw pool: webdataset tars, parquet tables, folders of pictures or clips.
+"""Reads the pairs of a raw pool: webdataset tars, parquet tables (`pool_parquet.py`), folders of pictures or clips.
 
 In a source of clips, a clip takes the place of the picture. No pair is dropped here: what is broken is yielded as a
 pair that lacks something, or as a `BrokenFile`, and reading continues.
@@ -7,14 +7,14 @@ pair that lacks something, or as a `BrokenFile`, and reading continues.
 import hashlib
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from data_prep.pipeline.pool_parquet import named_files, read_pairs, read_picture_again
 from data_prep.sources.captions import CAPTIONS
 from foundation.errors import UserError
 
@@ -36,8 +36,8 @@ class RawSource:
         captions: where a folder's captions are: "text", in a .txt file beside each picture; "title", in the SVG itself;
             "openmoji" and "tuxpaint", as those sets store them (Tux Paint: a pair for each language);
             "tuxpaint_english", the English ones of Tux Paint.
-        picture_column: of parquet tables, for clips too; bytes, or a struct with a field `bytes`.
-        caption_column: of parquet tables.
+        picture_column: of parquet tables, for clips too; its forms are listed in `parquet_columns.py`.
+        caption_column: of parquet tables; COLUMN.FIELD names a field of a struct.
         language: ISO 639 code of all captions, where it is known; written in place of the detected one.
         media: of the pairs.
     """
@@ -140,8 +140,8 @@ def picture_bytes(source: RawSource, folder: Path, path: str, place: int, size: 
         UserError, OSError: the file has changed.
     """
     file = source_root(folder) / path
-    if source.kind == "parquet":
-        return _cell(_row(file, source.picture_column, place)) or b""
+    if source.kind == "parquet" and file.suffix.lower() == ".parquet":
+        return read_picture_again(file, source.picture_column, place)
     with open(file, "rb") as opened:
         opened.seek(place)
         return opened.read(size)
@@ -171,6 +171,13 @@ def read_verified(row: dict[str, Any], sources: LocatedSources) -> bytes:
     return data
 
 
+def read_all_verified(rows: Sequence[dict[str, Any]], sources: LocatedSources) -> list[bytes]:
+    """The bytes of some pictures, as `read_verified` gives them, read in the order in which they lie in the pool."""
+    order = sorted(range(len(rows)), key=lambda index: [rows[index][name] for name in ("source", "path", "place")])
+    data = {index: read_verified(rows[index], sources) for index in order}
+    return [data[index] for index in range(len(rows))]
+
+
 def _fits(path: Path, source: RawSource) -> bool:
     suffixes = {"tars": frozenset(("tar",)), "parquet": frozenset(("parquet",)), "folder": source.suffixes}[source.kind]
     return path.suffix[1:].lower() in suffixes
@@ -178,7 +185,20 @@ def _fits(path: Path, source: RawSource) -> bool:
 
 def _part(source: RawSource, folder: Path, files: list[str]) -> Part:
     stats = [(folder / name).stat() for name in files]
-    return Part(source, folder, tuple(files), tuple((stat.st_size, stat.st_mtime_ns) for stat in stats))
+    state = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+    if source.kind == "parquet":
+        state += _state_of_named_files(folder / files[0], source.picture_column)
+    return Part(source, folder, tuple(files), tuple(state))
+
+
+def _state_of_named_files(file: Path, picture_column: str) -> list[tuple[int, int]]:
+    """(sum of sizes, hash of the times of change) of the files that a parquet table names in place of bytes, if any."""
+    named = named_files(file, picture_column)
+    if not named:
+        return []
+    stats = [path.stat() for name in named if (path := file.parent / name).is_file()]
+    times = hashlib.sha256(repr([stat.st_mtime_ns for stat in stats]).encode()).hexdigest()
+    return [(sum(stat.st_size for stat in stats), int(times[:15], 16))]
 
 
 # --------------------------------------------------------------------------------------------------------------- tars
@@ -241,42 +261,13 @@ def _tar_pair(part: Part, key: str, members: dict[str, tuple[int, bytes]]) -> Ra
 
 def _read_parquet(part: Part) -> Iterator[RawPair | BrokenFile]:
     (name,) = part.files
-    picture_column, caption_column = part.source.picture_column, part.source.caption_column
-    row = 0
+    source = part.source
     try:
-        with pq.ParquetFile(part.folder / name) as file:
-            missing = {picture_column, caption_column} - set(file.schema_arrow.names)
-            if missing:
-                raise UserError(f"there is no column {', '.join(sorted(missing))}")
-            caption_type = file.schema_arrow.field(caption_column).type
-            for batch in file.iter_batches(64, columns=[picture_column, caption_column]):
-                # as bytes, so that a caption that is not UTF-8 breaks its pair and not the file
-                captions = batch.column(caption_column)
-                if pa.types.is_string(caption_type) or pa.types.is_large_string(caption_type):
-                    captions = captions.cast(pa.large_binary())
-                for picture, caption in zip(batch.column(picture_column), captions, strict=True):
-                    yield RawPair(f"{name}#{row}", name, row, _cell(picture.as_py()), _cell(caption.as_py()))
-                    row += 1
+        for pair in read_pairs(part.folder / name, part.folder, source.picture_column, source.caption_column):
+            path, place = (name, pair.row) if pair.file is None else (pair.file, 0)
+            yield RawPair(f"{name}#{pair.key}", path, place, pair.picture, pair.caption, pair.problem)
     except (pa.ArrowException, OSError, ValueError) as error:
-        yield BrokenFile(name, f"corrupt or unusable parquet file: {' '.join(str(error).split())[:200]}")
-
-
-def _cell(value: object) -> bytes | None:
-    if isinstance(value, dict):
-        value = value.get("bytes")
-    if isinstance(value, str):
-        value = value.encode()
-    return value if isinstance(value, bytes) else None
-
-
-def _row(file: Path, column: str, row: int) -> object:
-    with pq.ParquetFile(file) as opened:
-        for group in range(opened.num_row_groups):
-            count = opened.metadata.row_group(group).num_rows
-            if row < count:
-                return opened.read_row_group(group, columns=[column]).column(0)[row].as_py()
-            row -= count
-    raise UserError(f"{file}: has fewer rows than when it was read first")
+        yield BrokenFile(name, f"corrupt or unusable parquet file: {' '.join(str(error).split())[:400]}")
 
 
 # ------------------------------------------------------------------------------------------------------------- folder

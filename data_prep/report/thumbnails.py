@@ -35,24 +35,25 @@ class Thumbnails:
         captions = pq.read_table(set_folder / "pairs.parquet", columns=["id", "caption"], filters=of_ids)
         self._captions = {row["id"]: row["caption"] for row in captions.to_pylist()}
         positions = pq.read_table(set_folder / "sources.parquet", filters=of_ids).to_pylist()
-        self._first_positions: dict[str, dict[str, Any]] = {row["id"]: row for row in reversed(positions)}
+        first: dict[str, dict[str, Any]] = {row["id"]: row for row in reversed(positions)}
         self._sources, self._svg_size, self._faces_steps = sources, svg_size, faces_steps
         self._of_clips = any(source.media == "clips" for source, _ in sources.values())
         self._faces: dict[str, list[list[float]]] = {}
         if faces_steps:
-            image_ids = pa.array({row["image_id"] for row in self._first_positions.values()}, pa.string())
+            image_ids = pa.array({row["image_id"] for row in first.values()}, pa.string())
             of_images = pc.field("image_id").isin(image_ids)
             faces = pq.read_table(set_folder / "pictures.parquet", columns=["image_id", "faces"], filters=of_images)
             self._faces = {row["image_id"]: row["faces"] for row in faces.to_pylist()}
+        in_pool = sorted(first.values(), key=lambda row: (row["source"], row["path"], row["place"] or 0))
+        self._images = {row["id"]: self._image(row) for row in in_pool}
 
     def figure(self, pair: str, value: float) -> str:
         """A figure element, as HTML; without a picture where the pool has changed since the run."""
         caption = html.escape((self._captions.get(pair) or "")[:120])
         kind = ' class="clip"' if self._of_clips else ""
-        return f"<figure{kind}>{self._image(pair)}<b>{value:.4g}</b> {caption}<br><small>{pair[:12]}</small></figure>"
+        return f"<figure{kind}>{self._images[pair]}<b>{value:.4g}</b> {caption}<br><small>{pair[:12]}</small></figure>"
 
-    def _image(self, pair: str) -> str:
-        row = self._first_positions[pair]
+    def _image(self, row: dict[str, Any]) -> str:
         try:
             data = read_verified(row, self._sources)
             if self._of_clips:
