@@ -4,6 +4,7 @@ A row gets the tokens that it would get alone, whatever its neighbours in the ba
 Shapes: B rows, V vocabulary.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,9 @@ from layers.attention import DecodeStep
 from mm.batch import Sample, collate
 from mm.model import Cache, MultimodalModel
 from mm.processor import Processor
+
+MIN_TEMPERATURE = 1e-6  # far below, the quotients of FP32 logits overflow; 1e-6 takes the likeliest token already
+MAX_SEED = 2**64 - 1  # of torch.Generator
 
 Choose = Callable[[Tensor, Cache], list[int | None]]  # logits [B, V] and caches -> a token per row, None to end the row
 
@@ -111,9 +115,10 @@ def stream_tokens(
     Args:
         max_new_tokens: one limit for all samples, or one for each.
         stop_tokens: None means the language model's own; an empty list means none.
-        temperature: 0 takes the token of the highest probability.
+        temperature: 0 takes the token of the highest probability; else at least `MIN_TEMPERATURE`.
         top_p: samples from the smallest set of tokens whose probabilities sum to at least this.
-        seed: of every row's own random generator, so that a row's tokens do not depend on its neighbours.
+        seed: of every row's own random generator, so that a row's tokens do not depend on its neighbours; 0 to
+            `MAX_SEED`.
 
     Raises:
         UserError: an option out of range, another number of limits than samples, or a prompt that the model refuses.
@@ -121,10 +126,7 @@ def stream_tokens(
     limits = [max_new_tokens] * len(samples) if isinstance(max_new_tokens, int) else max_new_tokens
     if len(limits) != len(samples):
         raise UserError(f"max_new_tokens has {len(limits)} limits for {len(samples)} samples; give one, or one each")
-    if temperature < 0:
-        raise UserError(f"temperature is {temperature}; it must be 0 (greedy) or more")
-    if not 0 < top_p <= 1:
-        raise UserError(f"top_p is {top_p}; it must lie in (0, 1]")
+    check_sampling(temperature, top_p, seed)
     generators = [torch.Generator().manual_seed(seed) for _ in samples]
     stops = set(model.config.language_model.stop_tokens if stop_tokens is None else stop_tokens)
 
@@ -133,6 +135,22 @@ def stream_tokens(
         return [None if token in stops else token for token in drawn]
 
     yield from decode_steps(model, samples, limits, choose)
+
+
+def check_sampling(temperature: float, top_p: float, seed: int) -> None:
+    """Check the options of `stream_tokens` that choose tokens.
+
+    Raises:
+        UserError: one is out of range, or not a number; the message names it.
+    """
+    if temperature != 0 and not MIN_TEMPERATURE <= temperature < math.inf:  # also refuses NaN
+        raise UserError(
+            f"temperature is {temperature}; it must be 0 (greedy), or finite and at least {MIN_TEMPERATURE}"
+        )
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p is {top_p}; it must lie in (0, 1]")
+    if not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
+        raise UserError(f"seed is {seed}; it must be a whole number from 0 to {MAX_SEED}")
 
 
 @torch.inference_mode()  # the decorator leaves the mode at each yield; a with block would keep it on in the caller
@@ -199,7 +217,9 @@ def _sample_tokens(logits: Tensor, temperature: float, top_p: float, generators:
     """One token per row of logits [B, V]."""
     if temperature == 0:
         return logits.argmax(-1).tolist()
-    probabilities = (logits.float().cpu() / temperature).softmax(-1)
+    logits = logits.float().cpu()
+    # The maximum is subtracted first, so that a low temperature gives 0 and -inf, never inf - inf.
+    probabilities = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
     if top_p < 1:
         ordered, order = probabilities.sort(descending=True)
         ordered[ordered.cumsum(-1) - ordered >= top_p] = 0.0  # tokens after those that already reach top_p

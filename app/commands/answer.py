@@ -10,6 +10,7 @@ import mm
 from foundation.errors import UserError, is_user_error, one_line
 from foundation.options import new_parser, read_options
 from mm.device import device_line, resolve_device
+from mm.generation import check_sampling
 from mm.transcription import transcribe_tokens
 from speech.prompts import TRANSCRIBE
 from video.readers import is_animation, open_animation
@@ -49,7 +50,8 @@ def ask(argv: Sequence[str]) -> int:
     """Ask a question about images, video clips and audio.
 
     Raises:
-        UserError: an empty question or no media, besides what the model and the processor refuse.
+        UserError: an empty question or one that is not UTF-8, no media, or an option of sampling out of range, besides
+            what the model and the processor refuse.
     """
     parser = new_parser("mm ask", "Ask a question about images, video clips and audio.")
     parser.add_argument("question", help="what to ask about the media")
@@ -69,8 +71,8 @@ def ask(argv: Sequence[str]) -> int:
     add_model_options(parser)
     add_length_option(parser, max_new_tokens=128)
     options = read_options(parser, argv)
-    if not options.question.strip():
-        raise UserError("the question is empty")
+    check_text(options.question, "the question")
+    check_sampling(options.temperature, options.top_p, options.seed)
     if not options.media:
         raise UserError("there is nothing to ask about: give --image, --video or --audio, each with one file or more")
     model, processor = load_model(options)
@@ -94,7 +96,7 @@ def transcribe(argv: Sequence[str]) -> int:
     """Transcribe the speech in audio or video files.
 
     Raises:
-        UserError: an empty language, or a model without a speech encoder.
+        UserError: a language that is empty or not UTF-8, or a model without a speech encoder.
     """
     parser = new_parser("mm transcribe", "Transcribe the speech in audio or video files.")
     parser.add_argument("files", nargs="+", help="audio files, or videos with sound")
@@ -102,8 +104,7 @@ def transcribe(argv: Sequence[str]) -> int:
     add_model_options(parser)
     add_length_option(parser, max_new_tokens=256)
     options = read_options(parser, argv)
-    if not options.language.strip():
-        raise UserError("the language is empty; name one, such as English")
+    check_text(options.language, "the language")
     model, processor = load_model(options)
     if model.speech_encoder is None:
         raise UserError(f"{options.model} has no speech_encoder; `mm train train_speech_adapter` trains one")
@@ -115,6 +116,26 @@ def transcribe(argv: Sequence[str]) -> int:
         return processor.decode(transcribe_tokens(model, [sample], options.max_new_tokens)[0])
 
     return print_for_each(options.files, write_down)
+
+
+def check_text(text: str, name: str) -> None:
+    """Check a text of the command line, which Python decodes with a surrogate for each byte that is not UTF-8.
+
+    Args:
+        name: for messages.
+
+    Raises:
+        UserError: it is empty, or holds surrogates.
+    """
+    if not text.strip():
+        raise UserError(f"{name} is empty: write some text")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(f"{name} is not UTF-8: {text!r}; set a UTF-8 locale, or type the text again")
+
+
+def printable(text: str) -> str:
+    """A text or a file's name with each surrogate escaped, so that any UTF-8 terminal takes it."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def add_device_option(parser: ArgumentParser) -> None:
@@ -190,12 +211,12 @@ def print_for_each(files: Sequence[str], answer: Callable[[str], str]) -> int:
     failures = []
     for file in files:
         try:
-            print(f"{file}: {answer(file)}", flush=True)
+            print(f"{printable(file)}: {answer(file)}", flush=True)
         except (ValueError, OSError) as error:
             if not is_user_error(error):
                 raise
             reason = one_line(error)
             failures.append(reason if reason.startswith(file) else f"{file}: {reason}")
     for failure in failures:
-        logger.error(failure)
+        logger.error(printable(failure))
     return 1 if failures else 0

@@ -1,6 +1,7 @@
 """Generation: rows do not depend on each other, distributions follow the options, answers end, pieces join up."""
 
 import io
+import math
 from dataclasses import replace
 
 import pytest
@@ -110,14 +111,34 @@ def test_a_prompt_that_fills_the_context_is_refused(tiny_model, make_sample):
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"max_new_tokens": [0]}, "max_new_tokens"),
         ({"max_new_tokens": [5, 5]}, "2 limits for 1 samples"),
-        ({"temperature": -0.1}, "temperature"),
-        ({"top_p": 0.0}, "top_p"),
-        ({"top_p": 1.5}, "top_p"),
+        ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"temperature": math.nan}, "temperature is nan"),
+        ({"temperature": math.inf}, "temperature is inf"),
+        ({"temperature": 1e-320}, "temperature is 1e-320"),
+        ({"temperature": 1e-40}, "temperature is 1e-40"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"top_p": math.nan}, "top_p is nan"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**64}, "seed is 18446744073709551616"),
+        ({"seed": 0.5}, "seed is 0.5"),
     ],
 )
 def test_options_out_of_range(tiny_model, make_sample, options, message):
     with pytest.raises(ValueError, match=message):
         mm.generate_tokens(tiny_model, [make_sample("..")], **{"max_new_tokens": 3, **options})
+
+
+def test_the_lowest_temperature_and_the_last_seed_take_the_likeliest_token(tiny_model, samples):
+    greedy = mm.generate_tokens(tiny_model, samples, 5, [])
+    lowest = {"temperature": mm.generation.MIN_TEMPERATURE, "seed": mm.generation.MAX_SEED}
+    assert mm.generate_tokens(tiny_model, samples, 5, [], **lowest) == greedy
+
+
+def test_the_lowest_temperature_holds_large_logits(constant_logits, long_model):
+    constant_logits([3e38, 2e38, -3e38])
+    (drawn,) = mm.generate_tokens(long_model, [mm.Sample([3])], 5, [], temperature=mm.generation.MIN_TEMPERATURE)
+    assert drawn == [0] * 5
 
 
 def test_no_samples_give_no_tokens(tiny_model):

@@ -223,7 +223,12 @@ def test_wrong_options_of_ask(refused, run_folder, everything_run, media, pictur
         (("what? <|mm-image|>", "--image", picture, *model), "<|mm-image|>"),
         (("what? <|mm-video|>", "--audio", media / "speech.wav", "--model", everything_run), "<|mm-video|>"),
         (("what?", "--image", picture, "--top-p", "2", *model), "top_p is 2.0"),
+        (("what?", "--image", picture, "--top-p", "nan", *model), "top_p is nan"),
         (("what?", "--image", picture, "--temperature", "-1", *model), "temperature is -1.0"),
+        (("what?", "--image", picture, "--temperature", "nan", *model), "temperature is nan"),
+        (("what?", "--image", picture, "--temperature", "1e-320", *model), "temperature is 1e-320"),
+        (("what?", "--image", picture, "--seed", "-1", *model), "seed is -1"),
+        (("what\udcff?", "--image", picture, *model), "the question is not UTF-8: 'what\\udcff?'"),
         (("what?", "--image", picture, "--language-model", "gone", *model), "gone"),
     ):
         line = refused("ask", *arguments)
@@ -234,6 +239,15 @@ def test_wrong_options_of_transcribe(refused, run_folder, media):
     assert "files" in refused("transcribe", "--model", run_folder)
     wrong = ("transcribe", media / "speech.wav", "--language", " ", "--model", run_folder)
     assert "the language is empty" in refused(*wrong)
+    wrong = ("transcribe", media / "speech.wav", "--language", "Fran\udce7ais", "--model", run_folder)
+    assert "the language is not UTF-8" in refused(*wrong)
+
+
+def test_a_picture_whose_name_is_not_utf_8_is_captioned(mm_command, run_folder, pictures, tmp_path):
+    odd = tmp_path / "caf\udce9.png"  # a Latin-1 name
+    odd.write_bytes((pictures / "wide.png").read_bytes())
+    code, out, _ = mm_command("caption", odd, tmp_path / "gone\udce9.png", "--model", run_folder)
+    assert code == 1 and out.startswith(f"{tmp_path}/caf\\udce9.png: ")
 
 
 @pytest.mark.parametrize(
