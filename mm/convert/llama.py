@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
 def load(path: str | Path, dtype: torch.dtype | None = None) -> LanguageModel:
     """Load a language model from a Hugging Face folder (config.json and safetensors) or a `.gguf` file.
 
@@ -67,12 +70,15 @@ def read_shape(path: str | Path) -> LanguageModelConfig:
 def build(
     config: LanguageModelConfig, tensors: dict[str, Tensor], source: Path, ignored: dict[str, str], notes: list[str]
 ) -> LanguageModel:
-    """Build a language model from tensors under its own names; `lm_head.weight` may be missing if it is tied."""
-    if config.tied_embeddings and "lm_head.weight" in tensors:
-        table = tensors.get("model.embed_tokens.weight")
-        if table is not None and torch.equal(tensors["lm_head.weight"], table):
-            del tensors["lm_head.weight"]
-            ignored = ignored | {"lm_head.weight": "tied to model.embed_tokens.weight, which has the same values"}
+    """Build a language model from tensors under its own names; of two tied tables one may be missing."""
+    if config.tied_embeddings and HEAD in tensors:
+        table = tensors.get(TABLE)
+        if table is None:
+            tensors[TABLE] = tensors.pop(HEAD)
+            notes = [*notes, f"{HEAD} is the embedding table too: tied, and stored under this name alone"]
+        elif torch.equal(tensors[HEAD], table):
+            del tensors[HEAD]
+            ignored = ignored | {HEAD: f"tied to {TABLE}, which has the same values"}
         else:
             # As in transformers, the stored values override the setting.
             config = dataclasses.replace(config, tied_embeddings=False)

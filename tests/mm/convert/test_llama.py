@@ -168,6 +168,37 @@ def test_tied_weights_are_one_parameter(folder):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+def test_tied_weights_may_be_stored_under_the_name_of_the_head(folder, largest_difference):
+    theirs, path = folder(tie_word_embeddings=True)
+    tensors = load_file(path / "model.safetensors")
+    table = tensors.pop("model.embed_tokens.weight")
+    tokens = torch.randint(0, 67, (1, 16), generator=torch.Generator().manual_seed(2))
+    for names, loaded in (
+        (("lm_head.weight",), True),
+        (("model.embed_tokens.weight", "lm_head.weight"), True),
+        ((), False),
+    ):
+        save_file({**tensors, **{name: table.clone() for name in names}}, path / "model.safetensors")
+        if not loaded:
+            with pytest.raises(ValueError, match=r"missing \(1\):\s+model\.embed_tokens\.weight"):
+                llama.load(path)
+            continue
+        model = llama.load(path)
+        assert model.config.tied_embeddings and model.lm_head.weight is model.model.embed_tokens.weight
+        assert "tied" in str(model.report)
+        with torch.no_grad():
+            assert largest_difference(model(tokens), theirs(tokens).logits) < 5e-5
+
+
+def test_an_untied_head_may_not_be_missing(folder):
+    _, path = folder()
+    tensors = load_file(path / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"missing \(1\):\s+lm_head\.weight"):
+        llama.load(path)
+
+
 def test_a_sliding_window_limits_the_context(folder, largest_difference):
     theirs, path = folder(transformers.MistralConfig, sliding_window=16)
     model = llama.load(path)
