@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
-from PIL import Image
+from PIL import ExifTags, Image
 
 from foundation.errors import UserError
+from foundation.png import ORIENTATION_KEYS, mend_png
 
 INDEX_NAME = "index.parquet"
 PICTURES = ("jpg", "jpeg", "png", "webp")
@@ -31,7 +32,7 @@ INDEX_SCHEMA = pa.schema(
         ("task", pa.string()),
         ("caption", pa.string()),
         ("image_id", pa.string()),  # equal for records of the same image: from the json, else image_id() of the file
-        ("width", pa.int32()),  # of the first image, in pixels
+        ("width", pa.int32()),  # of the first image as it is shown (EXIF orientation applied), in pixels
         ("height", pa.int32()),
         ("num_frames", pa.int32()),  # from the record's json, if it is there
         ("duration", pa.float64()),  # seconds, from the record's json
@@ -154,9 +155,20 @@ def _without_number(suffix: str) -> str:
 
 
 def _picture_size(data: bytes) -> tuple[int | None, int | None]:
-    """Width and height from the header, or None for a broken file, for which reading the image raises the error."""
+    """Width and height as the image is shown, from the header; None for a broken file, which reading it refuses."""
     try:
-        with Image.open(io.BytesIO(data)) as picture:
-            return picture.size
+        with Image.open(io.BytesIO(mend_png(data))) as picture:
+            width, height = picture.size
+            return (height, width) if _is_turned(picture) else (width, height)
     except Exception:
         return None, None
+
+
+def _is_turned(picture: Image.Image) -> bool:
+    """Whether an opened image's orientation exchanges its width and height; unreadable metadata does not."""
+    if not any(key in picture.info for key in ORIENTATION_KEYS):  # Pillow would decode a PNG to look for more
+        return False
+    try:
+        return picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    except Exception:
+        return False
