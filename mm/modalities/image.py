@@ -3,20 +3,18 @@
 from collections.abc import Sequence
 
 import torch
-from PIL import Image
 
 from mm.config import ModelConfig
-from mm.modalities.modality import MediaLimits, MediaSource, Modality
+from mm.modalities.modality import MediaLimits, Modality
 from shards.format import picture_suffixes
-from vision.reading import read_picture, to_rgb
+from vision.reading import PictureSource, read_picture
 from vision.tiling import Tiles, tile_image
 
 
-def read(source: MediaSource, config: ModelConfig, limits: MediaLimits) -> Tiles:
-    """A picture, or its file -> tiles."""
+def read(source: PictureSource, config: ModelConfig, limits: MediaLimits) -> Tiles:
+    """A picture, or its file; as `read_picture` takes them -> tiles."""
     assert config.vision_encoder is not None
-    picture = to_rgb(source) if isinstance(source, Image.Image) else read_picture(source)
-    return tile_image(picture, config.vision_encoder.tile_size, limits.max_tiles)
+    return tile_image(read_picture(source), config.vision_encoder.tile_size, limits.max_tiles)
 
 
 def black_tile(config: ModelConfig) -> Tiles:
@@ -36,6 +34,7 @@ IMAGE = Modality(
     plural="images",
     field="images",
     part="vision_encoder",
+    runs=("vision_encoder", "image_adapter"),
     suffixes=picture_suffixes,
     read=read,
     token_id=lambda config: config.image_token_id,

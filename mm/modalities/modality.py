@@ -2,14 +2,12 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from mm.config import ModelConfig
+from vision.reading import PictureSource
 
-MediaSource = Image.Image | str | Path | bytes  # a picture, or the path or the bytes of a media file
+MediaSource = PictureSource  # a picture; of other media, the path or the bytes of a file
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,7 @@ class Modality:
         plural: for error messages.
         field: the list of items in `Sample` and `Batch`; `Batch` counts the items of each row in `{field}_per_row`.
         part: the field of `ModelConfig` without which a model does not take this modality.
+        runs: the parts of `MultimodalModel` that its items run through. Without items these have no gradient.
         suffixes: of a record's member suffixes, those of this modality, in order.
         read: a file -> an item. Raises UserError for a file that cannot be read.
         token_id: the placeholder token.
@@ -49,6 +48,7 @@ class Modality:
     plural: str
     field: str
     part: str
+    runs: tuple[str, ...]
     suffixes: Callable[[Iterable[str]], list[str]]
     read: Callable[[Any, ModelConfig, MediaLimits], Any]
     token_id: Callable[[ModelConfig], int]
