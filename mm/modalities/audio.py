@@ -49,6 +49,7 @@ AUDIO = Modality(
     plural="utterances",
     field="speech",
     part="speech_encoder",
+    runs=("speech_encoder", "speech_adapter"),
     suffixes=lambda members: [suffix for suffix in members if suffix.rpartition(".")[2] in AUDIO_SUFFIXES],
     read=read,
     token_id=lambda config: config.audio_token_id,

@@ -34,6 +34,7 @@ VIDEO = Modality(
     plural="clips",
     field="videos",
     part="video_adapter",
+    runs=("vision_encoder", "video_adapter"),
     suffixes=lambda members: [suffix for suffix in members if suffix in CLIPS],
     read=read,
     token_id=lambda config: config.video_token_id,

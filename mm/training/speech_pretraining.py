@@ -47,6 +47,9 @@ class SpeechEncoderObjective:
     def throughput(self, batch: MelBatch) -> dict[str, float]:
         return {"audio_seconds": int(batch.lengths.sum()) / FRAMES_PER_SECOND, "mel_frames": batch.mel[..., 0].numel()}
 
+    def used_parts(self, batch: MelBatch) -> dict[str, bool]:
+        return {}  # every batch runs through all parts
+
 
 @dataclass
 class Utterance:

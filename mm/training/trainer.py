@@ -11,8 +11,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,13 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from foundation.errors import UserError
 from mm.device import resolve_device
-from mm.parallel.dtensor import full_tensor, total_norm
+from mm.parallel.dtensor import full_tensor
 from mm.parallel.parallelize import parallelize
 from mm.parallel.pipeline import Stage, build_stage
 from mm.parallel.process_group import Ranks
@@ -38,7 +37,15 @@ from mm.training.data import Position, SizedDataset, StepData, collate_step, ste
 from mm.training.guards import Guard
 from mm.training.metrics import MetricsLog, NoLog, StepMetrics, Window
 from mm.training.objectives import Objective, loss_of_hidden_states
-from mm.training.optimizer import apply_learning_rates, build_optimizer, learning_rate_factor, set_learning_rate_factor
+from mm.training.optimizer import (
+    apply_learning_rates,
+    build_optimizer,
+    drop_gradients,
+    gradient_norms,
+    learning_rate_factor,
+    set_learning_rate_factor,
+)
+from mm.training.precision import attention_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -215,7 +222,9 @@ class Trainer:
             raise UserError(f"none of a step's records can be read; the first: {data.unreadable[0].reason}")
         self.factor = learning_rate_factor(step, config.steps, config.warmup_steps, config.final_learning_rate_factor)
         set_learning_rate_factor(self.optimizer, self.factor)
-        metrics = train_step(self.module, self.objective, self.optimizer, data.batches, config, self.device, self.guard)
+        metrics = train_step(
+            self.module, self.objective, self.optimizer, data.batches, config, self.device, self.guard, data.used_parts
+        )
         if metrics.skipped and self.ranks.is_main:
             logger.warning("skipped step %d: %s", step + 1, metrics.skipped)
         if self.layout.reports_samples(self.ranks.rank):
@@ -297,19 +306,25 @@ def train_step(
     config: TrainingConfig,
     device: torch.device | str,
     guard: Guard,
+    used_parts: Mapping[str, bool] | None = None,
 ) -> StepMetrics:
     """One optimizer step over micro-batches; `guard` may decide that it is skipped.
+
+    Args:
+        used_parts: whether this rank's samples, without dummy samples, run through each part, see
+            `Objective.used_parts`. A part that no rank's samples run through is left as it is; None: all are used.
 
     Raises:
         UserError: no targets in the step, or too many skipped steps in a row.
     """
     layout = config.layout(Ranks.current().size)
-    (count,) = layout.all_reduce_sum(sum(objective.count(batch) for batch in batches))
+    used_parts = used_parts or {}
+    count, *ranks_using = layout.all_reduce_sum(sum(objective.count(batch) for batch in batches), *used_parts.values())
     if count == 0:
         raise UserError("a step holds no targets; check the data's answers and captions")
     device_type = torch.device(device).type
     losses: list[Tensor | float] = []
-    with _attention_kernels(config.precision, device_type):  # the backward pass too: it may recompute activations
+    with attention_kernels(config.precision, device_type):  # the backward pass too: it may recompute activations
         if isinstance(module, Stage):
             losses = [module.forward_backward(batches, scale=layout.dp_size / count) / layout.dp_size]
         else:
@@ -319,12 +334,13 @@ def train_step(
                 if loss.requires_grad:  # a batch without images depends on nothing that an image adapter trains
                     (loss * layout.dp_size).backward()  # FSDP averages gradients over the data-parallel ranks
                 losses.append(loss.detach())  # read at the end: reading waits for the device
+    drop_gradients(module, {part for part, number in zip(used_parts, ranks_using, strict=True) if not number})
     if layout.tp > 1:
         all_reduce_partial_gradients(module, layout.mesh(device_type)["tp"].get_group())
     if isinstance(module, Stage):
-        norms = module.combine_norms(_gradient_norms(module.owned_parameters()))
+        norms = module.combine_norms(gradient_norms(module.owned_parameters()))
     else:
-        norms = _gradient_norms(module.named_parameters())
+        norms = gradient_norms(module.named_parameters())
     metrics = StepMetrics(layout.all_reduce_sum(sum(float(loss) for loss in losses))[0], norms)
     try:
         reason = guard.reason_to_skip(metrics.loss, metrics.norm)
@@ -337,20 +353,6 @@ def train_step(
     finally:
         optimizer.zero_grad(set_to_none=True)
     return metrics._replace(skipped=reason)
-
-
-def _gradient_norms(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, float]:
-    """The gradient norm of each part of a module, by the part's name: the first component of parameter names."""
-    gradients: dict[str, list[Tensor]] = {}
-    for name, parameter in parameters:
-        if parameter.grad is not None:
-            gradients.setdefault(name.partition(".")[0], []).append(parameter.grad)
-    return {part: total_norm(part_gradients) for part, part_gradients in gradients.items()}
-
-
-def _attention_kernels(precision: str, device_type: str) -> AbstractContextManager:
-    """Plain attention for bf16 on a CPU, where its backward pass is 4 times faster; elsewhere PyTorch's own choice."""
-    return sdpa_kernel(SDPBackend.MATH) if precision == "bf16" and device_type == "cpu" else nullcontext()
 
 
 class activation_checkpointing:

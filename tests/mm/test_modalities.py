@@ -67,6 +67,24 @@ def test_the_dummy_sample_runs_through_every_part_and_leaves_gradients_of_zero(e
             assert all(gradient is None or not gradient.any() for gradient in gradients), part
 
 
+@pytest.mark.parametrize("number", range(8))
+def test_used_parts_are_those_with_gradients(everything_run, number):
+    """With each selection of modalities: of a part that a batch uses every parameter has a gradient, of others none."""
+    present = [modality for bit, modality in enumerate(MODALITIES) if number >> bit & 1]
+    with torch.inference_mode(False), torch.enable_grad():
+        model, _ = mm.load(everything_run)
+        tokens, items = [5], {}
+        for modality in present:
+            items[modality.field] = [modality.dummy(model.config)]
+            tokens += modality.tokens(items[modality.field][0], model.config)
+        batch = mm.collate([mm.Sample([*tokens, 6, 7], [IGNORED] * len(tokens) + [6, 7], **items)])
+        next_token_loss(model, batch).backward()
+    used = NextTokenObjective().used_parts(batch)
+    assert used.keys() == set(PARTS) - {"language_model"}
+    for part, is_used in used.items():
+        assert {p.grad is not None for p in getattr(model, part).parameters()} == {is_used}, part
+
+
 @pytest.mark.parametrize("modality", MODALITIES, ids=lambda modality: modality.name)
 def test_items_and_placeholders_must_agree(everything, modality):
     config = everything.config

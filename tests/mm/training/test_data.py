@@ -235,7 +235,7 @@ def test_a_source_without_records_is_refused(tmp_path, square_record):
 def test_records_that_cannot_be_prepared_are_unreadable(tmp_path, square_record, tiny_processor):
     good, cut, foreign = square_record(1), square_record(2), square_record(3)
     cut.media["png"] = cut.media["png"][:200]
-    foreign.json["messages"][0]["content"] = [{"type": "text", "text": "?"}, {"type": "clip"}]
+    foreign.json["messages"][0]["content"] = [{"type": "text", "text": "?"}, {"type": "clip", "clip": "png"}]
     write_shards([good, cut, foreign], tmp_path / "set")
     dataset = RecordDataset([DataSource(str(tmp_path / "set"))], tiny_processor.record_example)
     assert dataset[0].images

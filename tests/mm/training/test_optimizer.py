@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from mm.training.optimizer import apply_learning_rates, build_optimizer, learning_rate_factor, set_learning_rate_factor
+from mm.training.optimizer import (
+    apply_learning_rates,
+    build_optimizer,
+    drop_gradients,
+    gradient_norms,
+    learning_rate_factor,
+    set_learning_rate_factor,
+)
 
 
 @pytest.fixture
@@ -82,3 +89,20 @@ def test_schedules_at_their_edges():
     assert learning_rate_factor(0, num_steps=10, warmup_steps=0, final_factor=0) == 1
     assert learning_rate_factor(9, num_steps=10, warmup_steps=20, final_factor=0) == 0.5  # all of it warm-up
     assert learning_rate_factor(10, num_steps=10, warmup_steps=10, final_factor=0.3) == 1
+
+
+def test_a_part_without_gradients_keeps_its_weights_and_its_state(module):
+    """A gradient of 0 would still apply momentum and weight decay."""
+    optimizer = build_optimizer(module, apply_learning_rates(module, {"*": 0.1}), 0.5, (0.9, 0.95))
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    drop_gradients(module, ["eye"])
+    assert gradient_norms(module.named_parameters()) == {"norm": 0, "mouth": 0}
+    optimizer.step()
+    changed = {name for name, parameter in module.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed == {"norm.weight", "norm.bias", "mouth.weight"}
+    assert [int(optimizer.state[p]["step"]) for p in module["eye"].parameters()] == [1, 1]
