@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 from data_prep.sources.files import Locate, licenses_of, png
@@ -18,6 +19,7 @@ from data_prep.sources.splits import check_shares, split_of
 from data_prep.synthetic.browser import print_pdf, require
 from data_prep.synthetic.building import Builder, LeftOut, conversation, printable_name
 from data_prep.synthetic.plotting import FONT_FILES, code_points_of, font
+from data_prep.synthetic.visible_text import visible_text
 from foundation.errors import UserError
 from foundation.extras import import_extra
 from shards.format import Record
@@ -127,7 +129,7 @@ class Documents(Builder):
             else:
                 if job.path.suffix.lower() == ".html":
                     data = print_pdf(data.decode("utf-8", errors="replace"))
-                pages = _render_pdf(data, job.pages, self.long_side)
+                pages = render_pdf(data, job.pages, self.long_side)
         except TimeoutError:  # an overloaded machine, and not a fault of this page
             raise
         except (OSError, UserError) as error:
@@ -144,7 +146,8 @@ class Documents(Builder):
             return LeftOut(name, page.problem or "cannot be drawn")
         garbage = sum(unicodedata.category(char) in ("Co", "Cn") or char == "\ufffd" for char in text)
         if not self.min_chars <= len(text) <= self.max_chars:
-            return LeftOut(name, f"has {len(text)} characters of text, not {self.min_chars} to {self.max_chars}")
+            limits = f"{self.min_chars} to {self.max_chars}"
+            return LeftOut(name, f"has {len(text)} characters of visible text, not {limits}")
         if garbage > MAX_GARBAGE * len(text):
             return LeftOut(name, f"{garbage} of {len(text)} characters of its text have no meaning in Unicode")
         split = split_of(job.digest, self.validation, self.test)
@@ -218,7 +221,7 @@ def _is_drawable(char: str, file: str) -> bool:
     return ord(char) in code_points_of(file) and is_left_to_right and unicodedata.category(char) not in ("Mn", "Me")
 
 
-def _render_pdf(data: bytes, indices: Sequence[int] | None, long_side: int) -> list[RenderedPage]:
+def render_pdf(data: bytes, indices: Sequence[int] | None, long_side: int) -> list[RenderedPage]:
     """Pages of a PDF, RGB; None renders all. A broken page, or one of an odd shape, does not affect the others."""
     pdfium = _pdfium()
     pages = []
@@ -237,9 +240,10 @@ def _render_page(document: "PdfDocument", index: int, long_side: int) -> Rendere
         width, height = page.get_size()
         if not (0 < width < 20 * height and 0 < height < 20 * width):
             return RenderedPage(index, problem=f"measures {width:.0f} x {height:.0f} points")
-        picture = page.render(scale=long_side / max(width, height), draw_annots=False).to_pil().convert("RGB")
-        with closing(page.get_textpage()) as textpage:
-            return RenderedPage(index, picture, page_text(textpage.get_text_range()))
+        scale = long_side / max(width, height) * (1 - 1e-9)  # rounding must not make it one pixel longer
+        picture = page.render(scale=scale, draw_annots=False).to_pil().convert("RGB")
+        text = visible_text(page, np.asarray(picture), scale, import_extra("pypdfium2.raw", "data", "PDF"))
+        return RenderedPage(index, picture, page_text(text))
 
 
 def _pdfium() -> ModuleType:

@@ -8,33 +8,25 @@ from PIL import Image
 
 from data_prep.synthetic.building import build
 from data_prep.synthetic.documents import QUESTION, Documents, draw_text_pages, page_text
+from tests.data_prep.synthetic.pdf_files import FONT, stream, write_pdf
 
 WORDS = "The quick brown fox jumps over the lazy dog near the bank of the river"
 
 
 def pdf(pages):
     """A PDF file whose pages show lines of Helvetica."""
-    objects = [b"<< /Type /Catalog /Pages 2 0 R >>", b"", b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>"]
+    objects = [b"<< /Type /Catalog /Pages 2 0 R >>", b"", FONT]
     kids = []
     for lines in pages:
         shown = "\n".join(f"({line}) Tj 0 -24 Td" for line in lines)
-        stream = f"BT /F1 16 Tf 40 740 Td\n{shown}\nET".encode()
-        objects.append(b"<< /Length %d >>\nstream\n%s\nendstream" % (len(stream), stream))
+        objects.append(stream(f"BT /F1 16 Tf 40 740 Td\n{shown}\nET".encode()))
         objects.append(
             b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 600 800] /Contents %d 0 R "
             b"/Resources << /Font << /F1 3 0 R >> >> >>" % len(objects)
         )
         kids.append(b"%d 0 R" % len(objects))
     objects[1] = b"<< /Type /Pages /Kids [%s] /Count %d >>" % (b" ".join(kids), len(kids))
-    out, places = b"%PDF-1.4\n", []
-    for number, body in enumerate(objects, 1):
-        places.append(len(out))
-        out += b"%d 0 obj\n%s\nendobj\n" % (number, body)
-    table = b"".join(b"%010d 00000 n \n" % place for place in places)
-    size = len(objects) + 1
-    return out + b"xref\n0 %d\n0000000000 65535 f \n%strailer\n<< /Size %d /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF\n" % (
-        size, table, size, len(out)
-    )  # fmt: skip
+    return write_pdf(objects)
 
 
 @pytest.fixture
@@ -66,7 +58,7 @@ def test_each_page_has_its_text(documents, records_of, turns_of, picture_of, tmp
         assert len(rows) > text.count("\n") and rows[0] > 5
     assert found[texts[2]].size == (300, 400)
     left_out = (tmp_path / "set" / "left_out.tsv").read_text()
-    assert left_out == "below/a.pdf, page 2\thas 0 characters of text, not 20 to 6000\n"
+    assert left_out == "below/a.pdf, page 2\thas 0 characters of visible text, not 20 to 6000\n"
     assert "free for all" in (tmp_path / "set" / "LICENSE").read_text()
 
 
