@@ -12,6 +12,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
 
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import Model
@@ -200,10 +201,11 @@ class ChatTokenizer:
                 return spans[index].end if is_end else spans[index].start
             return spans[index].end + beyond
 
-        return [
+        tokens = [
             Token(copy.ids.get(id, id), original(start, False), original(end, True), copy.aliases.get(id))
             for id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
         ]
+        return _locate_bytes(tokens, rendering.text)
 
     def _replace_spans(self, text: str, spans: Sequence[Span]) -> tuple[str, list[int]]:
         """The text with aliases in the place of spans, and where they start."""
@@ -263,6 +265,22 @@ def _id(tokenizer: Tokenizer, piece: str) -> int:
     found = tokenizer.token_to_id(piece)
     assert found is not None
     return found
+
+
+def _locate_bytes(tokens: list[Token], text: str) -> list[Token]:
+    """The tokens, with one character each for the byte tokens of several unknown characters.
+
+    Unigram models give all bytes of neighbouring unknown characters the range of all those characters.
+    """
+    located: list[Token] = []
+    for (start, end, _), group in groupby(tokens, lambda token: (token.start, token.end, token.name)):
+        run = list(group)
+        if end - start > 1 and len(run) > 1:
+            places = [place for place in range(start, end) for _ in text[place].encode()]
+            if len(places) == len(run):
+                run = [replace(token, start=place, end=place + 1) for token, place in zip(run, places, strict=True)]
+        located += run
+    return located
 
 
 def _renamed(token: AddedToken, content: str) -> AddedToken:
