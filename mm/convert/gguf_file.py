@@ -17,7 +17,7 @@ from torch import Tensor
 from foundation.errors import UserError
 from layers.rotary import RotaryConfig, inverse_frequencies
 from mm.convert.gguf_reader import GgufFile, StoredTensor, read_gguf
-from mm.convert.gguf_tokenizer import build_tokenizer
+from mm.convert.gguf_tokenizer import build_tokenizer, special_ids
 from mm.convert.llama_config import limit_context
 from mm.language_model import LanguageModelConfig
 
@@ -41,6 +41,7 @@ LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+STOP_NAMES = ("eos", "eot", "eom")  # llama.cpp's names of the tokens that end a text, a turn and a message
 ROPE_FACTORS = "rope_freqs.weight"
 
 
@@ -109,9 +110,10 @@ def _config(file: GgufFile, path: str | Path) -> tuple[LanguageModelConfig, list
         if setting(name, head_dim) != head_dim:
             raise UserError(f"{path}: {architecture}.{name} is {setting(name)}; it must be the head size {head_dim}")
     context, notes = limit_context(setting("context_length", needed=True), setting("attention.sliding_window") or None)
-    stop = [file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    vocab_size = int(tensors["token_embd.weight"].shape[1])
+    ids, more_notes = special_ids(_tokenizer_values(file), vocab_size)
     config = LanguageModelConfig(
-        vocab_size=int(tensors["token_embd.weight"].shape[1]),
+        vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         num_layers=setting("block_count", needed=True),
@@ -125,9 +127,10 @@ def _config(file: GgufFile, path: str | Path) -> tuple[LanguageModelConfig, list
         mlp_bias="blk.0.ffn_gate.bias" in tensors,
         tied_embeddings="output.weight" not in tensors,
         context=context,
-        stop_tokens=tuple(dict.fromkeys(token for token in stop if token is not None)),
+        stop_tokens=tuple(dict.fromkeys(ids[name] for name in STOP_NAMES if name in ids)),
     )
-    return config, notes
+    notes += [f"stop token {ids[name]}: tokenizer.ggml.{name}_token_id" for name in STOP_NAMES if name in ids]
+    return config, notes + more_notes
 
 
 def _tensors(
@@ -163,10 +166,13 @@ def read_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
     Raises:
         UserError: the kind of tokenizer is not supported; the message names it.
     """
-    file = open_gguf(path)
+    return build_tokenizer(_tokenizer_values(open_gguf(path)), source=path)
+
+
+def _tokenizer_values(file: GgufFile) -> dict[str, Any]:
+    """The metadata that `gguf_tokenizer` reads."""
     prefix = "tokenizer."
-    values = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
-    return build_tokenizer(values, source=path)
+    return {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
 
 
 def hugging_face_name(name: str) -> str:

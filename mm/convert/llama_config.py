@@ -36,26 +36,34 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 }
 
 
-def stop_tokens(values: dict[str, Any], generation: dict[str, Any]) -> tuple[int, ...]:
-    """Token ids that end an answer: eos_token_id of generation_config.json, else of config.json."""
-    for settings in (generation, values, values.get("text_config") or {}):
+def stop_tokens(values: dict[str, Any], generation: dict[str, Any]) -> dict[int, str]:
+    """Token ids that end an answer, each with the files that name it: every eos_token_id, a number or a list.
+
+    Args:
+        values: config.json, with or without a text_config. generation: generation_config.json.
+
+    Raises:
+        UserError: an eos_token_id is neither a token id nor a list of them.
+    """
+    tokens: dict[int, str] = {}
+    sources = {"generation_config.json": generation, "config.json": values}
+    for name, settings in {**sources, "config.json's text_config": values.get("text_config") or {}}.items():
         eos = settings.get("eos_token_id")
-        if eos is not None:
-            tokens = tuple(eos) if isinstance(eos, list) else (eos,)
-            if any(type(token) is not int or token < 0 for token in tokens):
-                raise UserError(f"eos_token_id is {eos!r}; it must be a token id or a list of them")
-            return tokens
-    return ()
+        for token in eos if isinstance(eos, list) else [] if eos is None else [eos]:
+            if type(token) is not int:
+                raise UserError(f"{name} has eos_token_id {eos!r}; it must be a token id or a list of them")
+            tokens[token] = f"{tokens[token]} and {name}" if token in tokens else f"eos_token_id of {name}"
+    return tokens
 
 
 def language_model_config(
-    values: dict[str, Any], stop: tuple[int, ...] = (), num_layers: int | None = None
+    values: dict[str, Any], stop: dict[int, str] | None = None, num_layers: int | None = None
 ) -> tuple[LanguageModelConfig, list[str]]:
     """The configuration of the decoder that a config.json describes, and notes for the report.
 
     Args:
         values: config.json, or the text_config of a Llama 3.2 Vision folder.
-        stop: stop tokens.
+        stop: stop tokens, each with the reason. Ids outside the vocabulary, such as -1, stand for none.
         num_layers: overrides num_hidden_layers.
 
     Raises:
@@ -83,8 +91,13 @@ def language_model_config(
     context, notes = limit_context(
         values.get("max_position_embeddings", defaults["context"]), _window(values, kind, defaults["window"])
     )
+    vocab_size = values["vocab_size"]
+    within = {token: reason for token, reason in (stop or {}).items() if 0 <= token < vocab_size}
+    notes += [f"stop token {token}: {reason}" for token, reason in within.items()]
+    outside = [f"{reason} is {token}" for token, reason in (stop or {}).items() if token not in within]
+    notes += [f"{what}, outside the vocabulary of {vocab_size} tokens: left out" for what in outside]
     config = LanguageModelConfig(
-        vocab_size=values["vocab_size"],
+        vocab_size=vocab_size,
         hidden_size=values["hidden_size"],
         intermediate_size=values["intermediate_size"],
         num_layers=values["num_hidden_layers"] if num_layers is None else num_layers,
@@ -98,7 +111,7 @@ def language_model_config(
         mlp_bias=bool(values.get("mlp_bias", False)) if kind == "llama" else False,
         tied_embeddings=bool(values.get("tie_word_embeddings", False)),
         context=context,
-        stop_tokens=stop,
+        stop_tokens=tuple(within),
     )
     return config, notes
 

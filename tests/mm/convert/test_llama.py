@@ -115,13 +115,31 @@ def test_dtype_is_kept_or_converted(folder):
     assert {p.dtype for p in llama.load(path, torch.float32).parameters()} == {torch.float32}
 
 
-def test_stop_tokens_come_from_the_generation_config_first(folder):
+def test_stop_tokens_come_from_both_configurations(folder):
     _, path = folder()
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 6]}))
-    assert llama.load(path).config.stop_tokens == (5, 6)
+    edit(path, eos_token_id=[2, 6])
+    model = llama.load(path)
+    assert model.config.stop_tokens == (5, 6, 2)
+    report = str(model.report)
+    for line in (
+        "stop token 5: eos_token_id of generation_config.json\n",
+        "stop token 6: eos_token_id of generation_config.json and config.json\n",
+        "stop token 2: eos_token_id of config.json",
+    ):
+        assert line in report
     (path / "generation_config.json").unlink()
     edit(path, eos_token_id=7)
     assert llama.load(path).config.stop_tokens == (7,)
+
+
+def test_stop_tokens_outside_the_vocabulary_are_left_out(folder):
+    _, path = folder()
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, -1, 67]}))
+    edit(path, eos_token_id=4294967295)
+    model = llama.load(path)
+    assert model.config.stop_tokens == (5,)
+    assert "eos_token_id of config.json is 4294967295, outside the vocabulary of 67 tokens" in str(model.report)
 
 
 def test_missing_unexpected_and_misshapen_tensors_are_named(folder):

@@ -55,7 +55,7 @@ def test_a_folder_is_written_as_it_was_read(mllama, tmp_path, max_shard_bytes):
     (source / "generation_config.json").write_text('{"eos_token_id": 9}')
     model = convert.load(source, tap_points=(1, 2, 4))
     assert model.config.vision_encoder.tap_points == (1, 2, 4)
-    assert model.config.language_model.stop_tokens == (9,)
+    assert model.config.language_model.stop_tokens == (9, 2, 3)  # of generation_config.json, then of text_config
     convert.save(model, tmp_path / "out", max_shard_bytes)
     assert_same_tensors(tmp_path / "out", source)
     assert config_of(tmp_path / "out") == config_of(source)  # its own indices, and unknown fields
