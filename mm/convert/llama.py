@@ -8,14 +8,14 @@ tensors.
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from foundation.errors import UserError
 from layers.meta import meta_device
-from mm.convert import gguf_file
+from mm.convert import gguf_file, tokenizer_folder
 from mm.convert.folder import read_config, read_tensors
 from mm.convert.llama_config import check_num_layers, language_model_config, stop_tokens
 from mm.convert.report import load_tensors
@@ -94,21 +94,11 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     """Load the `transformers` tokenizer, with its chat template, of a Hugging Face folder or a `.gguf` file.
 
     Raises:
-        UserError: there is no tokenizer, or a GGUF file has an unknown kind of tokenizer.
+        UserError: there is no tokenizer, or one of an unknown kind; the message says what to do.
     """
     path = Path(path)
     if path.is_file():
         return gguf_file.read_tokenizer(path)
     if not path.is_dir():
         raise UserError(f"{path} is neither a folder nor a file")
-    # AutoTokenizer of transformers 5 rebuilds some tokenizers from vocabulary and merges only. From SmolLM2's folder, a
-    # GPT2Tokenizer, it loses the rule that splits digits. A tokenizer.json holds all rules.
-    kind: Any
-    if (path / "tokenizer.json").is_file():
-        from transformers import PreTrainedTokenizerFast as kind
-    else:
-        from transformers import AutoTokenizer as kind  # imported here only: it takes a quarter of a second
-    try:
-        return kind.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # transformers raises many kinds of errors
-        raise UserError(f"{path} holds no tokenizer that transformers can read: {error}") from error
+    return tokenizer_folder.read_tokenizer(path)
