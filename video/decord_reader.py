@@ -20,12 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from video.timeline import Video, plan_seeks
+from video.container import Video
+from video.timeline import plan_seeks
 
 START_LIMIT = 120.0  # seconds for the process to start; the machine may be busy
 
-# Containers in which decoding can start at any key frame. In others, decord counts frames wrongly after a seek.
-_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi")
+# Containers in which decoding can start at any key frame. In others, AVI among them, decord gives other frames than the
+# one asked for after a seek.
+_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 
 # Codecs whose standard fixes every bit of the output. Others (MPEG-4 part 2, MJPEG) leave rounding in the inverse
 # transform open, and the FFmpeg that decord contains rounds differently.
@@ -47,12 +49,14 @@ def unsupported_reason(video: Video) -> str | None:
     """Why decord cannot be used or would not give PyAV's pixels; None if it does."""
     if sys.platform != "linux" or importlib.util.find_spec("decord") is None:
         return "decord is not installed"
-    if video.container.format.name not in _CONTAINERS:
-        return f"container {video.container.format.name}"
     if video.stream.codec_context.name not in _CODECS:
         return f"codec {video.stream.codec_context.name}"
+    if video.container.format.name not in _CONTAINERS:
+        return f"container {video.container.format.name}"
     if video.pixel_format not in _FORMATS:
         return f"pixel format {video.pixel_format}"
+    if video.interlaced:
+        return "interlaced frames"  # decord interpolates their colours over both fields
     across, down = _FORMATS[video.pixel_format]
     if video.width % 2**across or video.height % 2**down:
         return f"odd size {video.width} x {video.height}"

@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 
 from foundation.media import open_media
-from video.timeline import MAX_PIXELS, MAX_SECONDS, TIME_LIMIT, decode_frames, open_video, pyav
+from video.container import decode_packets, pyav
+from video.timeline import MAX_PIXELS, MAX_SECONDS, TIME_LIMIT, open_video
 
 
 def codec_speed(source: bytes) -> float | None:
@@ -35,9 +36,11 @@ def codec_speed(source: bytes) -> float | None:
     # The file is opened again, because a codec that has decoded a frame no longer exports vectors.
     with open_media(io.BytesIO(source), "video") as container:
         stream, previous_pts = container.streams[stream_index], None
-        stream.codec_context.options = {"flags2": "+export_mvs"}
-        stream.codec_context.thread_count = 1
-        for frame in decode_frames(av, replace(video, container=container, stream=stream), deadline):
+        decoder = stream.codec_context
+        decoder.options = {"flags2": "+export_mvs"}
+        decoder.thread_count = 1
+        again = replace(video, container=container, stream=stream, decoder=decoder)
+        for frame in decode_packets(again, container.demux(stream), deadline):
             if frame.pict_type == picture_type.B or frame.pts is None:
                 continue
             vectors = frame.side_data.get("MOTION_VECTORS")

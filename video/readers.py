@@ -11,50 +11,76 @@ import numpy as np
 from PIL import Image
 
 from foundation.errors import UserError
-from video.timeline import MAX_PACKETS, Timeline, Undecodable, Video, decode_frames, plan_seeks, pyav
+from video.container import Undecodable, Video, decode_frames
+from video.pixels import ToRGB
+from video.timeline import MAX_PACKETS, Timeline, plan_seeks
 from vision.reading import to_rgb
 
 DEFAULT_FRAME_MS = 100  # duration of a frame that states none, as in browsers
 
 
 def read_pyav(video: Video, timeline: Timeline, indices: np.ndarray, time_limit: float) -> np.ndarray:
-    """Decode the frames of ascending, distinct indices: RGB [F, H, W, 3], before the display matrix is applied.
+    """Decode the frames of ascending, distinct indices: RGB [F, H, W, 3], before `video.pixels.show`.
 
     Raises:
-        Undecodable: the stream does not yield one of these frames.
+        Undecodable: the stream does not yield one of these frames, or yields frames in another order than their stamps.
         UserError: decoding takes longer than `time_limit` seconds.
     """
-    av = pyav()
-    bilinear = av.video.reformatter.Interpolation.BILINEAR  # how decord upsamples chroma
-    reformatter = av.video.reformatter.VideoReformatter()
+    to_pixels = ToRGB(video.width, video.height, video.has_alpha)
     pixels = np.empty((len(indices), video.height, video.width, 3), np.uint8)
-    deadline = time.monotonic() + time_limit
-    stamps = (timeline.ticks[indices] + timeline.origin).tolist()
-    # If the times came from decoding, the first key frame is the only known one.
-    frames = decode_frames(av, video, deadline)
-    for row, (key, stamp) in enumerate(zip(plan_seeks(indices, timeline.keys), stamps, strict=True)):
-        frame = None
-        if key is not None:
-            frames.close()
-            frames = decode_frames(av, video, deadline, start=timeline.origin + int(timeline.ticks[key]))
-            frame = _frame_at(frames, stamp)
-            if frame is None:  # the seek went past it: a file's index may be wrong
-                frames.close()
-                frames = decode_frames(av, video, deadline)
-        if frame is None:
-            frame = _frame_at(frames, stamp)
-        if frame is None:
-            raise Undecodable(f"no frame with the timestamp {stamp}")
-        frame = reformatter.reformat(frame, video.width, video.height, "rgb24", interpolation=bilinear, threads=1)
-        pixels[row] = frame.to_ndarray()
-    frames.close()
+    chosen = _counted_frames if not timeline.from_packets else _stamped_frames
+    for row, frame in enumerate(chosen(video, timeline, indices, time.monotonic() + time_limit)):
+        pixels[row] = to_pixels(frame)
     return pixels
 
 
+def _counted_frames(video: Video, timeline: Timeline, indices: np.ndarray, deadline: float) -> Iterator[Any]:
+    """The frames of these indices, counted from the first one."""
+    frames = enumerate(decode_frames(video, deadline))
+    for index in indices.tolist():
+        frame = next((frame for number, frame in frames if number == index), None)
+        if frame is None:
+            raise Undecodable(f"no frame {index}")
+        yield frame
+
+
+def _stamped_frames(video: Video, timeline: Timeline, indices: np.ndarray, deadline: float) -> Iterator[Any]:
+    """The frames of these indices, found by their stamps, after seeks to key frames where that is faster."""
+    stamps = (timeline.ticks[indices] + timeline.origin).tolist()
+    frames = decode_frames(video, deadline)
+    seeks_work = True
+    for key, stamp in zip(plan_seeks(indices, timeline.keys), stamps, strict=True):
+        if key is not None and seeks_work:
+            frames.close()
+            frames = decode_frames(video, deadline, start=timeline.origin + int(timeline.ticks[key]))
+            frame = _frame_at(frames, stamp)
+            if frame is None:  # the seek went past it, or the key frame is none: then all is decoded in order
+                seeks_work = False
+                frames.close()
+                frames = decode_frames(video, deadline)
+                frame = _frame_at(frames, stamp)
+        else:
+            frame = _frame_at(frames, stamp)
+        if frame is None:
+            raise Undecodable(f"no frame with the timestamp {stamp}")
+        yield frame
+    frames.close()
+
+
 def _frame_at(frames: Iterator[Any], stamp: int) -> Any:
-    """Advance to the frame with a timestamp; None if the stream passes over it."""
+    """Advance to the frame with a timestamp; None if the stream passes over it.
+
+    Raises:
+        Undecodable: the stamps are not those of the order of display.
+    """
+    last: int | None = None
     for frame in frames:
-        if frame.pts is not None and frame.pts >= stamp:
+        if frame.pts is None:
+            continue
+        if last is not None and frame.pts <= last:
+            raise Undecodable("its frames are in another order than their stamps")
+        last = frame.pts
+        if frame.pts >= stamp:
             return frame if frame.pts == stamp else None
     return None
 

@@ -15,12 +15,13 @@ from torch import Tensor
 from foundation.errors import UserError
 from foundation.extras import MissingExtraError
 from video import decord_reader, readers
+from video.container import Undecodable
+from video.pixels import show
 from video.timeline import (
     MAX_PIXELS,
     MAX_SECONDS,
     TIME_LIMIT,
     Timeline,
-    Undecodable,
     open_video,
     plan_seeks,
     timeline_by_decoding,
@@ -51,7 +52,7 @@ class Frames:
     """Sampled frames, before they are cut into tiles.
 
     Attributes:
-        pixels: uint8 [F, H, W, 3], RGB, upright.
+        pixels: uint8 [F, H, W, 3], RGB, upright, with square pixels.
         times: float64 [F], when each frame is shown, in seconds from the clip's first frame.
         duration: seconds from the first frame's start to the last frame's end; 0 for a single frame without a duration.
     """
@@ -168,7 +169,7 @@ def _sample_video(
 ) -> Frames:
     with open_video(source, max_pixels, max_seconds) as video:
         timeline = video.timeline
-        frame_size = video.width * video.height
+        frame_size = max(video.width, video.shown_width) * video.height
         indices = _choose_indices(timeline, frame_size, max_frames, max_seconds)
         distinct, repeats = np.unique(indices, return_inverse=True)
         pixels = None
@@ -191,7 +192,7 @@ def _sample_video(
                     pixels = readers.read_pyav(video, timeline, distinct, time_limit)
                 except Undecodable as error:
                     raise UserError(f"decoding it twice gives different frames ({error})") from None
-        return _frames(video.upright(pixels), repeats, indices, timeline)
+        return _frames(show(pixels, video.shown_width, video.matrix), repeats, indices, timeline)
 
 
 def _choose_indices(timeline: Timeline, frame_size: int, max_frames: int, max_seconds: float) -> np.ndarray:

@@ -40,9 +40,11 @@ def write_clip(
     options: dict[str, str] | None = None,
     rotation: int = 0,
     sound: bool = False,
+    first_number: int = 0,
+    container_options: dict[str, str] | None = None,
 ) -> Path:
-    """Write a clip: frame i has the number i and starts at stamps[i] (in time_base)."""
-    with av.open(str(path), "w") as container:
+    """Write a clip: frame i has the number first_number + i and starts at stamps[i] (in time_base)."""
+    with av.open(str(path), "w", options=container_options or {}) as container:
         stream = container.add_stream(codec, rate=25, options=options or {})
         stream.width, stream.height = size
         stream.pix_fmt = pixel_format
@@ -50,7 +52,7 @@ def write_clip(
         if rotation:
             stream.set_display_rotation(rotation)
         audio = container.add_stream("aac", rate=16000) if sound else None
-        for number, stamp in enumerate(stamps):
+        for number, stamp in enumerate(stamps, first_number):
             frame = av.VideoFrame.from_ndarray(numbered_image(number, *size), format="rgb24")
             frame.pts, frame.time_base = stamp, time_base
             container.mux(stream.encode(frame))
