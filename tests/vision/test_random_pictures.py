@@ -8,7 +8,7 @@ import pytest
 import resvg_py
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from foundation.errors import UserError
 from shards.format import Record, index_row
@@ -52,18 +52,29 @@ def pillow_files(draw):
         picture = Image.frombytes(mode, (width, height), values.tobytes())
     options = {}
     if mode == "P":
-        picture.putpalette(rng.integers(0, 256, 768, dtype=np.uint8).tobytes())
+        num_colours = draw(st.sampled_from((1, 2, 3, 16, 200, 256)))
+        picture = picture.point([value % num_colours for value in range(256)])
+        picture.putpalette(rng.bytes(3 * num_colours))
+    if form == "JPEG":
+        options |= {"progressive": draw(st.booleans()), "subsampling": draw(st.integers(0, 2))}
+    if form == "TIFF":
+        options["compression"] = draw(st.sampled_from((None, "tiff_deflate", "tiff_lzw", "packbits")))
     if form in ("PNG", "GIF") and mode in ("P", "L", "RGB") and draw(st.booleans()):
-        colours = {"P": int(rng.integers(256)), "L": int(rng.integers(256)), "RGB": tuple(rng.integers(256, size=3))}
+        colours = {"P": int(rng.integers(256)), "L": int(rng.integers(256)), "RGB": tuple(rng.bytes(3))}
         options["transparency"] = colours[mode] if form == "PNG" else colours["P"]
         if mode == "P" and form == "PNG" and draw(st.booleans()):
             options["transparency"] = rng.integers(0, 256, 256, dtype=np.uint8).tobytes()
     if form in ("PNG", "JPEG", "WEBP", "AVIF", "TIFF"):
-        orientation = draw(st.sampled_from((None, *range(10))))
-        if orientation is not None:
-            exif = Image.Exif()
-            exif[0x0112] = orientation
-            options["exif"] = exif
+        orientation, in_xmp = draw(st.sampled_from((None, *range(10)))), form != "TIFF" and draw(st.booleans())
+        if orientation is not None and in_xmp:
+            text = f'<x:xmpmeta><rdf:Description tiff:Orientation="{orientation}"/></x:xmpmeta>'
+            options["xmp"] = text.encode()
+            if form == "PNG":
+                options["pnginfo"] = PngImagePlugin.PngInfo()
+                options["pnginfo"].add_itxt("XML:com.adobe.xmp", text, zip=draw(st.booleans()))
+        elif orientation is not None:
+            options["exif"] = Image.Exif()
+            options["exif"][0x0112] = orientation
     out = io.BytesIO()
     picture.save(out, form, **options)
     return form, out.getvalue()
