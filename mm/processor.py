@@ -1,36 +1,32 @@
-"""From messages with media to samples, and from tokens back to text: chat template, placeholders, media files.
+"""From messages with media to samples, and from tokens back to text: placeholders, targets, media files.
 
-Media stand in the rendered text as marks. The text around the marks is tokenised piece by piece, and each mark becomes
-the model's own tokens for its item. So any tokenizer serves, whether or not it knows images.
+A conversation is rendered once by the chat template (`mm.chat_template`), with a mark in the place of each medium, and
+tokenised in one pass (`mm.chat_tokenizer`). Targets are found by their characters in the rendered text. Each mark
+becomes the model's own tokens for its item. So any tokenizer serves, whether or not it knows images.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from foundation.errors import UserError
 from mm.batch import IGNORED, Sample
+from mm.chat_template import ChatTemplate, Message, choose_template
+from mm.chat_tokenizer import Rendering, Span, Token
 from mm.config import ModelConfig
 from mm.modalities import AUDIO, IMAGE, MODALITIES, MediaLimits, MediaSource
 from mm.records import part_error, record_answer, record_caption, record_medium, record_messages
+from mm.tokenizer_fit import check_vocabulary, find_stop_tokens
 from shards.format import Record
 
 BY_NAME = {modality.name: modality for modality in MODALITIES}
 BY_MARK = {modality.mark: modality for modality in MODALITIES}
 MARKS = re.compile("(" + "|".join(map(re.escape, BY_MARK)) + ")")
 
-Message = dict[str, Any]  # of the Hugging Face chat form: {"role": ..., "content": text or a list of parts}
-Media = dict[str, list[Any]]  # the items of messages in order, by their modality's field of `Sample`
-Queues = dict[str, Iterator[Any]]  # by mark, the items whose marks have not been tokenised yet
-
-# For language models that come without a chat template.
-PLAIN_TEMPLATE = (
-    "{{ bos_token or '' }}{% for message in messages %}{% if message.role == 'assistant' %}"
-    "{{ message.content }}{{ eos_token }}{{ '\\n' }}{% else %}{{ message.content + '\\n' }}{% endif %}{% endfor %}"
-)
+Media = dict[str, list[Any]]  # by their modality's field of `Sample`: the items in order, or the files to read
+Range = tuple[int, int]  # first character and end of a target in a rendered text
 
 
 class Processor:
@@ -42,12 +38,22 @@ class Processor:
         max_tiles: tiles per picture at most.
         caption_prompt: the user's request in captioning a picture; None leaves the chat form out, so that the caption
             follows the picture directly. video_prompt: the same for clips.
-        chat_template: a Jinja template in place of the tokenizer's.
+        chat_template: a Jinja template in place of the tokenizer's, or the name of one of several that it has.
         max_frames: frames per clip at most.
         max_frame_tiles: tiles per frame at most; None is `max_tiles`.
+        allow_control_tokens: control tokens spelled in messages count as such. By default they are text, and only
+            those that the chat template writes count.
+        allow_omitted_text: the chat template may leave out texts of messages, as some do with earlier thoughts. By
+            default such a conversation is refused.
 
     Raises:
-        UserError: a limit out of range.
+        UserError: a limit out of range, no chat template to choose, a tokenizer without a tokenizer.json, or one that
+            is larger than the language model's embedding table.
+
+    Attributes:
+        stop_tokens: what ends an answer: the language model's own tokens, the tokenizer's eos, and what the chat
+            template writes after an answer. `mm.tokenizer_fit.use_stop_tokens` gives them to the model.
+        stop_reasons: why, by token.
     """
 
     def __init__(
@@ -60,11 +66,13 @@ class Processor:
         max_frames: int = 64,
         max_frame_tiles: int | None = None,
         video_prompt: str | None = "Describe the clip.",
+        allow_control_tokens: bool = False,
+        allow_omitted_text: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.config = config
+        check_vocabulary(tokenizer, config)
         self.image_token_id = IMAGE.token_id(config)
-        self.stop_tokens = config.language_model.stop_tokens
         self.tile_size = config.vision_encoder.tile_size if config.vision_encoder else None
         self.context = config.language_model.context
         encoder_limit = config.vision_encoder.max_num_tiles if config.vision_encoder else 1
@@ -79,11 +87,25 @@ class Processor:
             )
         self.max_frames, self.max_frame_tiles = max_frames, max_frame_tiles
         self.caption_prompt, self.video_prompt = caption_prompt, video_prompt
-        self.chat_template = chat_template or tokenizer.chat_template or PLAIN_TEMPLATE
+        self.chat_template = choose_template(tokenizer, chat_template)
+        self.allow_control_tokens, self.allow_omitted_text = allow_control_tokens, allow_omitted_text
+        self._template = ChatTemplate(
+            tokenizer,
+            self.chat_template,
+            marks=list(BY_MARK),
+            image_mark=IMAGE.mark,
+            image_token=tokenizer.convert_ids_to_tokens([self.image_token_id])[0],  # None where the tokenizer lacks it
+            allow_control_tokens=allow_control_tokens,
+            allow_omitted_text=allow_omitted_text,
+        )
+        self._tokenizer = self._template.tokenizer
+        self.stop_reasons = find_stop_tokens(tokenizer, self._template, config.language_model.stop_tokens)
+        self.stop_tokens = tuple(self.stop_reasons)
 
     def settings(self) -> dict[str, Any]:
         """The arguments besides tokenizer and configuration: `Processor(tokenizer, config, **settings)` is equal."""
-        names = ("max_tiles", "caption_prompt", "chat_template", "max_frames", "max_frame_tiles", "video_prompt")
+        names = ["max_tiles", "caption_prompt", "chat_template", "max_frames", "max_frame_tiles", "video_prompt"]
+        names += ["allow_control_tokens", "allow_omitted_text"]
         return {name: getattr(self, name) for name in names}
 
     def prompt(self, messages: list[Message]) -> Sample:
@@ -92,9 +114,10 @@ class Processor:
         Raises:
             UserError: messages of another form, an empty one, a file that cannot be read.
         """
-        flat, media = self._flatten(messages)
-        tokens = self._tokenize(self._render(flat, answer_follows=True), _queues(media))
-        return Sample(tokens, None, **media)
+        flat, files = self._flatten(messages)
+        media = self._read(files)
+        tokens = self._tokenizer.encode_prompt(self._template.render(flat, answer_follows=True))
+        return self._sample(tokens, None, media)
 
     def example(self, messages: list[Message]) -> Sample:
         """A training sample: every assistant turn is a target, up to and with its stop token.
@@ -106,34 +129,11 @@ class Processor:
             messages = messages[:-1]
         if not messages:
             raise UserError("the conversation has no assistant turn to learn from")
-        flat, media = self._flatten(messages)
-        queues = _queues(media)
-        first_extra = self.config.language_model.vocab_size
-        tokens: list[int] = []
-        labels: list[int] = []
-        done = ""
-        for index, message in enumerate(flat):
-            if message["role"] != "assistant":
-                continue
-            before = self._render(flat[:index], answer_follows=True)
-            after = self._render(flat[: index + 1], answer_follows=False)
-            if not (before.startswith(done) and after.startswith(before)):
-                raise UserError(
-                    "the chat template rewrites earlier turns when later ones follow, so targets cannot be told apart; "
-                    "give another chat_template"
-                )
-            answer = after[len(before) :]
-            target = answer.rstrip("\n")  # a line break after the stop token is no target
-            for text, is_target in ((before[len(done) :], False), (target, True), (answer[len(target) :], False)):
-                piece = self._tokenize(text, queues)
-                tokens += piece
-                labels += [
-                    token if is_target and token < first_extra and token != self.image_token_id else IGNORED
-                    for token in piece
-                ]
-            done = after
-        end = max(index for index, label in enumerate(labels) if label != IGNORED) + 1
-        return Sample(tokens[:end], labels[:end], **media)
+        flat, files = self._flatten(messages)
+        media = self._read(files)
+        rendering = self._template.render(flat, answer_follows=False)
+        targets = [self._target(flat, index, rendering) for index, turn in enumerate(flat) if _is_answer(turn)]
+        return self._sample(self._tokenizer.encode(rendering), targets, media)
 
     def caption_prompt_for(self, source: MediaSource, kind: str = "image") -> Sample:
         """The sample that a caption of a file continues.
@@ -144,12 +144,11 @@ class Processor:
         Raises:
             UserError: the file cannot be read.
         """
-        prompt = self._caption_request(kind)
-        part = {"type": kind, kind: source}
-        if prompt is not None:
-            return self.prompt([{"role": "user", "content": [part, {"type": "text", "text": prompt}]}])
-        flat, media = self._flatten([{"role": "user", "content": [part]}])
-        return Sample([*self._bos(), *self._tokenize(flat[0]["content"], _queues(media))], None, **media)
+        if self._caption_request(kind) is not None:
+            return self.prompt(self._caption_messages(source, kind))
+        _, files = self._flatten([{"role": "user", "content": [{"type": kind, kind: source}]}])
+        sample = self._sample(self._tokenizer.encode(self._caption_rendering(kind, "")), None, self._read(files))
+        return Sample(self._bos() + sample.tokens, None, sample.images, sample.videos)
 
     def caption_example(self, source: MediaSource, caption: str, kind: str = "image") -> Sample:
         """A training sample whose target is the caption; arguments as in `caption_prompt_for`.
@@ -157,15 +156,11 @@ class Processor:
         Raises:
             UserError: an empty caption, one that holds a media mark, a picture or clip that cannot be read.
         """
-        if not caption.strip():
-            raise UserError("the caption is empty")
-        _check_no_mark(caption, "the caption")
-        prompt = self._caption_request(kind)
-        if prompt is not None:
-            content = [{"type": kind, kind: source}, {"type": "text", "text": prompt}]
-            return self.example([{"role": "user", "content": content}, {"role": "assistant", "content": caption}])
+        _check_caption(caption)
+        if self._caption_request(kind) is not None:
+            return self.example([*self._caption_messages(source, kind), {"role": "assistant", "content": caption}])
         sample = self.caption_prompt_for(source, kind)
-        target = [*self._tokenize(caption, {}), *self.stop_tokens[:1]]
+        target = self._caption_tokens(kind, caption)
         labels = [IGNORED] * len(sample.tokens) + target
         return Sample(sample.tokens + target, labels, sample.images, sample.videos)
 
@@ -192,87 +187,161 @@ class Processor:
             return self.caption_prompt_for(source, kind), answer
         return self.prompt(record_messages(record)[:-1]), answer
 
+    def record_answer_tokens(self, record: Record, answers: Sequence[str]) -> list[list[int]]:
+        """The tokens of each answer after `record_prompt`, with its stop token, as in training. Media are not read.
+
+        Raises:
+            UserError: as `record_prompt`, or an answer that `example` or `caption_example` refuses.
+        """
+        if "messages" in record.json:
+            messages = record_messages(record)[:-1]
+        else:
+            kind, source = record_medium(record)
+            for answer in answers:
+                _check_caption(answer)
+            if self._caption_request(kind) is None:
+                return [self._caption_tokens(kind, answer) for answer in answers]
+            messages = self._caption_messages(source, kind)
+        flat, files = self._flatten(messages)
+        tokens = []
+        for answer in answers:
+            turn = self._flatten_message({"role": "assistant", "content": answer}, len(flat), flat, files)
+            rendering = self._template.render([*flat, turn], answer_follows=False)
+            start, end = self._target([*flat, turn], len(flat), rendering)
+            pieces = self._tokenizer.encode(rendering)
+            tokens.append([piece.id for piece in pieces if start <= piece.start < end and piece.id is not None])
+        return tokens
+
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of an answer's tokens, without special tokens."""
-        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
+        """Text of an answer's tokens as they spell it, without special tokens and without white space around it."""
+        # Clean-up would take spaces out of what the model wrote, and out of what `mm.stream` has sent already.
+        text = self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text).strip()
 
     def _caption_request(self, kind: str) -> str | None:
         return self.caption_prompt if kind == "image" else self.video_prompt
 
+    def _caption_messages(self, source: MediaSource, kind: str) -> list[Message]:
+        content = [{"type": kind, kind: source}, {"type": "text", "text": self._caption_request(kind)}]
+        return [{"role": "user", "content": content}]
+
+    def _caption_rendering(self, kind: str, caption: str) -> Rendering:
+        """A picture or clip and its caption without the chat form."""
+        mark = BY_NAME[kind].mark
+        spans = self._tokenizer.find(mark + caption) if self.allow_control_tokens else [Span(0, len(mark), mark)]
+        return Rendering(mark + caption, spans)
+
+    def _caption_tokens(self, kind: str, caption: str) -> list[int]:
+        """A caption and the stop token, after the picture or clip without the chat form."""
+        _check_text(caption, "the caption")
+        tokens = self._tokenizer.encode(self._caption_rendering(kind, caption))
+        return [*(token.id for token in tokens if token.id is not None), *self.stop_tokens[:1]]
+
     def _flatten(self, messages: list[Message]) -> tuple[list[Message], Media]:
-        """Messages whose content is text with marks in the place of media, and the media."""
+        """Messages whose content is text with marks in the place of media, and the files of the media."""
         if not messages:
             raise UserError("there are no messages")
-        media: Media = {modality.field: [] for modality in MODALITIES}
+        files: Media = {modality.field: [] for modality in MODALITIES}
         flat: list[Message] = []
         for index, message in enumerate(messages):
-            if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-                raise UserError(f'message {index} must be {{"role": ..., "content": ...}}')
-            content = message["content"]
-            if not isinstance(content, str | list):
-                raise UserError(f"message {index} has {content!r} as content; it can be text or a list of parts")
-            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            text = "".join(self._flatten_part(part, index, media) for part in parts)
-            # Only an answer to a sound may be empty: nothing is said there.
-            if not text.strip() and not (_is_answer(message) and flat and AUDIO.mark in flat[-1]["content"]):
-                raise UserError(
-                    f"message {index} ({message['role']}) is empty: give it text, an image, a clip or sound"
-                )
-            flat.append({"role": message["role"], "content": text})
-        return flat, media
+            flat.append(self._flatten_message(message, index, flat, files))
+        return flat, files
 
-    def _flatten_part(self, part: Any, index: int, media: Media) -> str:
-        """A part of message `index` as text; an item that it holds is read and appended to `media`."""
+    def _flatten_message(self, message: Message, index: int, earlier: list[Message], files: Media) -> Message:
+        """Message `index` after the flat `earlier` ones; the files that it holds are appended to `files`."""
+        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+            raise UserError(f'message {index} must be {{"role": ..., "content": ...}}')
+        role, content = message["role"], message["content"]
+        if not isinstance(role, str) or not role.strip() or self._tokenizer.hidden_positions(role):
+            raise UserError(f"message {index} has the role {role!r}; it can be a word such as user or assistant")
+        if not isinstance(content, str | list):
+            raise UserError(f"message {index} has {content!r} as content; it can be text or a list of parts")
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        text = "".join(self._flatten_part(part, index, files) for part in parts)
+        # Only an answer to a sound may be empty: nothing is said there.
+        if not text.strip() and not (_is_answer(message) and earlier and AUDIO.mark in earlier[-1]["content"]):
+            raise UserError(f"message {index} ({role}) is empty: give it text, an image, a clip or sound")
+        return {"role": role, "content": text}
+
+    def _flatten_part(self, part: Any, index: int, files: Media) -> str:
+        """A part of message `index` as text; the file that it holds is appended to `files`."""
         match part:
             case {"type": "text", "text": str(text)}:
-                _check_no_mark(text, f"message {index}")
+                _check_text(text, f"message {index}")
                 return text
             case {"type": str(kind)} if kind in BY_NAME and part.get(kind) is not None:
                 modality = BY_NAME[kind]
                 if getattr(self.config, modality.part) is None:
                     raise UserError(f"message {index} holds {modality.plural}, and the model has no {modality.part}")
-                limits = MediaLimits(self.max_tiles, self.max_frames, self.max_frame_tiles or self.max_tiles)
-                media[modality.field].append(modality.read(part[kind], self.config, limits))
+                files[modality.field].append(part[kind])
                 return modality.mark
         raise part_error(part, f"message {index}")
 
-    def _render(self, flat: list[Message], answer_follows: bool) -> str:
-        """Messages as the chat template writes them, with a mark in each item's place."""
-        image_text = self.tokenizer.convert_ids_to_tokens(self.image_token_id)  # None where the tokenizer lacks it
-        # Templates of models that know images write the tokenizer's own image token for each image part.
-        if image_text and ("'image'" in self.chat_template or '"image"' in self.chat_template):
-            text = self._apply_template([_in_parts(message) for message in flat], answer_follows)
-            text = text.replace(str(image_text), IMAGE.mark)
+    def _read(self, files: Media) -> Media:
+        limits = MediaLimits(self.max_tiles, self.max_frames, self.max_frame_tiles or self.max_tiles)
+        return {
+            modality.field: [modality.read(file, self.config, limits) for file in files[modality.field]]
+            for modality in MODALITIES
+        }
+
+    def _target(self, flat: list[Message], index: int, rendering: Rendering) -> Range:
+        """The characters of answer `index` in a rendered conversation, up to and with its stop token."""
+        text, spans = rendering.text, rendering.spans
+        if index == 0:  # templates refuse to render no messages at all
+            position = start = 0
         else:
-            text = self._apply_template(flat, answer_follows)
-        for modality in MODALITIES:
-            expected = sum(message["content"].count(modality.mark) for message in flat)
-            if text.count(modality.mark) != expected:
+            before = self._template.render_text(flat[:index], answer_follows=True)
+            if not text.startswith(before):
                 raise UserError(
-                    f"the chat template gives {text.count(modality.mark)} places for {expected} {modality.plural}; "
-                    "give another chat_template, and leave the image token's own text out of the messages"
+                    "the chat template rewrites earlier turns when later ones follow, so targets cannot be told apart; "
+                    "give another chat_template"
                 )
-        return text
+            position = len(before)
+            start = self._tokenizer.answer_start(Rendering(before, [span for span in spans if span.end <= position]))
+        is_whole = True
+        for piece in self._template.pieces(flat[index]["content"]):
+            found = _find(piece, rendering, position)
+            if found is None:
+                is_whole = False
+                continue
+            start = found if position == 0 else start
+            position = found + len(piece)
+        # Some templates write other tokens after the last turn than after an earlier one.
+        is_last = index == len(flat) - 1
+        after = text if is_last else self._template.render_text(flat[: index + 1], answer_follows=False)
+        shorter = min(len(text), len(after))
+        limit = next((place for place in range(shorter) if text[place] != after[place]), shorter)
+        if limit < position or not is_whole:
+            limit = len(text)
+        stops = [
+            span.end for span in spans if position <= span.start and span.end <= limit and span.name not in BY_MARK
+        ]
+        return start, stops[0] if stops else len(text[:limit].rstrip("\n"))
 
-    def _apply_template(self, messages: list[Message], answer_follows: bool) -> str:
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages, chat_template=self.chat_template, tokenize=False, add_generation_prompt=answer_follows
-                )
+    def _sample(self, tokens: Sequence[Token], targets: Sequence[Range] | None, media: Media) -> Sample:
+        """A sample of the tokens, in which each mark becomes the tokens of the next item of its modality."""
+        queues = {modality.mark: iter(media[modality.field]) for modality in MODALITIES}
+        first_extra = self.config.language_model.vocab_size
+        ids: list[int] = []
+        labels: list[int] = []
+        for token in tokens:
+            if token.id is None:
+                assert token.name is not None
+                piece = BY_MARK[token.name].tokens(next(queues[token.name]), self.config)
+            else:
+                piece = [token.id]
+            is_target = (
+                token.id is not None
+                and token.id < first_extra
+                and token.id != self.image_token_id
+                and any(start <= token.start < end for start, end in targets or ())
             )
-        except jinja2.TemplateError as error:
-            raise UserError(f"the chat template refuses these messages: {error}") from error
-
-    def _tokenize(self, text: str, queues: Queues) -> list[int]:
-        """Token ids of a text with marks; each mark takes the next item of its queue."""
-        tokens: list[int] = []
-        for piece in MARKS.split(text):
-            if modality := BY_MARK.get(piece):
-                tokens += modality.tokens(next(queues[piece]), self.config)
-            elif piece:
-                tokens += self.tokenizer(piece, add_special_tokens=False).input_ids
-        return tokens
+            ids += piece
+            labels += piece if is_target else [IGNORED] * len(piece)
+        if targets is None:
+            return Sample(ids, None, **media)
+        end = max(index for index, label in enumerate(labels) if label != IGNORED) + 1
+        return Sample(ids[:end], labels[:end], **media)
 
     def _bos(self) -> list[int]:
         """The begin-of-text token, where the tokenizer itself puts one before a text."""
@@ -280,25 +349,33 @@ class Processor:
         return [bos] if bos is not None and self.tokenizer("").input_ids[:1] == [bos] else []
 
 
-def _queues(media: Media) -> Queues:
-    return {modality.mark: iter(media[modality.field]) for modality in MODALITIES}
+def _check_caption(caption: str) -> None:
+    if not caption.strip():
+        raise UserError("the caption is empty")
+    _check_text(caption, "the caption")
 
 
-def _check_no_mark(text: str, where: str) -> None:
+def _check_text(text: str, where: str) -> None:
     if found := MARKS.search(text):
         raise UserError(f"{where} holds {found[0]}, which stands for media: leave it out")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where} holds half of a surrogate pair, {text[error.start]!r}, at character {error.start}: leave it out, "
+            "or write the whole character"
+        ) from error
+
+
+def _find(piece: str, rendering: Rendering, position: int) -> int | None:
+    """Where a text begins in a rendered one, from `position` on and not inside a control token of the template."""
+    while (found := rendering.text.find(piece, position)) >= 0:
+        ends = (found, found + len(piece))
+        if not any(span.start < end < span.end for span in rendering.spans for end in ends):
+            return found
+        position = found + 1
+    return None
 
 
 def _is_answer(message: Message) -> bool:
     return isinstance(message, dict) and message.get("role") == "assistant"
-
-
-def _in_parts(message: Message) -> Message:
-    """A flat message as a list of text and image parts, for templates that place images themselves."""
-    if IMAGE.mark not in message["content"]:
-        return message
-    first, *rest = message["content"].split(IMAGE.mark)
-    parts = [{"type": "text", "text": first}]
-    for text in rest:
-        parts += [{"type": "image"}, {"type": "text", "text": text}]
-    return {**message, "content": [part for part in parts if part.get("text") != ""]}

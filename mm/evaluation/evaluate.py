@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from foundation.errors import UserError
-from mm.batch import IGNORED, Sample
+from mm.batch import Sample
 from mm.evaluation import metrics as scoring
 from mm.evaluation.baselines import FRAMES, blank_pixels, replace_sound
 from mm.evaluation.likelihood import answer_log_likelihoods
@@ -202,7 +201,7 @@ class _Prompt:
 
 
 class _PromptBuilder:
-    """Turns records into prompts, and remembers the tokens of choices that it has met.
+    """Turns records into prompts.
 
     Args:
         context: the model's limit of tokens.
@@ -211,13 +210,12 @@ class _PromptBuilder:
 
     def __init__(self, processor: Processor, context: int, shared_choices: list[str] | None) -> None:
         self.processor, self.context, self.shared_choices = processor, context, shared_choices
-        self._choice_tokens: dict[tuple[bool, str], list[int]] = {}
 
     def __call__(self, record: Record) -> _Prompt:
         references, own_choices = record_answers(record), record_choices(record)
         sample, reference = self.processor.record_prompt(record)
         choices = [] if self.shared_choices is None else own_choices or self.shared_choices
-        choice_tokens = [self._tokens("messages" in record.json, choice) for choice in choices]
+        choice_tokens = self.processor.record_answer_tokens(record, choices)
         length, longest = len(sample.tokens), max((len(tokens) for tokens in choice_tokens), default=1)
         if length + longest > self.context:
             raise UserError(
@@ -227,12 +225,6 @@ class _PromptBuilder:
         row = {"id": record.id, "question": question, "reference": reference, "scores": {}}
         transcribes = len(sample.speech) == 1 and question.startswith(TRANSCRIBE)
         return _Prompt(sample, references, choices, choice_tokens, row, str(record.json.get("language")), transcribes)
-
-    def _tokens(self, in_messages: bool, choice: str) -> list[int]:
-        key = in_messages, choice
-        if key not in self._choice_tokens:
-            self._choice_tokens[key] = _answer_tokens(self.processor, in_messages, choice)
-        return self._choice_tokens[key]
 
 
 def _answer(
@@ -310,16 +302,6 @@ def _readable(records: ShardSet | Sequence[Record]) -> Iterable[Record]:
             yield records[index]
         except ValueError:
             continue
-
-
-def _answer_tokens(processor: Processor, in_messages: bool, answer: str) -> list[int]:
-    """The tokens of an answer as in training, with its stop token. They do not depend on the image."""
-    if in_messages:
-        example = processor.example([{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}])
-    else:
-        example = processor.caption_example(Image.new("RGB", (1, 1)), answer)
-    assert example.labels is not None
-    return [label for label in example.labels if label != IGNORED]
 
 
 def _question(processor: Processor, record: Record) -> str:

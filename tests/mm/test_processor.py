@@ -8,7 +8,7 @@ from PIL import Image
 
 import mm
 from mm.modalities import IMAGE
-from mm.processor import PLAIN_TEMPLATE
+from mm.chat_template import PLAIN_TEMPLATE
 from mm.records import record_answer
 from shards.format import Record
 
@@ -279,8 +279,9 @@ def test_a_template_that_places_images_itself_gets_image_parts(tokenizer, tiny_c
     )
     assert len(sample.images) == 3
     assert text_of(processor, processor.prompt([{"role": "user", "content": "hi"}])) == "SYSTEM hi<|end|>"
-    with pytest.raises(ValueError, match="gives 1 places for 0 images"):
-        processor.prompt([{"role": "user", "content": "a <|begin|> of mine"}])
+    spelled = processor.prompt([{"role": "user", "content": "a <|begin|> of mine"}])
+    assert text_of(processor, spelled) == "SYSTEM a <|begin|> of mine<|end|>"
+    assert config.image_token_id not in spelled.tokens
 
 
 def test_transparent_pictures_get_a_white_background(tiny_processor):
