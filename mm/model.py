@@ -139,10 +139,16 @@ class MultimodalModel(nn.Module):
             kind: the adapter's modality, "image" or "video".
 
         Raises:
-            UserError: a batch without targets.
+            UserError: a batch without targets, or without items of the modality.
         """
         if batch.labels is None:
             raise UserError("fit_inputs is given samples without targets; it needs the tokens before some answers")
+        modality = next(modality for modality in MODALITIES if modality.name == kind)
+        if not batch.items(modality):
+            raise UserError(
+                f"fit_inputs is given {len(batch.tokens)} samples without {modality.plural}: set the adapter's "
+                f"fit_inputs to false, or give data of which more records hold {modality.plural}"
+            )
         targets = batch.labels != IGNORED
         before_answer = nn.functional.pad(targets[:, 1:] & ~targets[:, :-1], (0, 1))
         hooks = [

@@ -85,6 +85,15 @@ def record_choices(record: Record) -> list[str] | None:
     return _texts(record, "choices") if record.json.get("choices") not in (None, []) else None
 
 
+def record_kinds(record: Record) -> set[str]:
+    """The modalities of which training shows items of a record: those that its messages name, or its caption's."""
+    if "messages" not in record.json:
+        return {modality.name for modality in (IMAGE, VIDEO) if modality.suffixes(record.media)}
+    contents = [message.get("content") for message in _messages(record) if isinstance(message, dict)]
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
+    return {part["type"] for part in parts if part.get("type") in KINDS}
+
+
 def record_transcript(record: Record) -> str | None:
     """The transcript of a record's recording: its json's `said`, or the answer of a transcription or of silence.
 

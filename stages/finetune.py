@@ -15,6 +15,7 @@ import torch
 
 import mm.convert.llama
 from mm.assembly import replace_language_model
+from mm.modalities import IMAGE
 from mm.model import MultimodalModel
 from mm.parallel.process_group import Ranks
 from mm.processor import Processor
@@ -58,7 +59,7 @@ class Finetune:
 def finetune(config: Finetune) -> None:
     """Finetune the image encoder and the cross-attention blocks on conversations (image SFT)."""
     model, processor = initial_model(config)
-    train_adapters(model, processor, config, "finetune")
+    train_adapters(model, processor, config, "finetune", IMAGE)
     if Ranks.current().is_main:
         bundle = config.bundle or config.language_model is None
         save(config.output, model, processor, language_model=config.language_model, bundle=bundle)

@@ -19,6 +19,7 @@ from torch import nn
 from foundation.errors import UserError
 from mm.device import resolve_device
 from mm.encoder_folders import save_vision_encoder
+from mm.modalities import IMAGE
 from mm.parallel.process_group import Ranks
 from mm.records import content_texts, record_caption, record_pictures
 from mm.training.command import run_stage
@@ -34,6 +35,7 @@ from mm.training.contrastive import (
 )
 from mm.training.data import DataSource, RecordDataset, readable_samples
 from mm.training.flops import matmul_rate
+from mm.training.media import check_media
 from mm.training.optimizer import apply_learning_rates
 from mm.training.trainer import Trainer
 from shards.format import Record
@@ -82,6 +84,7 @@ def pretrain_image_encoder(config: PretrainImageEncoder) -> None:
     tokenizer = open_clip.SimpleTokenizer(context_length=config.text.context)
     prepare = partial(image_text_pair, tokenizer=tokenizer, tile_size=config.encoder.tile_size, max_tiles=max_tiles)
     dataset = RecordDataset(config.data, prepare)
+    check_media(dataset, IMAGE, shown=lambda record: bool(IMAGE.suffixes(record.media)))
     trained = apply_learning_rates(model, config.training.learning_rates)
     flops = partial(contrastive_flops, encoder=config.encoder, text=config.text, trained=trained)
     objective = ContrastiveObjective(flops)

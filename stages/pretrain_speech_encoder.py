@@ -18,18 +18,20 @@ from torch import Tensor, nn
 from foundation.errors import UserError
 from mm.device import resolve_device
 from mm.encoder_folders import load_speech_encoder, save_speech_encoder
+from mm.modalities import AUDIO
 from mm.parallel.process_group import Ranks
 from mm.records import record_transcript
 from mm.training.character_ctc import CharacterCtcModel, CharacterCtcObjective, TranscribedUtterance, encode_characters
 from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
 from mm.training.data import DataSource, RecordDataset, readable_samples
+from mm.training.media import check_media, likely_indices
 from mm.training.objectives import Objective
 from mm.training.sampler import seed_of
 from mm.training.speech import set_feature_statistics
 from mm.training.speech_pretraining import BestRqObjective, SpeechPretraining, Utterance
 from mm.training.trainer import Trainer
-from shards.format import AUDIO, Record
+from shards.format import Record
 from speech.augmentation import SpecAugmentConfig, spec_augment
 from speech.best_rq import BestRqConfig
 from speech.conformer import ConformerLayer, SpeechEncoder, SpeechEncoderConfig
@@ -89,6 +91,7 @@ def pretrain_speech_encoder(config: PretrainSpeechEncoder) -> None:
         model, objective = SpeechPretraining(encoder, config.best_rq), BestRqObjective(config.best_rq)
         prepare = partial(masked_utterance, encoder=encoder.config, seed=config.training.seed)
     dataset = RecordDataset(config.data, prepare, by_epoch=True)
+    check_media(dataset, AUDIO, shown=lambda record: bool(AUDIO.suffixes(record.media)))
     if config.start_from is None:
         set_feature_statistics(encoder, unaugmented_features(config, encoder.config))
     output = Path(config.output)
@@ -153,7 +156,8 @@ def unaugmented_features(config: PretrainSpeechEncoder, encoder: SpeechEncoderCo
     unaugmented = partial(masked_utterance, epoch=0, encoder=encoder, seed=0)
     if config.character_ctc:
         unaugmented = partial(transcribed_utterance, encoder=encoder)
-    samples = readable_samples(RecordDataset(config.data, unaugmented), config.statistics_samples)
+    dataset = RecordDataset(config.data, unaugmented)
+    samples = readable_samples(dataset, config.statistics_samples, likely_indices(dataset, AUDIO))
     return [sample.mel for sample in samples if isinstance(sample, Utterance) or sample.characters]
 
 
@@ -163,7 +167,7 @@ def recording_features(record: Record, encoder: SpeechEncoderConfig) -> Tensor:
     Raises:
         UserError: the record has no recording, or it cannot be read.
     """
-    recordings = [data for name, data in record.media.items() if name.rpartition(".")[2] in AUDIO]
+    recordings = [record.media[suffix] for suffix in AUDIO.suffixes(record.media)]
     if not recordings:
         raise UserError(f"record {record.id} holds no sound; its members are {', '.join(record.media) or 'none'}")
     return encoder.features(read_sound(recordings[0]))

@@ -9,7 +9,6 @@ frozen. Annealing is the same stage with `start_from`, another `tile_size` and l
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 
@@ -19,6 +18,7 @@ from mm.assembly import assemble, set_tile_size
 from mm.config import ModelConfig
 from mm.cross_attention import ImageAdapterConfig
 from mm.encoder_folders import load_vision_encoder, read_vision_encoder_shape
+from mm.modalities import IMAGE
 from mm.model import MultimodalModel
 from mm.parallel.process_group import Ranks
 from mm.processor import Processor
@@ -70,8 +70,7 @@ class TrainImageAdapter:
 def train_image_adapter(config: TrainImageAdapter) -> None:
     """Train an image encoder and cross-attention blocks for a frozen language model; or anneal them."""
     model, processor = initial_model(config)
-    new_adapter: Literal["image"] | None = "image" if config.start_from is None else None
-    train_adapters(model, processor, config, "image adapter", new_adapter=new_adapter)
+    train_adapters(model, processor, config, "image adapter", IMAGE, new_adapter=config.start_from is None)
     if Ranks.current().is_main:
         bundle = config.bundle or config.language_model is None
         save(config.output, model, processor, language_model=config.language_model, bundle=bundle)

@@ -21,6 +21,7 @@ from foundation.errors import UserError
 from mm.assembly import add_speech, from_language_model
 from mm.batch import IGNORED, Sample
 from mm.encoder_folders import load_speech_encoder
+from mm.modalities import AUDIO
 from mm.model import MultimodalModel
 from mm.parallel.process_group import Ranks
 from mm.processor import Processor
@@ -30,6 +31,7 @@ from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
 from mm.training.data import DataSource, RecordDataset, readable_samples
 from mm.training.distillation import with_twin
+from mm.training.media import check_media, likely_indices
 from mm.training.sampler import seed_of
 from mm.training.speech import SpeechObjective, set_feature_statistics
 from shards.format import Record
@@ -96,6 +98,7 @@ def train_speech_adapter(config: TrainSpeechAdapter) -> None:
         processor,
         config,
         "speech adapter",
+        AUDIO,
         trainable_prefix="speech_",
         objective=objective,
         prepare=prepare,
@@ -191,8 +194,13 @@ def speech_features(config: TrainSpeechAdapter, processor: Processor) -> list[Te
 
     Samples with an empty answer are left out: they may be digital silence, whose features lie far below those of any
     sound.
+
+    Raises:
+        UserError: no record holds sound.
     """
-    samples = readable_samples(RecordDataset(config.data, processor.record_example), config.statistics_samples)
+    dataset = RecordDataset(config.data, processor.record_example)
+    check_media(dataset, AUDIO)
+    samples = readable_samples(dataset, config.statistics_samples, likely_indices(dataset, AUDIO))
     not_answer = {IGNORED, *processor.stop_tokens}
     return [mel for sample in samples if set(sample.labels) - not_answer for mel in sample.speech]
 

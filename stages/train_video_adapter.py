@@ -14,6 +14,7 @@ import torch
 
 from foundation.errors import UserError
 from mm.assembly import add_video_adapter, set_aggregation_factor, set_tile_size
+from mm.modalities import VIDEO
 from mm.model import MultimodalModel
 from mm.parallel.process_group import Ranks
 from mm.processor import Processor
@@ -76,7 +77,8 @@ def train_video_adapter(config: TrainVideoAdapter) -> None:
         processor,
         config,
         "video adapter",
-        new_adapter="video" if is_new else None,
+        VIDEO,
+        new_adapter=is_new,
         trainable_prefix="video_adapter.",
         objective=objective,
     )

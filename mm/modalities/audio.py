@@ -50,6 +50,7 @@ AUDIO = Modality(
     field="speech",
     part="speech_encoder",
     runs=("speech_encoder", "speech_adapter"),
+    index_column="duration",
     suffixes=lambda members: [suffix for suffix in members if suffix.rpartition(".")[2] in AUDIO_SUFFIXES],
     read=read,
     token_id=lambda config: config.audio_token_id,

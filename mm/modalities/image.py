@@ -35,6 +35,7 @@ IMAGE = Modality(
     field="images",
     part="vision_encoder",
     runs=("vision_encoder", "image_adapter"),
+    index_column="width",
     suffixes=picture_suffixes,
     read=read,
     token_id=lambda config: config.image_token_id,

@@ -35,6 +35,7 @@ class Modality:
         field: the list of items in `Sample` and `Batch`; `Batch` counts the items of each row in `{field}_per_row`.
         part: the field of `ModelConfig` without which a model does not take this modality.
         runs: the parts of `MultimodalModel` that its items run through. Without items these have no gradient.
+        index_column: the column of a shard set's index that has a value where a record is known to hold this modality.
         suffixes: of a record's member suffixes, those of this modality, in order.
         read: a file -> an item. Raises UserError for a file that cannot be read.
         token_id: the placeholder token.
@@ -49,6 +50,7 @@ class Modality:
     field: str
     part: str
     runs: tuple[str, ...]
+    index_column: str
     suffixes: Callable[[Iterable[str]], list[str]]
     read: Callable[[Any, ModelConfig, MediaLimits], Any]
     token_id: Callable[[ModelConfig], int]

@@ -35,6 +35,7 @@ VIDEO = Modality(
     field="videos",
     part="video_adapter",
     runs=("vision_encoder", "video_adapter"),
+    index_column="num_frames",
     suffixes=lambda members: [suffix for suffix in members if suffix in CLIPS],
     read=read,
     token_id=lambda config: config.video_token_id,

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import Field, asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from foundation.errors import UserError
 from mm.batch import IGNORED, Batch, Sample
 from mm.config import ModelConfig
 from mm.device import resolve_device
+from mm.modalities import IMAGE, Modality
 from mm.model import MultimodalModel
 from mm.parallel.process_group import Ranks
 from mm.parallel.tables import CHECKPOINTED_MODULES, FSDP_MODULES
@@ -20,6 +21,7 @@ from mm.processor import Processor
 from mm.training.config import TrainingConfig
 from mm.training.data import DataSource, RecordDataset, collate_step, readable_samples
 from mm.training.flops import TrainedParts, batch_flops, matmul_rate, text_token_cost
+from mm.training.media import check_media, likely_indices
 from mm.training.objectives import NextTokenObjective
 from mm.training.optimizer import apply_learning_rates
 from mm.training.precision import lossless_bf16
@@ -48,7 +50,8 @@ def train_adapters(
     processor: Processor,
     config: AdapterStage,
     name: str,
-    new_adapter: Literal["image", "video"] | None = None,
+    modality: Modality,
+    new_adapter: bool = False,
     trainable_prefix: str = "",
     objective: NextTokenObjective | None = None,
     prepare: Callable[[Record, int], Sample] | None = None,
@@ -57,14 +60,16 @@ def train_adapters(
 
     Args:
         name: of the stage, for the progress bar.
-        new_adapter: kind of the untrained adapter, whose inputs are fitted if its configuration has `fit_inputs`.
+        modality: what the stage trains on. Data without it are refused.
+        new_adapter: the modality's adapter is untrained; its inputs are fitted if its configuration has `fit_inputs`.
         trainable_prefix: the names of all parameters that may train begin with it.
         objective: None is next-token prediction on the answers.
         prepare: (record, visit) -> training sample, where visit counts how often the record came before; None is
             `Processor.record_example`.
 
     Raises:
-        UserError: learning rates for parameters that this stage freezes, or as `mm.training.trainer.Trainer.run`.
+        UserError: learning rates for parameters that this stage freezes, data in which no record shows the modality,
+            or as `mm.training.trainer.Trainer.run`.
     """
     device = resolve_device(config.device)
     learning_rates = apply_learning_rates(model, config.training.learning_rates)
@@ -74,10 +79,12 @@ def train_adapters(
         flops = partial(batch_flops, config=model.config, trained=TrainedParts.of(learning_rates, model.config))
     objective = objective or NextTokenObjective(flops)
     dataset = RecordDataset(config.data, prepare or processor.record_example, by_epoch=prepare is not None)
-    if new_adapter is not None:
-        adapter = model.config.image_adapter if new_adapter == "image" else model.config.video_adapter
+    check_media(dataset, modality)
+    if new_adapter:
+        adapter = model.config.image_adapter if modality is IMAGE else model.config.video_adapter
         if adapter is not None and adapter.fit_inputs:
-            model.fit_inputs(objective.collate(readable_samples(dataset, FITTED_SAMPLES)), kind=new_adapter)
+            samples = readable_samples(dataset, FITTED_SAMPLES, likely_indices(dataset, modality))
+            model.fit_inputs(objective.collate(samples), kind=modality.name)
     evaluate = None
     if config.validation:
         batches = validation_batches(config, config.validation, processor, objective)

@@ -184,16 +184,20 @@ def balance_across_ranks(costs: Sequence[int], num_ranks: int) -> list[list[int]
     return [sorted(positions) for positions in assigned]
 
 
-def readable_samples(dataset: RecordDataset, max_samples: int) -> list[Any]:
+def readable_samples(dataset: RecordDataset, max_samples: int, indices: Sequence[int] | None = None) -> list[Any]:
     """The readable ones of `max_samples` samples, spread evenly over the dataset, to validate on.
+
+    Args:
+        indices: those to spread over; None: all.
 
     Raises:
         UserError: `max_samples` is below 1, or none can be read.
     """
     if max_samples < 1:
         raise UserError(f"{max_samples} samples to validate on; it must be at least 1, or leave `validation` out")
-    num_samples = min(max_samples, len(dataset))
-    samples = [dataset[index * len(dataset) // num_samples] for index in range(num_samples)]
+    indices = range(len(dataset)) if indices is None else indices
+    num_samples = min(max_samples, len(indices))
+    samples = [dataset[indices[number * len(indices) // num_samples]] for number in range(num_samples)]
     readable = [sample for sample in samples if not isinstance(sample, Unreadable)]
     if not readable:
         raise UserError(f"none of the records to validate on can be read; the first: {samples[0].reason}")

@@ -336,4 +336,4 @@ def test_a_new_conformer_needs_data_with_sound(speech_config, squares, capsys):
     file, _ = speech_config(data=[{"path": str(squares)}])
     with pytest.raises(SystemExit, match="1"):
         main(["--config", str(file)])
-    assert "no sound in any of" in capsys.readouterr().err
+    assert "none of the 192 records to train on shows utterances" in capsys.readouterr().err
