@@ -40,6 +40,7 @@ from mm.run_files import (
     write_description,
     write_parts,
 )
+from mm.tokenizer_fit import use_stop_tokens
 
 # The model's parts besides the language model, each with a file of its name: fields of `ModelConfig`.
 PARTS = tuple(
@@ -74,6 +75,7 @@ def load(
         processor = Processor(mm.convert.llama.load_tokenizer(folder), model.config)
     else:
         raise UserError(why_not_a_model(folder))
+    use_stop_tokens(model, processor)
     dtype = dtype or model.language_model.model.norm.weight.dtype
     return model.to(device=device, dtype=dtype).eval(), processor
 

@@ -20,6 +20,7 @@ from mm.model import MultimodalModel
 from mm.parallel.process_group import Ranks
 from mm.processor import Processor
 from mm.run_folder import load, save
+from mm.tokenizer_fit import use_stop_tokens
 from mm.training.adapters import train_adapters
 from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
@@ -68,13 +69,17 @@ def finetune(config: Finetune) -> None:
 def initial_model(config: Finetune) -> tuple[MultimodalModel, Processor]:
     """The image-trained model in FP32, with the language model, tokenizer and chat template to train with."""
     model, processor = load(config.start_from, dtype=torch.float32)
+    template: str | None
     tokenizer, template = processor.tokenizer, config.chat_template or processor.chat_template
     if config.language_model is not None:
         language_model = mm.convert.llama.load(config.language_model, dtype=torch.float32)
-        logger.info(language_model.report)
         replace_language_model(model, language_model)
         tokenizer, template = mm.convert.llama.load_tokenizer(config.language_model), config.chat_template
-    return model, Processor(tokenizer, model.config, **{**processor.settings(), "chat_template": template})
+    processor = Processor(tokenizer, model.config, **{**processor.settings(), "chat_template": template})
+    use_stop_tokens(model, processor)
+    if config.language_model is not None:
+        logger.info(model.language_model.report)
+    return model, processor
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -23,6 +23,7 @@ from mm.model import MultimodalModel
 from mm.parallel.process_group import Ranks
 from mm.processor import Processor
 from mm.run_folder import load, read_shape, save
+from mm.tokenizer_fit import use_stop_tokens
 from mm.training.adapters import train_adapters
 from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
@@ -82,6 +83,7 @@ def initial_model(config: TrainImageAdapter) -> tuple[MultimodalModel, Processor
     Raises:
         UserError: the configuration names neither or both to start from, or an adapter for an earlier model.
     """
+    template: str | None
     if config.start_from is not None:
         if (config.language_model, config.vision_encoder) != (None, None):
             raise UserError("start_from brings its own language_model and vision_encoder: leave those two out")
@@ -97,11 +99,14 @@ def initial_model(config: TrainImageAdapter) -> tuple[MultimodalModel, Processor
                 "name language_model and vision_encoder for a new adapter, or start_from for an earlier one"
             )
         language_model = mm.convert.llama.load(config.language_model, dtype=torch.float32)
-        logger.info(language_model.report)
         encoder = load_vision_encoder(config.vision_encoder, tile_size=config.tile_size).float()
         model = assemble(language_model, encoder, config.adapter, seed=config.training.seed)
         tokenizer, template = mm.convert.llama.load_tokenizer(config.language_model), config.chat_template
-    return model, Processor(tokenizer, model.config, config.max_tiles, config.caption_prompt, template)
+    processor = Processor(tokenizer, model.config, config.max_tiles, config.caption_prompt, template)
+    use_stop_tokens(model, processor)
+    if config.start_from is None:
+        logger.info(model.language_model.report)
+    return model, processor
 
 
 def read_model_config(config: TrainImageAdapter) -> ModelConfig:

@@ -26,6 +26,7 @@ from mm.model import MultimodalModel
 from mm.parallel.process_group import Ranks
 from mm.processor import Processor
 from mm.run_folder import language_model_of, load, save
+from mm.tokenizer_fit import use_stop_tokens
 from mm.training.adapters import train_adapters
 from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
@@ -129,7 +130,6 @@ def initial_model(config: TrainSpeechAdapter) -> tuple[MultimodalModel, Processo
         assert config.language_model is not None
         language_model = config.language_model
         loaded = mm.convert.llama.load(language_model, dtype=torch.float32)
-        logger.info(loaded.report)
         model = from_language_model(loaded, seed=config.training.seed)
         tokenizer, settings = mm.convert.llama.load_tokenizer(language_model), {}
     if model.speech_encoder is None:
@@ -144,7 +144,11 @@ def initial_model(config: TrainSpeechAdapter) -> tuple[MultimodalModel, Processo
         )
     if config.chat_template is not None:
         settings["chat_template"] = config.chat_template
-    return model, Processor(tokenizer, model.config, **settings), language_model
+    processor = Processor(tokenizer, model.config, **settings)
+    use_stop_tokens(model, processor)
+    if config.start_from is None:
+        logger.info(model.language_model.report)
+    return model, processor, language_model
 
 
 def initial_encoder(config: TrainSpeechAdapter) -> SpeechEncoder | WhisperEncoder:

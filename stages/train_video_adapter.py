@@ -19,6 +19,7 @@ from mm.model import MultimodalModel
 from mm.parallel.process_group import Ranks
 from mm.processor import Processor
 from mm.run_folder import language_model_of, load, save
+from mm.tokenizer_fit import use_stop_tokens
 from mm.training.adapters import train_adapters
 from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
@@ -110,7 +111,9 @@ def initial_model(config: TrainVideoAdapter) -> tuple[MultimodalModel, Processor
         "video_prompt": config.video_prompt,
         "chat_template": config.chat_template or earlier.chat_template,
     }
-    return model, Processor(earlier.tokenizer, model.config, **settings), is_new
+    processor = Processor(earlier.tokenizer, model.config, **settings)
+    use_stop_tokens(model, processor)
+    return model, processor, is_new
 
 
 def main(argv: Sequence[str] | None = None) -> None:
