@@ -5,6 +5,7 @@ Shapes: B rows, V vocabulary.
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from mm.processor import Processor
 
 MIN_TEMPERATURE = 1e-6  # far below, the quotients of FP32 logits overflow; 1e-6 takes the likeliest token already
 MAX_SEED = 2**64 - 1  # of torch.Generator
+
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # of SentencePiece vocabularies, for characters that they lack
 
 Choose = Callable[[Tensor, Cache], list[int | None]]  # logits [B, V] and caches -> a token per row, None to end the row
 
@@ -61,11 +64,17 @@ def stream(
     options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
     tokens: list[int] = []
     sent = ""
+    skipped = set(processor.tokenizer.all_special_ids)
+    ends_in_byte = False
     for (token,) in stream_tokens(model, [processor.prompt(messages)], max_new_tokens, **options):
         assert token is not None  # the only row has not ended
         tokens.append(token)
+        # A character may be spread over several tokens, and a byte token may break the characters of those before it.
+        if token not in skipped:
+            piece = processor.tokenizer.convert_ids_to_tokens([token])[0]
+            ends_in_byte = piece is not None and BYTE_TOKEN.fullmatch(piece) is not None
         text = processor.decode(tokens)
-        if not text.endswith("\ufffd") and len(text) > len(sent):  # a character may be spread over several tokens
+        if not ends_in_byte and not text.endswith("\ufffd") and len(text) > len(sent):
             yield text[len(sent) :]
             sent = text
     rest = processor.decode(tokens)[len(sent) :]
