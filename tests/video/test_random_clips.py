@@ -127,7 +127,7 @@ def test_clips_are_read_as_pyav_decodes_them(case: Case):
         for reader in (None, "pyav"):
             frames = sample_frames(path, case.max_frames, reader=reader)
             last = round(frames.duration / time_base) - (stamps[-1] - stamps[0])
-            assert last > 0
+            assert last > 0 or case.num_frames == 1  # ASF states no duration of its only frame
             indices, times = expected(stamps, last, time_base, case.max_frames)
             np.testing.assert_allclose(frames.times, times, atol=0.002)
             assert [number_of(pixels) for pixels in frames.pixels] == [numbers[index] for index in indices]
