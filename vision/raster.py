@@ -177,13 +177,13 @@ def to_rgba(picture: Image.Image) -> Image.Image:
 
 
 def _to_8_bit(picture: Image.Image) -> Image.Image:
-    """An image whose values have more than 8 bits as L, or as LA where a grey value is transparent; others unchanged.
+    """An image of 8 bits that Pillow can convert; one of more bits as L, or LA where a grey value is transparent.
 
     Integers within 0..65535 count as 16-bit and floats within 0..1 as full range. Other values are scaled from their
     minimum and maximum, because the file does not define white.
     """
     if not picture.mode.startswith("I;16") and picture.mode not in ("I", "F"):
-        return picture
+        return picture.convert("LA") if picture.mode == "La" else picture  # Pillow converts La to nothing else
     pixels = np.asarray(picture)
     white = 1.0 if pixels.dtype.kind == "f" else 65535.0
     values = np.nan_to_num(pixels.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)

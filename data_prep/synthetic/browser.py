@@ -5,18 +5,22 @@ Pages are untrusted: their scripts do not run, and nothing is loaded from outsid
 
 import html
 import json
+import logging
 import os
 import re
 import secrets
 import shutil
 import subprocess
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image
 
 from foundation.errors import UserError
 from vision.reading import read_picture
+
+logger = logging.getLogger(__name__)
 
 PROGRAM = "chromium"
 TIMEOUT = 300  # seconds for one page
@@ -82,6 +86,17 @@ def screenshot(page: str, width: int, height: int) -> tuple[Image.Image, list[El
         for (left, top, right, bottom), code in elements
         if right <= picture.width and bottom <= picture.height
     ]
+
+
+@lru_cache(maxsize=1)
+def installed_code_points() -> frozenset[int] | None:
+    """The code points of all fonts of this machine; Chromium draws others as empty boxes. None: not known."""
+    if shutil.which("fc-list") is None:
+        logger.warning("fc-list is missing (apt-get install fontconfig): pages whose fonts are missing are not found")
+        return None
+    listed = subprocess.run(["fc-list", "--format", "%{charset} "], capture_output=True, text=True, timeout=TIMEOUT)
+    ranges = [part.partition("-") for part in set(listed.stdout.split())]  # such as 20-7e
+    return frozenset(code for first, _, last in ranges for code in range(int(first, 16), int(last or first, 16) + 1))
 
 
 def without_scripts(page: str) -> str:

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 
 from data_prep.sources.files import Locate, licenses_of, png
 from data_prep.sources.splits import check_shares, split_of
-from data_prep.synthetic.browser import print_pdf, require
+from data_prep.synthetic.browser import installed_code_points, print_pdf, require
 from data_prep.synthetic.building import Builder, LeftOut, conversation, printable_name
 from data_prep.synthetic.plotting import FONT_FILES, code_points_of, font
 from data_prep.synthetic.visible_text import visible_text
@@ -124,11 +124,13 @@ class Documents(Builder):
         """See Builder."""
         try:
             data = job.path.read_bytes()
-            if job.path.suffix.lower() == ".txt":
+            kind = job.path.suffix.lower()
+            if kind == ".txt":
                 pages = draw_text_pages(data, job.digest, self.long_side)
+            elif kind == ".html":
+                html = data.decode("utf-8", errors="replace")
+                pages = [_with_fonts(page, html) for page in render_pdf(print_pdf(html), None, self.long_side)]
             else:
-                if job.path.suffix.lower() == ".html":
-                    data = print_pdf(data.decode("utf-8", errors="replace"))
                 pages = render_pdf(data, job.pages, self.long_side)
         except TimeoutError:  # an overloaded machine, and not a fault of this page
             raise
@@ -212,6 +214,18 @@ def draw_text_pages(data: bytes, digest: str, long_side: int) -> list[RenderedPa
             pen.text((margin, margin + row * line_step), line, fill="black", font=face)
         pages.append(RenderedPage(index, picture, text))
     return pages
+
+
+def _with_fonts(page: RenderedPage, html: str) -> RenderedPage:
+    """A page printed by Chromium; one with a problem where fonts are missing for over 1% of its characters."""
+    known = installed_code_points() if "@font-face" not in html else None  # a page may hold fonts of its own
+    if page.picture is None or known is None:
+        return page
+    undrawn = sum(ord(char) not in known and char != "\n" for char in page.text)
+    if undrawn <= MAX_UNDRAWN * len(page.text):
+        return page
+    problem = f"no font of this machine has {undrawn} of its {len(page.text)} characters: install fonts of its language"
+    return RenderedPage(page.index, problem=problem)
 
 
 def _is_drawable(char: str, file: str) -> bool:

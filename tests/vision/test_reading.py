@@ -66,6 +66,14 @@ def test_every_mode_becomes_rgb_of_the_same_size(mode):
         assert got.mode == "RGB" and got.size == (5, 3)
 
 
+@pytest.mark.parametrize("mode", ["LA", "La", "PA", "RGBA", "RGBa", "L", "I;16", "I;16B", "I", "F", "CMYK", "HSV", "1"])
+def test_images_of_any_mode(mode):
+    made = Image.new(mode, (3, 2))
+    transparent = mode[-1:] in "Aa"
+    assert read_picture(made).size == (3, 2) and read_rgba(made).getpixel((0, 0))[3] == (0 if transparent else 255)
+    assert read_picture(made).getpixel((0, 0)) == ((255, 255, 255) if transparent or mode == "CMYK" else (0, 0, 0))
+
+
 def test_cmyk_is_converted():
     got = np.asarray(read_picture(encode(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "TIFF")))
     assert (got == [255, 0, 0]).all()

@@ -1,6 +1,7 @@
 """Targets of document pages hold the text that can be seen in the picture, and no other."""
 
 import io
+import shutil
 
 import pypdfium2
 import pypdfium2.raw
@@ -8,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.synthetic.documents import render_pdf
+from data_prep.synthetic import browser, documents
+from data_prep.synthetic.documents import DocumentPages, Documents, render_pdf
 from tests.data_prep.synthetic.pdf_files import one_page, words
 
 SHOWN = words(40, 740, b"Seen here")
@@ -100,6 +102,29 @@ def test_embedded_fonts(font_type):
         out = io.BytesIO()
         figure.savefig(out, format="pdf")
     assert text_of(out.getvalue(), 800) == "The quick brown fox; over the dog.\nTurned text"
+
+
+def test_pages_whose_fonts_are_missing_are_left_out(monkeypatch, tmp_path):
+    # Chromium draws characters that no font has as empty boxes
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.html").write_text("printed below")
+    settings = Documents(output=str(tmp_path / "out"), folder=str(tmp_path / "set"), min_chars=5, long_side=500)
+    job = DocumentPages("a.html", tmp_path / "set" / "a.html", "0" * 64, None)
+    monkeypatch.setattr(documents, "print_pdf", lambda html: one_page(SHOWN))
+    monkeypatch.setattr(documents, "installed_code_points", lambda: frozenset(map(ord, "Seen hr")))
+    (record,) = settings.records(job)
+    assert record.json["messages"][1]["content"] == [{"type": "text", "text": "Seen here"}]
+    monkeypatch.setattr(documents, "installed_code_points", lambda: frozenset(map(ord, "Seen r")))
+    (left_out,) = settings.records(job)
+    assert left_out.reason == "no font of this machine has 1 of its 9 characters: install fonts of its language"
+    monkeypatch.setattr(documents, "installed_code_points", lambda: None)
+    assert settings.records(job) == [record]
+
+
+@pytest.mark.skipif(shutil.which("fc-list") is None, reason="fontconfig is not installed")
+def test_code_points_of_installed_fonts():
+    found = browser.installed_code_points()
+    assert found is not None and set(map(ord, "Aa0 ")) <= found and 0xE0FFF not in found
 
 
 LOOKS = {  # how a word is shown, and whether it can be seen
