@@ -17,6 +17,8 @@ import pyarrow.parquet as pq
 
 from foundation.errors import UserError
 from shards.format import INDEX_NAME, INDEX_SCHEMA, Record, index_row, index_table
+from shards.tars import KeyRule, named_file, read_members, shown_name
+from shards.text import decode_text
 
 _MAX_OPEN_FILES = 64
 
@@ -28,13 +30,18 @@ class ShardSet:
     only the record's bytes from its tar. It can be used after a fork, in threads, and pickled to other processes: reads
     are positioned (pread), so they do not share a file position.
 
+    Args:
+        folder: of tars, with or without an index.
+        key: where a member's name is divided, for tars without an index: at its first dot, as webdataset does and the
+            index expects, or at its last dot, for names such as `photo.v1.jpg`.
+
     Raises:
         UserError: the folder is missing or has no tars, a tar is broken, or the index does not fit the tars.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.index = _load_index(self.folder)
+    def __init__(self, folder: str | Path, key: KeyRule = "first_dot") -> None:
+        self.folder, self.key = Path(folder), key
+        self.index = _load_index(self.folder, key)
         self._set_rows()
 
     def _set_rows(self) -> None:
@@ -60,7 +67,7 @@ class ShardSet:
         where, key = f"{self.folder / shard}, offset {self._offset[i]}", self.index["id"][i].as_py()
         if len(data) < size:
             raise UserError(f"{where}: the file ends within record {key}; it is truncated, download it again")
-        found = list(_records(io.BytesIO(data), where, complete=False))
+        found = list(_records(io.BytesIO(data), where, self.key, complete=False))
         if len(found) != 1 or found[0][0].id != key:
             names = [record.id for record, _, _ in found]
             raise UserError(f"{where}: {INDEX_NAME} has record {key}, the tar has {names}; delete it to scan the tars")
@@ -80,7 +87,8 @@ class ShardSet:
                     present = sorted({str(name) for name in self.index[column].unique().to_pylist()})
                     raise UserError(f"{self.folder}: no records of {column} {value!r}; it has {', '.join(present)}")
         selected = object.__new__(ShardSet)
-        selected.folder, selected.index = self.folder, self.index.filter(pa.array(keep)).combine_chunks()
+        selected.folder, selected.key = self.folder, self.key
+        selected.index = self.index.filter(pa.array(keep)).combine_chunks()
         selected._set_rows()
         return selected
 
@@ -89,47 +97,53 @@ class ShardSet:
         if file is None:
             if len(self._files) >= _MAX_OPEN_FILES:  # a file that another thread reads is closed when the read ends
                 self._files.pop(next(iter(self._files)), None)
-            file = self._files[shard] = open(self.folder / shard, "rb", buffering=0)  # noqa: SIM115
+            file = self._files[shard] = open(named_file(self.folder, shard), "rb", buffering=0)  # noqa: SIM115
         return file
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}
 
 
-def scan(folder: str | Path) -> pa.Table:
+def scan(folder: str | Path, key: KeyRule = "first_dot") -> pa.Table:
     """Build the index of a folder of webdataset tars by reading all of them.
 
-    A record without a `.json` member gets its caption from its `.txt` member; other columns, such as split and task,
-    are null.
+    A record without a caption in its `.json` member gets its caption from its `.txt` member; other columns, such as
+    split and task, are null where the `.json` lacks them.
+
+    Args:
+        key: see `ShardSet`.
 
     Raises:
-        UserError: there are no tars, a tar is corrupt or truncated, or a record's members are not consecutive.
+        UserError: there are no tars, a tar is corrupt or truncated, a record is broken, or its members are apart.
     """
     rows: list[dict[str, Any]] = []
     seen: set[str] = set()
     for path in _tars(Path(folder)):
         with open(path, "rb") as file:
-            for record, offset, size in _records(file, str(path), complete=True):
+            for record, offset, size in _records(file, shown_name(str(path)), key, complete=True):
                 if record.id in seen:
-                    raise UserError(f"{path}: record {record.id} occurs twice, or its members are not consecutive")
+                    raise UserError(
+                        f"{path}: record {record.id} occurs twice, or its members are not consecutive; write its tars "
+                        "anew, with names that are unique and sorted"
+                    )
                 seen.add(record.id)
-                rows.append(index_row(record, path.name, offset, size))
+                rows.append(index_row(record, shown_name(path.name), offset, size))
     return index_table(rows)
 
 
 def _tars(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of shards")
-    tars = sorted(folder.glob("*.tar"))
+    tars = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".tar" and path.name[0] != ".")
     if not tars:
         raise UserError(f"{folder}: it has no .tar files, so it is not a folder of shards")
     return tars
 
 
-def _load_index(folder: Path) -> pa.Table:
-    sizes = {path.name: path.stat().st_size for path in _tars(folder)}
+def _load_index(folder: Path, key: KeyRule) -> pa.Table:
+    sizes = {shown_name(path.name): path.stat().st_size for path in _tars(folder)}
     if not (folder / INDEX_NAME).exists():
-        return scan(folder).combine_chunks()
+        return scan(folder, key).combine_chunks()
     try:
         index = pq.read_table(folder / INDEX_NAME).combine_chunks()
     except (pa.ArrowException, OSError) as error:
@@ -149,8 +163,8 @@ def _load_index(folder: Path) -> pa.Table:
     return index
 
 
-def _records(file: BinaryIO, where: str, complete: bool) -> Iterator[tuple[Record, int, int]]:
-    """Yield (record, offset, size) for each run of members with the same key, the name up to its first dot.
+def _records(file: BinaryIO, where: str, rule: KeyRule, complete: bool) -> Iterator[tuple[Record, int, int]]:
+    """Yield (record, offset, size) for each run of members with the same key.
 
     Args:
         where: names the file, for errors.
@@ -159,43 +173,55 @@ def _records(file: BinaryIO, where: str, complete: bool) -> Iterator[tuple[Recor
     key, offset, end = "", 0, 0
     members: dict[str, bytes] = {}
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for info in tar:
-                if not info.isfile():
-                    continue
-                folder, _, name = info.name.rpartition("/")
-                stem, _, suffix = name.partition(".")
-                member_key = f"{folder}/{stem}" if folder else stem
-                if member_key != key or not members:
-                    if members:
-                        yield _record(key, members, where), offset, info.offset - offset
-                    key, offset, members = member_key, info.offset, {}
-                member = tar.extractfile(info)
-                assert member is not None  # it is for links and folders only
-                content = member.read()
-                if len(content) < info.size:
-                    raise tarfile.ReadError("unexpected end of data")
-                members[suffix] = content
-                end = info.offset_data + info.size + -info.size % tarfile.BLOCKSIZE
-            # tarfile treats a broken header as the end of the tar
-            file.seek(end)
-            rest = file.read(tarfile.BLOCKSIZE)
-            if any(rest) or (complete and len(rest) < tarfile.BLOCKSIZE):
-                raise tarfile.ReadError(f"broken header or no end mark at byte {end}")
-    except (tarfile.TarError, OSError, EOFError) as error:
+        for member in read_members(file, rule, complete):
+            if members and member.key != key:
+                yield _record(key, members, where, rule), offset, end - offset
+                members = {}
+            if not members:
+                key, offset = member.key, member.offset
+            if member.is_link:
+                raise UserError(f"{where}: {member.name} is a link; write the tar anew with --hard-dereference")
+            if member.suffix in members:
+                raise UserError(f"{where}: record {key} has two members {member.suffix!r}; ids must be unique")
+            members[member.suffix], end = member.content, member.end
+    except tarfile.ReadError as error:
         raise UserError(f"{where}: corrupt or truncated tar ({error}); download it again") from None
     if members:
-        yield _record(key, members, where), offset, end - offset
+        yield _record(key, members, where, rule), offset, end - offset
 
 
-def _record(key: str, members: dict[str, bytes], where: str) -> Record:
+def _record(key: str, members: dict[str, bytes], where: str, rule: KeyRule) -> Record:
     text, caption = members.pop("json", None), members.pop("txt", None)
+    apart = [name for name in members if name.endswith((".txt", ".json"))]
+    if apart and text is None and caption is None and rule == "first_dot":
+        raise UserError(
+            f"{where}: record {key}: its text came under another key, as its member {apart[0]!r}; if names have dots "
+            "before their suffix, read the tars with key='last_dot'"
+        )
     try:
         content = json.loads(text) if text is not None else {"id": key}
-        if not isinstance(content, dict):
-            raise UserError("not an object")
-        if caption is not None and "caption" not in content and "messages" not in content:
-            content["caption"] = caption.decode().strip()
-    except ValueError as error:  # also errors of JSON and of UTF-8
+        _check_types(content)
+        if caption is not None and content.get("caption") is None and "messages" not in content:
+            content["caption"] = decode_text(caption).strip()
+    except (ValueError, RecursionError) as error:  # ValueError: also errors of JSON and of UTF-8
         raise UserError(f"{where}: record {key} has a broken .json or .txt member ({error})") from None
     return Record(key, content, members)
+
+
+def _check_types(content: Any) -> None:
+    """Check that the values of a .json member fit the columns of the index."""
+    if not isinstance(content, dict):
+        raise UserError("not an object")
+    for name in ("split", "task", "caption", "image_id"):
+        value = content.get(name)
+        if not isinstance(value, str | None):
+            raise UserError(f"{name} is {str(value)[:40]}, which is no text")
+        if value is not None:
+            value.encode()  # fails where a character is half a surrogate pair
+    for name in ("num_frames", "duration"):
+        value = content.get(name)
+        if not isinstance(value, int | float | None) or isinstance(value, bool):
+            raise UserError(f"{name} is {str(value)[:40]}, which is no number")
+    frames = content.get("num_frames")
+    if frames is not None and not (frames == frames // 1 and 0 <= frames < 2**31):
+        raise UserError(f"num_frames is {str(frames)[:40]}, which is no number of frames")
