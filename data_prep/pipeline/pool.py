@@ -1,22 +1,23 @@
-"""Reads the pairs of a raw pool: webdataset tars, parquet tables (`pool_parquet.py`), folders of pictures or clips.
+"""Reads the pairs of a raw pool: webdataset tars (`pool_tars.py`), parquet (`pool_parquet.py`), folders of files.
 
 In a source of clips, a clip takes the place of the picture. No pair is dropped here: what is broken is yielded as a
 pair that lacks something, or as a `BrokenFile`, and reading continues.
 """
 
 import hashlib
-import json
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
 
+from data_prep.pipeline import pool_tars
 from data_prep.pipeline.pool_parquet import named_files, read_pairs, read_picture_again
 from data_prep.sources.captions import CAPTIONS
 from foundation.errors import UserError
+from shards.tars import KeyRule, named_file, shown_name
 
 PICTURE_SUFFIXES = frozenset(
     ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "jpx", "j2k", "ppm", "pgm", "pbm", "tga",
@@ -40,6 +41,8 @@ class RawSource:
         caption_column: of parquet tables; COLUMN.FIELD names a field of a struct.
         language: ISO 639 code of all captions, where it is known; written in place of the detected one.
         media: of the pairs.
+        key: where the name of a tar's member is divided into its pair's key and its suffix: at its first dot, as
+            webdataset does, or at its last dot, for names such as `photo.v1.jpg`.
     """
 
     path: str
@@ -49,6 +52,7 @@ class RawSource:
     caption_column: str = "caption"
     language: str | None = None
     media: Literal["pictures", "clips"] = "pictures"
+    key: KeyRule = "first_dot"
 
     @property
     def suffixes(self) -> frozenset[str]:
@@ -66,7 +70,7 @@ class RawPair:
 
     Attributes:
         key: of the pair in its source.
-        path: of the file that holds the picture, within the source.
+        path: of the file that holds the picture, within the source; bytes of names that are not UTF-8 are escaped.
         place: offset in a tar, or row of a parquet table; 0 for a file of its own.
         picture: bytes; None where it is missing.
         caption: bytes, not yet checked to be UTF-8; None where it is missing.
@@ -103,7 +107,11 @@ class Part:
 
     def read(self) -> Iterator[RawPair | BrokenFile]:
         reader = {"tars": _read_tar, "parquet": _read_parquet, "folder": _read_files}[self.source.kind]
-        return reader(self)
+        for raw in reader(self):
+            if isinstance(raw, RawPair):
+                yield replace(raw, key=shown_name(raw.key), path=shown_name(raw.path))
+            else:
+                yield replace(raw, path=shown_name(raw.path))
 
 
 def list_parts(source: RawSource, folder: Path) -> list[Part]:
@@ -139,7 +147,7 @@ def picture_bytes(source: RawSource, folder: Path, path: str, place: int, size: 
     Raises:
         UserError, OSError: the file has changed.
     """
-    file = source_root(folder) / path
+    file = named_file(source_root(folder), path)
     if source.kind == "parquet" and file.suffix.lower() == ".parquet":
         return read_picture_again(file, source.picture_column, place)
     with open(file, "rb") as opened:
@@ -180,7 +188,7 @@ def read_all_verified(rows: Sequence[dict[str, Any]], sources: LocatedSources) -
 
 def _fits(path: Path, source: RawSource) -> bool:
     suffixes = {"tars": frozenset(("tar",)), "parquet": frozenset(("parquet",)), "folder": source.suffixes}[source.kind]
-    return path.suffix[1:].lower() in suffixes
+    return path.suffix[1:].lower() in suffixes and not path.name.startswith("._")  # which macOS adds
 
 
 def _part(source: RawSource, folder: Path, files: list[str]) -> Part:
@@ -205,55 +213,13 @@ def _state_of_named_files(file: Path, picture_column: str) -> list[tuple[int, in
 
 
 def _read_tar(part: Part) -> Iterator[RawPair | BrokenFile]:
-    """Consecutive members of one key are a pair; a second picture or text without a number begins the next pair."""
     (name,) = part.files
-    key, end = "", 0
-    members: dict[str, tuple[int, bytes]] = {}
-    try:
-        with open(part.folder / name, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for info in tar:
-                if not info.isfile():
-                    continue
-                folder, _, base = info.name.rpartition("/")
-                stem, _, suffix = base.partition(".")
-                member_key, suffix = (f"{folder}/{stem}" if folder else stem), suffix.lower()
-                media = part.source.suffixes
-                is_repeated = suffix in members or (suffix in media and members.keys() & media)
-                if member_key != key or is_repeated:
-                    if members:
-                        yield _tar_pair(part, key, members)
-                    key, members = member_key, {}
-                opened = tar.extractfile(info)
-                assert opened is not None  # it is a file
-                content = opened.read()
-                if len(content) < info.size:
-                    members = {}
-                    raise tarfile.ReadError("unexpected end of data")
-                members[suffix] = (info.offset_data, content)
-                end = info.offset_data + info.size + -info.size % tarfile.BLOCKSIZE
-            file.seek(end)  # tarfile takes everything that is no header for the end of the tar
-            rest = file.read(tarfile.BLOCKSIZE)
-            if any(rest) or len(rest) < tarfile.BLOCKSIZE:
-                raise tarfile.ReadError(f"broken header or no end mark at byte {end}")
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        yield BrokenFile(name, f"corrupt or truncated tar: {error}")
-    if members:
-        yield _tar_pair(part, key, members)
-
-
-def _tar_pair(part: Part, key: str, members: dict[str, tuple[int, bytes]]) -> RawPair:
     source = part.source
-    pictures = [suffix for suffix in members if suffix.rpartition(".")[2] in source.suffixes]
-    place, picture = members[pictures[0]] if pictures else (0, None)
-    problem = f"several {source.media} under one key" if len(pictures) > 1 else None
-    caption = members["txt"][1] if "txt" in members else None
-    if caption is None and "json" in members:
-        try:
-            content = json.loads(members["json"][1])
-            caption = content["caption"].encode() if isinstance(content.get("caption"), str) else None
-        except (ValueError, AttributeError):
-            problem = problem or "the json member is broken"
-    return RawPair(key, part.files[0], place, picture, caption, problem)
+    try:
+        for pair in pool_tars.read_pairs(part.folder / name, source.suffixes, source.media, source.key):
+            yield RawPair(pair.key, name, pair.place, pair.picture, pair.caption, pair.problem)
+    except (tarfile.ReadError, OSError) as error:
+        yield BrokenFile(name, f"corrupt or truncated tar: {error}")
 
 
 # ------------------------------------------------------------------------------------------------------------ parquet

@@ -18,11 +18,11 @@ _TRANSLATION = re.compile(rb"([A-Za-z_@]+)\.utf8=(.*)", re.DOTALL)
 
 
 def text_file(folder: Path) -> Captions:
-    """The whole content of `{name}.txt` beside `{name}.jpg`."""
+    """The whole content of `{name}.txt`, or `{name}.TXT`, beside `{name}.jpg`."""
 
     def captions(name: str, picture: bytes) -> list[tuple[str, bytes | None]]:
-        path = (folder / name).with_suffix(".txt")
-        return [(name, path.read_bytes() if path.is_file() else None)]
+        paths = ((folder / name).with_suffix(suffix) for suffix in (".txt", ".TXT", ".Txt"))
+        return [(name, next((path.read_bytes() for path in paths if path.is_file()), None))]
 
     return captions
 
