@@ -20,7 +20,7 @@ import pyarrow as pa
 from app.assets import locate
 from benchmarks.measure import interleave, machine, seconds_of, spread, write_results
 from data_prep.pipeline.pool import RawPair, RawSource, list_parts
-from data_prep.steps.ngrams import Vocabulary, read_texts, words_of
+from data_prep.steps.ngrams import Vocabulary, normalised_words, read_texts
 from data_prep.steps.resampling import critical_thresholds, frequencies, keep_probabilities
 
 SOURCES = (
@@ -115,10 +115,10 @@ def finders(vocabulary: Vocabulary) -> dict[str, Callable[[str], list[int]]]:
         return [index for index, ngram in enumerate(vocabulary.ngrams) if f" {ngram} " in f" {text} "]
 
     def with_c(caption: str) -> list[int]:
-        return sorted({index for _, index in automaton.iter(f" {' '.join(words_of(caption))} ")})
+        return sorted({index for _, index in automaton.iter(f" {' '.join(normalised_words(caption))} ")})
 
     def with_dictionary(caption: str) -> list[int]:
-        words = words_of(caption)
+        words = normalised_words(caption)
         found = {get(word) for word in words}
         found.update(map(get, map(" ".join, pairwise(words))))
         found.discard(None)

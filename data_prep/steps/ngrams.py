@@ -9,18 +9,24 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data_prep.steps.words import words_of
 from foundation.errors import UserError
 from foundation.extras import import_extra
 
 if TYPE_CHECKING:
     from ahocorasick_rs import AhoCorasick
 
-_WORD = re.compile(r"\w+")
+# NFKC takes the vowel sign "am" of Thai and Lao apart, in which form ICU's dictionaries do not have it.
+_SIGNS_AM = {"\u0e4d\u0e32": "\u0e33", "\u0ecd\u0eb2": "\u0eb3"}
 
 
-def words_of(text: str) -> list[str]:
+def normalised_words(text: str) -> list[str]:
     """The words of a text after NFKC normalisation and case folding."""
-    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text)
+        for apart, sign in _SIGNS_AM.items():
+            text = text.replace(apart, sign)
+    return words_of(text.casefold())
 
 
 def read_texts(path: Path) -> Iterator[str]:
@@ -80,7 +86,7 @@ class Vocabulary:
         found: set[str] = set()
         for text in texts:
             for clause in re.split(r"[.;:()\"!?]+", text):
-                words = words_of(clause)
+                words = normalised_words(clause)
                 found.update(words)
                 found.update(map(" ".join, pairwise(words)))
         return cls(found)
@@ -93,5 +99,5 @@ class Vocabulary:
 
     def ngram_indices(self, caption: str) -> list[int]:
         """The indices of the n-grams that a caption contains, each once, ascending."""
-        text = f" {' '.join(words_of(caption))} "
+        text = f" {' '.join(normalised_words(caption))} "
         return sorted({index for index, *_ in self._automaton.find_matches_as_indexes(text, overlapping=True)})

@@ -3,7 +3,14 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from data_prep.steps.caption_rules import BOILER_PLATE, CaptionRules, find_flaw, mend, symbol_share
+from data_prep.steps.caption_rules import (
+    BOILER_PLATE,
+    CaptionRules,
+    detect_language,
+    find_flaw,
+    mend_capitals,
+    symbol_share,
+)
 from foundation.errors import UserError
 
 
@@ -49,7 +56,14 @@ def test_short_captions_have_a_threshold_of_their_own():
         ("1950s", None), ("Click here to see more dogs", "boiler-plate"), ("Untitled", "boiler-plate"),
         ("photo 12", "a file name"), ("Part of the Flat Icon Collection (2004)", "boiler-plate"),
         ("a photo of a dog", None), ("see www.example.org for dogs", "a URL"), ("at https://dogs.example", "a URL"),
-        ("A dog. Come and see", None),
+        ("A dog. Come and see", None), ("COVID-19", None), ("F-16", None), ("MiG-29", None), ("3D-printer", None),
+        ("catch-22", None), ("1950s-diner", None), ("sars-cov-2", None), ("apple-1234", "a file name"),
+        ("red-apple-12", "a file name"), ("2019-07-12", "a file name"), ("IMG-20190712-WA0001", "a file name"),
+        ("123e4567-e89b-12d3-a456-426614174000", "a file name"), ("A woman browses stock photos on a laptop", None),
+        ("He uploads a stock photo", None), ("photos of livestock photographed at noon", None),
+        ("Red apple - stock photo", "boiler-plate"), ("Red apple on white stock photo", "boiler-plate"),
+        ("A stock photo of a cat", "boiler-plate"), ("Cat Stock Photos, Images & Photography", "boiler-plate"),
+        ("Royalty-free stock photo of cats", "boiler-plate"), ("Cat stock illustration 1234", "boiler-plate"),
     ],
 )  # fmt: skip
 def test_flaws_are_found(caption, flaw):
@@ -68,18 +82,46 @@ def test_length_symbols_and_repetition_have_limits():
 
 def test_letters_and_punctuation_of_any_script_are_no_symbols():
     assert symbol_share("Ein Hund – „wau“!") == 0 and symbol_share("हिन्दी में") == 0 and symbol_share("") == 0
+    assert symbol_share("می\u200cخواهم") == 0 and symbol_share("क्\u200dष") == 0
 
 
 def test_several_words_in_capitals_are_corrected():
-    assert mend("A RED  APPLE\n") == "A red apple" and mend("NASA") == "NASA" and mend("USB A") == "USB A"
-    assert mend("The NASA logo") == "The NASA logo"
+    assert mend_capitals("A RED APPLE") == "A red apple" and mend_capitals("USB A") == "USB A"
+    assert mend_capitals("NASA") == "NASA" and mend_capitals("The NASA logo") == "The NASA logo"
 
 
 def test_a_corrected_caption_is_noted():
     decisions = decide(["A RED APPLE ON THE OLD TABLE", "A dog on the old table"])
-    assert decisions == {"A RED APPLE ON THE OLD TABLE": ("change", "capitals or blanks mended")}
+    assert decisions == {"A RED APPLE ON THE OLD TABLE": ("change", "capitals mended")}
 
 
 def test_a_broken_pattern_is_refused():
     with pytest.raises(UserError, match=r"boiler_plate '\(' is no regular expression"):
         decide(["a dog"], boiler_plate=("(",))
+
+
+@pytest.mark.parametrize(
+    ("caption", "count"),
+    [
+        ("一只猫头鹰坐在树上", 5),  # 一只 猫头鹰 坐在 树 上
+        ("แมวนั่งอยู่บนโต๊ะ", 5),  # แมว นั่ง อยู่ บน โต๊ะ
+        ("हिन्दी में लिखा है", 4),
+        ("தமிழ் மொழி", 2),
+        ("Un café, l'eau et 3,5 kg", 8),
+        ("An owl on a T-shirt", 6),
+    ],
+)
+def test_words_are_counted_in_any_script(caption, count):
+    assert CaptionRules().measure({"caption": [caption]})["words"] == [count]
+
+
+def test_repeated_words_count_in_a_script_without_spaces():
+    (repeated,) = CaptionRules().measure({"caption": ["猫头鹰猫头鹰猫头鹰猫头鹰猫头鹰猫头鹰"]})["repeated"]
+    assert repeated > 0.7
+    assert decide(["猫头鹰猫头鹰猫头鹰猫头鹰猫头鹰猫头鹰"], languages=("zh",)) == {
+        "猫头鹰猫头鹰猫头鹰猫头鹰猫头鹰猫头鹰": ("drop", "repeats itself")
+    }
+
+
+def test_short_captions_of_indic_scripts_keep_their_language_score():
+    assert detect_language("हिन्दी में लिखा है", ("hi",))[1] > 0.9
