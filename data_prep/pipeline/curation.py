@@ -7,6 +7,7 @@ The folder of a run:
 - `ledger.parquet`: the decisions about every pair; `sources.parquet`: where each pair was read.
 - `shards`, `report.html`.
 - `measured.yaml`, `decided.yaml`: the settings of the measurement, and of the last decision.
+- `version.txt`: the version of what is stored; a folder of another version is refused.
 - `clip_score.txt`, `video_score.txt`: the ids of the models of those scores.
 """
 
@@ -46,14 +47,14 @@ from data_prep.steps.ocr import Ocr, OcrConfig, RapidOcr
 from data_prep.steps.overlay_text import OverlayText, OverlayTextConfig
 from data_prep.steps.readable import Readable
 from data_prep.steps.resampling import Resampling, ResamplingConfig
-from data_prep.steps.step import Step
+from data_prep.steps.step import STORED, Step
 from data_prep.steps.video_score import MeanOverFrames, VideoScore, VideoScoreConfig, VideoScorer
 from foundation.errors import UserError
 from foundation.options import new_parser, read_options
 
 logger = logging.getLogger(__name__)
 
-MEASURED, DECIDED = "measured.yaml", "decided.yaml"
+MEASURED, DECIDED, VERSION = "measured.yaml", "decided.yaml", "version.txt"
 
 LoadScorer = Callable[[ClipScoreConfig | VideoScoreConfig], PairScorer]
 LoadVideoScorer = Callable[[VideoScoreConfig], VideoScorer]  # default: the mean over frames of a PairScorer's scores
@@ -233,12 +234,16 @@ def run(
         how many pairs are kept.
 
     Raises:
-        UserError: a source or a file that the configuration names is missing or unusable.
+        UserError: a source or a file that the configuration names is missing or unusable, or the folder of the run is
+            of another version.
     """
     work = Path(config.output)
+    if (work / "parts").exists() or (work / DECIDED).exists():
+        _check_version(work)
     steps = steps_of(config, locate, load_scorer, load_video_scorer)
     parts = [part for source in config.sources for part in list_parts(source, locate(source.path).absolute())]
     work.mkdir(parents=True, exist_ok=True)
+    (work / VERSION).write_text(f"{STORED}\n")
     logger.info("measuring %d parts of the pool", len(parts))
     measured = measure_all(parts, steps, config.svg_size, work / "parts", config.workers, config.engine)
     logger.info("merging the parts into %s", work / "set")
@@ -297,11 +302,22 @@ def read_run(work: Path) -> tuple[CurationConfig, CurationConfig]:
     """The settings of a run's measurement, and those of its last decision.
 
     Raises:
-        UserError: the folder holds no finished run.
+        UserError: the folder holds no finished run, or one of another version.
     """
     if not (work / DECIDED).is_file():
         raise UserError(f"{work}: holds no finished run; `mm data run` makes one")
+    _check_version(work)
     return read_config(work / MEASURED), read_config(work / DECIDED)
+
+
+def _check_version(work: Path) -> None:
+    path = work / VERSION
+    version = path.read_text().strip() if path.is_file() else "2 or earlier"
+    if version != str(STORED):
+        raise UserError(
+            f"{work}: stores measurements of version {version}, and this is version {STORED}, whose ids and values "
+            "differ; let `mm data run` write into another folder, or delete this one first"
+        )
 
 
 def read_config(path: Path, changes: Sequence[str] = ()) -> CurationConfig:

@@ -25,6 +25,7 @@ from data_prep.pipeline.pool import BrokenFile, Part, RawPair, picture_id
 from data_prep.pipeline.workers import Engine, map_in_order
 from data_prep.steps.clips import DecodedClip, read_clip
 from data_prep.steps.step import DECIMALS, STORED, Columns, Step, settings_hash
+from shards.text import decode_text, single_blanks
 from vision.reading import MAX_PIXELS, read_picture
 
 BATCH = {"pictures": 64, "clips": 4}  # pairs whose pictures, or frames, are in memory at once
@@ -55,7 +56,7 @@ SOURCES = pa.schema(
 
 
 def pair_id(image_id: str, caption: bytes) -> str:
-    """First 32 hexadecimal digits of SHA-256(image_id, NUL, the caption as read)."""
+    """First 32 hexadecimal digits of SHA-256(image_id, NUL, the mended caption, or its bytes if unusable)."""
     return hashlib.sha256(image_id.encode() + b"\0" + caption).hexdigest()[:32]
 
 
@@ -158,10 +159,12 @@ class _Tables:
         data: dict[str, bytes | None] = {}
         for raw in raws:
             image_id = picture_id(raw.picture or b"")
-            row: Row = {"id": pair_id(image_id, raw.caption or b""), "image_id": image_id}
+            caption = _read_caption(raw)
+            text = raw.caption or b"" if caption["caption"] is None else caption["caption"].encode()
+            row: Row = {"id": pair_id(image_id, text), "image_id": image_id}
             position = {"source": part.source.path, "path": raw.path, "place": raw.place, "key": raw.key}
             self.sources.append({**row, **position, "size": len(raw.picture or b"")})
-            rows.append({**row, **_read_caption(raw)})
+            rows.append({**row, **caption})
             data.setdefault(image_id, raw.picture)
         pictures, clips = self._decode(data, svg_size, part.source.media == "clips")
         self._measure_pictures(pictures, clips)
@@ -299,19 +302,23 @@ def _with_columns(schema: pa.Schema, steps: Iterable[Step]) -> pa.Schema:
 
 
 def _read_caption(raw: RawPair) -> Row:
-    """The caption as text, None where it cannot be used, and the problem of the pair, None where there is none."""
+    """The mended caption, None where it cannot be used, and the problem of the pair, None where there is none.
+
+    Mended: Unicode in NFC, without byte order marks, and with one blank in place of other white space. The steps
+    measure the mended caption, and ids are made of it: three spellings of one caption are one pair.
+    """
     text, problem, caption = None, raw.problem, raw.caption or b""
-    if not caption.strip():
-        problem = problem or "the caption is empty or missing"
-    elif len(caption) > MAX_CAPTION_BYTES:
+    if len(caption) > MAX_CAPTION_BYTES:
         problem = problem or f"the caption is over the limit of {MAX_CAPTION_BYTES:,} bytes"
-    elif b"\0" in caption:
-        problem = problem or "the caption holds NUL characters"
     else:
         try:
-            text = caption.decode()
+            text = single_blanks(decode_text(caption))
         except UnicodeDecodeError:
             problem = problem or "the caption is not UTF-8"
+    if text is not None and "\0" in text:
+        text, problem = None, problem or "the caption holds NUL characters"
+    if text == "":
+        text, problem = None, problem or "the caption is empty or missing"
     return {"caption": text, "problem": problem}
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from foundation.errors import UserError
 
-STORED = 2  # version of what is stored; raised when equal settings store other values, so that all is measured again
+STORED = 3  # version of what is stored; raised when equal settings store other values, so that all is measured again
 
 DECIMALS = 6  # of every stored score
 
