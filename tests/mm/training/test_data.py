@@ -2,7 +2,9 @@
 
 import io
 import itertools
+import json
 import random
+import tarfile
 from collections import Counter
 from functools import partial
 
@@ -243,6 +245,21 @@ def test_records_that_cannot_be_prepared_are_unreadable(tmp_path, square_record,
         isinstance(dataset[1], Unreadable) and dataset[1].record == "square-0002" and "truncated" in dataset[1].reason
     )
     assert isinstance(dataset[2], Unreadable) and "clip" in dataset[2].reason
+
+
+def test_a_record_with_half_a_surrogate_pair_is_unreadable(tmp_path, tiny_processor):
+    """JSON can spell it, and no tokenizer takes it."""
+    with tarfile.open(tmp_path / "000000.tar", "w") as tar:
+        for name, answer in (("cut", "a \ud83d b"), ("whole", "a \U0001f600 b")):
+            messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": answer}]
+            text = json.dumps({"id": name, "split": "train", "messages": messages}).encode()
+            member = tarfile.TarInfo(f"{name}.json")
+            member.size = len(text)
+            tar.addfile(member, io.BytesIO(text))
+    dataset = RecordDataset([DataSource(str(tmp_path))], tiny_processor.record_example)
+    assert isinstance(dataset[0], Unreadable) and dataset[0].record == "cut"
+    assert "message 1 holds half of a surrogate pair, '\\ud83d', at character 2" in dataset[0].reason
+    assert isinstance(dataset[1], mm.Sample)
 
 
 def test_a_record_with_any_other_error_is_unreadable(squares):
