@@ -30,7 +30,7 @@ class Character:
     """A character of a page.
 
     Attributes:
-        text: one character; a line ends with two, "\\r" and "\\n".
+        text: one unit of UTF-16, or none; a line ends with two, "\\r" and "\\n".
         box: where it is drawn; None where it has no box of its own, such as a space.
         height: longer side of its box in points, with ascent and descent.
         colour: RGB; None for invisible text.
@@ -63,18 +63,19 @@ def visible_text(page: "PdfPage", shown: np.ndarray, scale: float, raw: ModuleTy
     hidden = np.asarray(page.render(scale=scale, draw_annots=False).to_pil().convert("RGB"))
     to_pixels = _page_to_pixels(page, shown.shape[1], shown.shape[0], raw)
     contrasts = _contrasts(characters, shown, hidden, to_pixels, MIN_SIDE / scale)
-    return "".join(_visible_lines(list(zip((item.text for item in characters), contrasts, strict=True))))
+    text = "".join(_visible_lines(list(zip((item.text for item in characters), contrasts, strict=True))))
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "ignore")  # joins pairs of surrogates
 
 
 def _characters(page: "PdfPage", textpage: "PdfTextPage", raw: ModuleType) -> list[Character]:
-    texts = list(textpage.get_text_range())
-    if len(texts) != textpage.count_chars():  # pdfium leaves some out, or one is outside of the basic plane
-        texts = [textpage.get_text_range(index, 1) for index in range(textpage.count_chars())]
+    units = textpage.get_text_range(errors="surrogatepass").encode("utf-16-le", "surrogatepass")
     objects = {_address(item.raw): item for item in page.get_objects(filter=[raw.FPDF_PAGEOBJ_TEXT])}
     bounds: dict[int, Box | None] = {}
     colours: dict[int, tuple[int, int, int] | None] = {}
     characters = []
-    for index, text in enumerate(texts):
+    for index in range(textpage.count_chars()):
+        place = raw.FPDFText_GetTextIndexFromCharIndex(textpage, index)  # negative: it is not in the text
+        text = units[2 * place : 2 * place + 2].decode("utf-16-le", "surrogatepass") if place >= 0 else ""
         address = _address(raw.FPDFText_GetTextObject(textpage, index))
         if address not in bounds:
             bounds[address] = _bounds(objects[address]) if address in objects else None

@@ -18,8 +18,14 @@ def stream(content, entries=b""):
     return b"<< %s /Length %d >>\nstream\n%s\nendstream" % (entries, len(content), content)
 
 
-def one_page(content, form=b"", page=b"", size=(600, 800)):
-    """A page with the font /F1, the graphics state /Faint (opacity 3%) and the form /X, moved by (100, 50)."""
+def one_page(content, form=b"", page=b"", size=(600, 800), meaning=b""):
+    """A page with the font /F1, the graphics state /Faint (opacity 3%) and the form /X, moved by (100, 50).
+
+    `meaning` gives the font's characters other code points, such as b"<66> <d835dc65>" for "f".
+    """
+    meaning = b"1 begincodespacerange <00> <ff> endcodespacerange 1 beginbfchar %s endbfchar" % (
+        meaning or b"<66> <0066>"
+    )
     box = b"[0 0 %d %d]" % size
     entries = b"/Type /XObject /Subtype /Form /Matrix [1 0 0 1 100 50] /BBox %s %s"
     resources = b"/Resources << /Font << /F1 3 0 R >> /ExtGState << /Faint << /ca 0.03 /CA 0.03 >> >> %s >>"
@@ -27,11 +33,12 @@ def one_page(content, form=b"", page=b"", size=(600, 800)):
         [
             b"<< /Type /Catalog /Pages 2 0 R >>",
             b"<< /Type /Pages /Kids [4 0 R] /Count 1 >>",
-            FONT,
+            FONT[:-2] + b"/ToUnicode 7 0 R >>",
             b"<< /Type /Page /Parent 2 0 R /MediaBox %s %s /Contents 5 0 R %s >>"
             % (box, page, resources % b"/XObject << /X 6 0 R >>"),
             stream(content),
             stream(form, entries % (box, resources % b"")),
+            stream(b"/CIDInit /ProcSet findresource begin begincmap " + cmap + b" endcmap end"),
         ]
     )
 

@@ -89,6 +89,12 @@ def test_replacement_texts_stay_where_they_are_drawn():
         assert text_of(one_page(SHOWN + marked)) == expected
 
 
+def test_characters_of_two_units_stay():
+    data = one_page(SHOWN + words(40, 600, b"a f b") + words(40, 500, b"f", b"1 g"), meaning=b"<66> <d835dc65>")
+    assert all_text_of(data).count("\U0001d465") == 2
+    assert text_of(data) == "Seen here\na \U0001d465 b"
+
+
 @pytest.mark.parametrize("font_type", [3, 42])
 def test_embedded_fonts(font_type):
     matplotlib = pytest.importorskip("matplotlib")
