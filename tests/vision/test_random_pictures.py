@@ -75,6 +75,8 @@ def pillow_files(draw):
         elif orientation is not None:
             options["exif"] = Image.Exif()
             options["exif"][0x0112] = orientation
+            if orientation not in range(1, 9):
+                options.pop("compression", None)  # libtiff writes no such orientation
     out = io.BytesIO()
     picture.save(out, form, **options)
     return form, out.getvalue()
