@@ -78,20 +78,30 @@ def find_stop_tokens(
 
 
 def end_of_answer(template: ChatTemplate) -> str | None:
-    """The first control token that a chat template writes after an answer; None without one.
+    """The first control token that a chat template writes after an answer; None without one, which is logged.
 
     It is looked for at the end of a conversation, then before the next turn.
     """
+    is_rendered = False
     answered = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
     for messages in (answered, [*answered, *answered]):
         try:
             rendering = template.render(messages, answer_follows=False)
         except UserError:  # the template takes no such conversation; the processor says so where it is used
             continue
-        end = rendering.text.find(ANSWER) + len(ANSWER)
+        _, answer, after = rendering.text.partition(ANSWER)
+        if not answer:  # a template that may leave out text
+            continue
+        is_rendered = True
+        end = len(rendering.text) - len(after)
         found = next((span.name for span in rendering.spans if span.start >= end), None)
         if found is not None:
             return found
+    if is_rendered:
+        logger.warning(
+            "the chat template ends an answer with no control token, so training on it teaches no end of an answer; "
+            "answers end at the stop tokens of the configuration and the tokenizer"
+        )
     return None
 
 
@@ -108,12 +118,6 @@ def use_stop_tokens(model: "MultimodalModel", processor: HasStopTokens) -> None:
             part.report, is_reported = _with_reasons(part.report, reasons), True
     if not is_reported and set(stop) != set(before):
         logger.info("\n".join(f"{NOTE}{token}: {reason}" for token, reason in reasons.items()))
-    if not any(ENDS_ANSWER in reason for reason in reasons.values()):
-        logger.warning(
-            "the chat template ends an answer with no control token, so training on it teaches no end of an answer; "
-            "answers end at %s",
-            f"the stop tokens {stop}" if stop else "their longest length alone",
-        )
 
 
 def _with_reasons(report: LoadingReport, reasons: dict[int, str]) -> LoadingReport:

@@ -115,9 +115,12 @@ def test_the_report_says_which_tokens_stop_and_why(
     ]
 
 
-def test_a_template_without_an_end_is_warned_of(build_model, with_end, caplog):
+def test_a_template_without_an_end_is_warned_of(with_end, caplog):
     tokenizer, config = with_end
-    use_stop_tokens(build_model(config), mm.Processor(tokenizer, config, chat_template=TEMPLATES["none"][0]))
+    mm.Processor(tokenizer, config, chat_template=TEMPLATES["one that refuses"][0])
+    mm.Processor(tokenizer, config, chat_template=TEMPLATES["chatml"][0])
+    assert not caplog.text
+    mm.Processor(tokenizer, config, chat_template=TEMPLATES["none"][0])
     assert "ends an answer with no control token" in caplog.text
 
 
