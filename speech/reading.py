@@ -1,16 +1,18 @@
 """Read any sound file as one channel at 16 kHz; the first step of everything that starts from a sound.
 
-libsndfile (`soundfile`) reads WAV, FLAC, OGG, MP3, AIFF and AU. FFmpeg's libraries (PyAV) read everything else,
-including the sound of videos. The caller gets finite samples, or a `UserError` that names the file and the reason.
+FFmpeg's libraries (PyAV) decode it. What a header states (length, rate, channels) is a hint: the sound is what is
+decoded, and each decoded frame tells its own rate and channels, which may change in the middle of a stream. The caller
+gets finite samples, or a `UserError` that names the file and the reason.
 """
 
 import io
-import struct
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from fractions import Fraction
-from itertools import chain
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import torch
@@ -19,19 +21,28 @@ from torch import Tensor
 from foundation.errors import UserError
 from foundation.extras import MissingExtraError, import_extra
 from foundation.media import open_media
+from speech.containers import Data, Part, parts
 from speech.features import SAMPLE_RATE
 
 if TYPE_CHECKING:
+    from av.audio.frame import AudioFrame
     from av.audio.stream import AudioStream
     from av.container import InputContainer
 
 MAX_SECONDS = 7200.0  # two hours: 460 MB of samples
 RATES = range(1_000, 768_001)  # Hz
-BLOCK = 2**18  # samples decoded at once
+BLOCK = 2**16  # samples that are mixed at once
 RAW_FORMATS = {".g722": "g722"}  # formats without a header: only the file's suffix tells them
-UNKNOWN_SIZE = 0x7FFFF000  # a WAV writer that does not know the size, such as a pipe, states one from here on
 RESAMPLING_DENOMINATOR = 640  # exact for 11,025 Hz; other rates are met to within 3 parts in a million
-MISSING_SECONDS = 0.25  # a compressed file that is shorter than its header says by less than this is not truncated
+# FFmpeg's names of formats whose header holds the exact number of samples.
+EXACT_FORMATS = ("flac", "tta")
+# Formats of frames that find themselves in a stream of bytes: what lies between them, such as the tags of joined
+# files, reaches the decoder as a packet that it refuses.
+RAW_STREAMS = ("aac", "ac3", "dts", "eac3", "loas", "mp3", "mpeg", "mpegts")
+# Large packets, and little time spent on whether a WAV file's samples are DTS.
+OPTIONS = {"max_size": "16384", "max_probe_packets": "1"}
+
+logger = logging.getLogger(__name__)
 
 
 def read_sound(
@@ -44,20 +55,25 @@ def read_sound(
 ) -> Tensor:
     """Read any sound file, or the sound of a video.
 
+    Of several tracks, the first that is marked as default is read, else the first. Files joined end to end are read one
+    after the other. Channels are averaged. Where they cancel each other, as stereo in opposite phase does, the loudest
+    channel is taken (the first of equally loud ones): that is, where the average has less than a quarter of the power
+    that unrelated channels leave. torchaudio's windowed sinc resamples.
+
     Args:
         source: a path, or the file's bytes.
         raw_format: "g722" for headerless G.722; not needed for a path that ends with .g722.
         max_seconds: refuse longer sounds.
-        dtype: float32: channels are averaged, and torchaudio's windowed sinc resamples. int16: FFmpeg decodes, mixes
-            and resamples in integers, so 16-bit mono files at 16 kHz keep their exact samples.
-        allow_truncated: read a file that is shorter than its header says as far as it goes.
+        dtype: float32, or int16: 16-bit mono files at 16 kHz keep their exact samples.
+        allow_truncated: read a truncated file as far as it goes.
 
     Returns:
         `dtype` [samples], one channel at 16 kHz; full scale is 1 for float32.
 
     Raises:
         UserError: the file is missing, empty, truncated or unreadable, has no sound or no samples, has samples that
-            are not finite, or is longer than `max_seconds`.
+            are not finite, or is longer than `max_seconds`. A file is called truncated where its container's sizes
+            reach beyond its end; a length in seconds in a header is not trusted.
         MissingExtraError: a package of the extra `speech` is not installed.
     """
     assert dtype in (torch.float32, torch.int16), dtype
@@ -66,14 +82,17 @@ def read_sound(
         source = Path(source)
         raw_format = raw_format or RAW_FORMATS.get(source.suffix.lower())
     try:
-        samples, rate = _decode(_open(source), raw_format, max_seconds, dtype is torch.int16, allow_truncated)
-        if rate not in RATES:
-            raise UserError(f"{rate} samples per second are outside {RATES[0]:,} to {RATES[-1]:,} Hz")
-        if not len(samples):
+        with _open(source) as file:
+            sections = list(_sections(file, _Reading(name, raw_format, max_seconds, allow_truncated)))
+        if not sum(len(samples) for _, samples in sections):
             raise UserError("holds no samples")
-        if not np.isfinite(samples).all():
-            raise UserError(f"{int((~np.isfinite(samples)).sum()):,} samples are not finite numbers (NaN or infinite)")
-        return resample(torch.from_numpy(samples), rate)
+        sound = torch.cat(
+            [
+                resample(torch.from_numpy(np.concatenate([samples for _, samples in group])), rate)
+                for rate, group in groupby(sections, key=lambda section: section[0])
+            ]
+        )
+        return sound if dtype is torch.float32 else (sound * 32_768).round_().clamp_(-32_768, 32_767).to(torch.int16)
     except MissingExtraError:
         raise
     except ValueError as error:
@@ -86,7 +105,7 @@ def read_sound(
 
 def resample(samples: Tensor, rate: int) -> Tensor:
     """Resample float32 [samples] from `rate` to 16 kHz by torchaudio's windowed sinc filter."""
-    if rate == SAMPLE_RATE:
+    if rate == SAMPLE_RATE or not len(samples):
         return samples
     functional = import_extra("torchaudio.functional", "speech", "resampling sound")
     # The filter has as many phases as the fraction's terms. The exact fraction of an odd rate would need gigabytes.
@@ -95,9 +114,8 @@ def resample(samples: Tensor, rate: int) -> Tensor:
 
 
 def _open(source: Path | bytes) -> BinaryIO:
-    file: BinaryIO
     if isinstance(source, bytes):
-        file = io.BytesIO(source)
+        file: BinaryIO = io.BytesIO(source)
     elif source.is_dir():
         raise UserError("is a folder; give the path of a sound file")
     elif not source.exists():
@@ -106,153 +124,219 @@ def _open(source: Path | bytes) -> BinaryIO:
         raise UserError("is not a regular file")
     else:
         file = source.open("rb")
-    if not _size(file):
+    if not file.seek(0, io.SEEK_END):
         raise UserError("the file is empty (0 bytes)")
     return file
 
 
-def _size(file: BinaryIO) -> int:
-    size = file.seek(0, io.SEEK_END)
+# ------------------------------------------------------------------------------------------------------------ decoding
+
+
+@dataclass
+class _Reading:
+    """What one call of read_sound wants, and how much has been decoded."""
+
+    name: str
+    raw_format: str | None
+    max_seconds: float
+    allow_truncated: bool
+    seconds: float = 0.0
+
+    def count(self, seconds: float) -> None:
+        self.seconds += seconds
+        if self.seconds > self.max_seconds:
+            raise UserError(
+                f"{self.seconds:,.0f} s or more of sound, over the limit of {self.max_seconds:,.0f} s; "
+                "cut it into parts, or raise max_seconds"
+            )
+
+
+def _sections(whole: BinaryIO, reading: _Reading) -> Iterator[tuple[int, np.ndarray]]:
+    """(rate, float32 [samples]) of one channel for each stretch of sound with one rate and one set of channels."""
+    data = Data(whole)
+    found = [Part(0, len(data))] if reading.raw_format else parts(data)
+    for number, part in enumerate(found, 1):
+        try:
+            if part.missing and not reading.allow_truncated:
+                raise UserError(f"truncated: {part.missing:,} bytes fewer than its container says")
+            file = whole if len(found) == 1 else io.BytesIO(data[part.start : part.end])
+            before = reading.seconds
+            sections = _decode(file, part, reading, {})
+            loudest = {index: section.loudest for index, section in enumerate(sections) if section.cancels}
+            if loudest:
+                reading.seconds = before
+                sections = _decode(file, part, reading, loudest)
+        except ValueError as error:
+            if len(found) == 1 or isinstance(error, MissingExtraError):
+                raise
+            raise UserError(f"part {number} of {len(found)} joined files, from byte {part.start:,}: {error}") from error
+        for section in sections:
+            yield section.rate, section.samples()
+
+
+def _decode(file: BinaryIO, part: Part, reading: _Reading, channels: Mapping[int, int]) -> "list[_Section]":
+    """Decode one file, which is `part` of the whole.
+
+    Args:
+        channels: section -> the channel to take instead of the average.
+    """
+    if part.is_one_page and (section := _one_page_of_vorbis(file, channels.get(0))):
+        reading.count(len(section.samples()) / section.rate)
+        return [section]
+    sections: list[_Section] = []
     file.seek(0)
-    return size
+    with open_media(file, "speech", container_format=reading.raw_format, **OPTIONS) as container:
+        stream = _track(container)
+        for frame in _frames(container, stream, reading):
+            kind = (frame.sample_rate, frame.layout.nb_channels, frame.format.name)
+            if not sections or sections[-1].kind != kind:
+                if frame.sample_rate not in RATES:
+                    limits = f"{RATES[0]:,} to {RATES[-1]:,} Hz"
+                    raise UserError(f"{frame.sample_rate} samples per second are outside {limits}")
+                sections.append(_Section(kind, channels.get(len(sections))))
+            reading.count(frame.samples / frame.sample_rate)
+            sections[-1].add(frame)
+        if container.format.name in EXACT_FORMATS and not reading.allow_truncated:
+            stated = round((stream.duration or 0) * (stream.time_base or 0) * stream.rate)
+            decoded = sum(len(section.samples()) for section in sections)
+            if decoded < stated:
+                raise UserError(f"truncated: {decoded:,} samples of the {stated:,} that its header says")
+    return sections
 
 
-def _decode(
-    file: BinaryIO, raw_format: str | None, max_seconds: float, int16: bool, allow_truncated: bool
-) -> tuple[np.ndarray, int]:
-    """Mono samples and their rate: float32 [samples] at the file's rate, or int16 [samples] at 16 kHz."""
-    with file:
-        head = file.read(12)
-        file.seek(0)
-        if raw_format is None and not int16 and _is_for_libsndfile(head):
-            soundfile = import_extra("soundfile", "speech", "sound")
-            try:
-                sound = soundfile.SoundFile(file)
-            except soundfile.LibsndfileError:
-                file.seek(0)  # a codec that only FFmpeg knows, such as Speex in OGG
-            else:
-                with sound:
-                    return _decode_sndfile(sound, file, head, max_seconds, allow_truncated)
-        return _decode_av(file, raw_format, max_seconds, int16, allow_truncated)
-
-
-# -------------------------------------------------------------------------------------------------------- libsndfile
-
-
-def _is_for_libsndfile(head: bytes) -> bool:
-    """Whether a file's first 12 bytes are those of a format that libsndfile reads."""
-    if head[:4] in (b"RIFF", b"RIFX", b"RF64"):
-        return head[8:12] == b"WAVE"
-    if head[:4] == b"FORM":
-        return head[8:12] in (b"AIFF", b"AIFC")
-    if head[:4] in (b"fLaC", b"OggS", b".snd") or head[:3] == b"ID3":
-        return True
-    return len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0 and head[1] & 0x06 != 0  # MPEG audio, not AAC
-
-
-def _decode_sndfile(
-    sound: Any, file: BinaryIO, head: bytes, max_seconds: float, allow_truncated: bool
-) -> tuple[np.ndarray, int]:
-    """Decode an open soundfile.SoundFile; channels are averaged."""
-    rate, stated = sound.samplerate, sound.frames
-    known = 0 <= stated < 2**62  # the header of a file that was written to a pipe may not know
-    if known:
-        _check_duration(stated / rate, max_seconds)
-    blocks, count = [np.zeros(0, np.float32)], 0
-    while len(block := sound.read(BLOCK, dtype="float32", always_2d=True)):
-        blocks.append(block.mean(axis=1))
-        count += len(block)
-        _check_duration(count / rate, max_seconds)
-    if allow_truncated:
-        return np.concatenate(blocks), rate
-    slack = 0 if head[:4] == b"fLaC" else MISSING_SECONDS * rate
-    if known and count + slack < stated:
-        raise UserError(f"truncated: {count / rate:.2f} s of the {stated / rate:.2f} s that its header says")
-    if head[:4] in (b"RIFF", b"RIFX") and (missing := _missing_wav_bytes(file)):
-        raise UserError(f"truncated: {missing:,} bytes fewer than its header says")
-    if head[:4] == b"OggS" and not _ogg_ends(file):
-        raise UserError("truncated: it ends before the page that is marked as its last")
-    return np.concatenate(blocks), rate
-
-
-def _missing_wav_bytes(file: BinaryIO) -> int:
-    """Bytes of a WAV's data chunk that lie beyond the file's end; libsndfile reads such a file without an error."""
-    end = _size(file)
-    byte_order = ">" if file.read(4) == b"RIFX" else "<"
-    offset = 12
-    while offset + 8 <= end:
-        file.seek(offset)
-        kind, size = struct.unpack(f"{byte_order}4sI", file.read(8))
-        if kind == b"data":
-            return 0 if size >= UNKNOWN_SIZE else max(0, offset + 8 + size - end)
-        offset += 8 + size + size % 2
-    return 0
-
-
-def _ogg_ends(file: BinaryIO) -> bool:
-    """Whether the last OGG page is complete and marked as the end of its stream."""
-    size = _size(file)
-    file.seek(max(0, size - 2 * 65_536))  # a page is shorter than 65,536 bytes
-    tail = file.read()
-    page = tail[max(0, tail.rfind(b"OggS")) :]
-    if len(page) < 27 or not page[5] & 4:
-        return False
-    segments = page[27 : 27 + page[26]]  # lengths of the page's segments
-    return len(page) >= 27 + page[26] + sum(segments)
-
-
-# -------------------------------------------------------------------------------------------------------------- PyAV
-
-
-def _decode_av(
-    file: BinaryIO, raw_format: str | None, max_seconds: float, int16: bool, allow_truncated: bool
-) -> tuple[np.ndarray, int]:
-    with open_media(file, "speech", container_format=raw_format) as container:
-        if not container.streams.audio:
-            kind = "a video or picture" if container.streams.video else "a file"
-            raise UserError(f"is {kind} without sound")
-        stream = container.streams.audio[0]
-        rate = SAMPLE_RATE if int16 else stream.rate
-        stated = _stated_seconds(stream)
-        if stated is not None:
-            _check_duration(stated, max_seconds)
-        blocks, count = [np.zeros(0, np.int16 if int16 else np.float32)], 0
-        for block in _av_blocks(container, stream, int16):
-            blocks.append(block)
-            count += len(block)
-            _check_duration(count / rate, max_seconds)
-        checked = raw_format is None and not allow_truncated
-        if checked and stated is not None and count / rate + MISSING_SECONDS < stated:
-            raise UserError(f"truncated: {count / rate:.2f} s of the {stated:.2f} s that its header says")
-        return np.concatenate(blocks), rate
-
-
-def _av_blocks(container: "InputContainer", stream: "AudioStream", int16: bool) -> Iterator[np.ndarray]:
-    """Decoded mono pieces: float32 [samples], channels averaged; or int16 [samples], mixed and resampled to 16 kHz."""
-    from av import AudioResampler
-
-    target = ("s16", "mono", SAMPLE_RATE) if int16 else ("fltp", None, stream.rate)
-    resampler = AudioResampler(*target)
-    for frame in chain(container.decode(stream), [None]):  # None: take what the resampler still holds
-        for piece in resampler.resample(frame):
-            channels = piece.to_ndarray()
-            yield channels[0] if int16 else channels.mean(axis=0, dtype=np.float32)
-
-
-def _stated_seconds(stream: "AudioStream") -> float | None:
-    """The duration in a stream's header; Matroska and WebM store it as a tag."""
-    if stream.duration is not None and stream.time_base is not None:
-        return float(stream.duration * stream.time_base)
-    tag = stream.metadata.get("DURATION")
-    if tag is None:
+def _one_page_of_vorbis(file: BinaryIO, channel: int | None) -> "_Section | None":
+    """The sound of a whole Ogg Vorbis file of one page, of which FFmpeg misses or adds a few hundred samples."""
+    soundfile = import_extra("soundfile", "speech", "sound")
+    file.seek(0)
+    try:
+        with soundfile.SoundFile(file) as sound:
+            if sound.subtype != "VORBIS":
+                return None
+            section = _Section((sound.samplerate, sound.channels, "flt"), channel)
+            section.mix(sound.read(dtype="float32", always_2d=True).T)
+            return section
+    except soundfile.LibsndfileError:
         return None
-    hours, minutes, seconds = tag.split(":")
-    return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
 
 
-def _check_duration(seconds: float, max_seconds: float) -> None:
-    if seconds > max_seconds:
-        raise UserError(
-            f"{seconds:,.0f} s or more of sound, over the limit of {max_seconds:,.0f} s; "
-            "cut it into parts, or raise max_seconds"
+def _track(container: "InputContainer") -> "AudioStream":
+    """The first audio stream marked as default, else the first, among those that FFmpeg can decode."""
+    from av.stream import Disposition
+
+    tracks = container.streams.audio
+    if not tracks:
+        kind = "a video or picture" if container.streams.video else "a file"
+        raise UserError(f"is {kind} without sound")
+    readable = [track for track in tracks if track.codec_context is not None]
+    if not readable:
+        raise UserError("its sound has a codec that FFmpeg cannot decode; convert it to FLAC or WAV")
+    return next((track for track in readable if track.disposition & Disposition.default), readable[0])
+
+
+def _frames(container: "InputContainer", stream: "AudioStream", reading: _Reading) -> "Iterator[AudioFrame]":
+    """Decoded frames; packets that are no sound are skipped in raw streams, and an error elsewhere."""
+    from av.error import FFmpegError
+
+    packets = container.demux(stream)
+    decoded = skipped = 0
+    while True:
+        try:
+            packet = next(packets, None)
+            frames = packet.decode() if packet is not None else []
+        except FFmpegError as error:
+            if container.format.name in RAW_STREAMS:
+                skipped += 1
+                continue
+            if reading.allow_truncated and decoded:
+                return
+            raise UserError(f"broken or truncated after {reading.seconds:.2f} s of sound ({error.strerror})") from None
+        if packet is None:
+            break
+        decoded += len(frames)
+        yield from frames
+    if skipped > decoded:
+        raise UserError(f"broken: {skipped:,} of its {skipped + decoded:,} packets cannot be decoded")
+    if skipped:
+        logger.warning(
+            "%s: skipped %d packet(s) that are no sound, such as tags of joined files", reading.name, skipped
         )
+
+
+# -------------------------------------------------------------------------------------------------------------- mixing
+
+
+class _Section:
+    """A stretch of sound of one kind, mixed to one channel as it comes.
+
+    Attributes:
+        kind: (samples per second, channels, FFmpeg's sample format).
+        channel: the channel to take; None averages all.
+        power: of each channel, summed over the samples.
+        mixed_power: of the average.
+    """
+
+    def __init__(self, kind: tuple[int, int, str], channel: int | None) -> None:
+        from av.audio.fifo import AudioFifo
+
+        self.kind, self.channel = kind, channel
+        self.power, self.mixed_power = np.zeros(kind[1]), 0.0
+        self._mixed: list[np.ndarray] = []
+        self._waiting = AudioFifo()
+
+    @property
+    def rate(self) -> int:
+        return self.kind[0]
+
+    @property
+    def cancels(self) -> bool:
+        """Whether the average has less than a quarter of the power that unrelated channels leave."""
+        self._mix_waiting()
+        return self.channel is None and 4 * len(self.power) ** 2 * self.mixed_power < self.power.sum()
+
+    @property
+    def loudest(self) -> int:
+        """The first channel that has the most power, to within 1%."""
+        return int(np.argmax(self.power >= 0.99 * self.power.max()))
+
+    def add(self, frame: "AudioFrame") -> None:
+        frame.pts = None  # the queue wants times without gaps, or none
+        self._waiting.write(frame)
+        if self._waiting.samples >= BLOCK:
+            self._mix_waiting()
+
+    def mix(self, block: np.ndarray) -> None:
+        """Add float32 [channels, samples]."""
+        if not np.isfinite(block).all():
+            raise UserError(f"{int((~np.isfinite(block)).sum()):,} samples are not finite numbers (NaN or infinite)")
+        if len(block) == 1:
+            mixed = block[0]
+        elif self.channel is not None:
+            mixed = block[self.channel]
+        else:
+            mixed = block.mean(axis=0)
+            self.power += np.einsum("ct,ct->c", block, block)
+            self.mixed_power += float(mixed @ mixed)
+        self._mixed.append(mixed)
+
+    def samples(self) -> np.ndarray:
+        """float32 [samples]"""
+        self._mix_waiting()
+        return np.concatenate(self._mixed)
+
+    def _mix_waiting(self) -> None:
+        frame = self._waiting.read()
+        if frame is None:
+            return
+        block = _to_float(frame.to_ndarray())
+        if len(block) != self.kind[1]:  # [1, samples x channels]
+            block = np.ascontiguousarray(block.reshape(-1, self.kind[1]).T)
+        self.mix(block)
+
+
+def _to_float(samples: np.ndarray) -> np.ndarray:
+    """Samples of any of FFmpeg's formats -> float32, full scale 1."""
+    if samples.dtype == np.uint8:
+        return (samples.astype(np.float32) - 128) / 128
+    if samples.dtype.kind == "i":
+        return samples.astype(np.float32) / -float(np.iinfo(samples.dtype).min)
+    return samples.astype(np.float32, copy=False)
