@@ -23,9 +23,8 @@ def one_page(content, form=b"", page=b"", size=(600, 800), meaning=b""):
 
     `meaning` gives the font's characters other code points, such as b"<66> <d835dc65>" for "f".
     """
-    meaning = b"1 begincodespacerange <00> <ff> endcodespacerange 1 beginbfchar %s endbfchar" % (
-        meaning or b"<66> <0066>"
-    )
+    cmap = b"1 begincodespacerange <00> <ff> endcodespacerange 1 beginbfchar %s endbfchar"
+    cmap %= meaning or b"<66> <0066>"
     box = b"[0 0 %d %d]" % size
     entries = b"/Type /XObject /Subtype /Form /Matrix [1 0 0 1 100 50] /BBox %s %s"
     resources = b"/Resources << /Font << /F1 3 0 R >> /ExtGState << /Faint << /ca 0.03 /CA 0.03 >> >> %s >>"
