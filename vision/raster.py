@@ -6,10 +6,10 @@ import warnings
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin, TiffImagePlugin
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, TiffImagePlugin
 
 from foundation.errors import UserError
-from foundation.png import mend_png
+from foundation.png import ORIENTATION_KEYS, mend_png
 
 # Formats that Pillow decodes by itself. EPS is excluded, because Ghostscript would run the program in the file.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO")
@@ -115,6 +115,16 @@ def decode_opened(picture: Image.Image, max_pixels: int) -> Image.Image:
     except Exception:
         picture.close()
         raise
+
+
+def orientation_of(picture: Image.Image) -> int:
+    """The EXIF orientation; 1 where there is none, or it cannot be read."""
+    if not any(key in picture.info for key in ORIENTATION_KEYS):  # Pillow would decode a PNG to look for more
+        return 1
+    try:
+        return int(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:
+        return 1
 
 
 def as_shown(picture: Image.Image) -> Image.Image:

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foundation.errors import UserError
+from vision.raster import orientation_of
+from vision.reading import read_picture
 
 # (rows, cols) of tiles. A canvas's id is its index in this tuple plus 1; id 0 means "no image".
 CANVASES = ((1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1))
@@ -86,12 +88,13 @@ def tile_image(image: Image.Image, tile_size: int, max_tiles: int = MAX_TILES) -
     """Cut an image into tiles.
 
     Args:
-        image: a PIL image in mode RGB, such as `vision.reading.read_picture` returns.
+        image: a PIL image in mode RGB, such as `vision.reading.read_picture` returns. An opened one is turned by its
+            EXIF orientation.
         tile_size: side of a tile in pixels.
         max_tiles: 1 to 4; canvases with more tiles are not considered.
 
     Raises:
-        UserError: another mode than RGB, or a number out of range.
+        UserError: another mode than RGB, a number out of range, or an opened image that is truncated.
     """
     if image.mode != "RGB":
         raise UserError(f"the image has mode {image.mode}; convert it to RGB (vision.reading.read_picture does)")
@@ -99,6 +102,8 @@ def tile_image(image: Image.Image, tile_size: int, max_tiles: int = MAX_TILES) -
         raise UserError(f"max_tiles is {max_tiles}; it can be 1 to {MAX_TILES}")
     if tile_size < 1:
         raise UserError(f"tile_size is {tile_size}; it must be at least 1")
+    if getattr(image, "tile", None) or orientation_of(image) != 1:  # its pixels are not read yet, or not turned
+        image = read_picture(image)
     grid = choose_canvas(image.width, image.height, tile_size, max_tiles)
     width, height = fit_size(image.width, image.height, grid, tile_size)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)

@@ -1,5 +1,6 @@
 """Tiling: canvases, sizes and pixels equal those of `transformers`, and tiles put together give the image."""
 
+import io
 import itertools
 
 import numpy as np
@@ -13,6 +14,8 @@ from transformers.models.mllama.image_processing_mllama import (
     get_optimal_tiled_canvas,
 )
 
+from tests.vision.pictures import encode, noise
+from vision.reading import read_picture
 from vision.tiling import CANVASES, Tiles, choose_canvas, fit_size, resize, split_tiles, tile_image
 
 SIZES = [
@@ -153,3 +156,21 @@ def test_resizing_equals_torchvisions_to_the_bit(size, new_size):
     for layout in (pixels, pixels.contiguous()):
         expected = functional.resize(layout, list(new_size), functional.InterpolationMode.BILINEAR, antialias=True)
         assert torch.equal(resize(layout, *new_size), expected)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_opened_images_are_turned_as_their_files_are(kind):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(noise(size=(60, 30)), kind, exif=exif)
+    expected = tile_image(read_picture(data), 28)
+    loaded = Image.open(io.BytesIO(data))
+    loaded.load()
+    for image in (Image.open(io.BytesIO(data)), loaded, loaded.convert("RGB")):
+        tiles = tile_image(image, 28)
+        assert tiles.grid == expected.grid and torch.equal(tiles.pixels, expected.pixels)
+
+
+def test_opened_images_that_are_truncated_are_refused():
+    with pytest.raises(ValueError, match=r"^picture: "):
+        tile_image(Image.open(io.BytesIO(encode(noise(size=(64, 64)), "JPEG")[:800])), 28)
