@@ -82,6 +82,20 @@ def test_recordings_of_any_rate_and_channels_become_16_khz_mono(tmp_path):
     assert torch.get_num_threads() == threads
 
 
+def test_odd_recordings_are_read_as_they_sound(tmp_path):
+    """Joined files, a file that was not closed, a cut one, and channels in opposite phase."""
+    write(tmp_path / "whole.wav", tone())
+    whole = (tmp_path / "whole.wav").read_bytes()
+    (tmp_path / "joined.wav").write_bytes(whole + whole)
+    (tmp_path / "unfinished.wav").write_bytes(whole.replace(b"data\x80>\0\0", b"data\0\0\0\0"))
+    (tmp_path / "cut.wav").write_bytes(whole[:-4000])
+    write(tmp_path / "opposite.wav", np.stack([tone(), -tone()], 1))
+    assert (read_recording(tmp_path / "joined.wav") == np.tile(tone(), 2)).all()
+    assert (read_recording(tmp_path / "unfinished.wav") == tone()).all()
+    assert (read_recording(tmp_path / "cut.wav") == tone()[:-2000]).all()
+    assert (read_recording(tmp_path / "opposite.wav") == tone()).all()
+
+
 def test_files_without_sound_are_refused(tmp_path):
     (tmp_path / "a.wav").write_bytes(b"")
     (tmp_path / "b.ogg").write_bytes(b"OggS no")
