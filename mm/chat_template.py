@@ -33,7 +33,7 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, template: str | None) ->
     named = tokenizer.chat_template
     if not isinstance(named, dict):
         return template or named or PLAIN_TEMPLATE
-    if template is not None:
+    if template:
         return named.get(template, template)
     if "default" in named or len(named) == 1:
         return named.get("default") or next(iter(named.values()))

@@ -21,7 +21,7 @@ from mm.parallel.process_group import Ranks
 from mm.processor import Processor
 from mm.run_folder import load, save
 from mm.tokenizer_fit import use_stop_tokens
-from mm.training.adapters import train_adapters
+from mm.training.adapters import processor_overrides, train_adapters
 from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
 from mm.training.data import DataSource
@@ -40,7 +40,8 @@ class Finetune:
         validation: shards on which loss and accuracy are reported; null: none. validation_samples: samples of it.
         language_model: a Hugging Face folder or GGUF file of the same shape, which replaces the language model of
             `start_from`; null keeps that one and copies it into the new run.
-        chat_template: replaces the language model's own.
+        chat_template: replaces the language model's own. allow_control_tokens, allow_omitted_text: see
+            `mm.processor.Processor`; null keeps what start_from has.
         bundle: copy the language model into the run folder.
         device: "auto" is CUDA where there is one, else the CPU.
     """
@@ -53,6 +54,8 @@ class Finetune:
     validation: DataSource | None = None
     validation_samples: int = 256
     chat_template: str | None = None
+    allow_control_tokens: bool | None = None
+    allow_omitted_text: bool | None = None
     bundle: bool = False
     device: str = "auto"
 
@@ -69,13 +72,13 @@ def finetune(config: Finetune) -> None:
 def initial_model(config: Finetune) -> tuple[MultimodalModel, Processor]:
     """The image-trained model in FP32, with the language model, tokenizer and chat template to train with."""
     model, processor = load(config.start_from, dtype=torch.float32)
-    template: str | None
-    tokenizer, template = processor.tokenizer, config.chat_template or processor.chat_template
+    tokenizer, settings = processor.tokenizer, processor.settings()
     if config.language_model is not None:
         language_model = mm.convert.llama.load(config.language_model, dtype=torch.float32)
         replace_language_model(model, language_model)
-        tokenizer, template = mm.convert.llama.load_tokenizer(config.language_model), config.chat_template
-    processor = Processor(tokenizer, model.config, **{**processor.settings(), "chat_template": template})
+        tokenizer = mm.convert.llama.load_tokenizer(config.language_model)
+        settings["chat_template"] = None
+    processor = Processor(tokenizer, model.config, **{**settings, **processor_overrides(config)})
     use_stop_tokens(model, processor)
     if config.language_model is not None:
         logger.info(model.language_model.report)

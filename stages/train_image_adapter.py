@@ -9,6 +9,7 @@ frozen. Annealing is the same stage with `start_from`, another `tile_size` and l
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ from mm.parallel.process_group import Ranks
 from mm.processor import Processor
 from mm.run_folder import load, read_shape, save
 from mm.tokenizer_fit import use_stop_tokens
-from mm.training.adapters import train_adapters
+from mm.training.adapters import processor_overrides, train_adapters
 from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
 from mm.training.data import DataSource
@@ -46,7 +47,8 @@ class TrainImageAdapter:
         adapter: of a new image adapter.
         validation: shards on which loss and accuracy are reported; null: none. validation_samples: samples of it.
         tile_size: another tile resolution than the encoder's, in pixels; null keeps that.
-        caption_prompt, chat_template, max_tiles: see `mm.processor.Processor`.
+        caption_prompt, chat_template, max_tiles, allow_control_tokens, allow_omitted_text: see
+            `mm.processor.Processor`; with start_from, null keeps the earlier run's template and permissions.
         bundle: copy the language model into the run folder.
         device: "auto" is CUDA where there is one, else the CPU.
     """
@@ -64,6 +66,8 @@ class TrainImageAdapter:
     max_tiles: int | None = None
     caption_prompt: str | None = "Describe the picture."
     chat_template: str | None = None
+    allow_control_tokens: bool | None = None
+    allow_omitted_text: bool | None = None
     bundle: bool = False
     device: str = "auto"
 
@@ -83,7 +87,7 @@ def initial_model(config: TrainImageAdapter) -> tuple[MultimodalModel, Processor
     Raises:
         UserError: the configuration names neither or both to start from, or an adapter for an earlier model.
     """
-    template: str | None
+    settings: dict[str, Any] = {}
     if config.start_from is not None:
         if (config.language_model, config.vision_encoder) != (None, None):
             raise UserError("start_from brings its own language_model and vision_encoder: leave those two out")
@@ -92,7 +96,9 @@ def initial_model(config: TrainImageAdapter) -> tuple[MultimodalModel, Processor
         model, earlier = load(config.start_from, dtype=torch.float32)
         if config.tile_size is not None:
             set_tile_size(model, config.tile_size)
-        tokenizer, template = earlier.tokenizer, config.chat_template or earlier.chat_template
+        tokenizer = earlier.tokenizer
+        names = ("chat_template", "allow_control_tokens", "allow_omitted_text")
+        settings = {name: value for name, value in earlier.settings().items() if name in names}
     else:
         if config.language_model is None or config.vision_encoder is None:
             raise UserError(
@@ -101,8 +107,9 @@ def initial_model(config: TrainImageAdapter) -> tuple[MultimodalModel, Processor
         language_model = mm.convert.llama.load(config.language_model, dtype=torch.float32)
         encoder = load_vision_encoder(config.vision_encoder, tile_size=config.tile_size).float()
         model = assemble(language_model, encoder, config.adapter, seed=config.training.seed)
-        tokenizer, template = mm.convert.llama.load_tokenizer(config.language_model), config.chat_template
-    processor = Processor(tokenizer, model.config, config.max_tiles, config.caption_prompt, template)
+        tokenizer = mm.convert.llama.load_tokenizer(config.language_model)
+    settings |= processor_overrides(config)
+    processor = Processor(tokenizer, model.config, config.max_tiles, config.caption_prompt, **settings)
     use_stop_tokens(model, processor)
     if config.start_from is None:
         logger.info(model.language_model.report)

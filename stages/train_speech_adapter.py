@@ -27,7 +27,7 @@ from mm.parallel.process_group import Ranks
 from mm.processor import Processor
 from mm.run_folder import language_model_of, load, save
 from mm.tokenizer_fit import use_stop_tokens
-from mm.training.adapters import train_adapters
+from mm.training.adapters import processor_overrides, train_adapters
 from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
 from mm.training.data import DataSource, RecordDataset, readable_samples
@@ -61,7 +61,8 @@ class TrainSpeechAdapter:
         spec_augment: augmentation of the training utterances, drawn anew in each epoch; null: none.
         ctc_weight, next_token_weight, distillation_weight: of the losses in `mm.training.speech.SpeechObjective`; the
             paper has the next-token loss only.
-        chat_template: replaces the language model's own.
+        chat_template: replaces the language model's own. allow_control_tokens, allow_omitted_text: see
+            `mm.processor.Processor`; null keeps what start_from has.
         bundle: copy the language model into the run folder.
         device: "auto" is CUDA where there is one, else the CPU.
     """
@@ -82,6 +83,8 @@ class TrainSpeechAdapter:
     next_token_weight: float = 1.0
     distillation_weight: float = 0.0
     chat_template: str | None = None
+    allow_control_tokens: bool | None = None
+    allow_omitted_text: bool | None = None
     bundle: bool = False
     device: str = "auto"
 
@@ -142,9 +145,7 @@ def initial_model(config: TrainSpeechAdapter) -> tuple[MultimodalModel, Processo
             "spec_augment: max_warp, max_gain and max_noise are for a conformer's features, and Whisper's are others: "
             "leave them out"
         )
-    if config.chat_template is not None:
-        settings["chat_template"] = config.chat_template
-    processor = Processor(tokenizer, model.config, **settings)
+    processor = Processor(tokenizer, model.config, **{**settings, **processor_overrides(config)})
     use_stop_tokens(model, processor)
     if config.start_from is None:
         logger.info(model.language_model.report)

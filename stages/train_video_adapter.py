@@ -20,7 +20,7 @@ from mm.parallel.process_group import Ranks
 from mm.processor import Processor
 from mm.run_folder import language_model_of, load, save
 from mm.tokenizer_fit import use_stop_tokens
-from mm.training.adapters import train_adapters
+from mm.training.adapters import processor_overrides, train_adapters
 from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
 from mm.training.data import DataSource
@@ -44,7 +44,7 @@ class TrainVideoAdapter:
         matching_weight, next_token_weight: of the losses in `mm.training.video.VideoObjective`; the paper has the
             next-token loss only.
         video_prompt: the question before a caption; null leaves the chat form out.
-        chat_template: replaces the run's own.
+        chat_template, allow_control_tokens, allow_omitted_text: replace the run's own; see `mm.processor.Processor`.
         bundle: copy the language model into the run folder.
         device: "auto" is CUDA where there is one, else the CPU.
     """
@@ -64,6 +64,8 @@ class TrainVideoAdapter:
     next_token_weight: float = 1.0
     video_prompt: str | None = "Describe the clip."
     chat_template: str | None = None
+    allow_control_tokens: bool | None = None
+    allow_omitted_text: bool | None = None
     bundle: bool = False
     device: str = "auto"
 
@@ -109,7 +111,7 @@ def initial_model(config: TrainVideoAdapter) -> tuple[MultimodalModel, Processor
         "max_frames": config.max_frames,
         "max_frame_tiles": config.max_frame_tiles,
         "video_prompt": config.video_prompt,
-        "chat_template": config.chat_template or earlier.chat_template,
+        **processor_overrides(config),
     }
     processor = Processor(earlier.tokenizer, model.config, **settings)
     use_stop_tokens(model, processor)

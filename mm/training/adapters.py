@@ -45,6 +45,12 @@ class AdapterStage(Protocol):
     device: str
 
 
+def processor_overrides(config: Any) -> dict[str, Any]:
+    """The processor's settings that a stage's configuration replaces: those of these names that are not null."""
+    names = ("chat_template", "allow_control_tokens", "allow_omitted_text")
+    return {name: value for name in names if (value := getattr(config, name)) is not None}
+
+
 def train_adapters(
     model: MultimodalModel,
     processor: Processor,

@@ -106,6 +106,16 @@ def test_only_the_assistants_turns_are_targets(conversations, run_folder):
     assert "red" in text and "yes" in text and "colour" not in text and "sure" not in text
 
 
+def test_permissions_for_messages_stay_with_the_run(finetune_config, run_folder):
+    file, folder = finetune_config(allow_control_tokens=True, allow_omitted_text=True)
+    main(["--config", str(file)])
+    assert mm.load(run_folder)[1].allow_control_tokens is False
+    _, processor = mm.load(folder)
+    assert processor.allow_control_tokens and processor.allow_omitted_text
+    sample = processor.prompt([{"role": "user", "content": "a <|end|> b"}])
+    assert sample.tokens.count(processor.tokenizer.eos_token_id) == 2
+
+
 def test_the_loss_falls(finetune_config):
     training = {"steps": 30, "batch_size": 8, "learning_rates": {**FROZEN, "*": 1e-2}, "workers": 0, "log_every": 5}
     file, folder = finetune_config(training=training)
