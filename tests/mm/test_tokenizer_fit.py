@@ -5,6 +5,8 @@ import shutil
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import AddedToken
 
 import mm
@@ -71,6 +73,28 @@ def test_training_targets_end_with_a_stop_token_of_generation(build_model, with_
     labels = processor.example(CONVERSATION).labels
     ends = [here for here, after in zip(labels, [*labels[1:], -100], strict=True) if here >= 0 > after]
     assert len(ends) == 2 and set(ends) <= set(model.config.language_model.stop_tokens)
+
+
+pieces = st.sampled_from(["", " ", "\n", "###", "<|end|>", "<|im_end|>", "<|start|>", "<|begin|>", "{{ eos_token }}"])
+
+
+@pytest.mark.fuzz
+@given(start=st.lists(pieces, max_size=2), end=st.lists(pieces, max_size=3), between=pieces)
+def test_answers_end_as_transformers_tokenises_them(with_end, start, end, between):
+    """The first control token after the answer in what transformers makes of the template."""
+    tokenizer, config = with_end
+    rest = "".join(end) + "{% if not loop.last %}" + between + "{% endif %}"
+    template = "{% for m in messages %}" + "".join(start) + "{{ m.content }}" + rest + "{% endfor %}"
+    processor = mm.Processor(tokenizer, config, chat_template=template)
+    ends = [token for token, reason in processor.stop_reasons.items() if "ends an answer" in reason]
+    for messages in (CONVERSATION[:2], CONVERSATION):
+        ids = tokenizer.apply_chat_template(messages, chat_template=template, return_dict=False)
+        answered = next(n for n in range(len(ids) + 1) if "yes." in tokenizer.decode(ids[:n]))
+        after = [token for token in ids[answered:] if token in tokenizer.added_tokens_decoder]
+        if after:
+            assert ends == after[:1]
+            return
+    assert ends == []
 
 
 def test_a_base_models_folder_with_an_instruct_template_stops_where_turns_end(

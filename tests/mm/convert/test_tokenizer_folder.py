@@ -123,3 +123,24 @@ def test_folders_give_the_special_tokens_and_the_template_of_transformers(tmp_pa
         assert [ours.chat_template] == list(theirs.chat_template.values())
     elif isinstance(ours.chat_template, dict):
         assert theirs.chat_template.items() <= ours.chat_template.items()
+
+
+eos = st.integers(-1, 12) | st.lists(st.integers(0, 12), max_size=3)
+eos_settings = st.fixed_dictionaries({}, optional={"eos_token_id": st.none() | eos})
+
+
+@pytest.mark.fuzz
+@given(config=eos_settings, generation=st.none() | eos_settings)
+def test_the_stop_tokens_of_transformers_are_among_ours(tmp_path, config, generation):
+    model = transformers.LlamaConfig(vocab_size=10, hidden_size=8, intermediate_size=8, num_attention_heads=2).to_dict()
+    (tmp_path / "config.json").write_text(json.dumps({**model, "eos_token_id": None, **config}))
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    theirs: set[int] = set()
+    for found in (
+        transformers.AutoConfig.from_pretrained(tmp_path).eos_token_id,
+        None if generation is None else transformers.GenerationConfig.from_pretrained(tmp_path).eos_token_id,
+    ):
+        theirs |= set(found if isinstance(found, list) else [] if found is None else [found])
+    assert set(llama.read_shape(tmp_path).stop_tokens) == {token for token in theirs if 0 <= token < 10}
