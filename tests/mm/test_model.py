@@ -313,6 +313,11 @@ def test_fitting_reads_neither_padding_nor_other_tokens(build_model, tiny_config
         first.fit_inputs(mm.collate(samples))
 
 
+def test_fitting_to_samples_without_pictures_is_refused(tiny_model):
+    with pytest.raises(ValueError, match="without images: set the adapter's fit_inputs to false"):
+        tiny_model.fit_inputs(answered([mm.Sample([5] * 8)] * 3))
+
+
 def test_fitting_to_equal_states_stays_within_the_largest_scale(tiny_config):
     with torch.inference_mode(False), torch.no_grad():
         model = mm.MultimodalModel(tiny_config)
