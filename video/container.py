@@ -48,6 +48,7 @@ class Video:
         has_alpha: whether transparent parts are to be drawn over white.
         interlaced: whether the first frame consists of two fields.
         decoding_stamps: whether the packets' stamps of display are FFmpeg's guess, and only those of decoding count.
+        is_joined: whether the stamps begin again somewhere.
         skips_packets: whether the timeline leaves out packets that another reader might count as frames.
         first_packet: stamp of decoding and size of the stream's first packet.
         num_grey: packets before the first key frame that would give grey pictures.
@@ -66,6 +67,7 @@ class Video:
     has_alpha: bool = False
     interlaced: bool = False
     decoding_stamps: bool = False
+    is_joined: bool = False
     skips_packets: bool = False
     first_packet: tuple[int | None, int] | None = None
     num_grey: int = 0
@@ -156,11 +158,12 @@ def decode_packets(video: Video, packets: Iterator[Any], deadline: float) -> Gen
     """Decode packets of the video's stream, as `decode_frames`."""
     error = pyav().error
     joined = JoinedStamps(video.stream.time_base, video.container.format.name in DISCONTINUOUS)
+    mends = video.decoding_stamps or video.is_joined
     try:
         for packet in packets:
             if time.monotonic() > deadline:
                 raise UserError("decoding takes longer than the time limit")
-            if packet.size:
+            if mends and packet.size:
                 mend_stamps(packet, joined, video.decoding_stamps)
             try:
                 yield from video.decoder.decode(packet)

@@ -145,7 +145,7 @@ def _first_frame(video: Video) -> Any:
 
 
 def _demux(video: Video) -> Timeline:
-    """The timeline from the packets; also sets `video.skips_packets` and `video.first_packet`."""
+    """The timeline from the packets; what else they tell goes into `video`."""
     stream = video.stream
     shown: list[tuple[int, int, bool]] = []  # stamp, duration, key frame; in the order of decoding
     joined = JoinedStamps(stream.time_base, video.container.format.name in DISCONTINUOUS)
@@ -171,8 +171,7 @@ def _demux(video: Video) -> Timeline:
                 timed = False
                 continue
             shown.append((packet.pts, packet.duration or 0, packet.is_keyframe))
-            if packet.is_keyframe and not starts_afresh(video, packet):
-                open_groups = True
+            open_groups = open_groups or (packet.is_keyframe and not starts_afresh(video, packet))
     except pyav().error.FFmpegError:
         pass  # truncated: the packets before count
     announced = stream.frames
@@ -180,10 +179,11 @@ def _demux(video: Video) -> Timeline:
         raise UserError(f"truncated: it holds {num_packets} of the {announced} frames that it announces")
     if not num_packets:
         raise UserError("its video stream holds no frame")
+    video.is_joined = joined.num_parts > 1
     stamps = [pts for pts, _, _ in shown]
     equal = len(set(stamps)) < len(stamps)
     reordered = video.decoding_stamps and stream.codec_context.has_b_frames
-    if not timed or not shown or equal or joined.num_parts > 1 or reordered:
+    if not timed or not shown or equal or video.is_joined or reordered:
         return Timeline(np.zeros(1, np.int64), 0, stream.time_base, from_packets=False)
     order = sorted(range(len(shown)), key=stamps.__getitem__)
     timeline = _timeline([stamps[i] for i in order], shown[order[-1]][1], stream)

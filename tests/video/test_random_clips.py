@@ -101,7 +101,7 @@ def cases(draw: st.DrawFn) -> Case:
         draw(st.lists(st.sampled_from([0, 0, 7, 5000]), min_size=parts, max_size=parts)) if suffix == "ts" else [0],
         steps,
         time_base,
-        (2 * draw(st.integers(40, 100)), 2 * draw(st.integers(12, 40))),
+        (2 * draw(st.integers(40, 100)), 4 * draw(st.integers(6, 20))),  # x264 needs that of interlaced frames
         options,
         draw(st.integers(1, 130)),
     )
