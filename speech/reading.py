@@ -190,9 +190,6 @@ def _decode(file: BinaryIO, part: Part, reading: _Reading, channels: Mapping[int
         for frame in _frames(container, stream, reading):
             kind = (frame.sample_rate, frame.layout.nb_channels, frame.format.name)
             if not sections or sections[-1].kind != kind:
-                if frame.sample_rate not in RATES:
-                    limits = f"{RATES[0]:,} to {RATES[-1]:,} Hz"
-                    raise UserError(f"{frame.sample_rate} samples per second are outside {limits}")
                 sections.append(_Section(kind, channels.get(len(sections))))
             reading.count(frame.samples / frame.sample_rate)
             sections[-1].add(frame)
@@ -278,6 +275,8 @@ class _Section:
     def __init__(self, kind: tuple[int, int, str], channel: int | None) -> None:
         from av.audio.fifo import AudioFifo
 
+        if kind[0] not in RATES:
+            raise UserError(f"{kind[0]} samples per second are outside {RATES[0]:,} to {RATES[-1]:,} Hz")
         self.kind, self.channel = kind, channel
         self.power, self.mixed_power = np.zeros(kind[1]), 0.0
         self._mixed: list[np.ndarray] = []
@@ -338,7 +337,7 @@ class _Section:
 
 
 def _joined(pieces: list[np.ndarray]) -> np.ndarray:
-    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+    return pieces[0] if len(pieces) == 1 else np.concatenate([np.zeros(0, np.float32), *pieces])
 
 
 def _to_float(samples: np.ndarray) -> np.ndarray:

@@ -326,8 +326,9 @@ def test_longer_sounds_than_the_limit_are_errors():
 
 
 def test_rates_outside_the_limits_are_errors():
-    with pytest.raises(ValueError, match=r"100 samples per second .*1,000 to 768,000 Hz"):
-        read_sound(sound_file(np.zeros(500), 100, "FLAC"))
+    for kind in ("FLAC", "WAV"):
+        with pytest.raises(ValueError, match=r"100 samples per second .*1,000 to 768,000 Hz"):
+            read_sound(sound_file(np.zeros(500), 100, kind))
 
 
 def test_a_missing_package_names_its_extra(monkeypatch):
