@@ -100,6 +100,8 @@ def _sentencepiece(path: Path, data: bytes) -> dict[str, Any]:
         f"normalisation {normalizer.name!r}": bool(normalizer.precompiled_charsmap),
         "remove_extra_whitespaces": normalizer.remove_extra_whitespaces,
         "treat_whitespace_as_suffix": trainer.treat_whitespace_as_suffix,
+        # `tokenizers` splits a text at such symbols first, and then puts a space before each part.
+        "user-defined symbols": any(piece.type == USER_DEFINED for piece in model.pieces),
     }
     found = [name for name, present in others.items() if present]
     if found:

@@ -28,7 +28,7 @@ VARIANTS = {
     "llama": {},
     "no prefix": {"add_dummy_prefix": False},
     "no bytes": {"byte_fallback": False},
-    "own symbols": {"user_defined_symbols": ["<sep>", "he"], "control_symbols": ["<|im_end|>"]},
+    "more control tokens": {"control_symbols": ["<|im_end|>", "he"]},
 }
 
 
@@ -179,6 +179,7 @@ def test_other_files_are_refused_with_the_way_out(tmp_path, ranks):
         (train(model_type="unigram"), None, "another kind than BPE"),
         (train(normalization_rule_name="nmt_nfkc"), None, "normalisation 'nmt_nfkc'"),
         (train(remove_extra_whitespaces=True), None, "remove_extra_whitespaces"),
+        (train(user_defined_symbols=["<sep>"]), None, "user-defined symbols"),
         (b"", None, "no pieces"),
         (b"\x00\x01 nothing of the kind", None, "neither a SentencePiece nor a tiktoken file"),
         (tiktoken_file(ranks), None, "holds no control tokens"),
