@@ -52,5 +52,5 @@ def open_media(file: BinaryIO, extra: str, *, container_format: str | None = Non
     except av.error.FFmpegError as error:
         raise UserError(
             f"not a video or sound in a known format, or broken or truncated at its start ({error.strerror}); "
-            "playlists are not followed: give the file itself"
+            "pictures are without sound, and playlists are not followed: give the file itself"
         ) from None
