@@ -64,7 +64,7 @@ def stream(
     options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
     tokens: list[int] = []
     sent = ""
-    skipped = set(processor.tokenizer.all_special_ids)
+    skipped = {id for id, token in processor.tokenizer.added_tokens_decoder.items() if token.special}
     ends_in_byte = False
     for (token,) in stream_tokens(model, [processor.prompt(messages)], max_new_tokens, **options):
         assert token is not None  # the only row has not ended

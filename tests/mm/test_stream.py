@@ -51,10 +51,11 @@ def test_pieces_join_to_the_answer(answer, kind, options, text):
     assert len(pieces) > 1 and all(pieces)
 
 
-def test_a_byte_that_breaks_those_before_it(answer):
+@pytest.mark.parametrize("control", ["<s>", "<|im_start|>"])  # the second is special in `tokenizers` alone
+def test_a_byte_that_breaks_those_before_it(answer, control):
     """A SentencePiece decoder reads a run of byte tokens at once: a lone byte after é makes three broken characters."""
     tokenizer = fast_tokenizer("sentencepiece")
-    tokens = tokenizer.convert_tokens_to_ids(["▁a", "<0xC3>", "<0xA9>", "<s>", "<0xE4>", "▁red"])
+    tokens = tokenizer.convert_tokens_to_ids(["▁a", "<0xC3>", "<0xA9>", control, "<0xE4>", "▁red"])
     pieces, whole = answer("sentencepiece", {}, tokens)
     assert "".join(pieces) == whole == "a\ufffd\ufffd\ufffd red"
 
