@@ -8,11 +8,12 @@ the tokenizer itself gives the rendered text, except that a control token spelle
 import json
 import re
 import secrets
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, pairwise
+from typing import NamedTuple
 
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import Model
@@ -48,8 +49,7 @@ class Rendering:
     spans: list[Span]
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(NamedTuple):
     """One token of a text.
 
     Attributes:
@@ -190,21 +190,19 @@ class ChatTokenizer:
                 if any(first <= start < end for first, end in found)
             ]
             assert len(spans) == len(found)
-        alias_length = len(next(iter(self._aliases.values()), ""))
-
-        def original(position: int, is_end: bool) -> int:
-            index = (bisect_left(starts, position) if is_end else bisect_right(starts, position)) - 1
-            if index < 0:
-                return position
-            beyond = position - starts[index] - alias_length
-            if beyond < 0 or (is_end and beyond == 0):
-                return spans[index].end if is_end else spans[index].start
-            return spans[index].end + beyond
-
-        tokens = [
-            Token(copy.ids.get(id, id), original(start, False), original(end, True), copy.aliases.get(id))
-            for id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
-        ]
+        # Tokens after an alias are as far from its end as those of the rendered text are from the span's.
+        tokens: list[Token] = []
+        shift = num_aliases = 0
+        for id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            name = copy.aliases.get(id)
+            if name is not None:
+                span, alias_start = spans[num_aliases], starts[num_aliases]
+                num_aliases += 1
+                start += span.start - alias_start
+                shift = span.end - alias_start - len(self._aliases[span.name])
+            else:
+                start += shift
+            tokens.append(Token(copy.ids.get(id, id), start, end + shift, name))
         return _locate_bytes(tokens, rendering.text)
 
     def _replace_spans(self, text: str, spans: Sequence[Span]) -> tuple[str, list[int]]:
@@ -272,13 +270,16 @@ def _locate_bytes(tokens: list[Token], text: str) -> list[Token]:
 
     Unigram models give all bytes of neighbouring unknown characters the range of all those characters.
     """
+    pairs = pairwise(tokens)
+    if not any(first[1:3] == second[1:3] and first.end - first.start > 1 for first, second in pairs):
+        return tokens
     located: list[Token] = []
     for (start, end, _), group in groupby(tokens, lambda token: (token.start, token.end, token.name)):
         run = list(group)
         if end - start > 1 and len(run) > 1:
             places = [place for place in range(start, end) for _ in text[place].encode()]
             if len(places) == len(run):
-                run = [replace(token, start=place, end=place + 1) for token, place in zip(run, places, strict=True)]
+                run = [token._replace(start=place, end=place + 1) for token, place in zip(run, places, strict=True)]
         located += run
     return located
 
