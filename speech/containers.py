@@ -64,9 +64,9 @@ class Data:
 def parts(data: Data) -> list[Part]:
     """The files that follow one another in `data`, in order and without gaps; one for most files.
 
-    Known containers: WAV, RF64, AIFF, AVI, W64, CAF, AU, MP4, Matroska, WebM, FLV, Ogg, FLAC, and MP3 with a Xing or
-    VBRI header. Any other file is one part with nothing missing: FFmpeg reads raw streams (MP3, AAC, MPEG-TS) on
-    through their joints. The number of bytes that are missing is not known for FLAC.
+    Known containers: WAV, RF64, AIFF, AVI, W64, CAF, AU, MP4, Matroska, WebM, FLV, Ogg, FLAC, TTA, AMR, and MP3 with a
+    Xing or VBRI header. Any other file is one part with nothing missing: FFmpeg reads raw streams (MP3, AAC, MPEG-TS)
+    on through their joints. The number of bytes that are missing is not known for FLAC, TTA and AMR.
 
     Raises:
         UserError: a WAV file's data chunk is empty, and other chunks follow it.
@@ -80,8 +80,9 @@ def parts(data: Data) -> list[Part]:
                 found.append(_part(data, found[-1].end, begin, header, size))
             return found
     start = _after_tags(data)
-    if data[start : start + 4] == b"fLaC":
-        return _flac_parts(data, start)
+    for marks in MARKS:
+        if data[start : start + MAGIC].startswith(marks):
+            return _marked_parts(data, start, marks)
     return [Part(0, len(data), _over_slack(_mp3_missing(data, start)))]
 
 
@@ -219,7 +220,14 @@ def _ogg_parts(data: Data) -> list[Part]:
     return [*found, Part(start, len(data), missing, ends == [True] and not missing)]
 
 
-# ------------------------------------------------------------------------------------------------------- FLAC and MP3
+# ------------------------------------------------------------------------------------------- FLAC, TTA, AMR, and MP3
+
+# Beginnings of files: FLAC with its first block of metadata (80: the only one), of 34 bytes; TTA; AMR.
+MARKS = (
+    (b"fLaC\0\0\0\x22", b"fLaC\x80\0\0\x22"),
+    (b"TTA1\1\0",),
+    (b"#!AMR\n", b"#!AMR-WB\n"),
+)
 
 
 def _after_tags(data: Data) -> int:
@@ -233,11 +241,11 @@ def _after_tags(data: Data) -> int:
     return start
 
 
-def _flac_parts(data: Data, start: int) -> list[Part]:
-    """Each file begins with its mark and its first block of metadata, of 34 bytes, which is nowhere else."""
+def _marked_parts(data: Data, start: int, marks: tuple[bytes, ...]) -> list[Part]:
+    """Files without sizes that begin with one of the marks, of which each is too long to occur elsewhere by chance."""
     joints = [0]
-    while (start := data.find(b"fLaC", start + 4)) >= 0:
-        if data[start + 4 : start + 8] in (b"\0\0\0\x22", b"\x80\0\0\x22"):  # 80: it is the last one
+    while (start := data.find(marks[0][:4], start + 4)) >= 0:
+        if data[start : start + MAGIC].startswith(marks):
             joints.append(start)
     return [Part(*span) for span in zip(joints, [*joints[1:], len(data)], strict=True)]
 

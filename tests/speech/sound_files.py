@@ -74,6 +74,8 @@ KINDS = {
     "ogg vorbis": Kind("OGG", "VORBIS"),  # by libsndfile, as the next
     "ogg opus of libsndfile": Kind("OGG", "OPUS", OPUS),
     "flac": Kind("flac", "flac", channels=6),
+    "tta": Kind("tta", "tta"),
+    "amr": Kind("amr", "libopencore_amrnb", (8_000, 8_000), 1, sized=False),
     "mp3 cbr": Kind("mp3", "libmp3lame", stream=True),
     "mp3 vbr": Kind("mp3", "libmp3lame", stream=True, codec_options=VBR),
     "mp3 cbr, no Xing": Kind("mp3", "libmp3lame", stream=True, sized=False, options=NO_XING),

@@ -24,7 +24,7 @@ def sounds() -> dict[str, tuple[bytes, bytes]]:
     for name, kind in KINDS.items():
         first = np.linspace(0, 0.5, 20_000) * random.uniform(-1, 1, 20_000)
         second = np.linspace(0, 0.5, 17_001) * random.uniform(-1, 1, (2, 17_001))
-        made[name] = (encoded(first, kind.rates[-1], kind), encoded(second, kind.rates[1], kind))
+        made[name] = (encoded(first, kind.rates[-1], kind), encoded(second[: kind.channels], kind.rates[1], kind))
     return made
 
 
@@ -69,10 +69,12 @@ def test_cut_files(sounds, name, share):
     try:
         expected = seconds_of(decoded(cut))
     except (ValueError, EOFError):  # no index, or no page of sound
+        expected = 0
+    if not expected:
         with pytest.raises(UserError, match="truncated"):
             read_sound(cut, allow_truncated=True)
         return
-    assert 0 < expected < reference(name, data)
+    assert expected < reference(name, data)
     assert close(read_sound(cut, allow_truncated=True), expected)
     if KINDS[name].sized:
         with pytest.raises(UserError, match="truncated"):
@@ -80,7 +82,7 @@ def test_cut_files(sounds, name, share):
     else:
         try:
             samples = read_sound(cut)
-        except UserError as error:  # the last packet of fragments
+        except UserError as error:  # the last packet is not whole
             assert "truncated" in str(error)
         else:
             assert close(samples, expected)
