@@ -7,7 +7,10 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mm.assembly import from_language_model
 from mm.convert import llama
+from mm.processor import Processor
+from mm.tokenizer_fit import use_stop_tokens
 
 ABSENT = 2**32 - 1
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
@@ -107,6 +110,28 @@ def test_a_token_that_only_the_template_can_write_is_a_control_token(tmp_path):
             or tokenizer.added_tokens_decoder[pieces.index(text)].special
         )
     assert len(tokenizer.encode("<b>")) == len(tokenizer.encode("<s>")) == 3  # the template does not write these
+
+
+def test_a_file_whose_eos_ends_no_turn_stops_where_its_template_ends_one(tmp_path):
+    eos, end = BYTE_LEVEL.index("</s>"), BYTE_LEVEL.index("<|im_end|>")
+    path = write(tmp_path / "m.gguf", rows=len(BYTE_LEVEL), ids={"bos": BYTE_LEVEL.index("<s>"), "eos": eos})
+    model = from_language_model(llama.load(path))
+    processor = Processor(llama.load_tokenizer(path), model.config)
+    use_stop_tokens(model, processor)
+    assert model.config.language_model.stop_tokens == (eos, end)
+    messages = [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "def"}]
+    labels = processor.example(messages).labels
+    assert labels[-4:] == [*(BYTE_LEVEL.index(letter) for letter in "def"), end]
+    report = str(model.language_model.report)
+    assert f"stop token {eos}: tokenizer.ggml.eos_token_id; the tokenizer's eos_token\n" in report
+    assert f"stop token {end}: the chat template ends an answer with it" in report
+
+
+def test_a_file_with_more_tokens_than_embeddings_is_refused(tmp_path):
+    path = write(tmp_path / "m.gguf", rows=len(BYTE_LEVEL) - 1)
+    config = from_language_model(llama.load(path)).config
+    with pytest.raises(ValueError, match=rf"table has {len(BYTE_LEVEL) - 1} rows, without one for <pad>"):
+        Processor(llama.load_tokenizer(path), config)
 
 
 def test_named_templates(tmp_path):
