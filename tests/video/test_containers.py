@@ -103,6 +103,14 @@ def test_the_frames_and_times_are_those_asked_for(tmp_path: Path, suffix: str, c
                 np.testing.assert_allclose(frames.times, times, atol=0.002)  # some containers count milliseconds
 
 
+def test_a_seek_between_key_frames_gives_no_noise(tmp_path: Path):
+    """MPEG-4's decoder begins with any packet, and a seek in a transport stream leads to any."""
+    options = {"b": "2M", "g": "12", "bf": "2"}
+    path = write_clip(tmp_path / "clip.ts", list(range(150)), codec="mpeg4", options=options)
+    numbers, _ = expected(list(range(150)), 1, Fraction(1, 25), 7)
+    assert [number_of(pixels) for pixels in sample_frames(path, 7).pixels] == numbers
+
+
 @pytest.mark.parametrize("kind", ["GIF", "WEBP"])
 def test_animations(kind: str):
     frames = sample_frames(animation([40] * NUM_FRAMES, kind), 5)
