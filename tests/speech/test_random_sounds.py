@@ -17,6 +17,7 @@ from speech.reading import read_sound, resample
 from tests.speech.sound_files import KINDS, LAYOUTS, Kind, decoded, encoded
 
 pytestmark = pytest.mark.fuzz
+RANDOM = sorted(KINDS.keys() - {"tta"})  # FFmpeg's encoder of TTA ends the process at a single sample
 
 
 @st.composite
@@ -87,7 +88,7 @@ def assert_read_as(expected: torch.Tensor, file: bytes) -> None:
 
 @given(st.data())
 def test_whole_files_are_read_as_the_other_decoders_read_them(data: st.DataObject):
-    name = data.draw(st.sampled_from(sorted(KINDS)))
+    name = data.draw(st.sampled_from(RANDOM))
     file = data.draw(sounds(KINDS[name]))
     stretches = by_libsndfile(file) if name == "ogg vorbis" else by_ffmpeg(file)
     note(f"{name}: {len(file)} bytes, {[(rate, samples.shape) for rate, samples in stretches]}")
@@ -96,7 +97,7 @@ def test_whole_files_are_read_as_the_other_decoders_read_them(data: st.DataObjec
 
 @given(st.data())
 def test_joined_files_are_read_one_after_the_other(data: st.DataObject):
-    name = data.draw(st.sampled_from(sorted(KINDS)))
+    name = data.draw(st.sampled_from(RANDOM))
     kind = KINDS[name]
     files = data.draw(st.lists(sounds(kind), min_size=2, max_size=3))
     if kind.stream:
@@ -111,7 +112,7 @@ def test_joined_files_are_read_one_after_the_other(data: st.DataObject):
 
 @given(st.data())
 def test_cut_files_are_refused_or_read_as_far_as_ffmpeg_reads_them(data: st.DataObject):
-    name = data.draw(st.sampled_from(sorted(KINDS)))
+    name = data.draw(st.sampled_from(RANDOM))
     file = data.draw(sounds(KINDS[name]))
     cut = file[: data.draw(st.integers(1, len(file)))]
     stretches = by_ffmpeg(cut)
