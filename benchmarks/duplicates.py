@@ -18,6 +18,7 @@ from functools import partial
 from itertools import combinations, product
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from benchmarks.measure import machine, write_results
@@ -25,7 +26,8 @@ from benchmarks.pictures import known_graph
 from data_prep.pipeline.curation import CurationConfig, rethreshold, run
 from data_prep.pipeline.pool import RawSource
 from data_prep.steps.deduplication.embedders import LowFrequencies
-from data_prep.steps.near_duplicates import EDGES, NODES, NearDuplicatesConfig
+from data_prep.steps.deduplication.neighbours import SLACK, cosine, exact_candidate_keys
+from data_prep.steps.near_duplicates import CROWDED, EDGES, NODES, VECTORS, NearDuplicatesConfig
 
 INSTALL = "pip install --no-deps imagededup==0.3.3.post2 scikit-learn joblib cloudpickle threadpoolctl narwhals"
 STRICTER = (0.9, 0.95, 0.98, 0.99)  # further thresholds, decided from the same run
@@ -81,9 +83,15 @@ def _decided(folder: Path, threshold: float) -> tuple[Pairs, set[str]]:
         nodes[row["node"]] += names[row["image_id"]]
     groups = [*names.values(), *nodes.values()]  # pictures with equal bytes, and with equal vectors
     pairs = {pair for group in groups for pair in combinations(sorted(group), 2)}
-    edges = pq.read_table(state / EDGES, filters=[("similarity", ">=", threshold)]).to_pylist()
-    for edge in edges:
-        pairs |= {tuple(sorted(pair)) for pair in product(nodes[edge["a"]], nodes[edge["b"]])}
+    stored = pq.read_table(state / EDGES, filters=[("similarity", ">=", threshold)])
+    crowded = np.load(state / CROWDED)  # the pairs of these with each other are not stored
+    vectors = np.load(state / VECTORS)[crowded]
+    a, b = np.divmod(exact_candidate_keys(vectors, threshold - SLACK, None)[0], max(len(crowded), 1))
+    near = cosine(vectors, a, b) >= threshold
+    edges = [*zip(*(stored[end].to_pylist() for end in "ab"), strict=True)]
+    edges += zip(crowded[a[near]].tolist(), crowded[b[near]].tolist(), strict=True)
+    for one, other in edges:
+        pairs |= {tuple(sorted(pair)) for pair in product(nodes[one], nodes[other])}
     kept = pq.read_table(folder / "run" / "ledger.parquet", filters=[("decision", "==", "keep")])["id"].to_pylist()
     return pairs, {ids[pair] for pair in kept}
 

@@ -27,7 +27,7 @@ from data_prep.pipeline.pool import LocatedSources, read_all_verified
 from data_prep.pipeline.workers import Engine, map_in_order
 from data_prep.sources.files import png
 from data_prep.steps.deduplication.neighbours import cosine, near_planted
-from data_prep.steps.near_duplicates import EDGES, NODES, VECTORS, NearDuplicates
+from data_prep.steps.near_duplicates import NODES, VECTORS, NearDuplicates
 from data_prep.steps.step import settings_hash
 from foundation.errors import UserError
 from vision.reading import MAX_PIXELS, read_picture
@@ -297,7 +297,11 @@ def _search(canaries: list[_Canary], nodes: pa.Table, state: Path, step: NearDup
     """The tables of `plant`."""
     vectors = np.load(state / VECTORS)
     node_of = dict(zip(nodes["image_id"].to_pylist(), nodes["node"].to_pylist(), strict=True))
-    similarity_of = _NodeSimilarity(state, len(vectors))
+
+    def similarity_of(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """The similarity of nodes of the set, float64: 1 for one node, NaN below the floor."""
+        values = np.where(a == b, 1.0, cosine(vectors, a, b))
+        return np.where(values >= step.floor, values, np.nan)
 
     def is_no_impostor(canary: _Canary) -> bool:
         """Whether the picture that an impostor shows is itself near the picture that it imitates."""
@@ -330,21 +334,3 @@ def _search(canaries: list[_Canary], nodes: pa.Table, state: Path, step: NearDup
         "source": pa.array(similarity_of(node, sources[canary_index]), from_pandas=True),
     }
     return pa.table(table), pa.table(joined)
-
-
-class _NodeSimilarity:
-    """The similarity of nodes of the set, float64: 1 for one node, NaN below the floor."""
-
-    def __init__(self, state: Path, num_nodes: int):
-        edges = pq.read_table(state / EDGES)
-        self._num_nodes = num_nodes
-        self._keys = edges["a"].to_numpy() * num_nodes + edges["b"].to_numpy()  # ascending, as the edges are
-        self._values = edges["similarity"].to_numpy()
-
-    def __call__(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        keys = np.minimum(a, b) * self._num_nodes + np.maximum(a, b)
-        positions = np.minimum(np.searchsorted(self._keys, keys), max(len(self._keys) - 1, 0))
-        known = self._keys[positions] == keys if len(self._keys) else np.zeros(len(keys), bool)
-        values = np.full(len(keys), np.nan)
-        values[known] = self._values[positions[known]]
-        return np.where(a == b, 1.0, values)

@@ -10,6 +10,9 @@ more than `max_component` vectors are decided greedily: the best pair drops only
 drops its neighbours, and so on. Then every dropped pair has a similarity above the threshold to its survivor, and no
 two survivors do. (A higher threshold for such components would keep true copies; leaving them as they are would keep a
 thousand copies of one picture.)
+
+Crowds of pictures that look the same have more edges than can be stored; those are computed from the vectors when they
+are needed (`deduplication/crowds.py`), with the same components and survivors.
 """
 
 import hashlib
@@ -26,13 +29,15 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from data_prep.steps.deduplication.components import greedy_survivors, single_linkage, survivors
+from data_prep.steps.deduplication.crowds import Crowd, CrowdNeighbours
 from data_prep.steps.deduplication.embedders import ImageEmbedder
-from data_prep.steps.deduplication.neighbours import cosine, near_pairs
+from data_prep.steps.deduplication.neighbours import MAX_NEIGHBOURS, cosine, near_pairs
 from data_prep.steps.image_rules import SIDE, contrast
 from data_prep.steps.step import VERDICTS, Columns, Rule, Step, ThresholdRule, as_numpy, verdicts
 from foundation.errors import UserError
 
 NODES, EDGES, VECTORS, SEARCH = "nodes.parquet", "edges.parquet", "vectors.npy", "search.json"
+CROWDED = "crowded.npy"
 MIN_CONTRAST = 2.0  # standard deviation of brightness; an embedder cannot tell plainer pictures apart
 REASON = "near duplicate of a pair that stays"
 
@@ -113,7 +118,8 @@ class NearDuplicates(Step):
 
         Writes nodes.parquet: image_id, node (pictures with the same vector are one node);
         vectors.npy: float16 [nodes, dim];
-        edges.parquet: a, b (nodes, a < b), similarity, none below the floor;
+        edges.parquet: a, b (nodes, a < b), similarity, none below the floor, none between two crowded nodes;
+        crowded.npy: int64, the crowded nodes;
         search.json: statistics of the search, with its recall against an exact search.
         """
         node, first = self._nodes(stored / "pictures.parquet")
@@ -132,20 +138,22 @@ class NearDuplicates(Step):
                 new = batch[first[in_batch]]
                 vectors[start : start + len(new)] = new
                 start += len(new)
-        a, b, similarity, search = near_pairs(vectors, self.floor, self.config.num_probes)
-        pq.write_table(pa.table({"a": a, "b": b, "similarity": similarity}), state / EDGES, compression="zstd")
-        (state / SEARCH).write_text(json.dumps({"pictures": rows, **search.as_json()}))
+        found = near_pairs(vectors, self.floor, self.config.num_probes, MAX_NEIGHBOURS)
+        edges = pa.table({"a": found.a, "b": found.b, "similarity": found.similarity})
+        pq.write_table(edges, state / EDGES, compression="zstd")
+        np.save(state / CROWDED, found.crowded)
+        (state / SEARCH).write_text(json.dumps({"pictures": rows, **found.search.as_json()}))
 
     def decide(self, pairs: pa.Table, state: Path) -> pa.Table:
-        groups = _Groups(best_first(pairs, self.config.prefer), pairs, state)
-        survivor = groups.survivors(self.threshold, self.config.max_component)
+        groups = _Groups(best_first(pairs, self.config.prefer), pairs, state, self.threshold)
+        survivor = groups.survivors(self.config.max_component)
         rows = np.flatnonzero(survivor != np.arange(pairs.num_rows))
         dropped = verdicts(rows, REASON, values=groups.absorbed_at[rows], threshold=self.threshold)
         ids = pairs["id"].combine_chunks()
         details = {
             "survivor_id": ids.take(pa.array(survivor[rows])),
             "similarity": pa.array(groups.similarity(rows, survivor[rows])),
-            "component_id": ids.take(pa.array(groups.first_rows(self.threshold)[rows])),
+            "component_id": ids.take(pa.array(groups.first_rows()[rows])),
         }
         columns = [details.get(name, dropped[name]) for name in VERDICTS.names]
         near_uniform = groups.rows_without_vector
@@ -153,9 +161,13 @@ class NearDuplicates(Step):
         return pa.concat_tables([pa.table(columns, schema=VERDICTS), noted])
 
     def rules(self, pairs: pa.Table, state: Path) -> list[Rule]:
-        """The rule's values are the similarities at which a better pair would absorb each pair."""
-        groups = _Groups(best_first(pairs, self.config.prefer), pairs, state)
-        fails = groups.survivors(self.threshold, self.config.max_component) != np.arange(pairs.num_rows)
+        """The rule's values are the similarities at which a better pair would absorb each pair.
+
+        Of crowded pictures they may be lower than that: above the threshold another edge may be more similar, and edges
+        between crowded pictures below the threshold are not looked for.
+        """
+        groups = _Groups(best_first(pairs, self.config.prefer), pairs, state, self.threshold)
+        fails = groups.survivors(self.config.max_component) != np.arange(pairs.num_rows)
         values = groups.absorbed_at
         return [
             ThresholdRule(REASON, fails, "threshold", values, self.threshold, at_least=False, strict=True, highest=1.0)
@@ -214,14 +226,14 @@ def best_first(pairs: pa.Table, prefer: str = "longest") -> np.ndarray:
 
 
 class _Groups:
-    """The single linkage of some pairs. A node is one vector, or one picture without a vector; node 0 is the best.
+    """The groups of some pairs at a threshold. A node is one vector, or one picture without one; node 0 is the best.
 
     Attributes:
         absorbed_at: float64 [rows], the similarity at which a better pair would absorb each pair; NaN: none would.
         rows_without_vector: int64, rows whose picture has no vector.
     """
 
-    def __init__(self, order: np.ndarray, pairs: pa.Table, state: Path):
+    def __init__(self, order: np.ndarray, pairs: pa.Table, state: Path, threshold: float):
         """Args:
         order: of `best_first`.
         state: folder of `NearDuplicates.merge`.
@@ -243,24 +255,26 @@ class _Groups:
         self._node_of_row = np.empty(pairs.num_rows, np.int64)
         self._node_of_row[order] = self._rank[inverse]
         self._best_row = order[np.sort(first)]
+        self._threshold = threshold
+        self._crowd = self._crowd_of(np.load(state / CROWDED))
         self._a, self._b, self._similarity = self._edges(state / EDGES)
         self._absorbed_by, self._absorbed_at = single_linkage(len(first), self._a, self._b, self._similarity)
         is_best = self._best_row[self._node_of_row] == np.arange(pairs.num_rows)
         self.absorbed_at = np.where(is_best, self._absorbed_at[self._node_of_row], 1.0)
 
-    def survivors(self, threshold: float, max_component: int) -> np.ndarray:
+    def survivors(self, max_component: int) -> np.ndarray:
         """The row that survives for each row, int64 [rows]; the row itself where no better one is near."""
-        best = survivors(self._absorbed_by, self._absorbed_at, threshold)
+        best = survivors(self._absorbed_by, self._absorbed_at, self._threshold)
         large = np.bincount(best, minlength=len(best))[best] > max_component
         if large.any():
-            near = large[self._a] & (self._similarity >= threshold)
+            near = large[self._a] & (self._similarity >= self._threshold)
             nodes = np.flatnonzero(large)
-            best[nodes] = greedy_survivors(nodes, self._a[near], self._b[near])
+            best[nodes] = greedy_survivors(nodes, self._a[near], self._b[near], CrowdNeighbours(self._crowd, nodes))
         return self._best_row[best[self._node_of_row]]
 
-    def first_rows(self, threshold: float) -> np.ndarray:
+    def first_rows(self) -> np.ndarray:
         """The first row of each row's component, int64 [rows]; its id names the component."""
-        component = survivors(self._absorbed_by, self._absorbed_at, threshold)[self._node_of_row]
+        component = survivors(self._absorbed_by, self._absorbed_at, self._threshold)[self._node_of_row]
         first = np.full(len(self._best_row), len(component))
         np.minimum.at(first, component, np.arange(len(component)))
         return first[component]
@@ -273,13 +287,22 @@ class _Groups:
         values[differ] = cosine(self._vectors, a[differ], b[differ])
         return values
 
+    def _crowd_of(self, crowded: np.ndarray) -> Crowd:
+        """The crowd of those nodes whose edges with each other are not stored."""
+        crowded = crowded[np.isin(crowded, self._stored_nodes)]
+        nodes = self._rank[np.searchsorted(self._stored_nodes, crowded)]
+        order = np.argsort(nodes)
+        return Crowd(nodes[order], self._vectors, crowded[order], self._threshold, MAX_NEIGHBOURS)
+
     def _edges(self, path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The stored edges between these nodes: a, b (int64), similarity (float64)."""
+        """The edges between these nodes, those of the crowd included: a, b (int64), similarity (float64)."""
         stored = pq.read_table(path)
         a, b = stored["a"].to_numpy(), stored["b"].to_numpy()
         known = np.isin(a, self._stored_nodes) & np.isin(b, self._stored_nodes)
         a, b = (self._rank[np.searchsorted(self._stored_nodes, ends[known])] for ends in (a, b))
-        return a, b, stored["similarity"].to_numpy()[known]
+        crowd = self._crowd
+        a, b = np.concatenate([a, crowd.a]), np.concatenate([b, crowd.b])
+        return a, b, np.concatenate([stored["similarity"].to_numpy()[known], crowd.similarity])
 
 
 def summarize(decided: pa.Table, state: Path) -> list[str]:
@@ -295,8 +318,9 @@ def summarize(decided: pa.Table, state: Path) -> list[str]:
         if search["recall"] is None
         else f"recall {search['recall']:.4f} against an exact search of {search['sampled']} pictures"
     )
+    crowded = f" (and those between {search['crowded']:,} crowded ones)" if search["crowded"] else ""
     lines = [
-        f"{search['pictures']:,} pictures compared; {search['edges']:,} pairs found above the floor, "
+        f"{search['pictures']:,} pictures compared; {search['edges']:,} pairs found above the floor{crowded}, "
         f"in {search['probes']} of {search['clusters']} clusters for each picture; {recall}"
     ]
     dropped = decided.filter(pc.field("decision") == "drop")

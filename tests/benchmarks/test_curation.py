@@ -24,10 +24,23 @@ def start(tmp_path, monkeypatch):
 
 
 def test_the_search_equals_exact_search_when_all_clusters_are_probed(start, capsys):
-    values = start(neighbour_search, "neighbour_search", "--vectors", 400, "--repetitions", 1)
+    values = start(
+        neighbour_search,
+        "neighbour_search",
+        "--vectors",
+        400,
+        "--repetitions",
+        1,
+        "--crowds",
+        2,
+        "--crowd-vectors",
+        1200,
+    )
     (row,) = values["rows"]
     assert row["pairs"] == 40 and row["recall"] == 1 == row["sampled_recall"] and row["ratio"] > 0
     assert "| 400 | 10 | 40 | 1.0000 |" in capsys.readouterr().out
+    (crowds,) = values["crowds"]
+    assert crowds["crowded"] == 1200 and crowds["survivors"] == 2 and crowds["edges"] == 1198  # two trees
 
 
 def test_copies_are_found_and_cards_of_one_template_are_false_positives(start, capsys):

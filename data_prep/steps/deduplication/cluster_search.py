@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from faiss import IndexFlatIP
 
 QUERIES = 1024  # vectors that are compared with the centroids, or with a cluster, at once
+MEMBERS = 2048  # vectors of a cluster that they are compared with at once
 ENTRIES = 2**22  # pairs of (vector, cluster that it probes) in memory at once
 
 
@@ -40,6 +41,8 @@ def search_clusters(
     assignments: np.ndarray,
     num_clusters: int,
     radius: float,
+    counts: np.ndarray | None = None,
+    most: int = 0,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields (indices of queries, indices of vectors) with an inner product of at least the radius, each pair once.
 
@@ -47,6 +50,9 @@ def search_clusters(
         queries, vectors: float16 [M, D] and [N, D]; may be the same, and may be memory-mapped.
         probed_clusters: int32 [M, probes], of the queries.
         assignments: int32 [N], the cluster of each vector.
+        counts: int64 [M]; grows by the number of vectors found for each query. A query whose count exceeds `most` is
+            compared with no more vectors, so that the work does not grow with the square of a crowd. Pairs of it that
+            were found before may be yielded. None: all pairs are found.
     """
     members = np.argsort(assignments, kind="stable")
     begins = np.searchsorted(assignments, np.arange(num_clusters + 1), sorter=members)
@@ -56,14 +62,22 @@ def search_clusters(
         for cluster in range(first, last):
             in_cluster = members[begins[cluster] : begins[cluster + 1]]
             of_cluster = probing[bounds[cluster - first] : bounds[cluster - first + 1]]
-            if not len(in_cluster):
-                continue
-            cluster_vectors = vectors[in_cluster].astype(np.float32)
+            blocks = [in_cluster[start : start + MEMBERS] for start in range(0, len(in_cluster), MEMBERS)]
+            only = vectors[in_cluster].astype(np.float32) if len(blocks) == 1 else None  # large clusters stay on disk
             for start in range(0, len(of_cluster), QUERIES):
                 batch = of_cluster[start : start + QUERIES]
-                near = queries[batch].astype(np.float32) @ cluster_vectors.T >= radius
-                one, other = np.nonzero(near)
-                yield batch[one], in_cluster[other]
+                for block in blocks:
+                    if counts is not None:
+                        batch = batch[counts[batch] <= most]
+                    if not len(batch):
+                        break
+                    compared = vectors[block].astype(np.float32) if only is None else only
+                    near = queries[batch].astype(np.float32) @ compared.T >= radius
+                    if counts is not None:
+                        counts[batch] += near.sum(1)
+                        near[counts[batch] > most] = False
+                    one, other = np.nonzero(near)
+                    yield batch[one], block[other]
 
 
 def _cluster_ranges(probed_clusters: np.ndarray, num_clusters: int) -> Iterator[tuple[int, int]]:

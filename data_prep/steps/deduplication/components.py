@@ -6,6 +6,7 @@ threshold drops the nodes that were absorbed at or above it, so one pass answers
 """
 
 import tempfile
+from collections.abc import Callable
 
 import numpy as np
 
@@ -62,12 +63,18 @@ def survivors(absorbed_by: np.ndarray, absorbed_at: np.ndarray, threshold: float
     return best
 
 
-def greedy_survivors(nodes: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def greedy_survivors(
+    nodes: np.ndarray,
+    a: np.ndarray,
+    b: np.ndarray,
+    more_neighbours: Callable[[int, np.ndarray], np.ndarray] | None = None,
+) -> np.ndarray:
     """Goes through some nodes, best first: a node that is still there survives and drops its neighbours.
 
     Args:
         nodes: int64 [nodes], ascending.
         a, b: the ends of the edges among them.
+        more_neighbours: gives further edges that are computed where they are needed; see `crowds.CrowdNeighbours`.
 
     Returns:
         int64 [nodes]: for each the node that survives for it, itself or a neighbour. No two survivors are neighbours.
@@ -81,5 +88,7 @@ def greedy_survivors(nodes: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndar
         if dropped_by[node] < 0:
             dropped_by[node] = node
             neighbours = other[bounds[node] : bounds[node + 1]]
+            if more_neighbours is not None:
+                neighbours = np.concatenate([neighbours, more_neighbours(node, dropped_by)])
             dropped_by[neighbours[dropped_by[neighbours] < 0]] = node
     return nodes[dropped_by]

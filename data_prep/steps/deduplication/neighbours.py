@@ -4,7 +4,11 @@ The search is approximate: it misses pairs, and measures on a sample how many. T
 is exact: computed in double precision, in a fixed order. Equal vectors give equal pairs: the clusters are computed on
 one thread with one seed, and the search goes well below the threshold of duplicates.
 
-Memory: 30 bytes per vector and about 50 per pair found. The vectors, and 4 bytes per vector and probed cluster, may be
+A vector with more than MAX_NEIGHBOURS neighbours is crowded. The pairs of two crowded vectors are not listed: thousands
+of pictures that look the same would have millions of pairs. `crowds.py` computes them from the vectors when pairs are
+decided. Every other pair has an end with at most MAX_NEIGHBOURS neighbours.
+
+Memory: 40 bytes per vector and about 50 per pair found. The vectors, and 4 bytes per vector and probed cluster, may be
 on disk.
 """
 
@@ -12,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +30,8 @@ SEED = 1
 ITERATIONS = 10  # of k-means
 VECTORS_PER_CLUSTER = 40  # at least; fewer give poor centroids
 SAMPLE = 256  # vectors whose neighbours are also searched exactly
+MAX_NEIGHBOURS = 256  # of a vector that is not crowded
+PENDING = 2**22  # pairs after which repeated ones, and those of vectors that have turned out crowded, are removed
 SLACK = 2e-3  # error of a similarity in half precision
 DECIMALS = 6  # of a similarity, so that sums in another order are equal
 
@@ -39,7 +45,8 @@ class SearchStats:
         clusters: of k-means.
         probes: clusters that each vector was compared with.
         edges: pairs found.
-        sampled: vectors that were also compared with all others.
+        crowded: vectors whose pairs with each other are not listed.
+        sampled: vectors, none of them crowded, that were also compared with all others.
         exact: similar pairs that these vectors are part of.
         found: how many of these pairs the search found.
     """
@@ -48,6 +55,7 @@ class SearchStats:
     clusters: int
     probes: int
     edges: int
+    crowded: int
     sampled: int
     exact: int
     found: int
@@ -56,34 +64,48 @@ class SearchStats:
         return {**asdict(self), "recall": self.found / self.exact if self.exact else None}
 
 
-def near_pairs(
-    vectors: np.ndarray, floor: float, num_probes: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, SearchStats]:
-    """The pairs of vectors with a cosine of at least `floor`.
+class NearPairs(NamedTuple):
+    """Pairs of similar vectors.
+
+    Attributes:
+        a, b: int64 [pairs], a < b, ascending.
+        similarity: float64 [pairs].
+        crowded: int64 [crowded vectors], ascending; their pairs with each other are not listed.
+        search: what the search did.
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+    similarity: np.ndarray
+    crowded: np.ndarray
+    search: SearchStats
+
+
+def near_pairs(vectors: np.ndarray, floor: float, num_probes: int, max_neighbours: int | None = None) -> NearPairs:
+    """The pairs of vectors with a cosine of at least `floor`, except those of two crowded vectors.
 
     Args:
         vectors: float16 [N, D], of unit length up to rounding.
         num_probes: clusters that each vector is compared with; the search is exact if these are all clusters.
-
-    Returns:
-        a, b: int64 [pairs], a < b, ascending.
-        similarity: float64 [pairs].
-        statistics of the search.
+        max_neighbours: of a vector that is not crowded; None: no vector is.
     """
     count = len(vectors)
     clusters, probes = num_clusters(count, num_probes)
     if count < 2:
         none = np.zeros(0, np.int64)
-        return none, none, np.zeros(0), SearchStats(count, clusters, probes, 0, 0, 0, 0)
-    keys = candidate_keys(vectors, train_centroids(vectors, clusters), probes, floor - SLACK)
+        return NearPairs(none, none, np.zeros(0), none, SearchStats(count, clusters, probes, 0, 0, 0, 0, 0))
+    centroids = train_centroids(vectors, clusters)
+    keys, crowded = candidate_keys(vectors, centroids, probes, floor - SLACK, max_neighbours)
     a, b = np.divmod(keys, count)
     similarity = cosine(vectors, a, b)
     near = similarity >= floor
     a, b, similarity = a[near], b[near], similarity[near]
-    sample = np.unique(np.linspace(0, count - 1, SAMPLE, dtype=np.int64))
+    others = np.setdiff1d(np.arange(count), crowded, assume_unique=True)
+    sample = others[np.unique(np.linspace(0, len(others) - 1, min(SAMPLE, len(others)), dtype=np.int64))]
     exact = _exact_keys(vectors, sample, floor)
     found = int(np.isin(exact, a * count + b).sum())
-    return a, b, similarity, SearchStats(count, clusters, probes, len(a), len(sample), len(exact), found)
+    search = SearchStats(count, clusters, probes, len(a), len(crowded), len(sample), len(exact), found)
+    return NearPairs(a, b, similarity, crowded, search)
 
 
 def cosine(vectors: np.ndarray, a: np.ndarray, b: np.ndarray, others: np.ndarray | None = None) -> np.ndarray:
@@ -153,13 +175,57 @@ def train_centroids(vectors: np.ndarray, clusters: int) -> "IndexFlatIP":
         return centroids
 
 
-def candidate_keys(vectors: np.ndarray, centroids: "IndexFlatIP", probes: int, radius: float) -> np.ndarray:
-    """Keys a * N + b, a < b, ascending, of the pairs whose similarity in half precision is at least the radius."""
+def candidate_keys(
+    vectors: np.ndarray, centroids: "IndexFlatIP", probes: int, radius: float, max_neighbours: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The pairs whose similarity in half precision is at least the radius, except those of two crowded vectors.
+
+    Returns:
+        keys a * N + b, a < b, of the pairs; the crowded vectors. Both int64, ascending.
+    """
     with _one_thread():
         nearest = nearest_clusters(centroids, vectors, probes)
-    pairs = search_clusters(vectors, nearest, vectors, nearest[:, 0].copy(), centroids.ntotal, radius)
-    keys = (_keys(one, other, len(vectors)) for one, other in pairs)
-    return np.unique(np.concatenate([np.zeros(0, np.int64), *keys]))
+    return _limited_keys(vectors, nearest, nearest[:, 0].copy(), centroids.ntotal, radius, max_neighbours)
+
+
+def exact_candidate_keys(
+    vectors: np.ndarray, radius: float, max_neighbours: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `candidate_keys` gives where every vector is compared with every other one."""
+    one_cluster = np.zeros(len(vectors), np.int32)
+    return _limited_keys(vectors, one_cluster[:, None], one_cluster, 1, radius, max_neighbours)
+
+
+def _limited_keys(
+    vectors: np.ndarray,
+    probed_clusters: np.ndarray,
+    assignments: np.ndarray,
+    num_clusters: int,
+    radius: float,
+    max_neighbours: int | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    count, most = len(vectors), max_neighbours or 0
+    counts = None if max_neighbours is None else np.full(count, -1)  # a vector finds itself
+
+    def listed(keys: list[np.ndarray]) -> np.ndarray:
+        found = np.concatenate([np.zeros(0, np.int64), *keys])
+        if counts is not None:
+            is_crowded = counts > most  # so far
+            a, b = np.divmod(found, max(count, 1))
+            found = found[~(is_crowded[a] & is_crowded[b])]
+        return np.unique(found)
+
+    keys: list[np.ndarray] = []
+    num_pending = 0
+    for one, other in search_clusters(
+        vectors, probed_clusters, vectors, assignments, num_clusters, radius, counts, most
+    ):
+        keys.append(_keys(one, other, count))
+        num_pending += len(keys[-1])
+        if num_pending > PENDING:
+            keys, num_pending = [listed(keys)], 0
+    is_crowded = np.zeros(count, bool) if counts is None else counts > most
+    return listed(keys), np.flatnonzero(is_crowded)
 
 
 @contextmanager
@@ -187,4 +253,4 @@ def _exact_keys(vectors: np.ndarray, sample: np.ndarray, floor: float) -> np.nda
 
 def _keys(one: np.ndarray, other: np.ndarray, count: int) -> np.ndarray:
     low, high = np.minimum(one, other), np.maximum(one, other)
-    return np.unique((low * count + high)[low < high])
+    return (low * count + high)[low < high]

@@ -6,7 +6,8 @@ from tests.data_prep.vectors import vectors_with_copies
 
 def test_probing_all_clusters_finds_exactly_the_pairs_above_the_floor():
     vectors = vectors_with_copies(100, 3)
-    a, b, similarity, search = near_pairs(vectors, 0.6, num_probes=1000)
+    a, b, similarity, crowded, search = near_pairs(vectors, 0.6, num_probes=1000)
+    assert not len(crowded)
     exact = vectors.astype(np.float64)
     exact /= np.linalg.norm(exact, axis=1, keepdims=True)
     table = np.triu(exact @ exact.T, 1)
@@ -20,7 +21,7 @@ def test_more_probes_find_more_pairs():
     every = set(zip(*near_pairs(vectors, 0.6, num_probes=1000)[:2], strict=True))
     recalls = []
     for probes in (1, 8, 64):
-        a, b, _, _ = near_pairs(vectors, 0.6, probes)
+        a, b, *_ = near_pairs(vectors, 0.6, probes)
         found = set(zip(a, b, strict=True))
         assert found <= every
         recalls.append(len(found) / len(every))
@@ -31,16 +32,16 @@ def test_the_sampled_recall_is_near_the_true_one():
     vectors = vectors_with_copies(2000, 2, noise=0.6)
     num_pairs = len(near_pairs(vectors, 0.6, num_probes=1000)[0])
     for probes in (1, 8, 64):
-        a, _, _, search = near_pairs(vectors, 0.6, probes)
+        a, _, _, _, search = near_pairs(vectors, 0.6, probes)
         # a sample of 256 of the 4000 vectors: two standard deviations of a share are below 0.07
         assert abs(search.as_json()["recall"] - len(a) / num_pairs) < 0.07
 
 
 def test_sets_of_no_one_and_two_vectors():
     for count in (0, 1):
-        a, b, similarity, search = near_pairs(vectors_with_copies(1, 1)[:count], 0.5, 4)
+        a, b, similarity, _, search = near_pairs(vectors_with_copies(1, 1)[:count], 0.5, 4)
         assert len(a) == len(b) == len(similarity) == 0 and search.as_json()["recall"] is None
-    a, b, similarity, _ = near_pairs(vectors_with_copies(1, 1)[[0, 0]], 0.5, 4)
+    a, b, similarity, *_ = near_pairs(vectors_with_copies(1, 1)[[0, 0]], 0.5, 4)
     assert (a.tolist(), b.tolist(), similarity.tolist()) == ([0], [1], [1.0])
 
 
@@ -77,7 +78,7 @@ def test_few_probes_find_as_many_planted_vectors_as_a_search_of_the_whole_set():
     vectors, copies = set_with_planted()
     count = len(near_planted(vectors, copies, 0.6, num_probes=1000)[0])
     found = len(near_planted(vectors, copies, 0.6, 2)[0]) / count
-    a, b, _, _ = near_pairs(np.concatenate([vectors, copies]), 0.6, 2)
+    a, b, *_ = near_pairs(np.concatenate([vectors, copies]), 0.6, 2)
     found_together = int(((a < 3000) & (b >= 3000)).sum()) / count
     assert 0.3 < found < 0.95 and abs(found - found_together) < 0.1
 
