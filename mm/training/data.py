@@ -17,6 +17,7 @@ from foundation.errors import UserError
 from mm.training.objectives import Objective
 from mm.training.sampler import LengthBuckets, Subsample, epoch_size, step_indices
 from shards.reader import ShardSet
+from shards.tars import KeyRule
 from vision.tiling import choose_canvas
 
 
@@ -39,6 +40,7 @@ class DataSource:
             each epoch, once more.
         group_size: this many consecutive records of the shards follow each other in the order of training; they are in
             one step where the batch size is a multiple. For clips of the same pictures with opposite answers.
+        key: where the names in tars without an index are divided into id and suffix: at their first or last dot.
     """
 
     path: str
@@ -46,6 +48,7 @@ class DataSource:
     task: str | None = None
     repeat: float = 1
     group_size: int = 1
+    key: KeyRule = "first_dot"
 
     def open(self) -> ShardSet:
         """The records.
@@ -57,7 +60,7 @@ class DataSource:
             raise UserError(f"repeat of {self.path} is {self.repeat}; it must be above 0")
         if self.group_size < 1:
             raise UserError(f"group_size of {self.path} is {self.group_size}; it must be at least 1")
-        shards = ShardSet(self.path).select(split=self.split, task=self.task)
+        shards = ShardSet(self.path, self.key).select(split=self.split, task=self.task)
         if not len(shards):
             raise UserError(f"{self.path}: there are no records in it")
         if not self.per_epoch(len(shards)):
