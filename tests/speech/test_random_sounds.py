@@ -124,7 +124,7 @@ def test_cut_files_are_refused_or_read_as_far_as_ffmpeg_reads_them(data: st.Data
         except UserError:
             assert not allowed or not len(expected)
         else:
-            if not allowed:
+            if not allowed and KINDS[name].sized:
                 assert len(samples) < len(mixed(by_ffmpeg(file))) or len(cut) + SLACK >= len(file)
             if name != "ogg vorbis":
                 assert_same(samples, expected)
