@@ -59,7 +59,7 @@ def test_good_images_among_bad_ones_are_captioned(mm_command, run_folder, pictur
     assert [str(file) for file in files if f"{file}: " in out] == [str(files[1]), str(files[5])]
     failures = dict(line.removeprefix("error: ").split(": ", 1) for line in err.splitlines())
     assert list(failures) == [str(files[index]) for index in (0, 2, 3, 4, 6)]
-    reasons = ("broken or truncated", "0 bytes", "no such file", "not a picture in a known format", "is a folder")
+    reasons = ("truncated or broken", "0 bytes", "no such file", "not a picture in a known format", "is a folder")
     assert all(reason in failure for reason, failure in zip(reasons, failures.values(), strict=True))
 
 
@@ -217,15 +217,16 @@ def test_wrong_options_of_ask(refused, run_folder, everything_run, media, pictur
         (("what?", *model), "give --image, --video or --audio"),
         (("", "--image", picture, *model), "the question is empty"),
         ((" \n", "--image", picture, *model), "the question is empty"),
-        (("what?", "--image", pictures / "cut.png", *model), "cut.png: broken or truncated"),
+        (("what?", "--image", pictures / "cut.png", *model), "cut.png: truncated or broken"),
         (("what?", "--image", "absent.png", *model), "absent.png: no such file"),
         (("what? " * 200, "--image", picture, *model), "context of 160"),
         (("what? <|mm-image|>", "--image", picture, *model), "<|mm-image|>"),
         (("what? <|mm-video|>", "--audio", media / "speech.wav", "--model", everything_run), "<|mm-video|>"),
         (("what?", "--image", picture, "--top-p", "2", *model), "top_p is 2.0"),
-        (("what?", "--image", picture, "--top-p", "nan", *model), "top_p is nan"),
+        (("what?", "--image", picture, "--top-p", ".nan", *model), "top_p is nan"),
         (("what?", "--image", picture, "--temperature", "-1", *model), "temperature is -1.0"),
-        (("what?", "--image", picture, "--temperature", "nan", *model), "temperature is nan"),
+        (("what?", "--image", picture, "--temperature", ".nan", *model), "temperature is nan"),
+        (("what?", "--image", picture, "--temperature", "nan", *model), "temperature"),
         (("what?", "--image", picture, "--temperature", "1e-320", *model), "temperature is 1e-320"),
         (("what?", "--image", picture, "--seed", "-1", *model), "seed is -1"),
         (("what\udcff?", "--image", picture, *model), "the question is not UTF-8: 'what\\udcff?'"),
