@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 import mm
-from mm.modalities import IMAGE
 from mm.chat_template import PLAIN_TEMPLATE
+from mm.modalities import IMAGE
 from mm.records import record_answer
 from shards.format import Record
 
