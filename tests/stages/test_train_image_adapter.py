@@ -230,7 +230,7 @@ def test_unreadable_and_too_long_records_are_skipped(adapter_config, square_reco
     file, folder = adapter_config(data=[{"path": str(tmp_path / "train")}], **changes)
     main(["--config", str(file)])
     shown = capfd.readouterr().err
-    assert "skipped record square-0001: picture: broken or truncated" in shown
+    assert "skipped record square-0001: picture: truncated or broken PNG" in shown
     assert "skipped record square-0002: the sample has" in shown and "over the context of 160" in shown
     assert sum(row.get("unreadable_records", 0) for row in metrics_of(folder)) == 4  # two epochs
 
