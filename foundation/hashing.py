@@ -32,8 +32,11 @@ def files_sha256(paths: Sequence[str | Path]) -> str:
         OSError: a file cannot be read.
     """
     before = _identities(paths)
-    entry = cache_folder() / f"{hashlib.sha256(json.dumps(before).encode()).hexdigest()}.json"
-    if (kept := _read(entry, before)) is not None:
+    try:
+        entry = cache_folder() / f"{hashlib.sha256(json.dumps(before).encode()).hexdigest()}.json"
+    except RuntimeError:  # there is no home folder: no hash is kept
+        entry = None
+    if entry is not None and (kept := _read(entry, before)) is not None:
         return kept
     digest = hashlib.sha256()
     for path in paths:
@@ -41,7 +44,8 @@ def files_sha256(paths: Sequence[str | Path]) -> str:
             while block := stream.read(BLOCK):
                 digest.update(block)
     newest = max(time_ns for _, _, *times, _ in before for time_ns in times)
-    if _identities(paths) == before and time.time_ns() - newest >= MIN_AGE * 1e9:
+    settled = time.time_ns() - newest >= MIN_AGE * 1e9
+    if entry is not None and settled and _identities(paths) == before:
         _write(entry, {"files": before, "sha256": digest.hexdigest()})
     return digest.hexdigest()
 

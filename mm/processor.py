@@ -340,7 +340,11 @@ class Processor:
             labels += piece if is_target else [IGNORED] * len(piece)
         if targets is None:
             return Sample(ids, None, **media)
-        end = max(index for index, label in enumerate(labels) if label != IGNORED) + 1
+        end = max((index + 1 for index, label in enumerate(labels) if label != IGNORED), default=0)
+        if not end:
+            raise UserError(
+                "the answers hold no token to learn: they are empty, and the chat template does not end them"
+            )
         return Sample(ids[:end], labels[:end], **media)
 
     def _bos(self) -> list[int]:

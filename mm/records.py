@@ -117,9 +117,10 @@ def record_messages(record: Record) -> list[dict[str, Any]]:
                 return part
             case {"type": str(kind)} if kind in KINDS and part.get(kind) is not None:
                 name = part[kind]
-                if not isinstance(name, str) or name not in record.media:
+                suffix = name.lower() if isinstance(name, str) else name  # the reader writes suffixes in lower case
+                if not isinstance(name, str) or suffix not in record.media:
                     raise UserError(f"record {record.id} names the {kind} {_shorten(name)}; {_members(record)}")
-                return {**part, kind: record.media[name]}
+                return {**part, kind: record.media[suffix]}
         raise part_error(part, _where(record, index), record.media)
 
     resolved = []

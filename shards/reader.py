@@ -7,6 +7,7 @@ import io
 import json
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -40,8 +41,9 @@ class ShardSet:
     """
 
     def __init__(self, folder: str | Path, key: KeyRule = "first_dot") -> None:
-        self.folder, self.key = Path(folder), key
-        self.index = _load_index(self.folder, key)
+        self.folder = Path(folder)
+        self.key: KeyRule = "first_dot" if (self.folder / INDEX_NAME).exists() else key
+        self.index = _load_index(self.folder, self.key)
         self._set_rows()
 
     def _set_rows(self) -> None:
@@ -192,7 +194,8 @@ def _records(file: BinaryIO, where: str, rule: KeyRule, complete: bool) -> Itera
 
 def _record(key: str, members: dict[str, bytes], where: str, rule: KeyRule) -> Record:
     text, caption = members.pop("json", None), members.pop("txt", None)
-    apart = [name for name in members if name.endswith((".txt", ".json"))]
+    stems = Counter(name.rpartition(".")[0] for name in members)  # a text belongs to another member of its stem
+    apart = [name for name in members if name.endswith((".txt", ".json")) and stems[name.rpartition(".")[0]] > 1]
     if apart and text is None and caption is None and rule == "first_dot":
         raise UserError(
             f"{where}: record {key}: its text came under another key, as its member {apart[0]!r}; if names have dots "
@@ -222,6 +225,9 @@ def _check_types(content: Any) -> None:
         value = content.get(name)
         if not isinstance(value, int | float | None) or isinstance(value, bool):
             raise UserError(f"{name} is {str(value)[:40]}, which is no number")
+    duration = content.get("duration")
+    if duration is not None and abs(duration) >= 2**53:  # beyond the whole numbers of a float64 column
+        raise UserError(f"duration is {str(duration)[:40]}, which is no number of seconds")
     frames = content.get("num_frames")
     if frames is not None and not (frames == frames // 1 and 0 <= frames < 2**31):
         raise UserError(f"num_frames is {str(frames)[:40]}, which is no number of frames")

@@ -123,3 +123,14 @@ def test_temporary_files_do_not_stay(old_file):
     file_sha256(old_file)
     assert [path.suffix for path in cache_folder().iterdir()] == [".json"]
     assert not any(path.name.startswith(".") for path in cache_folder().iterdir())
+
+
+def test_without_a_home_folder_files_are_hashed_each_time(old_file, reads, monkeypatch):
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    expected = hashlib.sha256(b"first").hexdigest()
+    assert [file_sha256(old_file), file_sha256(old_file)] == [expected, expected]
+    assert len(reads) == 2

@@ -122,3 +122,9 @@ def test_messages_that_are_no_list_are_refused():
 def test_text_parts_stay():
     part = {"type": "text", "text": "png"}
     assert record_messages(record({"png": b"data"}, messages=asks(part)))[0]["content"] == [part]
+
+
+def test_messages_may_name_members_in_capitals():
+    messages = asks({"type": "image", "image": "0.JPG"})
+    (user, _) = record_messages(record({"0.jpg": b"picture"}, messages=messages))
+    assert user["content"] == [{"type": "image", "image": b"picture"}]

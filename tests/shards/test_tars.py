@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from foundation.errors import UserError
+from shards.format import Record
 from shards.reader import ShardSet
 from shards.tars import named_file, read_members, shown_name, split_name
+from shards.writer import write_shards
 
 
 def png(number):
@@ -226,3 +228,21 @@ def test_names_are_divided_as_webdataset_divides_them(name):
     expected = webdataset_samples(tar([(name, b"1")]))
     split = split_name(name)
     assert expected == ([] if split is None else [(split[0], {split[1]: b"1"})])
+
+
+def test_the_index_of_written_shards_decides_how_names_are_divided(tmp_path):
+    about = {"id": "a", "split": "train", "task": "caption", "language": "en", "caption": "two"}
+    write_shards([Record("a", about, {"0.png": png(1), "1.png": png(2)})], tmp_path / "set")
+    (record,) = ShardSet(tmp_path / "set", key="last_dot")
+    assert list(record.media) == ["0.png", "1.png"]
+
+
+def test_a_text_beside_an_uncaptioned_picture_does_not_refuse_the_tar(tmp_path):
+    found = read(tmp_path, [("1.png", png(1)), ("1.prompt.txt", b"a cat")])
+    assert found == [("1", None, {"png": png(1), "prompt.txt": b"a cat"})]
+
+
+def test_a_duration_out_of_range_is_named(tmp_path):
+    members = [("1.png", png(1)), ("1.json", b'{"id": "1", "duration": 1152921504606846977}')]
+    with pytest.raises(UserError, match=r"record 1 .*duration is 1152921504606846977"):
+        read(tmp_path, members)
