@@ -10,11 +10,13 @@ import pytest
 import torch
 
 import mm
+from foundation.errors import UserError
 from mm.generation import decode_step, prefill
 from mm.run_folder import save
 from mm.video_adapter import VideoAdapterConfig
 from speech.adapter import SpeechAdapterConfig, num_tokens
 from speech.conformer import SpeechEncoderConfig
+from tests.media import sound
 from video.aggregator import AggregatorConfig
 from video.sampling import Clip
 
@@ -209,3 +211,11 @@ def test_presets_have_the_published_size():
         model = mm.MultimodalModel(mm.preset("8b", speech=True))
     assert sum(p.numel() for p in model.speech_encoder.parameters()) == pytest.approx(1.0e9, rel=0.03)
     assert sum(p.numel() for p in model.speech_adapter.parameters()) == pytest.approx(100e6, rel=0.05)
+
+
+def test_an_empty_answer_that_no_template_ends_is_refused_by_its_reason(tokenizer, config):
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    processor = mm.Processor(tokenizer, config, chat_template=template)
+    user = {"role": "user", "content": [{"type": "audio", "audio": sound(0.5)}]}
+    with pytest.raises(UserError, match="hold no token to learn"):
+        processor.example([user, {"role": "assistant", "content": ""}])
