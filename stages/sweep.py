@@ -30,6 +30,7 @@ from mm.run_folder import load
 from mm.training.command import run_stage
 from mm.training.data import DataSource
 from shards.reader import ShardSet
+from shards.tars import KeyRule
 from stages.finetune import Finetune, finetune
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class Scoring:
     Attributes:
         path, split: the records.
         metric: its name.
+        key: see `shards.reader.ShardSet`.
         limit: score on a random subset of this size, the same for all runs; null: on all records.
     """
 
@@ -59,6 +61,7 @@ class Scoring:
     split: str = "validation"
     metric: str = "vqa_accuracy"
     limit: int | None = None
+    key: KeyRule = "first_dot"
 
 
 @dataclass
@@ -116,7 +119,7 @@ def sweep(config: Sweep) -> None:
     combinations = combinations_of(config)
     if config.scoring.metric not in METRICS:
         raise UserError(f"scoring.metric is {config.scoring.metric!r}; choose from {', '.join(METRICS)}")
-    records = ShardSet(config.scoring.path).select(split=config.scoring.split)
+    records = ShardSet(config.scoring.path, config.scoring.key).select(split=config.scoring.split)
     failed = finetune_all(combinations)
     reasons = "; ".join(f"{run.name}: {reason}" for run, reason in failed.items())
     finished = [combination for combination in combinations if combination.run not in failed]

@@ -12,6 +12,7 @@ from foundation.options import new_parser, read_options
 from mm.device import device_line, resolve_device
 from mm.generation import check_sampling
 from mm.transcription import transcribe_tokens
+from shards.tars import KeyRule
 from speech.prompts import TRANSCRIBE
 from video.readers import is_animation, open_animation
 from video.timeline import MAX_PIXELS
@@ -142,6 +143,16 @@ def add_device_option(parser: ArgumentParser) -> None:
     """Add `--device`, for `mm.device.resolve_device`."""
     parser.add_argument(
         "--device", default="auto", help="auto (CUDA where there is one, else the CPU), cpu, cuda:1, ..."
+    )
+
+
+def add_key_option(parser: ArgumentParser) -> None:
+    """Add `--key`, for `shards.reader.ShardSet`."""
+    parser.add_argument(
+        "--key",
+        type=KeyRule,
+        default="first_dot",
+        help="last_dot divides names such as photo.v1.jpg at their last dot, in folders of tars without an index",
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import mm
-from app.commands.answer import add_device_option
+from app.commands.answer import add_device_option, add_key_option
 from app.commands.convert import refuse_existing_run
 from foundation.options import new_parser, read_options
 from mm.averaging import average, average_best
@@ -22,6 +22,7 @@ def average_runs(argv: Sequence[str]) -> int:
     parser.add_argument("runs", nargs="+", help="run folders")
     parser.add_argument("--output", required=True, help="run folder to write")
     parser.add_argument("--data", help="folder of shards; averages only as many of the best runs as score best on it")
+    add_key_option(parser)
     parser.add_argument("--split", default="validation", help="of --data")
     parser.add_argument("--metric", default="vqa_accuracy", help="of --data; the higher the better")
     parser.add_argument("--limit", type=int, help="of --data: size of a random subset, the same each time")
@@ -33,7 +34,7 @@ def average_runs(argv: Sequence[str]) -> int:
         return 0
     device = resolve_device(options.device)
     logger.info(device_line(device))
-    records = ShardSet(options.data).select(split=options.split)
+    records = ShardSet(options.data, options.key).select(split=options.split)
 
     def score(run: Path) -> float:
         report = evaluate(*mm.load(run, device=device), records, [options.metric], limit=options.limit)

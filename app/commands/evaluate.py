@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from app.commands.answer import add_length_option, add_model_options, load_model
+from app.commands.answer import add_key_option, add_length_option, add_model_options, load_model
 from foundation.errors import UserError
 from foundation.options import new_parser, read_options
 from mm.evaluation.evaluate import METRICS, evaluate
@@ -21,6 +21,7 @@ def evaluate_shards(argv: Sequence[str]) -> int:
     """
     parser = new_parser("mm evaluate", "Score a model on a folder of shards.")
     parser.add_argument("--data", required=True, help="a folder of shards")
+    add_key_option(parser)
     parser.add_argument("--split", default="test", help="only records of this split")
     parser.add_argument("--task", help="only records of this task")
     parser.add_argument("--metrics", default="vqa_accuracy", help=f"separated by commas: {', '.join(METRICS)}")
@@ -41,7 +42,7 @@ def evaluate_shards(argv: Sequence[str]) -> int:
     report = evaluate(
         model,
         processor,
-        ShardSet(options.data).select(split=options.split, task=options.task),
+        ShardSet(options.data, options.key).select(split=options.split, task=options.task),
         options.metrics.split(","),
         blank_images=options.blank_images,
         replace_speech=options.replace_speech,

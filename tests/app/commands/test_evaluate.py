@@ -1,9 +1,12 @@
 """`mm evaluate`: scores of a model on shards."""
 
+import io
 import json
 import shutil
+import tarfile
 
 import pytest
+from PIL import Image
 
 from shards.reader import ShardSet
 
@@ -51,3 +54,20 @@ def test_wrong_options(refused, run_folder, squares, tmp_path, monkeypatch, opti
     options = [squares if option == "squares" else option for option in options]
     assert message in refused("evaluate", *options, "--model", run_folder)
     assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "mine"
+
+
+def test_names_with_dots_are_divided_at_the_last(mm_command, run_folder, tmp_path):
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(picture, "PNG")
+    about = {"id": "photo.v1", "split": "test", "task": "caption", "caption": "red"}
+    (tmp_path / "odd").mkdir()
+    with tarfile.open(tmp_path / "odd" / "a.tar", "w") as tar:
+        for suffix, data in (("json", json.dumps(about).encode()), ("png", picture.getvalue())):
+            member = tarfile.TarInfo(f"photo.v1.{suffix}")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    arguments = ("evaluate", "--model", run_folder, "--data", tmp_path / "odd", "--metrics", "exact_match")
+    code, _, err = mm_command(*arguments)
+    assert code == 1 and "key='last_dot'" in err
+    code, out, _ = mm_command(*arguments, "--key", "last_dot")
+    assert code == 0 and "1 samples" in out
