@@ -93,9 +93,9 @@ ASSETS = {
             license="ISC (the photographs: not stated)",
             sha256="a186a782eed7db64e05d4da093bad64394c0306ba5322a791f392befb3097542",
             license_note=(
-                "The package states the licence below, which is that of its code. It states none for the photographs, "
-                "which are CIFAR-10's (https://www.cs.toronto.edu/~kriz/cifar.html), collected from the web by Alex "
-                "Krizhevsky, Vinod Nair and Geoffrey Hinton; see Learning Multiple Layers of Features from Tiny Images, "
+                "The package states the licence below, which is that of its code. It states none for the photographs. "
+                "They are CIFAR-10's (https://www.cs.toronto.edu/~kriz/cifar.html), collected from the web by Alex "
+                "Krizhevsky, Vinod Nair and Geoffrey Hinton: Learning Multiple Layers of Features from Tiny Images, "
                 "Alex Krizhevsky, 2009. Find out whether your use is permitted before you pass them on."
             ),
         ),
