@@ -33,6 +33,15 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
     return F.scaled_dot_product_attention(folded, k, v, attn_mask=mask).reshape(q.shape)
 
 
+def grouped_attention_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The softmax within `grouped_attention`, in FP32: arguments as there -> [B, H, T, S]."""
+    grouped = q.float().unflatten(1, (k.shape[1], -1))  # [B, G, H / G, T, head_dim]
+    scores = grouped @ k.float()[:, :, None].transpose(-1, -2) * q.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, :, None], float("-inf"))
+    return scores.softmax(-1).flatten(1, 2)
+
+
 class KeyValueCache:
     """Keys and values of one self-attention layer, allocated once for the longest sequence.
 
@@ -49,10 +58,14 @@ class KeyValueCache:
         self.values[:, :, : v.shape[2]] = v
 
     def append(self, k: Tensor, v: Tensor, positions: Tensor | int, length: int) -> tuple[Tensor, Tensor]:
-        """Write one token per row at `positions` ([B], or an int for all rows); return the first `length` entries."""
+        """Write k and v [B, G, T, head_dim]; return the first `length` entries.
+
+        Args:
+            positions: where a row's one token is written, [B]; or an int for all rows, where the first of T tokens is.
+        """
         if isinstance(positions, int):
-            self.keys[:, :, positions] = k[:, :, 0]
-            self.values[:, :, positions] = v[:, :, 0]
+            self.keys[:, :, positions : positions + k.shape[2]] = k
+            self.values[:, :, positions : positions + v.shape[2]] = v
         else:
             rows = torch.arange(k.shape[0], device=k.device)
             self.keys[rows, :, positions] = k[:, :, 0]
@@ -61,11 +74,11 @@ class KeyValueCache:
 
 
 class DecodeStep:
-    """Positions and mask of one decoding step, the same for all layers.
+    """Positions and mask of one decoding step of T tokens per row, mostly one; the same for all layers.
 
     Args:
         positions, length: as for `KeyValueCache.append`.
-        mask: bool [B, 1, 1, length], or None if every row attends to all of the first `length` tokens.
+        mask: bool [B, 1, T, length], or None if every token attends to all of the first `length` tokens.
     """
 
     def __init__(self, positions: Tensor | int, length: int, mask: Tensor | None) -> None:
@@ -111,7 +124,7 @@ class SelfAttention(nn.Module):
         Args:
             rotary: cosines and sines from `rotary_angles`.
             mask: additive or bool mask that broadcasts to [B, H, T, S]; it replaces the causal mask.
-            cache: a prompt's pass fills it, a decoding `step`, with T = 1, extends it.
+            cache: a prompt's pass fills it, a decoding `step` extends it.
         """
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -159,9 +172,12 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """x [B, T, D], k and v [B, G, S, head_dim], mask as in `grouped_attention` -> [B, T, D]."""
-        q = _normalise(self.q_norm, self.q_proj(x).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
-        heads = grouped_attention(q, k, v, mask)
+        heads = grouped_attention(self.queries(x), k, v, mask)
         return self.o_proj(heads.transpose(1, 2).flatten(2))
+
+    def queries(self, x: Tensor) -> Tensor:
+        """x [B, T, D] -> normalised queries [B, H, T, head_dim]."""
+        return _normalise(self.q_norm, self.q_proj(x).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
 
 
 def _normalise(norm: nn.RMSNorm, heads: Tensor) -> Tensor:

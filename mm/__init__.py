@@ -7,6 +7,7 @@ print(mm.generate(model, processor, messages, max_new_tokens=64))
 import vision.tiling as _tiling  # noqa: F401  scripts reach vision.tiling after `import mm` alone
 from mm.batch import Batch, Sample, collate
 from mm.config import ModelConfig, preset
+from mm.evaluation.attention_maps import attention_maps
 from mm.generation import generate, generate_tokens, stream
 from mm.model import MultimodalModel
 from mm.processor import Processor
@@ -18,6 +19,7 @@ __all__ = [
     "MultimodalModel",
     "Processor",
     "Sample",
+    "attention_maps",
     "collate",
     "generate",
     "generate_tokens",

@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from layers.attention import CrossAttention, DecodeStep, KeyValueCache, SelfAttention, grouped_attention
+from layers.attention import (
+    CrossAttention,
+    DecodeStep,
+    KeyValueCache,
+    SelfAttention,
+    grouped_attention,
+    grouped_attention_weights,
+)
 from layers.rotary import RotaryConfig, rotary_angles
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # fp32, sums of up to 64 terms
@@ -37,6 +44,10 @@ def test_grouped_attention_equals_the_formula(num_kv_heads, mask_shape):
         mask = torch.rand(mask_shape) > 0.5
         mask[..., 0] = True
     torch.testing.assert_close(grouped_attention(q, k, v, mask), plain_attention(q, k, v, mask), **CLOSE)
+    weights = grouped_attention_weights(q, k, mask)
+    torch.testing.assert_close(
+        weights, plain_attention(q, k, torch.eye(7).expand(3, num_kv_heads, 7, 7), mask), **CLOSE
+    )
 
 
 def heads(x: Tensor, projection: torch.nn.Linear, head_dim: int) -> Tensor:

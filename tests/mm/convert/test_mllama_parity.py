@@ -17,6 +17,7 @@ from transformers.models.mllama.processing_mllama import (
 
 import mm
 from mm.convert import mllama as convert
+from mm.evaluation.attention_maps import token_attention
 from mm.vision_context import visibility_intervals
 from vision.encoder import CLIP_MEAN, CLIP_STD
 from vision.tiling import CANVASES
@@ -123,6 +124,31 @@ def test_logits_equal_those_of_transformers(pair, samples, largest_difference):
     for row, length in enumerate(batch.lengths.tolist()):
         # fp32 sums in another order, through 8 layers, on logits around 10
         assert largest_difference(logits[row, :length], expected[row, :length]) < 1e-4
+
+
+def test_attention_of_the_blocks_equals_that_of_transformers(pair, samples, monkeypatch):
+    """Mean over heads; where they have padding tiles, of which none is seen, ours have nothing."""
+    ours, theirs = pair
+    monkeypatch.setattr(theirs.model.language_model.config, "_attn_implementation", "eager")
+    caught = {}
+    hooks = [
+        layer.cross_attn.register_forward_hook(lambda _, __, out, depth=depth: caught.update({depth: out[1]}))
+        for depth, layer in enumerate(theirs.model.language_model.layers)
+        if hasattr(layer, "cross_attn")
+    ]
+    for sample in samples:
+        with torch.no_grad():
+            theirs(**their_batch([sample]))
+        found = token_attention(ours, sample, range(len(sample.tokens)))
+        num_tokens = ours.config.vision_encoder.tokens_per_tile
+        real = torch.cat([torch.arange(4 * num_tokens) < tiles.num_tiles * num_tokens for tiles in sample.images])
+        assert len(found) == len(caught) == 3
+        for block, depth in zip(found, sorted(caught), strict=True):
+            expected = caught[depth][0].mean(0)
+            assert expected[:, ~real].sum() == 0
+            torch.testing.assert_close(found[block], expected[:, real], rtol=0, atol=1e-5)
+    for hook in hooks:
+        hook.remove()
 
 
 def test_logits_without_images_equal_those_of_transformers(pair, largest_difference):
@@ -240,7 +266,7 @@ def test_visibility_equals_their_mask(row):
     dense = convert_sparse_cross_attention_mask_to_dense(
         [get_cross_attention_token_mask(row, IMAGE)], [tiles], 4, len(row)
     )
-    (intervals,) = visibility_intervals(torch.tensor([row]) == IMAGE, [num_images], tiles)  # one vision token per tile
+    (intervals,) = visibility_intervals(torch.tensor([row]) == IMAGE, [tiles])  # one vision token per tile
     for position in range(len(row)):
         theirs = [bool(dense[0, position, i, t]) for i in range(num_images) for t in range(tiles[i])]
         start, end = intervals[position].tolist()
