@@ -5,14 +5,19 @@ return pieces of a body; they escape the texts that they are given.
 """
 
 import base64
+import hashlib
 import html
+import json
 import os
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 STYLE = """
-:root { color-scheme: light dark; --line: #8884; --good: #1a7f37; --bad: #b35900; --accent: #4a7fb5; }
-@media (prefers-color-scheme: dark) { :root { --good: #4ac26b; --bad: #e09b5a; } }
+:root {
+  color-scheme: light dark;
+  --line: #8884; --good: #1a7f37; --bad: #a04a00; --accent: #4a7fb5; --muted: #5c5f66;
+}
+@media (prefers-color-scheme: dark) { :root { --good: #4ac26b; --bad: #e09b5a; --muted: #a8abb3; } }
 body { font: 16px/1.45 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; }
 th, td { padding: .3rem 1rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
@@ -20,7 +25,7 @@ th, td { padding: .3rem 1rem .3rem 0; border-bottom: 1px solid var(--line); text
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: 1rem; }
 figure { margin: 0; border: 1px solid var(--line); border-radius: .4rem; padding: .6rem; }
 figcaption { font-size: .85rem; } svg { max-width: 100%; height: auto; }
-.good { color: var(--good); } .bad { color: var(--bad); } .muted { opacity: .65; }
+.good { color: var(--good); } .bad { color: var(--bad); } .muted { color: var(--muted); }
 """
 _MIME_TYPES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp", b"GIF8": "image/gif"}
 
@@ -31,20 +36,34 @@ class Markup(str):
     __slots__ = ()
 
 
-def page(title: str, body: str | Iterable[str], style: str = "") -> str:
-    """A complete HTML document.
+def page(title: str, body: str | Iterable[str], style: str = "", script: str = "") -> str:
+    """A complete HTML document. Its policy forbids to load anything from outside, and every script but its own.
 
     Args:
         title: text of the browser's tab.
         body: HTML, whole or in pieces.
         style: CSS of this page alone, after the shared `STYLE`.
+        script: JavaScript that runs once the page is read.
     """
     content = body if isinstance(body, str) else "\n".join(body)
+    assert "</script" not in script.lower() and "</style" not in style.lower()
+    policy = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"
+    if script:
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        policy += f"; script-src 'sha256-{digest}'"
+        content += f"\n<script>{script}</script>"
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE}{style}</style>\n</head>\n<body>\n{content}\n</body>\n</html>\n"
     )
+
+
+def json_data(name: str, value: object) -> Markup:
+    """A value as JSON for the page's script, which finds it by the element id `name`."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    return Markup(f'<script type="application/json" id="{escape(name)}">{text}</script>')
 
 
 def write_page(file: Path, document: str) -> None:

@@ -1,11 +1,13 @@
 """The HTML scaffold: escaping, tables, pictures as data, and that a page loads nothing from outside."""
 
 import base64
+import hashlib
+import json
 from html.parser import HTMLParser
 
 import pytest
 
-from foundation.html import Markup, data_uri, escape, page, picture, sound, table, write_page
+from foundation.html import Markup, data_uri, escape, json_data, page, picture, sound, table, write_page
 
 
 class Elements(HTMLParser):
@@ -31,7 +33,24 @@ def test_a_page_has_title_style_and_body_and_no_links():
     assert document.startswith("<!doctype html>") and {"html", "head", "title", "style", "body", "h1", "p"} <= set(tags)
     assert ("meta", {"charset": "utf-8"}) in parsed.elements and "a < b" in parsed.texts
     assert "p { color: red }" in document and "prefers-color-scheme: dark" in document
-    assert not {"script", "link", "iframe"} & set(tags) and "http" not in document and "url(" not in document
+    assert not {"script", "link", "iframe"} & set(tags) and "http:" not in document and "url(" not in document
+    (policy,) = (values["content"] for _, values in parsed.elements if "http-equiv" in values)
+    assert policy.startswith("default-src 'none';") and "script-src" not in policy  # so no script runs
+
+
+def test_the_policy_allows_the_script_of_the_page_alone():
+    script = "document.title = 'é' + (1 < 2);"
+    document = page("title", "<p>one</p>", script=script)
+    (policy,) = (values["content"] for _, values in Elements(document).elements if "http-equiv" in values)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy.endswith(f"; script-src 'sha256-{digest}'") and f"<script>{script}</script>\n</body>" in document
+
+
+def test_data_of_the_script_is_json_that_cannot_end_its_element():
+    value = {"text": "</script><b>é", "numbers": [1, 0.5, None]}
+    parsed = Elements(json_data("data", value))
+    assert parsed.elements == [("script", {"type": "application/json", "id": "data"})]
+    assert json.loads("".join(parsed.texts)) == value
 
 
 def test_texts_are_escaped_once():
