@@ -1,10 +1,12 @@
 """Samples and batches: one sequence of tokens with its media, and several of them side by side.
 
-Rows are right-padded text. The images of all rows stand in one list, row by row, and so do clips and utterances.
+Rows are right-padded text. The images of all rows stand in one list, and so do clips and utterances. An image or clip
+that several rows look at stands there once, so that it is encoded once.
 Shapes: B rows, T text tokens.
 """
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +20,7 @@ from video.sampling import Clip
 from vision.tiling import Tiles
 
 IGNORED = -100  # a label that takes no part in the loss
+FINGERPRINT_LENGTH = 4096  # elements of a tensor that its fingerprint holds, at least
 
 
 @dataclass
@@ -47,22 +50,23 @@ class Batch:
     Attributes:
         tokens: int64 [B, T], right-padded with 0.
         lengths: int64 [B], real tokens per row.
-        images: every image of the batch, row by row.
-        images_per_row: number of images of each row.
+        images: every different image of the batch.
+        row_images: of each row, the indices in `images` of its images, in the order of their tokens.
         labels: int64 [B, T], -100 where there is no target; None where no sample had labels.
-        videos, videos_per_row, speech, speech_per_row: the clips and the utterances, likewise; empty: none anywhere.
+        videos, row_videos: the clips, likewise; empty: none anywhere.
+        speech, row_speech: the utterances, row by row, equal ones several times.
         on_host: the batch that `to` moved to a device.
     """
 
     tokens: Tensor
     lengths: Tensor
     images: list[Tiles]
-    images_per_row: list[int]
+    row_images: list[list[int]]
     labels: Tensor | None = None
     videos: list[Clip] = field(default_factory=list)
-    videos_per_row: list[int] = field(default_factory=list)
+    row_videos: list[list[int]] = field(default_factory=list)
     speech: list[Tensor] = field(default_factory=list)
-    speech_per_row: list[int] = field(default_factory=list)
+    row_speech: list[list[int]] = field(default_factory=list)
     on_host: "Batch | None" = field(default=None, repr=False)
 
     @property
@@ -71,24 +75,24 @@ class Batch:
         return self.on_host or self
 
     def items(self, modality: Modality) -> list[Any]:
-        """The batch's items of a modality, row by row."""
+        """The batch's items of a modality; those that several rows share once."""
         return getattr(self, modality.field)
 
-    def items_per_row(self, modality: Modality) -> list[int]:
-        """How many items of a modality each row has, [B]."""
-        return getattr(self, f"{modality.field}_per_row") or [0] * len(self.tokens)
+    def row_items(self, modality: Modality) -> list[list[int]]:
+        """Of each row, the indices in `items` of its items, in the order of their tokens."""
+        return getattr(self, f"row_{modality.field}") or [[] for _ in self.tokens]
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device; the one on the host stays at hand as `host`."""
         media = {modality.field: [_move(item, device) for item in self.items(modality)] for modality in MODALITIES}
-        counts = {f"{modality.field}_per_row": getattr(self, f"{modality.field}_per_row") for modality in MODALITIES}
+        rows = {f"row_{modality.field}": getattr(self, f"row_{modality.field}") for modality in MODALITIES}
         return Batch(
             tokens=self.tokens.to(device, non_blocking=True),
             lengths=self.lengths.to(device, non_blocking=True),
             labels=None if self.labels is None else self.labels.to(device, non_blocking=True),
             on_host=self.host,
             **media,
-            **counts,
+            **rows,
         )
 
 
@@ -97,7 +101,7 @@ def _move(item: Any, device: torch.device | str) -> Any:
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Put samples side by side.
+    """Put samples side by side. Images and clips of equal contents become one item of the batch.
 
     Raises:
         UserError: no samples, a sample without tokens, or labels of another length or value than its tokens.
@@ -115,11 +119,58 @@ def collate(samples: Sequence[Sample]) -> Batch:
     media: dict[str, Any] = {}
     for modality in MODALITIES:
         rows = [getattr(sample, modality.field) for sample in samples]
-        media[modality.field] = [item for row in rows for item in row]
-        media[f"{modality.field}_per_row"] = [len(row) for row in rows]
+        media[modality.field], media[f"row_{modality.field}"] = _distinct(rows, modality)
     return Batch(
         tokens=tokens, lengths=torch.tensor([len(sample.tokens) for sample in samples]), labels=labels, **media
     )
+
+
+def _distinct(rows: Sequence[Sequence[Any]], modality: Modality) -> tuple[list[Any], list[list[int]]]:
+    """The different items of all rows, in the order in which they first occur, and the indices of each row's items.
+
+    Two items are one where they are the same object or their contents are equal to the last element. Contents are
+    compared only where their fingerprints are equal.
+    """
+    if modality.contents is None:
+        counts = iter(range(sum(map(len, rows))))
+        return [item for row in rows for item in row], [[next(counts) for _ in row] for row in rows]
+    contents, items = modality.contents, list[Any]()
+    known: dict[int, int] = {}  # id of an object -> index
+    with_fingerprint: dict[Hashable, list[int]] = defaultdict(list)
+
+    def find(item: Any) -> int:
+        structure, tensors = contents(item)
+        fingerprint = (structure, *(_fingerprint(tensor) for tensor in tensors))
+        if None in fingerprint:
+            return len(items)
+        for index in with_fingerprint[fingerprint]:
+            if all(map(torch.equal, tensors, contents(items[index])[1])):
+                return index
+        with_fingerprint[fingerprint].append(len(items))
+        return len(items)
+
+    indices: list[list[int]] = []
+    for row in rows:
+        indices.append([])
+        for item in row:
+            index = known.setdefault(id(item), -1)
+            if index < 0:
+                index = known[id(item)] = find(item)
+            if index == len(items):
+                items.append(item)
+            indices[-1].append(index)
+    return items, indices
+
+
+def _fingerprint(tensor: Tensor) -> Hashable:
+    """Equal for equal tensors, and cheap: it holds the shape and a part of the elements, spread evenly.
+
+    None for a tensor whose elements are not in this machine's memory, or that has none, as in the planner.
+    """
+    if type(tensor) is not Tensor or tensor.device.type != "cpu":
+        return None
+    step = max(1, tensor.numel() // FINGERPRINT_LENGTH) | 1  # odd, so that it does not stay in the same columns
+    return tuple(tensor.shape), tensor.flatten()[::step].numpy().tobytes()
 
 
 def _check_labels(index: int, sample: Sample) -> None:

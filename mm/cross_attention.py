@@ -50,7 +50,7 @@ class ImageAdapterConfig:
 
 @dataclass
 class VisionCache:
-    """One block's keys and values of the images, [R, G, S, head_dim] at KV-head size, computed once."""
+    """One block's keys and values of each row's images, [R, G, S, head_dim] at KV-head size, computed once."""
 
     keys: Tensor | None = None
     values: Tensor | None = None
@@ -83,13 +83,14 @@ class CrossAttentionBlock(nn.Module):
 
         Args:
             mask: which vision tokens each text token attends to.
-            vision: projected vision tokens of all images, packed row by row, [sum of S, D]; None: keys and values come
-                from the cache. Their gradient is summed in their own precision, which may be higher than the weights'.
+            vision: projected vision tokens of the batch's different images, packed, [N, D], whose keys and values are
+                computed once for all rows; None: keys and values come from the cache. Their gradient is summed in their
+                own precision, which may be higher than the weights'.
             cache: filled where `vision` is given, read where it is not.
         """
         x = x.to(self.input_layernorm.weight.dtype)
         if vision is not None:
-            k, v = (mask.pad(packed).transpose(1, 2) for packed in self.cross_attn.keys_values(vision))
+            k, v = (mask.gather_rows(packed).transpose(1, 2) for packed in self.cross_attn.keys_values(vision))
             if cache is not None:
                 cache.keys, cache.values = k, v
         else:
@@ -101,6 +102,11 @@ class CrossAttentionBlock(nn.Module):
         transformed = self.mlp(self.post_attention_layernorm(rows))
         rows = rows + self.gate_ffn.tanh() * mask.zero_unattended(transformed)
         return rows if mask.rows is None else x.index_copy(0, mask.rows, rows)
+
+    def is_identity(self) -> bool:
+        """Whether both branches are closed, as in a new block: by their gates or by matrices of zeros."""
+        branches = ((self.gate_attn, self.cross_attn.o_proj.weight), (self.gate_ffn, self.mlp.down_proj.weight))
+        return not any(bool(gate.any() and matrix.any()) for gate, matrix in branches)
 
     @torch.no_grad()
     def fit_inputs(self, x: Tensor) -> None:
@@ -143,3 +149,7 @@ class ImageAdapter(nn.Module):
         """The blocks by the number of LM layers before them; on a pipeline's rank, only those of its stage."""
         pairs = zip(self.positions, self.blocks, strict=True)
         return {position: block for position, block in pairs if isinstance(block, CrossAttentionBlock)}
+
+    def is_identity(self) -> bool:
+        """Whether no block changes what it reads, as in a new adapter."""
+        return all(block.is_identity() for block in self.by_position().values())

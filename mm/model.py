@@ -217,7 +217,7 @@ class MultimodalModel(nn.Module):
         if batch.images:
             assert self.vision_encoder is not None
             sizes = [self.vision_encoder.num_vision_tokens(tiles) for tiles in batch.images]
-            contexts["image"] = self._context(IMAGE, self.encode_images(batch.images), sizes, batch, cache)
+            contexts["image"] = self._context(IMAGE, self._encode_images(batch.images), sizes, batch, cache)
         if batch.videos:
             sizes = self.clip_sizes(batch.videos)
             contexts["video"] = self._context(VIDEO, self._encode_videos(batch.videos), sizes, batch, cache)
@@ -226,19 +226,27 @@ class MultimodalModel(nn.Module):
     def _context(
         self, modality: Modality, vision: Tensor, sizes: Sequence[int], batch: Batch, cache: Cache | None
     ) -> VisionContext:
-        """Args: sizes: vision tokens of each item of the batch."""
-        host, device, items_per_row = batch.host, batch.tokens.device, batch.items_per_row(modality)
-        ends = torch.tensor([0, *sizes]).cumsum(0)
-        rows = torch.tensor([0, *items_per_row]).cumsum(0)
-        sizes_per_row = ends[rows].diff().tolist()
-        intervals = visibility_intervals(_is_token(host, modality.token_id(self.config)), items_per_row, sizes)
+        """Args: vision: of the batch's different items, packed, [N, D]. sizes: vision tokens of each of them."""
+        host, device, row_items = batch.host, batch.tokens.device, batch.row_items(modality)
+        spans = torch.arange(sum(sizes)).split(list(sizes))
+        positions = [torch.cat([spans[item] for item in items]) if items else spans[0][:0] for items in row_items]
+        intervals = visibility_intervals(
+            _is_token(host, modality.token_id(self.config)), [[sizes[item] for item in items] for items in row_items]
+        )
         if cache is not None:
             last = intervals[torch.arange(len(intervals), device=intervals.device), host.lengths - 1]
-            cache.contexts[modality.name] = VisionContext(CrossAttentionMask(last[:, None], sizes_per_row, device))
-        return VisionContext(CrossAttentionMask(intervals, sizes_per_row, device), vision)
+            cache.contexts[modality.name] = VisionContext(CrossAttentionMask(last[:, None], positions, device))
+        return VisionContext(CrossAttentionMask(intervals, positions, device), vision)
 
     def encode_images(self, images: Sequence[Tiles]) -> Tensor:
-        """Images -> their vision tokens, packed, [N, D]."""
+        """Images -> their vision tokens, packed, [N, D].
+
+        For losses outside `hidden_states`: under FSDP a method that callers use directly gathers the weights and frees
+        them when it returns. Within the model's own pass the private twin runs, which leaves them gathered.
+        """
+        return self._encode_images(images)
+
+    def _encode_images(self, images: Sequence[Tiles]) -> Tensor:
         assert self.vision_encoder is not None and self.image_adapter is not None
         vision = self.image_adapter.projection(self.vision_encoder(images))
         # Every block uses the vision tokens, so their gradient is summed in the type they have here: FP32, also
@@ -248,15 +256,14 @@ class MultimodalModel(nn.Module):
     def encode_videos(self, clips: Sequence[Clip]) -> Tensor:
         """Clips -> the vision tokens of their effective frames, packed: [N, D], N the sum of `clip_sizes`.
 
-        For losses outside `hidden_states`: under FSDP a method that callers use directly gathers the weights and frees
-        them when it returns. Within the model's own pass the private twin runs, which leaves them gathered.
+        Apart from its private twin for the reason in `encode_images`.
         """
         return self._encode_videos(clips)
 
     def _encode_videos(self, clips: Sequence[Clip]) -> Tensor:
         assert self.vision_encoder is not None and self.video_adapter is not None
         vision = self.video_adapter(clips, self.vision_encoder)
-        return vision.to(self.video_adapter.aggregator.output.weight.dtype)  # as in `encode_images`
+        return vision.to(self.video_adapter.aggregator.output.weight.dtype)  # as in `_encode_images`
 
     def clip_sizes(self, clips: Sequence[Clip]) -> list[int]:
         """The number of vision tokens of each clip."""
@@ -267,7 +274,7 @@ class MultimodalModel(nn.Module):
     def encode_audio(self, speech: Sequence[Tensor]) -> Tensor:
         """Utterances, each float32 [T, num_mels] -> the adapter's output before any readout, packed: [N, D].
 
-        N is the sum of `speech.adapter.num_tokens(T)`. Apart from its private twin for the reason in `encode_videos`.
+        N is the sum of `speech.adapter.num_tokens(T)`. Apart from its private twin for the reason in `encode_images`.
         """
         return self._encode_audio(speech)
 
@@ -335,14 +342,15 @@ class MultimodalModel(nn.Module):
                 self._check_placeholders(batch, modality)
 
     def _check_placeholders(self, batch: Batch, modality: Modality) -> None:
-        token_id, items = modality.token_id(self.config), iter(batch.items(modality))
+        token_id, items = modality.token_id(self.config), batch.items(modality)
         found_per_row = _is_token(batch, token_id).sum(1).tolist()
-        for row, (found, num_items) in enumerate(zip(found_per_row, batch.items_per_row(modality), strict=True)):
-            needed = sum(modality.num_tokens(next(items)) for _ in range(num_items))
+        for row, (found, indices) in enumerate(zip(found_per_row, batch.row_items(modality), strict=True)):
+            needed = sum(modality.num_tokens(items[index]) for index in indices)
             if found != needed:
                 raise UserError(
-                    f"row {row} has {found} {modality.name} tokens (id {token_id}) and {num_items} {modality.plural}, "
-                    f"which take {needed}: put an item's {modality.name} tokens where it stands in the text"
+                    f"row {row} has {found} {modality.name} tokens (id {token_id}) and {len(indices)} "
+                    f"{modality.plural}, which take {needed}: put an item's {modality.name} tokens where it stands in "
+                    "the text"
                 )
 
 

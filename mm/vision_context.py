@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclass
@@ -18,8 +19,8 @@ class VisionContext:
 
     Attributes:
         mask: which vision tokens each text token attends to.
-        tokens: vision tokens of the LM's width, packed row by row, [sum of S, D]; None where the blocks read their
-            keys and values from a cache.
+        tokens: vision tokens of the LM's width of the batch's different images (or clips), packed, [N, D]; None where
+            the blocks read their keys and values from a cache.
     """
 
     mask: "CrossAttentionMask"
@@ -29,7 +30,7 @@ class VisionContext:
 VisionContexts = dict[str, VisionContext]  # by modality, "image" and "video"; only those that the batch holds
 
 
-def visibility_intervals(is_placeholder: Tensor, items_per_row: Sequence[int], vision_counts: Sequence[int]) -> Tensor:
+def visibility_intervals(is_placeholder: Tensor, vision_counts: Sequence[Sequence[int]]) -> Tensor:
     """The vision tokens that each text token attends to, [start, end) within its row's own vision tokens.
 
     A token attends to everything from the first image of the latest run of consecutive placeholders at or before it, up
@@ -38,17 +39,14 @@ def visibility_intervals(is_placeholder: Tensor, items_per_row: Sequence[int], v
 
     Args:
         is_placeholder: bool [B, T], True at placeholders of images (or of clips).
-        items_per_row: images of each row, [B].
-        vision_counts: vision tokens of each image of the batch, row by row.
+        vision_counts: of each of B rows, the vision tokens of each of its images.
 
     Returns:
         int64 [B, T, 2] on the device of `is_placeholder`.
     """
-    offsets = torch.zeros(len(items_per_row), max(items_per_row) + 1, dtype=torch.long)
-    counts = iter(vision_counts)
-    for row, num_items in enumerate(items_per_row):
-        for index in range(num_items):
-            offsets[row, index + 1] = offsets[row, index] + next(counts)
+    offsets = torch.zeros(len(vision_counts), max(map(len, vision_counts)) + 1, dtype=torch.long)
+    for row, counts in enumerate(vision_counts):
+        offsets[row, 1 : len(counts) + 1] = torch.tensor(counts, dtype=torch.long).cumsum(0)
     offsets = offsets.to(is_placeholder.device)
     num_before = is_placeholder.long().cumsum(1)  # images whose placeholder is at or before the token
     starts_run = is_placeholder.clone()
@@ -64,33 +62,34 @@ class CrossAttentionMask:
         rows: int64 [R], the rows that hold images; None when all do.
         num_rows: R.
         max_tokens: S.
-        packed_positions: int64, the position of each packed vision token among the R * S of padded rows; None when no
-            row needs padding.
+        packed_positions: int64 [R, S], where among the packed vision tokens each row's own are; a shorter row repeats
+            its last one. None where the packed ones are those of all rows, one row after another.
         attending: bool [R, T, 1], False for tokens that attend to nothing; None when all attend to something.
         attention_mask: bool [R, 1, T, S], True where a text token attends to a vision token; None when every token
             that attends to anything attends to all S.
     """
 
     def __init__(
-        self, intervals: Tensor, counts_per_row: Sequence[int], device: torch.device | str | None = None
+        self, intervals: Tensor, positions: Sequence[Tensor], device: torch.device | str | None = None
     ) -> None:
-        """From intervals [B, T, 2] and the number of vision tokens of each of the B rows (some are not 0).
+        """From intervals [B, T, 2] and the positions of each of the B rows' vision tokens among the packed ones.
 
         Args:
+            positions: of each row int64 [its S], of some row not empty. Rows of the same images have the same.
             device: where the text is. With intervals on the CPU the branches below need no synchronisation with it.
         """
         device = intervals.device if device is None else device
-        rows = [row for row, count in enumerate(counts_per_row) if count]
+        rows = [row for row, own in enumerate(positions) if len(own)]
         self.rows: Tensor | None = None
-        if len(rows) < len(counts_per_row):
+        if len(rows) < len(positions):
             intervals = intervals[rows]
             self.rows = torch.tensor(rows).to(device, non_blocking=True)
-        counts = [counts_per_row[row] for row in rows]
-        self.num_rows, self.max_tokens = len(counts), max(counts)
+        self.num_rows, self.max_tokens = len(rows), max(map(len, positions))
         self.packed_positions: Tensor | None = None
-        if min(counts) < self.max_tokens:
-            positions = torch.cat([torch.arange(count) + row * self.max_tokens for row, count in enumerate(counts)])
-            self.packed_positions = positions.to(device, non_blocking=True)
+        own = [positions[row] for row in rows]
+        padded = torch.stack([torch.cat([one, one[-1:].expand(self.max_tokens - len(one))]) for one in own])
+        if not torch.equal(padded.flatten(), torch.arange(padded.numel())):
+            self.packed_positions = padded.to(device, non_blocking=True)
         start, end = intervals[..., 0], intervals[..., 1]
         attending = end > start
         attends_to_all = (start == 0) & (end == self.max_tokens)
@@ -109,12 +108,13 @@ class CrossAttentionMask:
         """x [R, T, D] with zeros for tokens that attend to nothing."""
         return x if self.attending is None else torch.where(self.attending, x, 0.0)
 
-    def pad(self, packed: Tensor) -> Tensor:
-        """Packed vision tokens of all rows, [sum of S, ...] -> [R, S, ...], with zeros behind shorter rows.
+    def gather_rows(self, packed: Tensor) -> Tensor:
+        """Packed vision tokens of all images, [N, ...] -> those of each row, [R, S, ...].
 
-        Positions come as a tensor, not as a list of counts, so that code compiled for one batch serves others.
+        Behind a shorter row stand copies of its last token, which no token attends to. The gradient of a token is the
+        sum over the rows that look at it, in a fixed order. Positions come as a tensor, not as a list of counts, so
+        that code compiled for one batch serves others.
         """
-        if self.packed_positions is not None:
-            padded = packed.new_zeros(self.num_rows * self.max_tokens, *packed.shape[1:])
-            packed = padded.index_copy_(0, self.packed_positions, packed)
-        return packed.unflatten(0, (self.num_rows, self.max_tokens))
+        if self.packed_positions is None:
+            return packed.unflatten(0, (self.num_rows, self.max_tokens))
+        return F.embedding(self.packed_positions, packed.flatten(1)).unflatten(-1, packed.shape[1:])

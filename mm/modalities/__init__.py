@@ -2,7 +2,7 @@
 
 Adding a modality takes:
 1. a file here with its `Modality`, and its entry in `MODALITIES` below: reading, tokens, dummy item, member suffixes;
-2. its list of items in `mm.batch.Sample`, and that list with `..._per_row` in `mm.batch.Batch`;
+2. its list of items in `mm.batch.Sample`, and that list with `row_...` in `mm.batch.Batch`;
 3. its encoder's and adapter's configurations as fields of `mm.config.ModelConfig`, its token ids beside them, and its
    modules under the same names in `mm.model.MultimodalModel`, which run folders then store;
 4. its encoding in `mm.model`: into vision tokens for cross-attention (`vision_contexts`), or into rows of the language

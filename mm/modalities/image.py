@@ -43,4 +43,5 @@ IMAGE = Modality(
     tokens=lambda tiles, config: [config.image_token_id],
     dummy=black_tile,
     quantities=quantities,
+    contents=lambda tiles: (tiles.grid, [tiles.pixels]),
 )

@@ -1,8 +1,10 @@
 """What the code must know of one kind of input besides text."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from mm.config import ModelConfig
 from vision.reading import PictureSource
@@ -32,7 +34,7 @@ class Modality:
     Attributes:
         name: the "type" of its parts in messages, and the key of the file there.
         plural: for error messages.
-        field: the list of items in `Sample` and `Batch`; `Batch` counts the items of each row in `{field}_per_row`.
+        field: the list of items in `Sample` and `Batch`; `Batch` names the items of each row in `row_{field}`.
         part: the field of `ModelConfig` without which a model does not take this modality.
         runs: the parts of `MultimodalModel` that its items run through. Without items these have no gradient.
         index_column: the column of a shard set's index that has a value where a record is known to hold this modality.
@@ -43,6 +45,8 @@ class Modality:
         tokens: an item -> all its tokens in the text: placeholders, and marks around them if there are any.
         dummy: the smallest item, which teaches nothing.
         quantities: items -> what throughput is counted in, e.g. {"images": 2, "tiles": 5}.
+        contents: an item -> its structure and its tensors: items are the same input where both are equal, and a batch
+            encodes them once. None: equal items of a batch are encoded several times.
     """
 
     name: str
@@ -58,6 +62,7 @@ class Modality:
     tokens: Callable[[Any, ModelConfig], list[int]]
     dummy: Callable[[ModelConfig], Any]
     quantities: Callable[[Sequence[Any]], dict[str, float]]
+    contents: Callable[[Any], tuple[Hashable, Sequence[Tensor]]] | None = None
 
     @property
     def mark(self) -> str:

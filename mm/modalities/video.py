@@ -43,4 +43,5 @@ VIDEO = Modality(
     tokens=lambda clip, config: [config.video_token_id],
     dummy=lambda config: Clip([black_tile(config)], torch.zeros(1, dtype=torch.float64)),
     quantities=quantities,
+    contents=lambda clip: (tuple(tiles.grid for tiles in clip.frames), [clip.times, *(t.pixels for t in clip.frames)]),
 )

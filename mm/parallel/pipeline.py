@@ -265,7 +265,7 @@ def pad_to_common_shape(batches: Sequence[Batch]) -> list[Batch]:
                 F.pad(batch.tokens, (0, tokens, 0, rows)),
                 F.pad(batch.lengths, (0, rows)),
                 batch.images,
-                batch.images_per_row + [0] * rows,
+                batch.row_images + [[] for _ in range(rows)],
                 F.pad(batch.labels, (0, tokens, 0, rows), value=IGNORED),
             )
         )

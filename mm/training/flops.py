@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -31,7 +30,7 @@ class Row:
     """The sizes of one sequence of a batch.
 
     Attributes:
-        tokens: text tokens. targets: those with a loss. tiles: of each of its images.
+        tokens: text tokens. targets: those with a loss. tiles: of each of the images that it looks at.
     """
 
     tokens: int
@@ -112,12 +111,16 @@ def parameters(
     return {part: Parameters(*pair) for part, pair in counts.items() if any(pair)}, TrainedParts.of(trained, config)
 
 
-def forward_flops(config: ModelConfig, rows: Sequence[Row]) -> Flops:
+def forward_flops(config: ModelConfig, rows: Sequence[Row], encoded: Sequence[int] | None = None) -> Flops:
     """The FLOPs of a forward pass over the rows of one batch; logits are computed at the targets only.
 
     Rows are padded to the longest, in text tokens all of them, in vision tokens those with images.
+
+    Args:
+        encoded: the tiles of each different image of the batch, which is encoded, and whose keys and values are
+            computed, once for all rows that look at it. None: no two rows look at the same image.
     """
-    return _flops(config, rows, TrainedParts(False, False, ((False, False),) * _num_blocks(config)))
+    return _flops(config, rows, TrainedParts(False, False, ((False, False),) * _num_blocks(config)), encoded)
 
 
 def training_flops(
@@ -125,27 +128,37 @@ def training_flops(
     rows: Sequence[Row],
     trained: TrainedParts | None = None,
     activation_checkpointing: bool = False,
+    encoded: Sequence[int] | None = None,
 ) -> Flops:
     """The FLOPs of a forward and a backward pass.
 
     Args:
         trained: None: the encoder and the whole image adapter.
         activation_checkpointing: layers with a backward pass run forward once more.
+        encoded: see `forward_flops`.
     """
     trained = TrainedParts.all(config) if trained is None else trained
-    return _flops(config, rows, trained, reruns=int(activation_checkpointing))
+    return _flops(config, rows, trained, encoded, reruns=int(activation_checkpointing))
 
 
 def batch_flops(batch: Batch, config: ModelConfig, trained: TrainedParts) -> int:
     """`training_flops` of a batch."""
     assert batch.labels is not None
     targets = (batch.labels[:, 1:] != IGNORED).sum(1).tolist()
-    tiles = iter(batch.images)
+    tiles = [image.num_tiles for image in batch.images]
     rows = [
-        Row(tokens, num_targets, tuple(image.num_tiles for image in islice(tiles, num_images)))
-        for tokens, num_targets, num_images in zip(batch.lengths.tolist(), targets, batch.images_per_row, strict=True)
+        Row(tokens, num_targets, tuple(tiles[image] for image in images))
+        for tokens, num_targets, images in zip(batch.lengths.tolist(), targets, batch.row_images, strict=True)
     ]
-    return training_flops(config, rows, trained).total
+    return training_flops(config, rows, trained, encoded=tiles).total
+
+
+def alignment_flops(batch: Batch, config: ModelConfig, trained: TrainedParts) -> int:
+    """The FLOPs of the batch's images alone: encoder and projection, forward and backward; no text is read."""
+    assert config.vision_encoder is not None
+    encoder = sum(encoder_flops(config.vision_encoder, image.num_tiles, trained.encoder, 0) for image in batch.images)
+    vision = config.vision_encoder.tokens_per_tile * sum(image.num_tiles for image in batch.images)
+    return encoder + projection_flops(config, vision, trained)
 
 
 @cache
@@ -197,14 +210,16 @@ def _num_blocks(config: ModelConfig) -> int:
     return len(config.image_adapter.block_positions(config.language_model.num_layers))
 
 
-def _flops(config: ModelConfig, rows: Sequence[Row], trained: TrainedParts, reruns: int = 0) -> Flops:
+def _flops(
+    config: ModelConfig, rows: Sequence[Row], trained: TrainedParts, encoded: Sequence[int] | None, reruns: int = 0
+) -> Flops:
     """The FLOPs of a pass. Args: reruns: additional forward passes of layers with a backward pass."""
     encoder, blocks, first = 0, 0, None  # first: the number of LM layers below the first gradient
-    tiles_of_images = [tiles for row in rows for tiles in row.tiles]
-    if tiles_of_images:
+    encoded = [tiles for row in rows for tiles in row.tiles] if encoded is None else encoded
+    if encoded:
         assert config.vision_encoder is not None
-        encoder = sum(encoder_flops(config.vision_encoder, tiles, trained.encoder, reruns) for tiles in tiles_of_images)
-        blocks, first = _adapter_flops(config, rows, trained, reruns)
+        encoder = sum(encoder_flops(config.vision_encoder, tiles, trained.encoder, reruns) for tiles in encoded)
+        blocks, first = _adapter_flops(config, rows, sum(encoded), trained, reruns)
     lm = config.language_model
     text, longest = len(rows) * max(row.tokens for row in rows), max(row.tokens for row in rows)
     query, key = _attention_widths(lm)
@@ -218,13 +233,13 @@ def _flops(config: ModelConfig, rows: Sequence[Row], trained: TrainedParts, reru
 
 
 def _adapter_flops(
-    config: ModelConfig, rows: Sequence[Row], trained: TrainedParts, reruns: int
+    config: ModelConfig, rows: Sequence[Row], tiles: int, trained: TrainedParts, reruns: int
 ) -> tuple[int, int | None]:
     """The FLOPs of the projection and the blocks, which rows without images skip, and the number of LM layers below
-    the first gradient; None: there is no gradient."""
+    the first gradient; None: there is no gradient. Args: tiles: of all different images."""
     lm, encoder, adapter = config.language_model, config.vision_encoder, config.image_adapter
     assert encoder is not None and adapter is not None
-    vision = encoder.tokens_per_tile * sum(sum(row.tiles) for row in rows)
+    vision = encoder.tokens_per_tile * tiles
     widest = encoder.tokens_per_tile * max(sum(row.tiles) for row in rows)
     tokens = sum(bool(row.tiles) for row in rows) * max(row.tokens for row in rows)
     query, key = _attention_widths(lm)
@@ -233,7 +248,7 @@ def _adapter_flops(
     feed_forward = 6 * tokens * lm.hidden_size * (adapter.intermediate_size or lm.intermediate_size)
 
     into_vision = trained.encoder or trained.projection
-    flops = 2 * encoder.feature_size * lm.hidden_size * vision * (1 + trained.encoder + trained.projection)
+    flops = projection_flops(config, vision, trained)
     into_text, first = False, None
     for position, (trains_attention, trains_feed_forward) in zip(
         adapter.block_positions(lm.num_layers), trained.blocks, strict=True
@@ -266,3 +281,10 @@ def encoder_flops(encoder: VisionEncoderConfig, tiles: int, trained: bool, rerun
     patches = 2 * tiles * encoder.patches_per_side**2 * 3 * encoder.patch_size**2 * width
     layer = 2 * tokens * width * (4 * width + 2 * encoder.intermediate_size) + 4 * tokens**2 * width
     return patches * (1 + trained) + depth * layer * (1 + trained * (2 + reruns))
+
+
+def projection_flops(config: ModelConfig, vision: int, trained: TrainedParts) -> int:
+    """The FLOPs of the image adapter's projection of so many vision tokens, with the backward pass where it has one."""
+    assert config.vision_encoder is not None
+    product = 2 * config.vision_encoder.feature_size * config.language_model.hidden_size * vision
+    return product * (1 + trained.encoder + trained.projection)

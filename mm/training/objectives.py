@@ -1,6 +1,6 @@
 """What a stage trains on: the interface that the trainer calls, and next-token prediction, which trains adapters.
 
-The other objectives are `mm.training.contrastive`, `video`, `speech`, `speech_pretraining` and `character_ctc`.
+The other objectives are `mm.training.contrastive`, `matching`, `speech`, `speech_pretraining` and `character_ctc`.
 """
 
 from collections.abc import Callable
@@ -107,6 +107,10 @@ class NextTokenObjective:
     def __init__(self, flops: Callable[[Batch], int] | None = None) -> None:
         self.flops = flops
 
+    @property
+    def runs_language_model(self) -> bool:
+        return True
+
     def dummy_sample(self, module: MultimodalModel) -> Sample:
         """A black tile, a clip of it and a silent mel frame, of those that the module takes, without a target: every
         gradient that it causes is 0."""
@@ -126,7 +130,8 @@ class NextTokenObjective:
         return next_token_loss(module, batch)
 
     def throughput(self, batch: Batch) -> dict[str, float]:
-        counts: dict[str, float] = {"images": 0, "tiles": 0, "tokens": int(batch.lengths.sum())}
+        tokens = int(batch.lengths.sum())
+        counts: dict[str, float] = {"samples": len(batch.lengths), "images": 0, "tiles": 0, "tokens": tokens}
         for modality in MODALITIES:
             if items := batch.items(modality):
                 for name, value in modality.quantities(items).items():

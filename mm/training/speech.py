@@ -148,14 +148,13 @@ def ctc_loss(model: MultimodalModel, batch: Batch, adapter_rows: Tensor) -> Tens
         adapter_rows: what the speech adapter gives for the batch's utterances, packed, [N, D].
     """
     assert batch.host.labels is not None
-    rows_per_utterance = iter(adapter_rows.split([num_tokens(len(mel)) for mel in batch.speech]))
+    rows_per_utterance = adapter_rows.split([num_tokens(len(mel)) for mel in batch.speech])
     not_spoken = {IGNORED, *model.config.language_model.stop_tokens}
     utterances: list[Tensor] = []
     answers: list[list[int]] = []
-    for labels, num_utterances in zip(batch.host.labels.tolist(), batch.speech_per_row, strict=True):
-        rows = [next(rows_per_utterance) for _ in range(num_utterances)]
-        if num_utterances == 1 and any(label != IGNORED for label in labels):
-            utterances.append(rows[0])
+    for labels, row_speech in zip(batch.host.labels.tolist(), batch.row_speech, strict=True):
+        if len(row_speech) == 1 and any(label != IGNORED for label in labels):
+            utterances.append(rows_per_utterance[row_speech[0]])
             answers.append([label for label in labels if label not in not_spoken])
     if not utterances:
         return adapter_rows.sum() * 0.0

@@ -19,7 +19,7 @@ def test_collate_pads_to_the_right(random_tiles):
     assert batch.tokens.tolist() == [[5, 6, 7], [8, 0, 0], [9, 10, 0]]
     assert batch.labels.tolist() == [[-100, 6, 7], [-100, -100, -100], [9, -100, -100]]
     assert batch.lengths.tolist() == [3, 1, 2]
-    assert batch.images_per_row == [2, 0, 1]
+    assert batch.row_images == [[0, 1], [], [2]]
     assert all(one is other for one, other in zip(batch.images, tiles, strict=True))
 
 
@@ -35,8 +35,9 @@ def test_a_moved_batch_holds_the_same_and_remembers_the_host(everything_run):
     for name in ("tokens", "labels", "lengths"):
         assert torch.equal(getattr(moved, name), getattr(batch, name))
     for name in ("images", "videos", "speech"):
-        assert getattr(moved, f"{name}_per_row") == getattr(batch, f"{name}_per_row") == [1, 0, 1]
-        assert len(getattr(moved, name)) == 2
+        last = 1 if name == "speech" else 0  # images and clips that are equal are one
+        assert getattr(moved, f"row_{name}") == getattr(batch, f"row_{name}") == [[0], [], [last]]
+        assert len(getattr(moved, name)) == last + 1
 
 
 @pytest.mark.parametrize(

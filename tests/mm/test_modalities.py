@@ -25,7 +25,7 @@ def placeholders(tokens: list[int], config: mm.ModelConfig, modality) -> int:
 @pytest.mark.parametrize("modality", MODALITIES, ids=lambda modality: modality.name)
 def test_a_modality_has_its_places(modality):
     assert modality.field in {field.name for field in dataclasses.fields(mm.Sample)}
-    assert {modality.field, f"{modality.field}_per_row"} <= {field.name for field in dataclasses.fields(mm.Batch)}
+    assert {modality.field, f"row_{modality.field}"} <= {field.name for field in dataclasses.fields(mm.Batch)}
     assert modality.part in {field.name for field in dataclasses.fields(mm.ModelConfig)} & set(PARTS)
 
 
@@ -113,10 +113,11 @@ def test_throughput_counts_every_modality(everything):
     batch = mm.collate([dummy_sample(everything.config)] * 2)
     counts = NextTokenObjective().throughput(batch)
     assert counts == {
-        "images": 2,
-        "tiles": 4,  # one of each image, one of each clip's frame
+        "samples": 2,
+        "images": 1,  # both rows look at the same
+        "tiles": 2,  # one of the image, one of the clip's frame
         "tokens": int(batch.lengths.sum()),
-        "clips": 2,
-        "frames": 2,
+        "clips": 1,
+        "frames": 1,
         "audio_seconds": 0.02,
     }

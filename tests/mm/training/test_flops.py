@@ -146,6 +146,21 @@ def test_activation_checkpointing_counts_layers_once_more(build_model, wide_conf
     assert expected > 1.1 * training_flops(wide_config, rows, trained_parts).total
 
 
+@pytest.mark.parametrize("encoder", [True, False])
+def test_shared_images_are_counted_once(build_model, wide_config, random_tiles, encoder):
+    """Five rows look at three pictures, one of them at two."""
+    shared, other, third = random_tiles(1, (1, 2)), random_tiles(2, (2, 2)), random_tiles(3)
+    rows = [Row(9, 2, (2,)), Row(14, 5, (2, 4)), Row(5, 1, (2,)), Row(6, 6), Row(7, 2, (1,))]
+    samples = samples_of(rows, wide_config, random_tiles)
+    for sample, images in zip(samples, ([shared], [shared, other], [shared], [], [third]), strict=True):
+        sample.images = images
+    model, batch = copy.deepcopy(build_model(wide_config)), mm.collate(samples)
+    trained = apply_learning_rates(model, {**FROZEN, "vision_encoder.*": 1e-3 if encoder else None, "*": 1e-3})
+    training = counted(lambda: next_token_loss(model, batch).backward())
+    trained_parts = TrainedParts.of(trained, wide_config)
+    assert batch_flops(batch, wide_config, trained_parts) == pytest.approx(training, rel=0.02)
+
+
 def test_batch_flops_are_those_of_its_rows(wide_config, random_tiles):
     for rows in BATCHES.values():
         batch = mm.collate(samples_of(rows, wide_config, random_tiles))
