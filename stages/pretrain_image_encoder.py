@@ -31,7 +31,6 @@ from mm.training.contrastive import (
     PairBatch,
     TextTowerConfig,
     contrastive_flops,
-    initialise_encoder,
 )
 from mm.training.data import DataSource, RecordDataset, readable_samples
 from mm.training.flops import matmul_rate
@@ -39,7 +38,7 @@ from mm.training.media import check_media
 from mm.training.optimizer import apply_learning_rates
 from mm.training.trainer import Trainer
 from shards.format import Record
-from vision.encoder import EncoderLayer, VisionEncoder, VisionEncoderConfig
+from vision.encoder import EncoderLayer, VisionEncoder, VisionEncoderConfig, initialise_encoder
 from vision.reading import read_picture
 from vision.tiling import tile_image
 

@@ -287,6 +287,26 @@ def at_tile_size(encoder: VisionEncoder, tile_size: int) -> VisionEncoder:
     return resized
 
 
+def initialise_encoder(encoder: VisionEncoder, seed: int) -> None:
+    """Initialise an encoder for training from scratch, in place; the weights depend on the seed alone.
+
+    Matrices are normal with variance 1 / inputs, biases 0, and each layer's two output projections are scaled by
+    1 / sqrt(2 * depth), so that the residual stream does not grow with depth.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    depth = len(encoder.layers) + len(encoder.gated_layers)
+    with torch.no_grad():
+        for module in encoder.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.normal_(std=module.in_features**-0.5, generator=generator)
+                if module.bias is not None:
+                    module.bias.zero_()
+        for layer in [*encoder.layers, *encoder.gated_layers]:
+            assert isinstance(layer.mlp, MLP)
+            layer.mlp.fc2.weight.mul_((2 * depth) ** -0.5)
+            layer.self_attn.o_proj.weight.mul_((2 * depth) ** -0.5)
+
+
 def resize_positions(state: dict[str, Tensor], old_side: int, new_side: int) -> dict[str, Tensor]:
     """Resize the position tables to another tile size, bilinearly over the patch grid; CLS rows are kept.
 

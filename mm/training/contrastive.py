@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foundation.errors import UserError
-from layers.feed_forward import MLP
 from mm.parallel.dtensor import full_tensor
 from mm.parallel.process_group import Ranks, all_gather_with_grad
 from mm.training.flops import encoder_flops
@@ -157,26 +156,6 @@ class ContrastiveObjective:
     def observe(self, module: ContrastiveModel) -> dict[str, float]:
         values = {"logit_scale": full_tensor(module.logit_scale).exp().item()}
         return values if module.logit_bias is None else values | {"logit_bias": full_tensor(module.logit_bias).item()}
-
-
-def initialise_encoder(encoder: VisionEncoder, seed: int) -> None:
-    """Initialise an encoder for training from scratch, in place; the weights depend on the seed alone.
-
-    Matrices are normal with variance 1 / inputs, biases 0, and each layer's two output projections are scaled by
-    1 / sqrt(2 * depth), so that the residual stream does not grow with depth.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    depth = len(encoder.layers) + len(encoder.gated_layers)
-    with torch.no_grad():
-        for module in encoder.modules():
-            if isinstance(module, nn.Linear):
-                module.weight.normal_(std=module.in_features**-0.5, generator=generator)
-                if module.bias is not None:
-                    module.bias.zero_()
-        for layer in [*encoder.layers, *encoder.gated_layers]:
-            assert isinstance(layer.mlp, MLP)
-            layer.mlp.fc2.weight.mul_((2 * depth) ** -0.5)
-            layer.self_attn.o_proj.weight.mul_((2 * depth) ** -0.5)
 
 
 def contrastive_flops(

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vision.encoder import VisionEncoder, VisionEncoderConfig, resize_positions
+from vision.encoder import VisionEncoder, VisionEncoderConfig, initialise_encoder, resize_positions
 from vision.tiling import CANVASES, Tiles
 
 CONFIG = VisionEncoderConfig(
@@ -228,3 +228,17 @@ def test_a_resized_encoder_encodes_larger_tiles(random_tiles):
     (features,) = encode(larger, [random_tiles(1, (1, 2), size=56)])
     assert features.shape == (2 * 17, 96)
     assert features.isfinite().all()
+
+
+def test_initial_weights_depend_on_the_seed_alone():
+    def initialised(global_seed: int, seed: int) -> VisionEncoder:
+        torch.manual_seed(global_seed)
+        encoder = VisionEncoder(CONFIG)
+        initialise_encoder(encoder, seed)
+        return encoder
+
+    first, same, other = initialised(1, 5), initialised(2, 5), initialised(1, 6)
+    name = "layers.1.mlp.fc1.weight"
+    assert torch.equal(first.get_parameter(name), same.get_parameter(name))
+    assert not torch.equal(first.get_parameter(name), other.get_parameter(name))
+    assert all(p.isfinite().all() for p in first.parameters())
