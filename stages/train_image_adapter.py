@@ -3,7 +3,8 @@
     mm train train_image_adapter --config configs/image_adapter.yaml
 
 The image encoder and the new cross-attention blocks train on images with captions or questions; the language model is
-frozen. Annealing is the same stage with `start_from`, another `tile_size` and lower learning rates.
+frozen. Annealing is the same stage with `start_from`, another `tile_size` and lower learning rates. Alignment (not in
+the paper) comes before both: the matching loss alone trains encoder and projection, and the language model is not run.
 """
 
 import logging
@@ -23,12 +24,14 @@ from mm.modalities import IMAGE
 from mm.model import MultimodalModel
 from mm.parallel.process_group import Ranks
 from mm.processor import Processor
-from mm.run_folder import load, read_shape, save
+from mm.run_folder import language_model_of, load, read_shape, save
 from mm.tokenizer_fit import use_stop_tokens
 from mm.training.adapters import processor_overrides, train_adapters
 from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
 from mm.training.data import DataSource
+from mm.training.matching import MatchingObjective
+from vision.encoder import VisionEncoder, VisionEncoderConfig, initialise_encoder
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +45,14 @@ class TrainImageAdapter:
         data: shards to train on.
         language_model: a Hugging Face folder or a GGUF file.
         vision_encoder: a folder of `pretrain_image_encoder`, of `mm convert open-clip`, or an earlier run's.
-        start_from: an earlier run or a Llama 3.2 Vision folder, in place of the two above: its encoder and adapter
-            train on (annealing), and its language model is copied into the new run.
-        adapter: of a new image adapter.
+        encoder: in place of that, the shape of a new image encoder.
+        start_from: an earlier run or a Llama 3.2 Vision folder, in place of the three above: its encoder and adapter
+            train on (after alignment; annealing). A language model that it holds itself is copied into the new run.
+        adapter: of a new image adapter. Its `fit_inputs` takes effect in the first stage that trains its blocks.
         validation: shards on which loss and accuracy are reported; null: none. validation_samples: samples of it.
         tile_size: another tile resolution than the encoder's, in pixels; null keeps that.
+        matching_weight, next_token_weight: of the losses in `mm.training.matching.MatchingObjective`; the paper has the
+            next-token loss only.
         caption_prompt, chat_template, max_tiles, allow_control_tokens, allow_omitted_text: see
             `mm.processor.Processor`; with start_from, null keeps the earlier run's template and permissions.
         bundle: copy the language model into the run folder.
@@ -58,11 +64,14 @@ class TrainImageAdapter:
     training: TrainingConfig
     language_model: str | None = None
     vision_encoder: str | None = None
+    encoder: VisionEncoderConfig | None = None
     start_from: str | None = None
     adapter: ImageAdapterConfig = field(default_factory=ImageAdapterConfig)
     validation: DataSource | None = None
     validation_samples: int = 256
     tile_size: int | None = None
+    matching_weight: float = 0.0
+    next_token_weight: float = 1.0
     max_tiles: int | None = None
     caption_prompt: str | None = "Describe the picture."
     chat_template: str | None = None
@@ -74,11 +83,31 @@ class TrainImageAdapter:
 
 def train_image_adapter(config: TrainImageAdapter) -> None:
     """Train an image encoder and cross-attention blocks for a frozen language model; or anneal them."""
+    objective = MatchingObjective(IMAGE, config.matching_weight, config.next_token_weight)
+    check_pipeline(config)
     model, processor = initial_model(config)
-    train_adapters(model, processor, config, "image adapter", IMAGE, new_adapter=config.start_from is None)
+    assert model.image_adapter is not None
+    trains_new_blocks = objective.runs_language_model and model.image_adapter.is_identity()
+    train_adapters(model, processor, config, "image adapter", IMAGE, new_adapter=trains_new_blocks, objective=objective)
     if Ranks.current().is_main:
-        bundle = config.bundle or config.language_model is None
-        save(config.output, model, processor, language_model=config.language_model, bundle=bundle)
+        language_model = config.language_model
+        if config.start_from is not None:
+            language_model = language_model_of(config.start_from)
+        bundle = config.bundle or language_model is None
+        save(config.output, model, processor, language_model=None if bundle else language_model, bundle=bundle)
+
+
+def check_pipeline(config: TrainImageAdapter) -> None:
+    """Check that a pipeline, which computes the loss of next tokens alone, is asked for no other.
+
+    Raises:
+        UserError: it is.
+    """
+    if config.training.pp_degree > 1 and (config.matching_weight, config.next_token_weight) != (0.0, 1.0):
+        raise UserError(
+            "a pipeline computes the loss of next tokens alone: leave training.pp_degree at 1, or matching_weight at 0 "
+            "and next_token_weight at 1"
+        )
 
 
 def initial_model(config: TrainImageAdapter) -> tuple[MultimodalModel, Processor]:
@@ -89,8 +118,11 @@ def initial_model(config: TrainImageAdapter) -> tuple[MultimodalModel, Processor
     """
     settings: dict[str, Any] = {}
     if config.start_from is not None:
-        if (config.language_model, config.vision_encoder) != (None, None):
-            raise UserError("start_from brings its own language_model and vision_encoder: leave those two out")
+        if (config.language_model, config.vision_encoder, config.encoder) != (None, None, None):
+            raise UserError(
+                "start_from brings its own language_model and image encoder: leave language_model, vision_encoder and "
+                "encoder out"
+            )
         if config.adapter != ImageAdapterConfig():
             raise UserError("start_from brings its own adapter: leave `adapter` out")
         model, earlier = load(config.start_from, dtype=torch.float32)
@@ -100,13 +132,13 @@ def initial_model(config: TrainImageAdapter) -> tuple[MultimodalModel, Processor
         names = ("chat_template", "allow_control_tokens", "allow_omitted_text")
         settings = {name: value for name, value in earlier.settings().items() if name in names}
     else:
-        if config.language_model is None or config.vision_encoder is None:
+        if config.language_model is None or (config.vision_encoder is None) == (config.encoder is None):
             raise UserError(
-                "name language_model and vision_encoder for a new adapter, or start_from for an earlier one"
+                "name language_model and vision_encoder for a new adapter (or `encoder`, the shape of a new encoder), "
+                "or start_from for an earlier one"
             )
         language_model = mm.convert.llama.load(config.language_model, dtype=torch.float32)
-        encoder = load_vision_encoder(config.vision_encoder, tile_size=config.tile_size).float()
-        model = assemble(language_model, encoder, config.adapter, seed=config.training.seed)
+        model = assemble(language_model, initial_encoder(config), config.adapter, seed=config.training.seed)
         tokenizer = mm.convert.llama.load_tokenizer(config.language_model)
     settings |= processor_overrides(config)
     processor = Processor(tokenizer, model.config, config.max_tiles, config.caption_prompt, **settings)
@@ -114,6 +146,20 @@ def initial_model(config: TrainImageAdapter) -> tuple[MultimodalModel, Processor
     if config.start_from is None:
         logger.info(model.language_model.report)
     return model, processor
+
+
+def initial_encoder(config: TrainImageAdapter) -> VisionEncoder:
+    """The image encoder of a new adapter, in FP32: an existing one, or a new one with random weights."""
+    if config.vision_encoder is not None:
+        return load_vision_encoder(config.vision_encoder, tile_size=config.tile_size).float()
+    assert config.encoder is not None
+    if config.tile_size is not None:
+        raise UserError("tile_size is for an encoder that exists: set encoder.tile_size for a new one")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.training.seed)
+        encoder = VisionEncoder(config.encoder)
+    initialise_encoder(encoder, config.training.seed)
+    return encoder
 
 
 def read_model_config(config: TrainImageAdapter) -> ModelConfig:
@@ -125,11 +171,14 @@ def read_model_config(config: TrainImageAdapter) -> ModelConfig:
     """
     if config.start_from is not None:
         model = read_shape(config.start_from)
-    elif config.language_model is None or config.vision_encoder is None:
+    elif config.language_model is None or (config.vision_encoder is None) == (config.encoder is None):
         raise UserError("name language_model and vision_encoder, or start_from, for their shapes; or take a --preset")
     else:
         language_model = mm.convert.llama.read_shape(config.language_model)
-        model = ModelConfig(language_model, read_vision_encoder_shape(config.vision_encoder), config.adapter)
+        encoder = config.encoder
+        if config.vision_encoder is not None:
+            encoder = read_vision_encoder_shape(config.vision_encoder)
+        model = ModelConfig(language_model, encoder, config.adapter)
     if model.vision_encoder is None:
         raise UserError(f"{config.start_from} has no vision_encoder, and `mm plan` is for models with one")
     tile_size = config.tile_size or model.vision_encoder.tile_size

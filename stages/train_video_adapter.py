@@ -24,7 +24,7 @@ from mm.training.adapters import processor_overrides, train_adapters
 from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
 from mm.training.data import DataSource
-from mm.training.video import VideoObjective
+from mm.training.matching import MatchingObjective
 from mm.video_adapter import VideoAdapterConfig
 
 
@@ -41,8 +41,8 @@ class TrainVideoAdapter:
         factor: frames that the aggregator merges into one; null keeps the adapter's.
         max_frames: frames of a clip. max_frame_tiles: tiles of a frame; null takes as many as the encoder does.
         tile_size: another tile resolution than the encoder's, in pixels; null keeps that.
-        matching_weight, next_token_weight: of the losses in `mm.training.video.VideoObjective`; the paper has the
-            next-token loss only.
+        matching_weight, next_token_weight: of the losses in `mm.training.matching.MatchingObjective`; the paper
+            has the next-token loss only.
         video_prompt: the question before a caption; null leaves the chat form out.
         chat_template, allow_control_tokens, allow_omitted_text: replace the run's own; see `mm.processor.Processor`.
         bundle: copy the language model into the run folder.
@@ -72,7 +72,7 @@ class TrainVideoAdapter:
 
 def train_video_adapter(config: TrainVideoAdapter) -> None:
     """Train the temporal aggregator and the video cross-attention blocks of an image-trained model."""
-    objective = VideoObjective(config.matching_weight, config.next_token_weight)
+    objective = MatchingObjective(VIDEO, config.matching_weight, config.next_token_weight)
     model, processor, is_new = initial_model(config)
     language_model = language_model_of(config.start_from)
     train_adapters(

@@ -20,11 +20,12 @@ from demos.speech_sets import SETS
 from foundation.options import new_parser, read_options
 from mm.cross_attention import ImageAdapterConfig
 from mm.language_model import LanguageModelConfig
+from mm.modalities import VIDEO
 from mm.training.contrastive import ContrastiveModel
+from mm.training.matching import MatchingObjective
 from mm.training.optimizer import apply_learning_rates
 from mm.training.speech import SpeechObjective
 from mm.training.speech_pretraining import SpeechPretraining
-from mm.training.video import VideoObjective
 from speech.conformer import SpeechEncoder, SpeechEncoderConfig
 from stages.finetune import Finetune
 from stages.pretrain_image_encoder import PretrainImageEncoder
@@ -234,7 +235,8 @@ def test_what_a_run_starts_from_is_the_output_of_another_configuration(name):
 
 
 GATED = [*of_stage("pretrain_image_encoder"), *of_stage("train_image_adapter"), *of_stage("finetune")]
-GATED += [name for name in of_stage("train_video_adapter") if name != "demo/video_alignment.yaml"]
+GATED += of_stage("train_video_adapter")
+GATED = [name for name in GATED if name not in ("demo/alignment.yaml", "demo/video_alignment.yaml")]
 
 
 @pytest.mark.parametrize("name", GATED)
@@ -248,13 +250,22 @@ def test_only_gates_and_zero_matrices_have_more_than_the_common_rate(name):
             assert model.get_parameter(parameter).numel() == 1, f"{parameter} has the gates' rate"
 
 
+@pytest.mark.parametrize("name", of_stage("train_image_adapter"))
+def test_only_the_demos_first_image_stage_aligns_and_trains_no_block(name):
+    config, (_, rates) = read(name), trained(name)
+    aligns = (config.matching_weight, config.next_token_weight) == (1.0, 0.0)
+    assert aligns == (name == "demo/alignment.yaml")
+    assert aligns or (config.matching_weight, config.next_token_weight) == (0.0, 1.0)
+    assert aligns == (not any(parameter.startswith("image_adapter.blocks.") for parameter in rates))
+
+
 @pytest.mark.parametrize("name", of_stage("train_video_adapter"))
 def test_video_stages_train_the_video_adapter_alone(name):
     config, (_, rates) = read(name), trained(name)
     assert all(parameter.startswith("video_adapter.") for parameter in rates)
     aligns = config.matching_weight > 0 and config.next_token_weight == 0
     assert aligns == all(parameter.startswith("video_adapter.aggregator.") for parameter in rates)
-    VideoObjective(config.matching_weight, config.next_token_weight)  # raises for weights that do not fit
+    MatchingObjective(VIDEO, config.matching_weight, config.next_token_weight)  # raises for weights that do not fit
 
 
 @pytest.mark.parametrize("name", of_stage("train_speech_adapter"))

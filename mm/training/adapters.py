@@ -20,7 +20,7 @@ from mm.parallel.tables import CHECKPOINTED_MODULES, FSDP_MODULES
 from mm.processor import Processor
 from mm.training.config import TrainingConfig
 from mm.training.data import DataSource, RecordDataset, collate_step, readable_samples
-from mm.training.flops import TrainedParts, batch_flops, matmul_rate, text_token_cost
+from mm.training.flops import TrainedParts, alignment_flops, batch_flops, matmul_rate, text_token_cost
 from mm.training.media import check_media, likely_indices
 from mm.training.objectives import NextTokenObjective
 from mm.training.optimizer import apply_learning_rates
@@ -80,10 +80,10 @@ def train_adapters(
     device = resolve_device(config.device)
     learning_rates = apply_learning_rates(model, config.training.learning_rates)
     check_trained_parameters(list(learning_rates), trainable_prefix)
-    flops = None  # is known for images only
+    objective = objective or NextTokenObjective()
     if not any(parameter.startswith(("video_adapter.", "speech_")) for parameter in learning_rates):
-        flops = partial(batch_flops, config=model.config, trained=TrainedParts.of(learning_rates, model.config))
-    objective = objective or NextTokenObjective(flops)
+        flops = batch_flops if objective.runs_language_model else alignment_flops  # known for images only
+        objective.flops = partial(flops, config=model.config, trained=TrainedParts.of(learning_rates, model.config))
     dataset = RecordDataset(config.data, prepare or processor.record_example, by_epoch=prepare is not None)
     check_media(dataset, modality)
     if new_adapter:
@@ -109,7 +109,7 @@ def train_adapters(
             checkpointed_modules=CHECKPOINTED_MODULES,
             fsdp_modules=FSDP_MODULES,
             sample_costs=sample_costs_of(dataset, model.config, processor.max_tiles),
-            matmul_rate=None if flops is None else matmul_rate(device.type, config.training.precision),
+            matmul_rate=None if objective.flops is None else matmul_rate(device.type, config.training.precision),
             identity={setting: value for setting, value in asdict(config).items() if setting not in NOT_IN_FINGERPRINT},
         ).run()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 import mm
@@ -351,3 +352,51 @@ def test_a_run_has_its_language_models_dtype(adapter_config, language_model_fold
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     sample, _ = processor.record_prompt(ShardSet(squares)[0])
     assert len(mm.generate_tokens(model, [sample], 2, [])[0]) == 2
+
+
+ALIGNMENT = {
+    "matching_weight": 1.0,
+    "next_token_weight": 0.0,
+    "adapter": {"gate_init": 0.5, "fit_inputs": True},
+    "validation": None,
+}
+ALIGNED = ("vision_encoder.", "image_adapter.projection.")
+
+
+def test_alignment_trains_encoder_and_projection_alone(adapter_config, tmp_path):
+    """Although the configuration gives the blocks a rate and weight decay."""
+    rates = {"language_model.*": None, "extra_embeddings": None, "*.gate_[af]*": 0.03, "*": 0.002}
+    training = {"steps": 24, "batch_size": 16, "save_every": 100, "weight_decay": 0.1, "learning_rates": rates}
+    file, aligned = adapter_config(**ALIGNMENT, training=training)
+    main(["--config", str(file)])
+    rows = metrics_of(aligned)
+    first, *_, last = (row["match_accuracy"] for row in rows)
+    assert first < 0.6 and last > 0.85  # of four colours, in questions and in captions
+    reported = [json.loads(line) for line in (aligned / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["flops_per_second"] > 0 for row in reported)
+    none, initial = adapter_config(**ALIGNMENT, output=str(tmp_path / "initial"), training={"steps": 1})
+    main(["--config", str(none), "--training.learning_rates", '{"image_adapter.projection.bias": 0.0, "*": null}'])
+    before, after = (mm.load(folder)[0].state_dict() for folder in (initial, aligned))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.startswith(ALIGNED) for name in changed)
+    assert {name for name in before if name.startswith(ALIGNED) and before[name].any()} <= changed
+
+
+def test_a_stage_after_alignment_keeps_what_is_aligned_and_fits_the_inputs(adapter_config, squares, tmp_path):
+    file, aligned = adapter_config(**ALIGNMENT, output=str(tmp_path / "aligned"), training={"steps": 4})
+    main(["--config", str(file)])
+    described = (aligned / "config.yaml").read_text()
+    rates = {"image_adapter.blocks.0.gate_attn": 0.0, "*": None}
+    changes = {"start_from": str(aligned), "language_model": None, "vision_encoder": None, "adapter": {}}
+    changes["training"] = {"steps": 1, "learning_rates": rates}
+    file, folder = adapter_config(**changes)
+    text = yaml.safe_load(file.read_text())
+    del text["adapter"]
+    file.write_text(yaml.safe_dump(text, sort_keys=False))
+    main(["--config", str(file)])
+    before, after = (mm.load(place)[0].state_dict() for place in (aligned, folder))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    fitted = ("input_layernorm.weight", "post_attention_layernorm.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight")
+    assert changed == {f"image_adapter.blocks.{block}.{name}" for block in range(3) for name in fitted}
+    language_model = yaml.safe_load((folder / "config.yaml").read_text())["language_model"]
+    assert language_model == yaml.safe_load(described)["language_model"] and language_model is not None

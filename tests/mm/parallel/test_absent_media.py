@@ -8,11 +8,12 @@ import torch
 
 import mm
 from mm.batch import IGNORED
+from mm.modalities import VIDEO
+from mm.training.matching import MatchingObjective
 from mm.training.objectives import NextTokenObjective
 from mm.training.sampler import step_indices
 from mm.training.speech import SpeechObjective
 from mm.training.trainer import Trainer
-from mm.training.video import VideoObjective
 from speech.adapter import num_tokens
 from tests.mm.parallel.test_fsdp import carry_out, opened
 from video.sampling import Clip
@@ -156,7 +157,7 @@ def test_pictures(model, compare, size, layouts):
 @pytest.mark.distributed
 @pytest.mark.parametrize("size", [2, 4])
 def test_clips(everything, compare, size):
-    compare(everything, clip, ["video_adapter.*"], VideoObjective(), {"fsdp": {}}, size)
+    compare(everything, clip, ["video_adapter.*"], MatchingObjective(VIDEO), {"fsdp": {}}, size)
 
 
 @pytest.mark.slow

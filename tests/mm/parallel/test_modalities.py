@@ -8,10 +8,11 @@ import torch
 
 import mm
 from mm.batch import IGNORED
+from mm.modalities import VIDEO
 from mm.parallel.tables import FSDP_MODULES
 from mm.training.distillation import DistillationSample
+from mm.training.matching import MatchingObjective
 from mm.training.speech import SpeechObjective
-from mm.training.video import VideoObjective
 from speech.adapter import num_tokens
 from tests.mm.parallel.test_fsdp import CLOSE, alone, carry_out, opened
 from video.sampling import Clip
@@ -67,8 +68,8 @@ def reading(model: mm.MultimodalModel) -> mm.MultimodalModel:
 @pytest.mark.distributed
 def test_video_and_speech_gradients_equal_those_of_one_process(model, random_tiles, config, tmp_path):
     cases = {
-        "matching": (watching(model, random_tiles), VideoObjective(1.0, 0.0), "video_adapter.aggregator.*"),
-        "watching": (watching(model, random_tiles), VideoObjective(0.5, 1.0), "video_adapter.*"),
+        "matching": (watching(model, random_tiles), MatchingObjective(VIDEO, 1.0, 0.0), "video_adapter.aggregator.*"),
+        "watching": (watching(model, random_tiles), MatchingObjective(VIDEO, 0.5, 1.0), "video_adapter.*"),
         "ctc": (hearing(model), SpeechObjective(1.0, 0.0), "speech_encoder.*"),
         "hearing": (hearing(model), SpeechObjective(0.5, 1.0), "speech_*"),
         "reading": (hearing(model), SpeechObjective(0.0, 1.0), "speech_*"),
