@@ -26,6 +26,7 @@ def evaluate_shards(argv: Sequence[str]) -> int:
     parser.add_argument("--task", help="only records of this task")
     parser.add_argument("--metrics", default="vqa_accuracy", help=f"separated by commas: {', '.join(METRICS)}")
     parser.add_argument("--blank-images", action="store_true", help="blind baseline: every image is grey")
+    parser.add_argument("--replace-images", action="store_true", help="baseline: images of another record")
     parser.add_argument("--replace-speech", action="store_true", help="deaf baseline: audio of another record")
     parser.add_argument(
         "--frames", default="all", help="of clips: all, one (the middle frame), or shuffled (the times stay)"
@@ -46,6 +47,7 @@ def evaluate_shards(argv: Sequence[str]) -> int:
         options.metrics.split(","),
         blank_images=options.blank_images,
         replace_speech=options.replace_speech,
+        replace_images=options.replace_images,
         frames=options.frames,
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,

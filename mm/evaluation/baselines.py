@@ -1,4 +1,4 @@
-"""Baselines: inputs without images, time, frame order or the right sound, to measure how much answers use them."""
+"""Baselines: inputs without images, time, frame order or the right media, to measure how much answers use them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -7,8 +7,9 @@ import torch
 
 from foundation.errors import UserError
 from mm.batch import Sample
+from mm.modalities import Modality
 from mm.records import record_answer
-from shards.format import AUDIO, Record
+from shards.format import Record
 from shards.reader import ShardSet
 from video.sampling import Clip
 from vision.tiling import Tiles
@@ -55,14 +56,19 @@ FRAMES: dict[str, Callable[[Sample], Sample]] = {
 }
 
 
-def replace_sound(records: ShardSet | Sequence[Record], indices: Sequence[int], index: int) -> Record:
-    """Record `index` with another record's sound.
+def replace_media(
+    records: ShardSet | Sequence[Record], indices: Sequence[int], index: int, modality: Modality
+) -> Record:
+    """Record `index` with another record's sounds or images.
 
-    It comes from the next record among `indices`, after which the first one follows, that has another answer and other
+    They come from the next record among `indices`, after which the first one follows, that has another answer and other
     media.
 
+    Args:
+        modality: AUDIO or IMAGE.
+
     Raises:
-        UserError: no record has another answer, or one of the two records has no sound.
+        UserError: no record has another answer, or one of the two records has no items of the modality.
     """
     record, position = records[index], indices.index(index)
     answer = record_answer(record).casefold()
@@ -71,11 +77,11 @@ def replace_sound(records: ShardSet | Sequence[Record], indices: Sequence[int], 
         if record_answer(other).casefold() != answer and other.media != record.media:
             break
     else:
-        raise UserError(f"record {record.id}: its sound cannot be replaced, since no record has another answer")
-    names, other_names = (
-        [name for name in media if name.rpartition(".")[2] in AUDIO] for media in (record.media, other.media)
-    )
+        raise UserError(
+            f"record {record.id}: its {modality.plural} cannot be replaced, since no record has another answer"
+        )
+    names, other_names = (modality.suffixes(media) for media in (record.media, other.media))
     if not names or not other_names:
-        raise UserError(f"record {(record if not names else other).id} has no sound")
-    sounds = {name: other.media[other_names[place % len(other_names)]] for place, name in enumerate(names)}
-    return replace(record, media={**record.media, **sounds})
+        raise UserError(f"record {(record if not names else other).id} has no {modality.plural}")
+    items = {name: other.media[other_names[place % len(other_names)]] for place, name in enumerate(names)}
+    return replace(record, media={**record.media, **items})

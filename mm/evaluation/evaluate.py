@@ -6,7 +6,7 @@ Records -> prompts (`mm.processor`) -> batches of similar length -> answers (`mm
 import json
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,13 +18,16 @@ from tqdm import tqdm
 from foundation.errors import UserError
 from mm.batch import Sample
 from mm.evaluation import metrics as scoring
-from mm.evaluation.baselines import FRAMES, blank_pixels, replace_sound
+from mm.evaluation.baselines import FRAMES, blank_pixels, replace_media
+from mm.evaluation.choices import AnswerTokens, distinct_answers, draw_choices, shared_choices
 from mm.evaluation.likelihood import answer_log_likelihoods
 from mm.evaluation.metrics import Score
+from mm.evaluation.pmi import PmiScorer, share_of_tied
 from mm.generation import generate_tokens
+from mm.modalities import AUDIO, IMAGE
 from mm.model import MultimodalModel
 from mm.processor import Processor
-from mm.records import content_texts, record_answer, record_answers, record_choices
+from mm.records import content_texts, record_answers, record_choices
 from mm.run_files import replaced_files
 from mm.transcription import transcribe_tokens
 from shards.format import Record
@@ -34,8 +37,7 @@ from speech.prompts import TRANSCRIBE
 
 Item = TypeVar("Item")
 
-METRICS = ("vqa_accuracy", "exact_match", "choice", "bleu", "chrf", "wer", "cer")
-MAX_SHARED_ANSWERS = 200  # `choice` refuses a set with more different answers
+METRICS = ("vqa_accuracy", "exact_match", "choice", "pmi_choice", "bleu", "chrf", "wer", "cer")
 _WINDOW = 16  # batches that are read ahead and sorted by length together; it bounds the images in memory
 
 
@@ -46,11 +48,12 @@ class EvaluationReport:
     Attributes:
         scores: by metric name, in the order of the request.
         predictions: for each record that could be read, in the order of the set: id, question, reference, prediction
-            (unless `choice` is the only metric), choice (with the metric `choice`), and scores, the values that the
-            averages are made of.
+            (unless choices are the only metrics), choice (with the metric `choice`), pmi (with `pmi_choice`: the score
+            of each choice in nats, the reference first), and scores, the values that the averages are made of.
         failed: for each record that could not be read: id and reason. They do not count in any score.
         blank_images: whether images were replaced by grey.
         replaced_speech: whether each record had another record's sound.
+        replaced_images: whether each record had another record's images.
         frames: which frames of clips the model had, see `mm.evaluation.baselines.FRAMES`.
         real_time_factor: seconds of computation per second of sound, at this batch size; None without sound.
         real_time_interval: half the width of its 95% confidence interval over batches; None for a single batch.
@@ -64,10 +67,12 @@ class EvaluationReport:
     frames: str = "all"
     real_time_factor: float | None = None
     real_time_interval: float | None = None
+    replaced_images: bool = False
 
     def __str__(self) -> str:
         baseline = " with blanked images" if self.blank_images else ""
         baseline += " with another record's sound" if self.replaced_speech else ""
+        baseline += " with another record's images" if self.replaced_images else ""
         baseline += {"all": "", "one": " of one frame", "shuffled": " of shuffled frames"}[self.frames]
         lines = [str(score) + baseline for score in self.scores.values()]
         if self.real_time_factor is not None:
@@ -86,6 +91,8 @@ class EvaluationReport:
             for name, score in self.scores.items()
         }
         summary = {"scores": scores, "blank_images": self.blank_images, "frames": self.frames, "failed": self.failed}
+        if self.replaced_images:
+            summary["replaced_images"] = True
         if self.real_time_factor is not None:
             factor = {"real_time_factor": self.real_time_factor, "real_time_interval": self.real_time_interval}
             summary |= {"replaced_speech": self.replaced_speech, **factor}
@@ -103,6 +110,7 @@ def evaluate(
     *,
     blank_images: bool = False,
     replace_speech: bool = False,
+    replace_images: bool = False,
     frames: str = "all",
     batch_size: int = 32,
     max_new_tokens: int = 32,
@@ -119,9 +127,13 @@ def evaluate(
         metrics: of METRICS. `choice` is the share of records for which the most probable choice is a reference. The
             choices are `"choices"` in the record's json, else all references of the set. A choice's probability is the
             product over its tokens *and its stop token*: that the model gives exactly this answer. So it is not divided
-            by the number of tokens, which would favour long answers.
+            by the number of tokens, which would favour long answers. `pmi_choice` is the share of records for which,
+            of the reference and 19 answers of other records, drawn with `seed`, the reference has the highest pointwise
+            mutual information with the record's images and clips; one of n tied answers counts 1/n, so that a model
+            that ignores them reaches one in 20 (see `mm.evaluation.pmi`).
         blank_images: baseline without images: their pixels become mid-grey, in as many tiles.
         replace_speech: baseline with wrong sound: every record gets the sound of the next one with another answer.
+        replace_images: baseline with wrong images, likewise.
         frames: frames of every clip: "all", only the middle "one", or "shuffled" in a random order (see
             `mm.evaluation.baselines`).
         max_new_tokens: limit of an answer. A question with one sound that starts with `TRANSCRIBE` is answered like by
@@ -132,15 +144,21 @@ def evaluate(
         UserError: an option is out of range, there are no records, none can be read, or there are too many choices.
     """
     _check_options(metrics, frames, batch_size, limit, len(records))
+    if replace_speech and replace_images:
+        raise UserError("replace_speech and replace_images are two baselines: choose one")
+    replaced = AUDIO if replace_speech else IMAGE if replace_images else None
     indices = list(range(len(records)))
     if limit is not None and limit < len(records):
         indices = sorted(random.Random(seed).sample(indices, limit))
-    chooses, generates = "choice" in metrics, set(metrics) != {"choice"}
-    shared_choices = _shared_choices(records) if chooses else None
-    build = _PromptBuilder(processor, model.config.language_model.context, shared_choices)
+    generates = bool(set(metrics) - {"choice", "pmi_choice"})
+    answer_tokens = AnswerTokens(processor)
+    choices = shared_choices(records) if "choice" in metrics else None
+    answers = distinct_answers(records, answer_tokens) if "pmi_choice" in metrics else None
+    pmi_scorer = PmiScorer(model) if "pmi_choice" in metrics else None
+    build = _PromptBuilder(processor, answer_tokens, model.config.language_model.context, choices, answers, seed)
 
     def read(index: int) -> _Prompt:
-        prompt = build(replace_sound(records, indices, index) if replace_speech else records[index])
+        prompt = build(replace_media(records, indices, index, replaced) if replaced else records[index])
         if blank_images:
             prompt.sample = blank_pixels(prompt.sample)
         prompt.sample = FRAMES[frames](prompt.sample)
@@ -162,9 +180,9 @@ def evaluate(
                     reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
                     failed.append({"id": _record_id(records, index), "reason": reason})
                     progress.update()
-            for batch in _chunks(sorted(prompts, key=lambda prompt: len(prompt.sample.tokens)), batch_size):
+            for batch in _chunks(sorted(prompts, key=_Prompt.lengths), batch_size):
                 started = time.perf_counter()
-                _answer(model, processor, batch, max_new_tokens, generates, chooses)
+                _answer(model, processor, batch, max_new_tokens, generates, choices is not None, pmi_scorer)
                 compute_seconds.append(time.perf_counter() - started)
                 num_frames = sum(len(mel) for prompt in batch for mel in prompt.sample.speech)
                 sound_seconds.append(num_frames / FRAMES_PER_SECOND)
@@ -180,7 +198,9 @@ def evaluate(
     interval = None
     if factor and len(sound_seconds) > 1:
         interval = scoring.ratio_interval(np.array(compute_seconds), np.array(sound_seconds))
-    return EvaluationReport(scores, predictions, failed, blank_images, replace_speech, frames, factor, interval)
+    return EvaluationReport(
+        scores, predictions, failed, blank_images, replace_speech, frames, factor, interval, replace_images
+    )
 
 
 def _chunks(items: list[Item], size: int) -> Iterator[list[Item]]:
@@ -195,9 +215,15 @@ class _Prompt:
     references: list[str]
     choices: list[str]
     choice_tokens: list[list[int]]
+    pmi_choices: list[str]
+    pmi_tokens: list[list[int]]
     row: dict[str, Any]
     language: str
     transcribes: bool
+
+    def lengths(self) -> tuple[int, int]:
+        """The lengths of the prompt and of all answers to compare: prompts of similar ones are computed together."""
+        return len(self.sample.tokens), sum(map(len, [*self.choice_tokens, *self.pmi_tokens]))
 
 
 class _PromptBuilder:
@@ -206,17 +232,31 @@ class _PromptBuilder:
     Args:
         context: the model's limit of tokens.
         shared_choices: choices of records without their own; None without the metric `choice`.
+        pmi_answers: the different answers of the set; None without the metric `pmi_choice`.
+        seed: of the choices among them.
     """
 
-    def __init__(self, processor: Processor, context: int, shared_choices: list[str] | None) -> None:
-        self.processor, self.context, self.shared_choices = processor, context, shared_choices
+    def __init__(
+        self,
+        processor: Processor,
+        answer_tokens: AnswerTokens,
+        context: int,
+        shared_choices: list[str] | None,
+        pmi_answers: list[str] | None,
+        seed: int,
+    ) -> None:
+        self.processor, self.answer_tokens, self.context = processor, answer_tokens, context
+        self.shared_choices, self.pmi_answers, self.seed = shared_choices, pmi_answers, seed
 
     def __call__(self, record: Record) -> _Prompt:
         references, own_choices = record_answers(record), record_choices(record)
         sample, reference = self.processor.record_prompt(record)
         choices = [] if self.shared_choices is None else own_choices or self.shared_choices
-        choice_tokens = self.processor.record_answer_tokens(record, choices)
-        length, longest = len(sample.tokens), max((len(tokens) for tokens in choice_tokens), default=1)
+        pmi_choices: list[str] = []
+        if self.pmi_answers is not None:
+            pmi_choices = draw_choices([reference, *references], self.pmi_answers, record.id, self.seed)
+        tokens = self.answer_tokens(record, [*choices, *pmi_choices])
+        length, longest = len(sample.tokens), max((len(answer) for answer in tokens), default=1)
         if length + longest > self.context:
             raise UserError(
                 f"the prompt has {length} tokens, and its answer {longest} or more; the context has {self.context}"
@@ -224,7 +264,9 @@ class _PromptBuilder:
         question = _question(self.processor, record)
         row = {"id": record.id, "question": question, "reference": reference, "scores": {}}
         transcribes = len(sample.speech) == 1 and question.startswith(TRANSCRIBE)
-        return _Prompt(sample, references, choices, choice_tokens, row, str(record.json.get("language")), transcribes)
+        choice_tokens, pmi_tokens = tokens[: len(choices)], tokens[len(choices) :]
+        language = str(record.json.get("language"))
+        return _Prompt(sample, references, choices, choice_tokens, pmi_choices, pmi_tokens, row, language, transcribes)
 
 
 def _answer(
@@ -234,8 +276,10 @@ def _answer(
     max_new_tokens: int,
     generates: bool,
     chooses: bool,
+    pmi_scorer: PmiScorer | None,
 ) -> None:
     """Add the answers and choices of one batch to its rows."""
+    samples = [prompt.sample for prompt in batch]
     if generates:
         for generate, transcribes in ((transcribe_tokens, True), (generate_tokens, False)):
             part = [prompt for prompt in batch if prompt.transcribes == transcribes]
@@ -243,10 +287,14 @@ def _answer(
             for prompt, tokens in zip(part, answers, strict=True):
                 prompt.row["prediction"] = processor.decode(tokens)
     if chooses:
-        samples = [prompt.sample for prompt in batch]
         likelihoods = answer_log_likelihoods(model, samples, [prompt.choice_tokens for prompt in batch])
         for prompt, values in zip(batch, likelihoods, strict=True):
             prompt.row["choice"] = prompt.choices[max(range(len(values)), key=values.__getitem__)]
+    if pmi_scorer is not None:
+        scores = pmi_scorer(samples, [prompt.pmi_tokens for prompt in batch])
+        for prompt, values in zip(batch, scores, strict=True):
+            prompt.row["pmi"] = {text: round(value, 3) for text, value in zip(prompt.pmi_choices, values, strict=True)}
+            prompt.row["scores"]["pmi_choice"] = share_of_tied(values)
 
 
 def _score(
@@ -267,41 +315,15 @@ def _score(
         if name in corpus:
             scores[name] = corpus[name]([row["prediction"] for row in predictions], references)
             continue
+        if name == "pmi_choice":
+            scores[name] = scoring.average(name, [row["scores"][name] for row in predictions])
+            continue
         column, function = averages[name]
         values = [function(row[column], texts) for row, texts in zip(predictions, references, strict=True)]
         scores[name] = scoring.average(name, values)
         for row, value in zip(predictions, values, strict=True):
             row["scores"][name] = value
     return scores
-
-
-def _shared_choices(records: ShardSet | Sequence[Record]) -> list[str]:
-    """All different references of the set, sorted: the choices of records without their own.
-
-    Raises:
-        UserError: there are more than MAX_SHARED_ANSWERS.
-    """
-    answers: set[str] = set()
-    for record in _readable(records):
-        try:
-            if record_choices(record) is None:
-                answers |= {record_answer(record)} - {""}  # an empty answer is not a choice
-        except Exception:  # reported when the record is evaluated
-            continue
-    if len(answers) > MAX_SHARED_ANSWERS:
-        raise UserError(
-            f"the set has {len(answers):,} different answers; `choice` chooses from at most {MAX_SHARED_ANSWERS}. Give "
-            "each record its own 'choices', or leave out this metric"
-        )
-    return sorted(answers)
-
-
-def _readable(records: ShardSet | Sequence[Record]) -> Iterable[Record]:
-    for index in range(len(records)):
-        try:
-            yield records[index]
-        except ValueError:
-            continue
 
 
 def _question(processor: Processor, record: Record) -> str:

@@ -7,8 +7,9 @@ import torch
 import mm
 from data_prep.sources.recordings import transcription_record, translation_record, with_free_form_question
 from mm.assembly import add_speech
-from mm.evaluation.baselines import replace_sound
+from mm.evaluation.baselines import replace_media
 from mm.evaluation.evaluate import evaluate
+from mm.modalities import AUDIO
 from shards.format import Record
 from speech.adapter import SpeechAdapterConfig, num_tokens
 from speech.conformer import SpeechEncoder, SpeechEncoderConfig
@@ -95,13 +96,13 @@ def test_only_transcripts_have_the_limit_of_their_sound(speech_model, records, m
 
 def test_a_sound_without_a_replacement_is_an_error(records):
     with pytest.raises(ValueError, match="no record has another answer"):
-        replace_sound(records[:2], [0, 1], 0)  # the same word twice
+        replace_media(records[:2], [0, 1], 0, AUDIO)  # the same word twice
 
 
 def test_a_sound_is_not_replaced_by_itself(records):
     samples = np.random.default_rng(9).normal(0, 3000, 3000).astype(np.int16)
     twice = [translation_record(f"noise/{to}", "test", to, to, samples, said="apple") for to in ("es", "fr")]
-    assert replace_sound([*twice, records[2]], [0, 1, 2], 0).media == records[2].media
+    assert replace_media([*twice, records[2]], [0, 1, 2], 0, AUDIO).media == records[2].media
 
 
 def test_records_whose_sound_cannot_be_replaced_have_failed(speech_model, records, square_record):
@@ -109,4 +110,4 @@ def test_records_whose_sound_cannot_be_replaced_have_failed(speech_model, record
         *speech_model, [*records, square_record(1, "test")], ["wer"], max_new_tokens=2, replace_speech=True
     )
     assert {row["id"] for row in report.failed} == {records[-1].id, "square-0001"}
-    assert all("has no sound" in row["reason"] for row in report.failed)
+    assert all("has no utterances" in row["reason"] for row in report.failed)
