@@ -10,6 +10,7 @@ the paper) comes before both: the matching loss alone trains encoder and project
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ import torch
 import mm.convert.llama
 from foundation.errors import UserError
 from mm.assembly import assemble, set_tile_size
+from mm.batch import Sample
 from mm.config import ModelConfig
 from mm.cross_attention import ImageAdapterConfig
 from mm.encoder_folders import load_vision_encoder, read_vision_encoder_shape
@@ -27,10 +29,13 @@ from mm.processor import Processor
 from mm.run_folder import language_model_of, load, read_shape, save
 from mm.tokenizer_fit import use_stop_tokens
 from mm.training.adapters import processor_overrides, train_adapters
+from mm.training.augmentation import augmented_record
 from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
 from mm.training.data import DataSource
 from mm.training.matching import MatchingObjective
+from shards.format import Record
+from vision.augmentation import PictureAugmentConfig
 from vision.encoder import VisionEncoder, VisionEncoderConfig, initialise_encoder
 
 logger = logging.getLogger(__name__)
@@ -51,6 +56,7 @@ class TrainImageAdapter:
         adapter: of a new image adapter. Its `fit_inputs` takes effect in the first stage that trains its blocks.
         validation: shards on which loss and accuracy are reported; null: none. validation_samples: samples of it.
         tile_size: another tile resolution than the encoder's, in pixels; null keeps that.
+        augment: how the pictures change each time they come in training; null leaves them as they are, as the paper.
         matching_weight, next_token_weight: of the losses in `mm.training.matching.MatchingObjective`; the paper has the
             next-token loss only.
         caption_prompt, chat_template, max_tiles, allow_control_tokens, allow_omitted_text: see
@@ -70,6 +76,7 @@ class TrainImageAdapter:
     validation: DataSource | None = None
     validation_samples: int = 256
     tile_size: int | None = None
+    augment: PictureAugmentConfig | None = None
     matching_weight: float = 0.0
     next_token_weight: float = 1.0
     max_tiles: int | None = None
@@ -88,13 +95,39 @@ def train_image_adapter(config: TrainImageAdapter) -> None:
     model, processor = initial_model(config)
     assert model.image_adapter is not None
     trains_new_blocks = objective.runs_language_model and model.image_adapter.is_identity()
-    train_adapters(model, processor, config, "image adapter", IMAGE, new_adapter=trains_new_blocks, objective=objective)
+    prepare = None
+    if config.augment is not None:
+        prepare = partial(augmented_example, processor=processor, augment=config.augment, seed=config.training.seed)
+    train_adapters(
+        model,
+        processor,
+        config,
+        "image adapter",
+        IMAGE,
+        new_adapter=trains_new_blocks,
+        objective=objective,
+        prepare=prepare,
+    )
     if Ranks.current().is_main:
         language_model = config.language_model
         if config.start_from is not None:
             language_model = language_model_of(config.start_from)
         bundle = config.bundle or language_model is None
         save(config.output, model, processor, language_model=None if bundle else language_model, bundle=bundle)
+
+
+def augmented_example(
+    record: Record, visit: int, processor: Processor, augment: PictureAugmentConfig, seed: int
+) -> Sample:
+    """A training sample with augmented pictures; they are a function of record, visit and seed.
+
+    Args:
+        visit: how often the record came before, over all epochs.
+
+    Raises:
+        UserError: as `Processor.record_example`.
+    """
+    return processor.record_example(augmented_record(record, visit, augment, seed))
 
 
 def check_pipeline(config: TrainImageAdapter) -> None:

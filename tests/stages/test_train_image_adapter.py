@@ -400,3 +400,29 @@ def test_a_stage_after_alignment_keeps_what_is_aligned_and_fits_the_inputs(adapt
     assert changed == {f"image_adapter.blocks.{block}.{name}" for block in range(3) for name in fitted}
     language_model = yaml.safe_load((folder / "config.yaml").read_text())["language_model"]
     assert language_model == yaml.safe_load(described)["language_model"] and language_model is not None
+
+
+def test_augmentation_changes_what_each_epoch_sees_and_is_the_same_in_every_run(
+    adapter_config, square_record, tmp_path
+):
+    write_shards([square_record(number) for number in range(16)], tmp_path / "few")
+
+    def losses(name, **changes):
+        """Of three epochs of the same 16 pictures, with weights that stay as they are."""
+        training = {
+            "steps": 3,
+            "batch_size": 16,
+            "learning_rates": {"image_adapter.projection.bias": 0.0, "*": None},
+        }
+        data, output = [{"path": str(tmp_path / "few")}], str(tmp_path / name)
+        file, run = adapter_config(**{**ALIGNMENT, **changes}, data=data, output=output, training=training)
+        main(["--config", str(file)])
+        return [row["loss"] for row in metrics_of(run)]
+
+    plain, augment = losses("plain"), {"max_shift": 0.3, "mirror": True}
+    assert plain == pytest.approx(plain[:1] * 3, abs=1e-5)
+    augmented = losses("augmented", augment=augment)
+    assert min(abs(one - other) for one, other in zip(augmented, plain, strict=True)) > 1e-4
+    assert len(set(augmented)) == 3
+    assert losses("again", augment=augment) == augmented
+    assert losses("none", augment={}) == pytest.approx(plain, abs=1e-5)
