@@ -1,8 +1,8 @@
 """Read any sound file as one channel at 16 kHz; the first step of everything that starts from a sound.
 
-FFmpeg's libraries (PyAV) decode it. What a header states (length, rate, channels) is a hint: the sound is what is
-decoded, and each decoded frame tells its own rate and channels, which may change in the middle of a stream. The caller
-gets finite samples, or a `UserError` that names the file and the reason.
+FFmpeg's libraries (PyAV) decode it, except for plain PCM in WAV (`pcm.py`). What a header states (length, rate,
+channels) is a hint: the sound is what is decoded, and each decoded frame tells its own rate and channels, which may
+change in the middle of a stream. The caller gets finite samples, or a `UserError` that names the file and the reason.
 """
 
 import io
@@ -23,8 +23,10 @@ from foundation.extras import MissingExtraError, import_extra
 from foundation.media import open_media
 from speech.containers import Data, Part, parts
 from speech.features import SAMPLE_RATE
+from speech.pcm import find_pcm
 
 if TYPE_CHECKING:
+    from av.audio.fifo import AudioFifo
     from av.audio.frame import AudioFrame
     from av.audio.stream import AudioStream
     from av.container import InputContainer
@@ -182,6 +184,12 @@ def _decode(file: BinaryIO, part: Part, reading: _Reading, channels: Mapping[int
     if part.is_one_page and (section := _one_page_of_vorbis(file, channels.get(0))):
         reading.count(section.num_samples / section.rate)
         return [section]
+    if reading.raw_format is None and (pcm := find_pcm(Data(file))):
+        section = _Section((pcm.rate, pcm.channels, pcm.dtype.name), channels.get(0))
+        reading.count(pcm.num_samples / pcm.rate)
+        for block in pcm.blocks(BLOCK):
+            section.mix(_planar(_to_float(block), pcm.channels))
+        return [section]
     sections: list[_Section] = []
     options = WAV_OPTIONS if Data(file)[8:12] == b"WAVE" else {}
     file.seek(0)
@@ -273,14 +281,12 @@ class _Section:
     """
 
     def __init__(self, kind: tuple[int, int, str], channel: int | None) -> None:
-        from av.audio.fifo import AudioFifo
-
         if kind[0] not in RATES:
             raise UserError(f"{kind[0]} samples per second are outside {RATES[0]:,} to {RATES[-1]:,} Hz")
         self.kind, self.channel = kind, channel
         self.power, self.mixed_power = np.zeros(kind[1]), 0.0
         self._mixed: list[np.ndarray] = []
-        self._waiting = AudioFifo()
+        self._waiting: AudioFifo | None = None
 
     @property
     def rate(self) -> int:
@@ -299,9 +305,13 @@ class _Section:
 
     @property
     def num_samples(self) -> int:
-        return sum(map(len, self._mixed)) + self._waiting.samples
+        return sum(map(len, self._mixed)) + (self._waiting.samples if self._waiting else 0)
 
     def add(self, frame: "AudioFrame") -> None:
+        if self._waiting is None:
+            from av.audio.fifo import AudioFifo
+
+            self._waiting = AudioFifo()
         frame.pts = None  # the queue wants times without gaps, or none
         self._waiting.write(frame)
         if self._waiting.samples >= BLOCK:
@@ -327,23 +337,30 @@ class _Section:
         return _joined(self._mixed)
 
     def _mix_waiting(self) -> None:
-        frame = self._waiting.read()
+        frame = self._waiting.read() if self._waiting else None
         if frame is None:
             return
         block = _to_float(frame.to_ndarray())
-        if len(block) != self.kind[1]:  # [1, samples x channels]
-            block = np.ascontiguousarray(block.reshape(-1, self.kind[1]).T)
-        self.mix(block)
+        self.mix(block if len(block) == self.kind[1] else _planar(block, self.kind[1]))
 
 
 def _joined(pieces: list[np.ndarray]) -> np.ndarray:
-    return pieces[0] if len(pieces) == 1 else np.concatenate([np.zeros(0, np.float32), *pieces])
+    if len(pieces) == 1:
+        return pieces[0]
+    return np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
+
+
+def _planar(samples: np.ndarray, channels: int) -> np.ndarray:
+    """Samples whose channels take turns -> [channels, samples]."""
+    return np.ascontiguousarray(samples.reshape(-1, channels).T)
 
 
 def _to_float(samples: np.ndarray) -> np.ndarray:
     """Samples of any of FFmpeg's formats -> float32, full scale 1."""
+    if samples.dtype.kind == "f":
+        return samples.astype(np.float32, copy=False)
+    floats = samples.astype(np.float32)
     if samples.dtype == np.uint8:
-        return (samples.astype(np.float32) - 128) / 128
-    if samples.dtype.kind == "i":
-        return samples.astype(np.float32) / -float(np.iinfo(samples.dtype).min)
-    return samples.astype(np.float32, copy=False)
+        floats -= 128
+    floats *= np.float32(2.0 ** (1 - 8 * samples.dtype.itemsize))  # a power of two: exact
+    return floats
