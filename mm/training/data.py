@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from foundation.errors import UserError
+from mm.training.interruption import ignore_interrupt
 from mm.training.objectives import Objective
 from mm.training.sampler import LengthBuckets, Subsample, epoch_size, step_indices
 from shards.reader import ShardSet
@@ -266,6 +267,7 @@ def step_loader(
         collate_fn=collate_step,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
+        worker_init_fn=ignore_interrupt,
         generator=torch.Generator().manual_seed(seed),  # so that the loader does not draw from the global generator
     )
 

@@ -7,9 +7,6 @@ interrupted and resumed ends as the uninterrupted one, on one process bit for bi
 import copy
 import logging
 import math
-import signal
-import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -35,6 +32,7 @@ from mm.training.compiling import compiled, require_compiler
 from mm.training.config import NOT_IN_FINGERPRINT, TrainingConfig
 from mm.training.data import Position, SizedDataset, StepData, collate_step, step_loader
 from mm.training.guards import Guard
+from mm.training.interruption import StopSignals, end
 from mm.training.metrics import MetricsLog, NoLog, StepMetrics, Window
 from mm.training.objectives import Objective, loss_of_hidden_states
 from mm.training.optimizer import (
@@ -100,6 +98,7 @@ class Trainer:
             UserError: a configuration that does not fit the module, the machine or an earlier run in the folder, a step
                 whose records are all unreadable, or too many skipped steps in a row.
             SystemExit: 143 after SIGTERM, once a checkpoint is written.
+            KeyboardInterrupt: after Ctrl-C, likewise.
         """
         self._check_settings()
         self._set_up()
@@ -111,7 +110,7 @@ class Trainer:
             stack.enter_context(compiled(self.module, self.checkpointed_modules, self.config.compile))
             # Around what is compiled: the recomputation runs compiled layers.
             stack.enter_context(activation_checkpointing(self.module, self.checkpointed_modules, self.config))
-            self.termination = stack.enter_context(_Termination())
+            self.stop_signals = stack.enter_context(StopSignals())
             stack.enter_context(self.checkpoints)
             self.step_started = time.perf_counter()
             for step, data in zip(range(self.finished_steps, self.config.steps), loader, strict=False):
@@ -183,6 +182,7 @@ class Trainer:
         """Load the newest checkpoint, if there is one."""
         self.finished_steps, self.position, unlogged = self.checkpoints.resume() or (0, Position(self.config.seed), {})
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.flops_total = unlogged.pop("flops_total", 0.0)
         self.guard = Guard(self.config.spike_factor, self.config.max_skipped, **unlogged.pop("guard", {}))
         self.window = Window(**unlogged)
 
@@ -230,7 +230,7 @@ class Trainer:
         if self.layout.reports_samples(self.ranks.rank):
             for record in data.unreadable:
                 logger.warning("skipped record %s: %s", record.record, record.reason)
-        self.stop_requested = bool(self.ranks.all_reduce_max(self.termination.requested))
+        self.stop_requested = int(self.ranks.all_reduce_max(self.stop_signals.requested))
         self._add_to_window(metrics, data)
         self.window.add_time(waited, time.perf_counter() - self.step_started)
         self.log.advance(metrics.loss)
@@ -240,6 +240,7 @@ class Trainer:
         num_unreadable, *sums = self.layout.all_reduce_sum(len(data.unreadable), *data.amounts.values())
         totals = dict(zip(data.amounts, sums, strict=True))
         self.window.add(metrics, int(num_unreadable), totals)
+        self.flops_total += totals.get("flops", 0.0)
         for imbalance, amount in (("tile_imbalance", "tiles"), ("token_imbalance", "tokens")):
             if self.layout.dp_size > 1 and totals.get(amount):
                 maximum = self.ranks.all_reduce_max(data.amounts[amount])
@@ -248,7 +249,7 @@ class Trainer:
     def _after_step(self, finished: int) -> None:
         """Log, evaluate, save and stop, where that is due after `finished` steps."""
         config, last = self.config, finished == self.config.steps
-        stop = self.stop_requested and not last
+        stop = bool(self.stop_requested) and not last
         numbers: dict[str, float] = {}
         if finished % config.log_every == 0 or last:
             numbers |= self._window_numbers()
@@ -257,11 +258,11 @@ class Trainer:
         if numbers:
             self.log.write(finished, numbers)
         if finished % config.save_every == 0 or last or stop:
-            unlogged = self.window.unlogged() | {"guard": self.guard.state()}
+            unlogged = self.window.unlogged() | {"guard": self.guard.state(), "flops_total": self.flops_total}
             self.window.checkpoint_seconds += self.checkpoints.save(finished, self.position, unlogged)
         if stop:
             self.checkpoints.wait()
-            sys.exit(143)  # as a shell reports a process that SIGTERM ended
+            end(self.stop_requested)
         self.step_started = time.perf_counter()  # evaluations and checkpoints do not count as time of steps
 
     def _window_numbers(self) -> dict[str, float]:
@@ -270,6 +271,8 @@ class Trainer:
         if isinstance(self.module, Stage):
             observed = self.module.combine_values(observed)
         numbers = self.window.numbers() | {"learning_rate/factor": self.factor} | observed
+        if self.flops_total:
+            numbers["flops_total"] = self.flops_total  # of all steps so far, also before an interruption
         if self.matmul_rate is not None:
             numbers["mfu"] = numbers["flops_per_second"] / (self.matmul_rate * self.ranks.size)
         self.window = Window()
@@ -373,23 +376,3 @@ class activation_checkpointing:
     def __exit__(self, *_: object) -> None:
         for module in self.modules:
             del module.forward
-
-
-class _Termination:
-    """Context in which SIGTERM does not end the process but sets `requested`, which is obeyed between two steps."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __enter__(self) -> "_Termination":
-        self.installed = threading.current_thread() is threading.main_thread()  # other threads cannot set handlers
-        if self.installed:
-            self.previous = signal.signal(signal.SIGTERM, self._request)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.installed:
-            signal.signal(signal.SIGTERM, self.previous)
-
-    def _request(self, *_: object) -> None:
-        self.requested = True

@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mm.training.config import TrainingConfig
 from mm.training.data import Unreadable
+from mm.training.interruption import StopSignals
 from mm.training.objectives import NextTokenObjective
 
 BAD = Unreadable("square-0007", "broken or truncated picture")
@@ -169,24 +170,47 @@ def test_settings_out_of_range_are_refused(field, value):
 
 
 class Ended(NextTokenObjective):
-    """Sends SIGTERM to its process in the middle of the third step."""
+    """Sends its process a signal in the middle of the third step."""
 
     step = 0
+
+    def __init__(self, number: int, flops=None) -> None:
+        super().__init__(flops)
+        self.number = number
 
     def loss(self, module, batch):
         self.step += 1
         if self.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.number)
         return super().loss(module, batch)
 
 
-def test_sigterm_ends_after_the_step_with_a_checkpoint(model, config, run, same):
-    settings = config(steps=5, save_every=100)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_after_the_step_with_a_checkpoint(model, config, run, same, number, caplog):
+    settings = config(steps=5, save_every=100, workers=1)
     whole, ended = copy.deepcopy(model), copy.deepcopy(model)
-    run(whole, settings, folder="whole")
-    handler = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as caught:
-        run(ended, settings, objective=Ended())
-    assert caught.value.code == 143 and signal.getsignal(signal.SIGTERM) is handler
-    folder = run(ended, settings)
+    count = NextTokenObjective(flops=lambda batch: int(batch.lengths.sum()))
+    expected = lines(run(whole, settings, folder="whole", objective=count))
+    handler = signal.getsignal(number)
+    with pytest.raises(SystemExit if number == signal.SIGTERM else KeyboardInterrupt) as caught:
+        run(ended, settings, objective=Ended(number, count.flops))
+    assert signal.getsignal(number) is handler
+    if number == signal.SIGTERM:
+        assert caught.value.code == 143
+    else:
+        assert caplog.text.count("press it again") == 1
+    folder = run(ended, settings, objective=count)
     assert [row["step"] for row in lines(folder)] == [1, 2, 3, 4, 5] and same(whole, ended)
+    totals = [row["flops_total"] for row in lines(folder)]
+    assert totals == [row["flops_total"] for row in expected] == sorted(set(totals))
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # as torchrun does, right after the terminal's
+        assert signals.requested == 130
+        assert signals.interrupted_at is not None
+        signals.interrupted_at -= 10
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
