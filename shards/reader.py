@@ -75,6 +75,18 @@ class ShardSet:
             raise UserError(f"{where}: {INDEX_NAME} has record {key}, the tar has {names}; delete it to scan the tars")
         return found[0][0]
 
+    def first_of_image(self) -> np.ndarray:
+        """The first record of the same image as each record, by the index's `image_id`: int64 [len(self)].
+
+        A record without an image is its own first.
+        """
+        rows = np.arange(len(self))
+        ids = self.index["image_id"].combine_chunks().dictionary_encode()
+        images = ids.indices.fill_null(0).to_numpy(zero_copy_only=False)
+        first = np.full(max(1, len(ids.dictionary)), len(rows))
+        np.minimum.at(first, images, rows)
+        return np.where(ids.is_valid().to_numpy(zero_copy_only=False), first[images], rows)
+
     def select(self, split: str | None = None, task: str | None = None) -> "ShardSet":
         """The records of a split, a task, or both, in the same order.
 

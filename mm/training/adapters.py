@@ -152,8 +152,9 @@ def sample_costs_of(dataset: RecordDataset, config: ModelConfig, max_tiles: int)
     encoder = config.vision_encoder
     if encoder is None:
         return dataset.num_tokens().round().long()
-    vision_tokens = dataset.num_tiles(encoder.tile_size, max_tiles) * encoder.tokens_per_tile
-    return vision_tokens + (dataset.num_tokens() * text_token_cost(config)).round().long()
+    # A picture that several samples of a step look at costs each of them its share.
+    vision_tokens = dataset.num_tiles(encoder.tile_size, max_tiles) * encoder.tokens_per_tile / dataset.sharing
+    return vision_tokens.round().long() + (dataset.num_tokens() * text_token_cost(config)).round().long()
 
 
 def answer_accuracy(model: Callable[[Batch], Tensor], batches: list[Batch], device: torch.device) -> dict[str, float]:

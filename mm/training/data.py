@@ -7,7 +7,8 @@ consumed by all ranks. Workers only read and decode; they never choose or reorde
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, cast
+from functools import partial
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 from foundation.errors import UserError
 from mm.training.interruption import ignore_interrupt
 from mm.training.objectives import Objective
-from mm.training.sampler import LengthBuckets, Subsample, epoch_size, step_indices
+from mm.training.partition import balance_across_ranks, split_into_micro_batches
+from mm.training.sampler import Groups, LengthBuckets, Subsample, epoch_size, step_indices
 from shards.reader import ShardSet
 from shards.tars import KeyRule
 from vision.tiling import choose_canvas
@@ -39,8 +41,13 @@ class DataSource:
         split, task: only records of this split and this task; null takes all.
         repeat: how often each record occurs in an epoch. With 2.3, each record occurs twice, and 30% of them, drawn for
             each epoch, once more.
-        group_size: this many consecutive records of the shards follow each other in the order of training; they are in
-            one step where the batch size is a multiple. For clips of the same pictures with opposite answers.
+        group_size: so many records at most form a group. Its records follow each other in the order of training, are
+            computed on one rank and, where it fits, in one micro-batch. They are in one step where the batch size is a
+            multiple of the groups' sizes.
+        group_by: which records form a group: "order", consecutive ones of the shards, for clips of the same pictures
+            with opposite answers; or "image", those of one picture, wherever they stand, for questions about it, which
+            a micro-batch then encodes once. The records of a picture are divided evenly into as few groups as
+            `group_size` allows, anew in each epoch.
         key: where the names in tars without an index are divided into id and suffix: at their first or last dot.
     """
 
@@ -49,6 +56,7 @@ class DataSource:
     task: str | None = None
     repeat: float = 1
     group_size: int = 1
+    group_by: Literal["order", "image"] = "order"
     key: KeyRule = "first_dot"
 
     def open(self) -> ShardSet:
@@ -61,6 +69,11 @@ class DataSource:
             raise UserError(f"repeat of {self.path} is {self.repeat}; it must be above 0")
         if self.group_size < 1:
             raise UserError(f"group_size of {self.path} is {self.group_size}; it must be at least 1")
+        if self.group_by == "image" and self.group_size == 1:
+            raise UserError(
+                f"group_by of {self.path} is image and group_size is 1, which forms no groups: set group_size to the "
+                "number of records of a picture that a step may have"
+            )
         shards = ShardSet(self.path, self.key).select(split=self.split, task=self.task)
         if not len(shards):
             raise UserError(f"{self.path}: there are no records in it")
@@ -74,6 +87,12 @@ class DataSource:
     def per_epoch(self, num_records: int) -> int:
         """The number of this source's samples in an epoch, if it has `num_records` records."""
         return round(num_records * self.repeat)
+
+    def group_keys(self, shards: ShardSet) -> np.ndarray:
+        """Equal numbers for records that may form a group, int64 [len(shards)], each below the number of records."""
+        if self.group_by == "image":
+            return shards.first_of_image()
+        return np.arange(len(shards)) // self.group_size * self.group_size
 
 
 @dataclass(frozen=True)
@@ -95,7 +114,9 @@ class RecordDataset(Dataset):
 
     Attributes:
         subsamples: which indices an epoch leaves out, for sources with a fractional `repeat`.
-        groups: the group of each index, int64 [len(self)], for sources with a `group_size`; None: there are no groups.
+        groups: of sources with a `group_size`; None: there are no groups.
+        sharing: of each index, how many samples of a step look at its picture on average, float64 [len(self)]; 1 where
+            the source is not grouped by image.
     """
 
     def __init__(self, sources: Sequence[DataSource], prepare: Callable[..., Any], by_epoch: bool = False) -> None:
@@ -105,7 +126,7 @@ class RecordDataset(Dataset):
         self.sets: list[ShardSet] = []
         self.copies: list[tuple[int, int]] = []  # of each set: which copy of its source it is, and how many there are
         self.subsamples: list[Subsample] = []
-        group_sizes: list[int] = []
+        grouped_sources: list[DataSource] = []  # the source of each set
         for index, source in enumerate(sources):
             shards = source.open()
             times, rest = divmod(source.per_epoch(len(shards)), len(shards))
@@ -113,19 +134,27 @@ class RecordDataset(Dataset):
             if rest:
                 self.subsamples.append(Subsample(index, sum(map(len, self.sets)), len(shards), rest))
                 self.sets.append(shards)
-            copies = len(self.sets) - len(group_sizes)
+            copies = len(self.sets) - len(grouped_sources)
             self.copies += [(copy, copies) for copy in range(copies)]
-            group_sizes += [source.group_size] * copies
-        self.ends = torch.tensor([len(shards) for shards in self.sets]).cumsum(0)
-        self.groups: torch.Tensor | None = None
-        if any(size > 1 for size in group_sizes):
-            starts = self.ends - torch.tensor([len(shards) for shards in self.sets])
-            self.groups = torch.cat(
+            grouped_sources += [source] * copies
+        lengths = [len(shards) for shards in self.sets]
+        self.ends = torch.tensor(lengths).cumsum(0)
+        self.groups: Groups | None = None
+        self.sharing = torch.ones(len(self), dtype=torch.float64)
+        if any(source.group_size > 1 for source in grouped_sources):
+            starts = (self.ends - torch.tensor(lengths)).tolist()
+            keys = np.concatenate(
                 [
-                    start + torch.arange(len(shards)) // size * size
-                    for start, shards, size in zip(starts, self.sets, group_sizes, strict=True)
+                    start + source.group_keys(shards)
+                    for start, source, shards in zip(starts, grouped_sources, self.sets, strict=True)
                 ]
             )
+            repeats = torch.tensor(lengths)
+            sizes = torch.tensor([source.group_size for source in grouped_sources]).repeat_interleave(repeats)
+            of_images = torch.tensor([source.group_by == "image" for source in grouped_sources])
+            self.groups = Groups(torch.from_numpy(keys), sizes)
+            mean_sizes = self.groups.mean_sizes()
+            self.sharing = torch.where(of_images.repeat_interleave(repeats), mean_sizes, self.sharing)
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -169,25 +198,6 @@ class RecordDataset(Dataset):
         return torch.from_numpy(np.concatenate(chars)) / 4.0
 
 
-def balance_across_ranks(costs: Sequence[int], num_ranks: int) -> list[list[int]]:
-    """Divide a step's samples among ranks: about equal sums of costs, and at most ceil(samples / ranks) samples each.
-
-    The most expensive sample is assigned first, each to the rank with the lowest sum that has room left.
-
-    Returns:
-        The positions of each rank's samples in the step, ascending.
-    """
-    max_samples = math.ceil(len(costs) / num_ranks)
-    assigned: list[list[int]] = [[] for _ in range(num_ranks)]
-    sums = [0] * num_ranks
-    for position in sorted(range(len(costs)), key=lambda position: -costs[position]):
-        with_room = [rank for rank in range(num_ranks) if len(assigned[rank]) < max_samples]
-        rank = min(with_room, key=lambda rank: (sums[rank], len(assigned[rank])))
-        assigned[rank].append(position)
-        sums[rank] += costs[position]
-    return [sorted(positions) for positions in assigned]
-
-
 def readable_samples(dataset: RecordDataset, max_samples: int, indices: Sequence[int] | None = None) -> list[Any]:
     """The readable ones of `max_samples` samples, spread evenly over the dataset, to validate on.
 
@@ -227,7 +237,7 @@ class Position(NamedTuple):
 
 def step_loader(
     dataset: SizedDataset,
-    collate_step: Callable[[list], Any],
+    collate_step: Callable[..., Any],
     batch_size: int,
     seed: int,
     consumed: int = 0,
@@ -238,6 +248,9 @@ def step_loader(
     length_bucket_steps: int = 1,
 ) -> DataLoader:
     """A loader that yields `collate_step(samples)` of one data-parallel rank's share of each step, without end.
+
+    For a dataset with groups it calls `collate_step(samples, groups=keys)`, with a key for each sample that is equal
+    for samples of one group.
 
     Args:
         batch_size: samples of a step, over all ranks. seed: of the order.
@@ -261,6 +274,8 @@ def step_loader(
     groups = dataset.groups if isinstance(dataset, RecordDataset) else None
     by_epoch = isinstance(dataset, RecordDataset) and dataset.by_epoch
     order = (len(dataset), batch_size, seed, consumed, subsamples, groups, buckets)
+    if groups is not None:
+        dataset, collate_step = _WithGroups(dataset, groups), partial(_collate_groups, collate_step=collate_step)
     return DataLoader(
         cast(Dataset, dataset),
         batch_sampler=_RankSampler(dp_rank, dp_size, sample_costs, by_epoch, *order),
@@ -282,32 +297,32 @@ class _RankSampler:
         self.by_epoch, self.order = by_epoch, order
 
     def __iter__(self) -> Iterator[list[int]]:
-        length, batch_size, _, consumed, subsamples, *_ = self.order
+        length, batch_size, _, consumed, subsamples, groups, _ = self.order
         size = epoch_size(length, subsamples)
         for indices in step_indices(*self.order):
             costs = [1] * len(indices) if self.sample_costs is None else self.sample_costs[indices].tolist()
-            positions = balance_across_ranks(costs, self.dp_size)[self.dp_rank]
+            keys = None if groups is None else groups.keys[indices].tolist()
+            positions = balance_across_ranks(costs, self.dp_size, keys)[self.dp_rank]
             epochs = ((consumed + position) // size if self.by_epoch else 0 for position in positions)
             yield [indices[position] + epoch * length for position, epoch in zip(positions, epochs, strict=True)]
             consumed += batch_size
 
 
-def split_into_micro_batches(
-    sizes: Sequence[int], samples: list[Any], max_samples: int, max_tokens: int | None
-) -> list[list[Any]]:
-    """Split samples, in their order, into micro-batches of at most `max_samples`.
+class _WithGroups(Dataset):
+    """The samples of a dataset, each with the key of its group."""
 
-    Args:
-        sizes: of the samples, in tokens, ascending.
-        max_tokens: of a micro-batch of several samples, padding included; None sets no limit.
-    """
-    parts: list[list[Any]] = []
-    for size, sample in zip(sizes, samples, strict=True):
-        exceeds = max_tokens is not None and bool(parts) and (len(parts[-1]) + 1) * size > max_tokens
-        if not parts or len(parts[-1]) == max_samples or exceeds:
-            parts.append([])
-        parts[-1].append(sample)
-    return parts
+    def __init__(self, dataset: SizedDataset, groups: Groups) -> None:
+        self.dataset, self.groups = dataset, groups
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.dataset[index], int(self.groups.keys[index % len(self.dataset)])  # indices may include the epoch
+
+
+def _collate_groups(pairs: list[tuple[Any, int]], collate_step: Callable[..., Any]) -> Any:
+    return collate_step([sample for sample, _ in pairs], groups=[key for _, key in pairs])
 
 
 class StepData(NamedTuple):
@@ -333,6 +348,7 @@ def collate_step(
     dummy_sample: Any = None,
     share: int = 0,
     max_tokens: int | None = None,
+    groups: Sequence[int] | None = None,
 ) -> StepData:
     """A step's samples, or a rank's share of them, as micro-batches.
 
@@ -340,14 +356,15 @@ def collate_step(
         dummy_sample: added to each micro-batch of a rank among several, and alone in those that the rank has too few
             samples for, so that all ranks run through the same modules equally often; None for one rank.
         share: the largest number of samples that any rank has.
-        max_tokens: see `split_into_micro_batches`, by the objective's sizes; not together with `dummy_sample`.
+        max_tokens, groups: see `split_into_micro_batches`, by the objective's sizes; `max_tokens` not together with
+            `dummy_sample`.
     """
     unreadable = [sample for sample in samples if isinstance(sample, Unreadable)]
-    readable = [sample for sample in samples if not isinstance(sample, Unreadable)]
+    kept = [position for position, sample in enumerate(samples) if not isinstance(sample, Unreadable)]
+    readable, keys = [samples[position] for position in kept], groups and [groups[position] for position in kept]
     size = micro_batch_size or max(1, len(readable) if dummy_sample is None else share)
-    if size < len(readable) or max_tokens is not None:
-        readable.sort(key=objective.size)
-    parts = split_into_micro_batches([objective.size(sample) for sample in readable], readable, size, max_tokens)
+    positions = split_into_micro_batches([objective.size(sample) for sample in readable], size, max_tokens, keys)
+    parts = [[readable[position] for position in part] for part in positions]
     batches = [objective.collate(part) for part in parts]
     amounts: dict[str, float] = {}
     used_parts: dict[str, bool] = {}

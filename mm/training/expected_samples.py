@@ -22,16 +22,18 @@ class Samples:
         tokens: of text, the picture's placeholder included; all but the first are targets.
         tiles: tiles of a sample's picture, 0 for no picture -> share of the samples.
         assumed: the tiles are an assumption, not counted in an index.
+        sharing: how many samples of a step look at the same picture on average, which is encoded once for them.
     """
 
     tokens: int
     tiles: Mapping[int, float]
     assumed: bool
+    sharing: float = 1.0
 
     @property
     def images(self) -> float:
-        """The average number of pictures of a sample."""
-        return sum(share for tiles, share in self.tiles.items() if tiles)
+        """The average number of pictures that are encoded for a sample."""
+        return sum(share for tiles, share in self.tiles.items() if tiles) / self.sharing
 
     @property
     def largest(self) -> Row:
@@ -43,12 +45,16 @@ class Samples:
         return Row(self.tokens, self.tokens - 1, (tiles,) if tiles else ())
 
     def flops(self, config: ModelConfig, trained: TrainedParts, activation_checkpointing: bool = False) -> Flops:
-        """The average `training_flops` of a sample."""
-        costs = [
-            (share, training_flops(config, [self.row(tiles)], trained, activation_checkpointing))
-            for tiles, share in self.tiles.items()
-        ]
-        return Flops(*(round(sum(share * vars(cost)[part] for share, cost in costs)) for part in vars(Flops())))
+        """The average `training_flops` of a sample: what depends on the picture alone is divided by `sharing`."""
+        sums = dict.fromkeys(vars(Flops()), 0.0)
+        for tiles, share in self.tiles.items():
+            row = self.row(tiles)
+            one = vars(training_flops(config, [row], trained, activation_checkpointing))
+            both = vars(training_flops(config, [row, row], trained, activation_checkpointing, encoded=row.tiles))
+            for part in sums:
+                of_picture = 2 * one[part] - both[part]
+                sums[part] += share * (one[part] - of_picture * (1 - 1 / self.sharing))
+        return Flops(*map(round, sums.values()))
 
 
 def expected_samples(
@@ -59,6 +65,8 @@ def expected_samples(
     Args:
         max_tiles: of a picture; None: as many as the encoder takes.
         tiles: None: those in the sources' indices; if a source has no index, or is not there yet, 4 or `max_tiles`.
+
+    Questions about one picture share it where the sources have indices and are grouped by image.
 
     Raises:
         UserError: numbers that no sample can have, or a source that cannot be read.
@@ -73,8 +81,14 @@ def expected_samples(
         raise UserError(f"text_tokens is {tokens}; it can be 2 to {config.language_model.context}, the context")
     if tiles is not None and not 1 <= tiles <= limit:
         raise UserError(f"tiles is {tiles}; it can be 1 to {limit}")
-    if tiles is None and sources and all((Path(source.path) / INDEX_NAME).is_file() for source in sources):
-        dataset = RecordDataset(sources, prepare=lambda record: record)
-        counts = Counter(dataset.num_tiles(encoder.tile_size, limit).tolist())
-        return Samples(tokens, {tiles: counts[tiles] / counts.total() for tiles in sorted(counts)}, assumed=False)
-    return Samples(tokens, {tiles or min(DEFAULT_TILES, limit): 1.0}, assumed=True)
+    if not sources or not all((Path(source.path) / INDEX_NAME).is_file() for source in sources):
+        return Samples(tokens, {tiles or min(DEFAULT_TILES, limit): 1.0}, assumed=True)
+    dataset = RecordDataset(sources, prepare=lambda record: record)
+    indexed = dataset.num_tiles(encoder.tile_size, limit)
+    with_picture = dataset.sharing[indexed > 0]
+    sharing = float(1 / (1 / with_picture).mean()) if len(with_picture) else 1.0
+    if tiles is not None:
+        return Samples(tokens, {tiles: 1.0}, assumed=True, sharing=sharing)
+    counts = Counter(indexed.tolist())
+    shares = {number: counts[number] / counts.total() for number in sorted(counts)}
+    return Samples(tokens, shares, assumed=False, sharing=sharing)

@@ -211,8 +211,10 @@ class Plan:
         lines = [
             f"a step: {self.batch_size} samples of {self.samples.tokens} text tokens and {tiles} tiles "
             f"({'assumed' if self.samples.assumed else 'counted in the index'}), {self.precision}",
-            "",
         ]
+        if self.samples.sharing > 1:
+            lines.append(f"a picture is encoded once for {self.samples.sharing:.3g} samples, as the data are grouped")
+        lines.append("")
         rows: list[tuple[str, ...]] = [("", "trained", "frozen", "TFLOP per image", "TFLOP per text token")]
         images = max(self.samples.images, 1e-9)
         for part, count in self.parameters.items():

@@ -22,6 +22,50 @@ def epoch_size(length: int, subsamples: Sequence[Subsample]) -> int:
     return length - sum(subsample.length - subsample.num_used for subsample in subsamples)
 
 
+class Groups(NamedTuple):
+    """Indices that follow each other in an epoch's order.
+
+    Attributes:
+        keys: int64 [length of the dataset], equal for indices that may form a group, such as questions about a picture.
+        max_sizes: of each index, how many indices a group has at most, int64 [length]; equal where keys are.
+    """
+
+    keys: torch.Tensor
+    max_sizes: torch.Tensor
+
+    def mean_sizes(self) -> torch.Tensor:
+        """The mean size of the groups that each index comes into, float64 [length]."""
+        _, inverse, counts = self.keys.unique(return_inverse=True, return_counts=True)
+        members = counts[inverse]
+        return members.double() / _num_groups(members, self.max_sizes)
+
+    def order(self, order: torch.Tensor) -> torch.Tensor:
+        """An epoch's shuffled order with each group in the place of its first index, in the order of the indices.
+
+        The indices of a key are divided evenly among as few groups as `max_sizes` allow, in their shuffled order.
+        """
+        keys, sorted_places = self.keys[order].sort(stable=True)
+        _, counts = keys.unique_consecutive(return_counts=True)
+        members = counts.repeat_interleave(counts)
+        starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
+        num_groups = _num_groups(members, self.max_sizes[order[sorted_places]])
+        places = torch.arange(len(order))
+        new_group = torch.zeros(len(order), dtype=torch.long)
+        new_group[1:] = _is_new(keys, (places - starts) * num_groups // members)
+        groups = torch.empty_like(places).index_copy_(0, sorted_places, new_group.cumsum(0))
+        first = torch.full((len(order),), len(order)).scatter_reduce(0, groups, places, "amin")
+        return order[np.lexsort((order.numpy(), first[groups].numpy()))]
+
+
+def _num_groups(members: torch.Tensor, max_sizes: torch.Tensor) -> torch.Tensor:
+    return (members + max_sizes - 1) // max_sizes
+
+
+def _is_new(*columns: torch.Tensor) -> torch.Tensor:
+    """Whether each element but the first differs from the one before it in any column."""
+    return torch.stack([column[1:] != column[:-1] for column in columns]).any(0)
+
+
 class LengthBuckets(NamedTuple):
     """Puts samples of similar length into the same step: within each window of `window_steps` steps, they are sorted.
 
@@ -56,7 +100,7 @@ def epoch_order(
     seed: int,
     epoch: int,
     subsamples: Sequence[Subsample] = (),
-    groups: torch.Tensor | None = None,
+    groups: Groups | None = None,
     buckets: LengthBuckets | None = None,
 ) -> torch.Tensor:
     """The shuffled indices of an epoch, int64; the same for the same arguments, and as many in each epoch.
@@ -64,8 +108,7 @@ def epoch_order(
     Args:
         length: of the dataset. epoch: its number, from 0.
         subsamples: what the epoch leaves out.
-        groups: the group of each index, int64 [length]. The indices of a group follow each other, in their own order,
-            where the shuffled order has the first of them.
+        groups: which indices follow each other.
         buckets: sorts by length; not together with groups.
     """
     is_used = torch.ones(length, dtype=torch.bool)
@@ -76,10 +119,7 @@ def epoch_order(
     order = indices[_permutation(len(indices), f"{seed}/{epoch}")]
     if buckets is not None:
         return buckets.order(order, epoch, f"{seed}/{epoch}/steps")
-    if groups is None:
-        return order
-    first = torch.full((length,), length).scatter_reduce(0, groups[order], torch.arange(len(order)), "amin")
-    return order[np.lexsort((order.numpy(), first[groups[order]].numpy()))]
+    return order if groups is None else groups.order(order)
 
 
 def seed_of(key: str) -> int:
@@ -93,7 +133,7 @@ def step_indices(
     seed: int,
     consumed: int = 0,
     subsamples: Sequence[Subsample] = (),
-    groups: torch.Tensor | None = None,
+    groups: Groups | None = None,
     buckets: LengthBuckets | None = None,
 ) -> Iterator[list[int]]:
     """The indices of each step's samples, without end; a step may span two epochs.

@@ -361,3 +361,15 @@ def test_clips_and_sound_keep_their_suffixes(tmp_path):
     assert read[2]["clip.webp"] == read[5]["flac"] == b"12"
     with pytest.raises(ValueError, match=r"names the medium 'clip\.mp4'; .*\['wav'\]"):
         check_record(Record("r0", records[0].json, {"wav": b""}))
+
+
+def test_records_of_one_image_are_found_by_the_index(tmp_path):
+    pictures = {"a": b"one", "b": b"two", "c": b"one", "d": None, "e": b"two", "f": None, "g": b"one"}
+    records = []
+    for name, picture in pictures.items():
+        about = {"id": name, "split": "train", "task": "x", "language": "en", "caption": "x"}
+        records.append(Record(name, about, {} if picture is None else {"png": picture}))
+    write_shards(records, tmp_path / "set", samples_per_shard=3)
+    shards = ShardSet(tmp_path / "set")
+    assert shards.first_of_image().tolist() == [0, 1, 0, 3, 1, 5, 0]
+    assert shards.select(task="x").first_of_image().dtype == "int64"

@@ -1,4 +1,5 @@
 import json
+from collections import Counter
 
 import pytest
 from PIL import Image
@@ -6,6 +7,8 @@ from PIL import Image
 from data_prep.sources.conversations import CAPTION_REQUEST
 from data_prep.sources.easy_vqa import to_captions, to_conversations, to_samples
 from shards.format import check_record
+from shards.reader import ShardSet
+from shards.writer import write_shards
 
 
 @pytest.fixture
@@ -45,6 +48,13 @@ def test_all_questions_about_a_picture_are_in_one_split(folder):
     splits = [record.json["split"] for record in to_samples(folder)]
     assert splits.count("test") == 10 and 0 < splits.count("validation") < 20
     assert splits == [record.json["split"] for record in to_samples(folder)]
+
+
+def test_the_index_names_the_picture_that_questions_share(folder, tmp_path):
+    write_shards(to_samples(folder), tmp_path / "set")
+    index = ShardSet(tmp_path / "set").index
+    counts = Counter(index["image_id"].to_pylist())
+    assert len(counts) == 205 and set(counts.values()) == {2}
 
 
 def test_captions_are_made_of_training_pictures_only(folder):

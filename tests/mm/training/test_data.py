@@ -17,14 +17,12 @@ from mm.training.data import (
     DataSource,
     RecordDataset,
     Unreadable,
-    balance_across_ranks,
     collate_step,
-    split_into_micro_batches,
     step_loader,
 )
 from mm.training.flops import text_token_cost
 from mm.training.objectives import NextTokenObjective
-from mm.training.sampler import LengthBuckets, epoch_order, step_indices
+from mm.training.sampler import Groups, LengthBuckets, epoch_order, step_indices
 from shards.format import Record
 from shards.writer import write_shards
 from vision.tiling import tile_image
@@ -34,7 +32,7 @@ def first(count: int, *arguments, **options) -> list[list[int]]:
     return list(itertools.islice(step_indices(*arguments, **options), count))
 
 
-def names(samples: list) -> list[str]:
+def names(samples: list, groups: list[int] | None = None) -> list[str]:
     return [sample.id for sample in samples]
 
 
@@ -165,6 +163,98 @@ def test_records_of_a_group_follow_each_other(squares):
     assert loaded(only, 10, consumed=50) == whole[10:] and loaded(only, 20, workers=2) == whole
 
 
+def pictures_of(dataset) -> list:
+    return [image for shards in dataset.sets for image in shards.index["image_id"].to_pylist()]
+
+
+@pytest.fixture
+def asked(tmp_path, square_record):
+    """Questions about pictures: 11, 9, 4 and 1 of them, in random order, and three records of text alone."""
+    records = []
+    for picture, count in enumerate((11, 9, 4, 1)):
+        records += [(picture, number) for number in range(count)]
+    random.Random(0).shuffle(records)
+    made = []
+    for position, (picture, number) in enumerate(records):
+        record = square_record(picture)
+        name = f"q{position:02d}-{picture}-{number}"
+        made.append(Record(name, {**record.json, "id": name}, record.media))
+    for number in range(3):
+        messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+        about = {"id": f"t{number}", "split": "train", "task": "chat", "language": "en", "messages": messages}
+        made.append(Record(f"t{number}", about))
+    write_shards(made, tmp_path / "asked", samples_per_shard=10)
+    return tmp_path / "asked"
+
+
+def test_questions_about_one_picture_follow_each_other(asked):
+    dataset = RecordDataset([DataSource(str(asked), group_by="image", group_size=4)], name_of)
+    pictures, kept = pictures_of(dataset), []
+    for epoch in range(4):
+        order = epoch_order(len(dataset), 5, epoch, dataset.subsamples, dataset.groups).tolist()
+        assert sorted(order) == list(range(28))
+        runs = [list(run) for _, run in itertools.groupby(order, key=lambda index: pictures[index] or index)]
+        lengths = Counter()
+        for run in runs:
+            lengths[pictures[run[0]]] += len(run)
+        assert lengths == Counter(pictures)
+        groups = [sorted(run) for run in runs if len(run) <= 4]  # two groups of a picture can meet by chance
+        kept.append({tuple(group) for group in groups if len(group) == 3 or len(group) == 4})
+        assert sum(len(run) == 1 for run in runs) == 4  # the picture with one question, and the texts
+    assert len(set.union(*kept)) > len(kept[0]) + 8  # drawn anew
+    mean = dict(zip(pictures, dataset.sharing.tolist(), strict=True))
+    assert sorted(mean.values()) == [1, 1, 3, 11 / 3, 4]
+
+
+def test_groups_are_as_even_as_their_limit_allows():
+    keys = torch.tensor([0] * 11 + [11] * 9 + [20] * 4 + [24])
+    order = epoch_order(25, 0, 0, groups=Groups(keys, torch.full((25,), 100))).tolist()
+    assert [len(list(run)) for _, run in itertools.groupby(order, key=lambda index: int(keys[index]))] in list(
+        map(list, itertools.permutations([11, 9, 4, 1]))
+    )
+    many = torch.arange(3000) // 10 * 10
+    order = epoch_order(3000, 0, 0, groups=Groups(many, torch.full((3000,), 8)))
+    runs = [len(list(run)) for _, run in itertools.groupby(many[order].tolist())]
+    assert set(runs) <= {5, 10} and runs.count(5) > 560  # ten in two groups, which are rarely neighbours
+
+
+def test_groups_by_image_do_not_depend_on_workers_ranks_and_restarts(asked, squares):
+    sources = [
+        DataSource(str(asked), group_by="image", group_size=5, repeat=1.5),
+        DataSource(str(squares), split="test"),
+        DataSource(str(squares), split="validation", group_size=2),
+    ]
+    dataset = RecordDataset(sources, name_of)
+    whole = loaded(dataset, 40)  # two epochs and more
+    assert loaded(dataset, 40, workers=2) == whole and loaded(dataset, 15, consumed=125) == whole[25:]
+    costs = torch.ones(len(dataset))
+    for size in (2, 3):
+        loaders = [step_loader(dataset, list_groups, 5, 0, 0, 0, rank, size, costs) for rank in range(size)]
+        for step, *shares in zip(whole, *loaders, strict=False):
+            assert sorted(name for share in shares for name, _ in share) == sorted(step)
+            assert all(len(share) <= -(-5 // size) for share in shares)
+
+
+def list_groups(samples: list, groups: list[int]) -> list[tuple[str, int]]:
+    return list(zip(names(samples), groups, strict=True))
+
+
+def test_a_step_encodes_each_picture_in_one_micro_batch(asked, tiny_processor):
+    """Steps of 10 in micro-batches of 5; a picture is in two of them only where no one has room for its questions."""
+    dataset = RecordDataset([DataSource(str(asked), group_by="image", group_size=3)], tiny_processor.record_example)
+    objective = NextTokenObjective()
+    collate = partial(collate_step, objective=objective, micro_batch_size=5)
+    for step, _ in zip(step_loader(dataset, collate, 10, 1), range(6), strict=False):
+        encoded = [tiles.pixels.sum().item() for batch in step.batches for tiles in batch.images]
+        assert len(encoded) - len(set(encoded)) <= 1
+        assert step.amounts["samples"] == 10 and step.amounts["images"] == len(encoded) < 10
+
+
+def test_groups_by_image_need_a_size(squares):
+    with pytest.raises(ValueError, match=r"group_by of .* is image and group_size is 1"):
+        RecordDataset([DataSource(str(squares), group_by="image")], name_of)
+
+
 def test_length_buckets_put_samples_of_similar_length_into_a_step():
     lengths = torch.rand(103, generator=torch.Generator().manual_seed(1))
     buckets = LengthBuckets(lengths, 10, 5)
@@ -286,24 +376,6 @@ def test_a_record_missing_in_the_shard_is_unreadable(tmp_path, square_record):
     assert [dataset[0].id, dataset[2].id] == ["square-0000", "square-0002"]
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
-def test_balance_across_ranks_assigns_each_sample_once_and_evenly(num_ranks):
-    generator = torch.Generator().manual_seed(num_ranks)
-    for _ in range(20):
-        costs = torch.randint(0, 5, (64,), generator=generator).tolist()
-        dealt = balance_across_ranks(costs, num_ranks)
-        assert sorted(position for positions in dealt for position in positions) == list(range(64))
-        assert max(map(len, dealt)) <= -(-64 // num_ranks)
-        sums = [sum(costs[position] for position in positions) for positions in dealt]
-        in_turn = [sum(costs[rank::num_ranks]) for rank in range(num_ranks)]
-        assert max(sums) - min(sums) <= max(4, 0.5 * (max(in_turn) - min(in_turn)))
-
-
-def test_equal_costs_give_equal_numbers_of_samples():
-    assert [len(positions) for positions in balance_across_ranks([1] * 7, 3)] == [3, 2, 2]
-    assert balance_across_ranks([5], 2) == [[0], []]
-
-
 def test_sample_costs_come_from_the_index(tmp_path, random_picture, square_record, tiny_config):
     """Tiles, a caption's characters divided by four, and 0 for messages; the cost of all in vision tokens."""
     sizes, captions = [(28, 28), (100, 28), (60, 60)], ["noise of any colour", "noise", "so much noise " * 20]
@@ -322,19 +394,6 @@ def test_sample_costs_come_from_the_index(tmp_path, random_picture, square_recor
     cost = text_token_cost(tiny_config)
     expected = [5 * count + cost * length for count, length in zip(tiles, tokens, strict=True)]  # 4 patches and a CLS
     assert sample_costs_of(dataset, tiny_config, 4).tolist() == pytest.approx(expected * 2, abs=0.5)
-
-
-def test_micro_batches_respect_both_limits():
-    rng = random.Random(0)
-    for _ in range(200):
-        sizes = sorted(rng.randint(1, 100) for _ in range(rng.randint(1, 30)))
-        max_samples, max_tokens = rng.randint(1, 10), rng.choice((None, rng.randint(1, 400)))
-        parts = split_into_micro_batches(sizes, sizes, max_samples, max_tokens)
-        assert [size for part in parts for size in part] == sizes
-        assert all(1 <= len(part) <= max_samples for part in parts)
-        assert max_tokens is None or all(len(part) == 1 or len(part) * part[-1] <= max_tokens for part in parts)
-        for part, following in itertools.pairwise(parts):  # none has room for one more
-            assert len(part) == max_samples or (max_tokens is not None and (len(part) + 1) * following[0] > max_tokens)
 
 
 def test_max_tokens_splits_a_step_of_long_samples():

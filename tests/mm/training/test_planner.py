@@ -14,6 +14,7 @@ from mm.training.expected_samples import Samples, expected_samples
 from mm.training.flops import Row, TrainedParts, training_flops
 from mm.training.planner import USABLE, Arrangements, plan
 from shards.reader import ShardSet
+from shards.writer import write_shards
 from vision.tiling import choose_canvas
 
 RATES = {"language_model.*": None, "extra_embeddings": None, "*": 1e-3}
@@ -128,6 +129,32 @@ def test_samples_without_a_picture_cost_their_text(tiny_config):
         (text.total + seeing.total) / 2, abs=2
     )
     assert mixed.largest == Row(12, 11, (4,)) and mixed.images == 0.5
+
+
+def test_samples_that_share_a_picture_cost_it_once(tiny_config):
+    """Of 4 samples with one picture, a step executes what `training_flops` counts, but for padding."""
+    shared = Samples(12, {4: 1.0}, assumed=False, sharing=4.0)
+    step = training_flops(tiny_config, [shared.row(4)] * 4, encoded=[4])
+    found = shared.flops(tiny_config, TrainedParts.all(tiny_config))
+    for part, cost in vars(step).items():
+        assert vars(found)[part] == pytest.approx(cost / 4, rel=1e-6)
+    assert found.vision_encoder * 4 == pytest.approx(training_flops(tiny_config, [shared.row(4)]).vision_encoder)
+    assert shared.images == 0.25
+
+
+def test_sharing_is_counted_in_the_index(tiny_config, square_record, tmp_path):
+    """Four questions about each of 3 pictures, at most 2 of them together, and 12 records of one picture each."""
+    asked = [square_record(picture) for picture in range(3) for _ in range(4)]
+    asked = [replace(record, id=f"q{n}", json={**record.json, "id": f"q{n}"}) for n, record in enumerate(asked)]
+    write_shards(asked, tmp_path / "asked")
+    write_shards([square_record(10 + n) for n in range(12)], tmp_path / "alone")
+    grouped = DataSource(str(tmp_path / "asked"), group_by="image", group_size=2)
+    alone = DataSource(str(tmp_path / "alone"))
+    assert expected_samples(tiny_config, [grouped], None, 12, None).sharing == 2
+    assert expected_samples(tiny_config, [grouped], None, 12, 3) == Samples(12, {3: 1.0}, assumed=True, sharing=2.0)
+    both = expected_samples(tiny_config, [grouped, alone], None, 12, None)
+    assert both.images == pytest.approx(18 / 24) and both.sharing == pytest.approx(24 / 18)
+    assert expected_samples(tiny_config, [replace(grouped, group_size=1, group_by="order")], None, 12, 1).sharing == 1
 
 
 @pytest.mark.parametrize(
