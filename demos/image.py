@@ -7,7 +7,6 @@ an interrupted demo continues after the last one.
 """
 
 import logging
-import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -27,12 +26,12 @@ from data_prep.report.report import write_report
 from data_prep.sources.files import license_text
 from demos.assets import fetch, missing_programs
 from demos.command import add_device_option, run_demo, stage_options
-from demos.image_page import Example, write_image_page
+from demos.image_examples import choose_examples
+from demos.image_page import write_image_page
 from demos.scores import scores_by_answer
 from foundation.errors import UserError
 from foundation.options import new_parser
 from mm.evaluation.evaluate import EvaluationReport, evaluate
-from mm.records import record_pictures
 from mm.run_files import CONFIG_FILE
 from shards.format import Record
 from shards.reader import ShardSet
@@ -41,7 +40,6 @@ from shards.writer import write_shards
 DATA, ENCODER, CURATED = Path("data/demo"), Path("runs/demo-encoder"), Path("runs/data/demo")
 CURATION_CONFIG = "data/demo.yaml"
 ENCODER_CONFIG, ADAPTER_CONFIG = "demo/encoder.yaml", "demo/adapter.yaml"
-NUM_EXAMPLES = 24  # pictures of each set on the page
 logger = logging.getLogger(__name__)
 
 
@@ -66,7 +64,7 @@ def demo(
     check_positive(steps=steps, questions=questions, encoder_steps=encoder_steps)
     prepare_all(SETS)
     train(output, steps, encoder_steps, device)
-    return show(output, questions, device)
+    return show(output, questions, device, encoder_steps)
 
 
 def check_positive(**options: int | None) -> None:
@@ -80,7 +78,7 @@ def train(output: Path, steps: int | None = None, encoder_steps: int | None = No
     """Train the encoder, and the adapter into `output`, unless they are there; arguments as in `demo`."""
     language_model = fetch("smollm2-135m")
     started = time.monotonic()
-    encoder = ENCODER if encoder_steps is None else ENCODER.with_name(f"{ENCODER.name}-{encoder_steps}")
+    encoder = encoder_folder(encoder_steps)
     if not (encoder / CONFIG_FILE).exists():
         arguments = ["--config", str(configs.path(ENCODER_CONFIG)), "--output", str(encoder)]
         stages.pretrain_image_encoder.main([*arguments, *stage_options(device, encoder_steps)])
@@ -89,6 +87,11 @@ def train(output: Path, steps: int | None = None, encoder_steps: int | None = No
         arguments += ["--language_model", str(language_model), "--vision_encoder", str(encoder)]
         stages.train_image_adapter.main([*arguments, *stage_options(device, steps)])
         logger.info("trained for %.1f minutes", (time.monotonic() - started) / 60)
+
+
+def encoder_folder(steps: int | None) -> Path:
+    """The folder of the encoder stage; another number of steps than the configuration's has its own."""
+    return ENCODER if steps is None else ENCODER.with_name(f"{ENCODER.name}-{steps}")
 
 
 def prepare_all(sets: dict[str, tuple]) -> None:
@@ -143,13 +146,18 @@ def curated(asset: str, folder: Path, dropped: list[tuple[str, str]]) -> Iterato
     yield from ShardSet(work / "shards")
 
 
-def show(output: Path, questions: int | None, device: str = "auto") -> dict[str, EvaluationReport]:
+def show(
+    output: Path, questions: int | None, device: str = "auto", encoder_steps: int | None = None
+) -> dict[str, EvaluationReport]:
     """Evaluate the run on held-out data with pictures and with blanked pictures, print the scores, write the page."""
     sets = held_out({"answers": "easy_vqa", "openmoji": "openmoji", "tuxpaint": "tuxpaint"})
     reports = evaluate_run(output, sets, questions, output / "evaluation", device)
     for name, report in reports.items():
         print(f"{name}: {', '.join(map(str, scores_by_answer(report).values()))}")
-    write_image_page(output / "index.html", reports, choose_examples(sets, reports), output / "metrics.jsonl")
+    examples = choose_examples(*mm.load(output, device=device), sets, reports)
+    folders = {"Image encoder": encoder_folder(encoder_steps), "Image adapter": output}
+    stages = {title: folder / "metrics.jsonl" for title, folder in folders.items()}
+    write_image_page(output / "index.html", reports, examples, stages)
     print(f"open {output / 'index.html'}")
     return reports
 
@@ -189,26 +197,6 @@ def evaluate_run(
             reports[key] = report
             logger.info("evaluated %s on %d samples", key, len(report.predictions))
     return reports
-
-
-def choose_examples(sets: dict[str, ShardSet], reports: dict[str, EvaluationReport]) -> dict[str, list[Example]]:
-    """Random pictures of each set with question, reference and answers; the same ones each time."""
-    examples: dict[str, list[Example]] = {}
-    for name, records in sets.items():
-        row_of_id = {record_id: row for row, record_id in enumerate(records.index["id"].to_pylist())}
-        blind_predictions = {row["id"]: row["prediction"] for row in reports[f"{name}_blank"].predictions}
-        predictions = reports[name].predictions
-        examples[name] = [
-            Example(
-                picture=record_pictures(records[row_of_id[row["id"]]])[0],
-                question=row["question"] if name == "answers" else None,
-                reference=row["reference"],
-                prediction=row["prediction"],
-                blind_prediction=blind_predictions[row["id"]],
-            )
-            for row in random.Random(0).sample(predictions, min(NUM_EXAMPLES, len(predictions)))
-        ]
-    return examples
 
 
 SETS = {  # name -> the arguments of `prepare` after the folder

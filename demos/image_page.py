@@ -1,86 +1,144 @@
-"""The page of the image demo: scores beside blind controls, training curves, pictures with answers and captions."""
+"""The page of the image demo: held-out pictures with answers and attention maps, scores beside blind ones, curves."""
 
-from dataclasses import dataclass
+import base64
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from demos.charts import training_charts
-from demos.scores import score_text, scores_by_answer
-from foundation.html import escape, page, picture, table, write_page
+from demos.image_examples import Example
+from demos.page import answer_lines, bars, cards, probability_text, score_section, write_demo_page
+from demos.scores import scores_by_answer
+from foundation.html import escape, json_data, picture
+from mm.evaluation.attention_maps import AttentionMaps
 from mm.evaluation.evaluate import EvaluationReport
 
+SCRIPT = Path(__file__).with_name("attention.js").read_text(encoding="utf-8")
 TITLES = {
     "answers": "Questions about shapes (easy-VQA, test split)",
     "openmoji": "Captions of emoji (OpenMoji, concepts that were not trained on)",
     "tuxpaint": "Captions of stamps (Tux Paint, pictures that were not trained on)",
 }
-PICTURE_STYLE = """
-figure img { width: 100%; aspect-ratio: 1; object-fit: contain; image-rendering: pixelated; background: #fff; }
-.prediction { font-weight: 600; }
-"""
-
-
-@dataclass(frozen=True)
-class Example:
-    """A held-out picture and what the model answered.
-
-    Attributes:
-        picture: the file, PNG, JPEG or WebP.
-        question: None where a caption was asked for.
-        reference: the expected answer.
-        prediction: the model's answer.
-        blind_prediction: its answer to the same question with the picture blanked.
-    """
-
-    picture: bytes
-    question: str | None
-    reference: str
-    prediction: str
-    blind_prediction: str
+WITH, BLIND = "with the picture", "blind"
+BASELINES = {"_blank": BLIND, "_replaced": "another picture"}  # by the end of their reports' names
+PANEL = """<template id="panel"><section class="panel">
+<div class="large"><p class="numbers" aria-live="polite"></p></div>
+<div><button type="button" class="close">close</button><h3></h3><div class="said"></div>
+<fieldset><legend>Bright places got the attention of the cross-attention block after this layer:</legend>
+<div class="blocks"></div></fieldset>
+<fieldset><legend>while the model wrote</legend><div class="choices tokens"></div></fieldset></div>
+</section></template>"""
 
 
 def write_image_page(
-    file: Path, reports: dict[str, EvaluationReport], examples: dict[str, list[Example]], metrics: Path
+    file: Path,
+    reports: Mapping[str, EvaluationReport],
+    examples: Mapping[str, list[Example]],
+    stages: Mapping[str, Path],
 ) -> None:
     """Write the page.
 
     Args:
-        reports: each set of `examples` under its name and, with blanked pictures, under "{name}_blank".
+        reports: each set of `examples` under its name, and its baselines under "{name}_blank", with blanked pictures,
+            and "{name}_replaced", with those of other records.
         examples: by set, one of TITLES.
-        metrics: the run's metrics.jsonl.
+        stages: title of each training stage -> its metrics.jsonl.
     """
-    body = ["<h1>A frozen language model that sees</h1>", *_scores(reports, list(examples)), *training_charts(metrics)]
-    for name, shown in examples.items():
-        body.append(f'<h2>{escape(TITLES[name])}</h2><div class="grid">{"".join(map(_figure, shown))}</div>')
-    write_page(file, page("mm-adapters demo", body, PICTURE_STYLE))
-
-
-def prediction_lines(prediction: str, reference: str) -> str:
-    """The prediction, and the reference where it differs from it by more than case and outer spaces."""
-    is_right = prediction.strip().lower() == reference.strip().lower()
-    shown = f'<div class="prediction {"good" if is_right else "bad"}">{escape(prediction) or "(nothing)"}</div>'
-    return shown if is_right else f"{shown}<div>expected: {escape(reference)}</div>"
-
-
-def _scores(reports: dict[str, EvaluationReport], names: list[str]) -> list[str]:
-    rows = []
-    for name in names:
-        blind_scores = scores_by_answer(reports[f"{name}_blank"])
-        for metric, score in scores_by_answer(reports[name]).items():
-            values = (score_text(score), score_text(blind_scores[metric]), f"{score.num_samples:,}")
-            rows.append((TITLES[name], metric.replace("_", " "), *values))
-    header = ("set", "score, in %", "with the picture", "blind control", "samples")
-    return [
-        "<p>Every picture on this page was held out from training. The blind control is the same model with a grey "
-        "picture in place of the real one: its score shows how much can be guessed from the question alone. "
-        "Intervals are 95%.</p>",
-        table(header, rows, number_columns=(2, 3, 4)),
+    count = sum(map(len, examples.values()))
+    sections = [
+        "<h2>Look for yourself</h2>",
+        f"<p>{count} pictures that the model was not trained on, drawn at random and not chosen. <strong>Click a "
+        "picture</strong> to see which places each cross-attention block looked at for the answer. The bars are the "
+        "probability of this answer: with the picture, and blind, with a grey picture in its place.</p>",
     ]
+    for name, shown in examples.items():
+        sections.append(f"<h3>{escape(TITLES[name])}</h3>")
+        sections.append(cards(_card(f"{name}-{index}", example) for index, example in enumerate(shown, start=1)))
+    maps = {
+        f"{name}-{index}": attention_data(example.attention, example.question)
+        for name, shown in examples.items()
+        for index, example in enumerate(shown, start=1)
+        if example.attention is not None
+    }
+    sections += [PANEL, json_data("attention", maps), *_scores(reports, list(examples))]
+    sections += training_charts(stages)
+    write_demo_page(
+        file,
+        "A frozen language model that sees",
+        "A language model that was trained on text alone answers questions about pictures and captions them, and none "
+        "of its weights has changed. An image encoder, and gated cross-attention blocks through which the language "
+        "model reads it, were trained from random weights, on this machine, in minutes.",
+        sections,
+        [
+            f"mm caption examples/boat.png --model {file.parent}",
+            f'mm ask "what color is the shape?" --image examples/circle.png --model {file.parent}',
+        ],
+        SCRIPT,
+    )
 
 
-def _figure(example: Example) -> str:
-    question = f"<div>{escape(example.question)}</div>" if example.question else ""
+def attention_data(maps: AttentionMaps, question: str | None) -> dict[str, Any]:
+    """What `attention.js` draws: the shares of each block, token and patch of the first picture, in 255 steps.
+
+    `bytes` holds them in base64, and `largest` by block and token what a byte of 255 stands for.
+    """
+    shown = maps.pictures[0]
+    largest = shown.patches.amax((-1, -2))  # [L, A]
+    steps = (255 * shown.patches / largest.clamp(min=1e-12)[..., None, None]).round().to(torch.uint8)
+    return {
+        "question": question or "Describe the picture.",
+        "answer": maps.answer,
+        "tokens": [token.strip() or "␣" for token in maps.tokens],
+        "blocks": maps.positions,
+        "rows": shown.patches.shape[2],
+        "columns": shown.patches.shape[3],
+        "extent": shown.extent,
+        "largest": _rounded(largest),
+        "cls": _rounded(shown.cls.sum(-1)),
+        "padding": _rounded(shown.padding),
+        "bytes": base64.b64encode(steps.numpy().tobytes()).decode(),
+    }
+
+
+def _rounded(values: torch.Tensor) -> list[list[float]]:
+    return [[float(f"{value:.4g}") for value in row] for row in values.tolist()]
+
+
+def _scores(reports: Mapping[str, EvaluationReport], names: list[str]) -> list[str]:
+    sets = {}
+    for name in names:
+        found = {WITH: scores_by_answer(reports[name])}
+        for end, title in BASELINES.items():
+            if name + end in reports:
+                found[title] = scores_by_answer(reports[name + end])
+        sets[TITLES[name]] = {
+            metric: {title: scores[metric] for title, scores in found.items() if metric in scores}
+            for metric in found[WITH]
+        }
+    explanation = (
+        "All pictures were held out from training. Blind is the same model with a grey picture in place of the real "
+        "one: its score says how much can be guessed from the question alone. Values are on a scale to 100, with 95% "
+        "intervals; in brackets stands the number of samples."
+    )
+    return score_section(explanation, sets)
+
+
+def _card(name: str, example: Example) -> str:
+    image = picture(example.picture, f"held-out picture; expected: {example.reference}", 'class="picture"')
+    if example.attention is not None:
+        label = escape(f"Where did it look to answer “{example.prediction}”?")
+        attributes = f'type="button" class="look" aria-expanded="false" aria-label="{label}"'
+        image = f"<button {attributes}>{image}<span>where did it look?</span></button>"
+    question = f"<p>{escape(example.question)}</p>" if example.question else ""
+    rows = [
+        (title, 100 * probability, 0.0, probability_text(probability))
+        for title, probability in ((WITH, example.probability), (BLIND, example.blind_probability))
+        if probability is not None
+    ]
+    chances = f"<div data-said>{bars(rows)}</div>" if rows else ""
     return (
-        f"<figure>{picture(example.picture, alt=example.reference)}<figcaption>{question}"
-        f"{prediction_lines(example.prediction, example.reference)}"
-        f'<div class="muted">blind: {escape(example.blind_prediction) or "(nothing)"}</div></figcaption></figure>'
+        f'<div class="card" id="{escape(name)}">{image}{question}{answer_lines(example.prediction, example.reference)}'
+        f'{chances}<p class="muted" data-said>blind answer: {escape(example.blind_prediction) or "(nothing)"}</p></div>'
     )

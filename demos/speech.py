@@ -56,7 +56,9 @@ def demo(output: Path, limit: int, device: str = "auto") -> dict[str, Evaluation
     words = ShardSet(WORDS).select(split="test")
     records = words.select(task="transcription")
     reports = evaluate_run(output, records, words.select(task="silence"), limit, device)
-    write_speech_page(output / "index.html", reports, choose_examples(records, reports), output / "metrics.jsonl")
+    folders = {"First stage: alignment by CTC": ALIGNMENT_RUN, "Second stage: transcription": output}
+    stages = {title: folder / "metrics.jsonl" for title, folder in folders.items()}
+    write_speech_page(output / "index.html", reports, choose_examples(records, reports), stages)
     print(f"open {output / 'index.html'}")
     return reports
 

@@ -1,6 +1,7 @@
-"""The page of the speech demo: error rates beside the baseline, players, mel spectrograms and transcripts."""
+"""The page of the speech demo: players, mel spectrograms and transcripts, error rates beside the baseline, curves."""
 
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,30 +9,20 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from demos.charts import line_chart, read_metrics, series
-from demos.image_page import prediction_lines
-from demos.scores import score_text
-from foundation.html import escape, page, picture, sound, table, write_page
+from demos.charts import training_charts
+from demos.page import answer_lines, cards, score_section, write_demo_page
+from foundation.html import escape, picture, sound
 from mm.evaluation.evaluate import EvaluationReport
 from speech.best_rq import BestRqConfig, RandomQuantizer, draw_masks
 from speech.conformer import STACK
 from speech.features import NUM_MELS, log_mel
 from speech.reading import read_sound
 
-SPEECH_STYLE = """
-figure img { width: 100%; height: 6rem; object-fit: fill; } figure img.codes { image-rendering: pixelated; }
-audio { width: 100%; } .prediction { font-weight: 600; }
-.grid { grid-template-columns: repeat(auto-fill, minmax(16rem, 1fr)); }
-"""
+MEL = 'class="mel"'  # pictures with time from left to right
 NUM_PRETRAINING_EXAMPLES = 4  # recordings whose masks and codes are shown
-METRIC_TITLES = {
-    "wer": "word error rate (WER)",
-    "cer": "character error rate (CER)",
-    "exact_match": "sentences transcribed exactly",
-}
 CHARTS = {
-    "loss": "training loss, per answer token",
-    "eval/answer_accuracy": "held-out sentences transcribed word for word",
+    "loss": "Training loss",
+    "eval/answer_accuracy": "Held-out sentences transcribed word for word",
 }
 
 
@@ -53,29 +44,33 @@ class SpeechExample:
 
 
 def write_speech_page(
-    file: Path, reports: dict[str, EvaluationReport], examples: list[SpeechExample], metrics: Path
+    file: Path, reports: dict[str, EvaluationReport], examples: list[SpeechExample], stages: Mapping[str, Path]
 ) -> None:
     """Write the page.
 
     Args:
         reports: "original", "replaced" and "silence" (see `demos.speech.demo`).
-        metrics: the run's metrics.jsonl.
+        stages: title of each training stage -> its metrics.jsonl.
     """
-    rows = read_metrics(metrics)
-    charts = [line_chart(title, {name: series(rows, name)}) for name, title in CHARTS.items()]
-    figures = "".join(f"<figure>{chart}</figure>" for chart in charts if chart)
-    body = [
-        "<h1>A frozen language model that hears</h1>",
-        *_scores(reports),
-        f'<h2>Training of the second stage</h2><div class="grid">{figures}</div>',
+    sections = [
         "<h2>Sentences that were not trained on</h2>",
-        f'<div class="grid">{"".join(map(_figure, examples))}</div>',
+        cards(map(_card, examples), is_wide=True),
+        *_scores(reports),
+        *training_charts(stages, CHARTS),
         "<h2>What self-supervised pre-training would predict</h2>",
         "<p>BEST-RQ masks the grey frames and predicts their codes: 16 codes for each 40 ms, each shown as a colour. "
         "The conformer of this demo was not pre-trained.</p>",
-        f'<div class="grid">{"".join(map(_pretraining_figure, examples[:NUM_PRETRAINING_EXAMPLES]))}</div>',
+        cards(map(_pretraining_card, examples[:NUM_PRETRAINING_EXAMPLES]), is_wide=True),
     ]
-    write_page(file, page("mm-adapters: speech", body, SPEECH_STYLE))
+    write_demo_page(
+        file,
+        "A frozen language model that hears",
+        "A language model that was trained on text alone transcribes sentences of 42 words, and none of its weights "
+        "has changed. A conformer and the speech adapter behind it were trained from random weights, on this machine, "
+        "in minutes.",
+        sections,
+        [f"mm transcribe hello.wav --model {file.parent}"],
+    )
 
 
 def mel_picture(recording: bytes, masked: bool = False) -> bytes:
@@ -109,30 +104,27 @@ def _png(pixels: np.ndarray) -> bytes:
 
 
 def _scores(reports: dict[str, EvaluationReport]) -> list[str]:
-    rows = []
-    for name, score in reports["original"].scores.items():
-        replaced = reports["replaced"].scores[name]
-        rows.append((METRIC_TITLES[name], score_text(score), score_text(replaced), f"{score.num_samples:,}"))
-    silence = reports["silence"].scores["exact_match"]
-    return [
-        "<p>No sentence on this page was trained on; its words and its voices were. The baseline is the same model, "
-        "given the sound of another sentence: its score shows how much can be guessed. Intervals are 95%.</p>",
-        table(("in %", "own sound", "another sound (baseline)", "recordings"), rows, number_columns=(1, 2, 3)),
-        f"<p>Of {silence.num_samples:,} recordings without speech (zeros, white noise, rumble, mains hum), "
-        f"{score_text(silence)}% get an empty transcript.</p>",
-    ]
+    own, replaced = reports["original"].scores, reports["replaced"].scores
+    sentences = {name: {"own sound": own[name], "another sound": replaced[name]} for name in own}
+    silence = {"exact_match": {"empty transcripts": reports["silence"].scores["exact_match"]}}
+    explanation = (
+        "No sentence on this page was trained on; its words and its voices were. The baseline is the same model, given "
+        "the sound of another sentence: its score shows how much can be guessed. Values are on a scale to 100, with "
+        "95% intervals; in brackets stands the number of recordings."
+    )
+    sets = {"Sentences": sentences, "Recordings without speech (zeros, white noise, rumble, mains hum)": silence}
+    return score_section(explanation, sets)
 
 
-def _figure(example: SpeechExample) -> str:
+def _card(example: SpeechExample) -> str:
     return (
-        f"<figure>{picture(mel_picture(example.sound), alt='log-mel features')}{sound(example.sound)}<figcaption>"
-        f"{prediction_lines(example.prediction, example.reference)}"
-        f'<div class="muted">of another sound: {escape(example.replaced_prediction) or "(nothing)"}</div>'
-        "</figcaption></figure>"
+        f'<div class="card">{picture(mel_picture(example.sound), "log-mel features", MEL)}{sound(example.sound)}'
+        f"{answer_lines(example.prediction, example.reference)}"
+        f'<p class="muted">of another sound: {escape(example.replaced_prediction) or "(nothing)"}</p></div>'
     )
 
 
-def _pretraining_figure(example: SpeechExample) -> str:
-    masked = picture(mel_picture(example.sound, masked=True), alt="features, some of them masked")
-    codes = picture(codes_picture(example.sound), alt="codes", attributes='class="codes"')
-    return f"<figure>{masked}{codes}<figcaption>{escape(example.reference)}</figcaption></figure>"
+def _pretraining_card(example: SpeechExample) -> str:
+    masked = picture(mel_picture(example.sound, masked=True), "features, some of them masked", MEL)
+    codes = picture(codes_picture(example.sound), "codes", MEL)
+    return f'<div class="card">{masked}{codes}<p>{escape(example.reference)}</p></div>'

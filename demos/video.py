@@ -67,9 +67,9 @@ def demo(output: Path, steps: int | None, questions: int, device: str = "auto") 
     sets = {task: ShardSet(MOVING_CLIPS).select(split="test", task=task) for task in QUESTION_TASKS}
     reports = evaluate_run(output, sets, questions, device)
     captions = caption_examples(output, device)
-    write_video_page(
-        output / "index.html", reports, question_examples(sets, reports), captions, output / "metrics.jsonl"
-    )
+    folders = {"Alignment of the video tokens": ALIGNMENT_RUN, "Video adapter": output}
+    stages = {title: folder / "metrics.jsonl" for title, folder in folders.items()}
+    write_video_page(output / "index.html", reports, question_examples(sets, reports), captions, stages)
     print(f"open {output / 'index.html'}")
     return reports
 

@@ -1,15 +1,15 @@
-"""The page of the video demo: scores beside the baselines without time, training curves, clips with their answers."""
+"""The page of the video demo: clips with their answers, scores beside the baselines without time, training curves."""
 
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
 from demos.charts import training_charts
-from demos.image_page import PICTURE_STYLE, prediction_lines
-from demos.scores import score_text
-from foundation.html import escape, page, picture, table, write_page
+from demos.page import answer_lines, cards, score_section, write_demo_page
+from foundation.html import escape, picture
 from mm.evaluation.evaluate import EvaluationReport
 from video.sampling import sample_frames
 
@@ -39,19 +39,27 @@ def write_video_page(
     reports: dict[str, EvaluationReport],
     questions: list[ClipExample],
     captions: list[ClipExample],
-    metrics: Path,
+    stages: Mapping[str, Path],
 ) -> None:
     """Write the page.
 
     Args:
         reports: by task and frames shown, such as "direction/all" (see `demos.video.demo`).
-        metrics: the run's metrics.jsonl.
+        stages: title of each training stage -> its metrics.jsonl.
     """
-    body = ["<h1>A frozen language model that watches</h1>", *_scores(reports), *training_charts(metrics)]
-    columns = "grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr))"
+    sections = []
     for title, examples in (("Questions that need the order of frames", questions), ("Captions", captions)):
-        body.append(f'<h2>{title}</h2><div class="grid" style="{columns}">{"".join(map(_figure, examples))}</div>')
-    write_page(file, page("mm-adapters video demo", body, PICTURE_STYLE))
+        sections += [f"<h2>{title}</h2>", cards(map(_card, examples), is_wide=True)]
+    sections += [*_scores(reports), *training_charts(stages)]
+    write_demo_page(
+        file,
+        "A frozen language model that watches",
+        "The language model of the image demo, none of whose weights has changed, answers questions about clips: what "
+        "moves where, and what happens first. A temporal aggregator and video cross-attention blocks were trained "
+        "beside its image adapter, on this machine, in minutes.",
+        sections,
+        [f'mm ask "what moves?" --video clip.mp4 --model {file.parent}'],
+    )
 
 
 def frame_strip(clip: bytes, num_frames: int = NUM_FRAMES) -> bytes:
@@ -71,24 +79,32 @@ def frame_strip(clip: bytes, num_frames: int = NUM_FRAMES) -> bytes:
 
 
 def _scores(reports: dict[str, EvaluationReport]) -> list[str]:
-    rows = []
-    for task in dict.fromkeys(name.partition("/")[0] for name in reports):
-        scores = [reports[f"{task}/{frames}"].scores["exact_match"] for frames in FRAME_SETS]
-        rows.append((task, *map(score_text, scores), f"{scores[0].num_samples:,}"))
-    return [
-        "<p>Objects and backgrounds of the clips on this page were held out from training. The two answers to a "
-        "question are equally frequent, and each single frame is equally likely under both. A model that sees one "
-        "frame, or all frames in another order, can only guess. Intervals are 95%.</p>",
-        table(("question", *FRAME_SETS.values(), "clips"), rows, number_columns=(1, 2, 3, 4)),
+    tasks = dict.fromkeys(name.partition("/")[0] for name in reports)
+    sets = {
+        f"Questions about {task}": {
+            "exact_match": {
+                title: reports[f"{task}/{frames}"].scores["exact_match"] for frames, title in FRAME_SETS.items()
+            }
+        }
+        for task in tasks
+    }
+    explanation = (
+        "Objects and backgrounds of the clips on this page were held out from training. The two answers to a question "
+        "are equally frequent, and each single frame is equally likely under both. A model that sees one frame, or all "
+        "frames in another order, can only guess. Values are on a scale to 100, with 95% intervals; in brackets stands "
+        "the number of clips."
+    )
+    return score_section(explanation, sets)
+
+
+def _card(example: ClipExample) -> str:
+    question = f"<p>{escape(example.question)}</p>" if example.question else ""
+    others = [
+        f'<p class="muted">{FRAME_SETS[frames]}: {escape(prediction) or "(nothing)"}</p>'
+        for frames, prediction in example.predictions.items()
+        if frames != "all"
     ]
-
-
-def _figure(example: ClipExample) -> str:
-    lines = [f"<div>{escape(example.question)}</div>"] if example.question else []
-    lines.append(prediction_lines(example.predictions["all"], example.reference))
-    for frames, prediction in example.predictions.items():
-        if frames != "all":
-            lines.append(f'<div class="muted">{FRAME_SETS[frames]}: {escape(prediction) or "(nothing)"}</div>')
-    clip = picture(example.clip, "the clip", 'style="width: 8rem"')
-    strip = picture(frame_strip(example.clip), "frames with their times", 'style="aspect-ratio: auto"')
-    return f"<figure>{clip}{strip}<figcaption>{''.join(lines)}</figcaption></figure>"
+    clip = picture(example.clip, "the clip", 'class="picture"')
+    strip = picture(frame_strip(example.clip), "frames with their times")
+    answer = answer_lines(example.predictions["all"], example.reference)
+    return f'<div class="card">{clip}{strip}{question}{answer}{"".join(others)}</div>'

@@ -74,6 +74,7 @@ def test_the_packages_and_the_configurations_come_from_the_wheel(installed, pyth
     assert len(files) == 3 and all(file.is_relative_to(installed) and file.is_file() for file in files)
     shipped = {file.relative_to(installed) for file in (installed / "configs").rglob("*.yaml")}
     assert shipped == {file.relative_to(ROOT) for file in (ROOT / "configs").rglob("*.yaml")}
+    assert {file.name for file in (installed / "demos").iterdir()} >= {"page.css", "attention.js"}
     assert not (installed / "tests").exists() and not (installed / "examples").exists()
 
 

@@ -5,17 +5,21 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+import torch
 
 import configs
 import demos.image
+import demos.image_examples
 import mm
-from demos.image_page import Example, write_image_page
+from demos.image_examples import Example
+from demos.image_page import write_image_page
+from mm.evaluation.attention_maps import AttentionMaps, PictureAttention
 from mm.evaluation.evaluate import EvaluationReport
 from mm.evaluation.metrics import Score
 
 
 class Page(HTMLParser):
-    """A page's references, number of pictures, and texts; refuses elements that run or load something."""
+    """A page's references, number of pictures, and texts; refuses elements that load something."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -26,7 +30,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attributes):
         self.references += [value for name, value in attributes if name in ("src", "href", "xlink:href", "srcset")]
         self.pictures += tag == "img"
-        assert tag not in ("script", "link", "iframe", "object")
+        assert tag not in ("link", "iframe", "object")
 
     def handle_data(self, data):
         self.words.append(data)
@@ -52,11 +56,11 @@ def test_demo_from_assets_to_a_page(home, capfd):
         rows = (home / "runs" / "demo" / "evaluation" / name / "predictions.jsonl").read_text().splitlines()
         assert rows, name
         if not name.endswith("_blank"):
-            page.pictures -= min(len(rows), demos.image.NUM_EXAMPLES)
+            page.pictures -= min(len(rows), demos.image_examples.NUM_EXAMPLES)
     assert page.pictures == 0
     assert any("A stamp of & number" in words for words in page.words)
     assert any("what color is it?" in words for words in page.words)
-    assert text.count("<polyline") >= 3  # loss, accuracy, gates
+    assert text.count("<polyline") == 2 + 2 + 4  # of both stages loss and held-out score, of two blocks two gates
 
     model, processor = mm.load("runs/demo")
     picture = home / "assets" / "easy-vqa" / "test" / "images" / "0.png"
@@ -139,11 +143,16 @@ def test_texts_are_escaped_on_the_page(tmp_path, random_picture):
     picture = tmp_path / "picture.webp"
     random_picture().save(picture)
     text = "<script>alert(1)</script> 'quoted' & \"so on\""
-    example = Example(picture.read_bytes(), f"{text}?", text + ".", text, "")
+    share = torch.full((1, 1, 2, 2), 0.25)
+    maps = AttentionMaps(text, [text], [4], [PictureAttention(share, torch.zeros(1, 1, 1), torch.zeros(1, 1), (2, 2))])
+    example = Example(picture.read_bytes(), f"{text}?", text + ".", text, "", 0.5, 0.25, maps)
     (tmp_path / "metrics.jsonl").write_text('{"step": 10, "loss": 2.0}\n')
     reports = {"answers": report, "answers_blank": report}
-    write_image_page(tmp_path / "index.html", reports, {"answers": [example]}, tmp_path / "metrics.jsonl")
-    page = Page((tmp_path / "index.html").read_text(encoding="utf-8"))
+    stages = {text: tmp_path / "metrics.jsonl"}
+    write_image_page(tmp_path / "index.html", reports, {"answers": [example]}, stages)
+    document = (tmp_path / "index.html").read_text(encoding="utf-8")
+    page = Page(document)
     assert page.references[0].startswith("data:image/webp;base64,") and page.pictures == 1
-    assert {text, f"{text}?", f"expected: {text}.", "blind: (nothing)"} <= set(page.words)
+    assert {text, f"{text}?", f"expected: {text}.", "blind answer: (nothing)", "50%", "25%"} <= set(page.words)
+    assert document.count("<script") == 2 and text not in document  # the maps and attention.js
     assert {path.name for path in tmp_path.iterdir()} == {"index.html", "metrics.jsonl", "picture.webp"}

@@ -85,7 +85,7 @@ def test_texts_are_escaped_on_the_page(tmp_path):
     silence = EvaluationReport({"exact_match": Score("exact_match", 1.0, 0.0, 4)}, [], [])
     reports = {"original": report, "replaced": report, "silence": silence}
     example = SpeechExample(sound, text + ".", text, "")
-    write_speech_page(tmp_path / "index.html", reports, [example], tmp_path / "metrics.jsonl")
+    write_speech_page(tmp_path / "index.html", reports, [example], {text: tmp_path / "metrics.jsonl"})
     page = Page((tmp_path / "index.html").read_text(encoding="utf-8"))
     assert page.pictures == 3
     assert {text, f"expected: {text}.", "of another sound: (nothing)"} <= set(page.words)
