@@ -1,6 +1,7 @@
 """The memory of a step computed from shapes, against the bytes of the tensors of a real step on the CPU."""
 
 from dataclasses import replace
+from itertools import count
 
 import pytest
 import torch
@@ -42,11 +43,12 @@ CONFIG = mm.ModelConfig(
 
 def collated(rows: list[Row]) -> mm.Batch:
     grids, side = {1: (1, 1), 2: (1, 2), 4: (2, 2)}, CONFIG.vision_encoder.tile_size
-    samples = []
+    samples, colours = [], count()
     for row in rows:
         tokens = [CONFIG.image_token_id] * len(row.tiles) + [5] * (row.tokens - len(row.tiles))
         labels = [IGNORED] * (row.tokens - row.targets) + [5] * row.targets
-        images = [Tiles(torch.zeros(n, 3, side, side, dtype=torch.uint8), grids[n]) for n in row.tiles]
+        # Different colours: equal pictures would be encoded once.
+        images = [Tiles(torch.full((n, 3, side, side), next(colours), dtype=torch.uint8), grids[n]) for n in row.tiles]
         samples.append(mm.Sample(tokens, labels, images))
     return mm.collate(samples)
 
