@@ -8,9 +8,9 @@ from pathlib import Path
 from foundation.html import Markup, escape
 
 Points = list[tuple[float, float]]  # (step, value)
-WIDTH, HEIGHT = 460, 250  # of a chart, in its own units; a chart of many lines is higher
+WIDTH, HEIGHT = 390, 220  # of a chart, in its own units; a chart of many lines is higher
 LEFT, TOP, BOTTOM = 44, 12, 26  # margins around the plotted area
-LABEL_HEIGHT, LABEL_GAP, LETTER = 14, 16, 7.2  # of the lines' labels: their distance, the way to them, a letter's width
+LABEL_HEIGHT, LABEL_GAP, LETTER = 14, 14, 7.4  # of the lines' labels: their distance, the way to them, a letter's width
 
 TITLES = {  # metric -> its chart's title, in the order of the page; those under eval/ are shares
     "loss": "Training loss",
@@ -78,7 +78,7 @@ def line_chart(title: str, lines: Mapping[str, Points], is_share: bool = False) 
     finals = [points[-1][1] for points in lines.values()]
     finals_text = [f"{100 * y:.1f}%" if is_share else f"{y:.2f}" for y in finals]
     labels = [text if len(lines) == 1 else f"{name}: {text}" for name, text in zip(lines, finals_text, strict=True)]
-    right = LABEL_GAP + 4 + LETTER * max(map(len, labels))
+    right = LABEL_GAP + 8 + LETTER * max(map(len, labels))
     height = max(HEIGHT, TOP + BOTTOM + LABEL_HEIGHT * len(lines))
 
     def place(x: float, y: float) -> tuple[float, float]:
