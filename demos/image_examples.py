@@ -48,29 +48,32 @@ def choose_examples(
     processor: mm.Processor,
     sets: Mapping[str, ShardSet],
     reports: Mapping[str, EvaluationReport],
+    count: int = NUM_EXAMPLES,
 ) -> dict[str, list[Example]]:
     """Random pictures of each set, whether the answers are right or not; the same ones each time.
 
     Args:
-        sets: records by the set's name; those of "answers" hold questions, those of all others captions.
+        sets: records by the set's name.
         reports: of each set under its name and, with blanked pictures, under "{name}_blank".
+        count: pictures of each set.
     """
     examples: dict[str, list[Example]] = {}
     for name, records in sets.items():
         row_of_id = {record_id: row for row, record_id in enumerate(records.index["id"].to_pylist())}
         blind_predictions = {row["id"]: row["prediction"] for row in reports[f"{name}_blank"].predictions}
         predictions = reports[name].predictions
-        examples[name] = [
-            Example(
-                picture=record_pictures(records[row_of_id[row["id"]]])[0],
-                question=row["question"] if name == "answers" else None,
+        examples[name] = []
+        for row in random.Random(0).sample(predictions, min(count, len(predictions))):
+            record = records[row_of_id[row["id"]]]
+            example = Example(
+                picture=record_pictures(record)[0],
+                question=row["question"] if "messages" in record.json else None,
                 reference=row["reference"],
                 prediction=row["prediction"],
                 blind_prediction=blind_predictions[row["id"]],
-                **explain(model, processor, records[row_of_id[row["id"]]], row["prediction"]),
+                **explain(model, processor, record, row["prediction"]),
             )
-            for row in random.Random(0).sample(predictions, min(NUM_EXAMPLES, len(predictions)))
-        ]
+            examples[name].append(example)
     return examples
 
 

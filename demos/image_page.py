@@ -14,12 +14,19 @@ from demos.scores import scores_by_answer
 from foundation.html import escape, json_data, picture
 from mm.evaluation.attention_maps import AttentionMaps
 from mm.evaluation.evaluate import EvaluationReport
+from mm.evaluation.metrics import Score
 
 SCRIPT = Path(__file__).with_name("attention.js").read_text(encoding="utf-8")
 TITLES = {
     "answers": "Questions about shapes (easy-VQA, test split)",
     "openmoji": "Captions of emoji (OpenMoji, concepts that were not trained on)",
     "tuxpaint": "Captions of stamps (Tux Paint, pictures that were not trained on)",
+    "photos": "What photographs show (CIFAR-10, test split)",
+}
+COMMANDS = {  # with which the reader tries a model of the set
+    "answers": 'mm ask "what color is the shape?" --image examples/circle.png',
+    "openmoji": "mm caption examples/boat.png",
+    "photos": 'mm ask "what is in the picture?" --image FILE',
 }
 WITH, BLIND = "with the picture", "blind"
 BASELINES = {"_blank": BLIND, "_replaced": "another picture"}  # by the end of their reports' names
@@ -37,6 +44,7 @@ def write_image_page(
     reports: Mapping[str, EvaluationReport],
     examples: Mapping[str, list[Example]],
     stages: Mapping[str, Path],
+    references: Mapping[str, Mapping[str, Mapping[str, Score]]] | None = None,
 ) -> None:
     """Write the page.
 
@@ -45,6 +53,7 @@ def write_image_page(
             and "{name}_replaced", with those of other records.
         examples: by set, one of TITLES.
         stages: title of each training stage -> its metrics.jsonl.
+        references: by set, what else its scores are shown beside: title -> metric -> score.
     """
     count = sum(map(len, examples.values()))
     sections = [
@@ -62,7 +71,7 @@ def write_image_page(
         for index, example in enumerate(shown, start=1)
         if example.attention is not None
     }
-    sections += [PANEL, json_data("attention", maps), *_scores(reports, list(examples))]
+    sections += [PANEL, json_data("attention", maps), *_scores(reports, list(examples), references or {})]
     sections += training_charts(stages)
     write_demo_page(
         file,
@@ -71,10 +80,7 @@ def write_image_page(
         "of its weights has changed. An image encoder, and gated cross-attention blocks through which the language "
         "model reads it, were trained from random weights, on this machine, in minutes.",
         sections,
-        [
-            f"mm caption examples/boat.png --model {file.parent}",
-            f'mm ask "what color is the shape?" --image examples/circle.png --model {file.parent}',
-        ],
+        [f"{COMMANDS[name]} --model {file.parent}" for name in examples if name in COMMANDS],
         SCRIPT,
     )
 
@@ -106,13 +112,18 @@ def _rounded(values: torch.Tensor) -> list[list[float]]:
     return [[float(f"{value:.4g}") for value in row] for row in values.tolist()]
 
 
-def _scores(reports: Mapping[str, EvaluationReport], names: list[str]) -> list[str]:
+def _scores(
+    reports: Mapping[str, EvaluationReport],
+    names: list[str],
+    references: Mapping[str, Mapping[str, Mapping[str, Score]]],
+) -> list[str]:
     sets = {}
     for name in names:
         found = {WITH: scores_by_answer(reports[name])}
         for end, title in BASELINES.items():
             if name + end in reports:
                 found[title] = scores_by_answer(reports[name + end])
+        found |= {title: dict(scores) for title, scores in references.get(name, {}).items()}
         sets[TITLES[name]] = {
             metric: {title: scores[metric] for title, scores in found.items() if metric in scores}
             for metric in found[WITH]
@@ -126,7 +137,7 @@ def _scores(reports: Mapping[str, EvaluationReport], names: list[str]) -> list[s
 
 
 def _card(name: str, example: Example) -> str:
-    image = picture(example.picture, f"held-out picture; expected: {example.reference}", 'class="picture"')
+    image: str = picture(example.picture, f"held-out picture; expected: {example.reference}", 'class="picture"')
     if example.attention is not None:
         label = escape(f"Where did it look to answer “{example.prediction}”?")
         attributes = f'type="button" class="look" aria-expanded="false" aria-label="{label}"'

@@ -15,6 +15,7 @@ METRIC_TITLES = {
     "vqa_accuracy": "all questions",
     "yes or no": "questions answered with yes or no",
     "other answers": "questions with other answers",
+    "choice": "right answer chosen among the possible ones",
     "exact_match": "answers that are right word for word",
     "pmi_choice": "own caption chosen among 20",
     "bleu": "captions: BLEU",
