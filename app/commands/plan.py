@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 
 import mm
+from foundation.errors import UserError
 from foundation.options import new_parser, read_options
 from mm.training.expected_samples import expected_samples
 from mm.training.planner import plan
@@ -24,6 +25,8 @@ def plan_training(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = read_options(parser, argv)
     config = TrainImageAdapter(**{field.name: options[field.name] for field in fields(TrainImageAdapter)})
+    if not config.next_token_weight:
+        raise UserError("`mm plan` is for stages that run the language model: set next_token_weight above 0")
     if options.preset is None:
         model = read_model_config(config)
     else:

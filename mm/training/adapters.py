@@ -21,6 +21,7 @@ from mm.processor import Processor
 from mm.training.config import TrainingConfig
 from mm.training.data import DataSource, RecordDataset, collate_step, readable_samples
 from mm.training.flops import TrainedParts, alignment_flops, batch_flops, matmul_rate, text_token_cost
+from mm.training.matching import MatchingObjective, match_accuracy
 from mm.training.media import check_media, likely_indices
 from mm.training.objectives import NextTokenObjective
 from mm.training.optimizer import apply_learning_rates
@@ -95,6 +96,8 @@ def train_adapters(
     if config.validation:
         batches = validation_batches(config, config.validation, processor, objective)
         evaluate = partial(answer_accuracy, batches=batches, device=device)
+        if isinstance(objective, MatchingObjective) and not objective.runs_language_model:
+            evaluate = partial(match_accuracy, batches=batches, modality=objective.modality, device=device)
     # On one process the frozen language model is held in bf16 where that is exact; FSDP does so itself on several.
     with lossless_bf16(model.language_model, config.training.precision == "bf16" and Ranks.current().size == 1):
         Trainer(

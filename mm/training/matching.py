@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from foundation.errors import UserError
 from mm.batch import IGNORED, Batch
 from mm.modalities import IMAGE, VIDEO, Modality
 from mm.model import MultimodalModel
@@ -65,8 +66,8 @@ class MatchingObjective(NextTokenObjective):
                 loss = self.next_token_weight * next_token_loss(module, batch)
             finally:
                 hook.remove()
-        elif items := batch.items(self.modality):
-            vision_tokens.append(module.encode_images(items) if self.modality is IMAGE else module.encode_videos(items))
+        elif batch.items(self.modality):
+            vision_tokens.append(_encode(module, batch, self.modality))
         if self.matching_weight and vision_tokens:
             matching, num_matched, num_answers = matching_loss(module, batch, self.modality, vision_tokens[0])
             loss = loss + self.matching_weight * matching
@@ -82,6 +83,25 @@ class MatchingObjective(NextTokenObjective):
             values["match_accuracy"] = self.num_matched / self.num_answers
         self.num_matched = self.num_answers = 0
         return values
+
+
+def match_accuracy(
+    model: MultimodalModel, batches: Sequence[Batch], modality: Modality, device: torch.device
+) -> dict[str, float]:
+    """The matching loss on batches with labels, without running the language model.
+
+    Returns:
+        "loss" per answer, and "match_accuracy", see `MatchingObjective.observe`; answers are compared within batches.
+    """
+    loss, num_matched, num_answers = 0.0, 0, 0
+    for batch in batches:
+        batch = batch.to(device)
+        if batch.items(modality):
+            sums = matching_loss(model, batch, modality, _encode(model, batch, modality))
+            loss, num_matched, num_answers = loss + float(sums[0]), num_matched + sums[1], num_answers + sums[2]
+    if not num_answers:
+        raise UserError(f"no validation sample has an answer about a single {modality.name}, which alignment matches")
+    return {"loss": loss / num_answers, "match_accuracy": num_matched / num_answers}
 
 
 class Answer(NamedTuple):
@@ -166,6 +186,11 @@ def candidates(answers: Sequence[Answer], classes: Sequence[tuple[int, ...]]) ->
         others = of_question[answer.question]
         compared[row, list(others) if len(others) > 1 else slice(None)] = True
     return torch.tensor([index[answer.answer] for answer in answers]), compared
+
+
+def _encode(model: MultimodalModel, batch: Batch, modality: Modality) -> Tensor:
+    """The vision tokens of the batch's images or clips, packed, [N, D]."""
+    return model.encode_images(batch.images) if modality is IMAGE else model.encode_videos(batch.videos)
 
 
 def _last_part(model: MultimodalModel, modality: Modality) -> nn.Module:

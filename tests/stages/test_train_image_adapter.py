@@ -23,7 +23,7 @@ from shards.reader import ShardSet
 from shards.writer import write_shards
 from stages.train_image_adapter import main
 
-TIMES = ("_per_second", "_seconds", "seconds_per_step", "data_wait_share", "mfu")
+TIMES = ("_per_second", "_seconds", "seconds_per_step", "seconds_total", "data_wait_share", "mfu")
 KILLED_WHILE_WRITING = """
 import os, signal, sys
 from pathlib import Path
@@ -255,6 +255,14 @@ def test_unreadable_and_too_long_records_are_skipped(adapter_config, square_reco
         ),
         ({"training": {"batch_size": 0}}, "training.batch_size is 0"),
         ({"chat_template": "{% for"}, "chat template"),
+        ({"matching_weight": -1.0}, "matching_weight is -1.0"),
+        ({"next_token_weight": 0.0}, "matching_weight and next_token_weight are all 0"),
+        ({"matching_weight": 1.0, "training": {"pp_degree": 2}}, "a pipeline computes the loss of next tokens alone"),
+        ({"encoder": {"tile_size": 28, "patch_size": 14}}, "`encoder`, the shape of a new encoder"),
+        (
+            {"encoder": {"patch_size": 14}, "vision_encoder": None, "tile_size": 28},
+            "set encoder.tile_size for a new one",
+        ),
         ({"device": "abacus"}, "abacus"),
         ({"device": "cuda:99"}, "cuda:99"),
     ],
@@ -327,7 +335,7 @@ def test_annealing_starts_from_an_earlier_run_at_another_resolution(adapter_conf
     ("options", "message"),
     [
         (["--vision_encoder", "null"], "name language_model and vision_encoder"),
-        (["--start_from", "somewhere"], "leave those two out"),
+        (["--start_from", "somewhere"], "leave language_model, vision_encoder and encoder out"),
         (
             ["--start_from", "somewhere", "--language_model", "null", "--vision_encoder", "null"],
             "brings its own adapter",
@@ -358,7 +366,6 @@ ALIGNMENT = {
     "matching_weight": 1.0,
     "next_token_weight": 0.0,
     "adapter": {"gate_init": 0.5, "fit_inputs": True},
-    "validation": None,
 }
 ALIGNED = ("vision_encoder.", "image_adapter.projection.")
 
@@ -372,6 +379,8 @@ def test_alignment_trains_encoder_and_projection_alone(adapter_config, tmp_path)
     rows = metrics_of(aligned)
     first, *_, last = (row["match_accuracy"] for row in rows)
     assert first < 0.6 and last > 0.85  # of four colours, in questions and in captions
+    held_out = [row for row in rows if "eval/loss" in row]
+    assert held_out[-1]["eval/loss"] < held_out[0]["eval/loss"] and held_out[-1]["eval/match_accuracy"] > 0.85
     reported = [json.loads(line) for line in (aligned / "metrics.jsonl").read_text().splitlines()]
     assert all(row["flops_per_second"] > 0 for row in reported)
     none, initial = adapter_config(**ALIGNMENT, output=str(tmp_path / "initial"), training={"steps": 1})

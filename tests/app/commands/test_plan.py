@@ -54,5 +54,7 @@ def test_wrong_options(refused, everything_run):
         assert reason in refused(*preset, *arguments)
     assert "models/language-model" in refused(*preset[:3])  # named in the file, and not there
     assert "output" in refused("plan", "--preset", "8b")
+    aligning = ("--matching_weight", 1, "--next_token_weight", 0)
+    assert "stages that run the language model" in refused(*preset, *aligning)
     start = ("plan", "--config", configs.path("annealing.yaml"), "--start_from", everything_run)
     assert "video_adapter, speech_encoder, speech_adapter" in refused(*start)

@@ -1,4 +1,4 @@
-"""Gradients of video and speech objectives on two processes equal those of one process."""
+"""Gradients of matching and speech objectives on two processes equal those of one process."""
 
 import copy
 from dataclasses import replace
@@ -8,7 +8,7 @@ import torch
 
 import mm
 from mm.batch import IGNORED
-from mm.modalities import VIDEO
+from mm.modalities import IMAGE, VIDEO
 from mm.parallel.tables import FSDP_MODULES
 from mm.training.distillation import DistillationSample
 from mm.training.matching import MatchingObjective
@@ -36,6 +36,13 @@ def watching(model: mm.MultimodalModel, random_tiles) -> list[mm.Sample]:
         clip = Clip(frames, torch.arange(len(frames), dtype=torch.float64) / 5)
         samples.append(answered([model.config.video_token_id], answer, videos=[clip]))
     return samples
+
+
+def looking(model: mm.MultimodalModel, random_tiles) -> list[mm.Sample]:
+    """Two ranks with two samples each; two samples have the same image."""
+    image, grids = [model.config.image_token_id], ((1, 1), (1, 2), (2, 2), (1, 1))
+    tiles = [random_tiles(number % 3, grid) for number, grid in enumerate(grids)]
+    return [answered(image, answer, images=[one]) for one, answer in zip(tiles, ANSWERS, strict=True)]
 
 
 def hearing(model: mm.MultimodalModel) -> list[mm.Sample]:
@@ -66,10 +73,12 @@ def reading(model: mm.MultimodalModel) -> mm.MultimodalModel:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_video_and_speech_gradients_equal_those_of_one_process(model, random_tiles, config, tmp_path):
+def test_matching_and_speech_gradients_equal_those_of_one_process(model, random_tiles, config, tmp_path):
     cases = {
         "matching": (watching(model, random_tiles), MatchingObjective(VIDEO, 1.0, 0.0), "video_adapter.aggregator.*"),
         "watching": (watching(model, random_tiles), MatchingObjective(VIDEO, 0.5, 1.0), "video_adapter.*"),
+        "aligning": (looking(model, random_tiles), MatchingObjective(IMAGE, 1.0, 0.0), "image_adapter.projection.*"),
+        "looking": (looking(model, random_tiles), MatchingObjective(IMAGE, 0.5, 1.0), "image_adapter.*"),
         "ctc": (hearing(model), SpeechObjective(1.0, 0.0), "speech_encoder.*"),
         "hearing": (hearing(model), SpeechObjective(0.5, 1.0), "speech_*"),
         "reading": (hearing(model), SpeechObjective(0.0, 1.0), "speech_*"),

@@ -11,12 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mm
 from mm.batch import IGNORED
+from mm.modalities import IMAGE
 from mm.parallel.tables import CHECKPOINTED_MODULES
 from mm.training.config import TrainingConfig
 from mm.training.contrastive import ContrastiveModel, ContrastiveObjective, TextTowerConfig, contrastive_flops
 from mm.training.flops import (
     Row,
     TrainedParts,
+    alignment_flops,
     batch_flops,
     forward_flops,
     matmul_rate,
@@ -24,6 +26,7 @@ from mm.training.flops import (
     text_token_cost,
     training_flops,
 )
+from mm.training.matching import MatchingObjective
 from mm.training.objectives import next_token_loss
 from mm.training.optimizer import apply_learning_rates
 from mm.training.trainer import activation_checkpointing
@@ -105,6 +108,21 @@ def test_frozen_weights_cost_fewer_flops(build_model, wide_config, random_tiles,
     trained_parts = TrainedParts.of(trained, wide_config)
     assert training_flops(wide_config, rows, trained_parts, checkpointing).total == pytest.approx(training, rel=0.02)
     assert training < training_flops(wide_config, rows, activation_checkpointing=checkpointing).total
+
+
+@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize("encoder", [True, False])
+def test_alignment_costs_what_pytorch_counts(build_model, wide_config, random_tiles, name, encoder):
+    """Images of two rows are equal: they are encoded once."""
+    model = copy.deepcopy(build_model(wide_config))
+    rates = {**FROZEN, "vision_encoder.*": 1e-3 if encoder else None, "*": 1e-3}
+    trained = TrainedParts.of(apply_learning_rates(model, rates), wide_config)
+    samples = samples_of(BATCHES[name], wide_config, random_tiles)
+    batch = mm.collate([*samples, samples[-2]] if len(samples) > 1 else samples)
+    objective = MatchingObjective(IMAGE, 1.0, 0.0)
+    training = counted(lambda: objective.loss(model, batch).backward())
+    assert alignment_flops(batch, wide_config, trained) == pytest.approx(training, rel=0.02)
+    assert training < 0.7 * batch_flops(batch, wide_config, trained)
 
 
 def test_text_token_cost_is_the_ratio_that_pytorch_counts(build_model, wide_config, random_tiles):

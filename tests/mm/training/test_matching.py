@@ -8,9 +8,10 @@ import torch
 from torch.nn import functional as F
 
 import mm
+from foundation.errors import UserError
 from mm.batch import IGNORED
 from mm.modalities import IMAGE, VIDEO, Modality
-from mm.training.matching import SCALE, MatchingObjective, answers_of, candidates, matching_loss
+from mm.training.matching import SCALE, MatchingObjective, answers_of, candidates, match_accuracy, matching_loss
 from mm.training.objectives import NextTokenObjective
 from mm.video_adapter import VideoAdapterConfig
 from video.aggregator import AggregatorConfig
@@ -158,6 +159,24 @@ def test_match_accuracy_is_over_all_answers_since_the_last_report(model, row, mo
             num_matched += matching_loss(model, batch, modality, encode(model, batch, modality))[1]
     assert objective.observe(model)["match_accuracy"] == num_matched / 5
     assert "match_accuracy" not in objective.observe(model)
+
+
+@MODALITIES
+def test_held_out_batches_are_matched_each_by_itself(model, row, modality):
+    batches = [
+        mm.collate([row(modality, [10]), row(modality, [20, 21], seed=1)]),
+        mm.collate([row(modality, [30], seed=2), row(modality, [31], items=0)]),
+        mm.collate([row(modality, [31], items=0)]),
+    ]
+    with torch.no_grad():
+        found = match_accuracy(model, batches, modality, torch.device("cpu"))
+        sums = [matching_loss(model, batch, modality, encode(model, batch, modality)) for batch in batches[:2]]
+    assert found == {
+        "loss": pytest.approx(sum(float(loss) for loss, _, _ in sums) / 3),
+        "match_accuracy": sum(matched for _, matched, _ in sums) / 3,
+    }
+    with pytest.raises(UserError, match=f"about a single {modality.name}"):
+        match_accuracy(model, batches[2:], modality, torch.device("cpu"))
 
 
 @MODALITIES
