@@ -13,7 +13,7 @@ from foundation.html import escape, picture
 from mm.evaluation.evaluate import EvaluationReport
 from video.sampling import sample_frames
 
-NUM_FRAMES, FRAME_SIDE, LABEL_HEIGHT = 8, 64, 16  # frames shown of each clip; pixels
+NUM_FRAMES, FRAMES_PER_ROW, FRAME_SIDE, LABEL_HEIGHT = 8, 4, 64, 16  # frames shown of each clip; pixels
 FRAME_SETS = {"all": "all frames", "one": "one frame", "shuffled": "frames in another order"}
 
 
@@ -62,19 +62,21 @@ def write_video_page(
     )
 
 
-def frame_strip(clip: bytes, num_frames: int = NUM_FRAMES) -> bytes:
-    """Frames of a clip side by side, each above the second at which it is shown, as PNG."""
+def frame_sheet(clip: bytes, num_frames: int = NUM_FRAMES) -> bytes:
+    """Frames of a clip in rows of FRAMES_PER_ROW, each above the second at which it is shown, as PNG."""
     frames = sample_frames(clip, num_frames)
-    strip = Image.new("RGB", (len(frames.pixels) * (FRAME_SIDE + 2), FRAME_SIDE + LABEL_HEIGHT), "white")
-    draw = ImageDraw.Draw(strip)
+    step_x, step_y = FRAME_SIDE + 2, FRAME_SIDE + LABEL_HEIGHT
+    num_rows = -(-len(frames.pixels) // FRAMES_PER_ROW)
+    sheet = Image.new("RGB", (min(len(frames.pixels), FRAMES_PER_ROW) * step_x, num_rows * step_y), "white")
+    draw = ImageDraw.Draw(sheet)
     for index, (pixels, seconds) in enumerate(zip(frames.pixels, frames.times, strict=True)):
         frame = Image.fromarray(pixels)
         frame.thumbnail((FRAME_SIDE, FRAME_SIDE))
-        left = index * (FRAME_SIDE + 2)
-        strip.paste(frame, (left, 0))
-        draw.text((left, FRAME_SIDE), f"{seconds:.2f} s", fill="black")
+        left, top = index % FRAMES_PER_ROW * step_x, index // FRAMES_PER_ROW * step_y
+        sheet.paste(frame, (left, top))
+        draw.text((left, top + FRAME_SIDE), f"{seconds:.2f} s", fill="black")
     out = io.BytesIO()
-    strip.save(out, "PNG")
+    sheet.save(out, "PNG")
     return out.getvalue()
 
 
@@ -105,6 +107,6 @@ def _card(example: ClipExample) -> str:
         if frames != "all"
     ]
     clip = picture(example.clip, "the clip", 'class="picture"')
-    strip = picture(frame_strip(example.clip), "frames with their times")
+    sheet = picture(frame_sheet(example.clip), "frames with their times")
     answer = answer_lines(example.predictions["all"], example.reference)
-    return f'<div class="card">{clip}{strip}{question}{answer}{"".join(others)}</div>'
+    return f'<div class="card">{clip}{sheet}{question}{answer}{"".join(others)}</div>'
