@@ -43,16 +43,21 @@ class Data:
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.size = file.seek(0, io.SEEK_END)
+        self._bytes = file.getvalue() if isinstance(file, io.BytesIO) else None  # without a copy
 
     def __len__(self) -> int:
         return self.size
 
     def __getitem__(self, span: slice) -> bytes:
+        if self._bytes is not None:
+            return self._bytes[span]
         self.file.seek(span.start)
         return self.file.read(max(0, min(span.stop, self.size) - span.start))
 
     def find(self, magic: bytes, start: int) -> int:
         """Position of `magic` from `start` on; -1 if there is none."""
+        if self._bytes is not None:
+            return self._bytes.find(magic, start)
         while start < self.size:
             found = self[start : start + 2**20].find(magic)
             if found >= 0:

@@ -33,9 +33,11 @@ if TYPE_CHECKING:
 
 MAX_SECONDS = 7200.0  # two hours: 460 MB of samples
 RATES = range(1_000, 768_001)  # Hz
-BLOCK = 2**18  # samples that are mixed at once
+BLOCK = 2**15  # samples that are mixed at once, few enough for the processor's cache
 RAW_FORMATS = {".g722": "g722"}  # formats without a header: only the file's suffix tells them
 RESAMPLING_DENOMINATOR = 640  # exact for 11,025 Hz; other rates are met to within 3 parts in a million
+# FFmpeg's sample formats (with a "p" after them for those whose channels lie apart) -> NumPy's names.
+SAMPLE_FORMATS = {"u8": "u1", "s16": "i2", "s32": "i4", "s64": "i8", "flt": "f4", "dbl": "f8"}
 # FFmpeg's names of formats whose header holds the exact number of samples.
 EXACT_FORMATS = ("flac", "tta")
 # Formats of frames that find themselves in a stream of bytes: what lies between them, such as the tags of joined
@@ -145,6 +147,9 @@ class _Reading:
 
     def count(self, seconds: float) -> None:
         self.seconds += seconds
+        self.check()
+
+    def check(self) -> None:
         if self.seconds > self.max_seconds:
             raise UserError(
                 f"{self.seconds:,.0f} s or more of sound, over the limit of {self.max_seconds:,.0f} s; "
@@ -195,12 +200,25 @@ def _decode(file: BinaryIO, part: Part, reading: _Reading, channels: Mapping[int
     file.seek(0)
     with open_media(file, "speech", container_format=reading.raw_format, **options) as container:
         stream = _track(container)
-        for frame in _frames(container, stream, reading):
-            kind = (frame.sample_rate, frame.layout.nb_channels, frame.format.name)
-            if not sections or sections[-1].kind != kind:
-                sections.append(_Section(kind, channels.get(len(sections))))
-            reading.count(frame.samples / frame.sample_rate)
-            sections[-1].add(frame)
+        rate = num_channels = 0
+        sample_format = ""
+        for frame in _frames(container, stream, reading):  # short ones, thousands in a minute: so little is done here
+            if (
+                frame.sample_rate != rate
+                or frame.layout.nb_channels != num_channels
+                or frame.format.name != sample_format
+            ):
+                rate, num_channels, sample_format = frame.sample_rate, frame.layout.nb_channels, frame.format.name
+                section = _Section((rate, num_channels, sample_format), channels.get(len(sections)))
+                sections.append(section)
+                waiting = section.queue()
+            frame.pts = None  # the queue wants times without gaps, or none
+            waiting.write(frame)
+            reading.seconds += frame.samples / rate
+            if waiting.samples >= BLOCK:
+                section.mix_waiting()
+                reading.check()
+        reading.check()
         if container.format.name in EXACT_FORMATS and not reading.allow_truncated:
             stated = round((stream.duration or 0) * (stream.time_base or 0) * stream.rate)
             decoded = sum(section.num_samples for section in sections)
@@ -295,7 +313,7 @@ class _Section:
     @property
     def cancels(self) -> bool:
         """Whether the average has less than a quarter of the power that unrelated channels leave."""
-        self._mix_waiting()
+        self.mix_waiting()
         return self.channel is None and 4 * len(self.power) ** 2 * self.mixed_power < self.power.sum()
 
     @property
@@ -307,15 +325,12 @@ class _Section:
     def num_samples(self) -> int:
         return sum(map(len, self._mixed)) + (self._waiting.samples if self._waiting else 0)
 
-    def add(self, frame: "AudioFrame") -> None:
-        if self._waiting is None:
-            from av.audio.fifo import AudioFifo
+    def queue(self) -> "AudioFifo":
+        """For decoded frames, which are mixed many at once by `mix_waiting`."""
+        from av.audio.fifo import AudioFifo
 
-            self._waiting = AudioFifo()
-        frame.pts = None  # the queue wants times without gaps, or none
-        self._waiting.write(frame)
-        if self._waiting.samples >= BLOCK:
-            self._mix_waiting()
+        self._waiting = AudioFifo()
+        return self._waiting
 
     def mix(self, block: np.ndarray) -> None:
         """Add float32 [channels, samples]."""
@@ -333,12 +348,17 @@ class _Section:
 
     def samples(self) -> np.ndarray:
         """float32 [samples]"""
-        self._mix_waiting()
+        self.mix_waiting()
         return _joined(self._mixed)
 
-    def _mix_waiting(self) -> None:
+    def mix_waiting(self) -> None:
+        """Take what is in the queue."""
         frame = self._waiting.read() if self._waiting else None
         if frame is None:
+            return
+        if self.kind[1] == 1:  # without a copy
+            plane = np.frombuffer(frame.planes[0], SAMPLE_FORMATS[self.kind[2].removesuffix("p")], frame.samples)
+            self.mix(_to_float(plane)[None])
             return
         block = _to_float(frame.to_ndarray())
         self.mix(block if len(block) == self.kind[1] else _planar(block, self.kind[1]))
