@@ -29,6 +29,7 @@ from mm.model import MultimodalModel
 from mm.processor import Processor
 from mm.records import content_texts, record_answers, record_choices
 from mm.run_files import replaced_files
+from mm.training.partition import split_into_micro_batches
 from mm.transcription import transcribe_tokens
 from shards.format import Record
 from shards.reader import ShardSet
@@ -164,35 +165,39 @@ def evaluate(
         prompt.sample = FRAMES[frames](prompt.sample)
         return prompt
 
-    predictions: list[dict[str, Any]] = []
-    references: list[list[str]] = []
-    languages: list[str] = []
-    failed: list[dict[str, str]] = []
+    # Records of one image are read one after another and answered in one batch, which encodes it once.
+    image_of = records.first_of_image() if isinstance(records, ShardSet) else np.arange(len(records))
+    answered: dict[int, tuple[dict[str, Any], list[str], str]] = {}  # of each record: row, references, language
+    reasons: dict[int, str] = {}  # of records that could not be read
     compute_seconds: list[float] = []  # of each batch
     sound_seconds: list[float] = []
     with tqdm(total=len(indices), desc="evaluate", unit="record", disable=None) as progress:
-        for window in _chunks(indices, _WINDOW * batch_size):
-            prompts = []
+        for window in _chunks(sorted(indices, key=lambda index: (image_of[index], index)), _WINDOW * batch_size):
+            prompts: dict[int, _Prompt] = {}
             for index in window:
                 try:
-                    prompts.append(read(index))
+                    prompts[index] = read(index)
                 except Exception as error:  # a record can be malformed in any way; the others are still evaluated
-                    reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-                    failed.append({"id": _record_id(records, index), "reason": reason})
+                    reasons[index] = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
                     progress.update()
-            for batch in _chunks(sorted(prompts, key=_Prompt.lengths), batch_size):
+            by_length = sorted(prompts, key=lambda index: prompts[index].lengths())
+            images = [int(image_of[index]) for index in by_length]
+            for part in split_into_micro_batches(range(len(by_length)), batch_size, None, images):
+                batch = [prompts[by_length[place]] for place in part]
                 started = time.perf_counter()
                 _answer(model, processor, batch, max_new_tokens, generates, choices is not None, pmi_scorer)
                 compute_seconds.append(time.perf_counter() - started)
                 num_frames = sum(len(mel) for prompt in batch for mel in prompt.sample.speech)
                 sound_seconds.append(num_frames / FRAMES_PER_SECOND)
                 progress.update(len(batch))
-            predictions += [prompt.row for prompt in prompts]
-            references += [prompt.references for prompt in prompts]
-            languages += [prompt.language for prompt in prompts]
+            answered |= {index: (prompt.row, prompt.references, prompt.language) for index, prompt in prompts.items()}
 
+    failed = [{"id": _record_id(records, index), "reason": reasons[index]} for index in sorted(reasons)]
+    in_order = [answered[index] for index in sorted(answered)]
+    predictions = [row for row, _, _ in in_order]
     if not predictions:
         raise UserError(f"none of the {len(indices)} records could be read; the first: {failed[0]['reason']}")
+    references, languages = [texts for _, texts, _ in in_order], [language for _, _, language in in_order]
     scores = _score(metrics, predictions, references, languages)
     factor = sum(compute_seconds) / sum(sound_seconds) if any(sound_seconds) else None
     interval = None

@@ -83,6 +83,25 @@ def test_batch_size_and_order_do_not_change_the_report(monkeypatch, ask, records
     assert ("prediction" in one.predictions[0]) == ("exact_match" in metrics)
 
 
+def test_a_picture_is_encoded_once_for_its_questions(
+    monkeypatch, build_model, tiny_config, question, tiny_processor, tmp_path
+):
+    """Four questions about each of five pictures, apart in the set; batches of eight hold those of two pictures."""
+    asked = [question(number) for number in range(20)]
+    for number, record in enumerate(asked):
+        record.media = question(number % 5).media
+    write_shards(asked, tmp_path / "set")
+    model, encoded = build_model(tiny_config, seed=4), []
+    hook = model.vision_encoder.register_forward_pre_hook(lambda _, inputs: encoded.append(len(inputs[0])))
+    monkeypatch.setattr(mm.evaluation.evaluate, "_WINDOW", 2)
+    options = {"max_new_tokens": 6, "batch_size": 8}
+    report = evaluate(model, tiny_processor, ShardSet(tmp_path / "set"), ["exact_match"], **options)
+    hook.remove()
+    assert encoded == [2, 2, 1]
+    alone = evaluate(model, tiny_processor, asked, ["exact_match"], **{**options, "batch_size": 1})
+    assert report.predictions == alone.predictions and len(set(predictions(report).values())) > 5
+
+
 def test_the_models_own_answers_score_full_marks(ask, records, question):
     answers = list(predictions(ask(records)).values())
     right = [question(index, answer=answer or "?") for index, answer in enumerate(answers)]
