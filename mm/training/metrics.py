@@ -122,6 +122,7 @@ class MetricsLog:
             os.replace(temporary, self.file)
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         self.name, self.num_steps = name, num_steps
+        self.held_out: dict[str, str] = {}  # the latest scores of evaluations
         self.bar = tqdm(total=num_steps, initial=step, desc=name, unit="step", disable=None)
 
     def __enter__(self) -> "MetricsLog":
@@ -134,9 +135,9 @@ class MetricsLog:
         self.board.close()
 
     def advance(self, loss: float) -> None:
-        """Move the progress bar by a step."""
+        """Move the progress bar by a step; it shows the loss and the latest held-out scores."""
         self.bar.update()
-        self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        self.bar.set_postfix({"loss": f"{loss:.3f}", **self.held_out}, refresh=False)
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
         """Record the metrics of a step (counted from 1); without a progress bar, log the main ones."""
@@ -144,6 +145,8 @@ class MetricsLog:
             stream.write(json.dumps({"step": step, **numbers}) + "\n")
         for name, value in numbers.items():
             self.board.add_scalar(name, value, step)
+            if name.startswith("eval/"):
+                self.held_out[name.removeprefix("eval/")] = f"{value:.3g}"
         if self.bar.disable:
             details = ("gate/", "gradient_norm/", "learning_rate/")
             line = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items() if not name.startswith(details))

@@ -182,7 +182,7 @@ class Trainer:
         """Load the newest checkpoint, if there is one."""
         self.finished_steps, self.position, unlogged = self.checkpoints.resume() or (0, Position(self.config.seed), {})
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.flops_total = unlogged.pop("flops_total", 0.0)
+        self.totals: dict[str, float] = unlogged.pop("totals", {"seconds": 0.0})
         self.guard = Guard(self.config.spike_factor, self.config.max_skipped, **unlogged.pop("guard", {}))
         self.window = Window(**unlogged)
 
@@ -232,7 +232,9 @@ class Trainer:
                 logger.warning("skipped record %s: %s", record.record, record.reason)
         self.stop_requested = int(self.ranks.all_reduce_max(self.stop_signals.requested))
         self._add_to_window(metrics, data)
-        self.window.add_time(waited, time.perf_counter() - self.step_started)
+        seconds = time.perf_counter() - self.step_started
+        self.window.add_time(waited, seconds)
+        self.totals["seconds"] += seconds
         self.log.advance(metrics.loss)
         self.position = self.position.after(config.batch_size, self.dataset)
 
@@ -240,7 +242,8 @@ class Trainer:
         num_unreadable, *sums = self.layout.all_reduce_sum(len(data.unreadable), *data.amounts.values())
         totals = dict(zip(data.amounts, sums, strict=True))
         self.window.add(metrics, int(num_unreadable), totals)
-        self.flops_total += totals.get("flops", 0.0)
+        if "flops" in totals:
+            self.totals["flops"] = self.totals.get("flops", 0.0) + totals["flops"]
         for imbalance, amount in (("tile_imbalance", "tiles"), ("token_imbalance", "tokens")):
             if self.layout.dp_size > 1 and totals.get(amount):
                 maximum = self.ranks.all_reduce_max(data.amounts[amount])
@@ -258,7 +261,7 @@ class Trainer:
         if numbers:
             self.log.write(finished, numbers)
         if finished % config.save_every == 0 or last or stop:
-            unlogged = self.window.unlogged() | {"guard": self.guard.state(), "flops_total": self.flops_total}
+            unlogged = self.window.unlogged() | {"guard": self.guard.state(), "totals": dict(self.totals)}
             self.window.checkpoint_seconds += self.checkpoints.save(finished, self.position, unlogged)
         if stop:
             self.checkpoints.wait()
@@ -271,8 +274,7 @@ class Trainer:
         if isinstance(self.module, Stage):
             observed = self.module.combine_values(observed)
         numbers = self.window.numbers() | {"learning_rate/factor": self.factor} | observed
-        if self.flops_total:
-            numbers["flops_total"] = self.flops_total  # of all steps so far, also before an interruption
+        numbers |= {f"{name}_total": total for name, total in self.totals.items()}  # also before an interruption
         if self.matmul_rate is not None:
             numbers["mfu"] = numbers["flops_per_second"] / (self.matmul_rate * self.ranks.size)
         self.window = Window()

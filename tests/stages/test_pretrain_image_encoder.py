@@ -16,7 +16,7 @@ from mm.training.data import RecordDataset
 from shards.writer import write_shards
 from stages import pretrain_image_encoder as stage
 
-TIMES = ("_per_second", "_seconds", "seconds_per_step", "data_wait_share", "mfu")
+TIMES = ("_per_second", "_seconds", "seconds_per_step", "seconds_total", "data_wait_share", "mfu")
 
 
 class Interrupted(BaseException):

@@ -435,3 +435,23 @@ def test_augmentation_changes_what_each_epoch_sees_and_is_the_same_in_every_run(
     assert len(set(augmented)) == 3
     assert losses("again", augment=augment) == augmented
     assert losses("none", augment={}) == pytest.approx(plain, abs=1e-5)
+
+
+def test_a_new_encoder_has_the_given_shape_and_depends_on_the_seed(adapter_config, tmp_path):
+    shape = {"tile_size": 28, "patch_size": 7, "hidden_size": 16, "intermediate_size": 32, "num_layers": 1}
+    shape |= {"num_gated_layers": 1, "num_heads": 2, "tap_points": [0]}
+    rates = {"image_adapter.projection.bias": 1e-3, "*": None}
+    weights = {}
+    for name, seed in (("one", 3), ("same", 3), ("other", 4)):
+        training = {"steps": 1, "learning_rates": rates, "seed": seed}
+        changes = {"vision_encoder": None, "encoder": shape, "training": training, "validation": None}
+        file, folder = adapter_config(**changes, output=str(tmp_path / name))
+        main(["--config", str(file)])
+        encoder = mm.load(folder)[0].vision_encoder
+        assert encoder.config.tokens_per_tile == 17 and encoder.config.feature_size == 32
+        weights[name] = encoder.state_dict()
+    one = weights.pop("one")
+    equal = {
+        key: all(torch.equal(one[name], tensor) for name, tensor in state.items()) for key, state in weights.items()
+    }
+    assert equal == {"same": True, "other": False}

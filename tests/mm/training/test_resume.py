@@ -13,7 +13,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 from mm.training.objectives import NextTokenObjective
 
 OFTEN = {"steps": 10, "batch_size": 3, "save_every": 3, "log_every": 2, "warmup_steps": 3}
-TIMES = ("_per_second", "_seconds", "seconds_per_step", "data_wait_share", "mfu")
+TIMES = ("_per_second", "_seconds", "seconds_per_step", "seconds_total", "data_wait_share", "mfu")
 
 
 class Interrupted(BaseException):
@@ -67,6 +67,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(model, config, train, same,
     one, two = saved(newest(parts)), saved(newest(whole))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     one, two = (json.loads((newest(folder) / "state.json").read_text()) for folder in (parts, whole))
+    assert all(state["unlogged"]["totals"].pop("seconds") > 0 for state in (one, two))
     assert one == two
 
 

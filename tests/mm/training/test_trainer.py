@@ -203,6 +203,9 @@ def test_a_signal_ends_after_the_step_with_a_checkpoint(model, config, run, same
     assert [row["step"] for row in lines(folder)] == [1, 2, 3, 4, 5] and same(whole, ended)
     totals = [row["flops_total"] for row in lines(folder)]
     assert totals == [row["flops_total"] for row in expected] == sorted(set(totals))
+    seconds = [row["seconds_total"] for row in lines(folder)]
+    assert seconds == sorted(seconds)
+    assert seconds[-1] == pytest.approx(sum(row["seconds_per_step"] for row in lines(folder)))
 
 
 def test_a_second_ctrl_c_stops_at_once():
