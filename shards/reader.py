@@ -178,21 +178,21 @@ def _load_index(folder: Path, key: KeyRule) -> pa.Table:
 
 
 def _records(file: BinaryIO, where: str, rule: KeyRule, complete: bool) -> Iterator[tuple[Record, int, int]]:
-    """Yield (record, offset, size) for each run of members with the same key.
+    """Yield (record, offset, size) for each run of members with the same key in one tar.
 
     Args:
         where: names the file, for errors.
         complete: the file is a complete tar and must end like one; otherwise it is one record's part of a tar.
     """
-    key, offset, end = "", 0, 0
+    key, tar, offset, end = "", 0, 0, 0
     members: dict[str, bytes] = {}
     try:
         for member in read_members(file, rule, complete):
-            if members and member.key != key:
+            if members and (member.key, member.tar) != (key, tar):
                 yield _record(key, members, where, rule), offset, end - offset
                 members = {}
             if not members:
-                key, offset = member.key, member.offset
+                key, tar, offset = member.key, member.tar, member.offset
             if member.is_link:
                 raise UserError(f"{where}: {member.name} is a link; write the tar anew with --hard-dereference")
             if member.suffix in members:

@@ -25,6 +25,7 @@ class Member(NamedTuple):
         key: of its sample: the folder, and the name up to a dot.
         suffix: what follows that dot, in lower case.
         name: as stored.
+        tar: byte at which its tar begins. No sample goes on in the tar behind.
         offset: byte of its first header in the file.
         place: byte of its content.
         end: byte after its content and padding.
@@ -35,6 +36,7 @@ class Member(NamedTuple):
     key: str
     suffix: str
     name: str
+    tar: int
     offset: int
     place: int
     end: int
@@ -101,7 +103,7 @@ def read_members(
                         if len(content) < info.size:
                             raise tarfile.ReadError("unexpected end of data")
                     end = info.offset_data + (info.size + -info.size % tarfile.BLOCKSIZE if info.isfile() else 0)
-                    yield Member(*split, name, info.offset, info.offset_data, end, content, not info.isfile())
+                    yield Member(*split, name, start, info.offset, info.offset_data, end, content, not info.isfile())
                 end = tar.offset
             start = _following_tar(file, end, complete)
     except (tarfile.TarError, OSError, EOFError, ValueError, ArithmeticError, RecursionError) as error:

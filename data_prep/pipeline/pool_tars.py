@@ -35,7 +35,7 @@ class TarPair:
 def read_pairs(path: Path, media: frozenset[str], unit: str, rule: KeyRule) -> Iterator[TarPair]:
     """Yields the pairs of a tar in their order.
 
-    Consecutive members of one key are a pair; a second picture or text without a number begins the next pair.
+    Consecutive members of one key in one tar are a pair; a second picture or text without a number begins the next pair.
 
     Args:
         media: suffixes of pictures, or of clips.
@@ -48,14 +48,16 @@ def read_pairs(path: Path, media: frozenset[str], unit: str, rule: KeyRule) -> I
     """
     names = _Names(path, media)
     members: dict[str, Member] = {}
+    sample = ("", 0)  # key, and the byte at which its tar begins
     broken: tarfile.ReadError | None = None
     with open(path, "rb") as file:
         try:
             for member in read_members(file, rule):
                 is_repeated = member.suffix in members or (member.suffix in media and members.keys() & media)
-                if members and (is_repeated or member.key != next(iter(members.values())).key):
+                if members and (is_repeated or (member.key, member.tar) != sample):
                     yield _pair(members, media, unit, rule, names)
                     members = {}
+                sample = member.key, member.tar
                 members[member.suffix] = member
         except tarfile.ReadError as error:
             broken = error

@@ -74,6 +74,11 @@ def test_a_tar_after_a_tar_is_read(tmp_path):
     assert read(tmp_path, tar(pairs(0, 1)) + tar(pairs(2)) + tar([]) + tar(pairs(3, 4))) == pairs_of(0, 1, 2, 3, 4)
 
 
+def test_no_record_goes_on_in_the_tar_behind(tmp_path):
+    with pytest.raises(UserError, match="record 1 occurs twice, or its members are not consecutive"):
+        read(tmp_path, tar([("1.png", png(1))]) + tar([("1.txt", b"of another picture")]))
+
+
 def test_what_is_no_tar_after_a_tar_is_refused(tmp_path):
     for extra in (b"\n", b"GIF89a" + bytes(600), tar(pairs(2))[:700], tar(pairs(2))[7:]):
         with pytest.raises(UserError, match=r"a\.tar: corrupt or truncated"):

@@ -138,6 +138,13 @@ def test_a_link_is_named(tmp_path):
     assert raw.problem == "a member is a link: 1.png; write the tar anew with --hard-dereference"
 
 
+def test_no_pair_goes_on_in_the_tar_behind(tmp_path):
+    first, second = read(tmp_path, tar([("1.txt", b"of another picture")]) + tar([("1.png", b"x"), ("1.txt", b"one")]))
+    assert (first.picture, second.picture, second.caption, second.problem) == (None, b"x", b"one", None)
+    picture, text = read(tmp_path, tar([("1.png", b"x")]) + tar([("1.txt", b"one")]))
+    assert "its text came under another key" in picture.problem and "its picture came" in text.problem
+
+
 @pytest.mark.fuzz
 @given(members_of_tars(), st.sampled_from([0, 0, 1]))
 def test_pairs_of_random_tars_are_the_samples_of_webdataset(tmp_path, tars, cut):
