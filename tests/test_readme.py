@@ -36,6 +36,7 @@ ALL_PAGES = [*PAGES, "CHANGELOG.md", *sorted(str(page.relative_to(ROOT)) for pag
 NOT_RUN = {
     "make ": "installs all packages, and trains or tests for minutes",
     ".venv/bin/pre-commit ": "changes the hooks of the checkout",
+    "chromium ": "needs the run of the demo, and a program that may be missing",
     "torchrun ": "starts 8 processes; tests/mm/parallel runs stages under torchrun",
     "python -m demos.": "fetches real sets and trains for minutes; tests/demos runs the demos on small ones",
     "python -m benchmarks.": "measures for minutes, some on a GPU; tests/benchmarks runs tiny shapes",
