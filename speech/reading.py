@@ -209,14 +209,13 @@ def _decode(file: BinaryIO, part: Part, reading: _Reading, channels: Mapping[int
                 or frame.format.name != sample_format
             ):
                 rate, num_channels, sample_format = frame.sample_rate, frame.layout.nb_channels, frame.format.name
-                section = _Section((rate, num_channels, sample_format), channels.get(len(sections)))
-                sections.append(section)
-                waiting = section.queue()
+                sections.append(_Section((rate, num_channels, sample_format), channels.get(len(sections))))
+                waiting = sections[-1].queue()
             frame.pts = None  # the queue wants times without gaps, or none
             waiting.write(frame)
             reading.seconds += frame.samples / rate
             if waiting.samples >= BLOCK:
-                section.mix_waiting()
+                sections[-1].mix_waiting()
                 reading.check()
         reading.check()
         if container.format.name in EXACT_FORMATS and not reading.allow_truncated:
@@ -353,11 +352,12 @@ class _Section:
 
     def mix_waiting(self) -> None:
         """Take what is in the queue."""
-        frame = self._waiting.read() if self._waiting else None
+        frame = self._waiting.read() if self._waiting is not None else None
         if frame is None:
             return
         if self.kind[1] == 1:  # without a copy
-            plane = np.frombuffer(frame.planes[0], SAMPLE_FORMATS[self.kind[2].removesuffix("p")], frame.samples)
+            sample_format = SAMPLE_FORMATS[self.kind[2].removesuffix("p")]
+            plane = np.frombuffer(frame.planes[0], sample_format, frame.samples)  # type: ignore[call-overload]  # a buffer
             self.mix(_to_float(plane)[None])
             return
         block = _to_float(frame.to_ndarray())

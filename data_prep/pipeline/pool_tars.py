@@ -35,7 +35,7 @@ class TarPair:
 def read_pairs(path: Path, media: frozenset[str], unit: str, rule: KeyRule) -> Iterator[TarPair]:
     """Yields the pairs of a tar in their order.
 
-    Consecutive members of one key in one tar are a pair; a second picture or text without a number begins the next pair.
+    Consecutive members of one key in one tar are a pair; a second picture or text without a number begins the next.
 
     Args:
         media: suffixes of pictures, or of clips.
