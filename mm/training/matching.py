@@ -49,8 +49,13 @@ class MatchingObjective(NextTokenObjective):
     ) -> None:
         super().__init__()
         check_loss_weights(matching_weight=matching_weight, next_token_weight=next_token_weight)
-        self.modality, self.matching_weight, self.next_token_weight = modality, matching_weight, next_token_weight
+        self.kind = modality.name  # a modality's functions cannot be pickled, and workers may get the objective so
+        self.matching_weight, self.next_token_weight = matching_weight, next_token_weight
         self.num_matched = self.num_answers = 0
+
+    @property
+    def modality(self) -> Modality:
+        return IMAGE if self.kind == IMAGE.name else VIDEO
 
     @property
     def runs_language_model(self) -> bool:
