@@ -326,6 +326,24 @@ def test_fitting_to_equal_states_stays_within_the_largest_scale(tiny_config):
     assert all(weight.isfinite().all() and weight.abs().max() < 100 for weight in block.parameters())
 
 
+@pytest.mark.parametrize("gate_init", [0.0, 0.5])
+def test_an_adapter_is_the_identity_until_a_branch_of_a_block_opens(tiny_config, gate_init):
+    """A branch is open if neither its gate nor its last matrix is 0."""
+    with torch.inference_mode(False), torch.no_grad():
+        adapter = replace(tiny_config.image_adapter, gate_init=gate_init)
+        model = mm.MultimodalModel(replace(tiny_config, image_adapter=adapter))
+        block = model.image_adapter.blocks[1]
+        for gate, matrix in (
+            (block.gate_attn, block.cross_attn.o_proj.weight),
+            (block.gate_ffn, block.mlp.down_proj.weight),
+        ):
+            assert model.image_adapter.is_identity()
+            closed = matrix if gate_init else gate
+            closed.fill_(0.1)
+            assert not model.image_adapter.is_identity()
+            closed.zero_()
+
+
 def answered(samples, unanswered=0):
     """Samples of sufficient length, with their last two tokens as the answer; the last `unanswered` have none."""
     samples = [sample for sample in samples if len(sample.tokens) > 2]
