@@ -18,6 +18,7 @@ from mm.training.contrastive import ContrastiveModel, Pair, TextTowerConfig
 from mm.training.objectives import NextTokenObjective
 from mm.training.trainer import Trainer
 from speech.adapter import num_tokens
+from vision.tiling import Tiles
 
 FROZEN = {"language_model.*": None, "extra_embeddings": None}
 
@@ -59,6 +60,38 @@ def samples(make_sample) -> list[mm.Sample]:
         vocab = 320
         labels = [t if n >= first and t < vocab else IGNORED for n, t in enumerate(sample.tokens)]
         rows.append(mm.Sample(sample.tokens, labels, sample.images))
+    return rows
+
+
+@pytest.fixture
+def shared_pictures(make_sample, random_tiles) -> list[mm.Sample]:
+    """Eight rows that look at three pictures, each row at its own copies: two at two of them, two at none."""
+
+    def one() -> Tiles:
+        return random_tiles(500, (1, 1))
+
+    def two() -> Tiles:
+        return random_tiles(501, (1, 2))
+
+    def four() -> Tiles:
+        return random_tiles(502, (2, 2))
+
+    rows = []
+    for seed, (pattern, pictures) in enumerate(
+        [
+            ("i....", [one()]),
+            (".i...", [one()]),
+            ("ii......", [one(), two()]),
+            ("....", []),
+            ("i........", [two()]),
+            ("i..i.....", [one(), four()]),
+            ("......", []),
+            ("..i...", [four()]),
+        ]
+    ):
+        tokens = make_sample(pattern, 40 + seed).tokens
+        labels = [IGNORED, *(token if token < 320 else IGNORED for token in tokens[1:])]
+        rows.append(mm.Sample(tokens, labels, pictures))
     return rows
 
 

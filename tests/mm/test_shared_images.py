@@ -7,24 +7,13 @@ import pytest
 import torch
 
 import mm
-from mm.batch import IGNORED, Batch
-from mm.modalities import MODALITIES
+from benchmarks.shared_pictures import with_copies
+from mm.batch import IGNORED
 from mm.training.objectives import next_token_loss
 from video.sampling import Clip
 from vision.tiling import Tiles
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}  # sums over rows run in another order: fp32 rounding
-
-
-def with_copies(batch: Batch) -> Batch:
-    """The batch with an item of its own for each row that looks at it."""
-    media = {}
-    for modality in MODALITIES:
-        items, rows = batch.items(modality), batch.row_items(modality)
-        counts = iter(range(sum(map(len, rows))))
-        media[modality.field] = [items[index] for row in rows for index in row]
-        media[f"row_{modality.field}"] = [[next(counts) for _ in row] for row in rows]
-    return replace(batch, **media)
 
 
 def copy_of(tiles: Tiles) -> Tiles:

@@ -96,6 +96,25 @@ def test_fsdp_gradients_equal_those_of_one_process(model, uneven, config, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.distributed
+def test_ranks_that_share_pictures_have_the_same_gradients(model, shared_pictures, config, tmp_path):
+    """Each rank's rows, every second one, share pictures among them, and the ranks have copies of each other's."""
+    settings = config(max_gradient_norm=1e9)
+    cases = {"whole": settings, "micro": replace(settings, micro_batch_size=2)}
+    carry_out(tmp_path, 2, shared_pictures, gradients={name: (model, case) for name, case in cases.items()})
+    expected = alone(model, shared_pictures, settings)
+    for name in cases:
+        found = torch.load(tmp_path / f"{name}.pt")
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5), name
+        assert found["gradients"].keys() == expected["gradients"].keys()
+        for parameter, gradient in expected["gradients"].items():
+            torch.testing.assert_close(found["gradients"][parameter], gradient, **CLOSE, msg=f"{name} {parameter}")
+    encoded = [len(mm.collate(shared_pictures[rank::2]).images) for rank in range(2)]
+    assert torch.load(tmp_path / "whole.pt")["amounts"]["images"] == sum(encoded) == 4
+    assert sum(len(sample.images) for sample in shared_pictures) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_compiled_layers_under_fsdp_have_the_same_gradients(shallow_model, uneven, config, tmp_path):
     settings = config(max_gradient_norm=1e9)
     case = replace(settings, compile=True, activation_checkpointing=True)

@@ -158,6 +158,18 @@ def test_stages_in_sequence_compute_the_models_loss(build_model, tiny_config, un
     assert hidden[0] == next_token_loss(model, batch)
 
 
+def test_stages_encode_a_shared_picture_once(build_model, tiny_config, shared_pictures):
+    model, batch, encoded = build_model(tiny_config), mm.collate(shared_pictures), []
+    expected = NextTokenObjective().loss(model, batch)
+    hidden: tuple[torch.Tensor, ...] = ()
+    for stage in stages(model, 3):
+        stage.vision_encoder.register_forward_pre_hook(lambda _, inputs: encoded.append(len(inputs[0])))
+        stage.batches = pad_to_common_shape([batch, mm.collate(shared_pictures * 2)])
+        hidden = (stage(*hidden, index=torch.tensor(0)),)
+    torch.testing.assert_close(hidden[0], expected, **CLOSE)
+    assert encoded == [3] * 3 and len(batch.images) == 3
+
+
 def test_padding_to_a_common_shape_changes_no_loss_or_gradient(model, uneven):
     apply_learning_rates(model, {**FROZEN, "*": 1e-3})
     parts = [mm.collate(uneven[start : start + 3]) for start in (0, 3, 6)]
