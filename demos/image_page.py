@@ -33,7 +33,7 @@ BASELINES = {"_blank": BLIND, "_replaced": "another picture"}  # by the end of t
 PANEL = """<template id="panel"><section class="panel">
 <div class="large"><p class="numbers" aria-live="polite"></p></div>
 <div><button type="button" class="close">close</button><h3></h3><div class="said"></div>
-<fieldset><legend>Bright places got the attention of the cross-attention block after this layer:</legend>
+<fieldset><legend>The more attention the block after a layer paid to a place, the less it is veiled:</legend>
 <div class="blocks"></div></fieldset>
 <fieldset><legend>while the model wrote</legend><div class="choices tokens"></div></fieldset></div>
 </section></template>"""
