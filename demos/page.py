@@ -61,7 +61,12 @@ def score_section(explanation: str, sets: Mapping[str, Mapping[str, Mapping[str,
             ends = (score.scale * (score.value + score.interval) for score in scores.values())
             longest = max([100.0, *ends]) / 100 if metric in UNBOUNDED else 1.0
             rows = [
-                (name, score.scale * score.value / longest, score.scale * score.interval / longest, score_text(score))
+                (
+                    name if score.num_samples == samples else f"{name} ({score.num_samples:,})",
+                    score.scale * score.value / longest,
+                    score.scale * score.interval / longest,
+                    score_text(score),
+                )
                 for name, score in scores.items()
             ]
             parts.append(bars(rows))

@@ -81,7 +81,7 @@ def test_probabilities_as_text(probability, text):
 
 def test_scores_are_bars_on_a_scale_to_100_or_to_the_largest():
     rate = {"own sound": Score("wer", 0.5, 0.1, 9), "another sound": Score("wer", 1.8, 0.2, 9)}
-    share = {"with": Score("chrf", 31.6, 2.9, 1234), "blind": Score("chrf", 99.0, 3.0, 1234)}
+    share = {"with": Score("chrf", 31.6, 2.9, 1234), "blind": Score("chrf", 99.0, 3.0, 100)}
     text = "".join(score_section("why", {"a < b": {"wer": rate, "chrf": share}}))
     assert re.findall(r'fill" style="width:([\d.]+)%', text) == ["25.00", "90.00", "31.60", "99.00"]
     assert re.findall(r'whisker" style="left:([\d.]+)%;width:([\d.]+)%', text) == [
@@ -91,6 +91,7 @@ def test_scores_are_bars_on_a_scale_to_100_or_to_the_largest():
         ("96.00", "4.00"),  # cut at 100
     ]
     assert ">50.0 ± 10.0<" in text and "a &lt; b" in text and "captions: chrF (1,234)" in text
+    assert ">with<" in text and ">blind (100)<" in text  # of another number of samples
 
 
 def test_right_and_wrong_answers_differ_by_more_than_colour():
