@@ -61,10 +61,21 @@ class ShardWriter:
         return self
 
     def add(self, record: Record) -> None:
-        """Check a record and write it to the spool."""
+        """Check a record and write it to the spool.
+
+        Raises:
+            UserError: it does not follow the format, or a text in it holds half of a surrogate pair.
+        """
         check_record(record)
-        data = _tar_members(record)
-        row = json.dumps(index_row(record, shard=None, offset=None, size=len(data)), default=float).encode()
+        try:
+            data = _tar_members(record)
+            values = index_row(record, shard=None, offset=None, size=len(data))
+            row = json.dumps(values, ensure_ascii=False, default=float).encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"record {record.id}: a text in it holds half of a surrogate pair, {error.object[error.start]!r}: "
+                "leave it out, or write the whole character"
+            ) from None
         self.rows.append((record.id, self._spool.tell(), len(data), len(row)))
         self._spool.write(data)
         self._spool.write(row)

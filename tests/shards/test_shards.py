@@ -363,6 +363,16 @@ def test_clips_and_sound_keep_their_suffixes(tmp_path):
         check_record(Record("r0", records[0].json, {"wav": b""}))
 
 
+@pytest.mark.parametrize("field", ["caption", "note", "scores"])
+def test_half_a_surrogate_pair_is_an_error_of_its_record(tmp_path, field):
+    about = {"id": "r0", "split": "train", "task": "caption", "language": "en", "caption": "a"}
+    scores = {"model": "\ud800"} if field == "scores" else {}
+    broken = Record("r0", about if field == "scores" else {**about, field: "a \udc80"}, {}, scores)
+    with pytest.raises(ValueError, match=r"^record r0: a text in it holds half of a surrogate pair, '\\ud[^\n]*$"):
+        write_shards([Record("r1", {**about, "id": "r1"}), broken], tmp_path / "set")
+    assert not list(tmp_path.iterdir())
+
+
 def test_records_of_one_image_are_found_by_the_index(tmp_path):
     pictures = {"a": b"one", "b": b"two", "c": b"one", "d": None, "e": b"two", "f": None, "g": b"one"}
     records = []
