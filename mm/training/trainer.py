@@ -8,7 +8,7 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -30,7 +30,7 @@ from mm.parallel.tensor_parallel import all_reduce_partial_gradients
 from mm.training.checkpoint import Checkpoints
 from mm.training.compiling import compiled, require_compiler
 from mm.training.config import NOT_IN_FINGERPRINT, TrainingConfig
-from mm.training.data import Position, SizedDataset, StepData, collate_step, step_loader
+from mm.training.data import Position, SizedDataset, StepData, Unreadable, collate_step, step_loader
 from mm.training.guards import Guard
 from mm.training.interruption import StopSignals, end
 from mm.training.metrics import MetricsLog, NoLog, StepMetrics, Window
@@ -223,7 +223,15 @@ class Trainer:
         self.factor = learning_rate_factor(step, config.steps, config.warmup_steps, config.final_learning_rate_factor)
         set_learning_rate_factor(self.optimizer, self.factor)
         metrics = train_step(
-            self.module, self.objective, self.optimizer, data.batches, config, self.device, self.guard, data.used_parts
+            self.module,
+            self.objective,
+            self.optimizer,
+            data.batches,
+            config,
+            self.device,
+            self.guard,
+            data.used_parts,
+            data.unreadable,
         )
         if metrics.skipped and self.ranks.is_main:
             logger.warning("skipped step %d: %s", step + 1, metrics.skipped)
@@ -312,12 +320,14 @@ def train_step(
     device: torch.device | str,
     guard: Guard,
     used_parts: Mapping[str, bool] | None = None,
+    unreadable: Sequence[Unreadable] = (),
 ) -> StepMetrics:
     """One optimizer step over micro-batches; `guard` may decide that it is skipped.
 
     Args:
         used_parts: whether this rank's samples, without dummy samples, run through each part, see
             `Objective.used_parts`. A part that no rank's samples run through is left as it is; None: all are used.
+        unreadable: this rank's records of the step that could not be read, for the error.
 
     Raises:
         UserError: no targets in the step, or too many skipped steps in a row.
@@ -326,7 +336,10 @@ def train_step(
     used_parts = used_parts or {}
     count, *ranks_using = layout.all_reduce_sum(sum(objective.count(batch) for batch in batches), *used_parts.values())
     if count == 0:
-        raise UserError("a step holds no targets; check the data's answers and captions")
+        why = "check the data's answers and captions"
+        if unreadable:
+            why = f"{len(unreadable)} of its records cannot be read; the first: {unreadable[0].reason}"
+        raise UserError(f"a step holds no targets; {why}")
     device_type = torch.device(device).type
     losses: list[Tensor | float] = []
     with attention_kernels(config.precision, device_type):  # the backward pass too: it may recompute activations

@@ -5,11 +5,13 @@ import json
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mm.batch import IGNORED
 from mm.training.config import TrainingConfig
 from mm.training.data import Unreadable
 from mm.training.interruption import StopSignals
@@ -128,6 +130,12 @@ def test_a_step_without_readable_records_is_refused(model, config, run, workers)
     with pytest.raises(ValueError) as caught:
         run(model, config(batch_size=1, workers=workers), dataset=[BAD])
     assert str(caught.value) == "none of a step's records can be read; the first: broken or truncated picture"
+
+
+def test_a_step_whose_readable_records_hold_no_target_names_the_others(model, samples, config, run):
+    silent = replace(samples[0], labels=[IGNORED] * len(samples[0].tokens))
+    with pytest.raises(ValueError, match=r"a step holds no targets; 1 of its records .* broken or truncated picture"):
+        run(model, config(batch_size=2), dataset=[silent, BAD])
 
 
 def test_a_run_that_cannot_start_leaves_no_folder(model, config, run, tmp_path):
