@@ -166,8 +166,9 @@ class Checkpoints:
             saved_fingerprint = state["fingerprint"]
         if different := _different_settings(saved_fingerprint, self.fingerprint):
             raise UserError(
-                f"{self.folder.parent} holds a run with another {', '.join(different)}; name another output folder, "
-                f"remove {self.folder}, or resume it with the same configuration"
+                f"{self.folder.parent} holds a run with another {', '.join(different)}; name another output folder, or "
+                f"remove {self.folder} to begin anew, or resume the run with its own configuration and with the "
+                "version of mm-adapters that began it"
             )
         moments = {
             name: {
