@@ -21,7 +21,7 @@ demo-photos: $(VENV)/.installed
 	$(BIN)/python -m demos.photos $(ARGS)
 
 programs:
-	@test -d data/demo/tuxpaint || for program in npm apt-get dpkg-deb; do \
+	@test -d data/demo/tuxpaint || test -d "$${MM_CACHE:-$$HOME/.cache/mm-adapters}/tuxpaint-stamps" || for program in npm apt-get dpkg-deb; do \
 	  command -v $$program >/dev/null || { echo "$$program is missing: the demo fetches its pictures with it"; exit 1; }; \
 	done
 

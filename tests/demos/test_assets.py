@@ -230,3 +230,23 @@ def test_an_asset_of_several_archives_and_a_zip_within_one(clients, monkeypatch,
         assets.fetch("openmoji", tmp_path)
     clients.leaves = {name: tgz(files) for name, files in archives.items()}
     assert tree(assets.fetch("openmoji", tmp_path)) == ["LICENSE", "clip.webp", "film.mp4"]
+
+
+def test_sizes_are_said_before_anything_is_fetched(caplog, tmp_path):
+    caplog.set_level("INFO")
+    names = ["easy-vqa", "smollm2-135m", "easy-vqa"]
+    missing = assets.not_cached(names, tmp_path)
+    assert missing == ["easy-vqa", "smollm2-135m"]
+    assets.announce_downloads(missing)
+    assert caplog.messages == ["to fetch: easy-vqa, smollm2-135m (95 MB to download, 103 MB on disk)"]
+    (tmp_path / "easy-vqa").mkdir()
+    assert assets.not_cached(names, tmp_path) == ["smollm2-135m"]
+    caplog.clear()
+    assets.announce_downloads([])
+    assert not caplog.messages and assets.sizes_text(None, 5) == "sizes not measured"
+
+
+def test_all_sizes_of_the_image_demos_assets_are_known():
+    for name in ("smollm2-135m", "easy-vqa", "openmoji", "tuxpaint-stamps"):
+        asset = assets.ASSETS[name]
+        assert asset.download_bytes > 1e6 and asset.disk_bytes > 1e6
