@@ -37,19 +37,20 @@ def run_demo(parser: ArgumentParser, argv: Sequence[str] | None, demo: Callable[
         demo(options)
 
 
-def stage_options(device: str, steps: int | None = None) -> list[str]:
+def stage_options(device: str, steps: int | None = None, precision: str | None = None) -> list[str]:
     """The options that a demo passes to each of its training stages.
 
     bf16 takes half the time on GPUs and on processors that multiply it in hardware; elsewhere it takes far longer.
 
     Args:
         steps: training steps; None leaves them to the stage's configuration.
+        precision: "fp32" or "bf16"; None takes the faster one.
     """
     capabilities = torch.cpu.get_capabilities()
     has_bf16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     if resolve_device(device).type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported()
-    options = ["--device", device, "--training.precision", "bf16" if has_bf16 else "fp32"]
+    options = ["--device", device, "--training.precision", precision or ("bf16" if has_bf16 else "fp32")]
     if steps is not None:
         options += ["--training.steps", str(steps)]
     level = logging.getLogger("demos").getEffectiveLevel()

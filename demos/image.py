@@ -1,70 +1,75 @@
 """The image demo (`make demo`): a frozen language model learns to see, on this machine.
 
-    python -m demos.image [--steps N] [--encoder-steps N]
+    python -m demos.image [--steps N] [--encoder-steps N] [--seed N]
 
 Flow: assets -> curation -> shards -> image encoder -> image adapter -> evaluation -> a page. Finished parts are kept:
 an interrupted demo continues after the last one.
 """
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
-from jsonargparse import Namespace
+from jsonargparse import ArgumentParser, Namespace
 
 import configs
 import data_prep.sources.easy_vqa
 import mm
-import stages.pretrain_image_encoder
-import stages.train_image_adapter
 from data_prep.pipeline.curation import read_config, run
 from data_prep.pipeline.ledger import count_concepts, dropped_pairs
 from data_prep.report.report import write_report
 from data_prep.sources.files import license_text
-from demos.assets import fetch, missing_programs
-from demos.command import add_device_option, run_demo, stage_options
+from demos.assets import announce_downloads, fetch, missing_programs, not_cached
+from demos.command import add_device_option, run_demo
+from demos.cost import cost_line
 from demos.image_examples import choose_examples
 from demos.image_page import write_image_page
+from demos.image_training import LANGUAGE_MODEL, Recipe, train
+from demos.progress import Progress
+from demos.readme_examples import check_examples
 from demos.scores import scores_by_answer
 from foundation.errors import UserError
 from foundation.options import new_parser
 from mm.evaluation.evaluate import EvaluationReport, evaluate
-from mm.run_files import CONFIG_FILE
 from shards.format import Record
 from shards.reader import ShardSet
 from shards.writer import write_shards
 
-DATA, ENCODER, CURATED = Path("data/demo"), Path("runs/demo-encoder"), Path("runs/data/demo")
+DATA, CURATED = Path("data/demo"), Path("runs/data/demo")
 CURATION_CONFIG = "data/demo.yaml"
-ENCODER_CONFIG, ADAPTER_CONFIG = "demo/encoder.yaml", "demo/adapter.yaml"
+CONTROL_SAMPLES = 100  # captions of each set that are chosen for another record's picture
+SECONDS = {"sets": 100.0, "evaluation": 150.0, "page": 10.0}  # on the reference machine of `demos.progress`
 logger = logging.getLogger(__name__)
 
 
-def demo(
-    output: Path, steps: int | None, questions: int | None, encoder_steps: int | None = None, device: str = "auto"
-) -> dict[str, EvaluationReport]:
-    """Run the parts of the demo that are not finished, and write `output/index.html`.
+def demo(recipe: Recipe, questions: int | None) -> dict[str, EvaluationReport]:
+    """Run the parts of the demo that are not finished, and write `index.html` into the adapter's run folder.
 
     Args:
-        output: run folder of the adapter stage; shards and encoder lie where the configurations in configs/demo say.
-        steps: of the adapter stage; None takes the configuration's.
+        recipe: what to train with; shards lie where the configurations in configs/demo say.
         questions: how many test questions to evaluate; None takes all.
-        encoder_steps: of the encoder stage; None takes the configuration's. Each number of steps has its own folder.
-        device: of training and evaluation.
 
     Returns:
-        reports: "answers", "openmoji" and "tuxpaint", and each again with blanked pictures, such as "answers_blank".
+        reports: "answers", "openmoji" and "tuxpaint", each again with blanked pictures, such as "answers_blank", and
+            the captioned ones with other records' pictures, such as "openmoji_replaced".
 
     Raises:
         UserError: a number below 1; a program that fetches the sets is missing.
     """
-    check_positive(steps=steps, questions=questions, encoder_steps=encoder_steps)
-    prepare_all(SETS)
-    train(output, steps, encoder_steps, device)
-    return show(output, questions, device, encoder_steps)
+    check_positive(steps=recipe.steps, questions=questions, encoder_steps=recipe.encoder_steps)
+    training = {stage.title: stage.seconds for stage in recipe.stage_runs()}
+    progress = Progress({"sets": SECONDS["sets"], **training, **SECONDS})
+    if all((DATA / name).exists() for name in SETS):
+        progress.skip("sets")
+    else:
+        progress.begin("sets")
+        prepare_all(SETS)
+    train(recipe, progress)
+    return show(recipe, questions, progress)
 
 
 def check_positive(**options: int | None) -> None:
@@ -72,26 +77,6 @@ def check_positive(**options: int | None) -> None:
     for name, value in options.items():
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
-
-
-def train(output: Path, steps: int | None = None, encoder_steps: int | None = None, device: str = "auto") -> None:
-    """Train the encoder, and the adapter into `output`, unless they are there; arguments as in `demo`."""
-    language_model = fetch("smollm2-135m")
-    started = time.monotonic()
-    encoder = encoder_folder(encoder_steps)
-    if not (encoder / CONFIG_FILE).exists():
-        arguments = ["--config", str(configs.path(ENCODER_CONFIG)), "--output", str(encoder)]
-        stages.pretrain_image_encoder.main([*arguments, *stage_options(device, encoder_steps)])
-    if not (output / CONFIG_FILE).exists():
-        arguments = ["--config", str(configs.path(ADAPTER_CONFIG)), "--output", str(output)]
-        arguments += ["--language_model", str(language_model), "--vision_encoder", str(encoder)]
-        stages.train_image_adapter.main([*arguments, *stage_options(device, steps)])
-        logger.info("trained for %.1f minutes", (time.monotonic() - started) / 60)
-
-
-def encoder_folder(steps: int | None) -> Path:
-    """The folder of the encoder stage; another number of steps than the configuration's has its own."""
-    return ENCODER if steps is None else ENCODER.with_name(f"{ENCODER.name}-{steps}")
 
 
 def prepare_all(sets: dict[str, tuple]) -> None:
@@ -103,9 +88,12 @@ def prepare_all(sets: dict[str, tuple]) -> None:
     Raises:
         UserError: a program that fetches or draws a set is missing.
     """
-    missing = missing_programs()
-    if missing and not all((DATA / name).exists() for name in sets):
+    assets_of_sets = [assets for name, (_, *assets) in sets.items() if not (DATA / name).exists()]
+    to_fetch = not_cached([*chain.from_iterable(assets_of_sets), LANGUAGE_MODEL])
+    missing = missing_programs() if to_fetch and assets_of_sets else []
+    if missing:
         raise UserError(f"the demo needs {', '.join(missing)}")
+    announce_downloads(to_fetch)
     for name, (to_samples, *assets) in sets.items():
         prepare(DATA / name, to_samples, *assets)
 
@@ -146,18 +134,23 @@ def curated(asset: str, folder: Path, dropped: list[tuple[str, str]]) -> Iterato
     yield from ShardSet(work / "shards")
 
 
-def show(
-    output: Path, questions: int | None, device: str = "auto", encoder_steps: int | None = None
-) -> dict[str, EvaluationReport]:
-    """Evaluate the run on held-out data with pictures and with blanked pictures, print the scores, write the page."""
+def show(recipe: Recipe, questions: int | None, progress: Progress) -> dict[str, EvaluationReport]:
+    """Evaluate the run on held-out data with pictures and without, try the README's examples, print what comes of it
+    and what the training cost, and write the page."""
+    output = recipe.adapter
     sets = held_out({"answers": "easy_vqa", "openmoji": "openmoji", "tuxpaint": "tuxpaint"})
-    reports = evaluate_run(output, sets, questions, output / "evaluation", device)
+    progress.begin("evaluation")
+    reports = evaluate_run(output, sets, questions, output / "evaluation", recipe.device)
     for name, report in reports.items():
         print(f"{name}: {', '.join(map(str, scores_by_answer(report).values()))}")
-    examples = choose_examples(*mm.load(output, device=device), sets, reports)
-    folders = {"Image encoder": encoder_folder(encoder_steps), "Image adapter": output}
-    stages = {title: folder / "metrics.jsonl" for title, folder in folders.items()}
-    write_image_page(output / "index.html", reports, examples, stages)
+    progress.begin("page")
+    model, processor = mm.load(output, device=recipe.device)
+    examples = choose_examples(model, processor, sets, reports)
+    metrics = {stage.title.capitalize(): stage.output / "metrics.jsonl" for stage in recipe.stage_runs()}
+    write_image_page(output / "index.html", reports, examples, metrics)
+    for line in check_examples(model, processor):
+        print(line)
+    print(cost_line(metrics.values()))
     print(f"open {output / 'index.html'}")
     return reports
 
@@ -172,6 +165,8 @@ def evaluate_run(
 ) -> dict[str, EvaluationReport]:
     """Score a run on each set, and on each again with blanked pictures under "{name}_blank".
 
+    Captions are also scored by choice among 20, and that again with other records' pictures under "{name}_replaced".
+
     Args:
         sets: "answers" is asked its questions; the pictures of all others are captioned.
         questions: how many of "answers" to ask; None takes all.
@@ -179,20 +174,17 @@ def evaluate_run(
     """
     model, processor = mm.load(run, device=device)
     reports: dict[str, EvaluationReport] = {}
+    blank, replaced = {"blank_images": True}, {"replace_images": True, "limit": CONTROL_SAMPLES}
     for name, records in sets.items():
-        metrics = ["vqa_accuracy"] if name == "answers" else ["bleu", "chrf"]
-        for is_blank in (False, True):
-            report = evaluate(
-                model,
-                processor,
-                records,
-                metrics,
-                blank_images=is_blank,
-                batch_size=64,
-                max_new_tokens=4 if name == "answers" else 24,
-                limit=questions if name == "answers" else None,
-            )
-            key = f"{name}_blank" if is_blank else name
+        metrics = ["pmi_choice", "bleu", "chrf"]
+        options: dict[str, Any] = {"max_new_tokens": 24}
+        if name == "answers":
+            metrics, options = ["vqa_accuracy"], {"max_new_tokens": 4, "limit": questions}
+        variants: list[tuple[str, list[str], dict[str, Any]]] = [(name, metrics, {}), (f"{name}_blank", metrics, blank)]
+        if name != "answers":
+            variants.append((f"{name}_replaced", ["pmi_choice"], replaced))
+        for key, scores, changes in variants:
+            report = evaluate(model, processor, records, scores, batch_size=64, **{**options, **changes})
             report.write(folder / key)
             reports[key] = report
             logger.info("evaluated %s on %d samples", key, len(report.predictions))
@@ -207,20 +199,29 @@ SETS = {  # name -> the arguments of `prepare` after the folder
 }
 
 
+def add_recipe_options(parser: ArgumentParser) -> None:
+    """Add the options that `recipe_of` reads, and --questions."""
+    parser.add_argument("--output", type=Path, help="run folder; default: runs/demo, or with the settings that follow")
+    parser.add_argument("--steps", type=int, help="steps of the adapter stage, in place of the configuration's")
+    parser.add_argument("--encoder-steps", type=int, help="steps of the encoder stage, in place of the configuration's")
+    parser.add_argument("--seed", type=int, help="of all stages, in place of the configurations'")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], help="default: bf16 where the machine multiplies it")
+    parser.add_argument("--questions", type=int, default=2000, help="evaluate on this many test questions")
+
+
+def recipe_of(options: Namespace) -> Recipe:
+    """The recipe that a command line asks for."""
+    return Recipe(options.steps, options.encoder_steps, options.seed, options.precision, options.device, options.output)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the options and run the demo."""
     parser = new_parser("demo", "Teach a frozen language model to see, from downloads to a page with its answers.")
-    parser.add_argument("--output", type=Path, help="run folder; default: runs/demo, or with the numbers of steps")
-    parser.add_argument("--steps", type=int, help="steps of the adapter stage, in place of the configuration's")
-    parser.add_argument("--encoder-steps", type=int, help="steps of the encoder stage, in place of the configuration's")
-    parser.add_argument("--questions", type=int, default=2000, help="evaluate on this many test questions")
+    add_recipe_options(parser)
     add_device_option(parser)
 
     def run_with(options: Namespace) -> None:
-        numbers = {"": options.steps, "after-": options.encoder_steps}
-        suffixes = [f"-{prefix}{number}" for prefix, number in numbers.items() if number is not None]
-        output = options.output or Path("".join(["runs/demo", *suffixes]))
-        demo(output, options.steps, options.questions, options.encoder_steps, options.device)
+        demo(recipe_of(options), options.questions)
 
     run_demo(parser, argv, run_with)
 

@@ -21,7 +21,8 @@ import stages.finetune
 import stages.train_image_adapter
 from data_prep.sources.conversations import caption_conversations
 from demos.command import add_device_option, run_demo, stage_options
-from demos.image import DATA, ENCODER, SETS, check_positive, evaluate_run, held_out, prepare_all, train
+from demos.image import DATA, SETS, check_positive, evaluate_run, held_out, prepare_all
+from demos.image_training import ENCODER, Recipe, train
 from demos.scores import score_text, scores_by_answer
 from foundation.errors import UserError
 from foundation.options import new_parser
@@ -70,7 +71,7 @@ def demo_stages(questions: int, device: str = "auto") -> str:
         if not (DATA / name).exists():
             files = {"LICENSE": (DATA / captions / "LICENSE").read_text(encoding="utf-8")}
             write_shards(caption_conversations(ShardSet(DATA / captions)), DATA / name, files=files)
-    train(ADAPTER_RUN, device=device)
+    train(Recipe(device=device))
     scores = {"adapter": score_run(ADAPTER_RUN, questions, device)}
     run_stage_once(stages.train_image_adapter.main, ANNEALING_CONFIG, ADAPTER_RUN, ANNEALED_RUN, device)
     scores["annealing"] = score_run(ANNEALED_RUN, questions, device)

@@ -17,6 +17,7 @@ from jsonargparse import Namespace
 import configs
 import data_prep.sources.fluent_emoji
 import demos.image
+import demos.image_training
 import mm
 import stages.train_video_adapter
 from data_prep.sources.files import license_text
@@ -61,7 +62,7 @@ def demo(output: Path, steps: int | None, questions: int, device: str = "auto") 
     demos.image.check_positive(steps=steps, questions=questions)
     if not (IMAGE_RUN / CONFIG_FILE).exists():
         demos.image.prepare_all(demos.image.SETS)
-        demos.image.train(IMAGE_RUN, device=device)
+        demos.image_training.train(demos.image_training.Recipe(device=device))
     prepare()
     train(output, steps, device)
     sets = {task: ShardSet(MOVING_CLIPS).select(split="test", task=task) for task in QUESTION_TASKS}

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw
 
 import configs
 import demos.image
+import demos.image_training
 
 ENCODER = {
     **{"tile_size": 28, "patch_size": 14, "hidden_size": 32, "intermediate_size": 64},
@@ -67,8 +68,10 @@ def home(tmp_path, monkeypatch, language_model_folder) -> Path:
         assets[name] = tmp_path / "assets" / name
         make(assets[name])
         (assets[name] / "LICENSE").write_text(f"licence of {name}")
-    monkeypatch.setattr(demos.image, "fetch", assets.__getitem__)
+    for module in (demos.image, demos.image_training):
+        monkeypatch.setattr(module, "fetch", assets.__getitem__)
     monkeypatch.setattr(demos.image, "missing_programs", list)
+    monkeypatch.setenv("MM_CACHE", str(tmp_path / "cache"))
     sets = [{"path": f"data/demo/{name}"} for name in ("easy_vqa", "openmoji", "tuxpaint")]
     captions = {"validation": {"path": "data/demo/easy_vqa_captions", "split": "validation"}}
     encoder = {"data": sets, **captions, "encoder": ENCODER, "text": TEXT, "max_tiles": 1}

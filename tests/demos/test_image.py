@@ -1,16 +1,22 @@
 """The image demo from end to end, on small stand-ins for its sets and models."""
 
 import json
+import os
 import re
+import signal
 from html.parser import HTMLParser
 
 import pytest
 import torch
 
 import configs
+import data_prep.sources.easy_vqa
 import demos.image
 import demos.image_examples
+import demos.image_training
+import demos.readme_examples
 import mm
+import mm.training.trainer
 from demos.image_examples import Example
 from demos.image_page import write_image_page
 from mm.evaluation.attention_maps import AttentionMaps, PictureAttention
@@ -41,6 +47,12 @@ def test_demo_from_assets_to_a_page(home, capfd):
     out, err = capfd.readouterr()
     assert err.startswith("device: cpu\n") and "data/demo/easy_vqa: 516 samples, 0 left out" in err
     assert out.endswith("open runs/demo/index.html\n") and "vqa_accuracy" in out
+    parts = ["sets", "image encoder", "image adapter", "evaluation", "page"]
+    assert re.findall(r"part (\d) of 5: ([a-z ]+);", err) == [(str(n), part) for n, part in enumerate(parts, 1)]
+    assert re.search(r"trained with \d\.\de\d+ FLOP in \d+\.\d minutes \([\d.e+-]+ GFLOP/s\)\n", out)
+    for example in demos.readme_examples.EXAMPLES:
+        assert f"{example.command} -> " in out
+    assert "pmi_choice" in out and "openmoji_replaced: pmi_choice" in out
     assert (home / "data" / "demo" / "openmoji" / "LICENSE").read_text() == "licence of openmoji"
     assert (home / "runs" / "data" / "demo" / "openmoji" / "report.html").is_file()
 
@@ -70,12 +82,12 @@ def test_demo_from_assets_to_a_page(home, capfd):
 
 def test_finished_parts_are_not_repeated(home, monkeypatch, capfd):
     """Interrupted between the stages, then finished: each stage runs once, and a third run only makes the page."""
-    adapter = demos.image.stages.train_image_adapter.main
-    monkeypatch.setattr(demos.image.stages.train_image_adapter, "main", lambda _: 1 / 0)
+    adapter = demos.image_training.stages.train_image_adapter.main
+    monkeypatch.setattr(demos.image_training.stages.train_image_adapter, "main", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         demos.image.main(["--questions", "4"])
     encoder = (home / "runs" / "demo-encoder" / "config.yaml").stat().st_mtime_ns
-    monkeypatch.setattr(demos.image.stages.train_image_adapter, "main", adapter)
+    monkeypatch.setattr(demos.image_training.stages.train_image_adapter, "main", adapter)
     demos.image.main(["--questions", "4"])
     run = (home / "runs" / "demo" / "config.yaml").stat().st_mtime_ns
     assert (home / "runs" / "demo-encoder" / "config.yaml").stat().st_mtime_ns == encoder
@@ -94,7 +106,7 @@ def test_steps_of_both_stages_and_quiet_logging(home, capfd):
         rows = (home / "runs" / run / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(row)["step"] for row in rows] == list(range(1, number + 1))
     assert not (home / "runs" / "demo-encoder").exists()
-    assert not re.search("device:|samples, .* left out|trained for", capfd.readouterr().err)
+    assert not re.search("device:|samples, .* left out|part", capfd.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -156,3 +168,43 @@ def test_texts_are_escaped_on_the_page(tmp_path, random_picture):
     assert {text, f"{text}?", f"expected: {text}.", "blind answer: (nothing)", "50%", "25%"} <= set(page.words)
     assert document.count("<script") == 2 and text not in document  # the maps and attention.js
     assert {path.name for path in tmp_path.iterdir()} == {"index.html", "metrics.jsonl", "picture.webp"}
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_any_moment_leaves_a_demo_that_continues(home, monkeypatch, capfd):
+    """Interrupted in one part after the other, each time further on; nothing half-written is taken for finished."""
+    moments = [
+        (demos.image, "license_text"),  # before the second set is written
+        (data_prep.sources.easy_vqa, "_read"),  # while one is written
+        (demos.image, "write_report"),  # after a curation
+        (mm.training.trainer, "train_step"),  # of the encoder
+        (mm.training.trainer, "train_step"),  # of the adapter
+        (demos.image, "evaluate"),
+        (demos.image, "choose_examples"),
+        (demos.image, "write_image_page"),
+    ]
+    seen = set()
+    for module, name in moments:
+        genuine, calls = getattr(module, name), []
+
+        def interrupted(*arguments, genuine=genuine, calls=calls, **options):
+            calls.append(1)
+            if len(calls) == 2 or genuine in (write_image_page, demos.image.choose_examples):
+                os.kill(os.getpid(), signal.SIGINT)
+            return genuine(*arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, interrupted)
+            with pytest.raises(SystemExit) as ended:
+                demos.image.main(["--questions", "6", "--device", "cpu"])
+        assert ended.value.code == 130, name
+        assert re.search("interrupted; the same command (keeps|goes on)", capfd.readouterr().err), name
+        steps = home / "runs" / "demo-encoder" / "metrics.jsonl"
+        seen.add(steps.read_text() if steps.exists() else "")
+    demos.image.main(["--questions", "6", "--device", "cpu"])
+    assert "trained with" in capfd.readouterr().out and (home / "runs" / "demo" / "index.html").is_file()
+    for run, number in (("demo-encoder", 3), ("demo", 4)):
+        rows = (home / "runs" / run / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(row)["step"] for row in rows] == list(range(1, number + 1))
+    assert not [path for path in (home / "data" / "demo").iterdir() if path.name.startswith(".")]
+    assert len(seen) == 3  # before, within and after the encoder's training, which did not start over
