@@ -17,6 +17,11 @@ XMP, RAW_EXIF = b"XML:com.adobe.xmp", b"Raw profile type exif"
 # The keys of `Image.info` under which Pillow finds an orientation, of PNG and other formats.
 ORIENTATION_KEYS = ("exif", "xmp", XMP.decode(), RAW_EXIF.decode())
 GREY, TRUECOLOUR, PALETTE = 0, 2, 3  # colour types
+# Chunks that Pillow reads as they are; and what decides more than the size where `plain_size` reads it.
+PLAIN = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
+NOT_PLAIN = (b"tRNS", b"eXIf", b"tEXt", b"zTXt", b"iTXt", b"acTL", b"fcTL")
+DEPTHS = {GREY: (1, 2, 4, 8, 16), TRUECOLOUR: (8, 16), PALETTE: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
+MAX_PLAIN = 2**26  # pixels; larger ones are left to Pillow's limits
 
 
 def mend_png(data: bytes) -> bytes:
@@ -37,8 +42,9 @@ def mend_png(data: bytes) -> bytes:
         raise UserError(f"truncated or not a standard PNG: it begins with {data[12:16]!r} in place of its header, IHDR")
     before: list[bytes | memoryview] = []  # chunks in front of the pixels
     pixels: list[bytes | memoryview] = []
-    has_palette = False
+    has_palette, is_plain = False, True
     for kind, chunk, intact in _chunks(data):
+        is_plain = is_plain and kind in PLAIN and not (pixels and kind == b"PLTE")
         if not intact and (kind[:1].isupper() or kind == b"tRNS"):
             raise UserError(f"its PNG chunk {kind.decode()} has a wrong checksum: the file is damaged")
         body = chunk[8:-4]
@@ -71,7 +77,33 @@ def mend_png(data: bytes) -> bytes:
         raise UserError("truncated or broken PNG: it holds no pixels")
     if colour_type[0] == PALETTE and not has_palette:
         raise UserError("broken PNG: its pixels are indices, and its palette (PLTE) is missing")
-    return b"".join((SIGNATURE, *before, *pixels, _chunk(b"IEND", b"")))
+    whole = (SIGNATURE, *before, *pixels, _chunk(b"IEND", b""))
+    if is_plain and sum(map(len, whole)) == len(data):
+        return data
+    return b"".join(whole)
+
+
+def plain_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height of a PNG file that `mend_png` and Pillow read, and that nothing turns; None: find out so."""
+    if not data.startswith(SIGNATURE + b"\0\0\0\x0dIHDR") or len(data) < 33:
+        return None
+    width, height, depth, colour_type, compression, filtering, interlace = struct.unpack(">IIBBBBB", data[16:29])
+    if depth not in DEPTHS.get(colour_type, ()) or compression or filtering or interlace > 1:
+        return None
+    if not 0 < width * height <= MAX_PLAIN:
+        return None
+    found = set()
+    try:
+        for kind, _, intact in _chunks(data):
+            if kind in NOT_PLAIN or (kind[:1].isupper() and not (kind in PLAIN and intact)):
+                return None
+            if (kind in found and kind == b"IHDR") or (kind == b"PLTE" and b"IDAT" in found):
+                return None
+            found.add(kind)
+    except UserError:
+        return None
+    is_whole = b"IDAT" in found and (colour_type != PALETTE or b"PLTE" in found)
+    return (width, height) if is_whole else None
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, memoryview, bool]]:

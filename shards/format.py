@@ -15,7 +15,7 @@ import pyarrow as pa
 from PIL import ExifTags, Image
 
 from foundation.errors import UserError
-from foundation.png import ORIENTATION_KEYS, mend_png
+from foundation.png import ORIENTATION_KEYS, mend_png, plain_size
 
 INDEX_NAME = "index.parquet"
 PICTURES = ("jpg", "jpeg", "png", "webp")
@@ -156,6 +156,8 @@ def _without_number(suffix: str) -> str:
 
 def _picture_size(data: bytes) -> tuple[int | None, int | None]:
     """Width and height as the image is shown, from the header; None for a broken file, which reading it refuses."""
+    if size := plain_size(data):
+        return size
     try:
         with Image.open(io.BytesIO(mend_png(data))) as picture:
             width, height = picture.size

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from foundation.png import mend_png
+from foundation.png import mend_png, plain_size
 from shards.format import Record, index_row
 from tests.vision.pictures import chunk, encode, header, insert, noise
 from vision.reading import count_frames, read_picture
@@ -119,3 +119,13 @@ def test_what_needs_no_mending_stays():
     assert mend_png(PICTURE) == PICTURE and mend_png(profile) == profile and mend_png(b"GIF89a") == b"GIF89a"
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     assert count_frames(encode(frames[0], save_all=True, append_images=frames[1:])) == 2
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
+def test_the_size_of_a_plain_file_needs_no_decoder(mode):
+    file = encode(Image.new(mode, (37, 23)))
+    assert plain_size(file) == (37, 23) and mend_png(file) is file
+    assert plain_size(insert(file, chunk(b"pHYs", b"broken"))) == (37, 23)
+    for extra in (b"eXIf", b"iTXt", b"tRNS", b"acTL", b"IHDR", b"ABCD"):
+        assert plain_size(insert(file, chunk(extra, b""))) is None
+    assert plain_size(file[:-20]) is None and plain_size(with_wrong_checksum(file, b"IDAT")) is None

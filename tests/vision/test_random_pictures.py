@@ -2,6 +2,7 @@
 
 import base64
 import io
+import zlib
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps, PngImagePlugin
 
 from foundation.errors import UserError
+from foundation.png import mend_png, plain_size
 from shards.format import Record, index_row
 from tests.vision.pictures import chunk, insert, random_png
 from vision.reading import read_picture
@@ -145,6 +147,21 @@ def test_png_files_equal_those_of_resvg(case):
     assert close(got, by_resvg(plain, got.size))
     if odd == plain:
         assert np.array_equal(read_picture(Image.open(io.BytesIO(plain))), got)
+
+
+@given(png_files(), st.data())
+def test_a_size_without_decoding_is_pillows(case, data):
+    file = bytearray(data.draw(st.sampled_from(case)))
+    if data.draw(st.booleans()):  # in the header, with a right checksum
+        file[data.draw(st.integers(16, 28))] = data.draw(st.integers(0, 255))
+        file[29:33] = zlib.crc32(file[12:29]).to_bytes(4)
+    elif data.draw(st.booleans()):
+        file[data.draw(st.integers(0, len(file) - 1))] ^= data.draw(st.integers(1, 255))
+    try:
+        size = Image.open(io.BytesIO(mend_png(bytes(file)))).size
+    except Exception:
+        size = None
+    assert plain_size(bytes(file)) in (None, size)
 
 
 @given(png_files(), st.data())
