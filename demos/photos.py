@@ -19,9 +19,9 @@ import configs
 import data_prep.sources.cifar10
 import mm
 import stages.train_image_adapter
-from demos.assets import fetch
-from demos.charts import read_metrics
+from demos.assets import announce_downloads, fetch, not_cached
 from demos.command import add_device_option, run_demo, stage_options
+from demos.cost import cost_line
 from demos.image import check_positive, prepare
 from demos.image_examples import choose_examples
 from demos.image_page import write_image_page
@@ -65,6 +65,8 @@ def demo(
         UserError: a number below 1; what fetches the set or the language model is missing or fails.
     """
     check_positive(steps=steps, questions=questions, alignment_steps=alignment_steps)
+    if not DATA.exists():
+        announce_downloads(not_cached(["cifar10", "smollm2-135m"]))
     prepare(DATA, data_prep.sources.cifar10.to_samples, "cifar10")
     aligned = aligned_folder(alignment_steps)
     train(output, aligned, steps, alignment_steps, device)
@@ -124,8 +126,7 @@ def show(output: Path, aligned: Path, questions: int | None, device: str = "auto
     titles = {"Alignment, which trains the image encoder": aligned, "Image adapter": output}
     curves = {title: folder / "metrics.jsonl" for title, folder in titles.items()}
     write_image_page(output / "index.html", reports, examples, curves, {SET: {PROBE: {"choice": score}}})
-    flops = sum(read_metrics(file)[-1]["flops_total"] for file in curves.values())
-    print(f"trained with {flops:.1e} FLOP\nopen {output / 'index.html'}")
+    print(f"{cost_line(curves.values())}\nopen {output / 'index.html'}")
     return reports
 
 
