@@ -25,6 +25,7 @@ from foundation.errors import UserError
 NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 # Answers begin like one of these; see `ChatTokenizer.answer_start`.
 FIRST_WORDS = ("The", "a", "I", "1")
+MAX_TAIL, MAX_STARTS = 100, 1_000  # characters and number of the prompts' ends that are remembered
 
 
 def unguessable() -> str:
@@ -115,6 +116,7 @@ class ChatTokenizer:
         unknown = getattr(backend.model, "unk_token", None) or tokenizer.unk_token
         model_ids = {backend.model.token_to_id(name) for name in self._controls if name != unknown}
         self._spellable = model_ids - {None}
+        self._starts: dict[tuple[str, str], int] = {}  # of answers, by the prompt's last control token and what follows
 
     def find(self, text: str, hidden: Sequence[int] = ()) -> list[Span]:
         """The control tokens and marks in a rendered text.
@@ -161,13 +163,23 @@ class ChatTokenizer:
         last = prompt.spans[-1] if prompt.spans else Span(0, 0, "")
         offset = last.start  # tokens after a control token do not depend on what is before it
         tail = prompt.text[offset:]
-        spans = [Span(0, last.end - offset, last.name)] if prompt.spans else []
+        end = last.name, tail
+        if end not in self._starts:  # such as "<|start|>assistant\n", the same in each turn
+            spans = [Span(0, last.end - offset, last.name)] if prompt.spans else []
+            start = self._start_in(tail, spans)
+            if not prompt.spans or len(tail) > MAX_TAIL or len(self._starts) == MAX_STARTS:
+                return offset + start
+            self._starts[end] = start
+        return offset + self._starts[end]
+
+    def _start_in(self, tail: str, spans: list[Span]) -> int:
+        """`answer_start` in the end of a prompt."""
         start = len(tail)
         for word in FIRST_WORDS:
             for token in self.encode(Rendering(tail + word, spans)):
                 if token.name is None and token.start < len(tail) < token.end:
                     start = min(start, token.start)
-        return offset + start
+        return start
 
     def encode_prompt(self, prompt: Rendering) -> list[Token]:
         """The tokens of a prompt, as they are when an answer follows."""
