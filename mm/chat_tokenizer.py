@@ -151,7 +151,7 @@ class ChatTokenizer:
     def encode(self, rendering: Rendering) -> list[Token]:
         """The tokens of a text, in one pass."""
         tokens = self._encode(self._copy, rendering)
-        if any(token.name is None and token.id in self._spellable for token in tokens):
+        if self._spellable and any(token.name is None and token.id in self._spellable for token in tokens):
             tokens = self._encode(self._strict_copy, rendering)
         return tokens
 
@@ -214,7 +214,7 @@ class ChatTokenizer:
                 shift = span.end - alias_start - len(self._aliases[span.name])
             else:
                 start += shift
-            tokens.append(Token(copy.ids.get(id, id), start, end + shift, name))
+            tokens.append(Token._make((copy.ids.get(id, id), start, end + shift, name)))
         return _locate_bytes(tokens, rendering.text)
 
     def _replace_spans(self, text: str, spans: Sequence[Span]) -> tuple[str, list[int]]:

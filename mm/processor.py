@@ -6,6 +6,7 @@ becomes the model's own tokens for its item. So any tokenizer serves, whether or
 """
 
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
 
@@ -297,7 +298,8 @@ class Processor:
                     "give another chat_template"
                 )
             position = len(before)
-            start = self._tokenizer.answer_start(Rendering(before, [span for span in spans if span.end <= position]))
+            num_before = bisect_right(spans, position, key=lambda span: span.end)
+            start = self._tokenizer.answer_start(Rendering(before, spans[:num_before]))
         is_whole = True
         for piece in self._template.pieces(flat[index]["content"]):
             found = _find(piece, rendering, position)
@@ -322,6 +324,8 @@ class Processor:
         """A sample of the tokens, in which each mark becomes the tokens of the next item of its modality."""
         queues = {modality.mark: iter(media[modality.field]) for modality in MODALITIES}
         first_extra = self.config.language_model.vocab_size
+        starts = [start for start, _ in targets or ()]  # ascending
+        ends = [0, *(end for _, end in targets or ())]
         ids: list[int] = []
         labels: list[int] = []
         for token in tokens:
@@ -334,7 +338,7 @@ class Processor:
                 token.id is not None
                 and token.id < first_extra
                 and token.id != self.image_token_id
-                and any(start <= token.start < end for start, end in targets or ())
+                and token.start < ends[bisect_right(starts, token.start)]
             )
             ids += piece
             labels += piece if is_target else [IGNORED] * len(piece)
