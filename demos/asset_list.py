@@ -110,9 +110,9 @@ ASSETS = {
                 "They are CIFAR-10's (https://www.cs.toronto.edu/~kriz/cifar.html), collected from the web by Alex "
                 "Krizhevsky, Vinod Nair and Geoffrey Hinton: Learning Multiple Layers of Features from Tiny Images, "
                 "Alex Krizhevsky, 2009. Find out whether your use is permitted before you pass them on."
-                download_bytes=138_940_914,
+            ),
+            download_bytes=138_940_914,
             disk_bytes=138_993_629,
-        ),
         ),
         Asset(
             name="openclipart-svg",
