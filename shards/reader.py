@@ -82,10 +82,12 @@ class ShardSet:
         """
         rows = np.arange(len(self))
         ids = self.index["image_id"].combine_chunks().dictionary_encode()
-        images = ids.indices.fill_null(0).to_numpy(zero_copy_only=False)
-        first = np.full(max(1, len(ids.dictionary)), len(rows))
-        np.minimum.at(first, images, rows)
-        return np.where(ids.is_valid().to_numpy(zero_copy_only=False), first[images], rows)
+        has_image = ids.is_valid().to_numpy(zero_copy_only=False)
+        images = ids.indices.drop_null().to_numpy(zero_copy_only=False)
+        first = np.full(len(ids.dictionary), len(rows))
+        np.minimum.at(first, images, rows[has_image])
+        rows[has_image] = first[images]
+        return rows
 
     def select(self, split: str | None = None, task: str | None = None) -> "ShardSet":
         """The records of a split, a task, or both, in the same order.

@@ -373,13 +373,21 @@ def test_half_a_surrogate_pair_is_an_error_of_its_record(tmp_path, field):
     assert not list(tmp_path.iterdir())
 
 
-def test_records_of_one_image_are_found_by_the_index(tmp_path):
-    pictures = {"a": b"one", "b": b"two", "c": b"one", "d": None, "e": b"two", "f": None, "g": b"one"}
+@pytest.mark.parametrize(
+    ("pictures", "expected"),
+    [
+        ((b"one", b"two", b"one", None, b"two", None, b"one"), [0, 1, 0, 3, 1, 5, 0]),
+        ((None, b"one", b"one", b"two"), [0, 1, 1, 3]),
+        ((None, b"one", None, b"one", b"two", b"two"), [0, 1, 2, 1, 4, 4]),
+        ((None, None), [0, 1]),
+    ],
+)
+def test_records_of_one_image_are_found_by_the_index(tmp_path, pictures, expected):
     records = []
-    for name, picture in pictures.items():
+    for name, picture in zip("abcdefg", pictures, strict=False):
         about = {"id": name, "split": "train", "task": "x", "language": "en", "caption": "x"}
         records.append(Record(name, about, {} if picture is None else {"png": picture}))
     write_shards(records, tmp_path / "set", samples_per_shard=3)
     shards = ShardSet(tmp_path / "set")
-    assert shards.first_of_image().tolist() == [0, 1, 0, 3, 1, 5, 0]
+    assert shards.first_of_image().tolist() == expected
     assert shards.select(task="x").first_of_image().dtype == "int64"
