@@ -84,9 +84,14 @@ def draw_choices(references: Sequence[str], answers: Sequence[str], record_id: s
     Args:
         references: of the record; none of them becomes a distractor, whatever its case and outer spaces.
         answers: the different answers of the set, sorted, so that their order does not depend on that of the records.
+
+    Raises:
+        UserError: all answers of the set are the record's own.
     """
     own = {_normalise(reference) for reference in references}
     others = [answer for answer in answers if _normalise(answer) not in own]
+    if not others:
+        raise UserError("the record's references are all answers of the set: `pmi_choice` has nothing to compare")
     rng = random.Random(f"{seed} {record_id}")
     return [references[0], *rng.sample(others, min(NUM_CHOICES - 1, len(others)))]
 

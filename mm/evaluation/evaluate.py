@@ -131,7 +131,7 @@ def evaluate(
             by the number of tokens, which would favour long answers. `pmi_choice` is the share of records for which,
             of the reference and 19 answers of other records, drawn with `seed`, the reference has the highest pointwise
             mutual information with the record's images and clips; one of n tied answers counts 1/n, so that a model
-            that ignores them reaches one in 20 (see `mm.evaluation.pmi`).
+            that ignores them reaches one in 20, in a set with fewer answers one in as many (see `mm.evaluation.pmi`).
         blank_images: baseline without images: their pixels become mid-grey, in as many tiles.
         replace_speech: baseline with wrong sound: every record gets the sound of the next one with another answer.
         replace_images: baseline with wrong images, likewise.

@@ -8,8 +8,10 @@ Source: PMI scoring, Holtzman et al. 2021 (arXiv 2104.08315); with the blanked p
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 
+from foundation.errors import UserError
 from mm.batch import Sample
 from mm.evaluation.baselines import blank_pixels
 from mm.evaluation.likelihood import answer_log_likelihoods
@@ -42,7 +44,7 @@ class PmiScorer:
             samples: B prompts. answers: for each prompt the tokens of its answers.
 
         Raises:
-            UserError: as `answer_log_likelihoods`.
+            UserError: as `answer_log_likelihoods`, or a score that is not finite.
         """
         blanked = [blank_pixels(sample) for sample in samples]
         self._score_blanks(blanked, answers)
@@ -56,6 +58,11 @@ class PmiScorer:
         for row, values in zip(seeing, likelihoods, strict=True):
             known = self.blank[_key(blanked[row])]
             scores[row] = [value - known[tuple(answer)] for value, answer in zip(values, answers[row], strict=True)]
+            if not all(map(math.isfinite, scores[row])):
+                raise UserError(
+                    "the model gives an answer a probability that is not a finite number; check its weights with "
+                    "another metric"
+                )
         return scores
 
     def _score_blanks(self, blanked: Sequence[Sample], answers: Sequence[Sequence[Sequence[int]]]) -> None:

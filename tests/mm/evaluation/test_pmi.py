@@ -1,5 +1,6 @@
 """Choice by pointwise mutual information: its scores, its draws, and what a model that ignores pictures gets."""
 
+import copy
 import io
 import json
 from dataclasses import replace
@@ -188,3 +189,15 @@ def test_a_report_names_its_baseline(tiny_model, processor, records, tmp_path):
     assert json.loads((tmp_path / "scores.json").read_text())["replaced_images"] is True
     with pytest.raises(ValueError, match="choose one"):
         evaluate(tiny_model, processor, records, ["pmi_choice"], replace_images=True, replace_speech=True)
+
+
+def test_a_record_whose_references_are_all_answers_of_the_set_has_nothing_to_compare():
+    with pytest.raises(ValueError, match="nothing to compare"):
+        draw_choices(["cat", "Dog"], ["cat", "dog"], "r", seed=0)
+
+
+def test_weights_that_are_not_finite_are_named_as_the_cause(tiny_model, processor, records):
+    broken = copy.deepcopy(tiny_model)
+    broken.language_model.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="not a finite number"):
+        evaluate(broken, processor, records[:3], ["pmi_choice"])
