@@ -233,7 +233,7 @@ def test_an_asset_of_several_archives_and_a_zip_within_one(clients, monkeypatch,
 
 
 def test_sizes_are_said_before_anything_is_fetched(caplog, tmp_path):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="demos")
     names = ["easy-vqa", "smollm2-135m", "easy-vqa"]
     missing = assets.not_cached(names, tmp_path)
     assert missing == ["easy-vqa", "smollm2-135m"]

@@ -35,7 +35,7 @@ def test_the_cost_is_the_sum_over_stages(tmp_path):
 
 
 def test_the_time_left_follows_the_machines_speed(caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="demos")
     now = [0.0]
     progress = Progress({"sets": 60, "encoder": 120, "adapter": 240, "page": 30}, lambda: now[0])
     progress.skip("sets")
