@@ -42,6 +42,11 @@ from shards.writer import write_shards
 DATA, CURATED = Path("data/demo"), Path("runs/data/demo")
 CURATION_CONFIG = "data/demo.yaml"
 CONTROL_SAMPLES = 100  # captions of each set that are chosen for another record's picture
+LEAD = (
+    "A language model that was trained on text alone answers questions about pictures and captions them, and none of "
+    "its weights has changed. An image encoder, and gated cross-attention blocks through which the language model "
+    "reads it, were trained from random weights, on this machine, in minutes."
+)
 SECONDS = {"sets": 100.0, "evaluation": 150.0, "page": 10.0}  # on the reference machine of `demos.progress`
 logger = logging.getLogger(__name__)
 
@@ -147,7 +152,7 @@ def show(recipe: Recipe, questions: int | None, progress: Progress) -> dict[str,
     model, processor = mm.load(output, device=recipe.device)
     examples = choose_examples(model, processor, sets, reports)
     metrics = {stage.title.capitalize(): stage.output / "metrics.jsonl" for stage in recipe.stage_runs()}
-    write_image_page(output / "index.html", reports, examples, metrics)
+    write_image_page(output / "index.html", LEAD, reports, examples, metrics)
     for line in check_examples(model, processor):
         print(line)
     print(cost_line(metrics.values()))

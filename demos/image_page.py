@@ -41,6 +41,7 @@ PANEL = """<template id="panel"><section class="panel">
 
 def write_image_page(
     file: Path,
+    lead: str,
     reports: Mapping[str, EvaluationReport],
     examples: Mapping[str, list[Example]],
     stages: Mapping[str, Path],
@@ -49,6 +50,7 @@ def write_image_page(
     """Write the page.
 
     Args:
+        lead: what the model does and how it was trained, in two sentences.
         reports: each set of `examples` under its name, and its baselines under "{name}_blank", with blanked pictures,
             and "{name}_replaced", with those of other records.
         examples: by set, one of TITLES.
@@ -76,9 +78,7 @@ def write_image_page(
     write_demo_page(
         file,
         "A frozen language model that sees",
-        "A language model that was trained on text alone answers questions about pictures and captions them, and none "
-        "of its weights has changed. An image encoder, and gated cross-attention blocks through which the language "
-        "model reads it, were trained from random weights, on this machine, in minutes.",
+        lead,
         sections,
         [f"{COMMANDS[name]} --model {file.parent}" for name in examples if name in COMMANDS],
         SCRIPT,

@@ -43,6 +43,11 @@ SET = "photos"  # the name of the set on the page, and of its reports
 PROBE = "linear probe of the same encoder"
 METRICS = ("choice", "exact_match")
 NUM_EXAMPLES = 12  # photographs on the page
+LEAD = (
+    "A language model that was trained on text alone names what photographs of 32 x 32 pixels show, and none of its "
+    "weights has changed. An image encoder, and gated cross-attention blocks through which the language model reads "
+    "it, were trained from random weights, on this machine."
+)
 logger = logging.getLogger(__name__)
 
 
@@ -125,7 +130,7 @@ def show(output: Path, aligned: Path, questions: int | None, device: str = "auto
     examples = choose_examples(model, processor, {SET: test}, reports, NUM_EXAMPLES)
     titles = {"Alignment, which trains the image encoder": aligned, "Image adapter": output}
     curves = {title: folder / "metrics.jsonl" for title, folder in titles.items()}
-    write_image_page(output / "index.html", reports, examples, curves, {SET: {PROBE: {"choice": score}}})
+    write_image_page(output / "index.html", LEAD, reports, examples, curves, {SET: {PROBE: {"choice": score}}})
     print(f"{cost_line(curves.values())}\nopen {output / 'index.html'}")
     return reports
 

@@ -161,7 +161,7 @@ def test_texts_are_escaped_on_the_page(tmp_path, random_picture):
     (tmp_path / "metrics.jsonl").write_text('{"step": 10, "loss": 2.0}\n')
     reports = {"answers": report, "answers_blank": report}
     stages = {text: tmp_path / "metrics.jsonl"}
-    write_image_page(tmp_path / "index.html", reports, {"answers": [example]}, stages)
+    write_image_page(tmp_path / "index.html", text, reports, {"answers": [example]}, stages)
     document = (tmp_path / "index.html").read_text(encoding="utf-8")
     page = Page(document)
     assert page.references[0].startswith("data:image/webp;base64,") and page.pictures == 1

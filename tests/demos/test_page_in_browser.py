@@ -87,7 +87,7 @@ def pages(tmp_path_factory, tiny_model, tiny_processor, random_picture) -> dict[
         examples.append(Example(out.getvalue(), question, "a red circle", answer, "", 0.9, 1e-5, maps))
     files = {name: folder / f"{name}.html" for name in ("image", "video", "speech")}
     reports = {"answers": report(vqa_accuracy=0.9, chrf=31.0), "answers_blank": report(vqa_accuracy=0.6)}
-    write_image_page(files["image"], reports, {"answers": examples}, {"Image adapter": metrics})
+    write_image_page(files["image"], "Two sentences.", reports, {"answers": examples}, {"Image adapter": metrics})
 
     clip = io.BytesIO()
     first, *others = frames(0, 4)

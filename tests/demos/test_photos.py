@@ -79,6 +79,7 @@ def test_demo_from_the_asset_to_a_page_and_finished_parts_are_not_repeated(home,
     page = Page((run / "index.html").read_text(encoding="utf-8"))
     assert page.pictures == 8 and QUESTION in page.words
     assert demos.photos.PROBE in page.words
+    assert demos.photos.LEAD in page.words and "captions" not in demos.photos.LEAD
     assert all(reference.startswith("data:image/png;base64,") for reference in page.references)
 
     written = [file.stat().st_mtime_ns for file in sorted((home / "runs").glob("*/config.yaml"))]
