@@ -116,6 +116,7 @@ class Trainer:
             for step, data in zip(range(self.finished_steps, self.config.steps), loader, strict=False):
                 self._train_on(step, data)
                 self._after_step(step + 1)
+            self._end_if_requested()  # in the last checkpoint
         self._copy_weights_back()
 
     def _check_settings(self) -> None:
@@ -238,7 +239,6 @@ class Trainer:
         if self.layout.reports_samples(self.ranks.rank):
             for record in data.unreadable:
                 logger.warning("skipped record %s: %s", record.record, record.reason)
-        self.stop_requested = int(self.ranks.all_reduce_max(self.stop_signals.requested))
         self._add_to_window(metrics, data)
         seconds = time.perf_counter() - self.step_started
         self.window.add_time(waited, seconds)
@@ -260,7 +260,6 @@ class Trainer:
     def _after_step(self, finished: int) -> None:
         """Log, evaluate, save and stop, where that is due after `finished` steps."""
         config, last = self.config, finished == self.config.steps
-        stop = bool(self.stop_requested) and not last
         numbers: dict[str, float] = {}
         if finished % config.log_every == 0 or last:
             numbers |= self._window_numbers()
@@ -268,13 +267,19 @@ class Trainer:
             numbers |= self._evaluate(self.evaluate)
         if numbers:
             self.log.write(finished, numbers)
+        stop = self.ranks.all_reduce_max(self.stop_signals.requested)  # also of a signal in an evaluation
         if finished % config.save_every == 0 or last or stop:
             unlogged = self.window.unlogged() | {"guard": self.guard.state(), "totals": dict(self.totals)}
             self.window.checkpoint_seconds += self.checkpoints.save(finished, self.position, unlogged)
         if stop:
-            self.checkpoints.wait()
-            end(self.stop_requested)
+            self._end_if_requested()
         self.step_started = time.perf_counter()  # evaluations and checkpoints do not count as time of steps
+
+    def _end_if_requested(self) -> None:
+        """End all ranks if one got a signal, once the checkpoint is written; a run at its last step is then resumed."""
+        self.checkpoints.wait()
+        if code := self.ranks.all_reduce_max(self.stop_signals.requested):
+            end(int(code))
 
     def _window_numbers(self) -> dict[str, float]:
         """The metrics since the last logged step; begins a new window."""

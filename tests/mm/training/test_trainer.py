@@ -12,6 +12,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mm.batch import IGNORED
+from mm.training.checkpoint import Checkpoints
 from mm.training.config import TrainingConfig
 from mm.training.data import Unreadable
 from mm.training.interruption import StopSignals
@@ -214,6 +215,37 @@ def test_a_signal_ends_after_the_step_with_a_checkpoint(model, config, run, same
     seconds = [row["seconds_total"] for row in lines(folder)]
     assert seconds == sorted(seconds)
     assert seconds[-1] == pytest.approx(sum(row["seconds_per_step"] for row in lines(folder)))
+
+
+@pytest.mark.parametrize("moment", ["step", "evaluation", "checkpoint"])
+def test_a_signal_at_the_end_of_a_run_is_obeyed_and_the_run_resumes(model, config, run, same, moment, monkeypatch):
+    """It must not be lost: what started the run would go on to the next one."""
+    settings = config(steps=3, save_every=100)
+    whole, ended = copy.deepcopy(model), copy.deepcopy(model)
+    run(whole, settings, folder="whole")
+
+    def terminate(at: str) -> None:
+        if at == moment:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def evaluate(_):
+        terminate("evaluation")
+        return {"accuracy": 0.25}
+
+    def save(*arguments):
+        terminate("checkpoint")
+        return original_save(*arguments)
+
+    original_save = Checkpoints.save
+    monkeypatch.setattr(Checkpoints, "save", save)
+    objective = Ended(signal.SIGTERM) if moment == "step" else None
+    with pytest.raises(SystemExit) as caught:
+        run(ended, settings, evaluate=evaluate, objective=objective)
+    assert caught.value.code == 143
+    resumed = copy.deepcopy(model)
+    folder = run(resumed, settings, evaluate=evaluate)
+    assert [row["step"] for row in lines(folder)] == [1, 2, 3] and "eval/accuracy" in lines(folder)[-1]
+    assert same(whole, resumed) and not resumed.training
 
 
 def test_a_second_ctrl_c_stops_at_once():
