@@ -119,7 +119,7 @@ def train_image_adapter(config: TrainImageAdapter) -> None:
 def augmented_example(
     record: Record, visit: int, processor: Processor, augment: PictureAugmentConfig, seed: int
 ) -> Sample:
-    """A training sample with augmented pictures; they are a function of record, visit and seed.
+    """A training sample with augmented pictures; they are a function of the picture, visit and seed.
 
     Args:
         visit: how often the record came before, over all epochs.

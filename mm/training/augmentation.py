@@ -7,7 +7,7 @@ import torch
 
 from mm.modalities import IMAGE
 from mm.training.sampler import seed_of
-from shards.format import Record
+from shards.format import Record, image_id
 from vision.augmentation import PictureAugmentConfig, augment_picture
 from vision.reading import read_picture
 
@@ -15,7 +15,8 @@ from vision.reading import read_picture
 def augmented_record(record: Record, visit: int, config: PictureAugmentConfig, seed: int) -> Record:
     """A copy of a record with augmented pictures, as PNG files under the same names; all else stays.
 
-    The augmentation of each picture is a function of record, visit and seed.
+    The augmentation of each picture is a function of its file, visit and seed: records of one picture share it, so that
+    a micro-batch still encodes the picture once.
 
     Args:
         visit: how often the record came before, over all epochs.
@@ -24,9 +25,9 @@ def augmented_record(record: Record, visit: int, config: PictureAugmentConfig, s
         UserError: a picture cannot be read.
     """
     media = dict(record.media)
-    generator = torch.Generator().manual_seed(seed_of(f"{seed}/{visit}/{record.id}"))
     for suffix in IMAGE.suffixes(record.media):
-        out = io.BytesIO()
-        augment_picture(read_picture(record.media[suffix]), config, generator).save(out, "PNG", compress_level=0)
+        picture, out = record.media[suffix], io.BytesIO()
+        generator = torch.Generator().manual_seed(seed_of(f"{seed}/{visit}/{image_id(picture)}"))
+        augment_picture(read_picture(picture), config, generator).save(out, "PNG", compress_level=0)
         media[suffix] = out.getvalue()
     return replace(record, media=media)

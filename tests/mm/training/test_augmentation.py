@@ -1,4 +1,5 @@
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -32,12 +33,27 @@ def equal(one, other):
     return all((a == b).all() for a, b in zip(pixels(one), pixels(other), strict=True))
 
 
-def test_pictures_change_with_visit_seed_and_record_and_with_nothing_else():
+def test_pictures_change_with_visit_seed_and_picture_and_with_nothing_else():
     first = augmented_record(record(), 0, CONFIG, seed=0)
     assert equal(first, augmented_record(record(), 0, CONFIG, seed=0))
     assert not equal(first, record())
-    for visit, seed, record_id in ((1, 0, "a"), (0, 1, "a"), (0, 0, "b")):
-        assert not equal(first, augmented_record(record(record_id), visit, CONFIG, seed))
+    for visit, seed in ((1, 0), (0, 1)):
+        assert not equal(first, augmented_record(record(), visit, CONFIG, seed))
+
+
+def test_records_of_one_picture_share_its_augmentation_and_pictures_do_not():
+    first, second = pixels(augmented_record(record("a"), 0, CONFIG, seed=0))
+    question = Record("b", {"id": "b", "caption": "one"}, {"png": file(0, "PNG")})
+    assert (pixels(augmented_record(question, 0, CONFIG, seed=0))[0] == first).all()
+    alone = augmented_record(replace(question, media={"1.jpg": file(1, "JPEG")}), 0, CONFIG, seed=0)
+    assert (pixels(alone)[0] == second).all()  # whatever else its record holds
+    moves = {
+        (
+            pixels(augmented_record(replace(question, media={"png": file(number, "PNG")}), 0, CONFIG, 0))[0] == 0
+        ).tobytes()
+        for number in range(8)
+    }
+    assert len(moves) > 4
 
 
 def test_names_sizes_and_all_else_stay_and_the_record_itself_is_unchanged():
