@@ -27,6 +27,7 @@ from mm.training.guards import Guard
 from mm.training.objectives import NextTokenObjective, loss_of_hidden_states, next_token_loss
 from mm.training.optimizer import apply_learning_rates
 from mm.training.trainer import Trainer, train_step
+from tests.mm.training.checkpoint_state import state_of
 from tests.mm.training.launch import launch
 
 # Sums over micro-batches and ranks run in another order than in one pass: fp32 rounding of gradients of size 1e-3 to 1.
@@ -336,8 +337,9 @@ def assert_stopped_run_has_the_same_last_checkpoint(whole: Path, stopped: Path, 
         ["step-00000003", "step-00000004"],
     ]
     last, same = (paths[-1] for paths in checkpoints)
-    for file in (*(f"__{rank}_0.distcp" for rank in range(size)), "state.json"):
+    for file in (f"__{rank}_0.distcp" for rank in range(size)):
         assert (last / file).read_bytes() == (same / file).read_bytes(), file
+    assert state_of(last) == state_of(same)
     stored = FileSystemReader(last).read_metadata().storage_data.values()
     assert sum(one.length for one in stored) == sum(file.stat().st_size for file in last.glob("*.distcp"))
 
