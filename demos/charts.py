@@ -32,8 +32,8 @@ def read_metrics(file: Path) -> list[dict]:
 
 
 def series(rows: list[dict], name: str) -> Points:
-    """(step, value) of each row that reports the metric."""
-    return [(row["step"], row[name]) for row in rows if name in row]
+    """(step, value) of each row that reports the metric as a finite number: a run that diverged has others."""
+    return [(row["step"], row[name]) for row in rows if name in row and math.isfinite(row[name])]
 
 
 def training_charts(stages: Mapping[str, Path], titles: Mapping[str, str] = TITLES) -> list[str]:

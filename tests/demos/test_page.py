@@ -48,6 +48,15 @@ def test_labels_of_equal_lines_do_not_overlap_and_lie_within_the_chart():
     assert line_chart("nothing", {"loss": []}) == ""
 
 
+def test_a_stage_that_diverged_has_the_curve_of_its_finite_values(tmp_path):
+    values = [3.0, 2.0, math.nan, math.inf, -math.inf]
+    rows = [{"step": step, "loss": value} for step, value in enumerate(values, start=1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = "".join(training_charts({"stage": tmp_path / "metrics.jsonl"}))
+    (points,) = re.findall('<polyline points="(.*?)"', text)
+    assert len(points.split()) == 2 and not re.search("nan|inf", text, re.IGNORECASE)
+
+
 def test_every_stage_with_metrics_has_its_curves(tmp_path):
     """Both kinds of gates of images and clips have charts of their own; a stage without the file is left out."""
     names = ["attn_4", "ffn_4", "attn_8", "ffn_8", "attn_video_8", "ffn_video_8"]
