@@ -16,7 +16,7 @@ from jsonargparse import Namespace
 
 from demos.command import add_device_option, run_demo
 from demos.image import add_recipe_options, demo, recipe_of
-from demos.image_training import ADAPTER, Recipe
+from demos.image_training import Recipe
 from demos.page import METRIC_TITLES
 from demos.scores import scores_by_answer
 from foundation.errors import UserError
@@ -29,14 +29,14 @@ Scores = dict[str, dict[str, Score]]  # report -> metric -> score
 
 
 def demo_seeds(recipe: Recipe, seeds: Sequence[int], questions: int | None) -> str:
-    """Run the demo with each seed, and write `runs/demo-seeds.md`.
+    """Run the demo with each seed, and write `seeds.md` into a folder named by the recipe, such as runs/demo-300-seeds.
 
     Args:
         recipe: of each run but for the seed.
         questions: how many test questions to evaluate; None takes all.
 
     Returns:
-        the table in Markdown.
+        the command and its table in Markdown.
 
     Raises:
         UserError: no seed, or one twice; a run folder for all of them; what the demo refuses.
@@ -45,11 +45,26 @@ def demo_seeds(recipe: Recipe, seeds: Sequence[int], questions: int | None) -> s
         raise UserError(f"--seeds are {list(seeds)}; give one or more different ones")
     if recipe.output is not None:
         raise UserError("--output would be the folder of all seeds' runs: leave it out, each has its own")
-    table = seed_table({seed: scores_of(replace(recipe, seed=seed), questions) for seed in seeds})
-    folder = ADAPTER.with_name(f"{ADAPTER.name}-seeds")
+    scores = {seed: scores_of(replace(recipe, seed=seed), questions) for seed in seeds}
+    table = f"`{command_of(recipe, seeds, questions)}`\n\n{seed_table(scores)}"
+    run = replace(recipe, seed=None).adapter
+    folder = run.with_name(f"{run.name}-seeds")
     with replaced_files(folder, last="seeds.md") as new:
         (new / "seeds.md").write_text(table, encoding="utf-8")
     return table
+
+
+def command_of(recipe: Recipe, seeds: Sequence[int], questions: int | None) -> str:
+    """The command line that runs these seeds of a recipe."""
+    options = {
+        "steps": recipe.steps,
+        "encoder-steps": recipe.encoder_steps,
+        "precision": recipe.precision,
+        "device": None if recipe.device == "auto" else recipe.device,
+        "questions": questions,
+    }
+    words = [f"--{name} {value}" for name, value in options.items() if value is not None]
+    return " ".join(["python -m demos.seeds --seeds", *map(str, seeds), *words])
 
 
 def scores_of(recipe: Recipe, questions: int | None) -> Scores:

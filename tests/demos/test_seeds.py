@@ -42,9 +42,27 @@ def test_seeds_have_runs_of_their_own_and_finished_ones_are_kept(home, monkeypat
     assert [recipe.seed for recipe in recipes if recipe] == [0, 1]  # seed 0 once
     table = (home / "runs" / "demo-seeds" / "seeds.md").read_text()
     assert capfd.readouterr().out.endswith(table + "\n")
+    assert table.startswith("`python -m demos.seeds --seeds 0 1 --device cpu --questions 8`\n\n| held out |")
     assert re.search(r"\| answers \| all questions \| [\d.]+ \| [\d.]+ \| [\d.]+ \| [\d.]+ \|", table)
     weights = [(home / "runs" / f"demo-encoder-seed-{seed}" / "config.yaml").is_file() for seed in (0, 1)]
     assert all(weights) and (home / "runs" / "demo-seed-1" / "index.html").is_file()
+
+
+def test_each_recipe_has_a_table_of_its_own_that_names_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scores = {"answers": {"chrf": Score("chrf", 20.0, 1, 9)}}
+    monkeypatch.setattr(demos.seeds, "scores_of", lambda *_: scores)
+    demo_seeds(Recipe(), [0, 1], None)
+    demo_seeds(Recipe(steps=300), [0], 50)
+    demo_seeds(Recipe(precision="fp32", encoder_steps=420), [0], 50)
+    tables = {file.parent.name: file.read_text() for file in (tmp_path / "runs").glob("*/seeds.md")}
+    assert {name: table.splitlines()[0] for name, table in tables.items()} == {
+        "demo-seeds": "`python -m demos.seeds --seeds 0 1`",
+        "demo-300-seeds": "`python -m demos.seeds --seeds 0 --steps 300 --questions 50`",
+        "demo-after-420-fp32-seeds": (
+            "`python -m demos.seeds --seeds 0 --encoder-steps 420 --precision fp32 --questions 50`"
+        ),
+    }
 
 
 @pytest.mark.parametrize(("seeds", "recipe"), [([], Recipe()), ([1, 1], Recipe()), ([1], Recipe(output="x"))])
