@@ -72,7 +72,7 @@ def demo(recipe: Recipe, questions: int | None) -> dict[str, EvaluationReport]:
         progress.skip("sets")
     else:
         progress.begin("sets")
-        prepare_all(SETS)
+    prepare_all(SETS, [] if recipe.stage_runs()[-1].is_finished else [LANGUAGE_MODEL])
     train(recipe, progress)
     return show(recipe, questions, progress)
 
@@ -84,17 +84,18 @@ def check_positive(**options: int | None) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
 
 
-def prepare_all(sets: dict[str, tuple]) -> None:
-    """Make the shards of each set in `DATA`, unless they are there.
+def prepare_all(sets: dict[str, tuple], later: Sequence[str] = (LANGUAGE_MODEL,)) -> None:
+    """Announce what is to fetch, and make the shards of each set in `DATA`, unless they are there.
 
     Args:
         sets: name -> the arguments of `prepare` after the folder.
+        later: assets that the next parts fetch, to announce with the sets'.
 
     Raises:
         UserError: a program that fetches or draws a set is missing.
     """
     assets_of_sets = [assets for name, (_, *assets) in sets.items() if not (DATA / name).exists()]
-    to_fetch = not_cached([*chain.from_iterable(assets_of_sets), LANGUAGE_MODEL])
+    to_fetch = not_cached([*chain.from_iterable(assets_of_sets), *later])
     missing = missing_programs() if to_fetch and assets_of_sets else []
     if missing:
         raise UserError(f"the demo needs {', '.join(missing)}")

@@ -25,6 +25,7 @@ from demos.cost import cost_line
 from demos.image import check_positive, prepare
 from demos.image_examples import choose_examples
 from demos.image_page import write_image_page
+from demos.image_training import LANGUAGE_MODEL
 from foundation.options import new_parser
 from mm.evaluation.evaluate import EvaluationReport, evaluate
 from mm.evaluation.linear_probe import LinearProbe, fit_linear_probe, pooled_features
@@ -70,8 +71,7 @@ def demo(
         UserError: a number below 1; what fetches the set or the language model is missing or fails.
     """
     check_positive(steps=steps, questions=questions, alignment_steps=alignment_steps)
-    if not DATA.exists():
-        announce_downloads(not_cached(["cifar10", "smollm2-135m"]))
+    announce_downloads(not_cached([*([] if DATA.exists() else ["cifar10"]), LANGUAGE_MODEL]))
     prepare(DATA, data_prep.sources.cifar10.to_samples, "cifar10")
     aligned = aligned_folder(alignment_steps)
     train(output, aligned, steps, alignment_steps, device)
@@ -85,16 +85,16 @@ def aligned_folder(steps: int | None) -> Path:
 
 def train(output: Path, aligned: Path, steps: int | None, alignment_steps: int | None, device: str = "auto") -> None:
     """Train the first stage into `aligned` and the second into `output`, unless they are there."""
-    language_model = fetch("smollm2-135m")
-    started = time.monotonic()
+    language_model = fetch(LANGUAGE_MODEL)
     for folder, config, number, options in (
         (aligned, ALIGNMENT_CONFIG, alignment_steps, ["--language_model", str(language_model)]),
         (output, ADAPTER_CONFIG, steps, ["--start_from", str(aligned)]),
     ):
         if not (folder / CONFIG_FILE).exists():
+            started = time.monotonic()
             arguments = ["--config", str(configs.path(config)), "--output", str(folder), *options]
             stages.train_image_adapter.main([*arguments, *stage_options(device, number)])
-            logger.info("trained for %.1f minutes", (time.monotonic() - started) / 60)
+            logger.info("%s: trained for %.1f minutes", folder, (time.monotonic() - started) / 60)
 
 
 def show(output: Path, aligned: Path, questions: int | None, device: str = "auto") -> dict[str, EvaluationReport]:

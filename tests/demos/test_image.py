@@ -19,9 +19,11 @@ import mm
 import mm.training.trainer
 from demos.image_examples import Example
 from demos.image_page import write_image_page
+from demos.image_training import Recipe
 from mm.evaluation.attention_maps import AttentionMaps, PictureAttention
 from mm.evaluation.evaluate import EvaluationReport
 from mm.evaluation.metrics import Score
+from mm.run_files import CONFIG_FILE
 
 
 class Page(HTMLParser):
@@ -131,6 +133,22 @@ def test_wrong_options_are_refused_before_any_work(home, capsys, options, messag
 def test_debug_shows_the_traceback_of_a_wrong_option(home):
     with pytest.raises(ValueError, match="steps is 0"):
         demos.image.main(["--steps", "0", "--debug"])
+
+
+def test_what_is_fetched_later_is_announced_where_all_sets_are_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MM_CACHE", str(tmp_path / "cache"))
+    announced = []
+    monkeypatch.setattr(demos.image, "announce_downloads", announced.append)
+    monkeypatch.setattr(demos.image, "train", lambda *_: None)
+    monkeypatch.setattr(demos.image, "show", lambda *_: {})
+    for name in demos.image.SETS:
+        (demos.image.DATA / name).mkdir(parents=True)
+    demos.image.demo(Recipe(), None)
+    Recipe().adapter.mkdir(parents=True)
+    (Recipe().adapter / CONFIG_FILE).touch()
+    demos.image.demo(Recipe(), None)
+    assert announced == [["smollm2-135m"], []]
 
 
 def test_missing_programs_are_named_before_any_work(home, monkeypatch, capsys):

@@ -97,6 +97,26 @@ def test_the_probe_tells_classes_apart_that_the_encoder_shows(home):
     assert score.num_samples == 20 and score.value > 0.7
 
 
+def test_what_is_not_cached_is_announced_with_and_without_shards(home, monkeypatch):
+    monkeypatch.setenv("MM_CACHE", str(home / "cache"))
+    announced = []
+    monkeypatch.setattr(demos.photos, "announce_downloads", announced.append)
+    monkeypatch.setattr(demos.photos, "train", lambda *_: None)
+    monkeypatch.setattr(demos.photos, "show", lambda *_: {})
+    for _ in range(2):
+        demos.photos.demo(home / "run", None, None)
+    assert announced == [["cifar10", "smollm2-135m"], ["smollm2-135m"]]
+
+
+def test_each_stage_tells_its_own_time(home, monkeypatch, caplog):
+    caplog.set_level("INFO", logger="demos")
+    now = iter([0.0, 120.0, 1000.0, 1060.0])
+    monkeypatch.setattr(demos.photos.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(demos.photos.stages.train_image_adapter, "main", lambda _: None)
+    demos.photos.train(home / "run", home / "aligned", None, None, "cpu")
+    assert re.findall(r"(\w+): trained for ([\d.]+) minutes", caplog.text) == [("aligned", "2.0"), ("run", "1.0")]
+
+
 @pytest.mark.parametrize("option", ["steps", "alignment-steps", "questions"])
 def test_numbers_below_one_are_refused_before_any_work(home, capfd, option):
     with pytest.raises(SystemExit, match="1"):
