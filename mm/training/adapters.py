@@ -1,5 +1,6 @@
 """What the stages with a frozen language model share: data, validation and checks around the trainer."""
 
+import math
 from collections.abc import Callable
 from dataclasses import Field, asdict
 from functools import partial
@@ -85,6 +86,8 @@ def train_adapters(
     if not any(parameter.startswith(("video_adapter.", "speech_")) for parameter in learning_rates):
         flops = batch_flops if objective.runs_language_model else alignment_flops  # known for images only
         objective.flops = partial(flops, config=model.config, trained=TrainedParts.of(learning_rates, model.config))
+    if isinstance(objective, MatchingObjective) and objective.matching_weight:
+        check_compared(config.training)
     dataset = RecordDataset(config.data, prepare or processor.record_example, by_epoch=prepare is not None)
     check_media(dataset, modality)
     if new_adapter:
@@ -137,6 +140,21 @@ def check_trained_parameters(names: list[str], trainable_prefix: str) -> None:
         raise UserError(
             f"training.learning_rates give {not_trainable[0]} a rate, and this stage trains {trainable_prefix}* alone: "
             f'put "{trainable_prefix}*" and its rate first, and "*": null last'
+        )
+
+
+def check_compared(training: TrainingConfig) -> None:
+    """Check that the matching loss has answers to compare.
+
+    Raises:
+        UserError: a micro-batch holds a single sample.
+    """
+    share = math.ceil(training.batch_size / training.layout(Ranks.current().size).dp_size)
+    size = min(share, training.micro_batch_size or share)
+    if size < 2:
+        raise UserError(
+            f"the matching loss compares the answers of a micro-batch, and one holds {size} sample: raise "
+            "training.micro_batch_size, or training.batch_size"
         )
 
 

@@ -15,6 +15,7 @@ from foundation.errors import UserError
 from mm.batch import IGNORED, Batch
 from mm.modalities import IMAGE, VIDEO, Modality
 from mm.model import MultimodalModel
+from mm.parallel.process_group import Ranks
 from mm.training.objectives import NextTokenObjective, check_loss_weights, next_token_loss
 
 SCALE = 20.0  # of cosines to logits, so that the right one of some hundred answers can get nearly all the probability
@@ -82,10 +83,12 @@ class MatchingObjective(NextTokenObjective):
 
     def observe(self, module: MultimodalModel) -> dict[str, float]:
         """As the base class, with `match_accuracy`: the share of answers since the last call to which their image or
-        clip is nearer than to the answers that they are compared with."""
+        clip is nearer than to the answers that they are compared with, over all ranks."""
         values = super().observe(module)
-        if self.num_answers:
-            values["match_accuracy"] = self.num_matched / self.num_answers
+        if self.matching_weight:
+            num_matched, num_answers = Ranks.current().all_reduce_sum(self.num_matched, self.num_answers)
+            if num_answers:
+                values["match_accuracy"] = num_matched / num_answers
         self.num_matched = self.num_answers = 0
         return values
 
@@ -105,7 +108,10 @@ def match_accuracy(
             sums = matching_loss(model, batch, modality, _encode(model, batch, modality))
             loss, num_matched, num_answers = loss + float(sums[0]), num_matched + sums[1], num_answers + sums[2]
     if not num_answers:
-        raise UserError(f"no validation sample has an answer about a single {modality.name}, which alignment matches")
+        raise UserError(
+            f"no validation sample has an answer about a single {modality.name} that stands beside another answer to "
+            "be compared with: validate on more samples, in larger micro-batches"
+        )
     return {"loss": loss / num_answers, "match_accuracy": num_matched / num_answers}
 
 
@@ -125,13 +131,15 @@ def matching_loss(
     As in the image side of CLIP's loss, logits are cosines: between the mean of an image's vision tokens and the mean
     of the language model's frozen embeddings of each answer. An answer is compared with others to the same question,
     because several answers about one image are right, each to its own question. If no other answer to its question
-    stands in the micro-batch, it is compared with all of them.
+    stands in the micro-batch, it is compared with all of them. Other answers about the same image to the same question,
+    such as a second caption, are right as well and take no part. An answer with nothing to compare it with is not
+    counted.
 
     Args:
         vision_tokens: of the batch's images or clips, packed, [N, D].
 
     Returns:
-        The loss, the number of answers to which their image or clip is nearest, and the number of answers.
+        The loss, the number of answers to which their image or clip is nearest, and the number of answers compared.
     """
     answers = answers_of(batch, modality, model.config.language_model.stop_tokens)
     if not answers:
@@ -146,8 +154,9 @@ def matching_loss(
     with torch.autocast(device.type, enabled=False):  # in bf16 a logit near SCALE would be rounded to 0.1
         logits = SCALE * F.normalize(pooled, dim=-1) @ F.normalize(table, dim=-1).T
     logits = logits.masked_fill(~compared.to(device), -torch.inf)
-    num_matched = int((logits.argmax(-1) == targets).sum())
-    return F.cross_entropy(logits, targets, reduction="sum"), num_matched, len(answers)
+    is_counted = (compared.sum(1) > 1).to(device)
+    num_matched = int(((logits.argmax(-1) == targets) & is_counted).sum())
+    return F.cross_entropy(logits, targets, reduction="sum"), num_matched, int(is_counted.sum())
 
 
 def answers_of(batch: Batch, modality: Modality, stop_tokens: Sequence[int]) -> list[Answer]:
@@ -184,12 +193,20 @@ def candidates(answers: Sequence[Answer], classes: Sequence[tuple[int, ...]]) ->
     """
     index = {tokens: number for number, tokens in enumerate(classes)}
     of_question: dict[tuple[int, ...], set[int]] = {}
+    of_item: dict[int, set[int]] = {}
+    of_both: dict[tuple[int, tuple[int, ...]], set[int]] = {}
     for answer in answers:
-        of_question.setdefault(answer.question, set()).add(index[answer.answer])
+        number = index[answer.answer]
+        of_question.setdefault(answer.question, set()).add(number)
+        of_item.setdefault(answer.item, set()).add(number)
+        of_both.setdefault((answer.item, answer.question), set()).add(number)
     compared = torch.zeros(len(answers), len(classes), dtype=torch.bool)
     for row, answer in enumerate(answers):
-        others = of_question[answer.question]
-        compared[row, list(others) if len(others) > 1 else slice(None)] = True
+        own = {index[answer.answer]}
+        others = of_question[answer.question] - of_both[answer.item, answer.question]
+        if not others:
+            others = set(range(len(classes))) - of_item[answer.item]
+        compared[row, list(own | others)] = True
     return torch.tensor([index[answer.answer] for answer in answers]), compared
 
 

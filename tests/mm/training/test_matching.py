@@ -115,17 +115,48 @@ def test_each_answer_of_a_conversation_is_matched_by_its_own_question(row, model
 
 
 def test_an_answer_is_compared_with_all_where_no_other_answers_its_question(row):
-    samples = [row(IMAGE, [10]), row(IMAGE, [11]), row(IMAGE, [12], question=7), row(IMAGE, [10], question=8)]
+    samples = [
+        row(IMAGE, [10]), row(IMAGE, [11], seed=1), row(IMAGE, [12], seed=2, question=7),
+        row(IMAGE, [10], seed=3, question=8),
+    ]  # fmt: skip
     answers = answers_of(mm.collate(samples), IMAGE, ())
     targets, compared = candidates(answers, [(10,), (11,), (12,)])
     assert targets.tolist() == [0, 1, 2, 0]
     assert compared.tolist() == [[True, True, False], [True, True, False], [True, True, True], [True, True, True]]
 
 
+def test_other_right_answers_about_an_image_are_not_compared(row):
+    """Two captions of one image, and in the last two rows two questions about another that nothing else answers."""
+    samples = [
+        row(IMAGE, [10]), row(IMAGE, [11]), row(IMAGE, [12], seed=1),
+        row(IMAGE, [13], seed=2, question=7), row(IMAGE, [14], seed=2, question=8),
+    ]  # fmt: skip
+    answers = answers_of(mm.collate(samples), IMAGE, ())
+    _, compared = candidates(answers, [(10,), (11,), (12,), (13,), (14,)])
+    assert [[column for column in range(5) if row[column]] for row in compared] == [
+        [0, 2],
+        [1, 2],
+        [0, 1, 2],
+        [0, 1, 2, 3],
+        [0, 1, 2, 4],
+    ]
+
+
+@MODALITIES
+def test_an_answer_with_nothing_to_compare_is_not_counted(model, row, modality):
+    alone = mm.collate([row(modality, [10]), row(modality, [10], seed=1)])
+    with torch.no_grad():
+        loss, num_matched, num_answers = matching_loss(model, alone, modality, encode(model, alone, modality))
+    assert (float(loss), num_matched, num_answers) == (0, 0, 0)
+    with torch.no_grad(), pytest.raises(UserError, match="beside another answer"):
+        match_accuracy(model, [alone], modality, torch.device("cpu"))
+
+
 @MODALITIES
 def test_rows_without_an_item_or_with_several_are_left_out(model, row, modality):
-    batch = mm.collate([row(modality, [10], items=2), row(modality, [20], items=0), row(modality, [30], seed=1)])
-    assert matching_loss(model, batch, modality, encode(model, batch, modality))[2] == 1
+    others = [row(modality, [30], seed=1), row(modality, [31], seed=2)]
+    batch = mm.collate([row(modality, [10], items=2), row(modality, [20], items=0), *others])
+    assert matching_loss(model, batch, modality, encode(model, batch, modality))[2] == 2
 
 
 @MODALITIES
@@ -165,16 +196,20 @@ def test_match_accuracy_is_over_all_answers_since_the_last_report(model, row, mo
 def test_held_out_batches_are_matched_each_by_itself(model, row, modality):
     batches = [
         mm.collate([row(modality, [10]), row(modality, [20, 21], seed=1)]),
-        mm.collate([row(modality, [30], seed=2), row(modality, [31], items=0)]),
+        mm.collate([row(modality, [30], seed=2), row(modality, [40], seed=3), row(modality, [31], items=0)]),
         mm.collate([row(modality, [31], items=0)]),
     ]
+    loss, num_matched = 0.0, 0
     with torch.no_grad():
         found = match_accuracy(model, batches, modality, torch.device("cpu"))
-        sums = [matching_loss(model, batch, modality, encode(model, batch, modality)) for batch in batches[:2]]
-    assert found == {
-        "loss": pytest.approx(sum(float(loss) for loss, _, _ in sums) / 3),
-        "match_accuracy": sum(matched for _, matched, _ in sums) / 3,
-    }
+        for batch, texts in zip(batches, (([10], [20, 21]), ([30], [40])), strict=False):
+            answers = torch.stack([embedding(model, *text) for text in texts])
+            tokens = encode(model, batch, modality)
+            for own, item in enumerate(tokens.split(len(tokens) // 2)):
+                logits = SCALE * torch.cosine_similarity(item.mean(0)[None], answers)
+                loss -= float(F.log_softmax(logits, 0)[own])
+                num_matched += int(logits.argmax() == own)
+    assert found == {"loss": pytest.approx(loss / 4, rel=1e-4), "match_accuracy": num_matched / 4}
     with pytest.raises(UserError, match=f"about a single {modality.name}"):
         match_accuracy(model, batches[2:], modality, torch.device("cpu"))
 
