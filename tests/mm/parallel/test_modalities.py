@@ -39,9 +39,9 @@ def watching(model: mm.MultimodalModel, random_tiles) -> list[mm.Sample]:
 
 
 def looking(model: mm.MultimodalModel, random_tiles) -> list[mm.Sample]:
-    """Two ranks with two samples each; two samples have the same image."""
-    image, grids = [model.config.image_token_id], ((1, 1), (1, 2), (2, 2), (1, 1))
-    tiles = [random_tiles(number % 3, grid) for number, grid in enumerate(grids)]
+    """Two ranks with two samples each; two samples with the same answer have the same image."""
+    image, images = [model.config.image_token_id], ((0, (1, 1)), (0, (1, 1)), (1, (2, 2)), (2, (1, 2)))
+    tiles = [random_tiles(seed, grid) for seed, grid in images]
     return [answered(image, answer, images=[one]) for one, answer in zip(tiles, ANSWERS, strict=True)]
 
 
