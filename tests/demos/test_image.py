@@ -202,6 +202,7 @@ def test_ctrl_c_at_any_moment_leaves_a_demo_that_continues(home, monkeypatch, ca
         (demos.image, "write_image_page", 1),
     ]
     seen = set()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored
     for module, name, call in moments:
         genuine, calls = getattr(module, name), []
 
