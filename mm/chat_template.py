@@ -74,6 +74,7 @@ class ChatTemplate:
         self._image_token = image_token if "'image'" in text or '"image"' in text else None
         self._allow_control_tokens, self._allow_omitted_text = allow_control_tokens, allow_omitted_text
         self._reported_omission = False
+        self._hider = unguessable()  # stands in a text's control tokens while they are looked for
         self._takes_parts, example = self._probe()
         tokens = {mark: self._image_token if mark == image_mark else None for mark in marks}
         self.tokenizer = ChatTokenizer(tokenizer, self._control_tokens(text + example), tokens)
@@ -175,12 +176,11 @@ class ChatTemplate:
 
     def _hidden_positions(self, messages: list[Message], text: str, answer_follows: bool) -> list[int]:
         """Positions in the rendered text inside of control tokens that messages spell."""
-        hider = unguessable()
-        hiding = [{**message, "content": self._hide(message["content"], hider)} for message in messages]
+        hiding = [{**message, "content": self._hide(message["content"])} for message in messages]
         changed = [index for index, message in enumerate(hiding) if message != messages[index]]
         if not changed:
             return []
-        pieces = self.render_text(hiding, answer_follows).split(hider)
+        pieces = self.render_text(hiding, answer_follows).split(self._hider)
         if "".join(pieces) != text:
             raise UserError(
                 f"message {changed[0]} spells a control token, and the chat template acts on it: leave it out, or set "
@@ -192,13 +192,13 @@ class ChatTemplate:
             positions.append(position)
         return positions
 
-    def _hide(self, content: str, hider: str) -> str:
+    def _hide(self, content: str) -> str:
         hidden, end = "", 0
         for match in [*self._marks.finditer(content), None]:
             piece = content[end : match.start()] if match else content[end:]
             start = 0
             for position in self.tokenizer.hidden_positions(piece):
-                hidden += piece[start:position] + hider
+                hidden += piece[start:position] + self._hider
                 start = position
             hidden += piece[start:] + (match[0] if match else "")
             end = match.end() if match else end

@@ -12,9 +12,9 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby, pairwise
-from typing import NamedTuple
+from itertools import chain
 
+import numpy as np
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import Model
 from transformers import PreTrainedTokenizerBase
@@ -26,6 +26,7 @@ NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 # Answers begin like one of these; see `ChatTokenizer.answer_start`.
 FIRST_WORDS = ("The", "a", "I", "1")
 MAX_TAIL, MAX_STARTS = 100, 1_000  # characters and number of the prompts' ends that are remembered
+MARK_ID = -1  # in the place of a medium's mark, which has no token
 
 
 def unguessable() -> str:
@@ -50,19 +51,21 @@ class Rendering:
     spans: list[Span]
 
 
-class Token(NamedTuple):
-    """One token of a text.
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of a text. T: their number.
 
     Attributes:
-        id: None for a medium's mark.
-        start, end: its characters in the text. Tokens that share a character have the same range.
-        name: of its span; None for text.
+        ids: int64 [T]; MARK_ID for a medium's mark.
+        starts, ends: int64 [T]; a token's characters in the text are `text[start:end]`. Tokens that share a character
+            have the same range.
+        names: place in the tokens -> name of the span there; without an entry for text.
     """
 
-    id: int | None
-    start: int
-    end: int
-    name: str | None
+    ids: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+    names: dict[int, str]
 
 
 @dataclass(frozen=True)
@@ -70,13 +73,15 @@ class _Copy:
     """A copy of a tokenizer, with aliases in place of the control tokens.
 
     Attributes:
-        ids: the copy's ids of added tokens -> those of the tokenizer; None for a mark.
+        ids: the copy's ids of added tokens -> those of the tokenizer; MARK_ID for a mark.
         aliases: the copy's ids of aliases -> what they stand for.
+        spellable: ids by which its model spells control tokens in a text.
     """
 
     tokenizer: Tokenizer
-    ids: dict[int, int | None]
+    ids: dict[int, int]
     aliases: dict[int, str]
+    spellable: set[int]
 
 
 class ChatTokenizer:
@@ -114,8 +119,8 @@ class ChatTokenizer:
         )
         # Only a model whose own vocabulary has a control token can spell it; the unknown token is spelled by design.
         unknown = getattr(backend.model, "unk_token", None) or tokenizer.unk_token
-        model_ids = {backend.model.token_to_id(name) for name in self._controls if name != unknown}
-        self._spellable = model_ids - {None}
+        model_ids = (backend.model.token_to_id(name) for name in self._controls if name != unknown)
+        self._spellable = {id for id in model_ids if id is not None}
         self._starts: dict[tuple[str, str], int] = {}  # of answers, by the prompt's last control token and what follows
 
     def find(self, text: str, hidden: Sequence[int] = ()) -> list[Span]:
@@ -148,12 +153,9 @@ class ChatTokenizer:
                 positions.append(start + 1)
         return sorted(set(positions))
 
-    def encode(self, rendering: Rendering) -> list[Token]:
+    def encode(self, rendering: Rendering) -> Tokens:
         """The tokens of a text, in one pass."""
-        tokens = self._encode(self._copy, rendering)
-        if self._spellable and any(token.name is None and token.id in self._spellable for token in tokens):
-            tokens = self._encode(self._strict_copy, rendering)
-        return tokens
+        return self._encode(self._copy, rendering)
 
     def answer_start(self, prompt: Rendering) -> int:
         """Where the tokens of an answer begin, at the end of a prompt or before it.
@@ -176,46 +178,52 @@ class ChatTokenizer:
         """`answer_start` in the end of a prompt."""
         start = len(tail)
         for word in FIRST_WORDS:
-            for token in self.encode(Rendering(tail + word, spans)):
-                if token.name is None and token.start < len(tail) < token.end:
-                    start = min(start, token.start)
+            tokens = self.encode(Rendering(tail + word, spans))
+            across = np.flatnonzero((tokens.starts < len(tail)) & (tokens.ends > len(tail))).tolist()
+            start = min([start, *(int(tokens.starts[place]) for place in across if place not in tokens.names)])
         return start
 
-    def encode_prompt(self, prompt: Rendering) -> list[Token]:
+    def encode_prompt(self, prompt: Rendering) -> Tokens:
         """The tokens of a prompt, as they are when an answer follows."""
         end = self.answer_start(prompt)
         tokens = self.encode(replace(prompt, text=prompt.text + FIRST_WORDS[0]))
-        return [token for token in tokens if token.start < end]
+        kept = np.flatnonzero(tokens.starts < end)
+        names = {new: tokens.names[old] for new, old in enumerate(kept.tolist()) if old in tokens.names}
+        return Tokens(tokens.ids[kept], tokens.starts[kept], tokens.ends[kept], names)
 
-    def _encode(self, copy: _Copy, rendering: Rendering) -> list[Token]:
+    def _encode(self, copy: _Copy, rendering: Rendering) -> Tokens:
         spans = rendering.spans
         while True:
-            text, starts = self._replace_spans(rendering.text, spans)
+            text, alias_starts = self._replace_spans(rendering.text, spans)
             encoding = copy.tokenizer.encode(text, add_special_tokens=False)
-            found = [offsets for id, offsets in zip(encoding.ids, encoding.offsets, strict=True) if id in copy.aliases]
-            if len(found) == len(spans):
+            ids = encoding.ids
+            added = [place for place, token in enumerate(ids) if token in copy.ids]
+            places = [place for place in added if ids[place] in copy.aliases]
+            offsets = np.fromiter(chain.from_iterable(encoding.offsets), np.int64, 2 * len(ids)).reshape(-1, 2)
+            if len(places) == len(spans):
                 break
             # The tokenizer itself does not recognise a control token here, such as one of a single word inside another.
+            found = offsets[places].tolist()
             spans = [
                 span
-                for span, start in zip(spans, starts, strict=True)
+                for span, start in zip(spans, alias_starts, strict=True)
                 if any(first <= start < end for first, end in found)
             ]
             assert len(spans) == len(found)
+        if not copy.spellable.isdisjoint(ids):
+            return self._encode(self._strict_copy, rendering)
         # Tokens after an alias are as far from its end as those of the rendered text are from the span's.
-        tokens: list[Token] = []
-        shift = num_aliases = 0
-        for id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            name = copy.aliases.get(id)
-            if name is not None:
-                span, alias_start = spans[num_aliases], starts[num_aliases]
-                num_aliases += 1
-                start += span.start - alias_start
-                shift = span.end - alias_start - len(self._aliases[span.name])
-            else:
-                start += shift
-            tokens.append(Token._make((copy.ids.get(id, id), start, end + shift, name)))
-        return _locate_bytes(tokens, rendering.text)
+        shifts = [0]
+        shifts += [
+            span.end - start - len(self._aliases[span.name]) for span, start in zip(spans, alias_starts, strict=True)
+        ]
+        starts = offsets[:, 0] + np.repeat(shifts, np.diff([0, *(place + 1 for place in places), len(ids)]))
+        ends = offsets[:, 1] + np.repeat(shifts, np.diff([0, *places, len(ids)]))
+        _locate_bytes(starts, ends, rendering.text)
+        names = {place: copy.aliases[ids[place]] for place in places}
+        for place in added:
+            ids[place] = copy.ids[ids[place]]
+        return Tokens(np.array(ids, np.int64), starts, ends, names)
 
     def _replace_spans(self, text: str, spans: Sequence[Span]) -> tuple[str, list[int]]:
         """The text with aliases in the place of spans, and where they start."""
@@ -239,14 +247,15 @@ class ChatTokenizer:
 
     @cached_property
     def _copy(self) -> _Copy:
-        return self._copy_with(self._backend.model)
+        return self._copy_with(self._backend.model, self._spellable)
 
     @cached_property
     def _strict_copy(self) -> _Copy:
         """A copy whose model cannot spell a control token; it takes seconds for a large vocabulary."""
-        return self._copy_with(_without_pieces(self._backend, {name: self._aliases[name] for name in self._controls}))
+        aliases = {name: self._aliases[name] for name in self._controls}
+        return self._copy_with(_without_pieces(self._backend, aliases), set())
 
-    def _copy_with(self, model: Model) -> _Copy:
+    def _copy_with(self, model: Model, spellable: set[int]) -> _Copy:
         tokenizer = Tokenizer(model)
         if self._backend.normalizer is not None:
             tokenizer.normalizer = self._backend.normalizer
@@ -255,15 +264,13 @@ class ChatTokenizer:
         added = {token.content: token for _, token in sorted(self._backend.get_added_tokens_decoder().items())}
         added |= {name: AddedToken(name, normalized=False) for name in self._controls if name not in added}
         tokenizer.add_tokens([_renamed(token, self._aliases.get(name, name)) for name, token in added.items()])
-        ids: dict[int, int | None] = {
-            _id(tokenizer, self._aliases.get(name, name)): _id(self._backend, name) for name in added
-        }
+        ids = {_id(tokenizer, self._aliases.get(name, name)): _id(self._backend, name) for name in added}
         for mark, content in self._marks.items():
             token = added.get(content or "", AddedToken(mark, normalized=False))
             tokenizer.add_tokens([_renamed(token, self._aliases[mark])])
-            ids[_id(tokenizer, self._aliases[mark])] = None
+            ids[_id(tokenizer, self._aliases[mark])] = MARK_ID
         aliases = {_id(tokenizer, alias): name for name, alias in self._aliases.items()}
-        return _Copy(tokenizer, ids, aliases)
+        return _Copy(tokenizer, ids, aliases, spellable)
 
 
 def _spell(number: int) -> str:
@@ -277,23 +284,23 @@ def _id(tokenizer: Tokenizer, piece: str) -> int:
     return found
 
 
-def _locate_bytes(tokens: list[Token], text: str) -> list[Token]:
-    """The tokens, with one character each for the byte tokens of several unknown characters.
+def _locate_bytes(starts: np.ndarray, ends: np.ndarray, text: str) -> None:
+    """Give the byte tokens of several unknown characters one character each, in place.
 
     Unigram models give all bytes of neighbouring unknown characters the range of all those characters.
+
+    Args:
+        starts, ends: int64 [T]: the tokens' ranges.
     """
-    pairs = pairwise(tokens)
-    if not any(first[1:3] == second[1:3] and first.end - first.start > 1 for first, second in pairs):
-        return tokens
-    located: list[Token] = []
-    for (start, end, _), group in groupby(tokens, lambda token: (token.start, token.end, token.name)):
-        run = list(group)
-        if end - start > 1 and len(run) > 1:
-            places = [place for place in range(start, end) for _ in text[place].encode()]
-            if len(places) == len(run):
-                run = [token._replace(start=place, end=place + 1) for token, place in zip(run, places, strict=True)]
-        located += run
-    return located
+    joined = (starts[1:] == starts[:-1]) & (ends[1:] == ends[:-1]) & (ends[1:] - starts[1:] > 1)
+    if not joined.any():
+        return
+    runs = np.flatnonzero(np.diff(joined.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
+    for first, last in runs.tolist():  # tokens `first` to `last`, of one range
+        places = [place for place in range(starts[first], ends[first]) for _ in text[place].encode()]
+        if len(places) == last + 1 - first:
+            starts[first : last + 1] = places
+            ends[first : last + 1] = np.array(places) + 1
 
 
 def _renamed(token: AddedToken, content: str) -> AddedToken:

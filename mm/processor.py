@@ -6,16 +6,17 @@ becomes the model's own tokens for its item. So any tokenizer serves, whether or
 """
 
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from foundation.errors import UserError
 from mm.batch import IGNORED, Sample
 from mm.chat_template import ChatTemplate, Message, choose_template
-from mm.chat_tokenizer import Rendering, Span, Token
+from mm.chat_tokenizer import MARK_ID, Rendering, Span, Tokens
 from mm.config import ModelConfig
 from mm.modalities import AUDIO, IMAGE, MODALITIES, MediaLimits, MediaSource
 from mm.records import part_error, record_answer, record_caption, record_medium, record_messages
@@ -209,8 +210,8 @@ class Processor:
             turn = self._flatten_message({"role": "assistant", "content": answer}, len(flat), flat, files)
             rendering = self._template.render([*flat, turn], answer_follows=False)
             start, end = self._target([*flat, turn], len(flat), rendering)
-            pieces = self._tokenizer.encode(rendering)
-            tokens.append([piece.id for piece in pieces if start <= piece.start < end and piece.id is not None])
+            found = self._tokenizer.encode(rendering)
+            tokens.append(found.ids[(start <= found.starts) & (found.starts < end) & (found.ids != MARK_ID)].tolist())
         return tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -235,8 +236,8 @@ class Processor:
     def _caption_tokens(self, kind: str, caption: str) -> list[int]:
         """A caption and the stop token, after the picture or clip without the chat form."""
         _check_text(caption, "the caption")
-        tokens = self._tokenizer.encode(self._caption_rendering(kind, caption))
-        return [*(token.id for token in tokens if token.id is not None), *self.stop_tokens[:1]]
+        ids = self._tokenizer.encode(self._caption_rendering(kind, caption)).ids
+        return [*ids[ids != MARK_ID].tolist(), *self.stop_tokens[:1]]
 
     def _flatten(self, messages: list[Message]) -> tuple[list[Message], Media]:
         """Messages whose content is text with marks in the place of media, and the files of the media."""
@@ -311,8 +312,7 @@ class Processor:
         # Some templates write other tokens after the last turn than after an earlier one.
         is_last = index == len(flat) - 1
         after = text if is_last else self._template.render_text(flat[: index + 1], answer_follows=False)
-        shorter = min(len(text), len(after))
-        limit = next((place for place in range(shorter) if text[place] != after[place]), shorter)
+        limit = _common_length(text, after)
         if limit < position or not is_whole:
             limit = len(text)
         stops = [
@@ -320,31 +320,25 @@ class Processor:
         ]
         return start, stops[0] if stops else len(text[:limit].rstrip("\n"))
 
-    def _sample(self, tokens: Sequence[Token], targets: Sequence[Range] | None, media: Media) -> Sample:
+    def _sample(self, tokens: Tokens, targets: Sequence[Range] | None, media: Media) -> Sample:
         """A sample of the tokens, in which each mark becomes the tokens of the next item of its modality."""
-        queues = {modality.mark: iter(media[modality.field]) for modality in MODALITIES}
-        first_extra = self.config.language_model.vocab_size
         starts = [start for start, _ in targets or ()]  # ascending
-        ends = [0, *(end for _, end in targets or ())]
-        ids: list[int] = []
-        labels: list[int] = []
-        for token in tokens:
-            if token.id is None:
-                assert token.name is not None
-                piece = BY_MARK[token.name].tokens(next(queues[token.name]), self.config)
-            else:
-                piece = [token.id]
-            is_target = (
-                token.id is not None
-                and token.id < first_extra
-                and token.id != self.image_token_id
-                and token.start < ends[bisect_right(starts, token.start)]
-            )
-            ids += piece
-            labels += piece if is_target else [IGNORED] * len(piece)
+        ends = np.array([0, *(end for _, end in targets or ())])
+        is_target = tokens.starts < ends[np.searchsorted(starts, tokens.starts, side="right")]
+        is_target &= (tokens.ids != MARK_ID) & (tokens.ids != self.image_token_id)
+        is_target &= tokens.ids < self.config.language_model.vocab_size
+        ids, labels = tokens.ids.tolist(), np.where(is_target, tokens.ids, IGNORED).tolist()
+        queues = {modality.mark: iter(media[modality.field]) for modality in MODALITIES}
+        marks = np.flatnonzero(tokens.ids == MARK_ID).tolist()
+        pieces = [
+            BY_MARK[tokens.names[place]].tokens(next(queues[tokens.names[place]]), self.config) for place in marks
+        ]
+        for place, piece in reversed(list(zip(marks, pieces, strict=True))):
+            ids[place : place + 1] = piece
+            labels[place : place + 1] = [IGNORED] * len(piece)
         if targets is None:
             return Sample(ids, None, **media)
-        end = max((index + 1 for index, label in enumerate(labels) if label != IGNORED), default=0)
+        end = next((place + 1 for place in reversed(range(len(labels))) if labels[place] != IGNORED), 0)
         if not end:
             raise UserError(
                 "the answers hold no token to learn: they are empty, and the chat template does not end them"
@@ -373,6 +367,12 @@ def _check_text(text: str, where: str) -> None:
             f"{where} holds half of a surrogate pair, {text[error.start]!r}, at character {error.start}: leave it out, "
             "or write the whole character"
         ) from error
+
+
+def _common_length(first: str, second: str) -> int:
+    """Of the beginning that two texts share."""
+    lengths = range(1, min(len(first), len(second)) + 1)
+    return bisect_left(lengths, True, key=lambda length: first[:length] != second[:length])
 
 
 def _find(piece: str, rendering: Rendering, position: int) -> int | None:
