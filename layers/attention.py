@@ -68,8 +68,8 @@ class KeyValueCache:
             self.values[:, :, positions : positions + v.shape[2]] = v
         else:
             rows = torch.arange(k.shape[0], device=k.device)
-            self.keys[rows, :, positions] = k[:, :, 0]
-            self.values[rows, :, positions] = v[:, :, 0]
+            self.keys[rows, :, positions] = k[:, :, 0].to(self.keys.dtype)
+            self.values[rows, :, positions] = v[:, :, 0].to(self.values.dtype)
         return self.keys[:, :, :length], self.values[:, :, :length]
 
 
