@@ -115,7 +115,7 @@ class MultimodalModel(nn.Module):
             UserError: placeholders that do not match the batch's items, a token outside the vocabulary, text longer
                 than the context, or items of a modality whose parts the model lacks.
         """
-        self._check(batch)
+        self.check_batch(batch)
         contexts = self.vision_contexts(batch, cache)
         x = self.insert_audio_embeddings(self.embed(batch.tokens), batch, cache)
         positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
@@ -321,8 +321,12 @@ class MultimodalModel(nn.Module):
             x = torch.where((batch.tokens == token_id)[..., None], mark, x)
         return x
 
-    def _check(self, batch: Batch) -> None:
-        """Raises UserError for a batch that does not fit the model; see `hidden_states`."""
+    def check_batch(self, batch: Batch) -> None:
+        """Check that a batch fits the model, without running it.
+
+        Raises:
+            UserError: see `hidden_states`.
+        """
         config, batch = self.config, batch.host
         for modality in MODALITIES:
             if batch.items(modality) and getattr(self, modality.part) is None:

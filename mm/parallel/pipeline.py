@@ -136,7 +136,7 @@ class Stage(MultimodalModel):
         The ranks encode the images at the same time and run their layers one after another.
         """
         assert cache is None, "a pipeline does not decode"
-        self._check(batch)
+        self.check_batch(batch)
         contexts = self.vision_contexts(batch, None)
         shape = (*batch.tokens.shape, self.config.language_model.hidden_size)
         x = self.embed(batch.tokens) if self.is_first else torch.empty(shape, device=batch.tokens.device)
@@ -170,7 +170,7 @@ class Stage(MultimodalModel):
             UserError: batches that the model or the loss refuses.
         """
         for batch in batches:
-            self._check(batch)
+            self.check_batch(batch)
         self.batches, self.scale = pad_to_common_shape(batches), scale
         hidden = torch.empty(*self.batches[0].tokens.shape, self.config.language_model.hidden_size, device="meta")
         stage = PipelineStage(  # built for each step, whose shapes differ
