@@ -23,21 +23,18 @@ from foundation.extras import MissingExtraError, import_extra
 from foundation.media import open_media
 from speech.containers import Data, Part, parts
 from speech.features import SAMPLE_RATE
+from speech.mixing import Section, joined, planar, total_seconds
 from speech.pcm import find_pcm
 
 if TYPE_CHECKING:
-    from av.audio.fifo import AudioFifo
     from av.audio.frame import AudioFrame
     from av.audio.stream import AudioStream
     from av.container import InputContainer
 
 MAX_SECONDS = 7200.0  # two hours: 460 MB of samples
-RATES = range(1_000, 768_001)  # Hz
 BLOCK = 2**15  # samples that are mixed at once, few enough for the processor's cache
 RAW_FORMATS = {".g722": "g722"}  # formats without a header: only the file's suffix tells them
 RESAMPLING_DENOMINATOR = 640  # exact for 11,025 Hz; other rates are met to within 3 parts in a million
-# FFmpeg's sample formats (with a "p" after them for those whose channels lie apart) -> NumPy's names.
-SAMPLE_FORMATS = {"u8": "u1", "s16": "i2", "s32": "i4", "s64": "i8", "flt": "f4", "dbl": "f8"}
 # FFmpeg's names of formats whose header holds the exact number of samples.
 EXACT_FORMATS = ("flac", "tta")
 # Formats of frames that find themselves in a stream of bytes: what lies between them, such as the tags of joined
@@ -91,7 +88,7 @@ def read_sound(
         if not sum(len(samples) for _, samples in sections):
             raise UserError("holds no samples")
         pieces = [
-            resample(torch.from_numpy(_joined([samples for _, samples in group])), rate)
+            resample(torch.from_numpy(joined([samples for _, samples in group])), rate)
             for rate, group in groupby(sections, key=lambda section: section[0])
         ]
         sound = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
@@ -137,7 +134,7 @@ def _open(source: Path | bytes) -> BinaryIO:
 
 @dataclass
 class _Reading:
-    """What one call of read_sound wants, and how much has been decoded."""
+    """What one call of read_sound wants, and the seconds of sound in the parts that are read."""
 
     name: str
     raw_format: str | None
@@ -145,14 +142,11 @@ class _Reading:
     allow_truncated: bool
     seconds: float = 0.0
 
-    def count(self, seconds: float) -> None:
-        self.seconds += seconds
-        self.check()
-
-    def check(self) -> None:
-        if self.seconds > self.max_seconds:
+    def check(self, more: float) -> None:
+        """Refuse a sound that has `more` seconds after those read."""
+        if self.seconds + more > self.max_seconds:
             raise UserError(
-                f"{self.seconds:,.0f} s or more of sound, over the limit of {self.max_seconds:,.0f} s; "
+                f"{self.seconds + more:,.0f} s or more of sound, over the limit of {self.max_seconds:,.0f} s; "
                 "cut it into parts, or raise max_seconds"
             )
 
@@ -166,58 +160,57 @@ def _sections(whole: BinaryIO, reading: _Reading) -> Iterator[tuple[int, np.ndar
             if part.missing and not reading.allow_truncated:
                 raise UserError(f"truncated: {part.missing:,} bytes fewer than its container says")
             file = whole if len(found) == 1 else io.BytesIO(data[part.start : part.end])
-            before = reading.seconds
             sections = _decode(file, part, reading, {})
             loudest = {index: section.loudest for index, section in enumerate(sections) if section.cancels}
             if loudest:
-                reading.seconds = before
                 sections = _decode(file, part, reading, loudest)
         except ValueError as error:
             if len(found) == 1 or isinstance(error, MissingExtraError):
                 raise
             raise UserError(f"part {number} of {len(found)} joined files, from byte {part.start:,}: {error}") from error
+        reading.seconds += total_seconds(sections)
         for section in sections:
             yield section.rate, section.samples()
 
 
-def _decode(file: BinaryIO, part: Part, reading: _Reading, channels: Mapping[int, int]) -> "list[_Section]":
+def _decode(file: BinaryIO, part: Part, reading: _Reading, channels: Mapping[int, int]) -> list[Section]:
     """Decode one file, which is `part` of the whole.
 
     Args:
         channels: section -> the channel to take instead of the average.
     """
     if part.is_one_page and (section := _one_page_of_vorbis(file, channels.get(0))):
-        reading.count(section.num_samples / section.rate)
+        reading.check(section.seconds)
         return [section]
     if reading.raw_format is None and (pcm := find_pcm(Data(file))):
-        section = _Section((pcm.rate, pcm.channels, pcm.dtype.name), channels.get(0))
-        reading.count(pcm.num_samples / pcm.rate)
+        section = Section((pcm.rate, pcm.channels, pcm.dtype.name), channels.get(0))
+        reading.check(pcm.num_samples / pcm.rate)
         for block in pcm.blocks(BLOCK):
-            section.mix(_planar(_to_float(block), pcm.channels))
+            section.mix(planar(block, pcm.channels))
         return [section]
-    sections: list[_Section] = []
+    sections: list[Section] = []
     options = WAV_OPTIONS if Data(file)[8:12] == b"WAVE" else {}
     file.seek(0)
     with open_media(file, "speech", container_format=reading.raw_format, **options) as container:
         stream = _track(container)
         rate = num_channels = 0
         sample_format = ""
-        for frame in _frames(container, stream, reading):  # short ones, thousands in a minute: so little is done here
+        # Frames are short, thousands in a minute: so little is done with each.
+        for frame in _frames(container, stream, reading, sections):
             if (
                 frame.sample_rate != rate
                 or frame.layout.nb_channels != num_channels
                 or frame.format.name != sample_format
             ):
                 rate, num_channels, sample_format = frame.sample_rate, frame.layout.nb_channels, frame.format.name
-                sections.append(_Section((rate, num_channels, sample_format), channels.get(len(sections))))
+                sections.append(Section((rate, num_channels, sample_format), channels.get(len(sections))))
                 waiting = sections[-1].queue()
             frame.pts = None  # the queue wants times without gaps, or none
             waiting.write(frame)
-            reading.seconds += frame.samples / rate
             if waiting.samples >= BLOCK:
                 sections[-1].mix_waiting()
-                reading.check()
-        reading.check()
+                reading.check(total_seconds(sections))
+        reading.check(total_seconds(sections))
         if container.format.name in EXACT_FORMATS and not reading.allow_truncated:
             stated = round((stream.duration or 0) * (stream.time_base or 0) * stream.rate)
             decoded = sum(section.num_samples for section in sections)
@@ -226,7 +219,7 @@ def _decode(file: BinaryIO, part: Part, reading: _Reading, channels: Mapping[int
     return sections
 
 
-def _one_page_of_vorbis(file: BinaryIO, channel: int | None) -> "_Section | None":
+def _one_page_of_vorbis(file: BinaryIO, channel: int | None) -> "Section | None":
     """The sound of a whole Ogg Vorbis file of one page, of which FFmpeg misses or adds a few hundred samples."""
     soundfile = import_extra("soundfile", "speech", "sound")
     file.seek(0)
@@ -234,7 +227,7 @@ def _one_page_of_vorbis(file: BinaryIO, channel: int | None) -> "_Section | None
         with soundfile.SoundFile(file) as sound:
             if sound.subtype != "VORBIS":
                 return None
-            section = _Section((sound.samplerate, sound.channels, "flt"), channel)
+            section = Section((sound.samplerate, sound.channels, "flt"), channel)
             section.mix(sound.read(dtype="float32", always_2d=True).T)
             return section
     except soundfile.LibsndfileError:
@@ -255,8 +248,14 @@ def _track(container: "InputContainer") -> "AudioStream":
     return next((track for track in readable if track.disposition & Disposition.default), readable[0])
 
 
-def _frames(container: "InputContainer", stream: "AudioStream", reading: _Reading) -> "Iterator[AudioFrame]":
-    """Decoded frames; packets that are no sound are skipped in raw streams, and an error elsewhere."""
+def _frames(
+    container: "InputContainer", stream: "AudioStream", reading: _Reading, sections: list[Section]
+) -> "Iterator[AudioFrame]":
+    """Decoded frames; packets that are no sound are skipped in raw streams, and an error elsewhere.
+
+    Args:
+        sections: what has been decoded of this part.
+    """
     from av.error import FFmpegError
 
     packets = container.demux(stream)
@@ -271,7 +270,8 @@ def _frames(container: "InputContainer", stream: "AudioStream", reading: _Readin
                 continue
             if reading.allow_truncated and decoded:
                 return
-            raise UserError(f"broken or truncated after {reading.seconds:.2f} s of sound ({error.strerror})") from None
+            seconds = reading.seconds + total_seconds(sections)
+            raise UserError(f"broken or truncated after {seconds:.2f} s of sound ({error.strerror})") from None
         if packet is None:
             break
         decoded += len(frames)
@@ -282,105 +282,3 @@ def _frames(container: "InputContainer", stream: "AudioStream", reading: _Readin
         logger.warning(
             "%s: skipped %d packet(s) that are no sound, such as tags of joined files", reading.name, skipped
         )
-
-
-# -------------------------------------------------------------------------------------------------------------- mixing
-
-
-class _Section:
-    """A stretch of sound of one kind, mixed to one channel as it comes.
-
-    Attributes:
-        kind: (samples per second, channels, FFmpeg's sample format).
-        channel: the channel to take; None averages all.
-        power: of each channel, summed over the samples.
-        mixed_power: of the average.
-    """
-
-    def __init__(self, kind: tuple[int, int, str], channel: int | None) -> None:
-        if kind[0] not in RATES:
-            raise UserError(f"{kind[0]} samples per second are outside {RATES[0]:,} to {RATES[-1]:,} Hz")
-        self.kind, self.channel = kind, channel
-        self.power, self.mixed_power = np.zeros(kind[1]), 0.0
-        self._mixed: list[np.ndarray] = []
-        self._waiting: AudioFifo | None = None
-
-    @property
-    def rate(self) -> int:
-        return self.kind[0]
-
-    @property
-    def cancels(self) -> bool:
-        """Whether the average has less than a quarter of the power that unrelated channels leave."""
-        self.mix_waiting()
-        return self.channel is None and 4 * len(self.power) ** 2 * self.mixed_power < self.power.sum()
-
-    @property
-    def loudest(self) -> int:
-        """The first channel that has the most power, to within 1%."""
-        return int(np.argmax(self.power >= 0.99 * self.power.max()))
-
-    @property
-    def num_samples(self) -> int:
-        return sum(map(len, self._mixed)) + (self._waiting.samples if self._waiting else 0)
-
-    def queue(self) -> "AudioFifo":
-        """For decoded frames, which are mixed many at once by `mix_waiting`."""
-        from av.audio.fifo import AudioFifo
-
-        self._waiting = AudioFifo()
-        return self._waiting
-
-    def mix(self, block: np.ndarray) -> None:
-        """Add float32 [channels, samples]."""
-        if not np.isfinite(block.sum()) and not (finite := np.isfinite(block)).all():
-            raise UserError(f"{int((~finite).sum()):,} samples are not finite numbers (NaN or infinite)")
-        if len(block) == 1:
-            mixed = block[0]
-        elif self.channel is not None:
-            mixed = block[self.channel]
-        else:
-            mixed = block.mean(axis=0)
-            self.power += np.einsum("ct,ct->c", block, block)
-            self.mixed_power += float(mixed @ mixed)
-        self._mixed.append(mixed)
-
-    def samples(self) -> np.ndarray:
-        """float32 [samples]"""
-        self.mix_waiting()
-        return _joined(self._mixed)
-
-    def mix_waiting(self) -> None:
-        """Take what is in the queue."""
-        frame = self._waiting.read() if self._waiting is not None else None
-        if frame is None:
-            return
-        if self.kind[1] == 1:  # without a copy
-            sample_format = SAMPLE_FORMATS[self.kind[2].removesuffix("p")]
-            plane = np.frombuffer(frame.planes[0], sample_format, frame.samples)  # type: ignore[call-overload]  # a buffer
-            self.mix(_to_float(plane)[None])
-            return
-        block = _to_float(frame.to_ndarray())
-        self.mix(block if len(block) == self.kind[1] else _planar(block, self.kind[1]))
-
-
-def _joined(pieces: list[np.ndarray]) -> np.ndarray:
-    if len(pieces) == 1:
-        return pieces[0]
-    return np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
-
-
-def _planar(samples: np.ndarray, channels: int) -> np.ndarray:
-    """Samples whose channels take turns -> [channels, samples]."""
-    return np.ascontiguousarray(samples.reshape(-1, channels).T)
-
-
-def _to_float(samples: np.ndarray) -> np.ndarray:
-    """Samples of any of FFmpeg's formats -> float32, full scale 1."""
-    if samples.dtype.kind == "f":
-        return samples.astype(np.float32, copy=False)
-    floats = samples.astype(np.float32)
-    if samples.dtype == np.uint8:
-        floats -= 128
-    floats *= np.float32(2.0 ** (1 - 8 * samples.dtype.itemsize))  # a power of two: exact
-    return floats
