@@ -1,6 +1,9 @@
 """Make clips whose frames show their own index in large blocks, which survive compression."""
 
 import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -30,6 +33,16 @@ def number_of(pixels: np.ndarray) -> int:
     return sum(1 << bit for bit, white in enumerate(values) if white)
 
 
+@contextmanager
+def usual_scheduling() -> Iterator[None]:
+    """Undo that SVT-AV1 gives the thread that encodes real-time priority where it may: all else would wait for it."""
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
+
+
 def write_clip(
     path: Path,
     stamps: list[int],
@@ -44,7 +57,7 @@ def write_clip(
     container_options: dict[str, str] | None = None,
 ) -> Path:
     """Write a clip: frame i has the number first_number + i and starts at stamps[i] (in time_base)."""
-    with av.open(str(path), "w", options=container_options or {}) as container:
+    with usual_scheduling(), av.open(str(path), "w", options=container_options or {}) as container:
         stream = container.add_stream(codec, rate=25, options=options or {})
         stream.width, stream.height = size
         stream.pix_fmt = pixel_format

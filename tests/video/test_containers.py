@@ -1,5 +1,6 @@
 """Every container with every codec that it holds: the frames that are asked for, whichever reader is used."""
 
+import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -101,6 +102,12 @@ def test_the_frames_and_times_are_those_asked_for(tmp_path: Path, suffix: str, c
             for frames in readings(path, max_frames):
                 assert [number_of(pixels) for pixels in frames.pixels] == numbers, (interval, num_b_frames)
                 np.testing.assert_allclose(frames.times, times, atol=0.002)  # some containers count milliseconds
+
+
+def test_encoding_leaves_the_priority_of_the_tests_as_it_was(tmp_path: Path):
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
+    write_clip(tmp_path / "clip.mkv", list(range(5)), codec="libsvtav1", options=OPTIONS["libsvtav1"])
+    assert (os.sched_getscheduler(0), os.sched_getparam(0)) == before
 
 
 def test_a_seek_between_key_frames_gives_no_noise(tmp_path: Path):
