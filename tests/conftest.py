@@ -287,19 +287,26 @@ def run_folder(tiny_model, tiny_processor, language_model_folder, tmp_path_facto
 
 
 @pytest.fixture(scope="session")
-def everything_run(tiny_config, build_model, tokenizer, tmp_path_factory) -> Path:
-    """A run folder of a tiny model that sees, watches and hears: not to be changed."""
+def everything_config(tiny_config) -> mm.ModelConfig:
+    """The tiny model's configuration with every modality."""
     aggregator = AggregatorConfig(
         factor=4, hidden_size=32, intermediate_size=48, num_layers=1, num_heads=2, num_time_frequencies=8
     )
-    config = replace(
+    return replace(
         tiny_config,
         video_adapter=VideoAdapterConfig(aggregator=aggregator, interval=2),
         speech_encoder=SpeechEncoderConfig(num_layers=1, width=32, ffn_width=48, num_heads=2, max_seconds=0.8),
         speech_adapter=SpeechAdapterConfig(hidden_size=32, intermediate_size=48, num_heads=2),
     )
+
+
+@pytest.fixture(scope="session")
+def everything_run(everything_config, build_model, tokenizer, tmp_path_factory) -> Path:
+    """A run folder of a tiny model that sees, watches and hears: not to be changed."""
     folder = tmp_path_factory.mktemp("everything")
-    mm.run_folder.save(folder, build_model(config, seed=3), mm.Processor(tokenizer, config), bundle=True)
+    mm.run_folder.save(
+        folder, build_model(everything_config, seed=3), mm.Processor(tokenizer, everything_config), bundle=True
+    )
     return folder
 
 

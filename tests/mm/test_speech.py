@@ -13,11 +13,8 @@ import mm
 from foundation.errors import UserError
 from mm.generation import decode_step, prefill
 from mm.run_folder import save
-from mm.video_adapter import VideoAdapterConfig
-from speech.adapter import SpeechAdapterConfig, num_tokens
-from speech.conformer import SpeechEncoderConfig
+from speech.adapter import num_tokens
 from tests.media import sound
-from video.aggregator import AggregatorConfig
 from video.sampling import Clip
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-4}
@@ -30,17 +27,8 @@ def _no_gradients():
 
 
 @pytest.fixture(scope="module")
-def config(tiny_config) -> mm.ModelConfig:
-    """A model of every modality."""
-    aggregator = AggregatorConfig(
-        factor=4, hidden_size=32, intermediate_size=48, num_layers=1, num_heads=2, num_time_frequencies=8
-    )
-    return replace(
-        tiny_config,
-        video_adapter=VideoAdapterConfig(aggregator=aggregator, interval=2),
-        speech_encoder=SpeechEncoderConfig(num_layers=1, width=32, ffn_width=48, num_heads=2, max_seconds=0.8),
-        speech_adapter=SpeechAdapterConfig(hidden_size=32, intermediate_size=48, num_heads=2),
-    )
+def config(everything_config) -> mm.ModelConfig:
+    return everything_config
 
 
 @pytest.fixture(scope="module")

@@ -14,27 +14,15 @@ import mm.inference.engine
 from mm.inference import Engine, Request
 from mm.inference.engine import decode
 from mm.inference.state import Bucket, DecodeState, decode_one
-from mm.video_adapter import VideoAdapterConfig
-from speech.adapter import SpeechAdapterConfig, num_tokens
-from speech.conformer import SpeechEncoderConfig
-from video.aggregator import AggregatorConfig
+from speech.adapter import num_tokens
 from video.sampling import Clip
 
 SAMPLING = {"temperature": 1.3, "top_p": 0.9, "seed": 5}
 
 
 @pytest.fixture(scope="module")
-def config(tiny_config) -> mm.ModelConfig:
-    """A model of every modality."""
-    aggregator = AggregatorConfig(
-        factor=4, hidden_size=32, intermediate_size=48, num_layers=1, num_heads=2, num_time_frequencies=8
-    )
-    return replace(
-        tiny_config,
-        video_adapter=VideoAdapterConfig(aggregator=aggregator, interval=2),
-        speech_encoder=SpeechEncoderConfig(num_layers=1, width=32, ffn_width=48, num_heads=2, max_seconds=0.8),
-        speech_adapter=SpeechAdapterConfig(hidden_size=32, intermediate_size=48, num_heads=2),
-    )
+def config(everything_config) -> mm.ModelConfig:
+    return everything_config
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,7 @@ import torch
 
 import mm
 from mm.training.adapters import sample_costs_of
-from mm.training.data import (
-    DataSource,
-    RecordDataset,
-    Unreadable,
-    collate_step,
-    step_loader,
-)
+from mm.training.data import DataSource, RecordDataset, Unreadable, collate_step, step_loader
 from mm.training.flops import text_token_cost
 from mm.training.objectives import NextTokenObjective
 from mm.training.sampler import Groups, LengthBuckets, epoch_order, step_indices
