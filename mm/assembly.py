@@ -1,14 +1,19 @@
-"""Models assembled from existing parts and new adapters. Each new adapter is initialised from a seed of its own."""
+"""Models assembled from existing parts and new adapters.
 
+The initial values of an adapter depend on a seed and on the names of its tensors alone (`layers.initial`).
+"""
+
+import math
 from dataclasses import asdict, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from foundation.errors import UserError
+from layers.initial import Normal, draw, draw_module
 from layers.meta import meta_device
 from mm.config import ModelConfig
-from mm.cross_attention import ImageAdapter, ImageAdapterConfig
+from mm.cross_attention import ImageAdapterConfig
 from mm.language_model import LanguageModel
 from mm.model import MultimodalModel
 from mm.video_adapter import VideoAdapter, VideoAdapterConfig
@@ -28,13 +33,12 @@ def assemble(
 
     The extra embeddings are drawn at the scale of the language model's own table.
     """
-    with meta_device():
+    with meta_device() as initial:
         model = MultimodalModel(ModelConfig(language_model.config, vision_encoder.config, adapter))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model.image_adapter = ImageAdapter(adapter, language_model.config, vision_encoder.config.feature_size)
-        _attach(model, language_model)
+    assert model.image_adapter is not None
+    draw_module(model.image_adapter, initial.of(model.image_adapter), seed, "image_adapter.")
     model.vision_encoder = vision_encoder
+    _attach(model, language_model, seed)
     return model
 
 
@@ -42,18 +46,25 @@ def from_language_model(language_model: LanguageModel, seed: int = 0) -> Multimo
     """A model of a language model alone, to which `add_speech` adds speech; extra embeddings as in `assemble`."""
     with meta_device():
         model = MultimodalModel(ModelConfig(language_model.config))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        _attach(model, language_model)
+    _attach(model, language_model, seed)
     return model
 
 
-def _attach(model: MultimodalModel, language_model: LanguageModel) -> None:
+def _attach(model: MultimodalModel, language_model: LanguageModel, seed: int) -> None:
     """Give a model its language model, and new extra embeddings at the scale and in the type of its table."""
     table = language_model.model.embed_tokens.weight
-    rows = torch.randn(model.extra_embeddings.shape) * table.float().std()
+    rows = draw(Normal(table_moments(table)[1]), model.extra_embeddings.shape, seed, "extra_embeddings")
     model.extra_embeddings = nn.Parameter(rows.to(table.dtype), requires_grad=False)
     model.language_model = language_model
+
+
+def table_moments(table: Tensor) -> tuple[float, float]:
+    """The mean and the standard deviation of all numbers of a matrix; a few rows at a time are converted."""
+    sums = torch.zeros(2, dtype=torch.float64)
+    for rows in table.detach().split(max(1, 2**20 // table.shape[1])):
+        sums += torch.stack([rows.double().sum(), rows.double().square().sum()]).cpu()
+    mean, square = (sums / table.numel()).tolist()
+    return mean, math.sqrt(square - mean**2)
 
 
 def replace_language_model(model: MultimodalModel, other: LanguageModel) -> None:
@@ -89,10 +100,10 @@ def add_video_adapter(model: MultimodalModel, adapter: VideoAdapterConfig, seed:
     config = replace(model.config, video_adapter=adapter)
     assert model.image_adapter is not None, "the configuration refuses a video adapter without an image adapter"
     projection = model.image_adapter.projection
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with meta_device() as initial:
         new = VideoAdapter(adapter, config.language_model, model.image_adapter.positions, projection.in_features)
-    model.video_adapter = new.to(projection.weight)
+    draw_module(new, initial.of(new), seed, "video_adapter.", projection.weight.dtype)
+    model.video_adapter = new.to(projection.weight.device)
     model.config = config
 
 
@@ -131,9 +142,10 @@ def add_speech(
         raise UserError("the model has a speech_encoder already; train it on instead of adding one")
     config = replace(model.config, speech_encoder=encoder.config, speech_adapter=adapter)
     table = model.language_model.model.embed_tokens.weight
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with meta_device() as initial:
         new = SpeechAdapter(adapter, encoder.config.output_width, config.language_model.hidden_size)
-        new.fit_output_scale(float(table.detach().float().square().mean().sqrt()))
-    model.speech_encoder, model.speech_adapter = encoder, new.to(next(encoder.parameters()))
+        new.initialise_output_scale(math.hypot(*table_moments(table)))
+    of_encoder = next(encoder.parameters())
+    draw_module(new, initial.of(new), seed, "speech_adapter.", of_encoder.dtype)
+    model.speech_encoder, model.speech_adapter = encoder, new.to(of_encoder.device)
     model.config = config

@@ -107,18 +107,17 @@ class SpeechAdapter(nn.Module):
         x = x + self.ffn(self.ffn_norm(x))
         return without_padding(self.output_proj(self.output_norm(x)), mask), lengths
 
-    @torch.no_grad()
-    def fit_output_scale(self, rms: float) -> None:
-        """Before training, scale tokens and boundaries to the root mean square of the language model's embeddings.
+    def initialise_output_scale(self, rms: float) -> None:
+        """Initialise what makes tokens and boundaries, so that both have about this root mean square.
 
         The input of `output_proj` is normalised to a root mean square of 1, so the scale of its weight sets the scale
         of its output. `token_rms` measures the result.
         """
         assert rms > 0, f"the embeddings' root mean square is {rms}"
-        weight = self.output_proj.weight
-        weight.mul_(rms / (weight.float().square().mean().sqrt() * weight.shape[1] ** 0.5))
-        self.output_proj.bias.zero_()
-        self.boundaries.mul_(rms / self.boundaries.float().square().mean(-1, keepdim=True).sqrt())
+        bound = rms * (3 / self.output_proj.in_features) ** 0.5  # the root mean square of the numbers is bound / sqrt 3
+        nn.init.uniform_(self.output_proj.weight, -bound, bound)
+        nn.init.zeros_(self.output_proj.bias)
+        nn.init.normal_(self.boundaries, std=rms)
 
 
 def token_rms(tokens: Tensor, lengths: Tensor) -> Tensor:

@@ -86,9 +86,8 @@ class RandomQuantizer(nn.Module):
         codebooks = torch.empty(config.num_codebooks, config.codebook_size, config.code_dim, device="cpu")
         nn.init.xavier_uniform_(projection, generator=generator)
         codebooks.normal_(generator=generator)
-        device = torch.get_default_device()
-        self.register_buffer("projection", projection.to(device))
-        self.register_buffer("codebooks", F.normalize(codebooks, dim=2).to(device))
+        self.register_buffer("projection", projection)
+        self.register_buffer("codebooks", F.normalize(codebooks, dim=2))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RandomQuantizer":
         before = dict(self.named_buffers())

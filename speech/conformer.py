@@ -14,7 +14,9 @@ from torch.nn import functional as F
 
 from foundation.errors import UserError
 from layers.attention import SelfAttention
+from layers.initial import draw_module
 from layers.linear import Linear
+from layers.meta import meta_device
 from layers.rotary import RotaryConfig, rotary_angles
 from speech.features import FRAMES_PER_SECOND, NUM_MELS, log_mel
 
@@ -232,3 +234,11 @@ class SpeechEncoder(nn.Module):
         for layer in self.layers:
             x = layer(x, rotary, mask)
         return without_padding(x, mask), lengths
+
+
+def new_encoder(config: SpeechEncoderConfig, seed: int) -> SpeechEncoder:
+    """An encoder for training from scratch, with PyTorch's initial values; in FP32 on the CPU."""
+    with meta_device() as initial:
+        encoder = SpeechEncoder(config)
+    draw_module(encoder, initial.of(encoder), seed, "speech_encoder.")
+    return encoder

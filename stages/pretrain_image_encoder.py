@@ -13,10 +13,11 @@ from functools import partial
 from pathlib import Path
 
 import open_clip
-import torch
 from torch import nn
 
 from foundation.errors import UserError
+from layers.initial import draw_module
+from layers.meta import meta_device
 from mm.device import resolve_device
 from mm.encoder_folders import save_vision_encoder
 from mm.modalities import IMAGE
@@ -77,9 +78,10 @@ def pretrain_image_encoder(config: PretrainImageEncoder) -> None:
     max_tiles = config.encoder.max_num_tiles if config.max_tiles is None else config.max_tiles
     check(config, max_tiles)
     device = resolve_device(config.device)
-    torch.manual_seed(config.training.seed)
-    model = ContrastiveModel(config.encoder, config.text, config.loss)
-    initialise_encoder(model.vision_encoder, config.training.seed)
+    with meta_device() as initial:
+        model = ContrastiveModel(config.encoder, config.text, config.loss)
+        initialise_encoder(model.vision_encoder)
+    draw_module(model, initial.of(model), config.training.seed)
     tokenizer = open_clip.SimpleTokenizer(context_length=config.text.context)
     prepare = partial(image_text_pair, tokenizer=tokenizer, tile_size=config.encoder.tile_size, max_tiles=max_tiles)
     dataset = RecordDataset(config.data, prepare)

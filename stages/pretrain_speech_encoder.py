@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from foundation.errors import UserError
+from layers.initial import draw_module
+from layers.meta import meta_device
 from mm.device import resolve_device
 from mm.encoder_folders import load_speech_encoder, save_speech_encoder
 from mm.modalities import AUDIO
@@ -34,7 +36,7 @@ from mm.training.trainer import Trainer
 from shards.format import Record
 from speech.augmentation import SpecAugmentConfig, spec_augment
 from speech.best_rq import BestRqConfig
-from speech.conformer import ConformerLayer, SpeechEncoder, SpeechEncoderConfig
+from speech.conformer import ConformerLayer, SpeechEncoder, SpeechEncoderConfig, new_encoder
 from speech.features import FRAMES_PER_SECOND
 from speech.reading import read_sound
 
@@ -77,19 +79,21 @@ def pretrain_speech_encoder(config: PretrainSpeechEncoder) -> None:
     """Train a speech encoder with BEST-RQ, or with CTC over transcripts' characters."""
     check(config)
     device = resolve_device(config.device)
-    torch.manual_seed(config.training.seed)
     encoder = initial_encoder(config)
-    model: nn.Module
+    build: Callable[[SpeechEncoder], nn.Module]
     objective: Objective
     prepare: Callable[[Record, int], object]
     if config.character_ctc:
-        model, objective = CharacterCtcModel(encoder), CharacterCtcObjective()
+        build, objective = CharacterCtcModel, CharacterCtcObjective()
         prepare = partial(
             augmented_utterance, encoder=encoder.config, augment=config.spec_augment, seed=config.training.seed
         )
     else:
-        model, objective = SpeechPretraining(encoder, config.best_rq), BestRqObjective(config.best_rq)
+        build, objective = partial(SpeechPretraining, config=config.best_rq), BestRqObjective(config.best_rq)
         prepare = partial(masked_utterance, encoder=encoder.config, seed=config.training.seed)
+    with meta_device() as initial:
+        model = build(encoder)
+    draw_module(model, initial.of(model), config.training.seed)
     dataset = RecordDataset(config.data, prepare, by_epoch=True)
     check_media(dataset, AUDIO, shown=lambda record: bool(AUDIO.suffixes(record.media)))
     if config.start_from is None:
@@ -139,7 +143,7 @@ def initial_encoder(config: PretrainSpeechEncoder) -> SpeechEncoder:
     """
     if config.start_from is None:
         assert config.encoder is not None
-        return SpeechEncoder(config.encoder)
+        return new_encoder(config.encoder, config.training.seed)
     encoder = load_speech_encoder(config.start_from)
     if not isinstance(encoder, SpeechEncoder):
         raise UserError(f"{config.start_from} holds Whisper's encoder; this stage trains conformers")

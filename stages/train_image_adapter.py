@@ -36,7 +36,7 @@ from mm.training.data import DataSource
 from mm.training.matching import MatchingObjective
 from shards.format import Record
 from vision.augmentation import PictureAugmentConfig
-from vision.encoder import VisionEncoder, VisionEncoderConfig, initialise_encoder
+from vision.encoder import VisionEncoder, VisionEncoderConfig, new_encoder
 
 logger = logging.getLogger(__name__)
 
@@ -188,11 +188,7 @@ def initial_encoder(config: TrainImageAdapter) -> VisionEncoder:
     assert config.encoder is not None
     if config.tile_size is not None:
         raise UserError("tile_size is for an encoder that exists: set encoder.tile_size for a new one")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.training.seed)
-        encoder = VisionEncoder(config.encoder)
-    initialise_encoder(encoder, config.training.seed)
-    return encoder
+    return new_encoder(config.encoder, config.training.seed)
 
 
 def read_model_config(config: TrainImageAdapter) -> ModelConfig:

@@ -38,7 +38,7 @@ from mm.training.speech import SpeechObjective, set_feature_statistics
 from shards.format import Record
 from speech.adapter import SpeechAdapterConfig
 from speech.augmentation import SpecAugmentConfig, spec_augment
-from speech.conformer import SpeechEncoder, SpeechEncoderConfig
+from speech.conformer import SpeechEncoder, SpeechEncoderConfig, new_encoder
 from speech.whisper import WhisperEncoder
 
 logger = logging.getLogger(__name__)
@@ -170,9 +170,7 @@ def initial_encoder(config: TrainSpeechAdapter) -> SpeechEncoder | WhisperEncode
     if config.speech_encoder is not None:
         return load_speech_encoder(config.speech_encoder).float()
     assert config.encoder is not None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.training.seed)
-        return SpeechEncoder(config.encoder)
+    return new_encoder(config.encoder, config.training.seed)
 
 
 def check_trained_on(config: TrainSpeechAdapter, model: MultimodalModel) -> None:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from foundation.errors import UserError
 from layers.attention import SelfAttention
 from layers.feed_forward import MLP
+from layers.initial import draw_module
 from layers.linear import Linear
 from layers.meta import meta_device
 from vision.tiling import CANVASES, MAX_TILES, Tiles
@@ -287,24 +288,29 @@ def at_tile_size(encoder: VisionEncoder, tile_size: int) -> VisionEncoder:
     return resized
 
 
-def initialise_encoder(encoder: VisionEncoder, seed: int) -> None:
-    """Initialise an encoder for training from scratch, in place; the weights depend on the seed alone.
+def new_encoder(config: VisionEncoderConfig, seed: int) -> VisionEncoder:
+    """An encoder for training from scratch, as `initialise_encoder` describes; in FP32 on the CPU."""
+    with meta_device() as initial:
+        encoder = VisionEncoder(config)
+        initialise_encoder(encoder)
+    draw_module(encoder, initial.of(encoder), seed, "vision_encoder.")
+    return encoder
+
+
+def initialise_encoder(encoder: VisionEncoder) -> None:
+    """Initialise an encoder for training from scratch, in place.
 
     Matrices are normal with variance 1 / inputs, biases 0, and each layer's two output projections are scaled by
     1 / sqrt(2 * depth), so that the residual stream does not grow with depth.
     """
-    generator = torch.Generator().manual_seed(seed)
-    depth = len(encoder.layers) + len(encoder.gated_layers)
-    with torch.no_grad():
-        for module in encoder.modules():
-            if isinstance(module, nn.Linear):
-                module.weight.normal_(std=module.in_features**-0.5, generator=generator)
-                if module.bias is not None:
-                    module.bias.zero_()
-        for layer in [*encoder.layers, *encoder.gated_layers]:
-            assert isinstance(layer.mlp, MLP)
-            layer.mlp.fc2.weight.mul_((2 * depth) ** -0.5)
-            layer.self_attn.o_proj.weight.mul_((2 * depth) ** -0.5)
+    layers = [*encoder.layers, *encoder.gated_layers]
+    residual = {id(linear) for layer in layers for linear in (layer.mlp.fc2, layer.self_attn.o_proj)}
+    for module in encoder.modules():
+        if isinstance(module, nn.Linear):
+            scale = (2 * len(layers)) ** -0.5 if id(module) in residual else 1.0
+            nn.init.normal_(module.weight, std=scale * module.in_features**-0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 def resize_positions(state: dict[str, Tensor], old_side: int, new_side: int) -> dict[str, Tensor]:

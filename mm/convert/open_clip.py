@@ -4,7 +4,6 @@ The recommended one is MetaCLIP's ViT-H/14: `load("ViT-H-14-quickgelu", "metacli
 into the joint space are left out. Tile positions and gated layers are new, with gates at 0.
 """
 
-import dataclasses
 import difflib
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from foundation.errors import UserError
+from layers.initial import draw
 from layers.meta import meta_device
 from mm.convert.report import load_tensors
 from vision.encoder import CLIP_MEAN, CLIP_STD, VisionEncoder, VisionEncoderConfig, resize_positions
@@ -85,12 +85,14 @@ def from_model(
         attention_bias=True,
         norm_eps=tower.ln_post.eps,
     )
-    with meta_device():
+    with meta_device() as initial:
         encoder = VisionEncoder(config)
-    # An encoder without layers initialises only the parts that the tower does not have.
-    initialised = VisionEncoder(dataclasses.replace(config, num_layers=0, tap_points=())).state_dict()
-    dtype = tower.class_embedding.dtype
-    new = {name: value.to(dtype) for name, value in initialised.items() if name.startswith(NEW_PARTS)}
+    recorded, dtype = initial.of(encoder), tower.class_embedding.dtype
+    new = {
+        name: draw(recorded[name], tensor.shape, 0, f"vision_encoder.{name}").to(dtype)
+        for name, tensor in encoder.state_dict().items()
+        if name.startswith(NEW_PARTS)
+    }
     old, reshaped = _tower_tensors(tower)
     old = resize_positions(old, image_size // patch_size, config.patches_per_side)
     if config.tile_size != image_size:

@@ -4,6 +4,7 @@ This is the only module of training that imports open_clip, and `stages.pretrain
 imports it. Shapes: N pairs.
 """
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
@@ -89,8 +90,10 @@ class ContrastiveModel(nn.Module):
             layers=text.num_layers,
             output_dim=text.embedding_size,
         )
+        with torch.device("cpu"):  # its values are computed, so it has them also where the model is built on meta
+            self.text_tower.attn_mask = self.text_tower.build_causal_mask()
         # Of shape [1], not []: FSDP cannot shard a scalar.
-        self.logit_scale = nn.Parameter(torch.tensor([1 / 0.07 if loss == "clip" else 10.0]).log())
+        self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / 0.07 if loss == "clip" else 10.0)]))
         self.logit_bias = nn.Parameter(torch.tensor([-10.0])) if loss == "siglip" else None
 
     def forward(self, batch: PairBatch) -> tuple[Tensor, Tensor]:

@@ -58,17 +58,18 @@ def test_conv_equals_a_convolution_of_kernel_3_and_stride_2(adapter):
 
 
 @pytest.mark.parametrize("rms", [0.015, 1.7])
-def test_fit_output_scale_reaches_the_rms_of_the_embeddings(rms):
+def test_the_output_starts_at_the_rms_of_the_embeddings(rms):
     torch.manual_seed(0)
-    adapter = SpeechAdapter(TINY, encoder_width=32, lm_width=64)
-    adapter.fit_output_scale(rms)
+    adapter = SpeechAdapter(TINY, encoder_width=32, lm_width=1024)
+    adapter.initialise_output_scale(rms)
     frames, lengths = 5 * torch.randn(3, 40, 32), torch.tensor([40, 12, 25])
     with torch.no_grad():
         tokens, token_lengths = adapter(frames, lengths)
     assert float(token_rms(tokens, token_lengths)) == pytest.approx(rms, rel=0.1)
-    torch.testing.assert_close(adapter.boundaries.square().mean(-1).sqrt(), torch.full((2,), rms))
+    rms_of_boundaries = adapter.boundaries.detach().square().mean(-1).sqrt()  # of 1024 random numbers: within 3 * 2.2%
+    torch.testing.assert_close(rms_of_boundaries, torch.full((2,), rms), atol=0, rtol=0.066)
     with pytest.raises(AssertionError, match=r"is 0\.0"):
-        adapter.fit_output_scale(0.0)
+        adapter.initialise_output_scale(0.0)
 
 
 def test_every_weight_gets_a_gradient(adapter):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vision.encoder import VisionEncoder, VisionEncoderConfig, initialise_encoder, resize_positions
+from vision.encoder import VisionEncoder, VisionEncoderConfig, new_encoder, resize_positions
 from vision.tiling import CANVASES, Tiles
 
 CONFIG = VisionEncoderConfig(
@@ -233,12 +233,14 @@ def test_a_resized_encoder_encodes_larger_tiles(random_tiles):
 def test_initial_weights_depend_on_the_seed_alone():
     def initialised(global_seed: int, seed: int) -> VisionEncoder:
         torch.manual_seed(global_seed)
-        encoder = VisionEncoder(CONFIG)
-        initialise_encoder(encoder, seed)
-        return encoder
+        return new_encoder(CONFIG, seed)
 
     first, same, other = initialised(1, 5), initialised(2, 5), initialised(1, 6)
     name = "layers.1.mlp.fc1.weight"
     assert torch.equal(first.get_parameter(name), same.get_parameter(name))
     assert not torch.equal(first.get_parameter(name), other.get_parameter(name))
     assert all(p.isfinite().all() for p in first.parameters())
+    # The output projections of five layers are scaled by 1 / sqrt(2 * 5), and fc1 is not.
+    scales = {part: float(first.get_parameter(f"layers.1.mlp.{part}.weight").detach().std()) for part in ("fc1", "fc2")}
+    assert scales["fc1"] == pytest.approx(32**-0.5, rel=0.1)
+    assert scales["fc2"] == pytest.approx(48**-0.5 * 10**-0.5, rel=0.1)
