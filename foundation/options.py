@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 from foundation.errors import UserError, one_line
 from foundation.logs import OPTIONS_HELP
 
+RENAMED_KEYS = {"tp_degree": "tp", "pp_degree": "pp"}  # configuration keys -> their present names
 CONFIG_HELP = "Configuration keys are written in snake_case, in the file and as options: --training.steps 10."
 
 
@@ -41,4 +42,6 @@ def read_options(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
     except UserError:
         raise
     except (ArgumentError, ValueError, TypeError) as error:  # jsonargparse raises all three
-        raise UserError(one_line(error)) from error
+        message = one_line(error)
+        renamed = [f"{old} is now {new}" for old, new in RENAMED_KEYS.items() if old in message]
+        raise UserError("; ".join([message, *renamed])) from error

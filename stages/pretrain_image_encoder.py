@@ -125,10 +125,8 @@ def check(config: PretrainImageEncoder, max_tiles: int) -> None:
             "contrastive training compares all pairs of a step: leave training.micro_batch_size and "
             "training.micro_batch_tokens out"
         )
-    if config.training.tp_degree * config.training.pp_degree > 1:
-        raise UserError(
-            "this stage has no tensor or pipeline parallelism: leave training.tp_degree and training.pp_degree at 1"
-        )
+    if config.training.tp * config.training.pp > 1:
+        raise UserError("this stage has no tensor or pipeline parallelism: leave training.tp and training.pp at 1")
     if not 1 <= max_tiles <= config.encoder.max_num_tiles:
         raise UserError(f"max_tiles is {max_tiles}; the encoder takes 1 to {config.encoder.max_num_tiles}")
 

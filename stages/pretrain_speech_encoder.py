@@ -121,10 +121,8 @@ def check(config: PretrainSpeechEncoder) -> None:
     Raises:
         UserError: two of them do.
     """
-    if config.training.tp_degree * config.training.pp_degree > 1:
-        raise UserError(
-            "this stage has no tensor or pipeline parallelism: leave training.tp_degree and training.pp_degree at 1"
-        )
+    if config.training.tp * config.training.pp > 1:
+        raise UserError("this stage has no tensor or pipeline parallelism: leave training.tp and training.pp at 1")
     if config.character_ctc and config.best_rq != BestRqConfig():
         raise UserError("best_rq has no part in a run with character_ctc: true; leave one of them out")
     if config.spec_augment is not None and not config.character_ctc:

@@ -136,9 +136,9 @@ def check_pipeline(config: TrainImageAdapter) -> None:
     Raises:
         UserError: it is.
     """
-    if config.training.pp_degree > 1 and (config.matching_weight, config.next_token_weight) != (0.0, 1.0):
+    if config.training.pp > 1 and (config.matching_weight, config.next_token_weight) != (0.0, 1.0):
         raise UserError(
-            "a pipeline computes the loss of next tokens alone: leave training.pp_degree at 1, or matching_weight at 0 "
+            "a pipeline computes the loss of next tokens alone: leave training.pp at 1, or matching_weight at 0 "
             "and next_token_weight at 1"
         )
 

@@ -25,7 +25,7 @@ class Layout:
     tp: int = 1
 
     @staticmethod
-    def of(num_ranks: int, dp_shard: int | None = None, tp_degree: int = 1, pp_degree: int = 1) -> "Layout":
+    def of(num_ranks: int, dp_shard: int | None = None, tp: int = 1, pp: int = 1) -> "Layout":
         """The arrangement of `num_ranks`.
 
         Args:
@@ -34,16 +34,13 @@ class Layout:
         Raises:
             UserError: the degrees do not divide the number of ranks.
         """
-        if num_ranks % (tp_degree * pp_degree):
-            raise UserError(
-                f"tp_degree is {tp_degree} and pp_degree is {pp_degree}; their product must divide the number of "
-                f"ranks, {num_ranks}"
-            )
-        dp_size = num_ranks // (tp_degree * pp_degree)
+        if num_ranks % (tp * pp):
+            raise UserError(f"tp is {tp} and pp is {pp}; their product must divide the number of ranks, {num_ranks}")
+        dp_size = num_ranks // (tp * pp)
         dp_shard = dp_size if dp_shard is None else dp_shard
         if dp_size % dp_shard:
             raise UserError(f"dp_shard is {dp_shard}; it must divide the number of data-parallel ranks, {dp_size}")
-        return Layout(pp_degree, dp_size // dp_shard, dp_shard, tp_degree)
+        return Layout(pp, dp_size // dp_shard, dp_shard, tp)
 
     @property
     def dp_size(self) -> int:

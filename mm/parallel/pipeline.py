@@ -31,7 +31,7 @@ Value = TypeVar("Value")
 HiddenStatesLoss = Callable[[MultimodalModel, Tensor, Batch], Tensor]
 
 
-def stage_layers(positions: Sequence[int], num_layers: int, pp_degree: int) -> list[range]:
+def stage_layers(positions: Sequence[int], num_layers: int, pp: int) -> list[range]:
     """The language model's layers of each stage, in order.
 
     A unit ends with a cross-attention block. Units are divided as evenly as possible, and the first stages get one more
@@ -44,13 +44,13 @@ def stage_layers(positions: Sequence[int], num_layers: int, pp_degree: int) -> l
         UserError: more stages than units.
     """
     ends = [position for position in positions if position > 0]  # a block before the first layer goes with the next
-    if pp_degree > len(ends):
+    if pp > len(ends):
         raise UserError(
-            f"pp_degree is {pp_degree}; the model is split behind its cross-attention blocks, and has {len(ends)} of "
-            f"them with layers before them: pp_degree can be at most {len(ends)}"
+            f"pp is {pp}; the model is split behind its cross-attention blocks, and has {len(ends)} of "
+            f"them with layers before them: pp can be at most {len(ends)}"
         )
-    minimum, remainder = divmod(len(ends), pp_degree)
-    num_units = accumulate(minimum + (rank < remainder) for rank in range(pp_degree - 1))
+    minimum, remainder = divmod(len(ends), pp)
+    num_units = accumulate(minimum + (rank < remainder) for rank in range(pp - 1))
     return [range(*bounds) for bounds in pairwise([0, *(ends[units - 1] for units in num_units), num_layers])]
 
 
@@ -62,11 +62,11 @@ def build_stage(model: nn.Module, layout: Layout, device_type: str, precision: s
     """
     if not isinstance(model, MultimodalModel) or model.image_adapter is None:
         raise UserError(
-            f"pp_degree is {layout.pp}; only a language model with an image adapter is split into stages: set it to 1"
+            f"pp is {layout.pp}; only a language model with an image adapter is split into stages: set it to 1"
         )
     if model.video_adapter is not None or model.speech_adapter is not None:
         raise UserError(
-            f"pp_degree is {layout.pp}; a model with a video or speech adapter is not split into stages: set it to 1"
+            f"pp is {layout.pp}; a model with a video or speech adapter is not split into stages: set it to 1"
         )
     layers = stage_layers(model.image_adapter.positions, model.config.language_model.num_layers, layout.pp)
     group = layout.mesh(device_type)["pp"].get_group()
@@ -75,7 +75,7 @@ def build_stage(model: nn.Module, layout: Layout, device_type: str, precision: s
         if parameter.requires_grad and 1 < len(stage.holders[name]) < len(layers):
             raise UserError(
                 f"learning_rates give {name} a rate; embeddings tied to lm_head are on the first and the last stage: "
-                "freeze them, or set pp_degree to 1"
+                "freeze them, or set pp to 1"
             )
     return stage
 

@@ -48,22 +48,22 @@ TENSOR_PARALLEL: dict[type[nn.Module], dict[str, Split]] = {
 }
 
 
-def shared_linears(module: nn.Module, tp_degree: int) -> dict[str, Split]:
-    """The linear layers of a module that `tp_degree` ranks share, by their dotted names in it.
+def shared_linears(module: nn.Module, tp: int) -> dict[str, Split]:
+    """The linear layers of a module that `tp` ranks share, by their dotted names in it.
 
-    `lm_head` is left out where it is the embedding table as well, or `tp_degree` does not divide the vocabulary, or a
+    `lm_head` is left out where it is the embedding table as well, or `tp` does not divide the vocabulary, or a
     pipeline stage does not hold it.
     """
     found: dict[str, Split] = {}
     for name, part in module.named_modules():
         for kind, linears in TENSOR_PARALLEL.items():
-            if isinstance(part, kind) and (not isinstance(part, LanguageModel) or shares_head(part, tp_degree)):
+            if isinstance(part, kind) and (not isinstance(part, LanguageModel) or shares_head(part, tp)):
                 found |= {f"{name}.{inner}" if name else inner: split for inner, split in linears.items()}
     return found
 
 
-def shares_head(language_model: LanguageModel, tp_degree: int) -> bool:
+def shares_head(language_model: LanguageModel, tp: int) -> bool:
     """Whether tensor-parallel ranks share `lm_head`, see `shared_linears`."""
     config = language_model.config
     held = isinstance(language_model.lm_head, nn.Linear)
-    return held and not config.tied_embeddings and config.vocab_size % tp_degree == 0
+    return held and not config.tied_embeddings and config.vocab_size % tp == 0

@@ -41,7 +41,7 @@ def apply_tensor_parallel(module: nn.Module, mesh: DeviceMesh) -> None:
     """
     for description, size in shared_sizes(module):
         if size % mesh.size():
-            raise UserError(f"tp_degree is {mesh.size()}; it must divide {description}, {size}")
+            raise UserError(f"tp is {mesh.size()}; it must divide {description}, {size}")
     for part in list(module.modules()):
         match part:
             case DecoderLayer():

@@ -14,8 +14,8 @@ NOT_IN_FINGERPRINT = (
     "keep",
     "workers",
     "dp_shard",
-    "tp_degree",
-    "pp_degree",
+    "tp",
+    "pp",
     "rank_timeout",
 )
 
@@ -49,8 +49,8 @@ class TrainingConfig:
             shuffle the steps, for less padding of sound. 1 does not sort.
         workers: processes per rank that read and decode; the order does not depend on them.
         dp_shard: under torchrun, ranks that share one copy of the weights (FSDP); null: all data-parallel ranks.
-        tp_degree: ranks that share each matrix product (tensor parallelism).
-        pp_degree: ranks that share the layers, in order (pipeline parallelism).
+        tp: ranks that share each matrix product (tensor parallelism).
+        pp: ranks that share the layers, in order (pipeline parallelism).
         rank_timeout: seconds that ranks wait for each other at a step before the run fails and names the missing ones.
         seed: of the order of samples and of everything random.
     """
@@ -77,8 +77,8 @@ class TrainingConfig:
     length_bucket_steps: int = 1
     workers: int = 1
     dp_shard: int | None = None
-    tp_degree: int = 1
-    pp_degree: int = 1
+    tp: int = 1
+    pp: int = 1
     rank_timeout: float = 300.0
     seed: int = 0
 
@@ -88,11 +88,11 @@ class TrainingConfig:
         Raises:
             UserError: the degrees do not divide the number of ranks.
         """
-        return Layout.of(num_ranks, self.dp_shard, self.tp_degree, self.pp_degree)
+        return Layout.of(num_ranks, self.dp_shard, self.tp, self.pp)
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "log_every", "evaluate_every", "save_every", "keep", "length_bucket_steps")
-        for name in (*counts, "tp_degree", "pp_degree"):
+        for name in (*counts, "tp", "pp"):
             if getattr(self, name) < 1:
                 raise UserError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("warmup_steps", "final_learning_rate_factor", "weight_decay", "max_skipped", "workers"):
@@ -101,10 +101,9 @@ class TrainingConfig:
         for name in ("max_gradient_norm", "rank_timeout"):
             if not getattr(self, name) > 0:
                 raise UserError(f"training.{name} is {getattr(self, name)}; it must be above 0")
-        if self.compile and self.tp_degree * self.pp_degree > 1:
+        if self.compile and self.tp * self.pp > 1:
             raise UserError(
-                "training.compile works without tensor and pipeline parallelism: leave training.tp_degree and "
-                "training.pp_degree at 1"
+                "training.compile works without tensor and pipeline parallelism: leave training.tp and training.pp at 1"
             )
         for name in ("dp_shard", "micro_batch_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:

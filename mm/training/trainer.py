@@ -174,9 +174,9 @@ class Trainer:
         num_micro_batches = math.ceil(self.share / size)
         if num_micro_batches < self.layout.pp:
             raise UserError(
-                f"training.pp_degree is {self.layout.pp}, and a step has {num_micro_batches} micro-batches (of {size} "
+                f"training.pp is {self.layout.pp}, and a step has {num_micro_batches} micro-batches (of {size} "
                 f"in {self.share} samples); a pipeline needs one for each stage: lower micro_batch_size, raise "
-                "batch_size or lower pp_degree"
+                "batch_size or lower pp"
             )
 
     def _resume(self) -> None:

@@ -134,3 +134,15 @@ def test_a_broken_configuration_file_is_a_user_error(tmp_path, content):
     (tmp_path / "run.yaml").write_text(content)
     with pytest.raises(UserError):
         read("--output", "out", "--config", str(tmp_path / "run.yaml"))
+
+
+@dataclass
+class Ranks:
+    tp: int = 1
+
+
+def test_an_old_key_is_named_with_its_present_name():
+    parser = new_parser("mm train", "")
+    parser.add_argument("--training", type=Ranks)
+    with pytest.raises(UserError, match=r"tp_degree.*tp_degree is now tp$"):
+        read_options(parser, ["--training.tp_degree", "2"])

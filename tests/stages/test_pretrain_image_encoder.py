@@ -142,7 +142,7 @@ def test_a_record_without_text_is_skipped(encoder_config, square_record, tmp_pat
     ("changes", "message"),
     [
         ({"training": {"micro_batch_size": 8}}, "training.micro_batch_size"),
-        ({"training": {"tp_degree": 2}}, "training.tp_degree"),
+        ({"training": {"tp": 2}}, "training.tp"),
         ({"loss": "triplet"}, "loss 'triplet' is not known; it can be clip or siglip"),
         ({"training": {"learning_rates": {"*": None}}}, "freezes every parameter"),
         ({"encoder": {"num_heads": 5}}, "hidden_size 32 is not a multiple of num_heads 5"),

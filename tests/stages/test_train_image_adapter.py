@@ -260,7 +260,7 @@ def test_unreadable_and_too_long_records_are_skipped(adapter_config, square_reco
         ({"matching_weight": -1.0}, "matching_weight is -1.0"),
         ({"matching_weight": 1.0, "training": {"micro_batch_size": 1}}, "one holds 1 sample"),
         ({"next_token_weight": 0.0}, "matching_weight and next_token_weight are all 0"),
-        ({"matching_weight": 1.0, "training": {"pp_degree": 2}}, "a pipeline computes the loss of next tokens alone"),
+        ({"matching_weight": 1.0, "training": {"pp": 2}}, "a pipeline computes the loss of next tokens alone"),
         ({"encoder": {"tile_size": 28, "patch_size": 14}}, "`encoder`, the shape of a new encoder"),
         (
             {"encoder": {"patch_size": 14}, "vision_encoder": None, "tile_size": 28},

@@ -2,7 +2,7 @@
 
     torchrun ... tensor_parallel_program.py FOLDER
 
-FOLDER/plan.pt holds {"steps": {name: (model, samples, TrainingConfig)}, "refused": {name: (model, tp_degree)},
+FOLDER/plan.pt holds {"steps": {name: (model, samples, TrainingConfig)}, "refused": {name: (model, tp)},
 "runs": [(folder, model, samples, TrainingConfig, checkpoint of an earlier run to resume or None)]}. Rank 0 writes
 FOLDER/{name}.pt with the results of one step, FOLDER/refused.pt with the error messages, and the trained weights of
 each run into its folder.

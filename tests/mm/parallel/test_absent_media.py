@@ -138,13 +138,13 @@ def compare(config, random_tiles, saved, tmp_path):
 @pytest.mark.parametrize(
     ("size", "layouts"),
     [
-        (2, {"fsdp": {}, "tensor": {"tp_degree": 2}, "pipeline": {"pp_degree": 2, "micro_batch_size": 2}}),
+        (2, {"fsdp": {}, "tensor": {"tp": 2}, "pipeline": {"pp": 2, "micro_batch_size": 2}}),
         (
             4,
             {
                 "replicas": {"dp_shard": 2, "micro_batch_size": 1},
-                "tensor": {"tp_degree": 2},
-                "pipeline": {"pp_degree": 2, "micro_batch_size": 1},
+                "tensor": {"tp": 2},
+                "pipeline": {"pp": 2, "micro_batch_size": 1},
             },
         ),
     ],

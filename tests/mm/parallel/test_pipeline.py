@@ -65,7 +65,7 @@ def alone(model, samples, config) -> dict:
 
     spy = Spy([p for p in model.parameters() if p.requires_grad], lr=1.0)
     batches = collate_step(list(samples), NextTokenObjective(), None).batches
-    step = train_step(model, NextTokenObjective(), spy, batches, replace(config, pp_degree=1), "cpu", Guard(None, 0))
+    step = train_step(model, NextTokenObjective(), spy, batches, replace(config, pp=1), "cpu", Guard(None, 0))
     return {"loss": step.loss, "norms": step.norms, "gradients": spy.seen}
 
 
@@ -191,14 +191,14 @@ def test_padding_to_a_common_shape_changes_no_loss_or_gradient(model, uneven):
 
 
 def test_more_stages_than_blocks_are_refused():
-    with pytest.raises(ValueError, match=r"pp_degree is 4; .* has 3 of them .* at most 3"):
+    with pytest.raises(ValueError, match=r"pp is 4; .* has 3 of them .* at most 3"):
         stage_layers((2, 4, 6), 6, 4)
 
 
 @pytest.mark.parametrize(
     ("changes", "num_ranks", "message"),
     [
-        ({}, 2, r"pp_degree is 2, .* 1 micro-batches \(of 7 in 7 samples\)"),
+        ({}, 2, r"pp is 2, .* 1 micro-batches \(of 7 in 7 samples\)"),
         ({"micro_batch_size": 4}, 4, r"1 micro-batches \(of 4 in 4 samples\)"),
     ],
 )
@@ -206,7 +206,7 @@ def test_fewer_micro_batches_than_stages_are_refused(model, config, tmp_path, mo
     monkeypatch.setattr(Ranks, "current", lambda: Ranks(0, num_ranks))
     monkeypatch.setattr(Ranks, "check_consistent", lambda *_: None)
     with pytest.raises(UserError, match=message):
-        Trainer(model, NextTokenObjective(), [None] * 8, config(pp_degree=2, **changes), tmp_path / "run", "test").run()
+        Trainer(model, NextTokenObjective(), [None] * 8, config(pp=2, **changes), tmp_path / "run", "test").run()
 
 
 def test_only_a_language_model_with_an_image_adapter_is_split(model):
@@ -247,8 +247,8 @@ def test_pipeline_steps_and_runs_equal_those_of_one_process(
     """
 
     def settings(**changes):
-        pp_degree = 3 if size == 3 else 2
-        return config(**{"max_gradient_norm": 1e9, "micro_batch_size": 2, "pp_degree": pp_degree, **changes})
+        pp = 3 if size == 3 else 2
+        return config(**{"max_gradient_norm": 1e9, "micro_batch_size": 2, "pp": pp, **changes})
 
     steps = {"plain": (tiny_model, settings()), "clipped": (tiny_model, settings(max_gradient_norm=0.1))}
     released = replace(tiny_config, image_adapter=ImageAdapterConfig(positions=(0, 3, 5)))
@@ -262,8 +262,8 @@ def test_pipeline_steps_and_runs_equal_those_of_one_process(
     if size == 4:
         steps["dp_replicate"] = (tiny_model, settings(dp_shard=1))
         steps["bf16"] = (build_model(released), settings(precision="bf16"))
-        steps["tp"] = (tiny_model, settings(tp_degree=2))
-        steps["tp bf16"] = (tiny_model, settings(tp_degree=2, precision="bf16"))
+        steps["tp"] = (tiny_model, settings(tp=2))
+        steps["tp bf16"] = (tiny_model, settings(tp=2, precision="bf16"))
     long = {
         "steps": 4,
         "batch_size": 6,
@@ -272,7 +272,7 @@ def test_pipeline_steps_and_runs_equal_those_of_one_process(
         "micro_batch_size": 1,
     }
     staged = settings(**long, max_gradient_norm=1.0, activation_checkpointing=True, evaluate_every=3)
-    whole, second = replace(staged, pp_degree=1), "checkpoints/step-00000002"
+    whole, second = replace(staged, pp=1), "checkpoints/step-00000002"
     records, lone = [*uneven, Unreadable("square-0007", "broken picture")], copy.deepcopy(tiny_model)
     evaluate = partial(answer_accuracy, batches=[mm.collate(uneven)], device=torch.device("cpu"))
     Trainer(lone, NextTokenObjective(), records, whole, tmp_path / "alone", "test", evaluate=evaluate).run()
@@ -288,7 +288,7 @@ def test_pipeline_steps_and_runs_equal_those_of_one_process(
             ("sharded", tiny_model, whole, None, None),
             ("to shards", tiny_model, whole, f"run/{second}", None),
             ("from shards", tiny_model, staged, f"sharded/{second}", None),
-            ("to tp", tiny_model, replace(staged, tp_degree=2), f"run/{second}", None),
+            ("to tp", tiny_model, replace(staged, tp=2), f"run/{second}", None),
             ("bf16 run", tiny_model, replace(staged, precision="bf16"), None, None),
         ]
     output = carry_out(tmp_path, size, samples=uneven, steps=steps, records=records, runs=runs)
@@ -346,7 +346,7 @@ def assert_stopped_run_has_the_same_last_checkpoint(whole: Path, stopped: Path, 
 
 def assert_same_step(found: list[dict], model, samples, case, name: str) -> None:
     """The ranks have the loss, norms and gradients of one process."""
-    expected = alone(model, samples, replace(case, precision="fp32", tp_degree=1))
+    expected = alone(model, samples, replace(case, precision="fp32", tp=1))
     near = {"rel": 0.02} if case.precision == "bf16" else {"rel": 1e-4}
     for rank in found:
         assert len({shape for shape in rank["shapes"]}) > 1, name  # there was something to pad
@@ -363,11 +363,11 @@ def assert_same_step(found: list[dict], model, samples, case, name: str) -> None
             for parameter, gradient in rank["gradients"].items():
                 whole = expected["gradients"][parameter]
                 torch.testing.assert_close(gradient, whole, **CLOSE, msg=f"{name} {parameter}")
-    ranks = len(found) // case.pp_degree
-    wholes = [count(stage) for stage in stages(model, case.pp_degree)]
-    shards = case.dp_shard or ranks // case.tp_degree
+    ranks = len(found) // case.pp
+    wholes = [count(stage) for stage in stages(model, case.pp)]
+    shards = case.dp_shard or ranks // case.tp
     for number, rank in enumerate(found):
-        share = 1.1 / shards if case.tp_degree == 1 else 0.7  # embeddings and the projection stand on both
+        share = 1.1 / shards if case.tp == 1 else 0.7  # embeddings and the projection stand on both
         assert sum(rank["held"].values()) < share * wholes[number // ranks], name
     gate = expected["gradients"]["image_adapter.blocks.2.gate_attn"]
     assert gate.abs() > 1e-4  # there is something to compare

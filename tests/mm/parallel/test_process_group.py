@@ -49,22 +49,22 @@ def test_check_consistent_names_the_ranks_that_differ(tmp_path):
 
 
 def test_ranks_of_a_layout_are_numbered_with_tp_fastest_and_pp_slowest():
-    layout = Layout.of(16, dp_shard=2, tp_degree=2, pp_degree=2)
+    layout = Layout.of(16, dp_shard=2, tp=2, pp=2)
     assert layout == Layout(pp=2, dp_replicate=2, dp_shard=2, tp=2) and layout.dp_size == 4
     assert [layout.dp_rank(rank) for rank in range(16)] == [0, 0, 1, 1, 2, 2, 3, 3] * 2
     assert [rank for rank in range(16) if layout.reports_samples(rank)] == [0, 2, 4, 6]  # each dp_rank once
 
 
 def test_all_data_parallel_ranks_share_one_copy_by_default():
-    assert Layout.of(12, tp_degree=2, pp_degree=3) == Layout(pp=3, dp_replicate=1, dp_shard=2, tp=2)
+    assert Layout.of(12, tp=2, pp=3) == Layout(pp=3, dp_replicate=1, dp_shard=2, tp=2)
 
 
 @pytest.mark.parametrize(
     ("degrees", "parts"),
     [
-        ({"tp_degree": 3}, ("tp_degree is 3", "number of ranks, 8")),
-        ({"tp_degree": 2, "pp_degree": 3}, ("tp_degree is 2", "pp_degree is 3", "number of ranks, 8")),
-        ({"tp_degree": 2, "dp_shard": 3}, ("dp_shard is 3", "data-parallel ranks, 4")),
+        ({"tp": 3}, ("tp is 3", "number of ranks, 8")),
+        ({"tp": 2, "pp": 3}, ("tp is 2", "pp is 3", "number of ranks, 8")),
+        ({"tp": 2, "dp_shard": 3}, ("dp_shard is 3", "data-parallel ranks, 4")),
     ],
 )
 def test_degrees_that_do_not_divide_the_ranks_are_refused(degrees, parts):

@@ -71,7 +71,7 @@ def alone(model, samples, config) -> dict:
 
     spy = Spy([p for p in model.parameters() if p.requires_grad], lr=1.0)
     batches = collate_step(list(samples), NextTokenObjective(), None).batches
-    config = replace(config, tp_degree=1, dp_shard=None)
+    config = replace(config, tp=1, dp_shard=None)
     step = train_step(model, NextTokenObjective(), spy, batches, config, "cpu", Guard(None, 0))
     return {"loss": step.loss, "norms": step.norms, "gradients": spy.seen}
 
@@ -111,7 +111,7 @@ def assert_vision_gradient_is_summed_in_fp32(found: list[tuple[torch.dtype, torc
 def test_tensor_parallel_gradients_equal_those_of_one_process(models, uneven, config, tmp_path, size):
     text = [sample for sample in uneven if not sample.images]
     one = config(max_gradient_norm=1e9)
-    two, four = replace(one, tp_degree=2), replace(one, tp_degree=4)
+    two, four = replace(one, tp=2), replace(one, tp=4)
     steps = {
         "shared": ("wide", uneven, two),
         "micro": ("wide", uneven, replace(two, micro_batch_size=1)),
@@ -137,7 +137,7 @@ def test_tensor_parallel_gradients_equal_those_of_one_process(models, uneven, co
             assert_same_step(found, expected, name)
             assert found["gradients"]["image_adapter.blocks.0.gate_attn"].abs() > 1e-4  # there is something to compare
 
-        ranks = case.tp_degree
+        ranks = case.tp
         whole = sum(p.numel() for p in model.language_model.model.layers.parameters())
         shards = size // ranks if case.dp_shard is None else case.dp_shard
         for rank in found["everyone"]:  # norms and biases of rows stand whole on each tensor rank
@@ -162,7 +162,7 @@ def test_tensor_parallel_runs_equal_those_of_one_process(models, tiny_config, bu
         return answer_accuracy(module, [batch], torch.device("cpu"))
 
     Trainer(lone, NextTokenObjective(), uneven, training, tmp_path / "alone", "test", evaluate=evaluate).run()
-    shared = replace(training, tp_degree=2)
+    shared = replace(training, tp=2)
     runs = [
         ("run", model, uneven, shared, None),
         ("again", model, uneven, shared, "run/checkpoints/step-00000002"),
@@ -207,6 +207,6 @@ def test_tensor_parallel_runs_equal_those_of_one_process(models, tiny_config, bu
     assert last["eval/same"] == 1 and last["eval/number"] > 50
 
     messages = torch.load(tmp_path / "refused.pt")
-    assert messages["lm"] == "tp_degree is 4; it must divide num_kv_heads of the language model, 2"
-    assert messages["encoder"] == "tp_degree is 4; it must divide num_heads of the image encoder, 2"
-    assert messages["adapter"] == "tp_degree is 4; it must divide intermediate_size of the cross-attention blocks, 90"
+    assert messages["lm"] == "tp is 4; it must divide num_kv_heads of the language model, 2"
+    assert messages["encoder"] == "tp is 4; it must divide num_heads of the image encoder, 2"
+    assert messages["adapter"] == "tp is 4; it must divide intermediate_size of the cross-attention blocks, 90"

@@ -132,7 +132,7 @@ def test_a_missing_compiler_is_reported_before_a_folder_is_made(model, config, r
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("ranks", [{"tp_degree": 2}, {"pp_degree": 2}])
+@pytest.mark.parametrize("ranks", [{"tp": 2}, {"pp": 2}])
 def test_compile_with_tensor_or_pipeline_parallelism_is_refused(ranks):
     with pytest.raises(ValueError, match=r"training\.compile works without"):
         TrainingConfig(steps=1, batch_size=4, compile=True, **ranks)
