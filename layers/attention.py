@@ -172,8 +172,11 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """x [B, T, D], k and v [B, G, S, head_dim], mask as in `grouped_attention` -> [B, T, D]."""
-        heads = grouped_attention(self.queries(x), k, v, mask)
-        return self.o_proj(heads.transpose(1, 2).flatten(2))
+        return self.o_proj(self.heads(x, k, v, mask))
+
+    def heads(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What the heads read, side by side, before `o_proj`: [B, T, H * head_dim]; arguments as in `forward`."""
+        return grouped_attention(self.queries(x), k, v, mask).transpose(1, 2).flatten(2)
 
     def queries(self, x: Tensor) -> Tensor:
         """x [B, T, D] -> normalised queries [B, H, T, head_dim]."""

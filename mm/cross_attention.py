@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from foundation.errors import UserError
 from layers.attention import CrossAttention
 from layers.feed_forward import SwiGLU
+from layers.initial import Normal, draw
 from layers.linear import Linear
 from mm.language_model import LanguageModelConfig
 from mm.vision_context import CrossAttentionMask
 
-TARGET_RMS = 1.0  # of the differences between states; at 3, other tokens drive SwiGLU so far that first losses reach 5
+TARGET_RMS = 2.0  # of the differences between states; at 3, other tokens drive SwiGLU so far that first losses reach 5
+MIN_DIFFERENCE = 0.1  # between pictures, as a share of what is read of one: nearly equal ones are not amplified further
 MAX_SCALE = 60.0  # limit of the scale of channels that are near 0 or nearly constant
 
 
@@ -109,20 +111,30 @@ class CrossAttentionBlock(nn.Module):
         return not any(bool(gate.any() and matrix.any()) for gate, matrix in branches)
 
     @torch.no_grad()
-    def fit_inputs(self, x: Tensor) -> None:
-        """Initialise the norms and the feed-forward from the hidden states that the block will read.
+    def fit_inputs(
+        self, x: Tensor, is_fitted: Tensor, mask: CrossAttentionMask, vision: Tensor, seed: int, name: str
+    ) -> None:
+        """Initialise the norms, the attention's output and the feed-forward from the states that the block will read.
 
         Before an answer, a language model's hidden states are nearly equal whatever the question: about one per cent of
         their magnitude tells questions apart, and a few channels are a hundred times larger than the others. Answers
-        that depend on question and picture together, such as yes or no, are then learnt late or never. So the norms
-        scale all channels to equal size, and the feed-forward's first matrices drop the direction of the mean and grow
-        until the remaining differences drive SwiGLU as far as a whole state would.
+        that depend on question and picture together, such as yes or no, are then learnt late or never. So
+
+        - the norms scale each channel by the standard deviation of these states;
+        - the feed-forward's first matrices drop the direction of the mean, and grow until the remaining differences
+          drive SwiGLU as far as a whole state would;
+        - where the gate is open, `o_proj` is drawn at random, without the part that is equal for all pictures, and so
+          large that pictures differ in each channel as much as the states do: from zeros, the feed-forward would learn
+          for a long time without a picture.
 
         Args:
-            x: hidden states at the block's position, [N, D], of the tokens before an answer.
+            x, mask, vision: as in `forward`.
+            is_fitted: bool [B, T], the tokens to fit to: those before an answer.
+            seed, name: of the draw; the name is the block's in its model.
         """
-        normed = nn.functional.rms_norm(x.float(), x.shape[-1:])
-        weight = (1 / normed.square().mean(0).sqrt()).clamp(max=MAX_SCALE)
+        x = x.float()
+        normed = nn.functional.rms_norm(x[is_fitted], x.shape[-1:])
+        weight = (1 / normed.std(0, correction=0)).clamp(max=MAX_SCALE)
         for norm in (self.input_layernorm, self.post_attention_layernorm):
             norm.weight.copy_(weight)
         mean = (normed * weight).mean(0)
@@ -131,6 +143,33 @@ class CrossAttentionBlock(nn.Module):
         for matrix in (self.mlp.gate_proj.weight, self.mlp.up_proj.weight):
             centred = matrix - torch.outer(matrix @ direction, direction)
             matrix.copy_(centred * (TARGET_RMS / spread.clamp(min=1 / MAX_SCALE)))
+        if bool(self.gate_attn):
+            matrix = draw(Normal(1.0), self.cross_attn.o_proj.weight.shape, seed, f"{name}.cross_attn.o_proj.weight")
+            self._fit_output(x, is_fitted, mask, vision, spread, matrix.to(x))
+
+    def _fit_output(
+        self,
+        x: Tensor,
+        is_fitted: Tensor,
+        mask: CrossAttentionMask,
+        vision: Tensor,
+        spread: Tensor,
+        matrix: Tensor,
+    ) -> None:
+        """Set `o_proj`; see `fit_inputs`. Args: spread: of the states, normalised. matrix: random numbers."""
+        k, v = (mask.gather_rows(packed).transpose(1, 2) for packed in self.cross_attn.keys_values(vision))
+        if mask.rows is not None:
+            x, is_fitted = x[mask.rows], is_fitted[mask.rows]
+        heads = self.cross_attn.heads(self.input_layernorm(x), k, v, mask.attention_mask)[is_fitted]
+        direction = nn.functional.normalize(heads.mean(0), dim=0)
+        matrix = matrix - torch.outer(matrix @ direction, direction)
+        # What it writes, in the units of the normalised states, in which the norms' scales cancel.
+        unit = self.gate_attn.tanh() / x[is_fitted].square().mean(-1, keepdim=True).sqrt()
+        written = unit * (heads @ matrix.T)
+        size = (written - written.mean(0)).square().mean().sqrt()
+        smallest = (unit * heads.norm(dim=-1, keepdim=True)).mean() * MIN_DIFFERENCE
+        matrix = matrix / self.input_layernorm.weight[:, None]
+        self.cross_attn.o_proj.weight.copy_(matrix * (spread / torch.maximum(size, smallest).clamp(min=1e-6)))
 
 
 class ImageAdapter(nn.Module):

@@ -130,13 +130,14 @@ class MultimodalModel(nn.Module):
         return self.language_model.lm_head(self.language_model.model.norm(x)[:, -1])
 
     @torch.no_grad()
-    def fit_inputs(self, batch: Batch, kind: str = "image") -> None:
+    def fit_inputs(self, batch: Batch, kind: str = "image", seed: int = 0) -> None:
         """Initialise an adapter's blocks from the hidden states before the batch's answers.
 
         See `CrossAttentionBlock.fit_inputs`.
 
         Args:
             kind: the adapter's modality, "image" or "video".
+            seed: of the draws.
 
         Raises:
             UserError: a batch without targets, or without items of the modality.
@@ -152,8 +153,12 @@ class MultimodalModel(nn.Module):
         targets = batch.labels != IGNORED
         before_answer = nn.functional.pad(targets[:, 1:] & ~targets[:, :-1], (0, 1))
         hooks = [
-            block.register_forward_pre_hook(lambda block, inputs: block.fit_inputs(inputs[0][before_answer]))
-            for (_, block_kind), block in self.blocks().items()
+            block.register_forward_pre_hook(
+                lambda block, inputs, depth=depth: block.fit_inputs(
+                    inputs[0], before_answer, *inputs[1:3], seed, f"{modality.name}_adapter.{depth}"
+                )
+            )
+            for (depth, block_kind), block in self.blocks().items()
             if block_kind == kind
         ]
         try:

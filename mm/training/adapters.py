@@ -94,7 +94,7 @@ def train_adapters(
         adapter = model.config.image_adapter if modality is IMAGE else model.config.video_adapter
         if adapter is not None and adapter.fit_inputs:
             samples = readable_samples(dataset, FITTED_SAMPLES, likely_indices(dataset, modality))
-            model.fit_inputs(objective.collate(samples), kind=modality.name)
+            model.fit_inputs(objective.collate(samples), modality.name, config.training.seed)
     evaluate = None
     if config.validation:
         batches = validation_batches(config, config.validation, processor, objective)
