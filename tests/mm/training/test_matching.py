@@ -58,11 +58,13 @@ def encode(model: mm.MultimodalModel, batch: mm.Batch, modality: Modality) -> to
 
 
 def embedding(model, *tokens):
-    return model.embed(torch.tensor([tokens]))[0].mean(0)
+    """The mean embedding of the tokens, from which that of the whole vocabulary is subtracted."""
+    table = model.language_model.model.embed_tokens.weight
+    return table[list(tokens)].mean(0) - table.mean(0)
 
 
 @MODALITIES
-def test_the_loss_is_the_cross_entropy_of_the_own_answer_among_the_batchs(model, row, modality):
+def test_the_loss_is_the_cross_entropy_and_the_distance_of_the_own_answer(model, row, modality):
     stop = model.config.language_model.stop_tokens[0]
     samples = [
         row(modality, [10, stop]), row(modality, [20, 21, stop], size=1, seed=1), row(modality, [10, stop], seed=2)
@@ -76,7 +78,7 @@ def test_the_loss_is_the_cross_entropy_of_the_own_answer_among_the_batchs(model,
     expected, expected_matched = 0.0, 0
     for item, answer in zip(vision_tokens.split(sizes), (0, 1, 0), strict=True):
         logits = SCALE * torch.cosine_similarity(item.mean(0)[None], answers)
-        expected -= F.log_softmax(logits, 0)[answer]
+        expected += 1 - logits[answer] / SCALE - F.log_softmax(logits, 0)[answer]
         expected_matched += int(logits.argmax() == answer)
     torch.testing.assert_close(loss, expected)
     assert (num_matched, num_answers) == (expected_matched, 3)
@@ -102,7 +104,9 @@ def test_answers_to_several_questions_about_one_image_do_not_compete(model, row)
     both = [embedding(model, *pair) for pair in ((colour, shape), (other_colour, other_shape))]
     vision_tokens = torch.cat([vector.expand(10, -1) for vector in both])
     loss, num_matched, num_answers = matching_loss(model, batch, IMAGE, vision_tokens)
-    assert (num_matched, num_answers) == (4, 4) and loss < 0.1
+    pairs = ((0, colour), (0, shape), (1, other_colour), (1, other_shape))
+    distances = [1 - torch.cosine_similarity(both[image], embedding(model, token), dim=0) for image, token in pairs]
+    assert (num_matched, num_answers) == (4, 4) and 0 < loss - sum(distances) < 0.1
 
 
 def test_each_answer_of_a_conversation_is_matched_by_its_own_question(row, model):
@@ -207,7 +211,7 @@ def test_held_out_batches_are_matched_each_by_itself(model, row, modality):
             tokens = encode(model, batch, modality)
             for own, item in enumerate(tokens.split(len(tokens) // 2)):
                 logits = SCALE * torch.cosine_similarity(item.mean(0)[None], answers)
-                loss -= float(F.log_softmax(logits, 0)[own])
+                loss += float(1 - logits[own] / SCALE - F.log_softmax(logits, 0)[own])
                 num_matched += int(logits.argmax() == own)
     assert found == {"loss": pytest.approx(loss / 4, rel=1e-4), "match_accuracy": num_matched / 4}
     with pytest.raises(UserError, match=f"about a single {modality.name}"):
