@@ -1,9 +1,6 @@
 """The stage that pre-trains an image encoder: it learns to match images and texts, and resumes exactly."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ from mm.training.contrastive import ContrastiveObjective
 from mm.training.data import RecordDataset
 from shards.writer import write_shards
 from stages import pretrain_image_encoder as stage
+from tests.mm.training.launch import launch_function
 
 TIMES = ("_per_second", "_seconds", "seconds_per_step", "seconds_total", "data_wait_share", "mfu")
 
@@ -87,12 +85,10 @@ def test_two_processes_train_as_one(encoder_config, tmp_path):
     file, alone = encoder_config(training={"steps": 3, "evaluate_every": 2, "save_every": 2})
     stage.main(["--config", str(file)])
     together = tmp_path / "together"
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "stages.pretrain_image_encoder", "--config", str(file), "--output", str(together)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count("step 3/3") == 1  # one rank reports
+    arguments = ["--config", str(file), "--output", str(together)]
+    done = launch_function(stage.main, (arguments,), tmp_path, 2, timeout=240)
+    assert done.returncode == 0, done.output[-3000:]
+    assert done.output.count("step 3/3") == 1  # one rank reports
     for one, two in zip(metrics_of(alone), metrics_of(together), strict=True):
         assert two.pop("tile_imbalance", 0) == 0  # one tile each
         found, expected = two.pop("eval/recall_at_1", 0), one.pop("eval/recall_at_1", 0)

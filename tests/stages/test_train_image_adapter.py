@@ -1,6 +1,7 @@
 """The image adapter stage: it learns from images, freezes the language model, and resumes after kill -9."""
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,16 +23,9 @@ from mm.evaluation.evaluate import evaluate
 from shards.reader import ShardSet
 from shards.writer import write_shards
 from stages.train_image_adapter import main
+from tests.mm.training.launch import FORKED
 
 TIMES = ("_per_second", "_seconds", "seconds_per_step", "seconds_total", "data_wait_share", "mfu")
-KILLED_WHILE_WRITING = """
-import os, signal, sys
-from pathlib import Path
-from stages.train_image_adapter import main
-
-Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-main(sys.argv[1:])
-"""
 
 
 def metrics_of(folder: Path) -> list[dict]:
@@ -43,14 +38,16 @@ def newest(folder: Path) -> Path:
     return sorted((folder / "checkpoints").glob("step-*"))[-1]
 
 
-def start(*arguments: str) -> subprocess.Popen:
-    """A Python process with one thread, as the tests have: sums in another order would not be bit-equal."""
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(function: Callable[[list[str]], None], arguments: list[str]) -> multiprocessing.Process:
+    """A process with one thread, as the tests have: sums in another order would not be bit-equal."""
+    process = FORKED.Process(target=function, args=(arguments,))
+    process.start()
+    return process
+
+
+def killed_while_writing(arguments: list[str]) -> None:
+    Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    main(arguments)
 
 
 @pytest.mark.slow
@@ -60,18 +57,20 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(adapter_config, tmp_path):
     parts = tmp_path / "parts"
     again = ["--config", str(file), "--output", str(parts), "--training.workers", "1"]
 
-    process = start("-m", "stages.train_image_adapter", *again)
-    while process.poll() is None and not (parts / "checkpoints" / "step-00000014").exists():
+    process = start(main, again)
+    while process.exitcode is None and not (parts / "checkpoints" / "step-00000014").exists():
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, process.stderr.read()
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not (parts / "config.yaml").exists()
     with pytest.raises(ValueError, match="has not finished"):
         mm.load(parts)
     reached = newest(parts)
 
-    process = start("-c", KILLED_WHILE_WRITING, *again)
-    assert process.wait() == -signal.SIGKILL, process.stderr.read()
+    process = start(killed_while_writing, again)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert newest(parts) == reached and list((parts / "checkpoints").glob(".new-*"))
 
     main(again)
@@ -133,10 +132,11 @@ def test_two_processes_train_as_one(adapter_config, tmp_path):
     together = tmp_path / "together"
     stage = ["--nproc-per-node", "2", "-m", "stages.train_image_adapter", "--config", str(file)]
     stage += ["--output", str(together), "--training.activation_checkpointing", "true"]
-    process = start("-m", "torch.distributed.run", "--standalone", *stage)
-    log = process.communicate(timeout=240)[1]
-    assert process.returncode == 0, log[-3000:]
-    assert log.count("step 3/3") == 1  # one rank reports
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *stage]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("step 3/3") == 1  # one rank reports
     for one, two in zip(metrics_of(alone), metrics_of(together), strict=True):
         assert two.pop("tile_imbalance") < 0.5 and two.pop("token_imbalance") < 0.5
         # Each process pads the rows of its own half to their longest.

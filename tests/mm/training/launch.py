@@ -1,7 +1,7 @@
 """Starts ranks as `torchrun` does, but forked from a process that has already imported what they need.
 
-Importing PyTorch would take each rank longer than most tests. The tests of the stages, and that of interrupted ranks,
-use `torchrun` itself.
+Importing PyTorch would take each rank longer than most tests. The test of the image adapter's stage, and that of
+interrupted ranks, use `torchrun` itself.
 """
 
 import multiprocessing
@@ -10,6 +10,7 @@ import runpy
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +29,14 @@ class Ended(NamedTuple):
 
 
 def launch(program: Path, folder: Path, size: int, timeout: float = 600.0) -> Ended:
-    """Run `program FOLDER` on `size` ranks.
+    """Run `program FOLDER` on `size` ranks; see `launch_function`."""
+    return launch_function(_program, (program, folder), folder, size, timeout)
+
+
+def launch_function(
+    function: Callable[..., object], arguments: tuple, folder: Path, size: int, timeout: float = 600.0
+) -> Ended:
+    """Call `function(*arguments)` on `size` ranks, whose output goes to files in the folder.
 
     Raises:
         TimeoutError: no rank has ended after `timeout` seconds.
@@ -39,7 +47,7 @@ def launch(program: Path, folder: Path, size: int, timeout: float = 600.0) -> En
     files = [folder / f"output-{rank}.txt" for rank in range(size)]
     ranks = [
         FORKED.Process(
-            target=_rank, args=(program, folder, rendezvous | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, file)
+            target=_rank, args=(function, arguments, rendezvous | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, file)
         )
         for rank, file in enumerate(files)
     ]
@@ -63,12 +71,16 @@ def launch(program: Path, folder: Path, size: int, timeout: float = 600.0) -> En
     return Ended(max(abs(rank.exitcode) for rank in ranks), output)
 
 
-def _rank(program: Path, folder: Path, environment: dict[str, str], file: Path) -> None:
+def _rank(function: Callable[..., object], arguments: tuple, environment: dict[str, str], file: Path) -> None:
     with file.open("w") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
     os.environ.update(environment)
     torch.set_num_threads(1)
+    function(*arguments)
+
+
+def _program(program: Path, folder: Path) -> None:
     sys.argv = [str(program), str(folder)]
     sys.path.insert(0, str(program.parent))
     runpy.run_path(str(program), run_name="__main__")
