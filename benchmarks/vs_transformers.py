@@ -25,7 +25,7 @@ import mm
 from benchmarks import measure
 from benchmarks.pair import TINY, Shape, build_pair, make_samples, padding, their_images, their_inputs
 from benchmarks.random_model import decoding_seconds, step_bytes
-from mm.generation import prefill
+from mm.evaluation.likelihood import prefill
 from mm.training.config import TrainingConfig
 from mm.training.guards import Guard
 from mm.training.objectives import NextTokenObjective

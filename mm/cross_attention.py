@@ -57,6 +57,15 @@ class VisionCache:
     keys: Tensor | None = None
     values: Tensor | None = None
 
+    def fill(self, k: Tensor, v: Tensor) -> None:
+        """Keep what a prompt's pass has computed."""
+        self.keys, self.values = k, v
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Keys and values for a decoding step."""
+        assert self.keys is not None and self.values is not None
+        return self.keys, self.values
+
 
 class CrossAttentionBlock(nn.Module):
     """h = x + tanh(g) * attention(norm(x), vision); h + tanh(g') * ffn(norm(h)).
@@ -94,10 +103,10 @@ class CrossAttentionBlock(nn.Module):
         if vision is not None:
             k, v = (mask.gather_rows(packed).transpose(1, 2) for packed in self.cross_attn.keys_values(vision))
             if cache is not None:
-                cache.keys, cache.values = k, v
+                cache.fill(k, v)
         else:
-            assert cache is not None and cache.keys is not None and cache.values is not None
-            k, v = cache.keys, cache.values
+            assert cache is not None
+            k, v = cache.read()
         rows = x if mask.rows is None else x[mask.rows]
         attended = self.cross_attn(self.input_layernorm(rows), k, v, mask.attention_mask)
         rows = rows + self.gate_attn.tanh() * mask.zero_unattended(attended)

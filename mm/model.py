@@ -33,7 +33,7 @@ from vision.tiling import Tiles
 
 
 class Cache:
-    """The decoding state of a batch: keys and values of the text per layer, and of the vision tokens per block.
+    """What a pass leaves for further tokens: keys and values of the text per layer, of the vision tokens per block.
 
     Args:
         model: gives shapes, device and dtype.
@@ -44,7 +44,6 @@ class Cache:
         layers: keys and values of each LM layer.
         vision: keys and values of each cross-attention block, by depth and modality.
         contexts: which vision tokens the last token of each row's prompt attends to.
-        audio_embeddings: the speech adapter's output for the prompts' utterances, packed [N, D]; None without any.
     """
 
     def __init__(self, model: "MultimodalModel", num_rows: int, length: int) -> None:
@@ -55,7 +54,6 @@ class Cache:
         ]
         self.vision = {key: VisionCache() for key in model.blocks()}
         self.contexts: VisionContexts = {}
-        self.audio_embeddings: Tensor | None = None
 
 
 class MultimodalModel(nn.Module):
@@ -109,7 +107,7 @@ class MultimodalModel(nn.Module):
         """The last hidden states, normalised, [B, T, D]; the language model's `lm_head` turns them into logits.
 
         Args:
-            cache: filled on the way, for `decode` to continue from.
+            cache: filled on the way, for `run_layers` to continue from.
 
         Raises:
             UserError: placeholders that do not match the batch's items, a token outside the vocabulary, text longer
@@ -117,17 +115,9 @@ class MultimodalModel(nn.Module):
         """
         self.check_batch(batch)
         contexts = self.vision_contexts(batch, cache)
-        x = self.insert_audio_embeddings(self.embed(batch.tokens), batch, cache)
+        x = self.insert_audio_embeddings(self.embed(batch.tokens), batch)
         positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
         return self.language_model.model.norm(self.run_layers(x, positions, contexts, cache))
-
-    def decode(self, tokens: Tensor, positions: Tensor, step: DecodeStep, cache: Cache) -> Tensor:
-        """Logits [B, V] after one more token per row, [B, 1], at `positions` ([1] or [B, 1]).
-
-        New tokens attend to the vision tokens that the last token of their row's prompt attends to.
-        """
-        x = self.run_layers(self.embed(tokens), positions, cache.contexts, cache, step)
-        return self.language_model.lm_head(self.language_model.model.norm(x)[:, -1])
 
     @torch.no_grad()
     def fit_inputs(self, batch: Batch, kind: str = "image", seed: int = 0) -> None:
@@ -301,29 +291,31 @@ class MultimodalModel(nn.Module):
         device = self.extra_embeddings.device
         return self.language_model.model.embed_tokens.weight, self.embed(self.ctc_blank(device))[0]
 
-    def insert_audio_embeddings(self, x: Tensor, batch: Batch, cache: Cache | None = None) -> Tensor:
-        """Embedded tokens [B, T, D], with utterances in the rows of audio tokens and the adapter's marks around them.
-
-        Args:
-            cache: gets the adapter's output.
-        """
+    def insert_audio_embeddings(self, x: Tensor, batch: Batch) -> Tensor:
+        """Embedded tokens [B, T, D], with utterances at the audio tokens and the adapter's marks around them."""
         if not batch.speech:
             return x
-        assert self.config.speech_adapter is not None and self.speech_adapter is not None
-        packed = self._encode_audio(batch.speech)
-        if cache is not None:
-            cache.audio_embeddings = packed
-        if self.config.speech_adapter.ctc_readout:
-            lengths = torch.tensor([num_tokens(len(mel)) for mel in batch.speech])
-            packed = ctc_compress(packed, lengths, *self._ctc_embeddings(), rest=self.speech_adapter.boundaries[1])
-        rows, columns = (
-            indices.to(x.device, non_blocking=True)
-            for indices in _is_token(batch.host, AUDIO.token_id(self.config)).nonzero(as_tuple=True)
+        places = _is_token(batch.host, AUDIO.token_id(self.config)).nonzero(as_tuple=True)
+        return self.place_audio(
+            x, batch.tokens, self.audio_inputs(self._encode_audio(batch.speech), batch.speech), places
         )
-        x = x.to(packed.dtype).index_put((rows, columns), packed)
+
+    def audio_inputs(self, encoded: Tensor, speech: Sequence[Tensor]) -> Tensor:
+        """What stands at the audio tokens of utterances, packed [N, D]: `encode_audio`'s rows, or CTC's readout."""
+        assert self.speech_adapter is not None and self.config.speech_adapter is not None
+        if not self.config.speech_adapter.ctc_readout:
+            return encoded
+        lengths = torch.tensor([num_tokens(len(mel)) for mel in speech])
+        return ctc_compress(encoded, lengths, *self._ctc_embeddings(), rest=self.speech_adapter.boundaries[1])
+
+    def place_audio(self, x: Tensor, tokens: Tensor, audio: Tensor, places: tuple[Tensor, ...]) -> Tensor:
+        """Embedded tokens [B, T, D] with `audio_inputs` at `places` (rows, columns) and the marks around them."""
+        assert self.speech_adapter is not None
+        rows, columns = (indices.to(x.device, non_blocking=True) for indices in places)
+        x = x.to(audio.dtype).index_put((rows, columns), audio)
         marks = (self.config.speech_start_id, self.config.speech_end_id)
         for token_id, mark in zip(marks, self.speech_adapter.boundaries, strict=True):
-            x = torch.where((batch.tokens == token_id)[..., None], mark, x)
+            x = torch.where((tokens == token_id)[..., None], mark, x)
         return x
 
     def check_batch(self, batch: Batch) -> None:

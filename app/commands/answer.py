@@ -10,7 +10,7 @@ import mm
 from foundation.errors import UserError, is_user_error, one_line
 from foundation.options import new_parser, read_options
 from mm.device import device_line, resolve_device
-from mm.generation import check_sampling
+from mm.inference.request import check_sampling
 from mm.transcription import transcribe_tokens
 from shards.tars import KeyRule
 from speech.prompts import TRANSCRIBE

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from foundation.errors import UserError
 from layers.attention import DecodeStep
-from mm.batch import Sample
-from mm.generation import prefill
+from mm.batch import Sample, collate
 from mm.model import Cache, MultimodalModel
 
 MAX_TREE_TOKENS = 512  # of a prompt in one pass; the attention mask grows with its square
@@ -61,6 +61,15 @@ def answer_log_likelihoods(
             if any(tree.tokens for tree in column):
                 _add_tree_scores(model, cache, lengths, column, totals)
     return totals
+
+
+def prefill(model: MultimodalModel, samples: Sequence[Sample], length: int) -> tuple[Tensor, Cache]:
+    """The pass over the prompts: logits [B, V] after each row's last token, and caches for `length` tokens."""
+    batch = collate(samples).to(model.extra_embeddings.device)
+    cache = Cache(model, len(samples), length)
+    hidden = model.hidden_states(batch, cache)
+    last = hidden[torch.arange(len(samples), device=hidden.device), batch.lengths - 1]
+    return model.language_model.lm_head(last), cache
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """The static decoding step: everything that it reads and writes is a tensor on the device, of the bucket's shape.
 
 One compilation serves all steps and requests of a bucket. A row without a request runs along and is ignored.
-Shapes: B rows of the bucket, L text tokens, S vision tokens, G KV heads, V vocabulary.
+Shapes: B rows of the bucket, P units of a row's text, V vocabulary, L LM layers.
 """
 
 from collections.abc import Sequence
@@ -11,34 +11,14 @@ import torch
 from torch import Tensor
 
 from layers.attention import DecodeStep
-from mm.batch import Sample
-from mm.cross_attention import VisionCache
+from mm.inference.joint_ctc import joint_scores
+from mm.inference.paged import PagedCache, PagedMask, VisionTable
+from mm.inference.pages import SINK, TEXT, ZEROS, PagePool
+from mm.inference.request import Request
 from mm.inference.sampling import WORD, choose_tokens, row_keys
-from mm.model import Cache, MultimodalModel
-from mm.vision_context import CrossAttentionMask, VisionContext
+from mm.model import MultimodalModel
 
 NO_TOKEN = -1  # what a row emits that has ended, and what fills the table of stop tokens
-
-
-@dataclass(frozen=True)
-class Request:
-    """One answer to one prompt.
-
-    Attributes:
-        sample: the prompt. Requests that hold the same object share one pass over it.
-        max_new_tokens: at least 1; the context may end the answer before.
-        stop_tokens: end the answer and are left out; None: the language model's own.
-        temperature, top_p, seed: as in `mm.generation.stream_tokens`.
-        answer: number among the answers to one prompt, 0 to 2^32 - 1; each number draws other tokens.
-    """
-
-    sample: Sample
-    max_new_tokens: int
-    stop_tokens: tuple[int, ...] | None = None
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    answer: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,17 +26,19 @@ class Bucket:
     """The shape of a state, and which operations its step holds; equal buckets share a compilation.
 
     Attributes:
-        rows, length, num_stops: B, L and the stop tokens of a row, powers of two.
-        vision: modality and S of the modalities that some row holds, by name; the others' blocks do not run.
+        rows, pages, num_stops: B, P and the stop tokens of a row.
+        vision: modality and units of the modalities that some row sees, by name; the others' blocks do not run.
         samples, cuts: as in `sampling.choose_tokens`.
+        joint: whether CTC chooses some row's tokens with the language model.
     """
 
     rows: int
-    length: int
+    pages: int
     num_stops: int
     vision: tuple[tuple[str, int], ...]
     samples: bool
     cuts: bool
+    joint: bool
 
     def joined(self, other: "Bucket") -> "Bucket":
         """The smallest bucket that holds what either holds."""
@@ -65,171 +47,138 @@ class Bucket:
             sizes[kind] = max(size, sizes.get(kind, 0))
         return Bucket(
             max(self.rows, other.rows),
-            max(self.length, other.length),
+            max(self.pages, other.pages),
             max(self.num_stops, other.num_stops),
             tuple(sorted(sizes.items())),
             self.samples or other.samples,
             self.cuts or other.cuts,
+            self.joint or other.joint,
         )
 
 
-class StaticMask(CrossAttentionMask):
-    """Which vision tokens the one token of each row attends to; no shape and no branch depends on the values."""
+@dataclass
+class RowPages:
+    """The units that a decoding row reads and writes.
 
-    def __init__(self, rows: int, max_tokens: int, device: torch.device) -> None:
-        self.rows = None
-        self.num_rows, self.max_tokens = rows, max_tokens
-        self.packed_positions = None
-        self.attention_mask = torch.ones(rows, 1, 1, max_tokens, dtype=torch.bool, device=device)
-        self.attending = torch.zeros(rows, 1, 1, dtype=torch.bool, device=device)
+    Attributes:
+        text: int64 [L, P].
+        vision: by modality, of the pictures or clips that the row sees, int64 [blocks, units].
+        is_real: by modality, of each place of those units whether a vision token stands there.
+    """
+
+    text: Tensor
+    vision: dict[str, Tensor]
+    is_real: dict[str, Tensor]
 
 
 class DecodeState:
     """The rows that decode together.
 
     Args:
-        model: gives shapes, device and dtype.
+        model: gives shapes and device.
+        pool: where keys and values are.
         bucket: the shape of all tensors.
 
     Attributes:
-        cache: static keys and values of the text and of the vision tokens.
         tokens: int64 [B], the latest token of each row.
         positions: int64 [B], where that token stands.
         remaining: int64 [B], how many tokens may still be drawn; 0 for a row that has ended or that is free.
         emitted: int64 [B], what the latest step added to each row's answer, or `NO_TOKEN`.
+        text_table: int64 [L, B, P].
+        vision: by modality, tables and masks.
+        bias: float32 [B, V], what CTC adds to each token's log-probability, and `end_bias` [B] to that of the end, in
+            the rows of `joint` [B]; without such rows [B, 0].
         stops, temperature, top_p, seeds, answers: the requests' own, by row.
     """
 
-    def __init__(self, model: MultimodalModel, bucket: Bucket) -> None:
-        weight = model.language_model.model.norm.weight
-        rows, device, heads = bucket.rows, weight.device, model.config.language_model
-        self.bucket = bucket
-        self.cache = Cache(model, rows, bucket.length)
-        sizes = dict(bucket.vision)
-        self.cache.contexts = {kind: VisionContext(StaticMask(rows, size, device)) for kind, size in bucket.vision}
-        self.cache.vision = {
-            (depth, kind): VisionCache(
-                block.cross_attn.k_norm.weight.new_zeros(rows, heads.num_kv_heads, sizes[kind], heads.head_dim),
-                block.cross_attn.v_proj.weight.new_zeros(rows, heads.num_kv_heads, sizes[kind], heads.head_dim),
-            )
-            for (depth, kind), block in model.blocks().items()
-            if kind in sizes
-        }
+    def __init__(self, model: MultimodalModel, pool: PagePool, bucket: Bucket) -> None:
+        rows, device = bucket.rows, pool.device
+        self.pool, self.bucket = pool, bucket
 
-        def integers(*more: int) -> Tensor:
-            return torch.zeros(rows, *more, dtype=torch.long, device=device)
+        def integers(*shape: int, value: int = 0) -> Tensor:
+            return torch.full(shape, value, dtype=torch.long, device=device)
 
-        self.tokens, self.positions, self.remaining, self.answers = integers(), integers(), integers(), integers()
-        self.seeds = integers(2)
-        self.emitted = integers() + NO_TOKEN
-        self.stops = integers(bucket.num_stops) + NO_TOKEN
+        self.tokens, self.positions, self.remaining, self.answers = (integers(rows) for _ in range(4))
+        self.seeds = integers(rows, 2)
+        self.emitted = integers(rows, value=NO_TOKEN)
+        self.stops = integers(rows, bucket.num_stops, value=NO_TOKEN)
         self.temperature = torch.zeros(rows, device=device)
         self.top_p = torch.ones(rows, device=device)
+        self.text_table = integers(pool.layers[TEXT], rows, bucket.pages, value=ZEROS)
+        self.vision: dict[str, VisionTable] = {}
+        for kind, width in bucket.vision:
+            num_places = width * pool.unit_tokens[kind]
+            mask = torch.ones(rows, 1, 1, num_places, dtype=torch.bool, device=device)
+            attending = torch.zeros(rows, 1, 1, dtype=torch.bool, device=device)
+            table = integers(pool.layers[kind], rows, width, value=ZEROS)
+            self.vision[kind] = VisionTable(table, PagedMask(mask, attending))
+        self.bias = torch.zeros(rows, _table_size(model) if bucket.joint else 0, device=device)
+        self.end_bias = torch.zeros(rows, device=device)
+        self.joint = torch.zeros(rows, dtype=torch.bool, device=device)
 
     def per_row(self) -> list[Tensor]:
         """The tensors [B] and [B, 2] that hold a row's request and progress."""
         return [
             *(self.tokens, self.positions, self.remaining, self.emitted),
-            *(self.temperature, self.top_p, self.seeds, self.answers),
+            *(self.temperature, self.top_p, self.seeds, self.answers, self.joint),
         ]
 
-    def grown(self, model: MultimodalModel, bucket: Bucket) -> "DecodeState":
-        """A state of a larger bucket with the same rows."""
-        new, rows, old = DecodeState(model, bucket), self.bucket.rows, self.cache
-        for target, source in zip(new.per_row(), self.per_row(), strict=True):
-            target[:rows] = source
-        new.stops[:rows, : self.bucket.num_stops] = self.stops
-        for layer, old_layer in zip(new.cache.layers, old.layers, strict=True):
-            layer.keys[:rows, :, : self.bucket.length] = old_layer.keys
-            layer.values[:rows, :, : self.bucket.length] = old_layer.values
-        for kind, size in self.bucket.vision:
-            mask, old_mask = new.cache.contexts[kind].mask, old.contexts[kind].mask
-            assert mask.attention_mask is not None and old_mask.attention_mask is not None
-            assert mask.attending is not None and old_mask.attending is not None
-            mask.attending[:rows] = old_mask.attending
-            mask.attention_mask[:rows, ..., :size] = old_mask.attention_mask
-            mask.attention_mask[:rows, ..., size:] = ~old_mask.attending[..., None]  # as in CrossAttentionMask
-        for place, vision in old.vision.items():
-            _paste(new.cache.vision[place], vision, slice(rows), slice(rows))
-        return new
-
-    def load(
-        self,
-        slots: Sequence[int],
-        cache: Cache,
-        sources: Sequence[int],
-        requests: Sequence[Request],
-        budgets: list[int],
-    ) -> None:
-        """Put requests into rows after the pass over their prompts.
+    def resized(self, model: MultimodalModel, bucket: Bucket, pages: dict[int, RowPages]) -> "DecodeState":
+        """A state of another bucket with the same rows, as far as it has them.
 
         Args:
-            slots: the row of each request.
-            cache: of the pass, as `mm.generation.prefill` leaves it.
-            sources: which row of the pass each request takes; several may take the same.
-            budgets: how many tokens each may add.
+            pages: of the rows that decode.
         """
-        device = self.tokens.device
-        into, source = torch.tensor(slots, device=device), torch.tensor(sources, device=device)
-        for layer, filled in zip(self.cache.layers, cache.layers, strict=True):
-            layer.keys[into, :, : filled.keys.shape[2]] = filled.keys[source]
-            layer.values[into, :, : filled.values.shape[2]] = filled.values[source]
-        for kind in self.cache.contexts:
-            _load_vision(self.cache, cache, kind, slots, sources)
+        new = DecodeState(model, self.pool, bucket)
+        rows, stops = min(bucket.rows, self.bucket.rows), min(bucket.num_stops, self.bucket.num_stops)
+        for target, source in zip(new.per_row(), self.per_row(), strict=True):
+            target[:rows] = source[:rows]
+        new.stops[:rows, :stops] = self.stops[:rows, :stops]
+        new.load_pages(pages)
+        return new
+
+    def load(self, requests: dict[int, Request], budgets: dict[int, int]) -> None:
+        """Put requests into rows, by row, after the pass over their prompts. Args: budgets: tokens to be drawn."""
+        rows, chosen = list(requests), list(requests.values())
+        into = torch.tensor(rows, device=self.tokens.device)
 
         def put(target: Tensor, values: Sequence[object]) -> None:
-            target[into] = torch.tensor(values, dtype=target.dtype, device=device)
+            target[into] = torch.tensor(values, dtype=target.dtype).to(target.device, non_blocking=True)
 
-        lengths = [len(request.sample.tokens) for request in requests]
-        put(self.positions, [length - 1 for length in lengths])
-        put(self.remaining, budgets)
-        put(self.temperature, [request.temperature for request in requests])
-        put(self.top_p, [request.top_p for request in requests])
-        put(self.seeds, [(request.seed & WORD, request.seed >> 32) for request in requests])
-        put(self.answers, [request.answer for request in requests])
-        width = self.bucket.num_stops
-        put(self.stops, [[*stops, *[NO_TOKEN] * (width - len(stops))] for stops in map(_stops, requests)])
+        put(self.positions, [len(request.sample.tokens) - 1 for request in chosen])
+        put(self.remaining, [budgets[row] for row in rows])
+        put(self.temperature, [request.temperature for request in chosen])
+        put(self.top_p, [request.top_p for request in chosen])
+        put(self.seeds, [(request.seed & WORD, request.seed >> 32) for request in chosen])
+        put(self.answers, [request.answer for request in chosen])
+        put(self.joint, [request.joint_ctc for request in chosen])
+        stops = [list(request.stop_tokens or ()) for request in chosen]
+        put(self.stops, [[*own, *[NO_TOKEN] * (self.bucket.num_stops - len(own))] for own in stops])
 
+    def load_pages(self, pages: dict[int, RowPages]) -> None:
+        """Write the tables and masks of some rows."""
+        for row, own in pages.items():
+            _put(self.text_table[:, row], own.text)
+            for kind, seen in self.vision.items():
+                seen.table[:, row] = ZEROS
+                seen.mask.attending[row] = kind in own.vision
+                seen.mask.attention_mask[row] = kind not in own.vision
+                if kind in own.vision:
+                    _put(seen.table[:, row], own.vision[kind])
+                    _put(seen.mask.attention_mask[row, 0, 0], own.is_real[kind])
 
-def _stops(request: Request) -> tuple[int, ...]:
-    assert request.stop_tokens is not None  # the engine has put the model's own in place of None
-    return request.stop_tokens
-
-
-def _load_vision(target: Cache, cache: Cache, kind: str, slots: Sequence[int], sources: Sequence[int]) -> None:
-    """Copy keys, values and masks of one modality; rows of the pass without an item of it attend to nothing."""
-    mask = target.contexts[kind].mask
-    assert mask.attention_mask is not None and mask.attending is not None
-    context = cache.contexts.get(kind)
-    mask.attending[list(slots)] = False
-    mask.attention_mask[list(slots)] = True
-    if context is None:
-        return
-    filled = context.mask
-    holding = range(filled.num_rows) if filled.rows is None else filled.rows.tolist()
-    row_of = {row: index for index, row in enumerate(holding)}
-    pairs = [(slot, row_of[source]) for slot, source in zip(slots, sources, strict=True) if source in row_of]
-    if not pairs:
-        return
-    into, source = torch.tensor(pairs, device=mask.attending.device).unbind(1)
-    size = filled.max_tokens
-    attending = True if filled.attending is None else filled.attending[source]
-    mask.attending[into] = attending
-    mask.attention_mask[into, ..., :size] = True if filled.attention_mask is None else filled.attention_mask[source]
-    mask.attention_mask[into, ..., size:] = ~mask.attending[into][..., None]
-    for place, vision in cache.vision.items():
-        if place[1] == kind:
-            _paste(target.vision[place], vision, into, source)
+    def end(self, row: int) -> None:
+        """No more tokens for a row whose answer is not wanted any longer."""
+        self.remaining[row] = 0
 
 
-def _paste(target: VisionCache, filled: VisionCache, into: Tensor | slice, source: Tensor | slice) -> None:
-    """Copy rows `source` of one block's keys and values into the beginning of rows `into`."""
-    assert target.keys is not None and target.values is not None
-    assert filled.keys is not None and filled.values is not None
-    size = filled.keys.shape[2]
-    # Under autocast the pass computes lower precision than the weights', of which the state is.
-    target.keys[into, :, :size] = filled.keys[source].to(target.keys.dtype)
-    target.values[into, :, :size] = filled.values[source].to(target.values.dtype)
+def _table_size(model: MultimodalModel) -> int:
+    return model.language_model.lm_head.weight.shape[0]
+
+
+def _put(target: Tensor, values: Tensor) -> None:
+    """Write the first of a tensor's columns."""
+    target[..., : values.shape[-1]] = values.to(target.device, non_blocking=True)
 
 
 def advance(state: DecodeState, logits: Tensor, drawing: Tensor | None = None) -> None:
@@ -238,11 +187,14 @@ def advance(state: DecodeState, logits: Tensor, drawing: Tensor | None = None) -
     Args:
         drawing: bool [B], the rows that draw; the others stay as they are and emit nothing. None: all draw.
     """
+    ends = torch.zeros_like(state.joint)
+    if state.bucket.joint:
+        logits, ends = joint_scores(logits, state.bias, state.end_bias, state.joint, state.stops)
     keys = row_keys(state.seeds, state.answers, state.positions + 1)
     drawn = choose_tokens(
         logits, state.temperature, state.top_p, keys, samples=state.bucket.samples, cuts=state.bucket.cuts
     )
-    goes_on = (state.remaining > 0) & (drawn[:, None] != state.stops).all(-1)
+    goes_on = (state.remaining > 0) & (drawn[:, None] != state.stops).all(-1) & ~ends
     waits = torch.zeros_like(goes_on) if drawing is None else ~drawing
     goes_on &= ~waits
     state.emitted.copy_(torch.where(goes_on, drawn, NO_TOKEN))
@@ -251,9 +203,20 @@ def advance(state: DecodeState, logits: Tensor, drawing: Tensor | None = None) -
     state.remaining.copy_(torch.where(waits, state.remaining, torch.where(goes_on, state.remaining - 1, 0)))
 
 
-def decode_one(model: MultimodalModel, state: DecodeState) -> None:
-    """One more token for every row: the static step."""
-    length = state.bucket.length
-    mask = torch.arange(length, device=state.positions.device) <= state.positions[:, None]
-    step = DecodeStep(state.positions, length, mask[:, None, None])
-    advance(state, model.decode(state.tokens[:, None], state.positions[:, None], step, state.cache))
+def decode_one(model: MultimodalModel, state: DecodeState, pages: int) -> None:
+    """One more token for every row: the static step.
+
+    Args:
+        pages: units of the text table up to which some row's text reaches.
+    """
+    pool, positions = state.pool, state.positions
+    size = pool.unit_tokens[TEXT]
+    table = state.text_table[:, :, :pages]
+    index = (positions // size).clamp(max=pages - 1)
+    units = table.gather(2, index[None, :, None].expand(len(table), -1, 1))[..., 0]  # [L, B]
+    places = torch.where(state.remaining > 0, units * size + positions % size, SINK * size)
+    mask = torch.arange(pages * size, device=positions.device) <= positions[:, None]
+    cache = PagedCache(model, pool, table, places, state.vision)
+    step = DecodeStep(positions, pages * size, mask[:, None, None])
+    x = model.run_layers(model.embed(state.tokens[:, None]), positions[:, None], cache.contexts, cache, step)
+    advance(state, model.language_model.lm_head(model.language_model.model.norm(x)[:, -1]))

@@ -9,15 +9,16 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import mm
-import mm.generation
+import mm.inference.engine
+import mm.inference.state
 from mm.batch import IGNORED
 from mm.cross_attention import ImageAdapterConfig
-from mm.model import Cache
+from mm.inference import Engine, Request, decode
+from mm.inference.state import advance
 from mm.training.config import TrainingConfig
 from mm.training.contrastive import ContrastiveModel, Pair, TextTowerConfig
 from mm.training.objectives import NextTokenObjective
 from mm.training.trainer import Trainer
-from speech.adapter import num_tokens
 from vision.tiling import Tiles
 
 FROZEN = {"language_model.*": None, "extra_embeddings": None}
@@ -177,12 +178,36 @@ def constant_logits(monkeypatch):
     def constant(row) -> None:
         row = torch.as_tensor(row, dtype=torch.float32)
 
-        def prefill(model, samples, length):
-            cache = Cache(model, 1, 1)
-            cache.audio_embeddings = torch.zeros(sum(num_tokens(len(mel)) for one in samples for mel in one.speech), 1)
-            return row.repeat(len(samples), 1), cache
+        def start(state, logits, drawing=None):
+            advance(state, row.repeat(len(logits), 1), drawing)
 
-        monkeypatch.setattr(mm.generation, "prefill", prefill)
-        monkeypatch.setattr(mm.generation, "decode_step", lambda model, tokens, *_: row.repeat(len(tokens), 1))
+        def hidden_states(model, pool, rows, counts):
+            return torch.zeros(len(rows), model.config.language_model.hidden_size)
+
+        monkeypatch.setattr(mm.inference.engine, "run_chunks", hidden_states)
+        monkeypatch.setattr(mm.inference.engine, "advance", start)
+        monkeypatch.setattr(mm.inference.engine, "decode_one", lambda model, state, _: start(state, state.tokens))
 
     return constant
+
+
+@pytest.fixture
+def decoding_logits(monkeypatch):
+    """decoding_logits(model, samples, new) -> the engine's logits [B, V] before each new token and after the last.
+
+    The engine is made to take the new tokens, as many for each sample.
+    """
+
+    def run(model, samples, new) -> list[torch.Tensor]:
+        found: list[torch.Tensor] = []
+
+        def keep(logits, *_, **__):
+            found.append(logits.clone())
+            return torch.tensor([[*row, 0][len(found) - 1] for row in new])
+
+        with monkeypatch.context() as patch:
+            patch.setattr(mm.inference.state, "choose_tokens", keep)
+            decode(Engine(model, len(samples)), [Request(sample, len(new[0]) + 1, ()) for sample in samples])
+        return found
+
+    return run

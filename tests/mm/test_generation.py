@@ -9,6 +9,7 @@ import torch
 
 import mm
 import mm.generation
+from mm.inference.request import MAX_SEED, MIN_TEMPERATURE
 from vision.tiling import Tiles
 
 PATTERNS = [".i...", "....", ".ii..i...", "i", "....i", "..iii", "." * 30]
@@ -42,7 +43,7 @@ def test_greedy_tokens_are_the_argmax_of_the_full_forward(tiny_model, samples):
 
 
 @pytest.mark.parametrize(("index", "is_attended"), [(0, False), (1, True)])
-def test_generated_tokens_attend_to_the_last_images(tiny_model, make_sample, index, is_attended):
+def test_generated_tokens_attend_to_the_last_images(tiny_model, make_sample, decoding_logits, index, is_attended):
     """What the first block adds to new tokens: no image acts before it, so its output depends on its own mask alone."""
     sample = make_sample("i..i..")
     images = list(sample.images)
@@ -53,14 +54,13 @@ def test_generated_tokens_attend_to_the_last_images(tiny_model, make_sample, ind
         torch.testing.assert_close(inputs[0][0], inputs[0][1], rtol=0, atol=0)
         added.append(output - inputs[0])
 
-    with torch.inference_mode():
-        _, cache = mm.generation.prefill(tiny_model, [sample, mm.Sample(sample.tokens, images=images)], 12)
-        handle = tiny_model.image_adapter.blocks[0].register_forward_hook(keep)
-        try:
-            for step, token in enumerate((7, 8, 9)):
-                mm.generation.decode_step(tiny_model, [token] * 2, [6 + step] * 2, cache)
-        finally:
-            handle.remove()
+    handle = tiny_model.image_adapter.blocks[0].register_forward_hook(keep)
+    try:
+        rows = [sample, mm.Sample(sample.tokens, images=images)]
+        decoding_logits(tiny_model, rows, [(7, 8, 9)] * 2)
+    finally:
+        handle.remove()
+    del added[0]  # the pass over the prompts
     assert len(added) == 3
     for one, other in added:
         assert (one.abs() > 1e-3).any()
@@ -131,13 +131,13 @@ def test_options_out_of_range(tiny_model, make_sample, options, message):
 
 def test_the_lowest_temperature_and_the_last_seed_take_the_likeliest_token(tiny_model, samples):
     greedy = mm.generate_tokens(tiny_model, samples, 5, [])
-    lowest = {"temperature": mm.generation.MIN_TEMPERATURE, "seed": mm.generation.MAX_SEED}
+    lowest = {"temperature": MIN_TEMPERATURE, "seed": MAX_SEED}
     assert mm.generate_tokens(tiny_model, samples, 5, [], **lowest) == greedy
 
 
 def test_the_lowest_temperature_holds_large_logits(constant_logits, long_model):
     constant_logits([3e38, 2e38, -3e38])
-    (drawn,) = mm.generate_tokens(long_model, [mm.Sample([3])], 5, [], temperature=mm.generation.MIN_TEMPERATURE)
+    (drawn,) = mm.generate_tokens(long_model, [mm.Sample([3])], 5, [], temperature=MIN_TEMPERATURE)
     assert drawn == [0] * 5
 
 
@@ -198,7 +198,7 @@ def test_generate_answers_messages(tiny_model, tiny_processor, random_picture, t
 @pytest.mark.parametrize("text", ["naïve 😀 日本 x", "plain words here", "  spaces\n\nand lines ", "é", "a   b"])
 def test_pieces_join_to_the_whole(monkeypatch, tiny_model, tiny_processor, tokenizer, text):
     tokens = tokenizer(text, add_special_tokens=False).input_ids
-    monkeypatch.setattr(mm.generation, "stream_tokens", lambda *_, **__: iter([[token] for token in tokens]))
+    monkeypatch.setattr(mm.generation, "stream_tokens", lambda *_, **__: iter(tokens))
     messages = [{"role": "user", "content": "say it"}]
     pieces = list(mm.stream(tiny_model, tiny_processor, messages))
     assert "".join(pieces) == mm.generate(tiny_model, tiny_processor, messages) == text.strip()
@@ -210,7 +210,7 @@ def test_pieces_join_to_the_whole(monkeypatch, tiny_model, tiny_processor, token
 def test_pieces_of_a_broken_character_join_too(monkeypatch, tiny_model, tiny_processor, tokenizer):
     tokens = tokenizer("日本 ok 日", add_special_tokens=False).input_ids
     del tokens[1], tokens[-1]  # bytes that make no character, in the middle and at the end
-    monkeypatch.setattr(mm.generation, "stream_tokens", lambda *_, **__: iter([[token] for token in tokens]))
+    monkeypatch.setattr(mm.generation, "stream_tokens", lambda *_, **__: iter(tokens))
     messages = [{"role": "user", "content": "say it"}]
     expected = mm.generate(tiny_model, tiny_processor, messages)
     assert "".join(mm.stream(tiny_model, tiny_processor, messages)) == expected
@@ -225,7 +225,7 @@ def test_stream_of_a_real_answer_joins_to_it(tiny_model, tiny_processor, options
 
 
 def test_inference_mode_does_not_reach_the_caller(tiny_model, make_sample):
-    steps = mm.generation.stream_tokens(tiny_model, [make_sample(".i.")], 3, [])
+    steps = mm.generation.stream_tokens(tiny_model, make_sample(".i."), 3, [])
     next(steps)
     assert not torch.is_inference_mode_enabled()
     assert torch.is_grad_enabled()

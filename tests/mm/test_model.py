@@ -12,7 +12,6 @@ import torch
 import mm
 from mm.batch import IGNORED
 from mm.cross_attention import MAX_SCALE, TARGET_RMS
-from mm.generation import decode_step, prefill
 from mm.vision_context import CrossAttentionMask
 from vision.tiling import Tiles
 
@@ -118,17 +117,15 @@ def test_batch_without_images_is_the_bare_language_model_to_the_bit(tiny_model, 
     assert torch.equal(tiny_model(batch), tiny_model.language_model(batch.tokens))
 
 
-def test_cached_rows_without_images_are_the_bare_language_model_to_the_bit(tiny_model, bare_model, samples):
+def test_cached_rows_without_images_are_the_bare_language_model_to_the_bit(
+    tiny_model, bare_model, samples, decoding_logits
+):
     text_only = [mm.Sample(sample.tokens) for sample in samples]  # to the bare model a placeholder is a token
-    lengths = [len(sample.tokens) for sample in samples]
-    found, cache = prefill(tiny_model, samples, 20)
-    bare, bare_cache = prefill(bare_model, text_only, 20)
+    new = [[5, 6]] * len(samples)
+    found, bare = decoding_logits(tiny_model, samples, new), decoding_logits(bare_model, text_only, new)
     for step in range(3):
         for row, sample in enumerate(samples):
-            assert torch.equal(found[row], bare[row]) == (not sample.images)
-        tokens, positions = [5 + step] * len(samples), [length + step for length in lengths]
-        found = decode_step(tiny_model, tokens, positions, cache)
-        bare = decode_step(bare_model, tokens, positions, bare_cache)
+            assert torch.equal(found[step][row], bare[step][row]) == (not sample.images)
 
 
 @pytest.mark.parametrize("positions", [(2, 4, 6), (0, 3, 6), None])
@@ -186,22 +183,16 @@ def test_ragged_encoding_equals_each_image_alone(tiny_model, random_tiles):
 
 
 @pytest.mark.parametrize("pattern", [".i...", ".ii..i...", "i", "....i", "...", "..i.i"])
-def test_cached_decoding_equals_the_full_forward(tiny_model, make_sample, pattern):
+def test_cached_decoding_equals_the_full_forward(tiny_model, make_sample, decoding_logits, pattern):
     sample, new = make_sample(pattern), [9, 4, 77, 31]
     expected = logits(tiny_model, mm.Sample(sample.tokens + new, images=sample.images))[0]
-    found, cache = prefill(tiny_model, [sample], len(pattern) + len(new))
-    for step, token in enumerate(new):
-        torch.testing.assert_close(found[0], expected[len(pattern) + step - 1], **CLOSE)
-        found = decode_step(tiny_model, [token], [len(pattern) + step], cache)
-    torch.testing.assert_close(found[0], expected[-1], **CLOSE)
+    found = decoding_logits(tiny_model, [sample], [new])
+    torch.testing.assert_close(torch.cat(found), expected[len(pattern) - 1 :], **CLOSE)
 
 
-def test_cached_decoding_of_a_ragged_batch_equals_the_full_forward(tiny_model, samples):
+def test_cached_decoding_of_a_ragged_batch_equals_the_full_forward(tiny_model, samples, decoding_logits):
     new = [[(11 * row + 7 * step) % 300 + 3 for step in range(4)] for row in range(len(samples))]
-    found, cache = prefill(tiny_model, samples, max(len(sample.tokens) for sample in samples) + 4)
-    for step in range(4):
-        positions = [len(sample.tokens) + step for sample in samples]
-        found = decode_step(tiny_model, [row[step] for row in new], positions, cache)
+    found = decoding_logits(tiny_model, samples, new)[-1]
     for row, sample in enumerate(samples):
         expected = logits(tiny_model, mm.Sample(sample.tokens + new[row], images=sample.images))[0]
         torch.testing.assert_close(found[row], expected[-1], **CLOSE)

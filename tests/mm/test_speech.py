@@ -11,7 +11,6 @@ import torch
 
 import mm
 from foundation.errors import UserError
-from mm.generation import decode_step, prefill
 from mm.run_folder import save
 from speech.adapter import num_tokens
 from tests.media import sound
@@ -120,7 +119,7 @@ def test_speech_does_not_act_on_earlier_tokens(model, sample):
 
 
 @pytest.mark.parametrize("ctc_readout", [False, True])
-def test_cached_decoding_equals_the_whole_pass(model, sample, ctc_readout, beside_tiny_model, config):
+def test_cached_decoding_equals_the_whole_pass(model, sample, ctc_readout, beside_tiny_model, config, decoding_logits):
     """In a batch with a row of two utterances, of which the first is longer than the encoder's limit."""
     rows = [sample("s.v.", (33,)), sample("i.s.s", (100, 8), 1)]
     if ctc_readout:
@@ -129,12 +128,11 @@ def test_cached_decoding_equals_the_whole_pass(model, sample, ctc_readout, besid
         assert not torch.allclose(logits(model, rows[1]), logits(reader, rows[1]), **CLOSE)
         model = reader
     new = [[5, 9, 11], [7, 8, 20]]
-    step, cache = prefill(model, rows, 40)
-    for count in range(3):
+    found = decoding_logits(model, rows, new)
+    for count, step in enumerate(found):
         longer = [replace(row, tokens=row.tokens + added[:count]) for row, added in zip(rows, new, strict=True)]
         for row, one in enumerate(longer):
             assert torch.allclose(step[row], logits(model, one)[0, -1], **CLOSE)
-        step = decode_step(model, [added[count] for added in new], [len(row.tokens) for row in longer], cache)
 
 
 def test_a_run_with_every_part_comes_back(model, config, tokenizer, sample, tmp_path):

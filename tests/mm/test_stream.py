@@ -1,5 +1,6 @@
 """Pieces of `mm.stream` join to the text of `mm.generate`, whatever the vocabulary, its clean-up and its tokens."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import pytest
@@ -32,11 +33,16 @@ def answer(tiny_config):
             processors[key] = mm.Processor(tokenizer, config)
         return processors[key]
 
-    def both(kind: str, options: dict, tokens: list[int]) -> tuple[list[str], str]:
+    def both(
+        kind: str, options: dict, tokens: list[int] | Callable[[], Iterable[int]], **more
+    ) -> tuple[list[str], str]:
         processor = processor_of(kind, options)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(mm.generation, "stream_tokens", lambda *_, **__: iter([[token] for token in tokens]))
-            return list(mm.stream(None, processor, MESSAGES)), mm.generate(None, processor, MESSAGES)
+            patch.setattr(
+                mm.generation, "stream_tokens", lambda *_, **__: tokens() if callable(tokens) else iter(tokens)
+            )
+            pieces = list(mm.stream(None, processor, MESSAGES, **more))
+            return pieces, mm.generate(None, processor, MESSAGES, **more)
 
     return both
 
@@ -68,3 +74,35 @@ def test_pieces_of_any_tokens_join(answer, kind, options, tokens):
     pieces, whole = answer(kind, options, [token % size for token in tokens])
     assert "".join(pieces) == whole
     assert all(pieces)
+
+
+@pytest.mark.parametrize("kind", VOCABULARIES)
+@pytest.mark.parametrize(
+    ("stops", "kept"),
+    [
+        (["red car"], "a "),
+        (["cars", "car"], "a red "),
+        ([" rex", "d c"], "a re"),
+        (["blue"], "a red car, red"),
+        (["redx", "a"], ""),
+    ],
+)
+def test_answers_end_before_the_first_stop_string(answer, kind, stops, kept):
+    """No piece holds a part of it, and what merely begins like one is given in the end."""
+    tokens = fast_tokenizer(kind).encode("a red car, red", add_special_tokens=False)
+    pieces, whole = answer(kind, {}, tokens, stop_strings=stops)
+    assert "".join(pieces) == whole == kept
+    assert all(pieces)
+
+
+def test_no_token_is_asked_for_after_a_stop_string(answer):
+    tokens = fast_tokenizer("sentencepiece").encode("a red car, red", add_special_tokens=False)
+    drawn = []
+    draw = lambda: (drawn.append(token) or token for token in tokens)  # noqa: E731
+    answer("sentencepiece", {}, draw, stop_strings=["red"])
+    assert 0 < len(drawn) < 2 * len(tokens)
+
+
+def test_an_empty_stop_string_is_refused(answer):
+    with pytest.raises(ValueError, match="a stop string is empty"):
+        answer("sentencepiece", {}, [], stop_strings=["x", ""])

@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_leaves
 
 import mm
 from mm.evaluation.baselines import blank_pixels, keep_middle_frame, shuffle_frames
-from mm.generation import decode_step, prefill
 from mm.video_adapter import VideoAdapterConfig
 from video.aggregator import AggregatorConfig, TemporalAggregator, split_into_passes, time_embedding
 from video.sampling import Clip
@@ -124,17 +123,15 @@ def test_a_batch_gives_each_row_what_it_gets_alone(model, sample, make_sample):
         assert torch.allclose(together[index, : len(row.tokens)], logits(model, row)[0], **CLOSE)
 
 
-def test_cached_decoding_equals_the_whole_pass(model, sample):
+def test_cached_decoding_equals_the_whole_pass(model, sample, decoding_logits):
     rows = [sample("..v..i", (5,)), sample("i..v", (6,), 2)]
     generator = torch.Generator().manual_seed(0)
     new = torch.randint(3, 300, (2, 4), generator=generator).tolist()
-    step, cache = prefill(model, rows, 12)
-    for count in range(4):
+    found = decoding_logits(model, rows, new)
+    for count, step in enumerate(found):
         longer = [replace(row, tokens=row.tokens + added[:count]) for row, added in zip(rows, new, strict=True)]
         for row, one in enumerate(longer):
             assert torch.allclose(step[row], logits(model, one)[0, -1], **CLOSE)
-        positions = [len(row.tokens) for row in longer]
-        step = decode_step(model, [added[count] for added in new], positions, cache)
 
 
 @pytest.mark.parametrize("num_frames", [1, 2, 3, 4, 5, 8, 9, 63, 64])

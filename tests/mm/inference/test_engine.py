@@ -1,4 +1,4 @@
-"""The engine: tokens equal those of `mm.generate_tokens`, rows are independent, and one compilation serves a bucket."""
+"""The engine: rows are independent, requests join and leave, and one compilation serves a bucket."""
 
 import copy
 import functools
@@ -13,37 +13,10 @@ import mm
 import mm.inference.engine
 from mm.inference import Engine, Request
 from mm.inference.engine import decode
+from mm.inference.pages import PagePool
 from mm.inference.state import Bucket, DecodeState, decode_one
-from speech.adapter import num_tokens
-from video.sampling import Clip
 
 SAMPLING = {"temperature": 1.3, "top_p": 0.9, "seed": 5}
-
-
-@pytest.fixture(scope="module")
-def config(everything_config) -> mm.ModelConfig:
-    return everything_config
-
-
-@pytest.fixture(scope="module")
-def model(beside_tiny_model, config) -> mm.MultimodalModel:
-    return beside_tiny_model(config, seed=2)
-
-
-@pytest.fixture(scope="module")
-def prompts(make_sample, config, random_tiles) -> list[mm.Sample]:
-    """Text alone, several pictures of several tiles, a run of pictures at the end, clips, a sound, and all of them."""
-    made = [make_sample(pattern, seed) for seed, pattern in enumerate([".i...", "....", ".ii..i...", "i", "." * 30])]
-    made.append(make_sample("..ii", 7, [(2, 2), (1, 2)]))
-    times = torch.arange(5, dtype=torch.float64)
-    clip = Clip([random_tiles(50 + n) for n in range(5)], times)
-    made.append(replace(made[1], tokens=[config.video_token_id, *made[1].tokens], videos=[clip]))
-    mel = torch.randn(30, 80, generator=torch.Generator().manual_seed(0)) * 3 + 8
-    sound = [config.speech_start_id, *[config.audio_token_id] * num_tokens(30), config.speech_end_id]
-    made.append(mm.Sample([7, *sound], speech=[mel]))
-    everything = [config.video_token_id, 9, *sound, *made[2].tokens, 4]
-    made.append(mm.Sample(everything, images=made[2].images, videos=[clip], speech=[mel]))
-    return made
 
 
 def requests(prompts, limit: int = 12, **options) -> list[Request]:
@@ -51,10 +24,10 @@ def requests(prompts, limit: int = 12, **options) -> list[Request]:
 
 
 @pytest.mark.parametrize("max_rows", [1, 3, 16])
-def test_greedy_tokens_equal_those_of_generate_tokens(model, prompts, max_rows):
+def test_greedy_tokens_equal_those_of_each_prompt_alone(model, prompts, alone, max_rows):
     """With fewer rows than requests, requests join rows that others leave at different times."""
     limits = [12, 3, 9, 12, 1, 7, 12, 5, 10]
-    expected = mm.generate_tokens(model, prompts, limits, [])
+    expected = [tokens[:limit] for tokens, limit in zip(alone, limits, strict=True)]
     asked = [Request(prompt, limit, ()) for prompt, limit in zip(prompts, limits, strict=True)]
     assert decode(Engine(model, max_rows), asked) == expected
     assert len({tuple(row[:3]) for row in expected if len(row) > 2}) > 3
@@ -68,9 +41,8 @@ def test_sampled_tokens_do_not_depend_on_neighbours_or_buckets(model, prompts):
     assert alone != mm.generate_tokens(model, prompts, 12, [])
 
 
-def test_requests_may_join_while_others_decode(model, prompts):
+def test_requests_may_join_while_others_decode(model, prompts, alone):
     """A text-only row decodes first; pictures, clips, stop tokens and longer rows then make the state grow."""
-    expected = mm.generate_tokens(model, prompts, 12, [])
     order = [1, 0, 5, 8, 2, 7, 4, 6, 3]
     engine, got = Engine(model, 16), {}
     for index in order:
@@ -81,7 +53,7 @@ def test_requests_may_join_while_others_decode(model, prompts):
     while not engine.is_idle:
         for number, token in engine.step():
             got[number].append(token)
-    assert list(got.values()) == [[*expected[index], None] for index in order]
+    assert list(got.values()) == [[*alone[index], None] for index in order]
 
 
 def test_stop_tokens_end_a_row_and_are_left_out(model, prompts):
@@ -110,9 +82,8 @@ def test_answers_end_where_the_context_is_full(tiny_model, make_sample):
 
 
 def test_answers_to_one_prompt_differ_and_share_its_pass(model, prompts, monkeypatch):
-    passes, prefill = [], mm.inference.engine.prefill
-    counted = lambda model, samples, length: passes.append(len(samples)) or prefill(model, samples, length)  # noqa: E731
-    monkeypatch.setattr(mm.inference.engine, "prefill", counted)
+    passes, run = [], mm.inference.engine.run_chunks
+    monkeypatch.setattr(mm.inference.engine, "run_chunks", lambda *given: passes.append(len(given[2])) or run(*given))
     asked = [Request(prompts[2], 12, (), answer=answer, **SAMPLING) for answer in range(4)]
     together = decode(Engine(model), asked)
     assert passes == [1]
@@ -163,10 +134,11 @@ class Launches(TorchDispatchMode):
 
 
 def step_launches(model, kinds: tuple[tuple[str, int], ...], rows: int = 2) -> Launches:
+    pool = PagePool(model, 2**20)
     with torch.inference_mode(), Launches() as launches:
-        state = DecodeState(model, Bucket(rows, 64, 1, kinds, False, False))
+        state = DecodeState(model, pool, Bucket(rows, 4, 1, kinds, False, False, False))
         made = launches.number
-        decode_one(model, state)
+        decode_one(model, state, 4)
     launches.number -= made
     launches.names = launches.names[made:]
     return launches
@@ -179,16 +151,18 @@ def test_launches_of_a_step_follow_from_the_layers_alone(build_model, tiny_confi
     text = step_launches(shallow, ())
     assert step_launches(shallow, (), rows=8).number == text.number
     assert 0 < step_launches(deep, ()).number - text.number <= 4 * 35
-    assert step_launches(shallow, (("image", 10),)).number > text.number
+    assert step_launches(shallow, (("image", 1),)).number > text.number
 
 
 def test_a_step_reads_nothing_back(model):
     """On tensors without values, a read would fail: here with pictures, clips and sampling with top_p."""
-    names = step_launches(model, (("image", 10), ("video", 10))).names
+    names = step_launches(model, (("image", 1), ("video", 1))).names
     assert not [name for name in names if "local_scalar" in name or "nonzero" in name]
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
-        state = DecodeState(model, Bucket(2, 64, 1, (("image", 10), ("video", 10)), True, True))
-        decode_one(model, state)
+        state = DecodeState(
+            model, PagePool(model, 2**20), Bucket(2, 4, 1, (("image", 1), ("video", 1)), True, True, True)
+        )
+        decode_one(model, state, 4)
 
 
 @pytest.mark.parametrize(
