@@ -141,10 +141,10 @@ def add_speech(
     if model.speech_encoder is not None:
         raise UserError("the model has a speech_encoder already; train it on instead of adding one")
     config = replace(model.config, speech_encoder=encoder.config, speech_adapter=adapter)
-    table = model.language_model.model.embed_tokens.weight
+    scale = math.hypot(*table_moments(model.language_model.model.embed_tokens.weight))
     with meta_device() as initial:
         new = SpeechAdapter(adapter, encoder.config.output_width, config.language_model.hidden_size)
-        new.initialise_output_scale(math.hypot(*table_moments(table)))
+        new.initialise_output_scale(scale)
     of_encoder = next(encoder.parameters())
     draw_module(new, initial.of(new), seed, "speech_adapter.", of_encoder.dtype)
     model.speech_encoder, model.speech_adapter = encoder, new.to(of_encoder.device)

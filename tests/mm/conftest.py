@@ -181,7 +181,7 @@ def constant_logits(monkeypatch):
         def start(state, logits, drawing=None):
             advance(state, row.repeat(len(logits), 1), drawing)
 
-        def hidden_states(model, pool, rows, counts):
+        def hidden_states(model, pool, rows, counts, chunk):
             return torch.zeros(len(rows), model.config.language_model.hidden_size)
 
         monkeypatch.setattr(mm.inference.engine, "run_chunks", hidden_states)
