@@ -25,6 +25,7 @@ from mm.convert import mllama_config
 from mm.convert.folder import read_config as folder_config
 from mm.convert.report import load_tensors
 from mm.device import resolve_device
+from mm.inference.quantisation import quantise
 from mm.language_model import LanguageModel, LanguageModelConfig
 from mm.model import MultimodalModel
 from mm.processor import Processor
@@ -53,6 +54,7 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     language_model: str | Path | None = None,
+    quantisation: str | None = None,
 ) -> tuple[MultimodalModel, Processor]:
     """A model and its processor, ready to generate.
 
@@ -61,6 +63,7 @@ def load(
         device: None is the CPU.
         dtype: of the weights; None is the language model's own dtype.
         language_model: the present path of a run's language model, if it moved.
+        quantisation: "fp8" or "int8", see `mm.inference.quantisation.quantise`.
 
     Raises:
         UserError: the folder is neither, is incomplete, or its language model is missing or differs from the one in
@@ -77,7 +80,10 @@ def load(
         raise UserError(why_not_a_model(folder))
     use_stop_tokens(model, processor)
     dtype = dtype or model.language_model.model.norm.weight.dtype
-    return model.to(device=device, dtype=dtype).eval(), processor
+    model = model.to(device=device, dtype=dtype).eval()
+    if quantisation is not None:
+        quantise(model, quantisation)
+    return model, processor
 
 
 def save(

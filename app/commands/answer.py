@@ -10,6 +10,7 @@ import mm
 from foundation.errors import UserError, is_user_error, one_line
 from foundation.options import new_parser, read_options
 from mm.device import device_line, resolve_device
+from mm.inference.quantisation import QUANTISATIONS
 from mm.inference.request import check_sampling
 from mm.transcription import transcribe_tokens
 from shards.tars import KeyRule
@@ -160,6 +161,9 @@ def add_model_options(parser: ArgumentParser) -> None:
     """Add the options that `load_model` reads."""
     parser.add_argument("--model", default=DEFAULT_MODEL, help="a run folder, or a Llama 3.2 Vision folder")
     parser.add_argument("--language-model", help="where the run's language model is now, if it has moved")
+    parser.add_argument(
+        "--quantisation", choices=QUANTISATIONS, help="of the language model: fp8 feed-forwards, or int8 weights"
+    )
     add_device_option(parser)
 
 
@@ -172,7 +176,9 @@ def load_model(options: Namespace) -> tuple[mm.MultimodalModel, mm.Processor]:
     """The model and the processor that the options of `add_model_options` name; logs the device first."""
     device = resolve_device(options.device)
     logger.info(device_line(device))
-    return mm.load(options.model, device=device, language_model=options.language_model)
+    return mm.load(
+        options.model, device=device, language_model=options.language_model, quantisation=options.quantisation
+    )
 
 
 class MediaFile:
