@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from mm.training.flops import matmul_rate
+from mm.training.devices import matmul_rate
 from mm.training.live_bytes import LiveBytes
 
 RESULTS = Path(__file__).parent / "results"
@@ -73,7 +73,7 @@ def matmul_ceiling(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> float:
-    """The peak FLOP/s of products of square matrices, see `mm.training.flops.matmul_rate`."""
+    """The peak FLOP/s of products of square matrices, see `mm.training.devices.matmul_rate`."""
     return matmul_rate(str(device), "bf16" if dtype is torch.bfloat16 else "fp32", side, repetitions)
 
 

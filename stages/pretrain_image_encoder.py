@@ -26,20 +26,22 @@ from mm.records import content_texts, record_caption, record_pictures
 from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
 from mm.training.contrastive import (
+    CHECKPOINTED_MODULES,
+    FSDP_MODULES,
     ContrastiveModel,
     ContrastiveObjective,
     Pair,
     PairBatch,
     TextTowerConfig,
-    contrastive_flops,
+    batch_flops,
 )
 from mm.training.data import DataSource, RecordDataset, readable_samples
-from mm.training.flops import matmul_rate
+from mm.training.devices import matmul_rate
 from mm.training.media import check_media
 from mm.training.optimizer import apply_learning_rates
 from mm.training.trainer import Trainer
 from shards.format import Record
-from vision.encoder import EncoderLayer, VisionEncoder, VisionEncoderConfig, initialise_encoder
+from vision.encoder import VisionEncoderConfig, initialise_encoder
 from vision.reading import read_picture
 from vision.tiling import tile_image
 
@@ -87,7 +89,7 @@ def pretrain_image_encoder(config: PretrainImageEncoder) -> None:
     dataset = RecordDataset(config.data, prepare)
     check_media(dataset, IMAGE, shown=lambda record: bool(IMAGE.suffixes(record.media)))
     trained = apply_learning_rates(model, config.training.learning_rates)
-    flops = partial(contrastive_flops, encoder=config.encoder, text=config.text, trained=trained)
+    flops = partial(batch_flops, encoder=config.encoder, text=config.text, trained=trained)
     objective = ContrastiveObjective(flops)
     evaluate = None
     if config.validation:
@@ -104,8 +106,8 @@ def pretrain_image_encoder(config: PretrainImageEncoder) -> None:
         name="image encoder",
         device=device,
         evaluate=evaluate,
-        checkpointed_modules=(EncoderLayer,),
-        fsdp_modules=(VisionEncoder, open_clip.transformer.ResidualAttentionBlock),
+        checkpointed_modules=CHECKPOINTED_MODULES,
+        fsdp_modules=FSDP_MODULES,
         sample_costs=dataset.num_tiles(config.encoder.tile_size, max_tiles),
         matmul_rate=matmul_rate(device.type, config.training.precision),
         identity={name: value for name, value in asdict(config).items() if name not in NOT_IN_FINGERPRINT},

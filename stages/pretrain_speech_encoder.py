@@ -27,16 +27,22 @@ from mm.training.character_ctc import CharacterCtcModel, CharacterCtcObjective, 
 from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
 from mm.training.data import DataSource, RecordDataset, readable_samples
+from mm.training.devices import matmul_rate
 from mm.training.media import check_media, likely_indices
-from mm.training.objectives import Objective
 from mm.training.sampler import seed_of
 from mm.training.speech import set_feature_statistics
-from mm.training.speech_pretraining import BestRqObjective, SpeechPretraining, Utterance
+from mm.training.speech_pretraining import (
+    CHECKPOINTED_MODULES,
+    FSDP_MODULES,
+    BestRqObjective,
+    SpeechPretraining,
+    Utterance,
+)
 from mm.training.trainer import Trainer
 from shards.format import Record
 from speech.augmentation import SpecAugmentConfig, spec_augment
 from speech.best_rq import BestRqConfig
-from speech.conformer import ConformerLayer, SpeechEncoder, SpeechEncoderConfig, new_encoder
+from speech.conformer import SpeechEncoder, SpeechEncoderConfig, new_encoder
 from speech.features import FRAMES_PER_SECOND
 from speech.reading import read_sound
 
@@ -81,7 +87,7 @@ def pretrain_speech_encoder(config: PretrainSpeechEncoder) -> None:
     device = resolve_device(config.device)
     encoder = initial_encoder(config)
     build: Callable[[SpeechEncoder], nn.Module]
-    objective: Objective
+    objective: BestRqObjective | CharacterCtcObjective
     prepare: Callable[[Record, int], object]
     if config.character_ctc:
         build, objective = CharacterCtcModel, CharacterCtcObjective()
@@ -94,6 +100,7 @@ def pretrain_speech_encoder(config: PretrainSpeechEncoder) -> None:
     with meta_device() as initial:
         model = build(encoder)
     draw_module(model, initial.of(model), config.training.seed)
+    objective.flops = partial(objective.batch_flops, encoder=encoder.config)
     dataset = RecordDataset(config.data, prepare, by_epoch=True)
     check_media(dataset, AUDIO, shown=lambda record: bool(AUDIO.suffixes(record.media)))
     if config.start_from is None:
@@ -107,8 +114,9 @@ def pretrain_speech_encoder(config: PretrainSpeechEncoder) -> None:
         output,
         name="speech encoder",
         device=device,
-        checkpointed_modules=(ConformerLayer,),
-        fsdp_modules=(ConformerLayer,),
+        checkpointed_modules=CHECKPOINTED_MODULES,
+        fsdp_modules=FSDP_MODULES,
+        matmul_rate=matmul_rate(device.type, config.training.precision),
         identity={name: value for name, value in asdict(config).items() if name not in NOT_IN_FINGERPRINT},
     ).run()
     if Ranks.current().is_main:

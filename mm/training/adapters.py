@@ -21,7 +21,8 @@ from mm.parallel.tables import CHECKPOINTED_MODULES, FSDP_MODULES
 from mm.processor import Processor
 from mm.training.config import TrainingConfig
 from mm.training.data import DataSource, RecordDataset, collate_step, readable_samples
-from mm.training.flops import TrainedParts, alignment_flops, batch_flops, matmul_rate, text_token_cost
+from mm.training.devices import matmul_rate
+from mm.training.flops import TrainedParts, text_token_cost
 from mm.training.matching import MatchingObjective, match_accuracy
 from mm.training.media import check_media, likely_indices
 from mm.training.objectives import NextTokenObjective
@@ -83,9 +84,8 @@ def train_adapters(
     learning_rates = apply_learning_rates(model, config.training.learning_rates)
     check_trained_parameters(list(learning_rates), trainable_prefix)
     objective = objective or NextTokenObjective()
-    if not any(parameter.startswith(("video_adapter.", "speech_")) for parameter in learning_rates):
-        flops = batch_flops if objective.runs_language_model else alignment_flops  # known for images only
-        objective.flops = partial(flops, config=model.config, trained=TrainedParts.of(learning_rates, model.config))
+    trained = TrainedParts.of(learning_rates, model.config)
+    objective.flops = partial(objective.batch_flops, config=model.config, trained=trained)
     if isinstance(objective, MatchingObjective) and objective.matching_weight:
         check_compared(config.training)
     dataset = RecordDataset(config.data, prepare or processor.record_example, by_epoch=prepare is not None)
@@ -115,7 +115,7 @@ def train_adapters(
             checkpointed_modules=CHECKPOINTED_MODULES,
             fsdp_modules=FSDP_MODULES,
             sample_costs=sample_costs_of(dataset, model.config, processor.max_tiles),
-            matmul_rate=None if objective.flops is None else matmul_rate(device.type, config.training.precision),
+            matmul_rate=matmul_rate(device.type, config.training.precision),
             identity={setting: value for setting, value in asdict(config).items() if setting not in NOT_IN_FINGERPRINT},
         ).run()
 

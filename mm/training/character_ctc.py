@@ -18,8 +18,10 @@ from torch.nn.utils.rnn import pad_sequence
 from foundation.errors import UserError
 from foundation.extras import import_extra
 from layers.linear import Linear
+from mm.training.flops import Flops
+from mm.training.media_flops import speech_encoder_flops
 from mm.training.speech_pretraining import SpeechEncoderObjective
-from speech.conformer import SpeechEncoder, num_frames
+from speech.conformer import SpeechEncoder, SpeechEncoderConfig, num_frames
 
 
 @functools.cache
@@ -96,6 +98,19 @@ class CharacterCtcObjective(SpeechEncoderObjective):
     def __init__(self) -> None:
         super().__init__()
         self.num_edits = self.num_characters = 0
+
+    def step_flops(
+        self, encoder: SpeechEncoderConfig, mel_frames: Sequence[int], activation_checkpointing: bool = False
+    ) -> Flops:
+        """The FLOPs of a forward and a backward pass."""
+        frames = len(mel_frames) * num_frames(max(mel_frames))
+        head = 6 * encoder.width * (1 + len(character_classes())) * frames
+        trained = speech_encoder_flops(encoder, mel_frames, True, int(activation_checkpointing))
+        return Flops(speech_encoder=trained, loss=head)
+
+    def batch_flops(self, batch: TranscribedBatch, encoder: SpeechEncoderConfig) -> int:
+        """`step_flops` of a batch."""
+        return self.step_flops(encoder, batch.lengths.tolist()).total
 
     def dummy_sample(self, module: CharacterCtcModel) -> TranscribedUtterance:
         return TranscribedUtterance(torch.zeros(1, module.speech_encoder.config.num_mels), [])

@@ -5,7 +5,7 @@ imports it. Shapes: N pairs.
 """
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import open_clip
@@ -16,9 +16,14 @@ from torch.nn import functional as F
 from foundation.errors import UserError
 from mm.parallel.dtensor import full_tensor
 from mm.parallel.process_group import Ranks, all_gather_with_grad
-from mm.training.flops import encoder_flops
-from vision.encoder import VisionEncoder, VisionEncoderConfig
+from mm.training.flops import Flops
+from mm.training.media_flops import encoder_flops
+from vision.encoder import EncoderLayer, VisionEncoder, VisionEncoderConfig
 from vision.tiling import Tiles
+
+# As the tables of `mm.parallel.tables`.
+CHECKPOINTED_MODULES: tuple[type[nn.Module], ...] = (EncoderLayer,)
+FSDP_MODULES: tuple[type[nn.Module], ...] = (VisionEncoder, open_clip.transformer.ResidualAttentionBlock)
 
 
 @dataclass(frozen=True)
@@ -161,19 +166,32 @@ class ContrastiveObjective:
         return values if module.logit_bias is None else values | {"logit_bias": full_tensor(module.logit_bias).item()}
 
 
+def batch_flops(batch: PairBatch, encoder: VisionEncoderConfig, text: TextTowerConfig, trained: Collection[str]) -> int:
+    """`contrastive_flops` of a batch."""
+    return contrastive_flops([tiles.num_tiles for tiles in batch.images], encoder, text, trained).total
+
+
 def contrastive_flops(
-    batch: PairBatch, encoder: VisionEncoderConfig, text: TextTowerConfig, trained: Collection[str]
-) -> int:
+    tiles: Sequence[int],
+    encoder: VisionEncoderConfig,
+    text: TextTowerConfig,
+    trained: Collection[str],
+    activation_checkpointing: bool = False,
+) -> Flops:
     """Operations of a forward and a backward pass over pairs, without the comparison of the pairs.
 
     Args:
+        tiles: of each pair's image.
         trained: names of the parameters that train. A tower with one of them counts as trained as a whole.
+        activation_checkpointing: of the image encoder's layers, as in `CHECKPOINTED_MODULES`.
     """
     trains_images, trains_texts = (
         any(name.startswith(tower) for name in trained) for tower in ("vision_encoder.", "text_tower.")
     )
-    images = sum(encoder_flops(encoder, tiles.num_tiles, trains_images, reruns=0) for tiles in batch.images)
-    images += len(batch.images) * 2 * encoder.hidden_size * text.embedding_size * (1 + 2 * trains_images)
+    reruns = int(activation_checkpointing)
+    images = sum(encoder_flops(encoder, number, trains_images, reruns) for number in tiles)
+    images += len(tiles) * 2 * encoder.hidden_size * text.embedding_size * (1 + 2 * trains_images)
     layer = 24 * text.context * text.hidden_size**2 + 4 * text.context**2 * text.hidden_size
     tower = text.num_layers * layer + 2 * text.hidden_size * text.embedding_size
-    return images + len(batch.images) * tower * (1 + 2 * trains_texts)
+    texts = len(tiles) * tower * (1 + 2 * trains_texts)
+    return Flops(vision_encoder=images, text_tower=texts)

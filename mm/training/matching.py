@@ -13,9 +13,12 @@ from torch.nn import functional as F
 
 from foundation.errors import UserError
 from mm.batch import IGNORED, Batch
+from mm.config import ModelConfig
 from mm.modalities import IMAGE, VIDEO, Modality
 from mm.model import MultimodalModel
 from mm.parallel.process_group import Ranks
+from mm.training.flops import Flops, Row, TrainedParts, media_flops
+from mm.training.media_flops import Clip
 from mm.training.objectives import NextTokenObjective, check_loss_weights, next_token_loss
 
 SCALE = 20.0  # of cosines to logits, so that the right one of some hundred answers can get nearly all the probability
@@ -61,6 +64,19 @@ class MatchingObjective(NextTokenObjective):
     @property
     def runs_language_model(self) -> bool:
         return bool(self.next_token_weight)
+
+    def step_flops(
+        self,
+        config: ModelConfig,
+        rows: Sequence[Row],
+        trained: TrainedParts,
+        activation_checkpointing: bool = False,
+        encoded: Sequence[int] | None = None,
+        encoded_clips: Sequence[Clip] | None = None,
+    ) -> Flops:
+        """As the base class; the matching loss itself is not counted."""
+        count = super().step_flops if self.runs_language_model else media_flops
+        return count(config, rows, trained, activation_checkpointing, encoded, encoded_clips)
 
     def loss(self, module: MultimodalModel, batch: Batch) -> Tensor:
         vision_tokens: list[Tensor] = []

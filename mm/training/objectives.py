@@ -3,7 +3,7 @@
 The other objectives are `mm.training.contrastive`, `matching`, `speech`, `speech_pretraining` and `character_ctc`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -11,9 +11,12 @@ from torch.nn import functional as F
 
 from foundation.errors import UserError
 from mm.batch import IGNORED, Batch, Sample, collate, dummy_sample
+from mm.config import ModelConfig
 from mm.modalities import MODALITIES
 from mm.model import MultimodalModel
 from mm.parallel.dtensor import full_tensor
+from mm.training.flops import Flops, Row, TrainedParts, batch_clips, batch_rows, training_flops
+from mm.training.media_flops import Clip
 
 
 class Objective(Protocol):
@@ -110,6 +113,24 @@ class NextTokenObjective:
     @property
     def runs_language_model(self) -> bool:
         return True
+
+    def step_flops(
+        self,
+        config: ModelConfig,
+        rows: Sequence[Row],
+        trained: TrainedParts,
+        activation_checkpointing: bool = False,
+        encoded: Sequence[int] | None = None,
+        encoded_clips: Sequence[Clip] | None = None,
+    ) -> Flops:
+        """The FLOPs of a micro-batch's forward and backward pass, see `mm.training.flops.training_flops`."""
+        return training_flops(config, rows, trained, activation_checkpointing, encoded, encoded_clips)
+
+    def batch_flops(self, batch: Batch, config: ModelConfig, trained: TrainedParts) -> int:
+        """`step_flops` of a batch."""
+        tiles = [image.num_tiles for image in batch.images]
+        rows, clips = batch_rows(batch), batch_clips(batch)
+        return self.step_flops(config, rows, trained, encoded=tiles, encoded_clips=clips).total
 
     def dummy_sample(self, module: MultimodalModel) -> Sample:
         """A black tile, a clip of it and a silent mel frame, of those that the module takes, without a target: every

@@ -19,7 +19,7 @@ from mm.parallel.pipeline import stage_layers
 from mm.parallel.tensor_parallel import shared_sizes
 from mm.training.config import TrainingConfig
 from mm.training.expected_samples import Samples
-from mm.training.flops import Flops, Parameters, parameters
+from mm.training.flops import Flops, Parameters, TrainedParts, parameters
 from mm.training.memory import RankBytes, ShapeModel, StepBytes
 
 USABLE = 0.9  # of a GPU's memory: the driver, the buffers of collectives and fragmentation take the rest
@@ -56,9 +56,11 @@ class Arrangements:
         self, config: ModelConfig, training: TrainingConfig, samples: Samples, gpus: int, rate: float | None
     ) -> None:
         self.config, self.training, self.samples, self.gpus, self.rate = config, training, samples, gpus, rate
-        self.parameters, self.trained = parameters(config, training.learning_rates)
         with torch.device("meta"):
-            self.shared_sizes = {size for _, size in shared_sizes(MultimodalModel(config))}
+            model = MultimodalModel(config)
+        self.parameters, trained = parameters(model, training.learning_rates)
+        self.trained = TrainedParts.of(trained, config)
+        self.shared_sizes = {size for _, size in shared_sizes(model)}
         self._models: dict[tuple[int, int], list[ShapeModel]] = {}
         self._steps: dict[tuple[ShapeModel, int, bool], StepBytes] = {}
 

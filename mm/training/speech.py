@@ -12,9 +12,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from foundation.errors import UserError
 from mm.batch import IGNORED, Batch, Sample
+from mm.config import ModelConfig
 from mm.model import MultimodalModel
 from mm.parallel.dtensor import full_tensor
 from mm.training.distillation import DistillationBatch, DistillationSample, collate_twins, distillation_loss
+from mm.training.flops import Flops, Row, TrainedParts, forward_flops, media_flops
+from mm.training.media_flops import Clip
 from mm.training.objectives import NextTokenObjective, check_loss_weights, loss_of_hidden_states
 from speech.adapter import num_tokens
 from speech.conformer import SpeechEncoder
@@ -76,6 +79,31 @@ class SpeechObjective(NextTokenObjective):
 
     def collate(self, samples: list[Sample]) -> Batch:
         return collate_twins(samples) if self.distillation_weight else super().collate(samples)
+
+    def step_flops(
+        self,
+        config: ModelConfig,
+        rows: Sequence[Row],
+        trained: TrainedParts,
+        activation_checkpointing: bool = False,
+        encoded: Sequence[int] | None = None,
+        encoded_clips: Sequence[Clip] | None = None,
+    ) -> Flops:
+        """As the base class. A text twin is taken to have as many tokens in place of the recording as the answer has,
+        and CTC a class for each target."""
+        count = super().step_flops if self.runs_language_model else media_flops
+        flops = count(config, rows, trained, activation_checkpointing, encoded, encoded_clips)
+        spoken = [row for row in rows if row.mel_frames]
+        if self.distillation_weight and spoken:
+            twins = [
+                Row(row.tokens - sum(map(num_tokens, row.mel_frames)) - 2 + row.targets, row.targets) for row in spoken
+            ]
+            flops += Flops(loss=forward_flops(config, twins).total)
+        if self.ctc_weight and spoken:
+            frames = max(num_tokens(frames) for row in spoken for frames in row.mel_frames)
+            classes = 1 + sum(row.targets for row in spoken)
+            flops += Flops(loss=4 * len(spoken) * frames * classes * config.language_model.hidden_size)
+        return flops
 
     def loss(self, module: MultimodalModel, batch: Batch) -> Tensor:
         self.padding.update([len(mel) for mel in batch.speech])

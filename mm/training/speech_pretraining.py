@@ -4,20 +4,27 @@
 """
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from mm.training.flops import Flops
+from mm.training.media_flops import speech_encoder_flops
 from mm.training.speech import PaddingMeter
 from speech.best_rq import BestRq, BestRqConfig, BestRqOutput, CodeStatistics, draw_masks
-from speech.conformer import STACK, SpeechEncoder
+from speech.conformer import STACK, ConformerLayer, SpeechEncoder, SpeechEncoderConfig
 from speech.features import FRAMES_PER_SECOND
 
 logger = logging.getLogger(__name__)
+
+# As the tables of `mm.parallel.tables`.
+CHECKPOINTED_MODULES: tuple[type[nn.Module], ...] = (ConformerLayer,)
+FSDP_MODULES: tuple[type[nn.Module], ...] = (ConformerLayer,)
 
 
 class MelSample(Protocol):
@@ -34,18 +41,25 @@ class MelBatch(Protocol):
 
 
 class SpeechEncoderObjective:
-    """What the objectives of a speech encoder have in common."""
+    """What the objectives of a speech encoder have in common.
+
+    Attributes:
+        flops: a batch -> operations of its forward and backward pass, which are reported; None reports none.
+    """
 
     forward_methods: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         self.padding = PaddingMeter()
+        self.flops: Callable[[Any], int] | None = None
 
     def size(self, sample: MelSample) -> int:
         return len(sample.mel)
 
     def throughput(self, batch: MelBatch) -> dict[str, float]:
-        return {"audio_seconds": int(batch.lengths.sum()) / FRAMES_PER_SECOND, "mel_frames": batch.mel[..., 0].numel()}
+        seconds = int(batch.lengths.sum()) / FRAMES_PER_SECOND
+        counts: dict[str, float] = {"audio_seconds": seconds, "mel_frames": batch.mel[..., 0].numel()}
+        return counts if self.flops is None else {**counts, "flops": self.flops(batch)}
 
     def used_parts(self, batch: MelBatch) -> dict[str, bool]:
         return {}  # every batch runs through all parts
@@ -100,6 +114,25 @@ class BestRqObjective(SpeechEncoderObjective):
     def _reset(self) -> None:
         self.statistics = CodeStatistics(self.config)
         self.num_correct = self.num_targets = 0
+
+    def step_flops(
+        self,
+        encoder: SpeechEncoderConfig,
+        mel_frames: Sequence[int],
+        num_masked: int,
+        activation_checkpointing: bool = False,
+    ) -> Flops:
+        """The FLOPs of a forward and a backward pass. Args: num_masked: encoder frames that are masked."""
+        codes = self.config.num_codebooks * self.config.codebook_size
+        heads = 6 * encoder.width * codes * num_masked
+        quantiser = 2 * self.config.code_dim * (STACK * encoder.num_mels + codes) * num_masked
+        trained = speech_encoder_flops(encoder, mel_frames, True, int(activation_checkpointing))
+        return Flops(speech_encoder=trained, loss=heads + quantiser)
+
+    def batch_flops(self, batch: UtteranceBatch, encoder: SpeechEncoderConfig) -> int:
+        """`step_flops` of a batch."""
+        num_masked = self.count(batch) // self.config.num_codebooks
+        return self.step_flops(encoder, batch.lengths.tolist(), num_masked).total
 
     def dummy_sample(self, module: SpeechPretraining) -> Utterance:
         return Utterance(torch.zeros(1, module.speech_encoder.config.num_mels), None)
