@@ -32,6 +32,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from foundation.errors import UserError
 from mm.parallel.process_group import Ranks
 from mm.training.data import Position
+from mm.training.offload import HostAdamW, trained_parameters
+from mm.training.optimizer import plain_state, zero_state
 
 logger = logging.getLogger(__name__)
 
@@ -64,15 +66,15 @@ class Checkpoints:
         folder: the run folder. keep: the number of newest checkpoints to keep.
         fingerprint: JSON-able settings that a resumed run must have in common with this one.
         module: already parallelized, and not run yet: while it runs, its parameters are other tensors.
-        optimizer: AdamW of those of its parameters that train.
+        optimizer: AdamW of those of its parameters that train, or of FP32 copies of them (`mm.training.offload`).
     """
 
     def __init__(
-        self, folder: Path, keep: int, fingerprint: dict[str, Any], module: nn.Module, optimizer: torch.optim.AdamW
+        self, folder: Path, keep: int, fingerprint: dict[str, Any], module: nn.Module, optimizer: torch.optim.Optimizer
     ) -> None:
         self.folder, self.keep = folder / "checkpoints", keep
         self.fingerprint = json.loads(json.dumps(fingerprint))
-        self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.trained = dict(trained_parameters(module, optimizer))
         self.optimizer = optimizer
         self.ranks = Ranks.current()
         # A group of their own for the writing threads, so that their messages do not mix with those of the training.
@@ -117,7 +119,8 @@ class Checkpoints:
             "ranks": self.ranks.size,
             "fingerprint": self.fingerprint,
         }
-        moments = {name: self.optimizer.state[p] for name, p in self.trained.items() if self.optimizer.state.get(p)}
+        states = {name: self.optimizer.state.get(p) for name, p in self.trained.items()}
+        moments = {name: plain_state(state) for name, state in states.items() if state}
         tensors = _by_name(self.trained, moments, self.ranks.rank, _random_states())
         self.latest = self.folder / f"step-{step:08d}"
         writer = _Writer(self.latest, json.dumps(state), self.keep)
@@ -170,21 +173,20 @@ class Checkpoints:
                 f"remove {self.folder} to begin anew, or resume the run with its own configuration and with the "
                 "version of mm-adapters that began it"
             )
-        moments = {
-            name: {
-                "step": torch.zeros((), device=parameter.device),  # as AdamW has it: not sharded
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+        states = {
+            name: zero_state(self.optimizer, parameter)
             for name, parameter in self.trained.items()
             if f"optimizer.{name}.step" in saved  # a parameter that never had a gradient has no state
         }
         random = {kind: state for kind, state in _random_states().items() if f"random.{owner}.{kind}" in saved}
         model = {name: parameter.detach() for name, parameter in self.trained.items()}
         with _damage_is_user_error(newest):
+            moments = {name: plain_state(state) for name, state in states.items()}
             tensors = _by_name(model, moments, owner, random)
             load(tensors, storage_reader=FileSystemReader(newest), process_group=self.group)  # into these tensors
-        self.optimizer.state.update({self.trained[name]: values for name, values in moments.items()})
+        self.optimizer.state.update({self.trained[name]: values for name, values in states.items()})
+        if isinstance(self.optimizer, HostAdamW):
+            self.optimizer.copy_to_device()
         torch.set_rng_state(random["cpu"])
         if "cuda" in random:
             torch.cuda.set_rng_state(random["cuda"])
@@ -224,7 +226,7 @@ def _different_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         before, after = old.get(name), new.get(name)
         if isinstance(before, dict) and isinstance(after, dict):
             return not _different_settings(before, after)
-        return before == after or (name not in old and after in (False, 0))
+        return before == after or (name not in old and after in (False, 0, None))
 
     return [name for name in sorted({*old, *new}) if not is_same(name)]
 

@@ -17,6 +17,9 @@ NOT_IN_FINGERPRINT = (
     "tp",
     "pp",
     "rank_timeout",
+    "offload_optimizer",
+    "offload_frozen",
+    "peak_tflops",
 )
 
 
@@ -53,6 +56,15 @@ class TrainingConfig:
         pp: ranks that share the layers, in order (pipeline parallelism).
         rank_timeout: seconds that ranks wait for each other at a step before the run fails and names the missing ones.
         seed: of the order of samples and of everything random.
+        optimizer_state: "8bit" stores AdamW's moments in 8 bit; null: FP32. One process only.
+        offload_optimizer: keep FP32 weights, gradients and moments in the host's memory, and step there. One process
+            only.
+        offload_frozen: keep the language model's layers in the host's memory, and copy one at a time to the device. One
+            process only.
+        frozen_language_model: "int8" or "fp8" stores the matrices of the language model's layers in 8 bits, with a
+            scale per output channel, while the stage trains; null leaves them as they are. One process only.
+        peak_tflops: the device's specified TFLOP/s of matrix products in this precision, of which `mfu` is a share;
+            null looks it up by the device's name.
     """
 
     steps: int
@@ -81,6 +93,18 @@ class TrainingConfig:
     pp: int = 1
     rank_timeout: float = 300.0
     seed: int = 0
+    optimizer_state: str | None = None
+    offload_optimizer: bool = False
+    offload_frozen: bool = False
+    frozen_language_model: str | None = None
+    peak_tflops: float | None = None
+
+    @property
+    def savings(self) -> list[str]:
+        """The settings that save memory in one process, as far as they are on."""
+        values = {"optimizer_state": bool(self.optimizer_state), "offload_optimizer": self.offload_optimizer}
+        values |= {"offload_frozen": self.offload_frozen, "frozen_language_model": bool(self.frozen_language_model)}
+        return [name for name, on in values.items() if on]
 
     def layout(self, num_ranks: int) -> Layout:
         """The arrangement of so many ranks.
@@ -122,5 +146,18 @@ class TrainingConfig:
                 f"training.micro_batch_size is {self.micro_batch_size}; it can be 1 to the batch_size, "
                 f"{self.batch_size}"
             )
+        for name, choices in (("optimizer_state", (None, "8bit")), ("frozen_language_model", (None, "int8", "fp8"))):
+            if getattr(self, name) not in choices:
+                known = " or ".join("null" if choice is None else choice for choice in choices)
+                raise UserError(f"training.{name} is {getattr(self, name)!r}; it can be {known}")
+        if self.optimizer_state is not None and self.offload_optimizer:
+            raise UserError(
+                "training.optimizer_state is 8bit and training.offload_optimizer is true: the host holds FP32 moments; "
+                "take one of the two"
+            )
+        if self.compile and self.offload_frozen:
+            raise UserError("training.compile works without training.offload_frozen: set one of them to false")
+        if self.peak_tflops is not None and not self.peak_tflops > 0:
+            raise UserError(f"training.peak_tflops is {self.peak_tflops}; it must be above 0, or null")
         if self.precision not in ("fp32", "bf16"):
             raise UserError(f"training.precision is {self.precision!r}; it can be fp32 or bf16")

@@ -1,8 +1,13 @@
-"""Which parameters train and how fast: learning rates by name pattern, AdamW, warm-up and cosine, gradients by part."""
+"""Which parameters train and how fast: learning rates by name pattern, AdamW, warm-up and cosine, gradients by part.
+
+AdamW's two moments are FP32, or 8 bit in blocks of 256 numbers with a scale each (Dettmers et al., arXiv 2110.02861).
+"""
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +15,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from foundation.errors import UserError
+from foundation.extras import import_extra
 from mm.parallel.dtensor import total_norm
+
+EPSILON = 1e-8
+BLOCK_SIZE, MIN_8BIT_SIZE = 256, 4096  # of torchao's 8-bit moments
 
 
 def apply_learning_rates(module: nn.Module, learning_rates: Mapping[str, float | None]) -> dict[str, float]:
@@ -43,32 +52,84 @@ def apply_learning_rates(module: nn.Module, learning_rates: Mapping[str, float |
 
 
 def build_optimizer(
-    module: nn.Module, learning_rates: Mapping[str, float], weight_decay: float, betas: tuple[float, float]
-) -> torch.optim.AdamW:
+    module: nn.Module,
+    learning_rates: Mapping[str, float],
+    weight_decay: float,
+    betas: tuple[float, float],
+    state: str | None = None,
+) -> torch.optim.Optimizer:
     """AdamW over the parameters in `learning_rates` that the module holds; a pipeline stage may hold none of them.
-
-    Weight decay applies to matrices only, not to norms, biases and gates. Parameters on different device meshes are in
-    different groups, because the fused step takes one mesh.
 
     Args:
         learning_rates: of each parameter that trains, by name.
+        state: of the moments, "8bit"; None: FP32.
+
+    Raises:
+        MissingExtraError: torchao is missing, whose optimizer has the moments in 8 bit.
+    """
+    groups = parameter_groups(dict(module.named_parameters()), learning_rates, weight_decay)
+    if state is None:
+        return torch.optim.AdamW(groups, betas=betas, eps=EPSILON, fused=True)
+    optim = import_extra("torchao.optim", "lowbit", "training.optimizer_state: 8bit")
+    optimizer = optim.AdamW8bit(groups, betas=betas, eps=EPSILON, block_size=BLOCK_SIZE)
+    optimizer.step = partial(_step_uncompiled, optimizer.step)
+    return optimizer
+
+
+def _step_uncompiled(step: Callable[[], Any]) -> Any:
+    """Step without the compiler, which torchao would run for each shape of a parameter."""
+    with torch.compiler.set_stance("force_eager"):
+        return step()
+
+
+def parameter_groups(
+    parameters: Mapping[str, nn.Parameter], learning_rates: Mapping[str, float], weight_decay: float
+) -> list[dict[str, Any]]:
+    """AdamW's groups of the parameters that have a learning rate.
+
+    Weight decay applies to matrices only, not to norms, biases and gates. Parameters on different device meshes are in
+    different groups, because the fused step takes one mesh.
     """
     groups: dict[tuple[float, float, DeviceMesh | None], list[nn.Parameter]] = {}
-    for name, parameter in module.named_parameters():
+    for name, parameter in parameters.items():
         if name in learning_rates:
             decay = weight_decay if parameter.dim() > 1 else 0.0
             mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
             groups.setdefault((learning_rates[name], decay, mesh), []).append(parameter)
     groups = groups or {(0.0, 0.0, None): []}  # AdamW accepts an empty group, but not no group
-    return torch.optim.AdamW(
-        [
-            {"params": parameters, "lr": rate, "base_lr": rate, "weight_decay": decay}
-            for (rate, decay, _), parameters in groups.items()
-        ],
-        betas=(betas[0], betas[1]),
-        eps=1e-8,
-        fused=True,
-    )
+    return [
+        {"params": members, "lr": rate, "base_lr": rate, "weight_decay": decay}
+        for (rate, decay, _), members in groups.items()
+    ]
+
+
+def state_bytes(parameter: Tensor, state: str | None) -> float:
+    """The bytes of AdamW's moments of a parameter.
+
+    In 8 bit, tensors of fewer than 4096 numbers, or not of whole blocks, keep FP32 moments.
+    """
+    number = parameter.numel()
+    if state is None or number < MIN_8BIT_SIZE or number % BLOCK_SIZE:
+        return 8.0 * number
+    return 2 * (number + 4 * number / BLOCK_SIZE)
+
+
+def plain_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A parameter's optimizer state as plain tensors, which checkpoints hold: of a moment in 8 bit codes and scales."""
+    plain: dict[str, Any] = {}
+    for name, value in state.items():
+        codes, scale = getattr(value, "codes", None), getattr(value, "scale", None)
+        plain |= {name: value} if codes is None else {f"{name}_codes": codes, f"{name}_scale": scale}
+    return plain
+
+
+def zero_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """A parameter's optimizer state before its first step, as the optimizer stores it."""
+    step = torch.zeros((), device=parameter.device)  # as AdamW has it: not sharded
+    if hasattr(optimizer, "_new_buffer"):  # torchao's
+        moments = {"exp_avg": optimizer._new_buffer(parameter, True)}
+        return {"step": step, **moments, "exp_avg_sq": optimizer._new_buffer(parameter, False)}
+    return {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
 
 
 def learning_rate_factor(step: int, num_steps: int, warmup_steps: int, final_factor: float) -> float:
@@ -82,7 +143,11 @@ def learning_rate_factor(step: int, num_steps: int, warmup_steps: int, final_fac
 def set_learning_rate_factor(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Set all learning rates to `factor` times their base values."""
     for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
+        rate = group["base_lr"] * factor
+        if isinstance(group["lr"], Tensor):  # torchao's optimizers are compiled, and take a tensor
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def drop_gradients(module: nn.Module, parts: Collection[str]) -> None:

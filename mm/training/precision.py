@@ -1,4 +1,7 @@
-"""What a run in bf16 needs: frozen matrices in bf16, where that changes no number, and fast attention on a CPU."""
+"""How weights are stored in training: frozen ones in bf16, where that changes no number, or in 8 bits.
+
+Here is also which attention kernels a run in bf16 takes on a CPU.
+"""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -6,6 +9,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from layers.weight_only import quantize_linears, restore_linears
+from mm.parallel.tables import CHECKPOINTED_MODULES
 
 
 @contextmanager
@@ -30,8 +36,37 @@ def lossless_bf16(module: nn.Module, active: bool = True) -> Iterator[None]:
             matrix.data = matrix.data.float()
 
 
+@contextmanager
+def weight_only(module: nn.Module, kind: str | None) -> Iterator[None]:
+    """Context in which the frozen linear layers inside a module have weights of 8 bits (`layers.weight_only`).
+
+    The original matrices wait in the memory that they are in: the host's, before the module is moved to a device.
+
+    Args:
+        kind: "int8" or "fp8"; None changes nothing.
+    """
+    replaced = quantize_linears(module, kind) if kind is not None else []
+    try:
+        yield
+    finally:
+        restore_linears(replaced)
+
+
 def bf16_candidates(module: nn.Module) -> list[str]:
-    """The names of frozen FP32 matrices that only linear layers use.
+    """The names of frozen FP32 matrices that only linear layers use."""
+    names = linear_weights(module)
+    parameters = {name: module.get_parameter(name) for name in names}
+    return [name for name, p in parameters.items() if p.dtype is torch.float32 and not p.requires_grad]
+
+
+def layer_weights(module: nn.Module) -> list[str]:
+    """The names of matrices of linear layers inside the repeated layers, where no module takes its type from them."""
+    layers = [name for name, part in module.named_modules() if isinstance(part, CHECKPOINTED_MODULES)]
+    return [name for name in linear_weights(module) if name.startswith(tuple(f"{layer}." for layer in layers))]
+
+
+def linear_weights(module: nn.Module) -> list[str]:
+    """The names of matrices that only linear layers use.
 
     What a norm or an embedding also uses stays FP32: hidden states are FP32 and take the type of those parameters.
     """
@@ -44,10 +79,7 @@ def bf16_candidates(module: nn.Module) -> list[str]:
     return [
         f"{name}.weight" if name else "weight"
         for name, part in module.named_modules()
-        if isinstance(part, nn.Linear)
-        and part.weight.dtype is torch.float32
-        and not part.weight.requires_grad
-        and id(part.weight) not in others
+        if isinstance(part, nn.Linear) and id(part.weight) not in others
     ]
 
 
