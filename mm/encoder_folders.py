@@ -71,11 +71,22 @@ def load_speech_encoder(path: str | Path) -> SpeechEncoder | WhisperEncoder:
     if path.suffix == ".pt":
         return mm.convert.whisper.load(path)
     description = read_description(path)
-    config = _config(path, description, "speech_encoder", SpeechEncoderConfig | WhisperEncoderConfig)
     with meta_device():
-        encoder = build_speech_encoder(config)
+        encoder = build_speech_encoder(read_speech_encoder_shape(path))
     load_tensors(encoder, read_part(path, "speech_encoder", description), source=path)
     return encoder
+
+
+def read_speech_encoder_shape(path: str | Path) -> SpeechEncoderConfig | WhisperEncoderConfig:
+    """The configuration of the encoder that `load_speech_encoder` would load.
+
+    Raises:
+        UserError: as `load_speech_encoder`.
+    """
+    path = Path(path)
+    if path.suffix == ".pt":
+        return mm.convert.whisper.load(path).config
+    return _config(path, read_description(path), "speech_encoder", SpeechEncoderConfig | WhisperEncoderConfig)
 
 
 def _save(folder: str | Path, part: str, encoder: VisionEncoder | SpeechEncoder | WhisperEncoder) -> None:

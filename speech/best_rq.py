@@ -46,6 +46,15 @@ class BestRqConfig:
         if not 0 < self.mask_probability <= 1:
             raise UserError(f"mask_probability is {self.mask_probability}; it must be above 0 and at most 1")
 
+    @property
+    def masked_share(self) -> float:
+        """The expected share of the encoder's frames that are masked: those of which all 4 mel frames are.
+
+        By inclusion and exclusion over the 4: the spans that would mask two neighbours have `mask_span` + 1 starts.
+        """
+        no_start = 1 - self.mask_probability
+        return 1 - STACK * no_start**self.mask_span + (STACK - 1) * no_start ** (self.mask_span + 1)
+
 
 def draw_masks(lengths: Sequence[int] | Tensor, seeds: Sequence[int], config: BestRqConfig) -> Tensor:
     """Draw the masks of a batch; an utterance's mask depends on its own seed and length only.

@@ -14,17 +14,21 @@ from dataclasses import dataclass
 import torch
 
 import mm.convert.llama
+from foundation.errors import UserError
 from mm.assembly import replace_language_model
+from mm.config import ModelConfig
 from mm.modalities import IMAGE
 from mm.model import MultimodalModel
 from mm.parallel.process_group import Ranks
 from mm.processor import Processor
-from mm.run_folder import load, save
+from mm.run_folder import load, read_shape, save
 from mm.tokenizer_fit import use_stop_tokens
 from mm.training.adapters import processor_overrides, train_adapters
 from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
 from mm.training.data import DataSource
+from mm.training.objectives import NextTokenObjective
+from mm.training.stage_shapes import ModelShape, PlannedStage
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +71,14 @@ def finetune(config: Finetune) -> None:
     if Ranks.current().is_main:
         bundle = config.bundle or config.language_model is None
         save(config.output, model, processor, language_model=config.language_model, bundle=bundle)
+
+
+def planned(config: Finetune, model: ModelConfig | None = None) -> PlannedStage:
+    """The stage for `mm plan`. Args: model: shapes in place of those of the run that the configuration names."""
+    model = read_shape(config.start_from) if model is None else model
+    if model.vision_encoder is None:
+        raise UserError(f"{config.start_from} has no vision_encoder, so there is no picture to plan with")
+    return PlannedStage.of_model(ModelShape(model, NextTokenObjective()), IMAGE)
 
 
 def initial_model(config: Finetune) -> tuple[MultimodalModel, Processor]:

@@ -18,6 +18,7 @@ from torch import nn
 from foundation.errors import UserError
 from layers.initial import draw_module
 from layers.meta import meta_device
+from mm.config import ModelConfig
 from mm.device import resolve_device
 from mm.encoder_folders import save_vision_encoder
 from mm.modalities import IMAGE
@@ -32,6 +33,7 @@ from mm.training.contrastive import (
     ContrastiveObjective,
     Pair,
     PairBatch,
+    PairsShape,
     TextTowerConfig,
     batch_flops,
 )
@@ -39,6 +41,7 @@ from mm.training.data import DataSource, RecordDataset, readable_samples
 from mm.training.devices import matmul_rate
 from mm.training.media import check_media
 from mm.training.optimizer import apply_learning_rates
+from mm.training.stage_shapes import PlannedStage
 from mm.training.trainer import Trainer
 from shards.format import Record
 from vision.encoder import VisionEncoderConfig, initialise_encoder
@@ -114,6 +117,13 @@ def pretrain_image_encoder(config: PretrainImageEncoder) -> None:
     ).run()
     if Ranks.current().is_main:
         save_vision_encoder(output, model.vision_encoder)
+
+
+def planned(config: PretrainImageEncoder, model: ModelConfig | None = None) -> PlannedStage:
+    """The stage for `mm plan`. Args: model: whose image encoder takes the place of the configuration's."""
+    encoder = config.encoder if model is None or model.vision_encoder is None else model.vision_encoder
+    shape = PairsShape(encoder, config.text, config.loss)
+    return PlannedStage(shape, IMAGE, 0, encoder.tile_size, encoder.max_num_tiles, config.max_tiles)
 
 
 def check(config: PretrainImageEncoder, max_tiles: int) -> None:

@@ -18,12 +18,19 @@ from torch import Tensor, nn
 from foundation.errors import UserError
 from layers.initial import draw_module
 from layers.meta import meta_device
+from mm.config import ModelConfig
 from mm.device import resolve_device
-from mm.encoder_folders import load_speech_encoder, save_speech_encoder
+from mm.encoder_folders import load_speech_encoder, read_speech_encoder_shape, save_speech_encoder
 from mm.modalities import AUDIO
 from mm.parallel.process_group import Ranks
 from mm.records import record_transcript
-from mm.training.character_ctc import CharacterCtcModel, CharacterCtcObjective, TranscribedUtterance, encode_characters
+from mm.training.character_ctc import (
+    CharacterCtcModel,
+    CharacterCtcObjective,
+    CharacterCtcShape,
+    TranscribedUtterance,
+    encode_characters,
+)
 from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
 from mm.training.data import DataSource, RecordDataset, readable_samples
@@ -35,9 +42,11 @@ from mm.training.speech_pretraining import (
     CHECKPOINTED_MODULES,
     FSDP_MODULES,
     BestRqObjective,
+    PretrainingShape,
     SpeechPretraining,
     Utterance,
 )
+from mm.training.stage_shapes import PlannedStage
 from mm.training.trainer import Trainer
 from shards.format import Record
 from speech.augmentation import SpecAugmentConfig, spec_augment
@@ -139,6 +148,19 @@ def check(config: PretrainSpeechEncoder) -> None:
         raise UserError(
             "give `encoder`, the shape of a new conformer, or `start_from`, the folder of one; one of the two"
         )
+
+
+def planned(config: PretrainSpeechEncoder, model: ModelConfig | None = None) -> PlannedStage:
+    """The stage for `mm plan`. Args: model: shapes in place of the encoder's."""
+    encoder: object = config.encoder
+    if model is not None:
+        encoder = model.speech_encoder
+    elif config.start_from is not None:
+        encoder = read_speech_encoder_shape(config.start_from)
+    if not isinstance(encoder, SpeechEncoderConfig):
+        raise UserError("give `encoder`, the shape of a new conformer, or start_from, an earlier run with one")
+    shape = CharacterCtcShape(encoder) if config.character_ctc else PretrainingShape(encoder, best_rq=config.best_rq)
+    return PlannedStage(shape, AUDIO, max_seconds=encoder.max_seconds)
 
 
 def initial_encoder(config: PretrainSpeechEncoder) -> SpeechEncoder:

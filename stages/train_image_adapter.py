@@ -34,6 +34,7 @@ from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
 from mm.training.data import DataSource
 from mm.training.matching import MatchingObjective
+from mm.training.stage_shapes import ModelShape, PlannedStage
 from shards.format import Record
 from vision.augmentation import PictureAugmentConfig
 from vision.encoder import VisionEncoder, VisionEncoderConfig, new_encoder
@@ -191,8 +192,15 @@ def initial_encoder(config: TrainImageAdapter) -> VisionEncoder:
     return new_encoder(config.encoder, config.training.seed)
 
 
+def planned(config: TrainImageAdapter, model: ModelConfig | None = None) -> PlannedStage:
+    """The stage for `mm plan`. Args: model: shapes in place of those of the folders that the configuration names."""
+    objective = MatchingObjective(IMAGE, config.matching_weight, config.next_token_weight)
+    model = read_model_config(config) if model is None else replace(model, image_adapter=config.adapter)
+    return PlannedStage.of_model(ModelShape(model, objective), IMAGE, max_tiles=config.max_tiles)
+
+
 def read_model_config(config: TrainImageAdapter) -> ModelConfig:
-    """The configuration of the model that this stage (or `stages.finetune`) trains, without reading any weights.
+    """The configuration of the model that this stage trains, without reading any weights.
 
     Raises:
         UserError: the configuration names nothing to start from, or what it names does not describe a model with an
@@ -209,7 +217,7 @@ def read_model_config(config: TrainImageAdapter) -> ModelConfig:
             encoder = read_vision_encoder_shape(config.vision_encoder)
         model = ModelConfig(language_model, encoder, config.adapter)
     if model.vision_encoder is None:
-        raise UserError(f"{config.start_from} has no vision_encoder, and `mm plan` is for models with one")
+        raise UserError(f"{config.start_from} has no vision_encoder, so there is no picture to plan with")
     tile_size = config.tile_size or model.vision_encoder.tile_size
     return replace(model, vision_encoder=replace(model.vision_encoder, tile_size=tile_size))
 

@@ -20,12 +20,13 @@ import mm.convert.llama
 from foundation.errors import UserError
 from mm.assembly import add_speech, from_language_model
 from mm.batch import IGNORED, Sample
-from mm.encoder_folders import load_speech_encoder
+from mm.config import ModelConfig
+from mm.encoder_folders import load_speech_encoder, read_speech_encoder_shape
 from mm.modalities import AUDIO
 from mm.model import MultimodalModel
 from mm.parallel.process_group import Ranks
 from mm.processor import Processor
-from mm.run_folder import language_model_of, load, save
+from mm.run_folder import language_model_of, load, read_shape, save
 from mm.tokenizer_fit import use_stop_tokens
 from mm.training.adapters import processor_overrides, train_adapters
 from mm.training.command import run_stage
@@ -35,11 +36,12 @@ from mm.training.distillation import with_twin
 from mm.training.media import check_media, likely_indices
 from mm.training.sampler import seed_of
 from mm.training.speech import SpeechObjective, set_feature_statistics
+from mm.training.stage_shapes import ModelShape, PlannedStage
 from shards.format import Record
 from speech.adapter import SpeechAdapterConfig
 from speech.augmentation import SpecAugmentConfig, spec_augment
 from speech.conformer import SpeechEncoder, SpeechEncoderConfig, new_encoder
-from speech.whisper import WhisperEncoder
+from speech.whisper import WhisperEncoder, WhisperEncoderConfig
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +112,27 @@ def train_speech_adapter(config: TrainSpeechAdapter) -> None:
     if Ranks.current().is_main:
         bundle = config.bundle or language_model is None
         save(config.output, model, processor, language_model=None if bundle else language_model, bundle=bundle)
+
+
+def planned(config: TrainSpeechAdapter, model: ModelConfig | None = None) -> PlannedStage:
+    """The stage for `mm plan`. Args: model: shapes in place of those of what the configuration starts from."""
+    objective = SpeechObjective(config.ctc_weight, config.next_token_weight, config.distillation_weight)
+    if model is None:
+        if (config.start_from is None) == (config.language_model is None):
+            raise UserError("name start_from or language_model, one of the two, for their shapes; or take a --preset")
+        if config.start_from is not None:
+            model = read_shape(config.start_from)
+        else:
+            assert config.language_model is not None
+            model = ModelConfig(mm.convert.llama.read_shape(config.language_model))
+    if model.speech_encoder is None:
+        encoder: SpeechEncoderConfig | WhisperEncoderConfig | None = config.encoder
+        if config.speech_encoder is not None:
+            encoder = read_speech_encoder_shape(config.speech_encoder)
+        if encoder is None:
+            raise UserError("give `encoder`, the shape of a new conformer, or `speech_encoder`, the place of one")
+        model = replace(model, speech_encoder=encoder, speech_adapter=config.adapter)
+    return PlannedStage.of_model(ModelShape(model, objective), AUDIO)
 
 
 def initial_model(config: TrainSpeechAdapter) -> tuple[MultimodalModel, Processor, str | None]:

@@ -8,23 +8,25 @@ a higher tile resolution.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from foundation.errors import UserError
 from mm.assembly import add_video_adapter, set_aggregation_factor, set_tile_size
+from mm.config import ModelConfig
 from mm.modalities import VIDEO
 from mm.model import MultimodalModel
 from mm.parallel.process_group import Ranks
 from mm.processor import Processor
-from mm.run_folder import language_model_of, load, save
+from mm.run_folder import language_model_of, load, read_shape, save
 from mm.tokenizer_fit import use_stop_tokens
 from mm.training.adapters import processor_overrides, train_adapters
 from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
 from mm.training.data import DataSource
 from mm.training.matching import MatchingObjective
+from mm.training.stage_shapes import ModelShape, PlannedStage
 from mm.video_adapter import VideoAdapterConfig
 
 
@@ -88,6 +90,20 @@ def train_video_adapter(config: TrainVideoAdapter) -> None:
     if Ranks.current().is_main:
         bundle = config.bundle or language_model is None
         save(config.output, model, processor, language_model=None if bundle else language_model, bundle=bundle)
+
+
+def planned(config: TrainVideoAdapter, model: ModelConfig | None = None) -> PlannedStage:
+    """The stage for `mm plan`. Args: model: shapes in place of those of the run that the configuration names."""
+    objective = MatchingObjective(VIDEO, config.matching_weight, config.next_token_weight)
+    model = read_shape(config.start_from) if model is None else model
+    if model.vision_encoder is None:
+        raise UserError(f"{config.start_from} has no image encoder, so there is no frame to plan with")
+    adapter = model.video_adapter or config.adapter
+    if config.factor is not None:
+        adapter = replace(adapter, aggregator=replace(adapter.aggregator, factor=config.factor))
+    encoder = replace(model.vision_encoder, tile_size=config.tile_size or model.vision_encoder.tile_size)
+    model = replace(model, video_adapter=adapter, vision_encoder=encoder)
+    return PlannedStage.of_model(ModelShape(model, objective), VIDEO, config.max_frame_tiles, config.max_frames)
 
 
 def initial_model(config: TrainVideoAdapter) -> tuple[MultimodalModel, Processor, bool]:

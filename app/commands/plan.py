@@ -1,37 +1,71 @@
 """`mm plan`: what a training run costs, before it runs."""
 
+import importlib
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass
+from typing import Any
 
 import mm
-from foundation.errors import UserError
+from app.cli import STAGES
 from foundation.options import new_parser, read_options
-from mm.training.expected_samples import expected_samples
-from mm.training.planner import plan
-from stages.train_image_adapter import TrainImageAdapter, read_model_config
+from mm.training.config import TrainingConfig
+from mm.training.devices import device_named
+from mm.training.expected_samples import SampleSizes, expected_samples
+from mm.training.planner import HOST_LINK, plan
+
+DEFAULT_STAGE = "train_image_adapter"
 
 
 def plan_training(argv: Sequence[str]) -> int:
-    """Print parameters, operations, memory, and the layouts that fit the GPUs, of an image stage."""
-    parser = new_parser("mm plan", "Estimate memory, operations and layouts of a training run.", config=True)
-    parser.add_class_arguments(TrainImageAdapter, skip={"tile_size"})
-    parser.add_argument("--tile-size", type=int | None, help="tile size in pixels, if not the encoder's")
+    """Print parameters, operations, memory, and the layouts that fit the GPUs, of a stage's run."""
+    named = bool(argv) and argv[0] in STAGES
+    stage, rest = (argv[0], argv[1:]) if named else (DEFAULT_STAGE, argv)
+    module = importlib.import_module(STAGES[stage].target.partition(":")[0])
+    config_class = _config_class(module)
+    description = f"Estimate memory, operations and layouts of a run of a stage ({', '.join(STAGES)}); here of {stage}."
+    parser = new_parser("mm plan", description, config=True)
+    has_tile_size = any(field.name == "tile_size" for field in fields(config_class))
+    parser.add_class_arguments(config_class, skip={"tile_size"} if has_tile_size else None)
+    if has_tile_size:
+        parser.add_argument("--tile-size", type=int | None, help="tile size in pixels, if not the encoder's")
     parser.add_argument("--preset", help="8b, 70b or 405b: the paper's shapes in place of those of the named folders")
     parser.add_argument("--gpus", type=int, default=1, help="number of GPUs")
+    parser.add_argument("--gpu", help="a GPU by name, such as h100, for its memory and its specified rate")
     parser.add_argument("--gpu-memory", type=float, help="GB of each GPU; lists the layouts that fit")
     parser.add_argument("--tflops", type=float, help="TFLOP/s of a GPU's matrix products; estimates speeds")
     parser.add_argument("--text-tokens", type=int, default=64, help="text tokens per sample")
-    parser.add_argument("--tiles", type=int, help="tiles per image; default: as the data's index says, or 4")
+    parser.add_argument("--tiles", type=int, help="tiles per image or frame; default: as the data's index says, or 4")
+    parser.add_argument("--frames", type=int, help="frames per clip; default: the stage's max_frames")
+    parser.add_argument("--seconds", type=float, help="seconds of an utterance; default: as the index says, or 20")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    options = read_options(parser, argv)
-    config = TrainImageAdapter(**{field.name: options[field.name] for field in fields(TrainImageAdapter)})
-    if not config.next_token_weight:
-        raise UserError("`mm plan` is for stages that run the language model: set next_token_weight above 0")
-    if options.preset is None:
-        model = read_model_config(config)
-    else:
-        model = replace(mm.preset(options.preset, config.tile_size or 336), image_adapter=config.adapter)
-    samples = expected_samples(model, config.data, config.max_tiles, options.text_tokens, options.tiles)
-    costs = plan(model, config.training, samples, options.gpus, options.gpu_memory, options.tflops)
+    options = read_options(parser, rest)
+    config = config_class(**{field.name: options[field.name] for field in fields(config_class)})
+    model = None
+    if options.preset is not None:
+        tile_size = getattr(config, "tile_size", None) or 336
+        speech = "speech" in stage and getattr(config, "encoder", None) is None
+        model = mm.preset(options.preset, tile_size, speech=speech)
+    planned = module.planned(config, model)
+    sizes = SampleSizes(options.text_tokens, options.tiles, options.frames, options.seconds)
+    samples = expected_samples(planned, config.data, sizes)
+    training: TrainingConfig = config.training
+    gigabytes, teraflops, host_link = options.gpu_memory, options.tflops, HOST_LINK
+    if options.gpu is not None:
+        device = device_named(options.gpu)
+        gigabytes = device.gigabytes if gigabytes is None else gigabytes
+        teraflops = device.rate(training.precision) / 1e12 if teraflops is None else teraflops
+        host_link = device.host_link
+    costs = plan(planned.shape, training, samples, options.gpus, gigabytes, teraflops, host_link)
     print(costs.to_json() if options.json else costs)
     return 0
+
+
+def _config_class(module: Any) -> Any:
+    """The dataclass of a stage's settings: the one in its module that has `training`."""
+    return next(
+        value
+        for value in vars(module).values()
+        if is_dataclass(value)
+        and getattr(value, "__module__", None) == module.__name__
+        and any(field.name == "training" for field in fields(value))
+    )

@@ -7,21 +7,26 @@ with; characters are not. Shapes: B utterances, T mel frames, S encoder frames.
 import functools
 import re
 import unicodedata
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from foundation.errors import UserError
 from foundation.extras import import_extra
 from layers.linear import Linear
-from mm.training.flops import Flops
+from layers.meta import meta_device
+from mm.training.flops import Flops, Row
 from mm.training.media_flops import speech_encoder_flops
-from mm.training.speech_pretraining import SpeechEncoderObjective
+from mm.training.speech_pretraining import SpeechEncoderObjective, SpeechEncoderShape
 from speech.conformer import SpeechEncoder, SpeechEncoderConfig, num_frames
+from speech.features import FRAMES_PER_SECOND
+
+CHARACTERS_PER_SECOND = 15  # of speech, where the planner has no transcripts
 
 
 @functools.cache
@@ -86,6 +91,32 @@ class CharacterCtcModel(nn.Module):
         """Log-probabilities of the classes at each encoder frame, FP32 [B, S, classes]."""
         frames, _ = self.speech_encoder(batch.mel, batch.lengths)
         return self.ctc_head(frames).float().log_softmax(-1)
+
+
+@dataclass
+class CharacterCtcShape(SpeechEncoderShape):
+    """The shape of character CTC, see `mm.training.stage_shapes.StageShape`."""
+
+    def __post_init__(self) -> None:
+        self.objective = CharacterCtcObjective()
+
+    def build(self) -> CharacterCtcModel:
+        with meta_device():
+            return CharacterCtcModel(SpeechEncoder(self.encoder))
+
+    def sample(self, row: Row, number: int, fake: FakeTensorMode) -> TranscribedUtterance:
+        with fake:
+            mel = torch.empty(row.mel_frames[0], self.encoder.num_mels)
+        return TranscribedUtterance(mel, [1] * (row.mel_frames[0] * CHARACTERS_PER_SECOND // FRAMES_PER_SECOND))
+
+    def flops(
+        self,
+        rows: Sequence[Row],
+        trained: Collection[str],
+        activation_checkpointing: bool = False,
+        encoded: Sequence[int] | None = None,
+    ) -> Flops:
+        return self.objective.step_flops(self.encoder, [row.mel_frames[0] for row in rows], activation_checkpointing)
 
 
 class CharacterCtcObjective(SpeechEncoderObjective):

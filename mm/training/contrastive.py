@@ -11,13 +11,16 @@ from dataclasses import dataclass
 import open_clip
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from foundation.errors import UserError
+from layers.meta import meta_device
 from mm.parallel.dtensor import full_tensor
 from mm.parallel.process_group import Ranks, all_gather_with_grad
-from mm.training.flops import Flops
+from mm.training.flops import Flops, Row
 from mm.training.media_flops import encoder_flops
+from mm.training.stage_shapes import empty_tiles
 from vision.encoder import EncoderLayer, VisionEncoder, VisionEncoderConfig
 from vision.tiling import Tiles
 
@@ -111,6 +114,46 @@ class ContrastiveModel(nn.Module):
             F.normalize(self.image_projection(pooled), dim=-1),
             F.normalize(self.text_tower(batch.texts), dim=-1),
         )
+
+
+@dataclass
+class PairsShape:
+    """The shape of `stages.pretrain_image_encoder`, see `mm.training.stage_shapes.StageShape`.
+
+    Args:
+        loss: "clip" or "siglip".
+    """
+
+    encoder: VisionEncoderConfig
+    text_tower: TextTowerConfig
+    loss: str = "clip"
+    checkpointed_modules: tuple[type[nn.Module], ...] = CHECKPOINTED_MODULES
+    fsdp_modules: tuple[type[nn.Module], ...] = FSDP_MODULES
+    text: bool = False
+    pipeline: bool = False
+    tensor_parallel: bool = False
+
+    def __post_init__(self) -> None:
+        self.objective = ContrastiveObjective()
+
+    def build(self) -> ContrastiveModel:
+        with meta_device():
+            return ContrastiveModel(self.encoder, self.text_tower, self.loss)
+
+    def sample(self, row: Row, number: int, fake: FakeTensorMode) -> Pair:
+        with fake:
+            tiles = empty_tiles(self.encoder.tile_size, row.tiles[0])
+        return Pair(tiles, torch.zeros(self.text_tower.context, dtype=torch.long))
+
+    def flops(
+        self,
+        rows: Sequence[Row],
+        trained: Collection[str],
+        activation_checkpointing: bool = False,
+        encoded: Sequence[int] | None = None,
+    ) -> Flops:
+        tiles = [row.tiles[0] for row in rows]
+        return contrastive_flops(tiles, self.encoder, self.text_tower, trained, activation_checkpointing)
 
 
 class ContrastiveObjective:

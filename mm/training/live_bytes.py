@@ -5,9 +5,10 @@ is run, and its bytes stand in for those of the others.
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 _INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten._unsafe_index_put.default, torch.ops.aten.index_put_.default)
+
+
+_CTC = (torch.ops.aten._ctc_loss.Tensor, torch.ops.aten._ctc_loss.default)
+_CTC_BACKWARD = (torch.ops.aten._ctc_loss_backward.Tensor, torch.ops.aten._ctc_loss_backward.default)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -34,9 +39,10 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.peak = 0
         self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
-    def exclude(self, module: nn.Module) -> "LiveBytes":
-        """Do not count a module's parameters when an operation returns them."""
-        self._known.update(parameter.untyped_storage() for parameter in module.parameters())
+    def exclude(self, module: nn.Module, others: Iterable[Tensor] = ()) -> "LiveBytes":
+        """Do not count a module's parameters and buffers, nor other tensors, when an operation returns them."""
+        tensors = chain(module.parameters(), module.buffers(), others)
+        self._known.update(tensor.untyped_storage() for tensor in tensors)
         return self
 
     def __torch_dispatch__(
@@ -72,19 +78,21 @@ class LiveBytes(TorchDispatchMode):
 class FakeLiveBytes(LiveBytes):
     """Live bytes of tensors without data, during one forward and one backward pass.
 
-    Tensors of integers, such as tokens and attention intervals, stay real: code may read their values.
+    Tensors of integers, such as tokens and attention intervals, stay real: code may read their values. Those that are
+    computed from tensors without data, such as the index of a largest value, are zeros.
 
     Args:
         fake: the mode that made the tensors without data.
+        gradients_stay: complete gradients stay on the device; False: each leaves it at once.
 
     Attributes:
         finished: FP32 bytes of the gradients that are complete and were taken away.
         peaks: each value that `finished` has had -> the peak bytes of other tensors meanwhile.
     """
 
-    def __init__(self, fake: FakeTensorMode) -> None:
+    def __init__(self, fake: FakeTensorMode, gradients_stay: bool = True) -> None:
         super().__init__()
-        self.fake, self.finished = fake, 0
+        self.fake, self.finished, self.gradients_stay = fake, 0, gradients_stay
         self.peaks: dict[int, int] = {}
         # Bytes, part of `now`, of the weights' casts that autocast keeps until the forward pass ends, besides those in
         # its own cache now.
@@ -122,10 +130,34 @@ class FakeLiveBytes(LiveBytes):
         becomes_float = dtype is not None and dtype.is_floating_point
         if not becomes_float and not any(issubclass(kind, FakeTensor) for kind in types):
             return super().__torch_dispatch__(func, types, args, kwargs)
+        if func in _CTC or func in _CTC_BACKWARD:
+            return self._ctc_loss(func in _CTC_BACKWARD, *args)
         if func in _INDEXING:  # only a real mask's number of chosen elements is known
             args = (args[0], [part for index in args[1] for part in _as_integers(index)], *args[2:])
         with self.fake:
-            return super().__torch_dispatch__(func, types, args, kwargs)
+            out = super().__torch_dispatch__(func, types, args, kwargs)
+        return tree_map_only(FakeTensor, self._real_if_integers, out)
+
+    def _ctc_loss(self, backward: bool, *args: Any) -> Any:
+        """What PyTorch's CTC returns for tensors without data: losses and log_alpha, or the gradient of its input."""
+        log_probs, _, _, target_lengths = args[1:5] if backward else args[:4]  # [T, B, C]
+        length, rows, _ = log_probs.shape
+        longest = int(torch.as_tensor(target_lengths).max())
+        with self.fake:
+            if backward:
+                out = [torch.empty_like(log_probs)]
+            else:
+                out = [log_probs.new_empty(rows), log_probs.new_empty(rows, length, 2 * longest + 1)]
+        for tensor in out:
+            self._add(tensor.untyped_storage())
+        return out[0] if backward else tuple(out)
+
+    def _real_if_integers(self, tensor: FakeTensor) -> Tensor:
+        if tensor.dtype is not torch.int64:
+            return tensor
+        zeros = torch.zeros(tensor.shape, dtype=torch.int64)
+        self._add(zeros.untyped_storage())
+        return zeros
 
     def update_peak(self, temporary: int = 0) -> None:
         super().update_peak(temporary)
@@ -133,7 +165,7 @@ class FakeLiveBytes(LiveBytes):
 
     def finish_gradient(self, parameter: nn.Parameter) -> None:
         """Take the gradient of a parameter away; to be called when it is complete."""
-        self.finished += 4 * parameter.numel()
+        self.finished += 4 * parameter.numel() * self.gradients_stay
         parameter.grad = None
         self.update_peak()
 
@@ -209,7 +241,8 @@ class _StandIn(torch.autograd.Function):
 def _stand_in(live: FakeLiveBytes, layer: nn.Module, forward: Callable, x: Tensor, *rest: Any) -> Tensor:
     """Takes the place of a layer's `forward`, which is measured apart if none of its kind has had such an input."""
     parameters = [(parameter.shape, parameter.requires_grad) for parameter in layer.parameters()]
-    kind = (type(layer), x.shape, x.dtype, x.requires_grad, *parameters)
+    inputs = [(part.shape, part.requires_grad) for part in tree_leaves(rest) if isinstance(part, Tensor)]
+    kind = (type(layer), x.shape, x.dtype, x.requires_grad, *inputs, *parameters)
     if kind not in live.measured:
         live.measured[kind] = _measure(live, layer, forward, x, *rest)
     others = [part for part in tree_leaves(rest) if isinstance(part, Tensor) and part.requires_grad]
@@ -231,14 +264,22 @@ def _measure(live: FakeLiveBytes, layer: nn.Module, forward: Callable, *inputs: 
     measured = _LayerBytes(out.shape, out.dtype, highest, casts, kept)
     if out.requires_grad:
         grad = torch.empty_like(out)
+        trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+        hooks = [p.register_post_accumulate_grad_hook(_drop_gradient) for p in trained if not live.gradients_stay]
         start = live.peak = live.now
         with torch.autocast("cpu", enabled=False):
             out.backward(grad)
-        trained = [parameter for parameter in layer.parameters() if parameter.grad is not None]
+        for hook in hooks:
+            hook.remove()
+        trained = [parameter for parameter in trained if parameter.grad is not None]
         measured = measured._replace(backward=live.peak - start, gradients=sum(4 * p.numel() for p in trained))
         layer.zero_grad()
     live.peaks = outside
     return measured
+
+
+def _drop_gradient(parameter: nn.Parameter) -> None:
+    parameter.grad = None
 
 
 def _as_integers(index: Tensor | None) -> Sequence[Tensor | None]:

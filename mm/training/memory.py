@@ -2,14 +2,14 @@
 
 The step runs through the model's own code, autograd, autocast and activation checkpointing on tensors without data,
 whose bytes are counted; weights, optimizer state and what FSDP gathers are added. Not counted: the workspaces of
-kernels, the allocator's reserves, the buffers of collectives. What is sharded, split and checkpointed is read from
-`mm.parallel.tables`, which the trainer applies.
+kernels, the allocator's reserves, the buffers of collectives. What is sharded, split and checkpointed is read from the
+tables that the trainer applies (`mm.training.stage_shapes`, `mm.parallel.tables`).
 """
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,17 +17,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from mm.batch import IGNORED, Batch, Sample, collate
-from mm.config import ModelConfig
+from layers.weight_only import WeightOnlyLinear, quantize_linears
 from mm.model import MultimodalModel
 from mm.parallel.pipeline import absent_modules
-from mm.parallel.tables import CHECKPOINTED_MODULES, FP32_INPUT_MODULES, FSDP_MODULES, Split, shared_linears
+from mm.parallel.tables import FP32_INPUT_MODULES, Split, shared_linears
+from mm.training.config import TrainingConfig
 from mm.training.flops import Row
 from mm.training.live_bytes import FakeLiveBytes
-from mm.training.objectives import next_token_loss
-from mm.training.optimizer import apply_learning_rates
-from mm.training.precision import bf16_candidates
-from vision.tiling import CANVASES, Tiles
+from mm.training.optimizer import apply_learning_rates, state_bytes
+from mm.training.precision import bf16_candidates, layer_weights
+from mm.training.stage_shapes import StageShape
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,7 @@ class RankBytes:
         gathered: other ranks' shards at a time, and the buffers from which gradients are sent.
         activations: with all temporary tensors. They and the gradients do not peak at the same time, so that `total`
             can be less than the sum.
+        host: bytes in the host's memory, besides what any process has there.
     """
 
     weights: float
@@ -77,13 +77,15 @@ class RankBytes:
     gathered: float
     activations: float
     total: float
+    host: float = 0.0
 
 
 class ShapeModel:
-    """A model without data, or the part of it that one rank of a layout has.
+    """A stage's module without data, or the part of it that one rank of a layout has.
 
     Args:
-        learning_rates: see `mm.training.optimizer.apply_learning_rates`. precision: "fp32" or "bf16".
+        stage: what trains.
+        training: its learning rates, precision, and what it keeps elsewhere than on the device.
         sharded: it runs under FSDP, if on one rank only. tp_degree: ranks that share each matrix product.
         layers: of the language model that a pipeline stage runs; None: all.
 
@@ -93,31 +95,44 @@ class ShapeModel:
 
     def __init__(
         self,
-        config: ModelConfig,
-        learning_rates: Mapping[str, float | None],
-        precision: str = "fp32",
+        stage: StageShape,
+        training: TrainingConfig,
         sharded: bool = False,
         tp_degree: int = 1,
         layers: range | None = None,
     ) -> None:
-        with torch.device("meta"):
-            model = MultimodalModel(config)
-        apply_learning_rates(model, learning_rates)
-        layers = range(config.language_model.num_layers) if layers is None else layers
-        self.first, self.last = layers.start == 0, layers.stop == config.language_model.num_layers
-        self.model, self.precision, self.sharded = model.train(), precision, sharded
-        absent = absent_modules(model, layers)
+        model = stage.build()
+        trained = apply_learning_rates(model, training.learning_rates)
+        self.stage, self.model, self.training = stage, model.train(), training
+        self.precision, self.sharded = training.precision, sharded
+        decoder = model.language_model.model.layers if isinstance(model, MultimodalModel) else nn.ModuleList()
+        if training.frozen_language_model is not None:
+            quantize_linears(decoder, training.frozen_language_model)
+        self.first = self.last = True
+        absent: list[str] = []
+        if layers is not None:
+            assert isinstance(model, MultimodalModel)
+            self.first, self.last = layers.start == 0, layers.stop == model.config.language_model.num_layers
+            absent = absent_modules(model, layers)
         self.num_parameters, self.num_trained = self._sizes(absent, tp_degree)
-        _keep_layers(model, absent, layers)
+        self.buffer_bytes = sum(buffer.nbytes for buffer in model.buffers())
+        parameters = {name: model.get_parameter(name) for name in trained}
+        self.moment_bytes = sum(state_bytes(p, training.optimizer_state) for p in parameters.values())
+        if layers is not None:
+            assert isinstance(model, MultimodalModel)
+            _keep_layers(model, absent, layers)
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.bf16_weights = self._bf16_weights()
         self.num_bf16 = sum(model.get_parameter(name).numel() for name in self.bf16_weights)
         self._replace_by_fake_parameters(tp_degree)
+        self.layer_bytes = [
+            sum(tensor.nbytes for tensor in chain(layer.parameters(), layer.buffers())) for layer in decoder
+        ]
 
     def bytes_of(
         self, step: StepBytes, dp_shard: int = 1, more_micro_batches: bool = False, in_flight: int = 1
     ) -> RankBytes:
-        """What a rank holds at its peak: FP32 weights, gradients and AdamW's two moments, and a step of `step`.
+        """What a rank holds at its peak: weights, gradients, AdamW's two moments, and a step of `step`.
 
         Args:
             dp_shard: ranks that share weights, gradients and optimizer state. For the others see `StepBytes.peak`.
@@ -127,7 +142,16 @@ class ShapeModel:
             **state,
             activations=step.activations + (in_flight - 1) * step.kept,
             total=sum(state.values()) - state["gradients"] + step.peak(dp_shard, more_micro_batches, in_flight),
+            host=self.host_bytes(),
         )
+
+    def host_bytes(self) -> float:
+        """What one process keeps in the host's memory: what it copies to the device when it is needed, and the original
+        matrices of layers whose weights are in 8 bits."""
+        width = 2 if self.precision == "bf16" else 4
+        in_8_bits = sum(width * m.stored.numel() for m in self.model.modules() if isinstance(m, WeightOnlyLinear))
+        masters = 16 * sum(self.num_trained.values()) if self.training.offload_optimizer else 0
+        return masters + in_8_bits + (sum(self.layer_bytes) if self.training.offload_frozen else 0)
 
     def state_bytes(self, dp_shard: int = 1) -> dict[str, float]:
         """What a rank holds with any batch: "weights", "gradients", "optimizer" and "gathered".
@@ -135,29 +159,38 @@ class ShapeModel:
         All is FP32 except what `mm.training.precision.lossless_bf16` stores in bf16: the language model is taken to be
         one that was released in bf16. Gathered at a time are: the root module (embeddings, norms, projection) from its
         first use to its last; the FSDP module that runs and the next one; the FP32 gradients that one module sends, and
-        the gradients of the encoder's layers, which are one module.
+        the gradients of the layers of an encoder or aggregator, which are one module. Buffers are whole on each rank.
         """
-        weights, gradients = (
-            4 * sum(self.num_parameters.values()) - 2 * self.num_bf16,
-            4 * sum(self.num_trained.values()),
-        )
+        weights = 4 * sum(self.num_parameters.values()) - 2 * self.num_bf16
+        weights += self.buffer_bytes * dp_shard  # not sharded
+        if self.training.offload_frozen:
+            weights -= sum(self.layer_bytes) - max(self.layer_bytes)
+        gradients = 0 if self.training.offload_optimizer else 4 * sum(self.num_trained.values())
+        moments = 0 if self.training.offload_optimizer else self.moment_bytes
+        if self.training.optimizer_state is None and moments:
+            moments = 2 * gradients
         gathered = 0
         if self.sharded:
             width = 2 if self.precision == "bf16" else 4
             modules = {module: number for module, number in self.num_parameters.items() if module}
-            sent = (4 * n + width * n * (module == "vision_encoder") for module, n in self.num_trained.items())
+            sent = (4 * n + width * n * (module in self.several_layers) for module, n in self.num_trained.items())
             gathered = 4 * self.num_parameters[""] + 2 * width * max(modules.values()) + max(sent)
         return {
             "weights": weights / dp_shard,
             "gradients": gradients / dp_shard,
-            "optimizer": 2 * gradients / dp_shard,
+            "optimizer": moments / dp_shard,
             "gathered": gathered,
         }
 
     def step(self, rows: Sequence[Row], activation_checkpointing: bool = False) -> StepBytes:
         """The bytes of a micro-batch's forward and backward pass, with fused attention."""
-        model, batch, live = self.model, self._batch(rows), FakeLiveBytes(self.fake)
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, CHECKPOINTED_MODULES)}
+        model, batch = self.model, self._batch(rows)
+        live = FakeLiveBytes(self.fake, gradients_stay=not self.training.offload_optimizer)
+        layers = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, self.stage.checkpointed_modules)
+        }
         in_layers = tuple(f"{name}." for name in layers)
         hooks = [
             parameter.register_post_accumulate_grad_hook(live.finish_gradient)
@@ -168,17 +201,21 @@ class ShapeModel:
             hooks += [
                 module.register_forward_pre_hook(_cast_to_bf16)
                 for module in model.modules()
-                if isinstance(module, FSDP_MODULES) and not isinstance(module, FP32_INPUT_MODULES)
+                if isinstance(module, self.stage.fsdp_modules) and not isinstance(module, FP32_INPUT_MODULES)
             ]
         if not self.first:  # hidden states from the previous stage need a gradient; the extra rows take their place
-            model.extra_embeddings.requires_grad_()
+            model.get_parameter("extra_embeddings").requires_grad_()
         one_per_kind = live.one_layer_per_kind(list(layers.values()), activation_checkpointing)
         with warnings.catch_warnings(), live.exclude(model), one_per_kind:
             warnings.filterwarnings(
                 "ignore", message="Mismatch dtype between input and weight"
             )  # the last norm is FP32
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.precision == "bf16"):
-                loss = next_token_loss(model, batch) if self.last else model.hidden_states(batch).sum()
+                if self.last:
+                    loss = self.stage.objective.loss(model, batch)
+                else:
+                    assert isinstance(model, MultimodalModel)
+                    loss = model.hidden_states(batch).sum()
                 kept = live.end_forward()
             if loss.requires_grad:
                 loss.backward()
@@ -189,7 +226,10 @@ class ShapeModel:
     def _sizes(self, absent: Sequence[str], tp_degree: int) -> tuple[dict[str, int], dict[str, int]]:
         """The parameters that the rank holds, and those of them that train, by FSDP module; the rest under ""."""
         num_parameters, num_trained = {"": 0}, {"": 0}
-        modules = [name for name, module in self.model.named_modules() if isinstance(module, FSDP_MODULES)]
+        modules = [name for name, module in self.model.named_modules() if isinstance(module, self.stage.fsdp_modules)]
+        self.several_layers = {
+            name for name in modules if not isinstance(self.model.get_submodule(name), self.stage.checkpointed_modules)
+        }
         absent_prefixes = tuple(f"{name}." for name in absent)
         split = shared_linears(self.model, tp_degree)
         for name, parameter in self.model.named_parameters():
@@ -202,15 +242,19 @@ class ShapeModel:
 
     def _bf16_weights(self) -> set[str]:
         """The matrices that one process stores in bf16, see `mm.training.precision.lossless_bf16`."""
-        if self.sharded or self.precision != "bf16":
+        if self.sharded or self.precision != "bf16" or not isinstance(self.model, MultimodalModel):
             return set()
-        return {f"language_model.{name}" for name in bf16_candidates(self.model.language_model)}
+        names = {f"language_model.{name}" for name in bf16_candidates(self.model.language_model)}
+        if self.training.offload_optimizer:
+            names |= {name for name in layer_weights(self.model) if self.model.get_parameter(name).requires_grad}
+        return names
 
     def _replace_by_fake_parameters(self, tp_degree: int) -> None:
         """Give the model parameters without data, of the shapes and types with which this rank computes."""
         model, split = self.model, shared_linears(self.model, tp_degree)
         split.pop("language_model.lm_head", None)  # every rank computes with all logits
-        modules = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, FSDP_MODULES))
+        kinds = self.stage.fsdp_modules
+        modules = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, kinds))
         for name, parameter in list(model.named_parameters(remove_duplicate=False)):
             in_bf16 = name in self.bf16_weights or (
                 self.sharded and self.precision == "bf16" and name.startswith(modules)
@@ -220,21 +264,15 @@ class ShapeModel:
                 data = torch.empty(shape, dtype=torch.bfloat16 if in_bf16 else torch.float32)
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, nn.Parameter(data, requires_grad=parameter.requires_grad))
-
-    def _batch(self, rows: Sequence[Row]) -> Batch:
-        """Samples with the rows' sizes; pictures have no data."""
-        image, encoder = self.model.config.image_token_id, self.model.config.vision_encoder
-        assert image is not None and encoder is not None
-        side = encoder.tile_size
-        samples = []
-        for row in rows:
-            tokens = [image] * len(row.tiles) + [0] * (row.tokens - len(row.tiles))
-            labels = [IGNORED] * (row.tokens - row.targets) + [0] * row.targets
+        for name, buffer in list(model.named_buffers()):
+            owner, _, leaf = name.rpartition(".")
             with self.fake:
-                pixels = [torch.empty(number, 3, side, side, dtype=torch.uint8) for number in row.tiles]
-            grids = [next(grid for grid in CANVASES if math.prod(grid) == number) for number in row.tiles]
-            samples.append(Sample(tokens, labels, [Tiles(*pair) for pair in zip(pixels, grids, strict=True)]))
-        return collate(samples)
+                model.get_submodule(owner).register_buffer(leaf, torch.empty_like(buffer, device="cpu"))
+
+    def _batch(self, rows: Sequence[Row]) -> Any:
+        """A batch with the rows' sizes; media have no data."""
+        samples = [self.stage.sample(row, number, self.fake) for number, row in enumerate(rows)]
+        return self.stage.objective.collate(samples)
 
 
 def _cast_to_bf16(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

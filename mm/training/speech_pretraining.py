@@ -4,20 +4,22 @@
 """
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from mm.training.flops import Flops
+from layers.meta import meta_device
+from mm.training.flops import Flops, Row
 from mm.training.media_flops import speech_encoder_flops
 from mm.training.speech import PaddingMeter
 from speech.best_rq import BestRq, BestRqConfig, BestRqOutput, CodeStatistics, draw_masks
-from speech.conformer import STACK, ConformerLayer, SpeechEncoder, SpeechEncoderConfig
+from speech.conformer import STACK, ConformerLayer, SpeechEncoder, SpeechEncoderConfig, num_frames
 from speech.features import FRAMES_PER_SECOND
 
 logger = logging.getLogger(__name__)
@@ -95,6 +97,47 @@ class SpeechPretraining(nn.Module):
 
     def forward(self, batch: UtteranceBatch) -> BestRqOutput:
         return self.best_rq(self.speech_encoder, batch.mel, batch.lengths, batch.masks)
+
+
+@dataclass
+class SpeechEncoderShape:
+    """What the shapes of a speech encoder's stages have in common, see `mm.training.stage_shapes.StageShape`."""
+
+    encoder: SpeechEncoderConfig
+    checkpointed_modules: tuple[type[nn.Module], ...] = CHECKPOINTED_MODULES
+    fsdp_modules: tuple[type[nn.Module], ...] = FSDP_MODULES
+    text: bool = False
+    pipeline: bool = False
+    tensor_parallel: bool = False
+
+
+@dataclass
+class PretrainingShape(SpeechEncoderShape):
+    """The shape of BEST-RQ."""
+
+    best_rq: BestRqConfig = field(default_factory=BestRqConfig)
+
+    def __post_init__(self) -> None:
+        self.objective = BestRqObjective(self.best_rq)
+
+    def build(self) -> "SpeechPretraining":
+        with meta_device():
+            return SpeechPretraining(SpeechEncoder(self.encoder), self.best_rq)
+
+    def sample(self, row: Row, number: int, fake: FakeTensorMode) -> Utterance:
+        with fake:
+            return Utterance(torch.empty(row.mel_frames[0], self.encoder.num_mels), seed=number)
+
+    def flops(
+        self,
+        rows: Sequence[Row],
+        trained: Collection[str],
+        activation_checkpointing: bool = False,
+        encoded: Sequence[int] | None = None,
+    ) -> Flops:
+        mel_frames = [row.mel_frames[0] for row in rows]
+        masked = self.best_rq.masked_share * sum(map(num_frames, mel_frames))
+        return self.objective.step_flops(self.encoder, mel_frames, round(masked), activation_checkpointing)
 
 
 class BestRqObjective(SpeechEncoderObjective):

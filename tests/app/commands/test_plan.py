@@ -8,6 +8,7 @@ import yaml
 
 import configs
 import mm
+from app.cli import STAGES
 
 
 @pytest.mark.slow
@@ -32,7 +33,7 @@ def test_a_plan_reads_shapes_and_no_weights(
         assert code == 0
         shown = mm_command(*command, "--gpus", 2, "--gpu-memory", 1, "--tflops", 1)[1]
         assert "8 samples of 12 text tokens and 1 tiles (counted in the index), fp32" in shown
-        assert "what fits 2 GPUs of 1 GB" in shown and "images/s, at most" in shown
+        assert "what fits 2 GPUs of 1 GB" in shown and "samples/s, at most" in shown
     model, _ = mm.load(run_folder)
     totals = [[arrangement["memory"]["total"] for arrangement in plan.pop("configured")] for plan in plans]
     assert totals[0] == pytest.approx(totals[1], rel=1e-3)  # rotary frequencies are allocated once
@@ -54,7 +55,26 @@ def test_wrong_options(refused, everything_run):
         assert reason in refused(*preset, *arguments)
     assert "models/language-model" in refused(*preset[:3])  # named in the file, and not there
     assert "output" in refused("plan", "--preset", "8b")
-    aligning = ("--matching_weight", 1, "--next_token_weight", 0)
-    assert "stages that run the language model" in refused(*preset, *aligning)
-    start = ("plan", "--config", configs.path("annealing.yaml"), "--start_from", everything_run)
-    assert "video_adapter, speech_encoder, speech_adapter" in refused(*start)
+    assert "there is no GPU 'h1000' in the table; there are b200, h200" in refused(*preset, "--gpu", "h1000")
+
+
+STAGE_CONFIGS = {
+    "pretrain_image_encoder": ("demo/encoder.yaml",),
+    "train_image_adapter": ("demo/alignment.yaml", "--preset", "8b"),
+    "train_video_adapter": ("video_adapter.yaml", "--preset", "8b", "--frames", "2", "--tiles", "1"),
+    "pretrain_speech_encoder": ("speech/pretraining.yaml", "--seconds", "2"),
+    "train_speech_adapter": ("speech/alignment.yaml", "--preset", "8b", "--seconds", "2"),
+    "finetune": ("finetune.yaml", "--preset", "8b", "--tiles", "1"),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_is_planned(mm_command, stage):
+    file, *options = STAGE_CONFIGS[stage]
+    batch = ("--training.batch_size", 2, "--training.micro_batch_size", "null")
+    code, out, error = mm_command("plan", stage, "--config", configs.path(file), *batch, *options, "--json")
+    assert code == 0, error
+    values = json.loads(out)
+    assert values["configured"][0]["memory"]["total"] > 0
+    trained = {part for part, count in values["parameters"].items() if count["trained"]}
+    assert all(values["flops"].get(part, 1) > 0 for part in trained - {"video_adapter"} if part in values["flops"])

@@ -19,6 +19,7 @@ from mm.training.memory import ShapeModel
 from mm.training.objectives import NextTokenObjective, next_token_loss
 from mm.training.optimizer import apply_learning_rates, build_optimizer
 from mm.training.precision import lossless_bf16
+from mm.training.stage_shapes import ModelShape
 from mm.training.trainer import activation_checkpointing, train_step
 from vision.encoder import VisionEncoderConfig
 from vision.tiling import Tiles
@@ -39,6 +40,11 @@ CONFIG = mm.ModelConfig(
     ),
     ImageAdapterConfig(positions=(2, 4, 6)),
 )  # fmt: skip
+SHAPE = ModelShape(CONFIG, NextTokenObjective())
+
+
+def settings_of(learning_rates, **options) -> TrainingConfig:
+    return TrainingConfig(1, 4, learning_rates, **options)
 
 
 def collated(rows: list[Row]) -> mm.Batch:
@@ -76,12 +82,12 @@ def test_a_step_holds_as_much_as_a_real_step(name, checkpointing, padding):
     config = replace(CONFIG, vision_encoder=replace(CONFIG.vision_encoder, padding=padding))
     settings = TrainingConfig(1, 4, learning_rates=RATES, activation_checkpointing=checkpointing)
     real = live_bytes(config, [collated(BATCHES[name])], settings)
-    step = ShapeModel(config, RATES).step(BATCHES[name], checkpointing)
+    step = ShapeModel(ModelShape(config, NextTokenObjective()), settings_of(RATES)).step(BATCHES[name], checkpointing)
     assert step.peak() == pytest.approx(real, rel=CLOSE)
 
 
 def test_activation_checkpointing_and_fewer_tiles_save_memory():
-    shapes = ShapeModel(CONFIG, RATES)
+    shapes = ShapeModel(SHAPE, settings_of(RATES))
     kept, recomputed = (shapes.step(BATCHES["four tiles"], checkpointing) for checkpointing in (False, True))
     assert recomputed.activations < 0.5 * kept.activations and recomputed.kept < 0.5 * kept.kept
     assert shapes.step(BATCHES["one tile"]).activations < 0.6 * kept.activations
@@ -92,16 +98,16 @@ def test_a_frozen_encoder_keeps_no_activations(checkpointing):
     learning_rates = {"vision_encoder.*": None, **RATES}
     settings = TrainingConfig(1, 4, learning_rates=learning_rates, activation_checkpointing=checkpointing)
     real = live_bytes(CONFIG, [collated(BATCHES["four tiles"])], settings)
-    assert ShapeModel(CONFIG, learning_rates).step(BATCHES["four tiles"], checkpointing).peak() == pytest.approx(
-        real, rel=CLOSE
-    )
+    assert ShapeModel(SHAPE, settings_of(learning_rates)).step(
+        BATCHES["four tiles"], checkpointing
+    ).peak() == pytest.approx(real, rel=CLOSE)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_later_micro_batch_holds_the_gradients_of_the_earlier_ones(checkpointing):
     settings = TrainingConfig(1, 8, learning_rates=RATES, activation_checkpointing=checkpointing)
     real = live_bytes(CONFIG, [collated(BATCHES["one tile"])] * 2, settings)
-    step = ShapeModel(CONFIG, RATES).step(BATCHES["one tile"], checkpointing)
+    step = ShapeModel(SHAPE, settings_of(RATES)).step(BATCHES["one tile"], checkpointing)
     assert step.peak(more_micro_batches=True) == pytest.approx(real, rel=CLOSE)
     assert step.peak() < step.peak(more_micro_batches=True)
 
@@ -121,7 +127,7 @@ def test_bf16_holds_casts_of_trained_weights(name, checkpointing):
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 loss = next_token_loss(model, batch)
             loss.backward()
-    shapes = ShapeModel(CONFIG, RATES, precision="bf16")
+    shapes = ShapeModel(SHAPE, settings_of(RATES, precision="bf16"))
     assert shapes.state_bytes()["weights"] == weights
     assert shapes.step(BATCHES[name], checkpointing).peak() == pytest.approx(live.peak, rel=CLOSE)
 
@@ -134,7 +140,7 @@ def test_weights_gradients_and_optimizer_state(tied):
     optimizer.step()
     moments = [moment for state in optimizer.state.values() for name, moment in state.items() if name != "step"]
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    shapes = ShapeModel(config, RATES)
+    shapes = ShapeModel(ModelShape(config, NextTokenObjective()), settings_of(RATES))
     expected = {
         "weights": sum(parameter.nbytes for parameter in model.parameters()),
         "gradients": sum(gradient.nbytes for gradient in gradients),
@@ -149,7 +155,7 @@ def test_weights_gradients_and_optimizer_state(tied):
 
 
 def test_fsdp_divides_state_and_gathers_modules():
-    alone, shared = ShapeModel(CONFIG, RATES), ShapeModel(CONFIG, RATES, sharded=True)
+    alone, shared = ShapeModel(SHAPE, settings_of(RATES)), ShapeModel(SHAPE, settings_of(RATES), sharded=True)
     whole, quarter = alone.state_bytes(), shared.state_bytes(dp_shard=4)
     for part in ("weights", "gradients", "optimizer"):
         assert quarter[part] == whole[part] / 4
@@ -158,7 +164,7 @@ def test_fsdp_divides_state_and_gathers_modules():
     units = [model.vision_encoder, *model.language_model.model.layers, *model.image_adapter.blocks]
     root = sum(p.numel() for p in model.parameters()) - sum(p.numel() for unit in units for p in unit.parameters())
     assert shared.state_bytes(4)["gathered"] == 4 * root + 2 * 4 * encoder + (4 + 4) * encoder
-    low = ShapeModel(CONFIG, RATES, precision="bf16", sharded=True)
+    low = ShapeModel(SHAPE, settings_of(RATES, precision="bf16"), sharded=True)
     assert low.state_bytes(4)["gathered"] == 4 * root + 2 * 2 * encoder + (2 + 4) * encoder
     step = low.step(BATCHES["four tiles"])
     assert step.activations < alone.step(BATCHES["four tiles"]).activations
@@ -168,7 +174,7 @@ def test_fsdp_divides_state_and_gathers_modules():
 def test_tensor_parallel_ranks_hold_their_heads_and_channels():
     """Of every layer's products half is held; embeddings, norms, the projection and added biases are whole."""
     model = mm.MultimodalModel(CONFIG)
-    whole, half = (ShapeModel(CONFIG, RATES, sharded=True, tp_degree=ranks) for ranks in (1, 2))
+    whole, half = (ShapeModel(SHAPE, settings_of(RATES), sharded=True, tp_degree=ranks) for ranks in (1, 2))
     products = ("proj.weight", "fc1.weight", "fc1.bias", "fc2.weight", "lm_head.weight")
     shared = sum(parameter.numel() for name, parameter in model.named_parameters() if name.endswith(products))
     assert whole.state_bytes()["weights"] - half.state_bytes()["weights"] == 4 * shared / 2
@@ -177,7 +183,9 @@ def test_tensor_parallel_ranks_hold_their_heads_and_channels():
 
 
 def test_each_pipeline_stage_holds_its_layers_and_the_encoder():
-    first, last = (ShapeModel(CONFIG, RATES, sharded=True, layers=layers) for layers in (range(4), range(4, 6)))
+    first, last = (
+        ShapeModel(SHAPE, settings_of(RATES), sharded=True, layers=layers) for layers in (range(4), range(4, 6))
+    )
     model = mm.MultimodalModel(CONFIG)
     on_both = [model.vision_encoder, model.image_adapter.projection]
     replicated = sum(p.numel() for part in on_both for p in part.parameters()) + model.extra_embeddings.numel()
@@ -190,4 +198,4 @@ def test_each_pipeline_stage_holds_its_layers_and_the_encoder():
 
 def test_learning_rates_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="no pattern of `learning_rates` fits"):
-        ShapeModel(CONFIG, {"language_model.*": None})
+        ShapeModel(SHAPE, settings_of({"language_model.*": None}))

@@ -1,0 +1,176 @@
+"""The layouts in which a number of GPUs can run a configuration's steps, the memory of each, and those that fit."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mm.parallel.layout import Layout
+from mm.parallel.pipeline import stage_layers
+from mm.parallel.tensor_parallel import shared_sizes
+from mm.training.config import TrainingConfig
+from mm.training.expected_samples import Samples
+from mm.training.flops import parameters
+from mm.training.memory import RankBytes, ShapeModel, StepBytes
+from mm.training.stage_shapes import ModelShape, StageShape
+
+USABLE = 0.9  # of a GPU's memory: the driver, the buffers of collectives and fragmentation take the rest
+MAX_TP_DEGREE = 8  # the GPUs of a node, between which the connections are fast enough for tensor parallelism
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """One way to run a step.
+
+    Attributes:
+        memory: of the rank that holds most.
+        samples_per_second: at most, if matrix products ran at the given rate; None: no rate was given.
+    """
+
+    layout: Layout
+    micro_batch_size: int
+    activation_checkpointing: bool
+    memory: RankBytes
+    samples_per_second: float | None
+
+
+class Arrangements:
+    """The ways to run a configuration's steps on a number of GPUs.
+
+    Args:
+        stage: what trains. samples: what a step's samples hold. rate: FLOP/s of a GPU; None: unknown.
+
+    Raises:
+        UserError: learning rates that do not fit the model.
+    """
+
+    def __init__(
+        self, stage: StageShape, training: TrainingConfig, samples: Samples, gpus: int, rate: float | None
+    ) -> None:
+        self.stage, self.training, self.samples, self.gpus, self.rate = stage, training, samples, gpus, rate
+        model = stage.build()
+        self.parameters, trained = parameters(model, training.learning_rates)
+        self.trained = tuple(trained)
+        self.shared_sizes = {size for _, size in shared_sizes(model)}
+        self._models: dict[tuple[int, int], list[ShapeModel]] = {}
+        self._steps: dict[tuple[ShapeModel, int, bool], StepBytes] = {}
+
+    def of(self, layout: Layout, micro_batch_size: int, activation_checkpointing: bool) -> Arrangement:
+        """The arrangement with a layout; a micro-batch is at most a rank's share of the step."""
+        share = math.ceil(self.training.batch_size / layout.dp_size)
+        size = min(micro_batch_size, share)
+        num_micro_batches = math.ceil(share / size)
+        memory = []
+        for stage in self._stages(layout):
+            key = (stage, size, activation_checkpointing)
+            if key not in self._steps:
+                self._steps[key] = stage.step([self.samples.largest] * size, activation_checkpointing)
+            in_flight = min(layout.pp, num_micro_batches) if stage.first else 1
+            memory.append(stage.bytes_of(self._steps[key], layout.dp_shard, num_micro_batches > 1, in_flight))
+        speed = None
+        if self.rate is not None:
+            slowdown = (num_micro_batches + layout.pp - 1) / num_micro_batches  # a pipeline fills and drains
+            flops = self.samples.flops(self.stage, self.trained, activation_checkpointing).total
+            speed = self.gpus * self.rate / flops / slowdown
+        largest = max(memory, key=lambda rank: rank.total)
+        return Arrangement(layout, size, activation_checkpointing, largest, speed)
+
+    def fitting(self, max_bytes: float) -> list[Arrangement]:
+        """Those that need at most `max_bytes` per rank, each with the largest micro-batch that fits.
+
+        The best are first: fewest pipeline stages, lowest tensor-parallel degree, no activation checkpointing, lowest
+        `dp_shard`. Only the first pair of pipeline and tensor-parallel degrees with a fitting arrangement is searched.
+        """
+        for pp, tp in self._degrees():
+            found = [
+                arrangement
+                for activation_checkpointing in (False, True)
+                for arrangement in self._largest_micro_batches(pp, tp, activation_checkpointing, max_bytes)
+            ]
+            if found:
+                return found
+        return []
+
+    def smallest(self) -> Arrangement:
+        """The one that needs least memory, judged by what does not depend on the micro-batch."""
+        layouts = [self._layouts(*degrees)[-1] for degrees in self._degrees()]
+        return self.of(min(layouts, key=lambda layout: sum(self._state(layout).values())), 1, True)
+
+    def enough_gpus(self, arrangement: Arrangement, max_bytes: float) -> int | None:
+        """The number of GPUs on which an arrangement would need at most `max_bytes` per rank, with more ranks per copy.
+
+        None: no number is enough.
+        """
+        state, layout = self._state(arrangement.layout), arrangement.layout
+        sharded = state["weights"] + state["gradients"] + state["optimizer"]
+        room = max_bytes - (arrangement.memory.total - sharded)
+        return math.ceil(sharded * layout.dp_shard / room) * layout.tp * layout.pp if room > 0 else None
+
+    def _degrees(self) -> Iterator[tuple[int, int]]:
+        """The pipeline and tensor-parallel degrees that the model and the GPUs can be divided by."""
+        max_stages = max(1, sum(position > 0 for position in self._positions()))
+        max_tp = MAX_TP_DEGREE if self.stage.tensor_parallel else 1
+        for pp in _divisors(self.gpus):
+            for tp in _divisors(self.gpus // pp):
+                if tp > max_tp or any(size % tp for size in self.shared_sizes):
+                    continue
+                dp_size = self.gpus // pp // tp
+                num_micro_batches = math.ceil(self.training.batch_size / dp_size)
+                if dp_size <= self.training.batch_size and pp <= min(max_stages, num_micro_batches):
+                    yield pp, tp
+
+    def _layouts(self, pp: int, tp: int) -> list[Layout]:
+        dp_size = self.gpus // pp // tp
+        return [Layout(pp, dp_size // dp_shard, dp_shard, tp) for dp_shard in _divisors(dp_size)]
+
+    def _largest_micro_batches(
+        self, pp: int, tp: int, activation_checkpointing: bool, max_bytes: float
+    ) -> list[Arrangement]:
+        """For each `dp_shard` that can fit, the arrangement with the largest micro-batch that does."""
+        layouts = [
+            layout
+            for layout in self._layouts(pp, tp)
+            if sum(self._state(layout).values()) - self._state(layout)["gradients"] <= max_bytes
+        ]
+        found: dict[Layout, Arrangement] = {}
+        for size in self._micro_batch_sizes(pp, tp):
+            tried = [self.of(layout, size, activation_checkpointing) for layout in layouts]
+            found |= {one.layout: one for one in tried if one.memory.total <= max_bytes}
+            layouts = [layout for layout in layouts if found.get(layout) in tried]
+        return [found[layout] for layout in sorted(found, key=lambda layout: layout.dp_shard)]
+
+    def _micro_batch_sizes(self, pp: int, tp: int) -> list[int]:
+        """Powers of 2, and a rank's whole share, as far as a pipeline has a micro-batch for each stage."""
+        share = math.ceil(self.training.batch_size / (self.gpus // pp // tp))
+        sizes = [2**power for power in range(share.bit_length()) if 2**power < share] + [share]
+        return [size for size in sizes if math.ceil(share / size) >= pp]
+
+    def _state(self, layout: Layout) -> dict[str, float]:
+        """What the rank of a layout that holds most holds with any batch."""
+        states = (stage.state_bytes(layout.dp_shard) for stage in self._stages(layout))
+        return max(states, key=lambda state: sum(state.values()))
+
+    def _stages(self, layout: Layout) -> list[ShapeModel]:
+        """The first stage, which has most micro-batches in flight, and the last, which has the logits."""
+        degrees = layout.pp, layout.tp
+        if degrees not in self._models:
+            stages: list[range | None] = [None]
+            if layout.pp > 1:
+                assert isinstance(self.stage, ModelShape)
+                num_layers = self.stage.config.language_model.num_layers
+                split = stage_layers(self._positions(), num_layers, layout.pp)
+                stages = list(dict.fromkeys((split[0], split[-1])))
+            self._models[degrees] = [
+                ShapeModel(self.stage, self.training, self.gpus > 1, layout.tp, layers) for layers in stages
+            ]
+        return self._models[degrees]
+
+    def _positions(self) -> tuple[int, ...]:
+        """Of the blocks behind which a pipeline may split the language model; () for a model that it does not split."""
+        if not self.stage.pipeline:
+            return ()
+        assert isinstance(self.stage, ModelShape) and self.stage.config.image_adapter is not None
+        return self.stage.config.image_adapter.block_positions(self.stage.config.language_model.num_layers)
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
