@@ -38,8 +38,9 @@ from mm.training.contrastive import (
     batch_flops,
 )
 from mm.training.data import DataSource, RecordDataset, readable_samples
-from mm.training.devices import matmul_rate
+from mm.training.devices import peak_rates
 from mm.training.media import check_media
+from mm.training.offload import refuse_frozen_savings
 from mm.training.optimizer import apply_learning_rates
 from mm.training.stage_shapes import PlannedStage
 from mm.training.trainer import Trainer
@@ -112,7 +113,7 @@ def pretrain_image_encoder(config: PretrainImageEncoder) -> None:
         checkpointed_modules=CHECKPOINTED_MODULES,
         fsdp_modules=FSDP_MODULES,
         sample_costs=dataset.num_tiles(config.encoder.tile_size, max_tiles),
-        matmul_rate=matmul_rate(device.type, config.training.precision),
+        peak_rates=peak_rates(device, config.training.precision, config.training.peak_tflops),
         identity={name: value for name, value in asdict(config).items() if name not in NOT_IN_FINGERPRINT},
     ).run()
     if Ranks.current().is_main:
@@ -139,6 +140,7 @@ def check(config: PretrainImageEncoder, max_tiles: int) -> None:
         )
     if config.training.tp * config.training.pp > 1:
         raise UserError("this stage has no tensor or pipeline parallelism: leave training.tp and training.pp at 1")
+    refuse_frozen_savings(config.training)
     if not 1 <= max_tiles <= config.encoder.max_num_tiles:
         raise UserError(f"max_tiles is {max_tiles}; the encoder takes 1 to {config.encoder.max_num_tiles}")
 

@@ -34,8 +34,9 @@ from mm.training.character_ctc import (
 from mm.training.command import run_stage
 from mm.training.config import TrainingConfig
 from mm.training.data import DataSource, RecordDataset, readable_samples
-from mm.training.devices import matmul_rate
+from mm.training.devices import peak_rates
 from mm.training.media import check_media, likely_indices
+from mm.training.offload import refuse_frozen_savings
 from mm.training.sampler import seed_of
 from mm.training.speech import set_feature_statistics
 from mm.training.speech_pretraining import (
@@ -93,6 +94,7 @@ class PretrainSpeechEncoder:
 def pretrain_speech_encoder(config: PretrainSpeechEncoder) -> None:
     """Train a speech encoder with BEST-RQ, or with CTC over transcripts' characters."""
     check(config)
+    refuse_frozen_savings(config.training)
     device = resolve_device(config.device)
     encoder = initial_encoder(config)
     build: Callable[[SpeechEncoder], nn.Module]
@@ -125,7 +127,7 @@ def pretrain_speech_encoder(config: PretrainSpeechEncoder) -> None:
         device=device,
         checkpointed_modules=CHECKPOINTED_MODULES,
         fsdp_modules=FSDP_MODULES,
-        matmul_rate=matmul_rate(device.type, config.training.precision),
+        peak_rates=peak_rates(device, config.training.precision, config.training.peak_tflops),
         identity={name: value for name, value in asdict(config).items() if name not in NOT_IN_FINGERPRINT},
     ).run()
     if Ranks.current().is_main:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import Field, asdict
 from functools import partial
 from pathlib import Path
@@ -21,13 +22,14 @@ from mm.parallel.tables import CHECKPOINTED_MODULES, FSDP_MODULES
 from mm.processor import Processor
 from mm.training.config import TrainingConfig
 from mm.training.data import DataSource, RecordDataset, collate_step, readable_samples
-from mm.training.devices import matmul_rate
+from mm.training.devices import peak_rates
 from mm.training.flops import TrainedParts, text_token_cost
 from mm.training.matching import MatchingObjective, match_accuracy
 from mm.training.media import check_media, likely_indices
 from mm.training.objectives import NextTokenObjective
+from mm.training.offload import StreamedLayers, check_savings
 from mm.training.optimizer import apply_learning_rates
-from mm.training.precision import lossless_bf16
+from mm.training.precision import lossless_bf16, weight_only
 from mm.training.trainer import Trainer
 from shards.format import Record
 
@@ -101,8 +103,15 @@ def train_adapters(
         evaluate = partial(answer_accuracy, batches=batches, device=device)
         if isinstance(objective, MatchingObjective) and not objective.runs_language_model:
             evaluate = partial(match_accuracy, batches=batches, modality=objective.modality, device=device)
-    # On one process the frozen language model is held in bf16 where that is exact; FSDP does so itself on several.
-    with lossless_bf16(model.language_model, config.training.precision == "bf16" and Ranks.current().size == 1):
+    training, layers = config.training, model.language_model.model.layers
+    check_savings(training, Ranks.current().size)
+    with ExitStack() as stack:
+        # On one process the frozen language model is held in bf16 where that is exact; FSDP does so itself on several.
+        one_process = Ranks.current().size == 1
+        stack.enter_context(lossless_bf16(model.language_model, training.precision == "bf16" and one_process))
+        stack.enter_context(weight_only(layers, training.frozen_language_model))
+        if training.offload_frozen:
+            stack.enter_context(StreamedLayers(layers, device, training.activation_checkpointing))
         Trainer(
             model,
             objective,
@@ -115,7 +124,7 @@ def train_adapters(
             checkpointed_modules=CHECKPOINTED_MODULES,
             fsdp_modules=FSDP_MODULES,
             sample_costs=sample_costs_of(dataset, model.config, processor.max_tiles),
-            matmul_rate=matmul_rate(device.type, config.training.precision),
+            peak_rates=peak_rates(device, training.precision, training.peak_tflops),
             identity={setting: value for setting, value in asdict(config).items() if setting not in NOT_IN_FINGERPRINT},
         ).run()
 

@@ -35,9 +35,9 @@ from mm.training.guards import Guard
 from mm.training.interruption import StopSignals, end
 from mm.training.metrics import MetricsLog, NoLog, StepMetrics, Window
 from mm.training.objectives import Objective, loss_of_hidden_states
+from mm.training.offload import check_savings, restore_weights, step_optimizer, trained_parameters
 from mm.training.optimizer import (
     apply_learning_rates,
-    build_optimizer,
     drop_gradients,
     gradient_norms,
     learning_rate_factor,
@@ -66,7 +66,8 @@ class Trainer:
         fsdp_modules: kinds of submodules that ranks gather one at a time.
         identity: what else, besides `config`, a resumed run must have in common with the interrupted one.
         sample_costs: the cost of each sample, such as its tokens, [len(dataset)]; ranks get about equal sums of it.
-        matmul_rate: peak FLOP/s of a rank's device; the objective's "flops" are reported as a share of it, "mfu".
+        peak_rates: FLOP/s of a rank's device, by the metric that reports which share of it the objective's "flops"
+            reach, see `mm.training.devices.peak_rates`.
     """
 
     def __init__(
@@ -83,12 +84,12 @@ class Trainer:
         fsdp_modules: tuple[type[nn.Module], ...] = (),
         identity: dict[str, Any] | None = None,
         sample_costs: Tensor | None = None,
-        matmul_rate: float | None = None,
+        peak_rates: Mapping[str, float] | None = None,
     ) -> None:
         self.original, self.objective, self.dataset, self.config = module, objective, dataset, config
         self.folder, self.name, self.evaluate = folder, name, evaluate
         self.checkpointed_modules, self.fsdp_modules = checkpointed_modules, fsdp_modules
-        self.identity, self.sample_costs, self.matmul_rate = identity or {}, sample_costs, matmul_rate
+        self.identity, self.sample_costs, self.peak_rates = identity or {}, sample_costs, peak_rates or {}
         self.device, self.ranks = resolve_device(device), Ranks.current()
 
     def run(self) -> None:
@@ -124,6 +125,7 @@ class Trainer:
             raise UserError(f"{self.folder} is a file; name a folder for the run")
         if self.config.compile:
             require_compiler()
+        check_savings(self.config, self.ranks.size)
         if self.config.micro_batch_tokens is not None and self.ranks.size > 1:
             raise UserError(
                 "training.micro_batch_tokens gives ranks different numbers of micro-batches: under torchrun set "
@@ -157,7 +159,7 @@ class Trainer:
                 self.device.type,
                 self.objective.forward_methods,
             )
-        self.optimizer = build_optimizer(self.module, self.learning_rates, config.weight_decay, config.betas)
+        self.optimizer = step_optimizer(self.module, self.learning_rates, config)
         self.checkpoints = Checkpoints(self.folder, config.keep, fingerprint, self.module, self.optimizer)
 
     def _fingerprint(self) -> dict[str, Any]:
@@ -288,8 +290,8 @@ class Trainer:
             observed = self.module.combine_values(observed)
         numbers = self.window.numbers() | {"learning_rate/factor": self.factor} | observed
         numbers |= {f"{name}_total": total for name, total in self.totals.items()}  # also before an interruption
-        if self.matmul_rate is not None:
-            numbers["mfu"] = numbers["flops_per_second"] / (self.matmul_rate * self.ranks.size)
+        for metric, rate in self.peak_rates.items():
+            numbers[metric] = numbers["flops_per_second"] / (rate * self.ranks.size)
         self.window = Window()
         return numbers
 
@@ -304,7 +306,8 @@ class Trainer:
 
     @torch.no_grad()
     def _copy_weights_back(self) -> None:
-        """Copy the trained weights from all ranks into the original module."""
+        """Copy the trained weights from all ranks, or from the host, into the original module."""
+        restore_weights(self.optimizer)
         if self.module is not self.original:
             parameters = dict(self.original.named_parameters())
             for name in self.learning_rates:
@@ -363,7 +366,7 @@ def train_step(
     if isinstance(module, Stage):
         norms = module.combine_norms(gradient_norms(module.owned_parameters()))
     else:
-        norms = gradient_norms(module.named_parameters())
+        norms = gradient_norms(trained_parameters(module, optimizer))
     metrics = StepMetrics(layout.all_reduce_sum(sum(float(loss) for loss in losses))[0], norms)
     try:
         reason = guard.reason_to_skip(metrics.loss, metrics.norm)

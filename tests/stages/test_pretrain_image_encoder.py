@@ -14,7 +14,7 @@ from shards.writer import write_shards
 from stages import pretrain_image_encoder as stage
 from tests.mm.training.launch import launch_function
 
-TIMES = ("_per_second", "_seconds", "seconds_per_step", "seconds_total", "data_wait_share", "mfu")
+TIMES = ("_per_second", "_seconds", "seconds_per_step", "seconds_total", "data_wait_share", "matmul_utilization")
 
 
 class Interrupted(BaseException):
@@ -49,7 +49,7 @@ def test_images_retrieve_their_texts(encoder_config, squares):
     stage.main(["--config", str(file)])
     rows = metrics_of(folder)
     reported = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert all(row["mfu"] > 0 for row in reported if "loss" in row)
+    assert all(row["matmul_utilization"] > 0 for row in reported if "loss" in row)
     assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
     assert rows[-1]["eval/recall_at_1"] > 0.8
     assert load_vision_encoder(folder).config.tile_size == 28

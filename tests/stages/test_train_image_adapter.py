@@ -25,7 +25,7 @@ from shards.writer import write_shards
 from stages.train_image_adapter import main
 from tests.mm.training.launch import FORKED
 
-TIMES = ("_per_second", "_seconds", "seconds_per_step", "seconds_total", "data_wait_share", "mfu")
+TIMES = ("_per_second", "_seconds", "seconds_per_step", "seconds_total", "data_wait_share", "matmul_utilization")
 
 
 def metrics_of(folder: Path) -> list[dict]:
@@ -109,7 +109,7 @@ def test_it_learns_to_name_colours_from_the_image_alone(adapter_config, squares)
     main(["--config", str(file)])
     rows = metrics_of(folder)
     reported = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert all(row["mfu"] > 0 for row in reported if "loss" in row)
+    assert all(row["matmul_utilization"] > 0 for row in reported if "loss" in row)
     assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]  # the random, frozen output layer limits it
     assert rows[-1]["eval/answer_accuracy"] > 0.85
     gates = [value for name, value in rows[-1].items() if name.startswith("gate/")]

@@ -14,7 +14,7 @@ from mm.training.objectives import NextTokenObjective
 from tests.mm.training.checkpoint_state import state_of
 
 OFTEN = {"steps": 10, "batch_size": 3, "save_every": 3, "log_every": 2, "warmup_steps": 3}
-TIMES = ("_per_second", "_seconds", "seconds_per_step", "seconds_total", "data_wait_share", "mfu")
+TIMES = ("_per_second", "_seconds", "seconds_per_step", "seconds_total", "data_wait_share", "matmul_utilization")
 
 
 class Interrupted(BaseException):

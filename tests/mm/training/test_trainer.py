@@ -48,9 +48,12 @@ def test_metrics_of_a_run(model, samples, config, run):
 def test_mfu_is_the_share_of_the_peak_rate(model, samples, config, run):
     """FLOPs as the objective counts them, of every micro-batch."""
     objective = NextTokenObjective(lambda batch: 1000 * len(batch.lengths))
-    folder = run(model, config(micro_batch_size=3), objective=objective, matmul_rate=1e6)
+    folder = run(
+        model, config(micro_batch_size=3), objective=objective, peak_rates={"mfu": 1e6, "matmul_utilization": 1e5}
+    )
     for row in lines(folder):
         assert row["mfu"] * 1e6 * row["seconds_per_step"] == pytest.approx(1000 * len(samples))
+        assert row["matmul_utilization"] == pytest.approx(10 * row["mfu"])
     assert "mfu" not in lines(run(model, config(), folder="uncounted"))[0]
 
 
