@@ -86,7 +86,7 @@ class ShapeModel:
     Args:
         stage: what trains.
         training: its learning rates, precision, and what it keeps elsewhere than on the device.
-        sharded: it runs under FSDP, if on one rank only. tp_degree: ranks that share each matrix product.
+        sharded: it runs under FSDP, if on one rank only. tp: ranks that share each matrix product.
         layers: of the language model that a pipeline stage runs; None: all.
 
     Raises:
@@ -98,7 +98,7 @@ class ShapeModel:
         stage: StageShape,
         training: TrainingConfig,
         sharded: bool = False,
-        tp_degree: int = 1,
+        tp: int = 1,
         layers: range | None = None,
     ) -> None:
         model = stage.build()
@@ -114,7 +114,7 @@ class ShapeModel:
             assert isinstance(model, MultimodalModel)
             self.first, self.last = layers.start == 0, layers.stop == model.config.language_model.num_layers
             absent = absent_modules(model, layers)
-        self.num_parameters, self.num_trained = self._sizes(absent, tp_degree)
+        self.num_parameters, self.num_trained = self._sizes(absent, tp)
         self.buffer_bytes = sum(buffer.nbytes for buffer in model.buffers())
         parameters = {name: model.get_parameter(name) for name in trained}
         self.moment_bytes = sum(state_bytes(p, training.optimizer_state) for p in parameters.values())
@@ -124,7 +124,7 @@ class ShapeModel:
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.bf16_weights = self._bf16_weights()
         self.num_bf16 = sum(model.get_parameter(name).numel() for name in self.bf16_weights)
-        self._replace_by_fake_parameters(tp_degree)
+        self._replace_by_fake_parameters(tp)
         self.layer_bytes = [
             sum(tensor.nbytes for tensor in chain(layer.parameters(), layer.buffers())) for layer in decoder
         ]
@@ -223,7 +223,7 @@ class ShapeModel:
             hook.remove()
         return StepBytes(live.peaks, kept)
 
-    def _sizes(self, absent: Sequence[str], tp_degree: int) -> tuple[dict[str, int], dict[str, int]]:
+    def _sizes(self, absent: Sequence[str], tp: int) -> tuple[dict[str, int], dict[str, int]]:
         """The parameters that the rank holds, and those of them that train, by FSDP module; the rest under ""."""
         num_parameters, num_trained = {"": 0}, {"": 0}
         modules = [name for name, module in self.model.named_modules() if isinstance(module, self.stage.fsdp_modules)]
@@ -231,11 +231,11 @@ class ShapeModel:
             name for name in modules if not isinstance(self.model.get_submodule(name), self.stage.checkpointed_modules)
         }
         absent_prefixes = tuple(f"{name}." for name in absent)
-        split = shared_linears(self.model, tp_degree)
+        split = shared_linears(self.model, tp)
         for name, parameter in self.model.named_parameters():
             if not name.startswith(absent_prefixes):
                 module = next((module for module in modules if name.startswith(f"{module}.")), "")
-                number = _local_shape(name, parameter.shape, split, tp_degree).numel()
+                number = _local_shape(name, parameter.shape, split, tp).numel()
                 num_parameters[module] = num_parameters.get(module, 0) + number
                 num_trained[module] = num_trained.get(module, 0) + number * parameter.requires_grad
         return num_parameters, num_trained
@@ -249,9 +249,9 @@ class ShapeModel:
             names |= {name for name in layer_weights(self.model) if self.model.get_parameter(name).requires_grad}
         return names
 
-    def _replace_by_fake_parameters(self, tp_degree: int) -> None:
+    def _replace_by_fake_parameters(self, tp: int) -> None:
         """Give the model parameters without data, of the shapes and types with which this rank computes."""
-        model, split = self.model, shared_linears(self.model, tp_degree)
+        model, split = self.model, shared_linears(self.model, tp)
         split.pop("language_model.lm_head", None)  # every rank computes with all logits
         kinds = self.stage.fsdp_modules
         modules = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, kinds))
@@ -260,7 +260,7 @@ class ShapeModel:
                 self.sharded and self.precision == "bf16" and name.startswith(modules)
             )
             with self.fake:
-                shape = _local_shape(name, parameter.shape, split, tp_degree)
+                shape = _local_shape(name, parameter.shape, split, tp)
                 data = torch.empty(shape, dtype=torch.bfloat16 if in_bf16 else torch.float32)
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, nn.Parameter(data, requires_grad=parameter.requires_grad))
@@ -280,14 +280,14 @@ def _cast_to_bf16(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]
     return tree_map_only(Tensor, lambda part: part.bfloat16() if part.is_floating_point() else part, inputs)
 
 
-def _local_shape(name: str, shape: torch.Size, split: Mapping[str, Split], tp_degree: int) -> torch.Size:
+def _local_shape(name: str, shape: torch.Size, split: Mapping[str, Split], tp: int) -> torch.Size:
     """The shape of a tensor-parallel rank's part of a parameter."""
     linear, _, leaf = name.rpartition(".")
     match split.get(linear):
         case Split.OUTPUTS:
-            return torch.Size((shape[0] // tp_degree, *shape[1:]))
+            return torch.Size((shape[0] // tp, *shape[1:]))
         case Split.INPUTS if leaf == "weight":
-            return torch.Size((shape[0], shape[1] // tp_degree))
+            return torch.Size((shape[0], shape[1] // tp))
     return shape
 
 

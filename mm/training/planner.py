@@ -170,7 +170,7 @@ def plan(
     layout, size = training.layout(gpus), training.micro_batch_size or training.batch_size
     if (layout.pp > 1 and not stage.pipeline) or (layout.tp > 1 and not stage.tensor_parallel):
         raise UserError(
-            f"training.tp_degree is {layout.tp} and training.pp_degree is {layout.pp}; this stage's model cannot be "
+            f"training.tp is {layout.tp} and training.pp is {layout.pp}; this stage's model cannot be "
             "split so: set them to 1"
         )
     configured = training.activation_checkpointing

@@ -174,7 +174,7 @@ def test_fsdp_divides_state_and_gathers_modules():
 def test_tensor_parallel_ranks_hold_their_heads_and_channels():
     """Of every layer's products half is held; embeddings, norms, the projection and added biases are whole."""
     model = mm.MultimodalModel(CONFIG)
-    whole, half = (ShapeModel(SHAPE, settings_of(RATES), sharded=True, tp_degree=ranks) for ranks in (1, 2))
+    whole, half = (ShapeModel(SHAPE, settings_of(RATES), sharded=True, tp=ranks) for ranks in (1, 2))
     products = ("proj.weight", "fc1.weight", "fc1.bias", "fc2.weight", "lm_head.weight")
     shared = sum(parameter.numel() for name, parameter in model.named_parameters() if name.endswith(products))
     assert whole.state_bytes()["weights"] - half.state_bytes()["weights"] == 4 * shared / 2

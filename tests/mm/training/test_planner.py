@@ -257,8 +257,8 @@ def test_clips_are_planned_with(film_shape):
     assert "6 frames of 2 tiles (assumed)" in str(costs)
     with pytest.raises(ValueError, match="frames is 7; it can be 1 to max_frames, 6"):
         expected_samples(stage, [], SampleSizes(12, frames=7))
-    with pytest.raises(ValueError, match="pp_degree is 2; this stage's model cannot be split"):
-        plan(film_shape, replace(training, pp_degree=2), samples, 2)
+    with pytest.raises(ValueError, match="pp is 2; this stage's model cannot be split"):
+        plan(film_shape, replace(training, pp=2), samples, 2)
 
 
 def test_sound_is_planned_with(tiny_config, tmp_path):
