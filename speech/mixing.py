@@ -7,8 +7,9 @@ import numpy as np
 from foundation.errors import UserError
 
 if TYPE_CHECKING:
-    from av.audio.fifo import AudioFifo
+    from av.audio.frame import AudioFrame
 
+MAX_EXPECTED = 2**24  # samples; headers may state any number
 RATES = range(1_000, 768_001)  # Hz
 # FFmpeg's sample formats (with a "p" after them for those whose channels lie apart) -> NumPy's names.
 SAMPLE_FORMATS = {"u8": "u1", "s16": "i2", "s32": "i4", "s64": "i8", "flt": "f4", "dbl": "f8"}
@@ -17,6 +18,9 @@ SAMPLE_FORMATS = {"u8": "u1", "s16": "i2", "s32": "i4", "s64": "i8", "flt": "f4"
 class Section:
     """A stretch of sound of one kind, mixed to one channel as it comes.
 
+    Args:
+        expected: number of samples that come, as far as it is known: memory for them is taken at once.
+
     Attributes:
         kind: (samples per second, channels, FFmpeg's sample format).
         channel: the channel to take; None averages all.
@@ -24,14 +28,18 @@ class Section:
         mixed_power: of the average.
     """
 
-    def __init__(self, kind: tuple[int, int, str], channel: int | None) -> None:
+    def __init__(self, kind: tuple[int, int, str], channel: int | None, expected: int = 0) -> None:
         if kind[0] not in RATES:
             raise UserError(f"{kind[0]} samples per second are outside {RATES[0]:,} to {RATES[-1]:,} Hz")
         self.kind, self.channel = kind, channel
         self.power, self.mixed_power = np.zeros(kind[1]), 0.0
-        self._mixed = np.empty(0, np.float32)  # of which the first _num_mixed samples are filled
+        self._mixed = np.empty(
+            min(expected, MAX_EXPECTED), np.float32
+        )  # of which the first _num_mixed samples are filled
         self._num_mixed = 0
-        self._waiting: AudioFifo | None = None
+        self._is_planar = kind[2].endswith("p")
+        self._waiting: list[list[np.ndarray]] = []  # for each frame, its planes
+        self._num_waiting = 0
 
     @property
     def rate(self) -> int:
@@ -50,18 +58,23 @@ class Section:
 
     @property
     def num_samples(self) -> int:
-        return self._num_mixed + (self._waiting.samples if self._waiting else 0)
+        return self._num_mixed + self._num_waiting
 
     @property
     def seconds(self) -> float:
         return self.num_samples / self.rate
 
-    def queue(self) -> "AudioFifo":
-        """For decoded frames, which are mixed many at once by `mix_waiting`."""
-        from av.audio.fifo import AudioFifo
-
-        self._waiting = AudioFifo()
-        return self._waiting
+    def add(self, frame: "AudioFrame") -> int:
+        """Keep a decoded frame, to be mixed with others by `mix_waiting`; the number of samples that wait."""
+        dtype = SAMPLE_FORMATS[self.kind[2].removesuffix("p")]
+        # Without a copy: the arrays keep the frame. PyAV gives a ninth plane to eight channels, which is none.
+        if self._is_planar:
+            planes = [np.frombuffer(plane, dtype, frame.samples) for plane in frame.planes[: self.kind[1]]]
+        else:
+            planes = [np.frombuffer(frame.planes[0], dtype, frame.samples * self.kind[1])]
+        self._waiting.append(planes)
+        self._num_waiting += frame.samples
+        return self._num_waiting
 
     def mix(self, block: np.ndarray) -> None:
         """Add [channels, samples] of any of FFmpeg's formats."""
@@ -88,17 +101,12 @@ class Section:
         return self._mixed
 
     def mix_waiting(self) -> None:
-        """Take what is in the queue."""
-        frame = self._waiting.read() if self._waiting is not None else None
-        if frame is None:
+        """Take the frames that wait."""
+        if not self._waiting:
             return
-        if self.kind[1] == 1:  # without a copy
-            sample_format = SAMPLE_FORMATS[self.kind[2].removesuffix("p")]
-            plane = np.frombuffer(frame.planes[0], sample_format, frame.samples)  # type: ignore[call-overload]  # a buffer
-            self.mix(plane[None])
-            return
-        block = frame.to_ndarray()
-        self.mix(block if len(block) == self.kind[1] else planar(block, self.kind[1]))
+        planes = [np.concatenate(pieces) for pieces in zip(*self._waiting, strict=True)]
+        self._waiting, self._num_waiting = [], 0
+        self.mix(np.stack(planes) if len(planes) == self.kind[1] else planar(planes[0], self.kind[1]))
 
 
 def total_seconds(sections: list[Section]) -> float:

@@ -1,8 +1,9 @@
 """Read any sound file as one channel at 16 kHz; the first step of everything that starts from a sound.
 
-FFmpeg's libraries (PyAV) decode it, except for plain PCM in WAV (`pcm.py`). What a header states (length, rate,
-channels) is a hint: the sound is what is decoded, and each decoded frame tells its own rate and channels, which may
-change in the middle of a stream. The caller gets finite samples, or a `UserError` that names the file and the reason.
+FFmpeg's libraries (PyAV) decode it, except for plain PCM in WAV (`pcm.py`) and whole FLAC files (`flac.py`). What a
+header states (length, rate, channels) is a hint: the sound is what is decoded, and each decoded frame tells its own
+rate and channels, which may change in the middle of a stream. The caller gets finite samples, or a `UserError` that
+names the file and the reason.
 """
 
 import io
@@ -23,6 +24,7 @@ from foundation.extras import MissingExtraError, import_extra
 from foundation.media import open_media
 from speech.containers import Data, Part, parts
 from speech.features import SAMPLE_RATE
+from speech.flac import DamagedError, find_flac
 from speech.mixing import Section, joined, planar, total_seconds
 from speech.pcm import find_pcm
 
@@ -182,17 +184,15 @@ def _decode(file: BinaryIO, part: Part, reading: _Reading, channels: Mapping[int
     if part.is_one_page and (section := _one_page_of_vorbis(file, channels.get(0))):
         reading.check(section.seconds)
         return [section]
-    if reading.raw_format is None and (pcm := find_pcm(Data(file))):
-        section = Section((pcm.rate, pcm.channels, pcm.dtype.name), channels.get(0))
-        reading.check(pcm.num_samples / pcm.rate)
-        for block in pcm.blocks(BLOCK):
-            section.mix(planar(block, pcm.channels))
+    data = Data(file)
+    if reading.raw_format is None and (section := _plain(data, reading, channels.get(0))):
         return [section]
     sections: list[Section] = []
-    options = WAV_OPTIONS if Data(file)[8:12] == b"WAVE" else {}
+    options = WAV_OPTIONS if data[8:12] == b"WAVE" else {}
     file.seek(0)
     with open_media(file, "speech", container_format=reading.raw_format, **options) as container:
         stream = _track(container)
+        stated = max(0, round((stream.duration or 0) * (stream.time_base or 0) * stream.rate))
         rate = num_channels = 0
         sample_format = ""
         # Frames are short, thousands in a minute: so little is done with each.
@@ -203,23 +203,40 @@ def _decode(file: BinaryIO, part: Part, reading: _Reading, channels: Mapping[int
                 or frame.format.name != sample_format
             ):
                 rate, num_channels, sample_format = frame.sample_rate, frame.layout.nb_channels, frame.format.name
-                sections.append(Section((rate, num_channels, sample_format), channels.get(len(sections))))
-                waiting = sections[-1].queue()
-            frame.pts = None  # the queue wants times without gaps, or none
-            waiting.write(frame)
-            if waiting.samples >= BLOCK:
+                kind = (rate, num_channels, sample_format)
+                sections.append(Section(kind, channels.get(len(sections)), stated if not sections else 0))
+            if sections[-1].add(frame) >= BLOCK:
                 sections[-1].mix_waiting()
                 reading.check(total_seconds(sections))
         reading.check(total_seconds(sections))
         if container.format.name in EXACT_FORMATS and not reading.allow_truncated:
-            stated = round((stream.duration or 0) * (stream.time_base or 0) * stream.rate)
             decoded = sum(section.num_samples for section in sections)
             if decoded < stated:
                 raise UserError(f"truncated: {decoded:,} samples of the {stated:,} that its header says")
     return sections
 
 
-def _one_page_of_vorbis(file: BinaryIO, channel: int | None) -> "Section | None":
+def _plain(data: Data, reading: _Reading, channel: int | None) -> Section | None:
+    """The sound of a whole file of plain PCM or FLAC, without FFmpeg; None for any other file."""
+    if pcm := find_pcm(data):
+        section = Section((pcm.rate, pcm.channels, pcm.dtype.name), channel, pcm.num_samples)
+        reading.check(pcm.num_samples / pcm.rate)
+        for block in pcm.blocks(BLOCK):
+            section.mix(planar(block, pcm.channels))
+        return section
+    if flac := find_flac(data):
+        section = Section((flac.rate, flac.channels, "flt"), channel, flac.num_samples)
+        reading.check(flac.num_samples / flac.rate)
+        try:
+            for block in flac.blocks(BLOCK):
+                section.mix(block)
+            return section
+        except DamagedError:
+            return None
+    return None
+
+
+def _one_page_of_vorbis(file: BinaryIO, channel: int | None) -> Section | None:
     """The sound of a whole Ogg Vorbis file of one page, of which FFmpeg misses or adds a few hundred samples."""
     soundfile = import_extra("soundfile", "speech", "sound")
     file.seek(0)

@@ -80,6 +80,21 @@ def test_unrelated_channels_are_averaged():
     assert torch.allclose(read_sound(encoded(alone, 16_000, KINDS["wav float"])), torch.from_numpy(channels[0] / 6))
 
 
+def test_eight_channels_that_lie_apart_are_averaged():
+    """PyAV gives a frame of theirs a ninth plane, whose address is none."""
+    channels = np.random.default_rng(0).uniform(-0.5, 0.5, (8, 5_000)).astype(np.float32)
+    out = io.BytesIO()
+    with av.open(out, "w", format="wv") as file:
+        stream = file.add_stream("wavpack", rate=16_000, layout="7.1")
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(channels.T).reshape(1, -1), "flt", "7.1")
+        frame.rate, frame.pts = 16_000, 0
+        for piece in av.AudioResampler("fltp", "7.1", 16_000).resample(frame):
+            file.mux(stream.encode(piece))
+        file.mux(stream.encode(None))
+    # The encoder keeps 8 bits.
+    assert torch.allclose(read_sound(out.getvalue()), torch.from_numpy(channels.mean(axis=0)), atol=1 / 256)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int16])
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 def test_of_channels_in_opposite_phase_the_loudest_is_read(dtype, noise):
@@ -334,7 +349,7 @@ def test_rates_outside_the_limits_are_errors():
 def test_a_missing_package_names_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ValueError, match=r"needs the package av: pip install 'mm-adapters\[speech\]'"):
-        read_sound(sound_file(tone(16_000), kind="FLAC"))
+        read_sound(sound_file(tone(16_000), kind="MP3"))
 
 
 def test_resampling_an_odd_rate_keeps_the_duration():
