@@ -1,7 +1,6 @@
 """The image adapter stage: it learns from images, freezes the language model, and resumes after kill -9."""
 
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -9,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,7 +21,7 @@ from mm.evaluation.evaluate import evaluate
 from shards.reader import ShardSet
 from shards.writer import write_shards
 from stages.train_image_adapter import main
-from tests.mm.training.launch import FORKED
+from tests.mm.training.launch import start
 
 TIMES = ("_per_second", "_seconds", "seconds_per_step", "seconds_total", "data_wait_share", "matmul_utilization")
 
@@ -36,13 +34,6 @@ def metrics_of(folder: Path) -> list[dict]:
 
 def newest(folder: Path) -> Path:
     return sorted((folder / "checkpoints").glob("step-*"))[-1]
-
-
-def start(function: Callable[[list[str]], None], arguments: list[str]) -> multiprocessing.Process:
-    """A process with one thread, as the tests have: sums in another order would not be bit-equal."""
-    process = FORKED.Process(target=function, args=(arguments,))
-    process.start()
-    return process
 
 
 def killed_while_writing(arguments: list[str]) -> None:

@@ -28,6 +28,13 @@ class Ended(NamedTuple):
     output: str
 
 
+def start(function: Callable[..., object], *arguments: object) -> multiprocessing.Process:
+    """A process that calls `function(*arguments)`, with one thread as the tests have."""
+    process = FORKED.Process(target=_forked, args=(function, *arguments))
+    process.start()
+    return process
+
+
 def launch(program: Path, folder: Path, size: int, timeout: float = 600.0) -> Ended:
     """Run `program FOLDER` on `size` ranks; see `launch_function`."""
     return launch_function(_program, (program, folder), folder, size, timeout)
@@ -47,7 +54,8 @@ def launch_function(
     files = [folder / f"output-{rank}.txt" for rank in range(size)]
     ranks = [
         FORKED.Process(
-            target=_rank, args=(function, arguments, rendezvous | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, file)
+            target=_forked,
+            args=(_rank, function, arguments, rendezvous | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, file),
         )
         for rank, file in enumerate(files)
     ]
@@ -71,12 +79,18 @@ def launch_function(
     return Ended(max(abs(rank.exitcode) for rank in ranks), output)
 
 
+def _forked(function: Callable[..., object], *arguments: object) -> None:
+    # Workers that load data are forked, as in a process of its own: else they would outlive one that is killed.
+    multiprocessing.set_start_method("fork", force=True)
+    torch.set_num_threads(1)
+    function(*arguments)
+
+
 def _rank(function: Callable[..., object], arguments: tuple, environment: dict[str, str], file: Path) -> None:
     with file.open("w") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
     os.environ.update(environment)
-    torch.set_num_threads(1)
     function(*arguments)
 
 
