@@ -32,10 +32,10 @@ def parts(tmp_path, name, ids, count):
 
 @pytest.mark.parametrize("rows", [7, 40, 10_000])
 def test_the_size_of_buckets_and_the_division_into_parts_do_not_change_the_files(tmp_path, monkeypatch, rows):
-    ids = [f"{number * 2654435761 % 2**32:032x}"[::-1] for number in range(900)]
+    ids = [f"{number * 2654435761 % 2**32:032x}"[::-1] for number in range(300)]
     merge(parts(tmp_path, "one", ids, 1), (), tmp_path / "one")
     monkeypatch.setattr(merging, "ROWS_PER_BUCKET", rows)
-    monkeypatch.setattr(merging, "BATCH", 64)
+    monkeypatch.setattr(merging, "BATCH", 16)
     merge(parts(tmp_path, "many", list(reversed(ids)), 5), (), tmp_path / "many")
     for table in ("pairs", "pictures"):
         one, many = (tmp_path / name / f"{table}.parquet" for name in ("one", "many"))
