@@ -131,6 +131,15 @@ def test_media_come_in_the_order_of_the_command_line(mm_command, everything_run,
         assert (code, out, err) == (0, mm.generate(model, processor, messages, 9) + "\n", "")
 
 
+def test_a_question_is_answered_with_quantised_weights(mm_command, everything_run, media):
+    picture = str(media / "still.png")
+    model, processor = mm.load(everything_run, quantisation="int8")
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "what is it?"}]
+    options = ("--model", everything_run, "--max-new-tokens", 6, "--quantisation", "int8", "--quiet")
+    code, out, _ = mm_command("ask", "what is it?", "--image", picture, *options)
+    assert (code, out) == (0, mm.generate(model, processor, [{"role": "user", "content": content}], 6) + "\n")
+
+
 def test_speech_is_transcribed(mm_command, everything_run, media, monkeypatch):
     files = [media / name for name in ("speech.wav", "stereo.wav", "silence.wav")]
     command = ("transcribe", *files, "--model", everything_run, "--max-new-tokens", 6, "--quiet")
