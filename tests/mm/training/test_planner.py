@@ -253,7 +253,7 @@ def test_clips_are_planned_with(film_shape):
     assert costs.flops.video_adapter > 0 and costs.flops.image_adapter == 0
     assert {one.layout.pp for one in costs.fitting} == {1}
     fewer = expected_samples(stage, [], SampleSizes(12, frames=3))
-    assert plan(film_shape, training, fewer).configured[0].memory.total < costs.configured[0].memory.total
+    assert plan(film_shape, training, fewer, 2).configured[0].memory.total < costs.configured[0].memory.total
     assert "6 frames of 2 tiles (assumed)" in str(costs)
     with pytest.raises(ValueError, match="frames is 7; it can be 1 to max_frames, 6"):
         expected_samples(stage, [], SampleSizes(12, frames=7))
