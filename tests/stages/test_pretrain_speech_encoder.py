@@ -135,7 +135,7 @@ def test_length_buckets_reduce_padding(tmp_path):
 
 
 def test_characters_are_learnt_from_transcripts_and_their_layer_is_not_kept(config, spoken):
-    training = {"steps": 80, "batch_size": 8, "learning_rates": {"*": 5e-3}, "log_every": 20, "workers": 0}
+    training = {"steps": 120, "batch_size": 8, "learning_rates": {"*": 5e-3}, "log_every": 20, "workers": 0}
     file, folder = config(data=[{"path": str(spoken)}], character_ctc=True, best_rq={}, training=training)
     main(["--config", str(file)])
     first, *_, last = read_metrics(folder)
