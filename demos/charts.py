@@ -50,6 +50,7 @@ def training_charts(stages: Mapping[str, Path], titles: Mapping[str, str] = TITL
         rows = read_metrics(file)
         charts = [line_chart(title, {name: series(rows, name)}, _is_share(name)) for name, title in titles.items()]
         blocks = sorted({name for row in rows for name in row if name.startswith("gate/")}, key=_gate_order)
+        blocks = [name for name in blocks if len({value for _, value in series(rows, name)}) > 1]  # those that train
         for group, title in GATES.items():
             names = [name for name in blocks if _gate_order(name)[0] == group]
             charts.append(line_chart(title, {f"layer {_gate_order(name)[1]}": series(rows, name) for name in names}))

@@ -1,6 +1,6 @@
 """The image demo (`make demo`): a frozen language model learns to see, on this machine.
 
-    python -m demos.image [--steps N] [--encoder-steps N] [--seed N]
+    python -m demos.image [--encoder-steps N] [--steps N] [--seed N]
 
 Flow: assets -> curation -> shards -> image encoder -> image adapter -> evaluation -> a page. Finished parts are kept:
 an interrupted demo continues after the last one.
@@ -199,6 +199,7 @@ def evaluate_run(
 
 SETS = {  # name -> the arguments of `prepare` after the folder
     "easy_vqa": (data_prep.sources.easy_vqa.to_samples, "easy-vqa"),
+    "easy_vqa_names": (data_prep.sources.easy_vqa.to_names, "easy-vqa"),
     "easy_vqa_captions": (data_prep.sources.easy_vqa.to_captions, "easy-vqa"),
     "openmoji": (partial(curated, "openmoji"), "openmoji"),
     "tuxpaint": (partial(curated, "tuxpaint-stamps"), "tuxpaint-stamps"),
@@ -209,7 +210,7 @@ def add_recipe_options(parser: ArgumentParser) -> None:
     """Add the options that `recipe_of` reads, and --questions."""
     parser.add_argument("--output", type=Path, help="run folder; default: runs/demo, or with the settings that follow")
     parser.add_argument("--steps", type=int, help="steps of the adapter stage, in place of the configuration's")
-    parser.add_argument("--encoder-steps", type=int, help="steps of the encoder stage, in place of the configuration's")
+    parser.add_argument("--encoder-steps", type=int, help="steps of the encoder stage, likewise")
     parser.add_argument("--seed", type=int, help="of all stages, in place of the configurations'")
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="default: bf16 where the machine multiplies it")
     parser.add_argument("--questions", type=int, default=2000, help="evaluate on this many test questions")

@@ -3,10 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 
 import configs
-import stages.pretrain_image_encoder
 import stages.train_image_adapter
 from demos.assets import fetch
 from demos.command import stage_options
@@ -15,7 +13,7 @@ from mm.run_files import CONFIG_FILE
 
 LANGUAGE_MODEL = "smollm2-135m"
 ADAPTER, ENCODER = Path("runs/demo"), Path("runs/demo-encoder")
-ENCODER_CONFIG, ADAPTER_CONFIG = "demo/encoder.yaml", "demo/adapter.yaml"
+ENCODER_CONFIG, ADAPTER_CONFIG = "demo/alignment.yaml", "demo/adapter.yaml"
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,7 @@ class Recipe:
 
     Attributes:
         steps: of the adapter stage.
-        encoder_steps: of the encoder stage.
+        encoder_steps: of the encoder stage, which aligns a new image encoder with the language model.
         seed: of all stages.
         precision: "fp32" or "bf16"; None takes bf16 where the machine multiplies it in hardware.
         device: of training and evaluation; it has no folder of its own.
@@ -56,20 +54,19 @@ class Recipe:
         return [
             StageRun(
                 title="image encoder",
-                module=stages.pretrain_image_encoder,
                 config=ENCODER_CONFIG,
                 output=self.encoder,
                 seconds=85.0,
                 steps=self.encoder_steps,
+                inputs={"--language_model": LANGUAGE_MODEL},
             ),
             StageRun(
                 title="image adapter",
-                module=stages.train_image_adapter,
                 config=ADAPTER_CONFIG,
                 output=self.adapter,
                 seconds=125.0,
                 steps=self.steps,
-                inputs={"--language_model": LANGUAGE_MODEL, "--vision_encoder": self.encoder},
+                inputs={"--start_from": self.encoder},
             ),
         ]
 
@@ -80,7 +77,6 @@ class StageRun:
 
     Attributes:
         title: for people.
-        module: of the stage, one of `stages`.
         config: name of a shipped configuration.
         output: the run folder.
         seconds: that the configuration's steps take on the reference machine of `demos.progress`.
@@ -89,7 +85,6 @@ class StageRun:
     """
 
     title: str
-    module: ModuleType
     config: str
     output: Path
     seconds: float
@@ -107,7 +102,7 @@ class StageRun:
             arguments += [option, str(source if isinstance(source, Path) else fetch(source))]
         if recipe.seed is not None:
             arguments += ["--training.seed", str(recipe.seed)]
-        self.module.main([*arguments, *stage_options(recipe.device, self.steps, recipe.precision)])
+        stages.train_image_adapter.main([*arguments, *stage_options(recipe.device, self.steps, recipe.precision)])
 
 
 def train(recipe: Recipe, progress: Progress | None = None) -> None:

@@ -78,11 +78,11 @@ def demo_stages(questions: int, device: str = "auto") -> str:
     run_stage_once(stages.finetune.main, FINETUNE_CONFIG, ANNEALED_RUN, CHAT_RUN, device)
     scores["finetuning"] = score_run(CHAT_RUN, questions, device)
 
-    retrieval = last_retrieval(ENCODER)
-    table = score_table(retrieval, scores)
+    matched = last_match_accuracy(ENCODER)
+    table = score_table(matched, scores)
     with replaced_files(CHAT_RUN, last="stages.json") as new:
         (new / "stages.md").write_text(table, encoding="utf-8")
-        summary = {"encoder": {"retrieval": retrieval}, **scores}
+        summary = {"encoder": {"match_accuracy": matched}, **scores}
         (new / "stages.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return table
 
@@ -118,30 +118,30 @@ def score_run(run: Path, questions: int, device: str = "auto") -> dict:
     return scores
 
 
-def last_retrieval(encoder: Path) -> float:
-    """The last `eval/recall_at_1` that the encoder's stage reported of its held-out pairs, 0 to 1.
+def last_match_accuracy(encoder: Path) -> float:
+    """The last `eval/match_accuracy` that the encoder's stage reported of its held-out answers, 0 to 1.
 
     Raises:
         UserError: it reported none.
     """
     rows = map(json.loads, (encoder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    values = [row["eval/recall_at_1"] for row in rows if "eval/recall_at_1" in row]
+    values = [row["eval/match_accuracy"] for row in rows if "eval/match_accuracy" in row]
     if not values:
-        raise UserError(f"{encoder}: its stage reported no eval/recall_at_1; give its configuration a `validation`")
+        raise UserError(f"{encoder}: its stage reported no eval/match_accuracy; give its configuration a `validation`")
     return values[-1]
 
 
-def score_table(retrieval: float, scores: dict[str, dict]) -> str:
+def score_table(matched: float, scores: dict[str, dict]) -> str:
     """The stages' scores in Markdown, 0 to 100, with 95% intervals and, in brackets, the blind control's.
 
     Args:
-        retrieval: of the encoder, 0 to 1.
+        matched: the encoder's share of held-out answers that match their own picture best, 0 to 1.
         scores: of each other stage, from `score_run`.
     """
     lines = [
         f"| after | {' | '.join(COLUMNS)} |",
         "|---" * (len(COLUMNS) + 1) + "|",
-        f"| encoder | own caption retrieved first: {100 * retrieval:.1f} |{' |' * (len(COLUMNS) - 1)}",
+        f"| encoder | own answer matched best: {100 * matched:.1f} |{' |' * (len(COLUMNS) - 1)}",
     ]
     for stage, of_stage in scores.items():
         cells = (_cell(of_stage[name], metric) for name, metric in COLUMNS.values())

@@ -46,7 +46,7 @@ STAGES = {
     "train_video_adapter": TrainVideoAdapter,
 }
 HELD_OUT = {"data/speech/librivox", "data/speech/aligner"}  # recordings of which no run may learn
-TINY_LM = LanguageModelConfig(64, 32, 48, num_layers=16, num_heads=2, num_kv_heads=1)
+TINY_LM = LanguageModelConfig(64, 32, 48, num_layers=28, num_heads=2, num_kv_heads=1)
 
 
 @cache

@@ -64,26 +64,6 @@ def to_names(folder: str | Path, dropped: list[tuple[str, str]] | None = None) -
             yield record
 
 
-def to_balanced_yes_no(folder: str | Path, dropped: list[tuple[str, str]] | None = None) -> Iterator[Record]:
-    """Yields training records of `to_samples`: of each yes/no question as many with "yes" as with "no".
-
-    In the set, wording alone gives 85% of these answers: "is there a blue shape?" is mostly answered "no". Without that
-    bias only the picture tells the answer, as in VQA v2 (Goyal et al. 2017). Of the more frequent answer the records
-    with the first ids stay; ids are hashes, so that this is a random choice, and the same one each time.
-
-    Args, Raises: see `to_samples`.
-    """
-    by_question: dict[str, dict[str, list[Record]]] = {}
-    for record in to_samples(folder, dropped):
-        question, answer = _turn(record)
-        if record.json["split"] == "train" and answer in ("yes", "no"):
-            by_question.setdefault(question, {"yes": [], "no": []})[answer].append(record)
-    for by_answer in by_question.values():
-        count = min(map(len, by_answer.values()))
-        for records in by_answer.values():
-            yield from sorted(records, key=lambda record: record.id)[:count]
-
-
 def to_captions(folder: str | Path, dropped: list[tuple[str, str]] | None = None) -> Iterator[Record]:
     """Yields a captioned record, "a blue circle", for each training picture whose answers name both colour and shape.
 

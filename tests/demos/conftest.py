@@ -15,7 +15,6 @@ ENCODER = {
     **{"tile_size": 28, "patch_size": 14, "hidden_size": 32, "intermediate_size": 64},
     **{"num_layers": 2, "num_gated_layers": 1, "num_heads": 2, "tap_points": [1]},
 }
-TEXT = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "context": 12, "embedding_size": 16}
 TRAINING = {"batch_size": 8, "log_every": 1, "evaluate_every": 2, "save_every": 1, "workers": 0}
 COLOURS = ("red", "green", "blue", "black")
 
@@ -73,16 +72,17 @@ def home(tmp_path, monkeypatch, language_model_folder) -> Path:
     monkeypatch.setattr(demos.image, "missing_programs", list)
     monkeypatch.setenv("MM_CACHE", str(tmp_path / "cache"))
     sets = [{"path": f"data/demo/{name}"} for name in ("easy_vqa", "openmoji", "tuxpaint")]
-    captions = {"validation": {"path": "data/demo/easy_vqa_captions", "split": "validation"}}
-    encoder = {"data": sets, **captions, "encoder": ENCODER, "text": TEXT, "max_tiles": 1}
-    adapter = {"data": sets, "validation": {**sets[0], "split": "validation"}, "adapter": {"positions": [2, 6]}}
+    names = {"path": "data/demo/easy_vqa_names"}
+    alignment = {"data": [names, *sets[1:]], "validation": {**names, "split": "validation"}, "encoder": ENCODER}
+    alignment |= {"max_tiles": 1, "matching_weight": 1.0, "next_token_weight": 0.0, "adapter": {"positions": [2, 6]}}
+    adapter = {"data": sets, "validation": {**sets[0], "split": "validation"}}
     rates = {"language_model.*": None, "extra_embeddings": None, "*": 0.001}
     (tmp_path / "configs" / "demo").mkdir(parents=True)
     (tmp_path / "configs" / "data").mkdir()
     curation = configs.path(demos.image.CURATION_CONFIG).read_text().replace("workers: 2", "workers: 1")
     (tmp_path / "configs" / demos.image.CURATION_CONFIG).write_text(curation)
     for name, values, more in (
-        ("encoder", encoder, {"steps": 3, "learning_rates": {"*": 0.001}}),
+        ("alignment", alignment, {"steps": 3, "learning_rates": {"image_adapter.blocks.*": None, **rates}}),
         ("adapter", adapter, {"steps": 4, "learning_rates": rates}),
         (
             "annealing",

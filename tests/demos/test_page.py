@@ -60,8 +60,10 @@ def test_a_stage_that_diverged_has_the_curve_of_its_finite_values(tmp_path):
 def test_every_stage_with_metrics_has_its_curves(tmp_path):
     """Both kinds of gates of images and clips have charts of their own; a stage without the file is left out."""
     names = ["attn_4", "ffn_4", "attn_8", "ffn_8", "attn_video_8", "ffn_video_8"]
-    rows = [{"step": step, "loss": 3.0 / step, **{f"gate/{name}": 0.5 for name in names}} for step in (1, 2)]
+    rows = [{"step": step, "loss": 3.0 / step, **{f"gate/{name}": 0.5 / step for name in names}} for step in (1, 2)]
     rows[1]["eval/answer_accuracy"] = 0.25
+    for row in rows:
+        row["gate/attn_12"] = 0.5  # of a block that does not train
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = "".join(training_charts({"first": tmp_path / "none.jsonl", "second": tmp_path / "metrics.jsonl"}))
     captions = re.findall("<figcaption>(.*?)</figcaption>", text)

@@ -45,8 +45,8 @@ def test_all_stages_run_once_and_their_scores_are_in_the_table(home, monkeypatch
     rows = {line.split("|")[1].strip(): line for line in shown.splitlines()[2:]}
     assert list(rows) == ["encoder", *RUNS] and all(line.count("|") == len(COLUMNS) + 2 for line in shown.splitlines())
     reported = [json.loads(row) for row in (home / "runs" / "demo-encoder" / "metrics.jsonl").open()]
-    assert summary["encoder"]["retrieval"] == reported[-1]["eval/recall_at_1"]
-    assert f"{100 * reported[-1]['eval/recall_at_1']:.1f}" in rows["encoder"]
+    assert summary["encoder"]["match_accuracy"] == reported[-1]["eval/match_accuracy"]
+    assert f"{100 * reported[-1]['eval/match_accuracy']:.1f}" in rows["encoder"]
     test = ShardSet(data / "openmoji_192").select(split="test")
     for name, loaded in models.items():
         report, blind = (evaluate(*loaded, test, ["chrf"], max_new_tokens=24, blank_images=b) for b in (False, True))
@@ -83,7 +83,7 @@ def test_table_cells_have_score_interval_and_blind_control():
     captions = {"chrf": {**score, "value": 36.8, "interval": 2.9}}
     captions["blind"] = {"chrf": {**score, "value": 5.4}}
     text = score_table(0.98, {"adapter": {"answers": answers, "openmoji": captions, "tuxpaint": captions}})
-    assert text.splitlines()[2].startswith("| encoder | own caption retrieved first: 98.0 |")
+    assert text.splitlines()[2].startswith("| encoder | own answer matched best: 98.0 |")
     assert text.splitlines()[3] == ("| adapter | 85.8 ± 1.5 (66.5) | – | – | 36.8 ± 2.9 (5.4) | 36.8 ± 2.9 (5.4) |")
 
 

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from data_prep.sources.conversations import CAPTION_REQUEST
-from data_prep.sources.easy_vqa import to_balanced_yes_no, to_captions, to_conversations, to_names, to_samples
+from data_prep.sources.easy_vqa import to_captions, to_conversations, to_names, to_samples
 from shards.format import check_record
 from shards.reader import ShardSet
 from shards.writer import write_shards
@@ -55,25 +55,6 @@ def test_the_index_names_the_picture_that_questions_share(folder, tmp_path):
     index = ShardSet(tmp_path / "set").index
     counts = Counter(index["image_id"].to_pylist())
     assert len(counts) == 205 and set(counts.values()) == {2}
-
-
-def test_balanced_yes_no_questions_have_each_answer_equally_often(tmp_path):
-    for part in ("train", "test"):
-        (tmp_path / part / "images").mkdir(parents=True)
-        questions = []
-        for i in range(60):
-            Image.new("RGB", (4, 4), (i, 0, part == "test")).save(tmp_path / part / "images" / f"{i}.png")
-            questions += [["a blue one?", "yes" if i % 5 == 0 else "no", i], ["no blue one?", "yes", i]]
-            questions += [["which?", "red" if i % 3 else "blue", i]]
-        (tmp_path / part / "questions.json").write_text(json.dumps(questions))
-    records = list(to_balanced_yes_no(tmp_path))
-    training = [record for record in to_samples(tmp_path) if record.json["split"] == "train"]
-    counts = Counter(question_and_answer(record) for record in records)
-    whole = Counter(question_and_answer(record) for record in training)
-    num_yes = whole["a blue one?", "yes"]
-    assert counts == {("a blue one?", "yes"): num_yes, ("a blue one?", "no"): num_yes} and num_yes > 5
-    assert {record.id for record in records} < {record.id for record in training}
-    assert [record.id for record in records] == [record.id for record in to_balanced_yes_no(tmp_path)]
 
 
 def test_names_are_all_other_answers_outside_the_test_split(folder):
