@@ -1,6 +1,7 @@
 """Decoded sound of any sample format into one channel of float32; `reading.py` decodes it and resamples the result."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -68,10 +69,11 @@ class Section:
         """Keep a decoded frame, to be mixed with others by `mix_waiting`; the number of samples that wait."""
         dtype = SAMPLE_FORMATS[self.kind[2].removesuffix("p")]
         # Without a copy: the arrays keep the frame. PyAV gives a ninth plane to eight channels, which is none.
+        buffers: Sequence[Any] = frame.planes  # PyAV's type does not say that it is a buffer
         if self._is_planar:
-            planes = [np.frombuffer(plane, dtype, frame.samples) for plane in frame.planes[: self.kind[1]]]
+            planes = [np.frombuffer(plane, dtype, frame.samples) for plane in buffers[: self.kind[1]]]
         else:
-            planes = [np.frombuffer(frame.planes[0], dtype, frame.samples * self.kind[1])]
+            planes = [np.frombuffer(buffers[0], dtype, frame.samples * self.kind[1])]
         self._waiting.append(planes)
         self._num_waiting += frame.samples
         return self._num_waiting
