@@ -101,8 +101,11 @@ def dry_run(
         stored: type of the files from which the language model and the encoders come.
 
     Raises:
-        UserError: a layout that does not fit the model or the number of ranks, or several processes.
+        UserError: a layout that does not fit the model or the number of ranks, settings that save memory in one
+            process, or several processes.
     """
+    if training.savings:
+        raise UserError(f"a dry run does not know what training.{training.savings[0]} saves: leave one of the two out")
     if dist.is_initialized():
         raise UserError("a dry run is one process that stands for any number of ranks: start it without torchrun")
     with fake_world(num_ranks, rank):
