@@ -56,7 +56,7 @@ def draw(
     """
     if isinstance(initial, Fixed):
         whole = initial.values.float().expand(tuple(shape))
-        return (whole if index is None else whole[index]).clone()
+        return (whole if index is None else whole[index]).clone(memory_format=torch.contiguous_format)
     rows, *inner = shape or (1,)
     start, stop, _ = index[0].indices(rows) if index else (0, rows, 1)
     inner_index = tuple(index[1:]) if index else ()

@@ -50,7 +50,8 @@ def write_safetensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[
         for name in names:
             tensor = tensors[name]
             values = read(tensor).to(device="cpu", dtype=tensor.dtype).contiguous()
-            data = values.flatten().view(torch.uint8).numpy().data
+            flat = values.as_strided((values.numel(),), (1,))  # a dimension of size 1 may have any stride
+            data = flat.view(torch.uint8).numpy().data
             for first in range(0, len(data), CHUNK):
                 stream.write(data[first : first + CHUNK])
 

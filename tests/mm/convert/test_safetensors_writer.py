@@ -15,6 +15,7 @@ def test_files_equal_the_packages_own(tmp_path, monkeypatch, metadata):
     monkeypatch.setattr(safetensors_writer, "CHUNK", 16)
     tensors = {f"{n}é{t}": torch.arange(6).reshape(2, 3).to(t) for t in TYPES for n in (3, 1, 2)}
     tensors |= {"scalar": torch.tensor(1.5), "empty": torch.zeros(0, 4), "transposed": torch.rand(3, 5).T}
+    tensors["expanded"] = torch.tensor(0.5).expand(1)
     write_safetensors(tmp_path / "ours", tensors, metadata)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "theirs", metadata)
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
