@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 
 import mm
 import mm.run_files
-from mm.convert.safetensors_writer import write_safetensors
 from mm.run_files import CONFIG_FILE
 from mm.run_folder import save
 
@@ -150,12 +149,12 @@ def test_a_failed_save_keeps_the_old_run(
     (run / "notes.txt").write_text("mine")
     before = sorted(path.name for path in run.iterdir())
 
-    def fails_late(file, state):
+    def fails_late(state, file):
         if file.name.startswith("image_adapter"):
             raise OSError("no space left on device")
-        write_safetensors(file, state)
+        save_file(state, file)
 
-    monkeypatch.setattr(mm.run_files, "write_safetensors", fails_late)
+    monkeypatch.setattr(mm.run_files, "save_file", fails_late)
     with pytest.raises(OSError, match="no space"):
         save(run, build_model(tiny_config, seed=3), tiny_processor, bundle=True)
     assert sorted(path.name for path in run.iterdir()) == before
