@@ -37,7 +37,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # Tests marked `fuzz`: the same few inputs in each `make test`, and CASES new ones in `make fuzz`.
 CHECKS = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture)
 settings.register_profile(
-    "test", max_examples=25, derandomize=True, database=None, deadline=None, suppress_health_check=CHECKS
+    "test", max_examples=15, derandomize=True, database=None, deadline=None, suppress_health_check=CHECKS
 )
 settings.register_profile(
     "fuzz",
