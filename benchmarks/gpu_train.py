@@ -35,7 +35,7 @@ from mm.language_model import LanguageModelConfig
 from mm.parallel.tables import CHECKPOINTED_MODULES
 from mm.training.config import TrainingConfig
 from mm.training.flops import Row, training_flops
-from mm.training.trainer import activation_checkpointing
+from mm.training.recomputation import activation_checkpointing
 from vision.encoder import VisionEncoderConfig
 
 TILES = 4

@@ -1,6 +1,6 @@
 """Processor time of reading other people's files, beside implementations of others that do the bare decoding.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.reading            # all kinds; two minutes on a quiet core
+    OMP_NUM_THREADS=1 python -m benchmarks.reading            # all kinds; the time is not measured
     OMP_NUM_THREADS=1 python -m benchmarks.reading --quick    # tiny inputs, to test it; its numbers mean nothing
 
 Pictures, sounds, films, tars of pairs, and conversations are made by seed. Every repetition runs all contestants of a
@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerFast
 import mm
 from benchmarks import measure
 from benchmarks.pictures import jpeg, scene
+from benchmarks.video_sampling import with_pyav_in_order
 from mm.language_model import LanguageModelConfig
 from shards.format import Record
 from shards.reader import ShardSet
@@ -166,7 +167,7 @@ def film_cases(sizes: Sizes, folder: Path) -> Iterator[Case]:
             indices = sample_indices(video.timeline.ticks, video.timeline.duration, sizes.sampled).tolist()
         contestants = {
             "ours": lambda path=path: len(sample_frames(path, sizes.sampled).pixels),
-            "PyAV": lambda path=path, indices=indices: _with_pyav(path, indices),
+            "PyAV": lambda path=path, indices=indices: len(with_pyav_in_order(path, indices, [])),
         }
         if exact_in_decord:
             contestants["decord"] = lambda path=path, indices=indices: _with_decord(path, indices)
@@ -183,19 +184,6 @@ def _write_film(path: Path, codec: str, sizes: Sizes) -> None:
             moved = np.roll(picture[:height, :width], 3 * index, axis=1)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(moved), "rgb24")))
         container.mux(stream.encode(None))
-
-
-def _with_pyav(path: Path, indices: list[int]) -> int:
-    """Frames counted from the first on, which is exact in every container."""
-    chosen, frames = set(indices), []
-    with av.open(str(path)) as container:
-        container.streams.video[0].codec_context.thread_count = 1
-        for index, frame in enumerate(container.decode(video=0)):
-            if index in chosen:
-                frames.append(frame.to_ndarray(format="rgb24"))
-            if index == indices[-1]:
-                break
-    return len(frames)
 
 
 def _with_decord(path: Path, indices: list[int]) -> int:

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from foundation.errors import UserError
@@ -44,6 +43,7 @@ from mm.training.optimizer import (
     set_learning_rate_factor,
 )
 from mm.training.precision import attention_kernels
+from mm.training.recomputation import activation_checkpointing
 
 logger = logging.getLogger(__name__)
 
@@ -379,23 +379,3 @@ def train_step(
     finally:
         optimizer.zero_grad(set_to_none=True)
     return metrics._replace(skipped=reason)
-
-
-class activation_checkpointing:
-    """Context in which modules of the given kinds compute their activations again in the backward pass.
-
-    Args:
-        config: its `activation_checkpointing` says whether they do.
-    """
-
-    def __init__(self, module: nn.Module, kinds: tuple[type[nn.Module], ...], config: TrainingConfig) -> None:
-        active = config.activation_checkpointing
-        self.modules = [part for part in module.modules() if active and isinstance(part, kinds)]
-
-    def __enter__(self) -> None:
-        for module in self.modules:
-            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
-
-    def __exit__(self, *_: object) -> None:
-        for module in self.modules:
-            del module.forward

@@ -24,7 +24,8 @@ from mm.training.compiling import compiled
 from mm.training.data import collate_step
 from mm.training.guards import Guard
 from mm.training.optimizer import apply_learning_rates, build_optimizer
-from mm.training.trainer import Trainer, activation_checkpointing, train_step
+from mm.training.recomputation import activation_checkpointing
+from mm.training.trainer import Trainer, train_step
 
 
 class Spy(torch.optim.SGD):

@@ -21,7 +21,8 @@ from mm.training.data import collate_step
 from mm.training.guards import Guard
 from mm.training.objectives import NextTokenObjective
 from mm.training.optimizer import apply_learning_rates
-from mm.training.trainer import activation_checkpointing, train_step
+from mm.training.recomputation import activation_checkpointing
+from mm.training.trainer import train_step
 
 
 class Spy(torch.optim.SGD):

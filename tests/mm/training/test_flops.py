@@ -31,9 +31,9 @@ from mm.training.flops import (
 from mm.training.matching import MatchingObjective
 from mm.training.objectives import NextTokenObjective, next_token_loss
 from mm.training.optimizer import apply_learning_rates
+from mm.training.recomputation import activation_checkpointing
 from mm.training.speech import SpeechObjective
 from mm.training.speech_pretraining import BestRqObjective, SpeechPretraining, Utterance
-from mm.training.trainer import activation_checkpointing
 from mm.video_adapter import VideoAdapterConfig
 from speech.adapter import SpeechAdapterConfig
 from speech.best_rq import BestRqConfig

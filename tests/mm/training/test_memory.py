@@ -19,8 +19,9 @@ from mm.training.memory import ShapeModel
 from mm.training.objectives import NextTokenObjective, next_token_loss
 from mm.training.optimizer import apply_learning_rates, build_optimizer
 from mm.training.precision import lossless_bf16
+from mm.training.recomputation import activation_checkpointing
 from mm.training.stage_shapes import ModelShape
-from mm.training.trainer import activation_checkpointing, train_step
+from mm.training.trainer import train_step
 from vision.encoder import VisionEncoderConfig
 from vision.tiling import Tiles
 

@@ -23,8 +23,9 @@ from mm.training.objectives import NextTokenObjective
 from mm.training.offload import HostAdamW, StreamedLayers, step_optimizer
 from mm.training.optimizer import apply_learning_rates
 from mm.training.precision import lossless_bf16, weight_only
+from mm.training.recomputation import activation_checkpointing
 from mm.training.stage_shapes import ModelShape
-from mm.training.trainer import activation_checkpointing, train_step
+from mm.training.trainer import train_step
 from vision.encoder import VisionEncoderConfig
 from vision.tiling import Tiles
 

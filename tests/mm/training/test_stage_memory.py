@@ -20,10 +20,11 @@ from mm.training.matching import MatchingObjective
 from mm.training.memory import ShapeModel
 from mm.training.objectives import NextTokenObjective
 from mm.training.optimizer import apply_learning_rates, build_optimizer
+from mm.training.recomputation import activation_checkpointing
 from mm.training.speech import SpeechObjective
 from mm.training.speech_pretraining import PretrainingShape, Utterance
 from mm.training.stage_shapes import ModelShape
-from mm.training.trainer import activation_checkpointing, train_step
+from mm.training.trainer import train_step
 from mm.video_adapter import VideoAdapterConfig
 from speech.adapter import SpeechAdapterConfig
 from speech.best_rq import BestRqConfig
