@@ -199,6 +199,7 @@ def evaluate_run(
 
 SETS = {  # name -> the arguments of `prepare` after the folder
     "easy_vqa": (data_prep.sources.easy_vqa.to_samples, "easy-vqa"),
+    "easy_vqa_balanced": (data_prep.sources.easy_vqa.to_balanced_samples, "easy-vqa"),
     "easy_vqa_names": (data_prep.sources.easy_vqa.to_names, "easy-vqa"),
     "easy_vqa_captions": (data_prep.sources.easy_vqa.to_captions, "easy-vqa"),
     "openmoji": (partial(curated, "openmoji"), "openmoji"),

@@ -17,9 +17,9 @@ from layers.linear import Linear
 from mm.language_model import LanguageModelConfig
 from mm.vision_context import CrossAttentionMask
 
-TARGET_RMS = 2.0  # of the differences between states; at 3, other tokens drive SwiGLU so far that first losses reach 5
+TARGET_STD = 0.9  # of SwiGLU's inputs before answers; those of other tokens vary two to three times as much
 MIN_DIFFERENCE = 0.1  # between pictures, as a share of what is read of one: nearly equal ones are not amplified further
-MAX_SCALE = 60.0  # limit of the scale of channels that are near 0 or nearly constant
+MAX_SCALE = 60.0  # limit of the scale of channels that are near 0
 
 
 @dataclass(frozen=True)
@@ -121,64 +121,76 @@ class CrossAttentionBlock(nn.Module):
 
     @torch.no_grad()
     def fit_inputs(
-        self, x: Tensor, is_fitted: Tensor, mask: CrossAttentionMask, vision: Tensor, seed: int, name: str
+        self,
+        x: Tensor,
+        before_answer: Tensor,
+        is_text: Tensor,
+        mask: CrossAttentionMask,
+        vision: Tensor,
+        seed: int,
+        name: str,
     ) -> None:
         """Initialise the norms, the attention's output and the feed-forward from the states that the block will read.
 
-        Before an answer, a language model's hidden states are nearly equal whatever the question: about one per cent of
-        their magnitude tells questions apart, and a few channels are a hundred times larger than the others. Answers
-        that depend on question and picture together, such as yes or no, are then learnt late or never. So
+        A few channels of a language model's hidden states are a hundred times larger than the others, and before an
+        answer the states are nearly equal whatever the question. Answers that depend on question and picture together,
+        such as yes or no, are then learnt late or never. So
 
-        - the norms scale each channel by the standard deviation of these states;
-        - the feed-forward's first matrices drop the direction of the mean, and grow until the remaining differences
-          drive SwiGLU as far as a whole state would;
+        - the norms divide each channel by its root mean square over the tokens that attend to images;
         - where the gate is open, `o_proj` is drawn at random, without the part that is equal for all pictures, and so
-          large that pictures differ in each channel as much as the states do: from zeros, the feed-forward would learn
-          for a long time without a picture.
+          large that before an answer pictures differ in each channel as much as the states do: from zeros, the
+          feed-forward would learn for a long time without a picture;
+        - the feed-forward's first matrices drop the direction of the mean state before an answer, and are scaled so
+          that the differences there drive SwiGLU.
 
         Args:
             x, mask, vision: as in `forward`.
-            is_fitted: bool [B, T], the tokens to fit to: those before an answer.
+            before_answer: bool [B, T], the tokens before an answer. is_text: bool [B, T], those that are not padding.
             seed, name: of the draw; the name is the block's in its model.
         """
+        if mask.rows is not None:
+            x, before_answer, is_text = x[mask.rows], before_answer[mask.rows], is_text[mask.rows]
         x = x.float()
-        normed = nn.functional.rms_norm(x[is_fitted], x.shape[-1:])
-        weight = (1 / normed.std(0, correction=0)).clamp(max=MAX_SCALE)
-        for norm in (self.input_layernorm, self.post_attention_layernorm):
-            norm.weight.copy_(weight)
-        mean = (normed * weight).mean(0)
-        spread = (normed * weight - mean).square().mean().sqrt()
-        direction = mean / mean.norm()
-        for matrix in (self.mlp.gate_proj.weight, self.mlp.up_proj.weight):
-            centred = matrix - torch.outer(matrix @ direction, direction)
-            matrix.copy_(centred * (TARGET_RMS / spread.clamp(min=1 / MAX_SCALE)))
+        is_read = is_text if mask.attending is None else is_text & mask.attending[..., 0]
+        before_answer = before_answer & is_read
+        if not before_answer.any():  # all images come after the answers
+            before_answer = is_read
+        self.input_layernorm.weight.copy_(_channel_scales(x[is_read]))
         if bool(self.gate_attn):
             matrix = draw(Normal(1.0), self.cross_attn.o_proj.weight.shape, seed, f"{name}.cross_attn.o_proj.weight")
-            self._fit_output(x, is_fitted, mask, vision, spread, matrix.to(x))
+            x = x + self._fit_output(x, before_answer, mask, vision, matrix.to(x))
+        self.post_attention_layernorm.weight.copy_(_channel_scales(x[is_read]))
+        normed = self.post_attention_layernorm(x[before_answer])
+        direction = nn.functional.normalize(normed.mean(0), dim=0)
+        for matrix in (self.mlp.gate_proj.weight, self.mlp.up_proj.weight):
+            centred = matrix - torch.outer(matrix @ direction, direction)
+            spread = (normed @ centred.T).var(0, correction=0).mean().sqrt()
+            matrix.copy_(centred * (TARGET_STD / spread.clamp(min=1 / MAX_SCALE)))
 
     def _fit_output(
-        self,
-        x: Tensor,
-        is_fitted: Tensor,
-        mask: CrossAttentionMask,
-        vision: Tensor,
-        spread: Tensor,
-        matrix: Tensor,
-    ) -> None:
-        """Set `o_proj`; see `fit_inputs`. Args: spread: of the states, normalised. matrix: random numbers."""
+        self, x: Tensor, before_answer: Tensor, mask: CrossAttentionMask, vision: Tensor, matrix: Tensor
+    ) -> Tensor:
+        """Set `o_proj` and return what the attention then adds to x; see `fit_inputs`. Args: matrix: random numbers."""
         k, v = (mask.gather_rows(packed).transpose(1, 2) for packed in self.cross_attn.keys_values(vision))
-        if mask.rows is not None:
-            x, is_fitted = x[mask.rows], is_fitted[mask.rows]
-        heads = self.cross_attn.heads(self.input_layernorm(x), k, v, mask.attention_mask)[is_fitted]
-        direction = nn.functional.normalize(heads.mean(0), dim=0)
+        normed = self.input_layernorm(x)
+        heads = self.cross_attn.heads(normed, k, v, mask.attention_mask)
+        read, states = heads[before_answer], normed[before_answer]
+        spread = (states - states.mean(0)).square().mean().sqrt()
+        direction = nn.functional.normalize(read.mean(0), dim=0)
         matrix = matrix - torch.outer(matrix @ direction, direction)
         # What it writes, in the units of the normalised states, in which the norms' scales cancel.
-        unit = self.gate_attn.tanh() / x[is_fitted].square().mean(-1, keepdim=True).sqrt()
-        written = unit * (heads @ matrix.T)
+        unit = self.gate_attn.tanh() / x[before_answer].square().mean(-1, keepdim=True).sqrt()
+        written = unit * (read @ matrix.T)
         size = (written - written.mean(0)).square().mean().sqrt()
-        smallest = (unit * heads.norm(dim=-1, keepdim=True)).mean() * MIN_DIFFERENCE
+        smallest = (unit * read.norm(dim=-1, keepdim=True)).mean() * MIN_DIFFERENCE
         matrix = matrix / self.input_layernorm.weight[:, None]
         self.cross_attn.o_proj.weight.copy_(matrix * (spread / torch.maximum(size, smallest).clamp(min=1e-6)))
+        return self.gate_attn.tanh() * mask.zero_unattended(self.cross_attn.o_proj(heads))
+
+
+def _channel_scales(states: Tensor) -> Tensor:
+    """The weights with which an RMSNorm gives every channel of these states, [N, D], a root mean square of 1."""
+    return nn.functional.rms_norm(states, states.shape[-1:]).square().mean(0).rsqrt().clamp(max=MAX_SCALE)
 
 
 class ImageAdapter(nn.Module):

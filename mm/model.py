@@ -142,10 +142,11 @@ class MultimodalModel(nn.Module):
             )
         targets = batch.labels != IGNORED
         before_answer = nn.functional.pad(targets[:, 1:] & ~targets[:, :-1], (0, 1))
+        is_text = torch.arange(targets.shape[1], device=targets.device) < batch.lengths[:, None]
         hooks = [
             block.register_forward_pre_hook(
                 lambda block, inputs, depth=depth: block.fit_inputs(
-                    inputs[0], before_answer, *inputs[1:3], seed, f"{modality.name}_adapter.{depth}"
+                    inputs[0], before_answer, is_text, *inputs[1:3], seed, f"{modality.name}_adapter.{depth}"
                 )
             )
             for (depth, block_kind), block in self.blocks().items()

@@ -64,6 +64,28 @@ def to_names(folder: str | Path, dropped: list[tuple[str, str]] | None = None) -
             yield record
 
 
+def to_balanced_samples(folder: str | Path, dropped: list[tuple[str, str]] | None = None) -> Iterator[Record]:
+    """Yields the training records of `to_samples`, of each yes/no question as many with "yes" as with "no".
+
+    In the set, wording alone gives 85% of these answers: "is there a blue shape?" is mostly answered "no". Without that
+    bias only the picture tells the answer, as in VQA v2 (Goyal et al. 2017). Of the more frequent answer the records
+    with the first ids stay; ids are hashes, so that this is a random choice, and the same one each time.
+
+    Args, Raises: see `to_samples`.
+    """
+    training = [record for record in to_samples(folder, dropped) if record.json["split"] == "train"]
+    by_question: dict[str, dict[str, list[Record]]] = {}
+    for record in training:
+        question, answer = _turn(record)
+        by_question.setdefault(question, {}).setdefault(answer, []).append(record)
+    for by_answer in by_question.values():
+        most = len(training)
+        if by_answer.keys() <= {"yes", "no"}:
+            most = min(len(by_answer.get(answer, [])) for answer in ("yes", "no"))
+        for records in by_answer.values():
+            yield from sorted(records, key=lambda record: record.id)[:most]
+
+
 def to_captions(folder: str | Path, dropped: list[tuple[str, str]] | None = None) -> Iterator[Record]:
     """Yields a captioned record, "a blue circle", for each training picture whose answers name both colour and shape.
 

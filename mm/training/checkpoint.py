@@ -33,7 +33,7 @@ from foundation.errors import UserError
 from mm.parallel.process_group import Ranks
 from mm.training.data import Position
 from mm.training.offload import HostAdamW, trained_parameters
-from mm.training.optimizer import plain_state, zero_state
+from mm.training.optimizer import FIRST_STATES, plain_state, zero_state
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +176,7 @@ class Checkpoints:
         states = {
             name: zero_state(self.optimizer, parameter)
             for name, parameter in self.trained.items()
-            if f"optimizer.{name}.step" in saved  # a parameter that never had a gradient has no state
+            if any(f"optimizer.{name}.{kind}" in saved for kind in FIRST_STATES)  # without a gradient it has no state
         }
         random = {kind: state for kind, state in _random_states().items() if f"random.{owner}.{kind}" in saved}
         model = {name: parameter.detach() for name, parameter in self.trained.items()}

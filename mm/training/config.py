@@ -56,6 +56,8 @@ class TrainingConfig:
         pp: ranks that share the layers, in order (pipeline parallelism).
         rank_timeout: seconds that ranks wait for each other at a step before the run fails and names the missing ones.
         seed: of the order of samples and of everything random.
+        muon: name patterns; Muon steps the matrices among the parameters that they match, with their learning rates, in
+            place of AdamW. One process only.
         optimizer_state: "8bit" stores AdamW's moments in 8 bit; null: FP32. One process only.
         offload_optimizer: keep FP32 weights, gradients and moments in the host's memory, and step there. One process
             only.
@@ -93,6 +95,7 @@ class TrainingConfig:
     pp: int = 1
     rank_timeout: float = 300.0
     seed: int = 0
+    muon: list[str] = field(default_factory=list)
     optimizer_state: str | None = None
     offload_optimizer: bool = False
     offload_frozen: bool = False
@@ -155,6 +158,9 @@ class TrainingConfig:
                 "training.optimizer_state is 8bit and training.offload_optimizer is true: the host holds FP32 moments; "
                 "take one of the two"
             )
+        if self.muon and (self.optimizer_state is not None or self.offload_optimizer):
+            other = "offload_optimizer" if self.offload_optimizer else "optimizer_state"
+            raise UserError(f"training.muon and training.{other} do not go together: take one of the two")
         if self.compile and self.offload_frozen:
             raise UserError("training.compile works without training.offload_frozen: set one of them to false")
         if self.peak_tflops is not None and not self.peak_tflops > 0:

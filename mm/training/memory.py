@@ -24,7 +24,7 @@ from mm.parallel.tables import FP32_INPUT_MODULES, Split, shared_linears
 from mm.training.config import TrainingConfig
 from mm.training.flops import Row
 from mm.training.live_bytes import FakeLiveBytes
-from mm.training.optimizer import apply_learning_rates, state_bytes
+from mm.training.optimizer import apply_learning_rates, muon_matrices, state_bytes
 from mm.training.precision import bf16_candidates, layer_weights
 from mm.training.stage_shapes import StageShape
 
@@ -117,7 +117,8 @@ class ShapeModel:
         self.num_parameters, self.num_trained = self._sizes(absent, tp)
         self.buffer_bytes = sum(buffer.nbytes for buffer in model.buffers())
         parameters = {name: model.get_parameter(name) for name in trained}
-        self.moment_bytes = sum(state_bytes(p, training.optimizer_state) for p in parameters.values())
+        muon = muon_matrices(parameters, trained, training.muon)
+        self.moment_bytes = sum(state_bytes(p, training.optimizer_state, n in muon) for n, p in parameters.items())
         if layers is not None:
             assert isinstance(model, MultimodalModel)
             _keep_layers(model, absent, layers)

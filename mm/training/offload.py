@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from foundation.errors import UserError
 from mm.training.config import TrainingConfig
-from mm.training.optimizer import EPSILON, build_optimizer, parameter_groups
+from mm.training.optimizer import EPSILON, build_optimizer, muon_matrices, parameter_groups
 from mm.training.precision import layer_weights
 
 
@@ -180,7 +180,9 @@ def step_optimizer(
     """The optimizer of a run, as its configuration has it; see `mm.training.optimizer.build_optimizer`."""
     if config.offload_optimizer:
         return HostAdamW(module, learning_rates, config.weight_decay, config.betas, config.precision)
-    return build_optimizer(module, learning_rates, config.weight_decay, config.betas, config.optimizer_state)
+    muon = muon_matrices(dict(module.named_parameters()), learning_rates, config.muon)
+    settings = config.weight_decay, config.betas, config.optimizer_state
+    return build_optimizer(module, learning_rates, *settings, muon, config.precision)
 
 
 def restore_weights(optimizer: torch.optim.Optimizer) -> None:
@@ -190,15 +192,16 @@ def restore_weights(optimizer: torch.optim.Optimizer) -> None:
 
 
 def check_savings(config: TrainingConfig, num_ranks: int) -> None:
-    """Check that settings which save memory in one process are not asked for on several ranks.
+    """Check that settings for one process are not asked for on several ranks.
 
     Raises:
         UserError: they are.
     """
-    if num_ranks > 1 and config.savings:
+    for_one_process = [*config.savings, *(["muon"] if config.muon else [])]
+    if num_ranks > 1 and for_one_process:
         raise UserError(
-            f"training.{config.savings[0]} works in one process, and there are {num_ranks} ranks, which shard weights, "
-            "gradients and optimizer state: leave it out"
+            f"training.{for_one_process[0]} works in one process, and there are {num_ranks} ranks, which shard "
+            "weights, gradients and optimizer state: leave it out"
         )
 
 

@@ -1,6 +1,7 @@
 """Which parameters train and how fast: learning rates by name pattern, AdamW, warm-up and cosine, gradients by part.
 
 AdamW's two moments are FP32, or 8 bit in blocks of 256 numbers with a scale each (Dettmers et al., arXiv 2110.02861).
+Matrices can be left to Muon (`mm.training.muon`).
 """
 
 import math
@@ -17,8 +18,10 @@ from torch.distributed.tensor import DTensor
 from foundation.errors import UserError
 from foundation.extras import import_extra
 from mm.parallel.dtensor import total_norm
+from mm.training.muon import MuonAndAdamW
 
 EPSILON = 1e-8
+FIRST_STATES = ("step", "momentum_buffer")  # what AdamW, and Muon, hold of each parameter that has had a gradient
 BLOCK_SIZE, MIN_8BIT_SIZE = 256, 4096  # of torchao's 8-bit moments
 
 
@@ -57,17 +60,26 @@ def build_optimizer(
     weight_decay: float,
     betas: tuple[float, float],
     state: str | None = None,
+    muon: Collection[str] = (),
+    precision: str = "fp32",
 ) -> torch.optim.Optimizer:
     """AdamW over the parameters in `learning_rates` that the module holds; a pipeline stage may hold none of them.
 
     Args:
         learning_rates: of each parameter that trains, by name.
         state: of the moments, "8bit"; None: FP32.
+        muon: names of those that Muon steps instead, from `muon_matrices`. precision: of its products.
 
     Raises:
         MissingExtraError: torchao is missing, whose optimizer has the moments in 8 bit.
     """
-    groups = parameter_groups(dict(module.named_parameters()), learning_rates, weight_decay)
+    parameters = dict(module.named_parameters())
+    rest = {name: parameter for name, parameter in parameters.items() if name not in muon}
+    groups = parameter_groups(rest, learning_rates, weight_decay)
+    if muon:
+        matrices = {name: parameter for name, parameter in parameters.items() if name in muon}
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        return MuonAndAdamW(parameter_groups(matrices, learning_rates, weight_decay), groups, betas, EPSILON, dtype)
     if state is None:
         return torch.optim.AdamW(groups, betas=betas, eps=EPSILON, fused=True)
     optim = import_extra("torchao.optim", "lowbit", "training.optimizer_state: 8bit")
@@ -103,12 +115,32 @@ def parameter_groups(
     ]
 
 
-def state_bytes(parameter: Tensor, state: str | None) -> float:
-    """The bytes of AdamW's moments of a parameter.
+def muon_matrices(
+    parameters: Mapping[str, Tensor], learning_rates: Collection[str], patterns: Collection[str]
+) -> list[str]:
+    """The names of the matrices that train and that some pattern (`fnmatch`) matches; see `TrainingConfig.muon`.
+
+    Args:
+        learning_rates: names of the parameters that train.
+
+    Raises:
+        UserError: a pattern that matches no such matrix.
+    """
+    trained = [name for name in learning_rates if parameters[name].dim() == 2]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in trained):
+            raise UserError(f"the pattern {pattern!r} of `muon` fits no matrix that trains")
+    return [name for name in trained if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def state_bytes(parameter: Tensor, state: str | None, muon: bool = False) -> float:
+    """The bytes of an optimizer's state of a parameter: AdamW's two moments, or Muon's one.
 
     In 8 bit, tensors of fewer than 4096 numbers, or not of whole blocks, keep FP32 moments.
     """
     number = parameter.numel()
+    if muon:
+        return 4.0 * number
     if state is None or number < MIN_8BIT_SIZE or number % BLOCK_SIZE:
         return 8.0 * number
     return 2 * (number + 4 * number / BLOCK_SIZE)
@@ -125,6 +157,8 @@ def plain_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def zero_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
     """A parameter's optimizer state before its first step, as the optimizer stores it."""
+    if isinstance(optimizer, MuonAndAdamW) and optimizer.is_of_muon(parameter):
+        return {"momentum_buffer": torch.zeros_like(parameter)}
     step = torch.zeros((), device=parameter.device)  # as AdamW has it: not sharded
     if hasattr(optimizer, "_new_buffer"):  # torchao's
         moments = {"exp_avg": optimizer._new_buffer(parameter, True)}

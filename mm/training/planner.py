@@ -14,8 +14,9 @@ from mm.training.config import TrainingConfig
 from mm.training.expected_samples import Samples
 from mm.training.flops import Flops, Parameters
 from mm.training.layouts import USABLE, Arrangement, Arrangements
+from mm.training.muon import newton_schulz_flops
 from mm.training.one_card import Way, ways_to_save
-from mm.training.optimizer import apply_learning_rates, state_bytes
+from mm.training.optimizer import apply_learning_rates, muon_matrices, state_bytes
 from mm.training.stage_shapes import StageShape
 
 HOST_LINK = 32.0  # GB/s between the host's memory and a GPU, where no GPU is named: PCIe 4 x16
@@ -34,6 +35,7 @@ class Plan:
         enough_gpus: the number of GPUs with which that one would fit; None where no number would do.
         one_card: on one GPU of a stated memory, settings that save memory. host_link: GB/s between host and GPU.
         checkpoint_bytes: of a training checkpoint, of all ranks together.
+        muon_flops: of a step of Muon.
     """
 
     gpus: int
@@ -51,6 +53,7 @@ class Plan:
     one_card: Sequence[Way] = ()
     host_link: float = HOST_LINK
     checkpoint_bytes: float = 0.0
+    muon_flops: int = 0
 
     def to_json(self) -> str:
         """All fields, layouts and bytes included."""
@@ -77,6 +80,8 @@ class Plan:
             f"in all {total / 1e12:.3g} TFLOP per sample, {total * self.batch_size / 1e15:.3g} PFLOP per step; "
             f"{added:+.0%} with activation_checkpointing"
         )
+        if self.muon_flops:
+            lines.append(f"Muon's products: {self.muon_flops / 1e12:.3g} TFLOP per step, besides")
         lines.append(f"a checkpoint: {self.checkpoint_bytes / 1e9:.3g} GB, with optimizer state")
         return lines
 
@@ -198,15 +203,27 @@ def plan(
         ways_to_save(stage, training, samples) if gpus == 1 and gpu_gigabytes is not None else (),
         host_link,
         checkpoint_bytes(stage, training),
+        muon_flops(stage, training),
     )
+
+
+def muon_flops(stage: StageShape, training: TrainingConfig) -> int:
+    """The operations of a step of Muon; 0 where the configuration does not use it."""
+    module = stage.build()
+    trained = {name: module.get_parameter(name) for name in apply_learning_rates(module, training.learning_rates)}
+    return newton_schulz_flops(trained[name].shape for name in muon_matrices(trained, trained, training.muon))
 
 
 def checkpoint_bytes(stage: StageShape, training: TrainingConfig) -> float:
     """The bytes of the tensors of a training checkpoint (`mm.training.checkpoint`): trained weights in FP32, AdamW's
-    moments, and a count of steps for each parameter."""
+    moments with a count of steps, or Muon's, of each parameter."""
     module = stage.build()
-    trained = [module.get_parameter(name) for name in apply_learning_rates(module, training.learning_rates)]
-    return sum(4 * p.numel() + state_bytes(p, training.optimizer_state) + 4 for p in trained)
+    trained = {name: module.get_parameter(name) for name in apply_learning_rates(module, training.learning_rates)}
+    muon = muon_matrices(trained, trained, training.muon)
+    return sum(
+        4 * p.numel() + state_bytes(p, training.optimizer_state, name in muon) + 4 * (name not in muon)
+        for name, p in trained.items()
+    )
 
 
 def _count(number: int) -> str:

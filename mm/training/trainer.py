@@ -33,6 +33,7 @@ from mm.training.data import Position, SizedDataset, StepData, Unreadable, colla
 from mm.training.guards import Guard
 from mm.training.interruption import StopSignals, end
 from mm.training.metrics import MetricsLog, NoLog, StepMetrics, Window
+from mm.training.muon import MuonAndAdamW
 from mm.training.objectives import Objective, loss_of_hidden_states
 from mm.training.offload import check_savings, restore_weights, step_optimizer, trained_parameters
 from mm.training.optimizer import (
@@ -160,6 +161,7 @@ class Trainer:
                 self.objective.forward_methods,
             )
         self.optimizer = step_optimizer(self.module, self.learning_rates, config)
+        self.optimizer_flops = self.optimizer.flops if isinstance(self.optimizer, MuonAndAdamW) else 0
         self.checkpoints = Checkpoints(self.folder, config.keep, fingerprint, self.module, self.optimizer)
 
     def _fingerprint(self) -> dict[str, Any]:
@@ -253,6 +255,7 @@ class Trainer:
         totals = dict(zip(data.amounts, sums, strict=True))
         self.window.add(metrics, int(num_unreadable), totals)
         if "flops" in totals:
+            totals["flops"] += self.optimizer_flops
             self.totals["flops"] = self.totals.get("flops", 0.0) + totals["flops"]
         for imbalance, amount in (("tile_imbalance", "tiles"), ("token_imbalance", "tokens")):
             if self.layout.dp_size > 1 and totals.get(amount):

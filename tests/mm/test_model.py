@@ -11,7 +11,7 @@ import torch
 
 import mm
 from mm.batch import IGNORED
-from mm.cross_attention import MAX_SCALE, TARGET_RMS
+from mm.cross_attention import MAX_SCALE, TARGET_STD
 from mm.vision_context import CrossAttentionMask
 from vision.tiling import Tiles
 
@@ -291,22 +291,33 @@ def drowned_model(config):
     return model
 
 
+def attending(x, mask, batch):
+    """Of states [B, T, D], those of tokens that attend to pictures, without padding, [N, D]."""
+    is_text = torch.arange(x.shape[1]) < batch.lengths[:, None]
+    return x[is_text & mask.attending[..., 0]]
+
+
 def test_a_fitted_block_amplifies_differences_before_answers(drowned_config, samples):
+    samples = [sample for sample in samples if sample.images]
     with torch.inference_mode(False), torch.no_grad():
         batch = answered(samples)
-        fitted = fitted_to(drowned_model(drowned_config), batch)
-    for block, x, _, _ in fitted:
-        for norm in (block.input_layernorm, block.post_attention_layernorm):
-            sizes = norm(before_answers(x, batch)).std(0, correction=0)
-            is_limited = norm.weight == MAX_SCALE
-            torch.testing.assert_close(sizes[~is_limited], torch.ones_like(sizes[~is_limited]), rtol=1e-3, atol=0)
-            assert (~is_limited).float().mean() > 0.8
-        read = block.post_attention_layernorm(before_answers(x, batch))
-        spread = (read - read.mean(0)).square().mean().sqrt()
-        for matrix in (block.mlp.gate_proj.weight, block.mlp.up_proj.weight):
-            torch.testing.assert_close(matrix @ read.mean(0), torch.zeros(len(matrix)), rtol=0, atol=1e-3)
-            size = matrix.square().mean().sqrt() * spread * (3 * matrix.shape[1]) ** 0.5  # drawn from +-1 / sqrt(D)
-            assert 0.8 * TARGET_RMS < size < 1.2 * TARGET_RMS
+        for block, x, mask, vision in fitted_to(drowned_model(drowned_config), batch):
+            read = {}
+            for name in ("input_layernorm", "post_attention_layernorm"):
+                part = getattr(block, name)
+                part.register_forward_hook(lambda _, __, output, name=name, read=read: read.update({name: output}))
+            block(x, mask, vision)
+            for name, states in read.items():
+                sizes = attending(states, mask, batch).square().mean(0).sqrt()
+                is_limited = getattr(block, name).weight == MAX_SCALE
+                torch.testing.assert_close(sizes[~is_limited], torch.ones_like(sizes[~is_limited]), rtol=1e-3, atol=0)
+                assert (~is_limited).float().mean() > 0.8
+            sees_picture = before_answers(mask.attending, batch)[:, 0]
+            states = before_answers(read["post_attention_layernorm"], batch)[sees_picture]
+            for matrix in (block.mlp.gate_proj.weight, block.mlp.up_proj.weight):
+                torch.testing.assert_close(matrix @ states.mean(0), torch.zeros(len(matrix)), rtol=0, atol=1e-3)
+                spread = (states @ matrix.T).var(0, correction=0).mean().sqrt()
+                torch.testing.assert_close(spread, torch.tensor(TARGET_STD), rtol=1e-3, atol=0)
 
 
 def test_pictures_differ_in_a_fitted_block_as_much_as_states_do(drowned_config, samples):
@@ -324,7 +335,8 @@ def test_pictures_differ_in_a_fitted_block_as_much_as_states_do(drowned_config, 
             )
             block(x, mask, vision)
             written = block.gate_attn.tanh() * outputs["written"]
-            states, written = before_answers(x, batch), before_answers(written, batch)
+            sees_picture = before_answers(mask.attending, batch)[:, 0]
+            states, written = (before_answers(part, batch)[sees_picture] for part in (x, written))
             written = norm.weight * written / states.square().mean(1, keepdim=True).sqrt()
             spreads = [(part - part.mean(0)).square().mean().sqrt() for part in (norm(states), written)]
             torch.testing.assert_close(spreads[1], spreads[0], rtol=1e-3, atol=0)
@@ -362,7 +374,8 @@ def test_fitting_to_equal_states_or_pictures_stays_within_the_largest_scale(drow
         state = torch.randn(1, 1, width).expand(4, 5, -1) if "states" in equal else torch.randn(4, 5, width)
         vision = torch.randn(1, width).expand(12, -1) if "pictures" in equal else torch.randn(12, width)
         mask = CrossAttentionMask(torch.tensor([0, 3]).expand(4, 5, 2), [torch.arange(3) + 3 * row for row in range(4)])
-        block.fit_inputs(state, torch.ones(4, 5, dtype=torch.bool), mask, vision, 0, "block")
+        everywhere = torch.ones(4, 5, dtype=torch.bool)
+        block.fit_inputs(state, everywhere, everywhere, mask, vision, 0, "block")
     assert all(weight.isfinite().all() and weight.abs().max() < 100 for weight in block.parameters())
 
 

@@ -55,9 +55,10 @@ def newest(folder: Path) -> Path:
     return sorted((folder / "checkpoints").glob("step-*"))[-1]
 
 
+@pytest.mark.parametrize("muon", [[], ["*"]])
 @pytest.mark.parametrize("stop_at", [2, 4, 6, 9])  # before the first checkpoint, just after it, between, at the last
-def test_a_resumed_run_ends_as_the_uninterrupted_one(model, config, train, same, saved, stop_at):
-    settings = config(**OFTEN)
+def test_a_resumed_run_ends_as_the_uninterrupted_one(model, config, train, same, saved, stop_at, muon):
+    settings = config(**OFTEN, muon=muon)
     other = copy.deepcopy(model)
     whole = train(model, settings, "whole")
     with pytest.raises(Interrupted):
