@@ -1,8 +1,8 @@
 """The image demo (`make demo`): a frozen language model learns to see, on this machine.
 
-    python -m demos.image [--encoder-steps N] [--steps N] [--seed N]
+    python -m demos.image [--encoder-steps N] [--question-steps N] [--steps N] [--seed N]
 
-Flow: assets -> curation -> shards -> image encoder -> image adapter -> evaluation -> a page. Finished parts are kept:
+Flow: assets -> curation -> shards -> image encoder -> questions -> captions -> evaluation -> a page. Finished parts are kept:
 an interrupted demo continues after the last one.
 """
 
@@ -65,7 +65,8 @@ def demo(recipe: Recipe, questions: int | None) -> dict[str, EvaluationReport]:
     Raises:
         UserError: a number below 1; a program that fetches the sets is missing.
     """
-    check_positive(steps=recipe.steps, questions=questions, encoder_steps=recipe.encoder_steps)
+    steps = {"question_steps": recipe.question_steps, "encoder_steps": recipe.encoder_steps}
+    check_positive(steps=recipe.steps, questions=questions, **steps)
     training = {stage.title: stage.seconds for stage in recipe.stage_runs()}
     progress = Progress({"sets": SECONDS["sets"], **training, **SECONDS})
     if all((DATA / name).exists() for name in SETS):
@@ -199,7 +200,7 @@ def evaluate_run(
 
 SETS = {  # name -> the arguments of `prepare` after the folder
     "easy_vqa": (data_prep.sources.easy_vqa.to_samples, "easy-vqa"),
-    "easy_vqa_balanced": (data_prep.sources.easy_vqa.to_balanced_samples, "easy-vqa"),
+    "easy_vqa_yes_no": (data_prep.sources.easy_vqa.to_balanced_yes_no, "easy-vqa"),
     "easy_vqa_names": (data_prep.sources.easy_vqa.to_names, "easy-vqa"),
     "easy_vqa_captions": (data_prep.sources.easy_vqa.to_captions, "easy-vqa"),
     "openmoji": (partial(curated, "openmoji"), "openmoji"),
@@ -210,7 +211,8 @@ SETS = {  # name -> the arguments of `prepare` after the folder
 def add_recipe_options(parser: ArgumentParser) -> None:
     """Add the options that `recipe_of` reads, and --questions."""
     parser.add_argument("--output", type=Path, help="run folder; default: runs/demo, or with the settings that follow")
-    parser.add_argument("--steps", type=int, help="steps of the adapter stage, in place of the configuration's")
+    parser.add_argument("--steps", type=int, help="steps of the last stage, in place of the configuration's")
+    parser.add_argument("--question-steps", type=int, help="steps of the stage of questions, likewise")
     parser.add_argument("--encoder-steps", type=int, help="steps of the encoder stage, likewise")
     parser.add_argument("--seed", type=int, help="of all stages, in place of the configurations'")
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="default: bf16 where the machine multiplies it")
@@ -219,7 +221,8 @@ def add_recipe_options(parser: ArgumentParser) -> None:
 
 def recipe_of(options: Namespace) -> Recipe:
     """The recipe that a command line asks for."""
-    return Recipe(options.steps, options.encoder_steps, options.seed, options.precision, options.device, options.output)
+    names = ("steps", "question_steps", "encoder_steps", "seed", "precision", "device", "output")
+    return Recipe(**{name: getattr(options, name) for name in names})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -12,8 +12,8 @@ from demos.progress import Progress
 from mm.run_files import CONFIG_FILE
 
 LANGUAGE_MODEL = "smollm2-135m"
-ADAPTER, ENCODER = Path("runs/demo"), Path("runs/demo-encoder")
-ENCODER_CONFIG, ADAPTER_CONFIG = "demo/alignment.yaml", "demo/adapter.yaml"
+ADAPTER, QUESTIONS, ENCODER = Path("runs/demo"), Path("runs/demo-vqa"), Path("runs/demo-encoder")
+ENCODER_CONFIG, QUESTIONS_CONFIG, ADAPTER_CONFIG = "demo/alignment.yaml", "demo/questions.yaml", "demo/adapter.yaml"
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,9 @@ class Recipe:
     """What a run of the demo trains with; None takes the configurations'. Each recipe has run folders of its own.
 
     Attributes:
-        steps: of the adapter stage.
-        encoder_steps: of the encoder stage, which aligns a new image encoder with the language model.
+        steps: of the last stage, which adds captions.
+        question_steps: of the stage before, in which the adapter learns to answer.
+        encoder_steps: of the first stage, which aligns a new image encoder with the language model.
         seed: of all stages.
         precision: "fp32" or "bf16"; None takes bf16 where the machine multiplies it in hardware.
         device: of training and evaluation; it has no folder of its own.
@@ -30,6 +31,7 @@ class Recipe:
     """
 
     steps: int | None = None
+    question_steps: int | None = None
     encoder_steps: int | None = None
     seed: int | None = None
     precision: str | None = None
@@ -38,8 +40,14 @@ class Recipe:
 
     @property
     def adapter(self) -> Path:
-        """The run folder, such as runs/demo-300-after-420-seed-1."""
-        return self.output or _folder(ADAPTER, self.steps, ("after", self.encoder_steps), *self._shared())
+        """The run folder, such as runs/demo-300-questions-200-after-420-seed-1."""
+        before = ("questions", self.question_steps), ("after", self.encoder_steps)
+        return self.output or _folder(ADAPTER, self.steps, *before, *self._shared())
+
+    @property
+    def questions(self) -> Path:
+        """The folder of the stage before, which runs that differ in the last stage's steps alone share."""
+        return _folder(QUESTIONS, self.question_steps, ("after", self.encoder_steps), *self._shared())
 
     @property
     def encoder(self) -> Path:
@@ -61,12 +69,20 @@ class Recipe:
                 inputs={"--language_model": LANGUAGE_MODEL},
             ),
             StageRun(
-                title="image adapter",
+                title="questions",
+                config=QUESTIONS_CONFIG,
+                output=self.questions,
+                seconds=150.0,
+                steps=self.question_steps,
+                inputs={"--start_from": self.encoder},
+            ),
+            StageRun(
+                title="captions",
                 config=ADAPTER_CONFIG,
                 output=self.adapter,
-                seconds=125.0,
+                seconds=100.0,
                 steps=self.steps,
-                inputs={"--start_from": self.encoder},
+                inputs={"--start_from": self.questions},
             ),
         ]
 

@@ -58,6 +58,7 @@ def command_of(recipe: Recipe, seeds: Sequence[int], questions: int | None) -> s
     """The command line that runs these seeds of a recipe."""
     options = {
         "steps": recipe.steps,
+        "question-steps": recipe.question_steps,
         "encoder-steps": recipe.encoder_steps,
         "precision": recipe.precision,
         "device": None if recipe.device == "auto" else recipe.device,

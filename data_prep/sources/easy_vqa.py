@@ -64,26 +64,28 @@ def to_names(folder: str | Path, dropped: list[tuple[str, str]] | None = None) -
             yield record
 
 
-def to_balanced_samples(folder: str | Path, dropped: list[tuple[str, str]] | None = None) -> Iterator[Record]:
-    """Yields the training records of `to_samples`, of each yes/no question as many with "yes" as with "no".
+def to_balanced_yes_no(folder: str | Path, dropped: list[tuple[str, str]] | None = None) -> Iterator[Record]:
+    """Yields pairs of training records of `to_samples`: the same question, about one picture "yes", about another "no".
 
     In the set, wording alone gives 85% of these answers: "is there a blue shape?" is mostly answered "no". Without that
-    bias only the picture tells the answer, as in VQA v2 (Goyal et al. 2017). Of the more frequent answer the records
-    with the first ids stay; ids are hashes, so that this is a random choice, and the same one each time.
+    bias only the picture tells the answer, as in VQA v2 (Goyal et al. 2017); a step that holds whole pairs teaches no
+    bias at all. Records are paired in the order of their ids, which are hashes: at random, but the same each time.
+
+    The ids of a pair begin alike, so that they follow each other in shards.
 
     Args, Raises: see `to_samples`.
     """
-    training = [record for record in to_samples(folder, dropped) if record.json["split"] == "train"]
     by_question: dict[str, dict[str, list[Record]]] = {}
-    for record in training:
+    for record in to_samples(folder, dropped):
         question, answer = _turn(record)
-        by_question.setdefault(question, {}).setdefault(answer, []).append(record)
+        if record.json["split"] == "train" and answer in ("yes", "no"):
+            by_question.setdefault(question, {"yes": [], "no": []})[answer].append(record)
     for by_answer in by_question.values():
-        most = len(training)
-        if by_answer.keys() <= {"yes", "no"}:
-            most = min(len(by_answer.get(answer, [])) for answer in ("yes", "no"))
-        for records in by_answer.values():
-            yield from sorted(records, key=lambda record: record.id)[:most]
+        yes, no = (sorted(by_answer[answer], key=lambda record: record.id) for answer in ("yes", "no"))
+        for pair in zip(yes, no, strict=False):  # the rest of the more frequent answer is left out
+            for record in pair:  # shards are sorted by id
+                record_id = f"{pair[0].id}_{_turn(record)[1]}"
+                yield Record(record_id, {**record.json, "id": record_id}, record.media)
 
 
 def to_captions(folder: str | Path, dropped: list[tuple[str, str]] | None = None) -> Iterator[Record]:

@@ -76,6 +76,7 @@ def home(tmp_path, monkeypatch, language_model_folder) -> Path:
     alignment = {"data": [names, *sets[1:]], "validation": {**names, "split": "validation"}, "encoder": ENCODER}
     alignment |= {"max_tiles": 1, "matching_weight": 1.0, "next_token_weight": 0.0, "adapter": {"positions": [2, 6]}}
     adapter = {"data": sets, "validation": {**sets[0], "split": "validation"}}
+    questions = {"data": [{"path": "data/demo/easy_vqa_yes_no", "group_size": 2}], "validation": adapter["validation"]}
     rates = {"language_model.*": None, "extra_embeddings": None, "*": 0.001}
     (tmp_path / "configs" / "demo").mkdir(parents=True)
     (tmp_path / "configs" / "data").mkdir()
@@ -83,6 +84,7 @@ def home(tmp_path, monkeypatch, language_model_folder) -> Path:
     (tmp_path / "configs" / demos.image.CURATION_CONFIG).write_text(curation)
     for name, values, more in (
         ("alignment", alignment, {"steps": 3, "learning_rates": {"image_adapter.blocks.*": None, **rates}}),
+        ("questions", questions, {"steps": 2, "learning_rates": rates, "muon": ["image_adapter.blocks.*"]}),
         ("adapter", adapter, {"steps": 4, "learning_rates": rates}),
         (
             "annealing",

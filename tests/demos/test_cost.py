@@ -56,6 +56,8 @@ def test_each_recipe_has_folders_of_its_own():
     recipe = Recipe(steps=6, encoder_steps=5, seed=1, precision="fp32")
     assert str(recipe.adapter) == "runs/demo-6-after-5-seed-1-fp32"
     assert str(recipe.encoder) == "runs/demo-encoder-5-seed-1-fp32"
+    assert str(Recipe(question_steps=4).questions) == "runs/demo-vqa-4"
+    assert str(Recipe(question_steps=4, encoder_steps=5).adapter) == "runs/demo-questions-4-after-5"
     assert Recipe(seed=0).adapter != Recipe().adapter and Recipe(steps=6).encoder == Recipe().encoder
     assert Recipe(output=Path("elsewhere")).adapter == Path("elsewhere")
 

@@ -108,8 +108,8 @@ def test_finished_parts_are_not_repeated(home, monkeypatch, capfd):
 
 
 def test_steps_of_all_stages_and_quiet_logging(home, capfd):
-    demos.image.main(["--questions", "4", "--steps", "6", "--encoder-steps", "5", "--quiet"])
-    for run, number in (("demo-6-after-5", 6), ("demo-encoder-5", 5)):
+    demos.image.main(["--questions", "4", "--steps", "6", "--question-steps", "3", "--encoder-steps", "5", "--quiet"])
+    for run, number in (("demo-6-questions-3-after-5", 6), ("demo-vqa-3-after-5", 3), ("demo-encoder-5", 5)):
         rows = (home / "runs" / run / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(row)["step"] for row in rows] == list(range(1, number + 1))
     assert not (home / "runs" / "demo-encoder").exists()
@@ -227,7 +227,7 @@ def test_ctrl_c_at_any_moment_leaves_a_demo_that_continues(home, monkeypatch, ca
         seen.add(steps.read_text() if steps.exists() else "")
     demos.image.main(["--questions", "6", "--device", "cpu"])
     assert "trained with" in capfd.readouterr().out and (home / "runs" / "demo" / "index.html").is_file()
-    for run, number in (("demo-encoder", 3), ("demo", 4)):
+    for run, number in (("demo-encoder", 3), ("demo-vqa", 2), ("demo", 4)):
         rows = (home / "runs" / run / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(row)["step"] for row in rows] == list(range(1, number + 1))
     assert not [path for path in (home / "data" / "demo").iterdir() if path.name.startswith(".")]

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from data_prep.sources.conversations import CAPTION_REQUEST
-from data_prep.sources.easy_vqa import to_captions, to_conversations, to_names, to_samples
+from data_prep.sources.easy_vqa import to_balanced_yes_no, to_captions, to_conversations, to_names, to_samples
 from shards.format import check_record
 from shards.reader import ShardSet
 from shards.writer import write_shards
@@ -62,6 +62,30 @@ def test_names_are_all_other_answers_outside_the_test_split(folder):
     others = [record for record in to_samples(folder) if question_and_answer(record)[1] == "red"]
     assert [record.id for record in records] == [r.id for r in others if r.json["split"] != "test"]
     assert {record.json["split"] for record in records} == {"train", "validation"}
+
+
+def test_balanced_yes_no_questions_come_in_pairs_of_both_answers(tmp_path):
+    for part in ("train", "test"):
+        (tmp_path / part / "images").mkdir(parents=True)
+        questions = []
+        for i in range(60):
+            Image.new("RGB", (4, 4), (i, 0, part == "test")).save(tmp_path / part / "images" / f"{i}.png")
+            questions += [["a blue one?", "yes" if i % 5 == 0 else "no", i], ["no blue one?", "yes", i]]
+            questions += [["which?", "red" if i % 3 else "blue", i], ["a red one?", "no" if i % 3 else "yes", i]]
+        (tmp_path / part / "questions.json").write_text(json.dumps(questions))
+    whole = Counter(question_and_answer(r) for r in to_samples(tmp_path) if r.json["split"] == "train")
+    write_shards(to_balanced_yes_no(tmp_path), tmp_path / "set")
+    records = list(ShardSet(tmp_path / "set"))
+    for record in records:
+        check_record(record)
+    turns = [question_and_answer(record) for record in records]
+    assert all(sorted(pair) == [(pair[0][0], "no"), (pair[0][0], "yes")] for pair in zip(turns[::2], turns[1::2], strict=True))
+    counts = Counter(turns)
+    for question in ("a blue one?", "a red one?"):
+        assert counts[question, "yes"] == counts[question, "no"] == whole[question, "yes"] > 5
+    assert len(counts) == 4  # neither names, nor a question whose wording alone gives the answer
+    assert {record.media["png"] for record in records} <= {r.media["png"] for r in to_samples(tmp_path)}
+    assert [r.id for r in to_balanced_yes_no(tmp_path)] == [r.id for r in to_balanced_yes_no(tmp_path)]
 
 
 def test_captions_are_made_of_training_pictures_only(folder):
