@@ -1,8 +1,8 @@
-"""What each training stage adds: encoder, adapter, annealing, finetuning, all scored on the same held-out pictures.
+"""What each training stage adds: encoder, questions, captions, annealing, finetuning, scored on the same pictures.
 
     python -m demos.stages
 
-Flow: sets -> stages, each into a run folder -> scores -> a table. The first two stages are those of `make demo` and are
+Flow: sets -> stages, each into a run folder -> scores -> a table. The first three stages are those of `make demo` and are
 reused where it has run. Finished parts are kept: an interrupted run continues after the last one.
 """
 
@@ -72,7 +72,7 @@ def demo_stages(questions: int, device: str = "auto") -> str:
             files = {"LICENSE": (DATA / captions / "LICENSE").read_text(encoding="utf-8")}
             write_shards(caption_conversations(ShardSet(DATA / captions)), DATA / name, files=files)
     train(Recipe(device=device))
-    scores = {"adapter": score_run(ADAPTER_RUN, questions, device)}
+    scores = {"captions": score_run(ADAPTER_RUN, questions, device)}
     run_stage_once(stages.train_image_adapter.main, ANNEALING_CONFIG, ADAPTER_RUN, ANNEALED_RUN, device)
     scores["annealing"] = score_run(ANNEALED_RUN, questions, device)
     run_stage_once(stages.finetune.main, FINETUNE_CONFIG, ANNEALED_RUN, CHAT_RUN, device)

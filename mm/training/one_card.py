@@ -44,6 +44,13 @@ def _settings(stage: StageShape, training: TrainingConfig) -> Iterator[dict[str,
         yield {**recomputed, "micro_batch_size": 1}
         return
     in_8_bits = {"frozen_language_model": "int8"} if isinstance(stage, ModelShape) else {}
+    if training.muon:  # which neither 8-bit moments nor the host's optimizer go with
+        frozen = {**recomputed, **in_8_bits, "offload_frozen": True} if in_8_bits else recomputed
+        if in_8_bits:
+            yield {**recomputed, **in_8_bits}
+            yield frozen
+        yield {**frozen, "micro_batch_size": 1}
+        return
     offloaded = {**recomputed, "offload_optimizer": True}
     yield {**recomputed, "optimizer_state": "8bit"}
     if in_8_bits:

@@ -253,9 +253,10 @@ class Trainer:
     def _add_to_window(self, metrics: StepMetrics, data: StepData) -> None:
         num_unreadable, *sums = self.layout.all_reduce_sum(len(data.unreadable), *data.amounts.values())
         totals = dict(zip(data.amounts, sums, strict=True))
-        self.window.add(metrics, int(num_unreadable), totals)
         if "flops" in totals:
             totals["flops"] += self.optimizer_flops
+        self.window.add(metrics, int(num_unreadable), totals)
+        if "flops" in totals:
             self.totals["flops"] = self.totals.get("flops", 0.0) + totals["flops"]
         for imbalance, amount in (("tile_imbalance", "tiles"), ("token_imbalance", "tokens")):
             if self.layout.dp_size > 1 and totals.get(amount):

@@ -10,7 +10,7 @@ from demos.stages import COLUMNS, score_run, score_table
 from mm.evaluation.evaluate import evaluate
 from shards.reader import ShardSet
 
-RUNS = {"adapter": "runs/demo", "annealing": "runs/demo-annealed", "finetuning": "runs/demo-chat"}
+RUNS = {"captions": "runs/demo", "annealing": "runs/demo-annealed", "finetuning": "runs/demo-chat"}
 
 
 @pytest.mark.slow
@@ -31,7 +31,7 @@ def test_all_stages_run_once_and_their_scores_are_in_the_table(home, monkeypatch
 
     models = {name: mm.load(folder) for name, folder in RUNS.items()}
     sizes = {name: model.config.vision_encoder.tile_size for name, (model, _) in models.items()}
-    assert sizes == {"adapter": 28, "annealing": 42, "finetuning": 42}
+    assert sizes == {"captions": 28, "annealing": 42, "finetuning": 42}
     data = home / "data" / "demo"
     for name, count in (("openmoji", 60), ("tuxpaint", 60)):
         assert len(ShardSet(data / f"{name}_192")) == len(ShardSet(data / f"{name}_chats")) == count
@@ -82,9 +82,9 @@ def test_table_cells_have_score_interval_and_blind_control():
     answers = {"vqa_accuracy": score, "blind": {"vqa_accuracy": {**score, "value": 0.665}}}
     captions = {"chrf": {**score, "value": 36.8, "interval": 2.9}}
     captions["blind"] = {"chrf": {**score, "value": 5.4}}
-    text = score_table(0.98, {"adapter": {"answers": answers, "openmoji": captions, "tuxpaint": captions}})
+    text = score_table(0.98, {"captions": {"answers": answers, "openmoji": captions, "tuxpaint": captions}})
     assert text.splitlines()[2].startswith("| encoder | own answer matched best: 98.0 |")
-    assert text.splitlines()[3] == ("| adapter | 85.8 ± 1.5 (66.5) | – | – | 36.8 ± 2.9 (5.4) | 36.8 ± 2.9 (5.4) |")
+    assert text.splitlines()[3] == ("| captions | 85.8 ± 1.5 (66.5) | – | – | 36.8 ± 2.9 (5.4) | 36.8 ± 2.9 (5.4) |")
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,9 @@ def test_balanced_yes_no_questions_come_in_pairs_of_both_answers(tmp_path):
     for record in records:
         check_record(record)
     turns = [question_and_answer(record) for record in records]
-    assert all(sorted(pair) == [(pair[0][0], "no"), (pair[0][0], "yes")] for pair in zip(turns[::2], turns[1::2], strict=True))
+    assert all(
+        sorted(pair) == [(pair[0][0], "no"), (pair[0][0], "yes")] for pair in zip(turns[::2], turns[1::2], strict=True)
+    )
     counts = Counter(turns)
     for question in ("a blue one?", "a red one?"):
         assert counts[question, "yes"] == counts[question, "no"] == whole[question, "yes"] > 5

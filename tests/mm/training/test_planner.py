@@ -305,15 +305,31 @@ def test_one_card_is_told_what_saves_memory(shape):
     assert "yes" not in str(costs).partition("s of transfers")[2]
 
 
-def test_a_checkpoint_is_as_large_as_planned(build_model, tiny_config, shape, make_sample, tmp_path):
+def test_muon_is_planned_with_and_leaves_out_what_it_does_not_go_with(shape):
+    training = replace(TRAINING, batch_size=4, micro_batch_size=2, muon=["image_adapter.*"])
+    costs = plan(shape, training, SAMPLES, 1, 1e-4)
+    assert f"Muon's products: {costs.muon_flops / 1e12:.3g} TFLOP per step" in str(costs)
+    assert (
+        costs.one_card[0].memory.optimizer
+        < plan(shape, replace(training, muon=[]), SAMPLES).configured[0].memory.optimizer
+    )
+    assert [
+        way.settings for way in costs.one_card if {"optimizer_state", "offload_optimizer"} & way.settings.keys()
+    ] == []
+    assert costs.one_card[-1].memory.total < costs.one_card[0].memory.total
+
+
+@pytest.mark.parametrize("muon", [[], ["image_adapter.*", "vision_encoder.*"]])
+def test_a_checkpoint_is_as_large_as_planned(build_model, tiny_config, shape, make_sample, tmp_path, muon):
     samples = [make_sample("i....", seed) for seed in range(4)]
     for sample in samples:
         sample.labels = [IGNORED, *sample.tokens[1:]]
-    training = replace(TRAINING, batch_size=2, micro_batch_size=None, workers=0)
+    training = replace(TRAINING, batch_size=2, micro_batch_size=None, workers=0, muon=muon)
     model = copy.deepcopy(build_model(tiny_config))
     Trainer(model, NextTokenObjective(), samples, training, tmp_path / "run", "test").run()
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     tensors = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     held = {name: entry for name, entry in tensors.items() if name.startswith(("model.", "optimizer."))}
     found = sum(math.prod(entry.size) * entry.properties.dtype.itemsize for entry in held.values())
-    assert plan(shape, training, SAMPLES).checkpoint_bytes == found
+    planned = plan(shape, training, SAMPLES)
+    assert planned.checkpoint_bytes == found and bool(planned.muon_flops) == bool(muon)
