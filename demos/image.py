@@ -2,8 +2,8 @@
 
     python -m demos.image [--encoder-steps N] [--question-steps N] [--steps N] [--seed N]
 
-Flow: assets -> curation -> shards -> image encoder -> questions -> captions -> evaluation -> a page. Finished parts are kept:
-an interrupted demo continues after the last one.
+Flow: assets -> curation -> shards -> image encoder -> questions -> captions -> evaluation -> a page. Finished parts
+are kept: an interrupted demo continues after the last one.
 """
 
 import logging

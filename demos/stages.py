@@ -2,8 +2,8 @@
 
     python -m demos.stages
 
-Flow: sets -> stages, each into a run folder -> scores -> a table. The first three stages are those of `make demo` and are
-reused where it has run. Finished parts are kept: an interrupted run continues after the last one.
+Flow: sets -> stages, each into a run folder -> scores -> a table. The first three stages are those of `make demo` and
+are reused where it has run. Finished parts are kept: an interrupted run continues after the last one.
 """
 
 import json

@@ -121,12 +121,12 @@ def muon_matrices(
     """The names of the matrices that train and that some pattern (`fnmatch`) matches; see `TrainingConfig.muon`.
 
     Args:
-        learning_rates: names of the parameters that train.
+        parameters: those that the process holds. learning_rates: names of the parameters that train.
 
     Raises:
         UserError: a pattern that matches no such matrix.
     """
-    trained = [name for name in learning_rates if parameters[name].dim() == 2]
+    trained = [name for name in learning_rates if name in parameters and parameters[name].dim() == 2]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in trained):
             raise UserError(f"the pattern {pattern!r} of `muon` fits no matrix that trains")
