@@ -49,8 +49,8 @@ def test_demo_from_assets_to_a_page(home, capfd):
     out, err = capfd.readouterr()
     assert err.startswith("device: cpu\n") and "data/demo/easy_vqa: 516 samples, 0 left out" in err
     assert out.endswith("open runs/demo/index.html\n") and "vqa_accuracy" in out
-    parts = ["sets", "image encoder", "image adapter", "evaluation", "page"]
-    assert re.findall(r"part (\d) of 5: ([a-z ]+);", err) == [(str(n), part) for n, part in enumerate(parts, 1)]
+    parts = ["sets", "image encoder", "questions", "captions", "evaluation", "page"]
+    assert re.findall(r"part (\d) of 6: ([a-z ]+);", err) == [(str(n), part) for n, part in enumerate(parts, 1)]
     assert re.search(r"trained with \d\.\de\d+ FLOP in \d+\.\d minutes \([\d.e+-]+ GFLOP/s\)\n", out)
     for example in demos.readme_examples.EXAMPLES:
         assert f"{example.command} -> " in out
@@ -74,7 +74,7 @@ def test_demo_from_assets_to_a_page(home, capfd):
     assert page.pictures == 0
     assert any("A stamp of & number" in words for words in page.words)
     assert any("what color is it?" in words for words in page.words)
-    assert text.count("<polyline") == 2 + (2 + 4)  # loss, held-out score, two gates of two blocks that train
+    assert text.count("<polyline") == 2 + 2 * (2 + 4)  # loss, held-out score, two gates of two blocks where they train
 
     model, processor = mm.load("runs/demo")
     picture = home / "assets" / "easy-vqa" / "test" / "images" / "0.png"
