@@ -168,7 +168,7 @@ class ShapeModel:
             weights -= sum(self.layer_bytes) - max(self.layer_bytes)
         gradients = 0 if self.training.offload_optimizer else 4 * sum(self.num_trained.values())
         moments = 0 if self.training.offload_optimizer else self.moment_bytes
-        if self.training.optimizer_state is None and moments:
+        if self.training.optimizer_state is None and not self.training.muon and moments:  # also of a rank of several
             moments = 2 * gradients
         gathered = 0
         if self.sharded:
