@@ -32,7 +32,7 @@ class ImageAdapterConfig:
         intermediate_size: width of the blocks' feed-forward; None is the LM's own.
         gate_init: initial value of every gate. A new adapter is the identity either way: at 0 because gates are closed
             (paper); at other values because the branches' last matrices start at 0, which then learn at once (ours).
-        fit_inputs: initialise the blocks from the LM's hidden states before answers (`fit_inputs`).
+        fit_inputs: initialise the blocks from the LM's hidden states (`CrossAttentionBlock.fit_inputs`).
     """
 
     positions: tuple[int, ...] | None = None
