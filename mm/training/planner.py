@@ -15,6 +15,7 @@ from mm.training.expected_samples import Samples
 from mm.training.flops import Flops, Parameters
 from mm.training.layouts import USABLE, Arrangement, Arrangements
 from mm.training.muon import newton_schulz_flops
+from mm.training.offload import check_savings
 from mm.training.one_card import Way, ways_to_save
 from mm.training.optimizer import apply_learning_rates, muon_matrices, state_bytes
 from mm.training.stage_shapes import StageShape
@@ -163,14 +164,15 @@ def plan(
         host_link: GB/s between the host's memory and a GPU.
 
     Raises:
-        UserError: numbers that are too small, learning rates that do not fit the module, degrees that do not fit the
-            number of GPUs, or that the stage cannot run with.
+        UserError: numbers that are too small, settings for one process on several GPUs, learning rates that do not
+            fit the module, degrees that do not fit the number of GPUs, or that the stage cannot run with.
     """
     if gpus < 1:
         raise UserError(f"gpus is {gpus}; it must be at least 1")
     for name, value in (("gpu_memory", gpu_gigabytes), ("tflops", teraflops)):
         if value is not None and not value > 0:
             raise UserError(f"{name} is {value:g}; it must be above 0")
+    check_savings(training, gpus)
     ways = Arrangements(stage, training, samples, gpus, None if teraflops is None else teraflops * 1e12)
     layout, size = training.layout(gpus), training.micro_batch_size or training.batch_size
     if (layout.pp > 1 and not stage.pipeline) or (layout.tp > 1 and not stage.tensor_parallel):

@@ -317,6 +317,8 @@ def test_muon_is_planned_with_and_leaves_out_what_it_does_not_go_with(shape):
         way.settings for way in costs.one_card if {"optimizer_state", "offload_optimizer"} & way.settings.keys()
     ] == []
     assert costs.one_card[-1].memory.total < costs.one_card[0].memory.total
+    with pytest.raises(ValueError, match=r"training\.muon works in one process, and there are 2 ranks"):
+        plan(shape, training, SAMPLES, 2)
 
 
 @pytest.mark.parametrize("muon", [[], ["image_adapter.*", "vision_encoder.*"]])
