@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import mm
+from mm.batch import blank_pixels
 from mm.evaluation.attention_maps import AttentionMaps
-from mm.evaluation.baselines import blank_pixels
 from mm.evaluation.evaluate import EvaluationReport
 from mm.evaluation.likelihood import answer_log_likelihoods
 from mm.records import record_messages, record_pictures

@@ -7,7 +7,7 @@ Shapes: B rows, T text tokens.
 
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from mm.modalities import MODALITIES, Modality
 from video.sampling import Clip
 from vision.tiling import Tiles
 
+MID_GREY = 128  # of a blanked pixel, 0 to 255
 IGNORED = -100  # a label that takes no part in the loss
 FINGERPRINT_LENGTH = 4096  # elements of a tensor that its fingerprint holds, at least
 
@@ -94,6 +95,16 @@ class Batch:
             **media,
             **rows,
         )
+
+
+def blank_pixels(sample: Sample) -> Sample:
+    """The sample with every pixel of its images and clips mid-grey; the tiles keep their numbers and grids."""
+
+    def grey(tiles: Tiles) -> Tiles:
+        return Tiles(torch.full_like(tiles.pixels, MID_GREY), tiles.grid)
+
+    clips = [Clip([grey(tiles) for tiles in clip.frames], clip.times) for clip in sample.videos]
+    return replace(sample, images=[grey(tiles) for tiles in sample.images], videos=clips)
 
 
 def _move(item: Any, device: torch.device | str) -> Any:

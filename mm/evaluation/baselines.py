@@ -12,19 +12,6 @@ from mm.records import record_answer
 from shards.format import Record
 from shards.reader import ShardSet
 from video.sampling import Clip
-from vision.tiling import Tiles
-
-MID_GREY = 128
-
-
-def blank_pixels(sample: Sample) -> Sample:
-    """The sample with every pixel of its images and clips mid-grey; the tiles keep their numbers and grids."""
-
-    def grey(tiles: Tiles) -> Tiles:
-        return Tiles(torch.full_like(tiles.pixels, MID_GREY), tiles.grid)
-
-    clips = [Clip([grey(tiles) for tiles in clip.frames], clip.times) for clip in sample.videos]
-    return replace(sample, images=[grey(tiles) for tiles in sample.images], videos=clips)
 
 
 def keep_middle_frame(sample: Sample) -> Sample:

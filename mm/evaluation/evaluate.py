@@ -16,9 +16,9 @@ import numpy as np
 from tqdm import tqdm
 
 from foundation.errors import UserError
-from mm.batch import Sample
+from mm.batch import Sample, blank_pixels
 from mm.evaluation import metrics as scoring
-from mm.evaluation.baselines import FRAMES, blank_pixels, replace_media
+from mm.evaluation.baselines import FRAMES, replace_media
 from mm.evaluation.choices import AnswerTokens, distinct_answers, draw_choices, shared_choices
 from mm.evaluation.likelihood import answer_log_likelihoods
 from mm.evaluation.metrics import Score

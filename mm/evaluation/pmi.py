@@ -12,8 +12,7 @@ import math
 from collections.abc import Sequence
 
 from foundation.errors import UserError
-from mm.batch import Sample
-from mm.evaluation.baselines import blank_pixels
+from mm.batch import Sample, blank_pixels
 from mm.evaluation.likelihood import answer_log_likelihoods
 from mm.model import MultimodalModel
 

@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from foundation.errors import UserError
+from mm.batch import Sample, blank_pixels
 from mm.training.interruption import ignore_interrupt
 from mm.training.objectives import Objective
 from mm.training.partition import balance_across_ranks, split_into_micro_batches
@@ -48,6 +49,8 @@ class DataSource:
             with opposite answers; or "image", those of one picture, wherever they stand, for questions about it, which
             a micro-batch then encodes once. The records of a picture are divided evenly into as few groups as
             `group_size` allows, anew in each epoch.
+        blank_images: show grey pictures and clips in place of the records', so that the model learns what the text alone
+            says (as in classifier-free guidance, arXiv 2207.12598), from a second source of the folder.
         key: where the names in tars without an index are divided into id and suffix: at their first or last dot.
     """
 
@@ -57,6 +60,7 @@ class DataSource:
     repeat: float = 1
     group_size: int = 1
     group_by: Literal["order", "image"] = "order"
+    blank_images: bool = False
     key: KeyRule = "first_dot"
 
     def open(self) -> ShardSet:
@@ -124,6 +128,7 @@ class RecordDataset(Dataset):
             raise UserError("no data: name at least one source")
         self.prepare, self.by_epoch = prepare, by_epoch
         self.sets: list[ShardSet] = []
+        self.are_blank: list[bool] = []  # of each set
         self.copies: list[tuple[int, int]] = []  # of each set: which copy of its source it is, and how many there are
         self.subsamples: list[Subsample] = []
         grouped_sources: list[DataSource] = []  # the source of each set
@@ -136,6 +141,7 @@ class RecordDataset(Dataset):
                 self.sets.append(shards)
             copies = len(self.sets) - len(grouped_sources)
             self.copies += [(copy, copies) for copy in range(copies)]
+            self.are_blank += [source.blank_images] * copies
             grouped_sources += [source] * copies
         lengths = [len(shards) for shards in self.sets]
         self.ends = torch.tensor(lengths).cumsum(0)
@@ -166,7 +172,8 @@ class RecordDataset(Dataset):
         row = index - (int(self.ends[set_index]) - len(shards))
         try:
             copy, copies = self.copies[set_index]
-            return self.prepare(shards[row], epoch * copies + copy) if self.by_epoch else self.prepare(shards[row])
+            sample = self.prepare(shards[row], *((epoch * copies + copy,) if self.by_epoch else ()))
+            return _blanked(sample) if self.are_blank[set_index] else sample
         except Exception as error:  # a record can be malformed in any way; training goes on with the others
             reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             return Unreadable(shards.index["id"][row].as_py(), reason)
@@ -196,6 +203,12 @@ class RecordDataset(Dataset):
         """
         chars = [shards.index["num_chars"].fill_null(0).to_numpy() for shards in self.sets]
         return torch.from_numpy(np.concatenate(chars)) / 4.0
+
+
+def _blanked(sample: Any) -> Sample:
+    if not isinstance(sample, Sample):
+        raise UserError("blank_images is true, and this stage trains no adapter: leave it out")
+    return blank_pixels(sample)
 
 
 def readable_samples(dataset: RecordDataset, max_samples: int, indices: Sequence[int] | None = None) -> list[Any]:

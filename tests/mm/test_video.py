@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import mm
-from mm.evaluation.baselines import blank_pixels, keep_middle_frame, shuffle_frames
+from mm.batch import blank_pixels
+from mm.evaluation.baselines import keep_middle_frame, shuffle_frames
 from mm.video_adapter import VideoAdapterConfig
 from video.aggregator import AggregatorConfig, TemporalAggregator, split_into_passes, time_embedding
 from video.sampling import Clip

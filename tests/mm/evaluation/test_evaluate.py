@@ -9,7 +9,7 @@ import torch
 
 import mm
 import mm.evaluation.evaluate
-from mm.evaluation.baselines import blank_pixels
+from mm.batch import blank_pixels
 from mm.evaluation.evaluate import evaluate
 from mm.evaluation.likelihood import answer_log_likelihoods
 from shards.format import Record

@@ -11,7 +11,7 @@ import torch
 import mm
 import mm.evaluation.choices
 import mm.evaluation.likelihood
-from mm.evaluation.baselines import blank_pixels
+from mm.batch import blank_pixels
 from mm.evaluation.choices import AnswerTokens, distinct_answers, draw_choices
 from mm.evaluation.evaluate import evaluate
 from mm.evaluation.likelihood import answer_log_likelihoods
