@@ -83,7 +83,7 @@ def find_flac(data: Data) -> Flac | None:
     if not data[0:8].startswith(STREAMINFO) or not SMALLEST <= len(data) <= MAX_BYTES:
         return None
     content = data[0 : len(data)]
-    (properties,) = struct.unpack_from(">Q", content, 18)
+    largest_block, properties = struct.unpack_from(">xxH6xQ", content, 8)
     rate, channels = properties >> 44, (properties >> 41 & 7) + 1
     bits, num_samples = (properties >> 36 & 31) + 1, properties & (1 << 36) - 1
     if not rate or bits not in BITS or not num_samples:
@@ -96,7 +96,8 @@ def find_flac(data: Data) -> Flac | None:
             continue
         counted, block_size, *kind = frame
         expected = num_decoded if content[position + 1] & 1 else number  # the first sample, or the frame
-        agrees = all(value in (None, own) for value, own in zip(kind, (rate, channels, bits), strict=True))
+        agrees = block_size <= largest_block
+        agrees &= all(value in (None, own) for value, own in zip(kind, (rate, channels, bits), strict=True))
         if counted == expected and agrees and num_decoded < num_samples and (number or position == start):
             begin, number, num_decoded = position, number + 1, num_decoded + block_size
         else:

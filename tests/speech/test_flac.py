@@ -74,6 +74,7 @@ def test_what_is_not_plain_and_whole_is_left_to_ffmpeg():
         stated(data, 16_384),  # a frame beyond the end
         stated(data, 16_384)[: frames[4]] + data[frames[0] : frames[1]],
         stated(data, 0),
+        data[:10] + (4095).to_bytes(2, "big") + data[12:],  # frames larger than the largest that is stated
         data + tail[0],
         stated(data, 40_000) + tail[0],  # joined without the second header
         stated(data, 40_000) + tail[1],
