@@ -49,8 +49,8 @@ class DataSource:
             with opposite answers; or "image", those of one picture, wherever they stand, for questions about it, which
             a micro-batch then encodes once. The records of a picture are divided evenly into as few groups as
             `group_size` allows, anew in each epoch.
-        blank_images: show grey pictures and clips in place of the records', so that the model learns what the text alone
-            says (as in classifier-free guidance, arXiv 2207.12598), from a second source of the folder.
+        blank_images: show grey pictures and clips in place of the records', so that the model learns what the text
+            alone says (as in classifier-free guidance, arXiv 2207.12598), from a second source of the folder.
         key: where the names in tars without an index are divided into id and suffix: at their first or last dot.
     """
 
