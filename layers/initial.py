@@ -7,12 +7,12 @@ what a module's constructor initialises; this file draws it.
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 BLOCK = 2**16  # numbers that one generator draws: as many whole rows as fit, at least one
 
@@ -56,7 +56,7 @@ def draw(
     """
     if isinstance(initial, Fixed):
         whole = initial.values.float().expand(tuple(shape))
-        return (whole if index is None else whole[index]).clone()
+        return (whole if index is None else whole[index]).clone(memory_format=torch.contiguous_format)
     rows, *inner = shape or (1,)
     start, stop, _ = index[0].indices(rows) if index else (0, rows, 1)
     inner_index = tuple(index[1:]) if index else ()
@@ -78,26 +78,3 @@ def _draw_block(initial: Normal | Uniform, count: int, key: str) -> np.ndarray:
     if isinstance(initial, Normal):
         return generator.standard_normal(count, np.float32) * np.float32(initial.std)
     return (generator.random(count, np.float32) * 2 - 1) * np.float32(initial.bound)
-
-
-def draw_module(
-    module: nn.Module, initial: Mapping[str, Initial], seed: int, prefix: str = "", dtype: torch.dtype | None = None
-) -> None:
-    """Give the tensors of a module that are on the meta device their initial values, in place, on the CPU.
-
-    Args:
-        initial: of each of them, by its name in the module; see `layers.meta.meta_device`.
-        prefix: of these names in the whole model, such as "vision_encoder.".
-        dtype: of the parameters; None is their own.
-    """
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if not tensor.is_meta:
-            continue
-        assert name in initial, f"the initial values of {name} are not known"
-        is_parameter = isinstance(tensor, nn.Parameter)
-        values = draw(initial[name], tensor.shape, seed, prefix + name)
-        values = values.to(dtype if dtype is not None and is_parameter else tensor.dtype)
-        parent, _, last = name.rpartition(".")
-        setattr(
-            module.get_submodule(parent), last, nn.Parameter(values, tensor.requires_grad) if is_parameter else values
-        )

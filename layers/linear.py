@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 MIN_ONEDNN_PRODUCTS = 2**18  # multiplications from which oneDNN's faster kernel outweighs its slower call
+HALF_TYPES = (torch.bfloat16, torch.float16)
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -28,9 +29,9 @@ class Linear(nn.Linear):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., I], weight [O, I], bias [O] -> x @ weight.T + bias, [..., O]; equal to `F.linear` to rounding.
 
-    With a bf16 weight and an FP32 x (`mm.training.precision`), the product is in FP32, unless autocast is on.
+    With a bf16 or fp16 weight and an FP32 x (`mm.training.precision`), the product is in FP32, unless autocast is on.
     """
-    if weight.dtype is torch.bfloat16 and x.dtype is torch.float32 and not _under_autocast(x.device.type):
+    if weight.dtype in HALF_TYPES and x.dtype is torch.float32 and not _under_autocast(x.device.type):
         weight = weight.float()
     if not _suits_onednn(x, weight):
         return F.linear(x, weight, bias)

@@ -1,17 +1,19 @@
 """Models assembled from existing parts and new adapters.
 
-The initial values of an adapter depend on a seed and on the names of its tensors alone (`layers.initial`).
+The initial values of an adapter depend on a seed and on the names of its tensors alone (`layers.initial`). Its
+parameters are on the meta device; the trainer fills them, or `layers.sources.materialise`.
 """
 
 import math
 from dataclasses import asdict, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from foundation.errors import UserError
-from layers.initial import Normal, draw, draw_module
+from layers.initial import Normal
 from layers.meta import meta_device
+from layers.sources import Drawn, draw_later, read, set_source
 from mm.config import ModelConfig
 from mm.cross_attention import ImageAdapterConfig
 from mm.language_model import LanguageModel
@@ -36,7 +38,7 @@ def assemble(
     with meta_device() as initial:
         model = MultimodalModel(ModelConfig(language_model.config, vision_encoder.config, adapter))
     assert model.image_adapter is not None
-    draw_module(model.image_adapter, initial.of(model.image_adapter), seed, "image_adapter.")
+    draw_later(model.image_adapter, initial.of(model.image_adapter), seed, "image_adapter.")
     model.vision_encoder = vision_encoder
     _attach(model, language_model, seed)
     return model
@@ -51,18 +53,20 @@ def from_language_model(language_model: LanguageModel, seed: int = 0) -> Multimo
 
 
 def _attach(model: MultimodalModel, language_model: LanguageModel, seed: int) -> None:
-    """Give a model its language model, and new extra embeddings at the scale and in the type of its table."""
+    """Give a model its language model, and new extra embeddings at the scale of its table."""
     table = language_model.model.embed_tokens.weight
-    rows = draw(Normal(table_moments(table)[1]), model.extra_embeddings.shape, seed, "extra_embeddings")
-    model.extra_embeddings = nn.Parameter(rows.to(table.dtype), requires_grad=False)
+    rows = Drawn(Normal(table_moments(table)[1]), model.extra_embeddings.shape, seed, "extra_embeddings")
+    set_source(model.extra_embeddings, rows)
     model.language_model = language_model
 
 
 def table_moments(table: Tensor) -> tuple[float, float]:
     """The mean and the standard deviation of all numbers of a matrix; a few rows at a time are converted."""
     sums = torch.zeros(2, dtype=torch.float64)
-    for rows in table.detach().split(max(1, 2**20 // table.shape[1])):
-        sums += torch.stack([rows.double().sum(), rows.double().square().sum()]).cpu()
+    at_once = max(1, 2**20 // table.shape[1])
+    for start in range(0, len(table), at_once):
+        rows = read(table, (slice(start, start + at_once), slice(None))).double()
+        sums += torch.stack([rows.sum(), rows.square().sum()]).cpu()
     mean, square = (sums / table.numel()).tolist()
     return mean, math.sqrt(square - mean**2)
 
@@ -90,7 +94,7 @@ def replace_language_model(model: MultimodalModel, other: LanguageModel) -> None
 
 
 def add_video_adapter(model: MultimodalModel, adapter: VideoAdapterConfig, seed: int = 0) -> None:
-    """Add a new video adapter to a model with an image adapter, in the image adapter's dtype; in place.
+    """Add a new video adapter to a model with an image adapter; in place.
 
     Raises:
         UserError: a model without an image adapter, or one that has a video adapter.
@@ -102,8 +106,8 @@ def add_video_adapter(model: MultimodalModel, adapter: VideoAdapterConfig, seed:
     projection = model.image_adapter.projection
     with meta_device() as initial:
         new = VideoAdapter(adapter, config.language_model, model.image_adapter.positions, projection.in_features)
-    draw_module(new, initial.of(new), seed, "video_adapter.", projection.weight.dtype)
-    model.video_adapter = new.to(projection.weight.device)
+    draw_later(new, initial.of(new), seed, "video_adapter.")
+    model.video_adapter = new
     model.config = config
 
 
@@ -145,7 +149,6 @@ def add_speech(
     with meta_device() as initial:
         new = SpeechAdapter(adapter, encoder.config.output_width, config.language_model.hidden_size)
         new.initialise_output_scale(scale)
-    of_encoder = next(encoder.parameters())
-    draw_module(new, initial.of(new), seed, "speech_adapter.", of_encoder.dtype)
-    model.speech_encoder, model.speech_adapter = encoder, new.to(of_encoder.device)
+    draw_later(new, initial.of(new), seed, "speech_adapter.")
+    model.speech_encoder, model.speech_adapter = encoder, new
     model.config = config

@@ -14,6 +14,7 @@ from layers.attention import CrossAttention
 from layers.feed_forward import SwiGLU
 from layers.initial import Normal, draw
 from layers.linear import Linear
+from layers.sources import read
 from mm.language_model import LanguageModelConfig
 from mm.vision_context import CrossAttentionMask
 
@@ -117,7 +118,7 @@ class CrossAttentionBlock(nn.Module):
     def is_identity(self) -> bool:
         """Whether both branches are closed, as in a new block: by their gates or by matrices of zeros."""
         branches = ((self.gate_attn, self.cross_attn.o_proj.weight), (self.gate_ffn, self.mlp.down_proj.weight))
-        return not any(bool(gate.any() and matrix.any()) for gate, matrix in branches)
+        return not any(bool(read(gate).any()) and bool(read(matrix).any()) for gate, matrix in branches)
 
     @torch.no_grad()
     def fit_inputs(

@@ -16,6 +16,7 @@ from mm.run_files import (
     read_description,
     read_part,
     replaced_files,
+    take_part,
     write_description,
     write_parts,
 )
@@ -24,14 +25,22 @@ from speech.whisper import WhisperEncoder, WhisperEncoderConfig
 from vision.encoder import VisionEncoder, VisionEncoderConfig, at_tile_size
 
 
-def save_vision_encoder(folder: str | Path, encoder: VisionEncoder) -> None:
-    """Write an image encoder alone, for `load_vision_encoder` and the image adapter's stage."""
-    _save(folder, "vision_encoder", encoder)
+def save_vision_encoder(folder: str | Path, encoder: VisionEncoder, write: bool = True) -> None:
+    """Write an image encoder alone, for `load_vision_encoder` and the image adapter's stage.
+
+    Args:
+        write: see `mm.run_folder.save`.
+    """
+    _save(folder, "vision_encoder", encoder, write)
 
 
-def save_speech_encoder(folder: str | Path, encoder: SpeechEncoder | WhisperEncoder) -> None:
-    """Write a speech encoder alone, for `load_speech_encoder` and the speech adapter's stage."""
-    _save(folder, "speech_encoder", encoder)
+def save_speech_encoder(folder: str | Path, encoder: SpeechEncoder | WhisperEncoder, write: bool = True) -> None:
+    """Write a speech encoder alone, for `load_speech_encoder` and the speech adapter's stage.
+
+    Args:
+        write: see `mm.run_folder.save`.
+    """
+    _save(folder, "speech_encoder", encoder, write)
 
 
 def load_vision_encoder(folder: str | Path, tile_size: int | None = None) -> VisionEncoder:
@@ -89,9 +98,13 @@ def read_speech_encoder_shape(path: str | Path) -> SpeechEncoderConfig | Whisper
     return _config(path, read_description(path), "speech_encoder", SpeechEncoderConfig | WhisperEncoderConfig)
 
 
-def _save(folder: str | Path, part: str, encoder: VisionEncoder | SpeechEncoder | WhisperEncoder) -> None:
+def _save(folder: str | Path, part: str, encoder: VisionEncoder | SpeechEncoder | WhisperEncoder, write: bool) -> None:
+    parts = {part: encoder.state_dict(keep_vars=True)}
+    if not write:
+        take_part(parts)
+        return
     with replaced_files(folder, last=CONFIG_FILE) as new:
-        hashes = write_parts(new, {part: encoder.state_dict()})
+        hashes = write_parts(new, parts)
         write_description(new, part, **{part: to_dict(encoder.config), "parts": hashes})
 
 

@@ -159,11 +159,11 @@ class MultimodalModel(nn.Module):
                 hook.remove()
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """tokens [...] -> [..., D], from the frozen table and the extra rows behind it."""
+        """tokens [...] -> [..., D], from the frozen table and the extra rows behind it, in the type of the latter."""
         table = self.language_model.model.embed_tokens
         extra = tokens - self.config.language_model.vocab_size
-        embedded = table(torch.where(extra < 0, tokens, 0))
-        return torch.where(extra[..., None] < 0, embedded, self.extra_embeddings[extra.clamp(min=0)].to(embedded.dtype))
+        embedded = table(torch.where(extra < 0, tokens, 0)).to(self.extra_embeddings.dtype)
+        return torch.where(extra[..., None] < 0, embedded, self.extra_embeddings[extra.clamp(min=0)])
 
     def ctc_blank(self, device: torch.device) -> Tensor:
         """The token whose embedding stands for CTC's blank, [1]: the audio token."""

@@ -21,11 +21,13 @@ from typing import Any
 
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from foundation.errors import UserError
 from foundation.hashing import file_sha256, files_sha256
+from layers.sources import needs_all_ranks, read
+from mm.convert.safetensors_writer import file_order, write_safetensors
 
 FORMAT = 2
 CONFIG_FILE = "config.yaml"
@@ -76,13 +78,21 @@ def hash_weights(path: str | Path) -> str:
 
 
 def write_parts(folder: Path, parts: dict[str, dict[str, Tensor]]) -> dict[str, str]:
-    """Write each part's tensors to its file; return the files' SHA-256."""
+    """Write each part's tensors to its file, one after another; return the files' SHA-256."""
     hashes = {}
     for name, state in parts.items():
         file = folder / f"{name}.safetensors"
-        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}, file)
+        write_safetensors(file, state)
         hashes[name] = file_sha256(file)
     return hashes
+
+
+def take_part(parts: dict[str, dict[str, Tensor]]) -> None:
+    """What `write_parts` needs of the ranks that do not write: they read the tensors that all ranks read together."""
+    for state in parts.values():
+        for name in file_order(state):
+            if needs_all_ranks(state[name]):
+                read(state[name])
 
 
 def read_part(folder: Path, name: str, description: Description) -> dict[str, Tensor]:

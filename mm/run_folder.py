@@ -20,6 +20,7 @@ import mm.convert.llama
 import mm.convert.mllama
 from foundation.errors import UserError
 from layers.meta import meta_device
+from layers.sources import materialise
 from mm.config import ModelConfig, from_dict, to_dict
 from mm.convert import mllama_config
 from mm.convert.folder import read_config as folder_config
@@ -37,6 +38,7 @@ from mm.run_files import (
     read_description,
     read_part,
     replaced_files,
+    take_part,
     why_not_a_model,
     write_description,
     write_parts,
@@ -69,8 +71,19 @@ def load(
         UserError: the folder is neither, is incomplete, or its language model is missing or differs from the one in
             training; the machine does not have the device.
     """
-    folder = Path(folder)
     device = None if device is None else resolve_device(device)
+    model, processor = open_model(folder, language_model)
+    dtype = dtype or model.language_model.model.norm.weight.dtype
+    materialise(model, device, dtype, threads=torch.get_num_threads())
+    model.eval()
+    if quantisation is not None:
+        quantise(model, quantisation)
+    return model, processor
+
+
+def open_model(folder: str | Path, language_model: str | Path | None = None) -> tuple[MultimodalModel, Processor]:
+    """As `load`, but the weights stay in their files until they are used, each in its own type (`layers.sources`)."""
+    folder = Path(folder)
     if (folder / CONFIG_FILE).is_file():
         model, processor = _load_run(folder, language_model)
     elif _is_mllama(folder):
@@ -79,10 +92,6 @@ def load(
     else:
         raise UserError(why_not_a_model(folder))
     use_stop_tokens(model, processor)
-    dtype = dtype or model.language_model.model.norm.weight.dtype
-    model = model.to(device=device, dtype=dtype).eval()
-    if quantisation is not None:
-        quantise(model, quantisation)
     return model, processor
 
 
@@ -92,10 +101,13 @@ def save(
     processor: Processor,
     language_model: str | Path | None = None,
     bundle: bool = False,
+    write: bool = True,
 ) -> None:
-    """Write a run folder; an older one under the same name keeps its other files.
+    """Write a run folder, tensor by tensor; an older one under the same name keeps its other files.
 
     Args:
+        write: False on the ranks that do not write. After training on several ranks all of them must call this, because
+            they gather the trained weights together.
         language_model: the folder or GGUF file that the frozen LM was loaded from.
         bundle: copy the LM's tensors in, so that the run folder needs no other file.
 
@@ -107,12 +119,15 @@ def save(
     parts: dict[str, dict[str, Tensor]] = {"extra_embeddings": {"extra_embeddings": model.extra_embeddings}}
     for name in PARTS:
         if getattr(model, name) is not None:
-            parts[name] = getattr(model, name).state_dict()
+            parts[name] = getattr(model, name).state_dict(keep_vars=True)
     if bundle:
-        state = model.language_model.state_dict()
+        state = model.language_model.state_dict(keep_vars=True)
         if model.config.language_model.tied_embeddings:
             del state["lm_head.weight"]
         parts["language_model"] = state
+    if not write:
+        take_part(parts)
+        return
     with replaced_files(folder, last=CONFIG_FILE) as new:
         hashes = write_parts(new, parts)
         processor.tokenizer.save_pretrained(new / "tokenizer")
@@ -192,7 +207,7 @@ def _load_origin(
         )
     if hash_weights(path) != origin["sha256"]:
         raise UserError(f"{path} is not the language model that {folder} was trained with: its SHA-256 differs")
-    model = mm.convert.llama.load(path)
+    model = mm.convert.llama.open_model(path)
     # The hash covers the weights alone; the configuration beside them also determines what they compute.
     found, stored = asdict(model.config), asdict(config)
     changed = [name for name in stored if found[name] != stored[name] and name not in ("context", "stop_tokens")]

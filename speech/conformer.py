@@ -14,10 +14,10 @@ from torch.nn import functional as F
 
 from foundation.errors import UserError
 from layers.attention import SelfAttention
-from layers.initial import draw_module
 from layers.linear import Linear
 from layers.meta import meta_device
 from layers.rotary import RotaryConfig, rotary_angles
+from layers.sources import draw_later
 from speech.features import FRAMES_PER_SECOND, NUM_MELS, log_mel
 
 STACK = 4  # mel frames in one frame of an encoder; speech.adapter.num_tokens depends on it
@@ -237,8 +237,8 @@ class SpeechEncoder(nn.Module):
 
 
 def new_encoder(config: SpeechEncoderConfig, seed: int) -> SpeechEncoder:
-    """An encoder for training from scratch, with PyTorch's initial values; in FP32 on the CPU."""
+    """An encoder for training from scratch, with PyTorch's initial values, drawn later (`layers.sources`)."""
     with meta_device() as initial:
         encoder = SpeechEncoder(config)
-    draw_module(encoder, initial.of(encoder), seed, "speech_encoder.")
+    draw_later(encoder, initial.of(encoder), seed, "speech_encoder.")
     return encoder

@@ -11,8 +11,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 import mm.convert.llama
 from foundation.errors import UserError
 from mm.assembly import replace_language_model
@@ -21,7 +19,7 @@ from mm.modalities import IMAGE
 from mm.model import MultimodalModel
 from mm.parallel.process_group import Ranks
 from mm.processor import Processor
-from mm.run_folder import load, read_shape, save
+from mm.run_folder import open_model, read_shape, save
 from mm.tokenizer_fit import use_stop_tokens
 from mm.training.adapters import processor_overrides, train_adapters
 from mm.training.command import run_stage
@@ -68,9 +66,15 @@ def finetune(config: Finetune) -> None:
     """Finetune the image encoder and the cross-attention blocks on conversations (image SFT)."""
     model, processor = initial_model(config)
     train_adapters(model, processor, config, "finetune", IMAGE)
-    if Ranks.current().is_main:
-        bundle = config.bundle or config.language_model is None
-        save(config.output, model, processor, language_model=config.language_model, bundle=bundle)
+    bundle = config.bundle or config.language_model is None
+    save(
+        config.output,
+        model,
+        processor,
+        language_model=config.language_model,
+        bundle=bundle,
+        write=Ranks.current().is_main,
+    )
 
 
 def planned(config: Finetune, model: ModelConfig | None = None) -> PlannedStage:
@@ -82,11 +86,11 @@ def planned(config: Finetune, model: ModelConfig | None = None) -> PlannedStage:
 
 
 def initial_model(config: Finetune) -> tuple[MultimodalModel, Processor]:
-    """The image-trained model in FP32, with the language model, tokenizer and chat template to train with."""
-    model, processor = load(config.start_from, dtype=torch.float32)
+    """The image-trained model, with the language model, tokenizer and chat template to train with."""
+    model, processor = open_model(config.start_from)
     tokenizer, settings = processor.tokenizer, processor.settings()
     if config.language_model is not None:
-        language_model = mm.convert.llama.load(config.language_model, dtype=torch.float32)
+        language_model = mm.convert.llama.open_model(config.language_model)
         replace_language_model(model, language_model)
         tokenizer = mm.convert.llama.load_tokenizer(config.language_model)
         settings["chat_template"] = None

@@ -16,8 +16,8 @@ import open_clip
 from torch import nn
 
 from foundation.errors import UserError
-from layers.initial import draw_module
 from layers.meta import meta_device
+from layers.sources import draw_later
 from mm.config import ModelConfig
 from mm.device import resolve_device
 from mm.encoder_folders import save_vision_encoder
@@ -87,7 +87,7 @@ def pretrain_image_encoder(config: PretrainImageEncoder) -> None:
     with meta_device() as initial:
         model = ContrastiveModel(config.encoder, config.text, config.loss)
         initialise_encoder(model.vision_encoder)
-    draw_module(model, initial.of(model), config.training.seed)
+    draw_later(model, initial.of(model), config.training.seed)
     tokenizer = open_clip.SimpleTokenizer(context_length=config.text.context)
     prepare = partial(image_text_pair, tokenizer=tokenizer, tile_size=config.encoder.tile_size, max_tiles=max_tiles)
     dataset = RecordDataset(config.data, prepare)
@@ -116,8 +116,7 @@ def pretrain_image_encoder(config: PretrainImageEncoder) -> None:
         peak_rates=peak_rates(device, config.training.precision, config.training.peak_tflops),
         identity={name: value for name, value in asdict(config).items() if name not in NOT_IN_FINGERPRINT},
     ).run()
-    if Ranks.current().is_main:
-        save_vision_encoder(output, model.vision_encoder)
+    save_vision_encoder(output, model.vision_encoder, write=Ranks.current().is_main)
 
 
 def planned(config: PretrainImageEncoder, model: ModelConfig | None = None) -> PlannedStage:

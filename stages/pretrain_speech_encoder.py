@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from foundation.errors import UserError
-from layers.initial import draw_module
 from layers.meta import meta_device
+from layers.sources import draw_later
 from mm.config import ModelConfig
 from mm.device import resolve_device
 from mm.encoder_folders import load_speech_encoder, read_speech_encoder_shape, save_speech_encoder
@@ -110,7 +110,7 @@ def pretrain_speech_encoder(config: PretrainSpeechEncoder) -> None:
         prepare = partial(masked_utterance, encoder=encoder.config, seed=config.training.seed)
     with meta_device() as initial:
         model = build(encoder)
-    draw_module(model, initial.of(model), config.training.seed)
+    draw_later(model, initial.of(model), config.training.seed)
     objective.flops = partial(objective.batch_flops, encoder=encoder.config)
     dataset = RecordDataset(config.data, prepare, by_epoch=True)
     check_media(dataset, AUDIO, shown=lambda record: bool(AUDIO.suffixes(record.media)))
@@ -130,8 +130,7 @@ def pretrain_speech_encoder(config: PretrainSpeechEncoder) -> None:
         peak_rates=peak_rates(device, config.training.precision, config.training.peak_tflops),
         identity={name: value for name, value in asdict(config).items() if name not in NOT_IN_FINGERPRINT},
     ).run()
-    if Ranks.current().is_main:
-        save_speech_encoder(output, encoder)
+    save_speech_encoder(output, encoder, write=Ranks.current().is_main)
 
 
 def check(config: PretrainSpeechEncoder) -> None:
@@ -166,7 +165,7 @@ def planned(config: PretrainSpeechEncoder, model: ModelConfig | None = None) -> 
 
 
 def initial_encoder(config: PretrainSpeechEncoder) -> SpeechEncoder:
-    """A new encoder, or that of an earlier run, in FP32.
+    """A new encoder, or that of an earlier run.
 
     Raises:
         UserError: the earlier encoder is not a conformer.
@@ -177,7 +176,7 @@ def initial_encoder(config: PretrainSpeechEncoder) -> SpeechEncoder:
     encoder = load_speech_encoder(config.start_from)
     if not isinstance(encoder, SpeechEncoder):
         raise UserError(f"{config.start_from} holds Whisper's encoder; this stage trains conformers")
-    return encoder.float()
+    return encoder
 
 
 def unaugmented_features(config: PretrainSpeechEncoder, encoder: SpeechEncoderConfig) -> list[Tensor]:

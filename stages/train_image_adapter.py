@@ -13,8 +13,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import torch
-
 import mm.convert.llama
 from foundation.errors import UserError
 from mm.assembly import assemble, set_tile_size
@@ -26,7 +24,7 @@ from mm.modalities import IMAGE
 from mm.model import MultimodalModel
 from mm.parallel.process_group import Ranks
 from mm.processor import Processor
-from mm.run_folder import language_model_of, load, read_shape, save
+from mm.run_folder import language_model_of, open_model, read_shape, save
 from mm.tokenizer_fit import use_stop_tokens
 from mm.training.adapters import processor_overrides, train_adapters
 from mm.training.augmentation import augmented_record
@@ -109,12 +107,18 @@ def train_image_adapter(config: TrainImageAdapter) -> None:
         objective=objective,
         prepare=prepare,
     )
-    if Ranks.current().is_main:
-        language_model = config.language_model
-        if config.start_from is not None:
-            language_model = language_model_of(config.start_from)
-        bundle = config.bundle or language_model is None
-        save(config.output, model, processor, language_model=None if bundle else language_model, bundle=bundle)
+    language_model = config.language_model
+    if config.start_from is not None:
+        language_model = language_model_of(config.start_from)
+    bundle = config.bundle or language_model is None
+    save(
+        config.output,
+        model,
+        processor,
+        language_model=None if bundle else language_model,
+        bundle=bundle,
+        write=Ranks.current().is_main,
+    )
 
 
 def augmented_example(
@@ -145,7 +149,7 @@ def check_pipeline(config: TrainImageAdapter) -> None:
 
 
 def initial_model(config: TrainImageAdapter) -> tuple[MultimodalModel, Processor]:
-    """A language model and an encoder with a new adapter, or an earlier model that trains on; in FP32.
+    """A language model and an encoder with a new adapter, or an earlier model that trains on.
 
     Raises:
         UserError: the configuration names neither or both to start from, or an adapter for an earlier model.
@@ -159,7 +163,7 @@ def initial_model(config: TrainImageAdapter) -> tuple[MultimodalModel, Processor
             )
         if config.adapter != ImageAdapterConfig():
             raise UserError("start_from brings its own adapter: leave `adapter` out")
-        model, earlier = load(config.start_from, dtype=torch.float32)
+        model, earlier = open_model(config.start_from)
         if config.tile_size is not None:
             set_tile_size(model, config.tile_size)
         tokenizer = earlier.tokenizer
@@ -171,7 +175,7 @@ def initial_model(config: TrainImageAdapter) -> tuple[MultimodalModel, Processor
                 "name language_model and vision_encoder for a new adapter (or `encoder`, the shape of a new encoder), "
                 "or start_from for an earlier one"
             )
-        language_model = mm.convert.llama.load(config.language_model, dtype=torch.float32)
+        language_model = mm.convert.llama.open_model(config.language_model)
         model = assemble(language_model, initial_encoder(config), config.adapter, seed=config.training.seed)
         tokenizer = mm.convert.llama.load_tokenizer(config.language_model)
     settings |= processor_overrides(config)
@@ -183,9 +187,9 @@ def initial_model(config: TrainImageAdapter) -> tuple[MultimodalModel, Processor
 
 
 def initial_encoder(config: TrainImageAdapter) -> VisionEncoder:
-    """The image encoder of a new adapter, in FP32: an existing one, or a new one with random weights."""
+    """The image encoder of a new adapter: an existing one, or a new one with random weights."""
     if config.vision_encoder is not None:
-        return load_vision_encoder(config.vision_encoder, tile_size=config.tile_size).float()
+        return load_vision_encoder(config.vision_encoder, tile_size=config.tile_size)
     assert config.encoder is not None
     if config.tile_size is not None:
         raise UserError("tile_size is for an encoder that exists: set encoder.tile_size for a new one")

@@ -26,7 +26,7 @@ from mm.modalities import AUDIO
 from mm.model import MultimodalModel
 from mm.parallel.process_group import Ranks
 from mm.processor import Processor
-from mm.run_folder import language_model_of, load, read_shape, save
+from mm.run_folder import language_model_of, open_model, read_shape, save
 from mm.tokenizer_fit import use_stop_tokens
 from mm.training.adapters import processor_overrides, train_adapters
 from mm.training.command import run_stage
@@ -109,9 +109,15 @@ def train_speech_adapter(config: TrainSpeechAdapter) -> None:
         objective=objective,
         prepare=prepare,
     )
-    if Ranks.current().is_main:
-        bundle = config.bundle or language_model is None
-        save(config.output, model, processor, language_model=None if bundle else language_model, bundle=bundle)
+    bundle = config.bundle or language_model is None
+    save(
+        config.output,
+        model,
+        processor,
+        language_model=None if bundle else language_model,
+        bundle=bundle,
+        write=Ranks.current().is_main,
+    )
 
 
 def planned(config: TrainSpeechAdapter, model: ModelConfig | None = None) -> PlannedStage:
@@ -136,7 +142,7 @@ def planned(config: TrainSpeechAdapter, model: ModelConfig | None = None) -> Pla
 
 
 def initial_model(config: TrainSpeechAdapter) -> tuple[MultimodalModel, Processor, str | None]:
-    """The model in FP32 with a speech encoder and adapter, its processor, and the path of its language model.
+    """The model with a speech encoder and adapter, its processor, and the path of its language model.
 
     Raises:
         UserError: the configuration names nothing or too much to start from, no encoder, or one for a run that has an
@@ -149,13 +155,13 @@ def initial_model(config: TrainSpeechAdapter) -> tuple[MultimodalModel, Processo
         )
     settings: dict[str, Any]
     if config.start_from is not None:
-        model, earlier = load(config.start_from, dtype=torch.float32)
+        model, earlier = open_model(config.start_from)
         tokenizer, settings = earlier.tokenizer, earlier.settings()
         language_model = language_model_of(config.start_from)
     else:
         assert config.language_model is not None
         language_model = config.language_model
-        loaded = mm.convert.llama.load(language_model, dtype=torch.float32)
+        loaded = mm.convert.llama.open_model(language_model)
         model = from_language_model(loaded, seed=config.training.seed)
         tokenizer, settings = mm.convert.llama.load_tokenizer(language_model), {}
     if model.speech_encoder is None:
@@ -176,7 +182,7 @@ def initial_model(config: TrainSpeechAdapter) -> tuple[MultimodalModel, Processo
 
 
 def initial_encoder(config: TrainSpeechAdapter) -> SpeechEncoder | WhisperEncoder:
-    """The encoder of a new speech adapter, in FP32: a new conformer, or one that exists.
+    """The encoder of a new speech adapter: a new conformer, or one that exists.
 
     Raises:
         UserError: both or neither are named; only one of `ctc_weight` and the adapter's `ctc_readout` is set.
@@ -191,7 +197,7 @@ def initial_encoder(config: TrainSpeechAdapter) -> SpeechEncoder | WhisperEncode
             "ctc_weight, or none of them"
         )
     if config.speech_encoder is not None:
-        return load_speech_encoder(config.speech_encoder).float()
+        return load_speech_encoder(config.speech_encoder)
     assert config.encoder is not None
     return new_encoder(config.encoder, config.training.seed)
 

@@ -10,8 +10,6 @@ a higher tile resolution.
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
-
 from foundation.errors import UserError
 from mm.assembly import add_video_adapter, set_aggregation_factor, set_tile_size
 from mm.config import ModelConfig
@@ -19,7 +17,7 @@ from mm.modalities import VIDEO
 from mm.model import MultimodalModel
 from mm.parallel.process_group import Ranks
 from mm.processor import Processor
-from mm.run_folder import language_model_of, load, read_shape, save
+from mm.run_folder import language_model_of, open_model, read_shape, save
 from mm.tokenizer_fit import use_stop_tokens
 from mm.training.adapters import processor_overrides, train_adapters
 from mm.training.command import run_stage
@@ -87,9 +85,15 @@ def train_video_adapter(config: TrainVideoAdapter) -> None:
         trainable_prefix="video_adapter.",
         objective=objective,
     )
-    if Ranks.current().is_main:
-        bundle = config.bundle or language_model is None
-        save(config.output, model, processor, language_model=None if bundle else language_model, bundle=bundle)
+    bundle = config.bundle or language_model is None
+    save(
+        config.output,
+        model,
+        processor,
+        language_model=None if bundle else language_model,
+        bundle=bundle,
+        write=Ranks.current().is_main,
+    )
 
 
 def planned(config: TrainVideoAdapter, model: ModelConfig | None = None) -> PlannedStage:
@@ -107,12 +111,12 @@ def planned(config: TrainVideoAdapter, model: ModelConfig | None = None) -> Plan
 
 
 def initial_model(config: TrainVideoAdapter) -> tuple[MultimodalModel, Processor, bool]:
-    """The model in FP32 with a video adapter, its processor, and whether the video adapter is new.
+    """The model with a video adapter, its processor, and whether the video adapter is new.
 
     Raises:
         UserError: the run has no image adapter, or has a video adapter and the configuration names another.
     """
-    model, earlier = load(config.start_from, dtype=torch.float32)
+    model, earlier = open_model(config.start_from)
     if config.tile_size is not None:
         set_tile_size(model, config.tile_size)
     is_new = model.video_adapter is None

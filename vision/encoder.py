@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from foundation.errors import UserError
 from layers.attention import SelfAttention
 from layers.feed_forward import MLP
-from layers.initial import draw_module
 from layers.linear import Linear
 from layers.meta import meta_device
+from layers.sources import draw_later
 from vision.tiling import CANVASES, MAX_TILES, Tiles
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -289,11 +289,11 @@ def at_tile_size(encoder: VisionEncoder, tile_size: int) -> VisionEncoder:
 
 
 def new_encoder(config: VisionEncoderConfig, seed: int) -> VisionEncoder:
-    """An encoder for training from scratch, as `initialise_encoder` describes; in FP32 on the CPU."""
+    """An encoder for training from scratch; its parameters are drawn later (`layers.sources`)."""
     with meta_device() as initial:
         encoder = VisionEncoder(config)
         initialise_encoder(encoder)
-    draw_module(encoder, initial.of(encoder), seed, "vision_encoder.")
+    draw_later(encoder, initial.of(encoder), seed, "vision_encoder.")
     return encoder
 
 

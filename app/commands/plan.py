@@ -7,11 +7,16 @@ from typing import Any
 
 import mm
 from app.cli import STAGES
+from foundation.errors import UserError
 from foundation.options import new_parser, read_options
+from mm.config import ModelConfig
+from mm.modalities import IMAGE
 from mm.training.config import TrainingConfig
 from mm.training.devices import device_named
+from mm.training.dry_run import dry_run, report
 from mm.training.expected_samples import SampleSizes, expected_samples
 from mm.training.planner import HOST_LINK, plan
+from mm.training.stage_shapes import ModelShape, PlannedStage
 
 DEFAULT_STAGE = "train_image_adapter"
 
@@ -37,6 +42,8 @@ def plan_training(argv: Sequence[str]) -> int:
     parser.add_argument("--tiles", type=int, help="tiles per image or frame; default: as the data's index says, or 4")
     parser.add_argument("--frames", type=int, help="frames per clip; default: the stage's max_frames")
     parser.add_argument("--seconds", type=float, help="seconds of an utterance; default: as the index says, or 20")
+    help_text = "start the first and the last rank and take a step with fake tensors; print what they hold"
+    parser.add_argument("--dry-run", action="store_true", help=help_text)
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = read_options(parser, rest)
     config = config_class(**{field.name: options[field.name] for field in fields(config_class)})
@@ -49,6 +56,11 @@ def plan_training(argv: Sequence[str]) -> int:
     sizes = SampleSizes(options.text_tokens, options.tiles, options.frames, options.seconds)
     samples = expected_samples(planned, config.data, sizes)
     training: TrainingConfig = config.training
+    if options.dry_run:
+        model = _dry_run_model(stage, planned)
+        ranks = sorted({0, options.gpus - 1})
+        print(report([dry_run(model, training, samples.largest, options.gpus, rank) for rank in ranks]))
+        return 0
     gigabytes, teraflops, host_link = options.gpu_memory, options.tflops, HOST_LINK
     if options.gpu is not None:
         device = device_named(options.gpu)
@@ -58,6 +70,16 @@ def plan_training(argv: Sequence[str]) -> int:
     costs = plan(planned.shape, training, samples, options.gpus, gigabytes, teraflops, host_link)
     print(costs.to_json() if options.json else costs)
     return 0
+
+
+def _dry_run_model(stage: str, planned: PlannedStage) -> ModelConfig:
+    shape = planned.shape
+    if not isinstance(shape, ModelShape) or planned.modality is not IMAGE or not shape.objective.runs_language_model:
+        raise UserError(
+            f"--dry-run starts a model that predicts tokens from pictures, and {stage} as configured does not train "
+            "one: leave --dry-run out"
+        )
+    return shape.config
 
 
 def _config_class(module: Any) -> Any:

@@ -4,17 +4,17 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from foundation.errors import UserError
+from mm.convert.safetensors_writer import write_safetensors
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -128,28 +128,23 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> None:
-    """Write named tensors as one safetensors file, or as shards of at most `max_shard_bytes` with an index."""
-    shards: list[dict[str, int]] = []  # bytes by name
-    pending: dict[str, Tensor] = {}
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> None:
+    """Write named tensors as one safetensors file, or as shards of at most `max_shard_bytes` with an index.
 
-    def write_shard() -> None:
-        save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shards.append({name: tensor.nbytes for name, tensor in pending.items()})
-        pending.clear()
-
-    for name, tensor in tensors:
-        if pending and sum(t.nbytes for t in pending.values()) + tensor.nbytes > max_shard_bytes:
-            write_shard()
-        pending[name] = tensor.contiguous()
-    write_shard()
+    The tensors are read one after another (`layers.sources`).
+    """
+    shards: list[dict[str, Tensor]] = [{}]
+    for name, tensor in tensors.items():
+        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > max_shard_bytes:
+            shards.append({})
+        shards[-1][name] = tensor
     if len(shards) == 1:
-        os.replace(folder / "shard-0", folder / SINGLE)
+        write_safetensors(folder / SINGLE, shards[0], {"format": "pt"})
         return
     weight_map: dict[str, str] = {}
-    for index, sizes in enumerate(shards):
+    for index, shard in enumerate(shards):
         file = f"model-{index + 1:05}-of-{len(shards):05}.safetensors"
-        os.replace(folder / f"shard-{index}", folder / file)
-        weight_map |= dict.fromkeys(sizes, file)
-    total = sum(sum(sizes.values()) for sizes in shards)
+        write_safetensors(folder / file, shard, {"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

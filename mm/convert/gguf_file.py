@@ -5,9 +5,9 @@ converter permutes the rows of q and k for the architecture "llama" (Llama, Mist
 """
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from foundation.errors import UserError
 from layers.rotary import RotaryConfig, inverse_frequencies
+from layers.sources import Index, set_source
 from mm.convert.gguf_reader import GgufFile, StoredTensor, read_gguf
 from mm.convert.gguf_tokenizer import build_tokenizer, special_ids
 from mm.convert.llama_config import limit_context
@@ -57,16 +58,12 @@ def open_gguf(path: str | Path) -> GgufFile:
     return file
 
 
-def read(
-    path: str | Path, dtype: torch.dtype | None = None
-) -> tuple[LanguageModelConfig, dict[str, Tensor], dict[str, str], list[str]]:
+def read(path: str | Path) -> tuple[LanguageModelConfig, dict[str, Tensor], dict[str, str], list[str]]:
     """Read the decoder's configuration, and its tensors under their Hugging Face names.
 
-    Args:
-        dtype: of the tensors, which are converted one by one; None is float32.
-
     Returns:
-        configuration, tensors, names of tensors left out with the reason, and notes for the report.
+        configuration, tensors on the meta device with sources (`layers.sources`), names of tensors left out with the
+        reason, and notes for the report.
 
     Raises:
         UserError: an architecture, setting or quantisation is not supported, metadata is missing, or the file is
@@ -74,7 +71,7 @@ def read(
     """
     file = open_gguf(path)
     config, notes = _config(file, path)
-    return config, *_tensors(file, path, config, dtype), notes
+    return config, *_tensors(file, path, config), notes
 
 
 def read_shape(path: str | Path) -> LanguageModelConfig:
@@ -133,31 +130,50 @@ def _config(file: GgufFile, path: str | Path) -> tuple[LanguageModelConfig, list
     return config, notes + more_notes
 
 
-def _tensors(
-    file: GgufFile, path: str | Path, config: LanguageModelConfig, dtype: torch.dtype | None
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+@dataclass(frozen=True)
+class GgufTensor:
+    """The values of a tensor of a file, in FP32: a source of `layers.sources`.
+
+    Attributes:
+        permuted_heads: the number of heads whose rows llama.cpp's converter has permuted; 0 where it has not.
+    """
+
+    stored: StoredTensor
+    permuted_heads: int
+    collective: ClassVar[bool] = False
+
+    def read(self, index: Index | None = None) -> Tensor:
+        """A slice of the values; of a permuted tensor all are unpacked first, of others the slice's rows."""
+        shape, rows = tuple(reversed(self.stored.shape)), slice(None)
+        if index is not None and len(shape) > 1 and not self.permuted_heads:
+            rows, index = index[0], (slice(None), *index[1:])
+        data = self.stored.data[rows]
+        values = dequantize(data, self.stored.tensor_type) if data.size else np.empty(0, np.float32)
+        values = values.reshape(len(data) if len(shape) > 1 else shape[0], *shape[1:])
+        if self.permuted_heads:
+            values = unpermute(values, self.permuted_heads)
+        values = np.ascontiguousarray(values if index is None else values[index], dtype=np.float32)
+        return torch.from_numpy(values if values.flags.writeable else values.copy())  # the file stays read-only
+
+
+def _tensors(file: GgufFile, path: str | Path, config: LanguageModelConfig) -> tuple[dict[str, Tensor], dict[str, str]]:
     permuted = {}
     if file.metadata.get("general.architecture") == "llama":
         permuted = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
-
-    def unpack(stored: StoredTensor) -> Tensor:
-        try:
-            values = dequantize(stored.data, stored.tensor_type)
-        except NotImplementedError as error:  # the gguf package does not unpack this type
-            raise UserError(f"{path}: {stored.name} is stored as {stored.tensor_type.name}: {error}") from error
-        values = values.reshape(tuple(reversed(stored.shape)))
-        part = stored.name.split(".")[-2] if "." in stored.name else stored.name
-        if part in permuted and stored.name.startswith("blk."):
-            values = unpermute(values, permuted[part])
-        values = np.ascontiguousarray(values, dtype=np.float32)
-        tensor = torch.from_numpy(values if values.flags.writeable else values.copy())  # the file stays read-only
-        return tensor if dtype is None else tensor.to(dtype)
-
     weights = [stored for stored in file.tensors if stored.name != ROPE_FACTORS]
     ignored = {ROPE_FACTORS: "turned into rotary settings"} if len(weights) < len(file.tensors) else {}
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        tensors = threads.map(unpack, weights)
-        return {hugging_face_name(w.name): tensor for w, tensor in zip(weights, tensors, strict=True)}, ignored
+    tensors = {}
+    for stored in weights:
+        part = stored.name.split(".")[-2] if "." in stored.name else stored.name
+        heads = permuted.get(part, 0) if stored.name.startswith("blk.") else 0
+        try:
+            dequantize(np.atleast_2d(stored.data)[:1], stored.tensor_type)
+        except NotImplementedError as error:  # the gguf package does not unpack this type
+            raise UserError(f"{path}: {stored.name} is stored as {stored.tensor_type.name}: {error}") from error
+        tensor = torch.empty(tuple(reversed(stored.shape)), device="meta")
+        set_source(tensor, GgufTensor(stored, heads))
+        tensors[hugging_face_name(stored.name)] = tensor
+    return tensors, ignored
 
 
 def read_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":

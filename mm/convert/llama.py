@@ -15,6 +15,7 @@ from torch import Tensor
 
 from foundation.errors import UserError
 from layers.meta import meta_device
+from layers.sources import materialise
 from mm.convert import gguf_file, tokenizer_folder
 from mm.convert.folder import read_config, read_tensors
 from mm.convert.llama_config import check_num_layers, language_model_config, stop_tokens
@@ -41,13 +42,21 @@ def load(path: str | Path, dtype: torch.dtype | None = None) -> LanguageModel:
         UserError: an architecture, setting or tensor is not supported, a file is damaged, or the weights are pickles;
             the message names it.
     """
+    model = open_model(path)
+    materialise(model, dtype=dtype, threads=torch.get_num_threads())
+    return model
+
+
+def open_model(path: str | Path) -> LanguageModel:
+    """As `load`, but the weights stay in the file until they are used: those of a folder as memory-mapped tensors of
+    their own types, those of a GGUF file as sources (`layers.sources`)."""
     path = Path(path)
     if path.is_file():
-        config, tensors, ignored, notes = gguf_file.read(path, dtype)
+        config, tensors, ignored, notes = gguf_file.read(path)
     else:
         values, generation = read_config(path)
         config, notes = language_model_config(values, stop_tokens(values, generation))
-        tensors = read_tensors(path, dtype)
+        tensors = read_tensors(path)
         ignored = {name: "rotary frequencies are computed" for name in tensors if name.endswith("rotary_emb.inv_freq")}
     for name in ignored:
         tensors.pop(name, None)

@@ -162,7 +162,7 @@ def save(model: MultimodalModel, folder: str | Path, max_shard_bytes: int = 5 * 
         if source is not None and source.folder.is_dir():
             _copy_side_files(source.folder, new)
         write_json(new / "config.json", values)
-        write_tensors(new, _stored(model, renamed, keep_head=source is None), max_shard_bytes)
+        write_tensors(new, dict(_stored(model, renamed, keep_head=source is None)), max_shard_bytes)
 
 
 def stored_name(name: str, config: ModelConfig, renamed: bool = False) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from foundation.errors import UserError
+from layers.sources import set_source
 
 MAX_NAMES = 20  # names that a message lists before "and N more"
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -92,6 +93,9 @@ def load_tensors(
     if problems:
         raise UserError("\n".join([f"{source} does not fit the model that its configuration describes:", *problems]))
     module.load_state_dict({name: tensor.contiguous() for name, tensor in found.items()}, strict=False, assign=True)
+    for name, tensor in found.items():
+        if tensor.is_meta:
+            set_source(module.get_parameter(name), tensor.source)  # type: ignore[attr-defined]  # it has one
     for name, first in tied.items():
         parent, _, last = name.rpartition(".")
         setattr(module.get_submodule(parent), last, module.get_parameter(first))

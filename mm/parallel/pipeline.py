@@ -6,7 +6,6 @@ gradients back. Images do not travel: every rank reads the same samples and enco
 Shapes: B rows, T text tokens, D width of the language model, V vocabulary.
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, pairwise
@@ -55,7 +54,7 @@ def stage_layers(positions: Sequence[int], num_layers: int, pp: int) -> list[ran
 
 
 def build_stage(model: nn.Module, layout: Layout, device_type: str, precision: str, loss: HiddenStatesLoss) -> "Stage":
-    """This rank's stage of a model, as a copy of its part of the weights.
+    """This rank's stage of a model; it takes over the model's modules, which may be on the meta device.
 
     Raises:
         UserError: a model that cannot be split, more stages than units, or tied embeddings that train.
@@ -87,7 +86,7 @@ class Stage(MultimodalModel):
     first stage has the embedding table, the last the final norm and `lm_head`.
 
     Args:
-        model: the whole model, from which the stage's parameters are copied.
+        model: the whole model, whose modules the stage takes over.
         layers: of each stage, see `stage_layers`. rank: the index of this stage.
         loss: what the last stage computes.
         precision: "fp32" or "bf16" (autocast).
@@ -123,7 +122,7 @@ class Stage(MultimodalModel):
             received: the hidden states [B, T, D] of the previous stage; none on the first.
         """
         device = self.extra_embeddings.device
-        batch = self.batches[int(index)].to(device)
+        batch = self._micro_batch(index).to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
             x = received[0] if received else self.embed(batch.tokens)
             x = self._run_stage(x, self.vision_contexts(batch, None))
@@ -193,7 +192,7 @@ class Stage(MultimodalModel):
             raise
         self.batches = []
         self._all_reduce_shared_gradients()
-        return sum(self._all_gather(sum(loss.item() for loss in losses)))
+        return self._sum_of_losses(losses)
 
     def owned_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that no earlier rank holds, by name: each parameter of the model is owned by one rank."""
@@ -231,6 +230,12 @@ class Stage(MultimodalModel):
         positions = torch.arange(x.shape[1], device=x.device)
         x = self.run_layers(x, positions, contexts, layers=self.layers).float()
         return self.language_model.model.norm(x) if self.is_last else x
+
+    def _micro_batch(self, index: Tensor) -> Batch:
+        return self.batches[int(index)]
+
+    def _sum_of_losses(self, losses: Sequence[Tensor]) -> float:
+        return sum(self._all_gather(sum(loss.item() for loss in losses)))
 
     def _all_reduce_shared_gradients(self) -> None:
         """Sum the gradients of parameters that several stages hold: each stage has the part from its own blocks."""
@@ -294,16 +299,16 @@ def absent_modules(model: MultimodalModel, layers: range) -> list[str]:
 
 
 def _take_part(stage: MultimodalModel, model: MultimodalModel, layers: range) -> None:
-    """Give a stage copies of the modules that it holds, and empty modules in place of those that it does not."""
+    """Give a stage the modules that it holds, and empty modules in place of those that it does not."""
     absent = absent_modules(model, layers)
     holding = ("language_model.model", "language_model.model.layers", "image_adapter", "image_adapter.blocks")
     for parent in ("language_model", *holding):
         for name, module in model.get_submodule(parent).named_children():
             path = f"{parent}.{name}"
             if path not in holding:
-                stage.set_submodule(path, nn.Identity() if path in absent else copy.deepcopy(module))
-    stage.vision_encoder = copy.deepcopy(model.vision_encoder)
-    stage.extra_embeddings = copy.deepcopy(model.extra_embeddings)
+                stage.set_submodule(path, nn.Identity() if path in absent else module)
+    stage.vision_encoder = model.vision_encoder
+    stage.extra_embeddings = model.extra_embeddings
     language_model = stage.language_model
     if model.config.language_model.tied_embeddings and isinstance(language_model.lm_head, nn.Linear):
         language_model.lm_head.weight = language_model.model.embed_tokens.weight

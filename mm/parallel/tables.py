@@ -7,6 +7,8 @@ from enum import Enum
 
 from torch import nn
 
+from layers.attention import CrossAttention
+from layers.linear import Linear
 from mm.cross_attention import CrossAttentionBlock
 from mm.language_model import DecoderLayer, LanguageModel
 from mm.video_adapter import VideoAdapter
@@ -67,3 +69,22 @@ def shares_head(language_model: LanguageModel, tp: int) -> bool:
     config = language_model.config
     held = isinstance(language_model.lm_head, nn.Linear)
     return held and not config.tied_embeddings and config.vocab_size % tp == 0
+
+
+def kept_as_stored(module: nn.Module) -> set[str]:
+    """The names of the parameters that a run in bf16 keeps in the type of their file while they are frozen.
+
+    These are the matrices of the layers and the language model's tables. Everything else is small, or its type decides
+    in which type others compute: vision tokens are projected, and their keys and values computed, in FP32.
+    """
+    kept: set[int] = set()
+    for part in module.modules():
+        if isinstance(part, (DecoderLayer, CrossAttentionBlock, EncoderLayer)):
+            kept |= {id(linear.weight) for linear in part.modules() if isinstance(linear, Linear)}
+        if isinstance(part, LanguageModel):
+            tables = (part.model.embed_tokens, part.lm_head)
+            kept |= {id(table.weight) for table in tables if isinstance(table, (Linear, nn.Embedding))}
+    for part in module.modules():
+        if isinstance(part, CrossAttention):
+            kept -= {id(part.k_proj.weight), id(part.v_proj.weight)}
+    return {name for name, parameter in module.named_parameters() if id(parameter) in kept}

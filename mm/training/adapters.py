@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import Field, asdict
 from functools import partial
 from pathlib import Path
@@ -12,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from foundation.errors import UserError
+from layers.sources import materialise
 from mm.batch import IGNORED, Batch, Sample
 from mm.config import ModelConfig
 from mm.device import resolve_device
 from mm.modalities import IMAGE, Modality
 from mm.model import MultimodalModel
+from mm.parallel.filling import empty_copy, fill
 from mm.parallel.process_group import Ranks
 from mm.parallel.tables import CHECKPOINTED_MODULES, FSDP_MODULES
 from mm.processor import Processor
@@ -27,9 +28,8 @@ from mm.training.flops import TrainedParts, text_token_cost
 from mm.training.matching import MatchingObjective, match_accuracy
 from mm.training.media import check_media, likely_indices
 from mm.training.objectives import NextTokenObjective
-from mm.training.offload import StreamedLayers, check_savings
 from mm.training.optimizer import apply_learning_rates
-from mm.training.precision import lossless_bf16, weight_only
+from mm.training.precision import lossless_bf16, parameter_types
 from mm.training.trainer import Trainer
 from shards.format import Record
 
@@ -96,22 +96,21 @@ def train_adapters(
         adapter = model.config.image_adapter if modality is IMAGE else model.config.video_adapter
         if adapter is not None and adapter.fit_inputs:
             samples = readable_samples(dataset, FITTED_SAMPLES, likely_indices(dataset, modality))
-            model.fit_inputs(objective.collate(samples), modality.name, config.training.seed)
+            part = model.image_adapter if modality is IMAGE else model.video_adapter
+            assert part is not None
+            materialise(part, dtype=torch.float32)  # then the copy shares its memory, and fitting one fits the other
+            fitted = empty_copy(model, parameter_types(model, "bf16"))
+            fill(fitted, model, "cpu")
+            fitted.fit_inputs(objective.collate(samples), modality.name, config.training.seed)
     evaluate = None
     if config.validation:
         batches = validation_batches(config, config.validation, processor, objective)
         evaluate = partial(answer_accuracy, batches=batches, device=device)
         if isinstance(objective, MatchingObjective) and not objective.runs_language_model:
             evaluate = partial(match_accuracy, batches=batches, modality=objective.modality, device=device)
-    training, layers = config.training, model.language_model.model.layers
-    check_savings(training, Ranks.current().size)
-    with ExitStack() as stack:
-        # On one process the frozen language model is held in bf16 where that is exact; FSDP does so itself on several.
-        one_process = Ranks.current().size == 1
-        stack.enter_context(lossless_bf16(model.language_model, training.precision == "bf16" and one_process))
-        stack.enter_context(weight_only(layers, training.frozen_language_model))
-        if training.offload_frozen:
-            stack.enter_context(StreamedLayers(layers, device, training.activation_checkpointing))
+    # On one process the frozen language model is held in bf16 where that is exact; FSDP does so itself on several.
+    in_bf16 = config.training.precision == "bf16" and Ranks.current().size == 1
+    with lossless_bf16(model.language_model, in_bf16):
         Trainer(
             model,
             objective,
@@ -123,8 +122,9 @@ def train_adapters(
             evaluate=evaluate,
             checkpointed_modules=CHECKPOINTED_MODULES,
             fsdp_modules=FSDP_MODULES,
+            frozen_layers="language_model.model.layers",
             sample_costs=sample_costs_of(dataset, model.config, processor.max_tiles),
-            peak_rates=peak_rates(device, training.precision, training.peak_tflops),
+            peak_rates=peak_rates(device, config.training.precision, config.training.peak_tflops),
             identity={setting: value for setting, value in asdict(config).items() if setting not in NOT_IN_FINGERPRINT},
         ).run()
 

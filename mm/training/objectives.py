@@ -72,6 +72,13 @@ def loss_of_hidden_states(model: MultimodalModel, hidden: Tensor, batch: Batch) 
         hidden: [B, T, D].
         batch: its targets lie in the vocabulary: placeholders of images and sounds have no logits.
     """
+    rows, columns, targets = (index.to(hidden.device, non_blocking=True) for index in target_positions(model, batch))
+    logits = model.language_model.lm_head(hidden[rows, columns])
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def target_positions(model: MultimodalModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """The row and column of the token before each of a batch's targets, and the targets, each int64 [N] on the host."""
     assert batch.host.labels is not None, "the batch has no labels"
     labels = batch.host.labels[:, 1:]
     rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
@@ -80,9 +87,7 @@ def loss_of_hidden_states(model: MultimodalModel, hidden: Tensor, batch: Batch) 
     if targets.numel():
         largest = int(targets.max())
         assert largest < vocab, f"label {largest} is not in the vocabulary of {vocab}: placeholders are no targets"
-    rows, columns, targets = (index.to(hidden.device, non_blocking=True) for index in (rows, columns, targets))
-    logits = model.language_model.lm_head(hidden[rows, columns])
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
+    return rows, columns, targets
 
 
 def check_loss_weights(**weights: float) -> None:

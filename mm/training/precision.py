@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from layers.weight_only import quantize_linears, restore_linears
-from mm.parallel.tables import CHECKPOINTED_MODULES
+from mm.parallel.tables import CHECKPOINTED_MODULES, kept_as_stored
 
 
 @contextmanager
@@ -26,14 +26,16 @@ def lossless_bf16(module: nn.Module, active: bool = True) -> Iterator[None]:
     try:
         for name in names:
             matrix = module.get_parameter(name)
+            if matrix.is_meta:  # its file has another type
+                continue
             rounded = matrix.data.bfloat16()
             if torch.equal(rounded.float(), matrix.data):
+                stored.append((matrix, matrix.data))
                 matrix.data = rounded
-                stored.append(matrix)
         yield
     finally:
-        for matrix in stored:
-            matrix.data = matrix.data.float()
+        for matrix, values in stored:
+            matrix.data = values
 
 
 @contextmanager
@@ -81,6 +83,19 @@ def linear_weights(module: nn.Module) -> list[str]:
         for name, part in module.named_modules()
         if isinstance(part, nn.Linear) and id(part.weight) not in others
     ]
+
+
+def parameter_types(module: nn.Module, precision: str) -> dict[str, torch.dtype]:
+    """The type in which a run holds each parameter of a module, by name.
+
+    What trains is FP32. A frozen matrix keeps the type of its file where the run computes in bf16; where it computes in
+    FP32, it is widened once.
+    """
+    kept = kept_as_stored(module) if precision == "bf16" else set()
+    return {
+        name: parameter.dtype if name in kept and not parameter.requires_grad else torch.float32
+        for name, parameter in module.named_parameters()
+    }
 
 
 def attention_kernels(precision: str, device_type: str) -> AbstractContextManager:

@@ -4,7 +4,6 @@ A stage brings a module, a dataset and an `Objective`; this file knows neither i
 interrupted and resumed ends as the uninterrupted one, on one process bit for bit.
 """
 
-import copy
 import logging
 import math
 import time
@@ -21,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from foundation.errors import UserError
 from mm.device import resolve_device
-from mm.parallel.dtensor import full_tensor
+from mm.parallel.filling import empty_copy, fill, hand_back
 from mm.parallel.parallelize import parallelize
 from mm.parallel.pipeline import Stage, build_stage
 from mm.parallel.process_group import Ranks
@@ -35,7 +34,7 @@ from mm.training.interruption import StopSignals, end
 from mm.training.metrics import MetricsLog, NoLog, StepMetrics, Window
 from mm.training.muon import MuonAndAdamW
 from mm.training.objectives import Objective, loss_of_hidden_states
-from mm.training.offload import check_savings, restore_weights, step_optimizer, trained_parameters
+from mm.training.offload import StreamedLayers, check_savings, restore_weights, step_optimizer, trained_parameters
 from mm.training.optimizer import (
     apply_learning_rates,
     drop_gradients,
@@ -43,7 +42,7 @@ from mm.training.optimizer import (
     learning_rate_factor,
     set_learning_rate_factor,
 )
-from mm.training.precision import attention_kernels
+from mm.training.precision import attention_kernels, parameter_types, weight_only
 from mm.training.recomputation import activation_checkpointing
 
 logger = logging.getLogger(__name__)
@@ -55,7 +54,7 @@ class Trainer:
     Under `torchrun` all ranks construct it alike: each step's samples are divided among them, and weights are sharded.
 
     Args:
-        module: what trains, on any device; it is moved.
+        module: what trains; on the CPU, its parameters maybe without storage (`layers.sources`).
         objective: how samples become batches and losses.
         dataset: index -> sample or `Unreadable`.
         config: how to train.
@@ -65,6 +64,8 @@ class Trainer:
             the stage's `logits`, which returns the whole module's); its numbers are logged under `eval/`.
         checkpointed_modules: kinds of submodules that `activation_checkpointing` and `compile` apply to.
         fsdp_modules: kinds of submodules that ranks gather one at a time.
+        frozen_layers: the name of a list of frozen layers that run one after another, to which the configuration's
+            `offload_frozen` and `frozen_language_model` apply; None: they must be off.
         identity: what else, besides `config`, a resumed run must have in common with the interrupted one.
         sample_costs: the cost of each sample, such as its tokens, [len(dataset)]; ranks get about equal sums of it.
         peak_rates: FLOP/s of a rank's device, by the metric that reports which share of it the objective's "flops"
@@ -83,6 +84,7 @@ class Trainer:
         evaluate: Callable[[Callable], dict[str, float]] | None = None,
         checkpointed_modules: tuple[type[nn.Module], ...] = (),
         fsdp_modules: tuple[type[nn.Module], ...] = (),
+        frozen_layers: str | None = None,
         identity: dict[str, Any] | None = None,
         sample_costs: Tensor | None = None,
         peak_rates: Mapping[str, float] | None = None,
@@ -90,11 +92,14 @@ class Trainer:
         self.original, self.objective, self.dataset, self.config = module, objective, dataset, config
         self.folder, self.name, self.evaluate = folder, name, evaluate
         self.checkpointed_modules, self.fsdp_modules = checkpointed_modules, fsdp_modules
+        self.frozen_layers = frozen_layers
         self.identity, self.sample_costs, self.peak_rates = identity or {}, sample_costs, peak_rates or {}
         self.device, self.ranks = resolve_device(device), Ranks.current()
 
     def run(self) -> None:
         """Train, and leave the trained weights in the module.
+
+        On several ranks they are sources (`layers.sources`) that all ranks read together.
 
         Raises:
             UserError: a configuration that does not fit the module, the machine or an earlier run in the folder, a step
@@ -103,10 +108,10 @@ class Trainer:
             KeyboardInterrupt: after Ctrl-C, likewise.
         """
         self._check_settings()
-        self._set_up()
-        self._resume()
-        loader = self._loader()
         with ExitStack() as stack:
+            self._set_up(stack)
+            self._resume()
+            loader = self._loader()
             self.log = self._metrics_log()
             stack.enter_context(self.log)
             stack.enter_context(compiled(self.module, self.checkpointed_modules, self.config.compile))
@@ -119,7 +124,9 @@ class Trainer:
                 self._train_on(step, data)
                 self._after_step(step + 1)
             self._end_if_requested()  # in the last checkpoint
-        self._copy_weights_back()
+        restore_weights(self.optimizer)
+        hand_back(self.module, self.original, self.learning_rates)
+        self.original.eval()
 
     def _check_settings(self) -> None:
         if self.folder.exists() and not self.folder.is_dir():
@@ -133,8 +140,12 @@ class Trainer:
                 "training.micro_batch_size instead"
             )
 
-    def _set_up(self) -> None:
-        """Freeze and parallelize the module, and build the optimizer and the checkpoints."""
+    def _set_up(self, stack: ExitStack) -> None:
+        """Freeze and parallelize the module, and build the optimizer and the checkpoints.
+
+        Args:
+            stack: takes the contexts that last until the end of training.
+        """
         config, layout = self.config, self.config.layout(self.ranks.size)
         self.layout, self.dp_rank = layout, layout.dp_rank(self.ranks.rank)
         self.share = math.ceil(config.batch_size / layout.dp_size)  # samples of a data-parallel rank in a step
@@ -144,13 +155,10 @@ class Trainer:
         torch.manual_seed(config.seed)
         several = layout.dp_size * layout.pp > 1
         self.dummy_sample = self.objective.dummy_sample(self.original) if several else None
-        self.module = self.original
+        self.module = empty_copy(self.original, parameter_types(self.original, config.precision)).train()
         if layout.pp > 1:
             self._check_num_micro_batches()
-            self.module = build_stage(self.original, layout, self.device.type, config.precision, loss_of_hidden_states)
-        elif self.ranks.size > 1:
-            self.module = copy.deepcopy(self.original)
-        self.module.to(self.device).train()
+            self.module = build_stage(self.module, layout, self.device.type, config.precision, loss_of_hidden_states)
         if layout.dp_size * layout.tp > 1:
             parallelize(
                 self.module,
@@ -160,6 +168,16 @@ class Trainer:
                 self.device.type,
                 self.objective.forward_methods,
             )
+        if not (config.offload_frozen or config.frozen_language_model):
+            fill(self.module, self.original, self.device)
+        else:
+            assert self.frozen_layers is not None, "the stage refuses these settings"
+            fill(self.module, self.original, "cpu")
+            layers = self.module.get_submodule(self.frozen_layers)
+            stack.enter_context(weight_only(layers, config.frozen_language_model))
+            if config.offload_frozen:
+                stack.enter_context(StreamedLayers(layers.children(), self.device, config.activation_checkpointing))
+            self.module.to(self.device)
         self.optimizer = step_optimizer(self.module, self.learning_rates, config)
         self.optimizer_flops = self.optimizer.flops if isinstance(self.optimizer, MuonAndAdamW) else 0
         self.checkpoints = Checkpoints(self.folder, config.keep, fingerprint, self.module, self.optimizer)
@@ -302,25 +320,11 @@ class Trainer:
     def _evaluate(self, evaluate: Callable[[Callable], dict[str, float]]) -> dict[str, float]:
         self.module.eval()
         # Ranks gather layers in bf16, where one process has FP32 weights.
-        autocast = self.config.precision == "bf16" and self.module is not self.original
+        autocast = self.config.precision == "bf16" and self.ranks.size > 1
         with torch.no_grad(), torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=autocast):
             found = evaluate(self.module.logits if isinstance(self.module, Stage) else self.module)
         self.module.train()
         return {f"eval/{key}": value for key, value in found.items()}
-
-    @torch.no_grad()
-    def _copy_weights_back(self) -> None:
-        """Copy the trained weights from all ranks, or from the host, into the original module."""
-        restore_weights(self.optimizer)
-        if self.module is not self.original:
-            parameters = dict(self.original.named_parameters())
-            for name in self.learning_rates:
-                target = parameters[name]
-                if isinstance(self.module, Stage):
-                    target.copy_(self.module.full_parameter(name, like=target))
-                else:
-                    target.copy_(full_tensor(self.module.get_parameter(name)))
-        self.original.eval()
 
 
 def train_step(

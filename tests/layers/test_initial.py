@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import mm
-from layers.initial import BLOCK, Fixed, Normal, Uniform, draw, draw_module
+from layers.initial import BLOCK, Fixed, Normal, Uniform, draw
 from layers.meta import meta_device
+from layers.sources import draw_later, materialise
 
 SHAPES = [(), (7,), (5, 3), (300, 401), (3, BLOCK + 5), (4, 2, 9)]
 
@@ -47,7 +48,8 @@ def test_a_recorded_module_has_the_scales_of_one_that_pytorch_initialises(everyt
         module = mm.MultimodalModel(everything_config)
     recorded = initial.of(module)
     assert recorded.keys() == {name for name, _ in [*module.named_parameters(), *module.named_buffers()]}
-    draw_module(module, recorded, seed=3)
+    draw_later(module, recorded, seed=3)
+    materialise(module)
     torch.manual_seed(0)
     for name, tensor in mm.MultimodalModel(everything_config).state_dict().items():
         drawn = module.state_dict()[name]
@@ -65,15 +67,15 @@ def test_the_last_initialiser_counts_and_an_unknown_one_is_refused():
         linear.bias.data.exp_()
     assert torch.equal(initial.of(linear)["weight"].values, torch.tensor(0.0))
     with pytest.raises(AssertionError, match="the initial values of bias are not known"):
-        draw_module(linear, initial.of(linear), seed=0)
+        draw_later(linear, initial.of(linear), seed=0)
 
 
 def test_the_name_in_the_whole_model_decides():
     def part(prefix: str) -> nn.Module:
         with meta_device() as initial:
             linear = nn.Linear(30, 20)
-        draw_module(linear, initial.of(linear), 0, prefix)
-        return linear
+        draw_later(linear, initial.of(linear), 0, prefix)
+        return materialise(linear)
 
     expected = draw(Uniform(30**-0.5), (20, 30), 0, "a.weight")
     assert torch.equal(part("a.").weight, expected)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import mm
+from layers.sources import materialise
 from mm.assembly import assemble, replace_language_model
 from mm.language_model import LanguageModel
 
@@ -23,7 +24,9 @@ def logits(model: mm.MultimodalModel, sample: mm.Sample) -> torch.Tensor:
 def test_assembled_model_starts_as_its_language_model(tiny_model, bare_model, tiny_config, sample):
     def assembled(**options) -> mm.MultimodalModel:
         adapter = replace(tiny_config.image_adapter, gate_init=0.25)
-        return assemble(tiny_model.language_model, tiny_model.vision_encoder, adapter, **options)
+        model = assemble(tiny_model.language_model, tiny_model.vision_encoder, adapter, **options)
+        assert all(parameter.is_meta for parameter in model.image_adapter.parameters())  # nothing is drawn before
+        return materialise(model)
 
     model = assembled()
     assert model.language_model is tiny_model.language_model

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import mm
 import mm.run_files
+from mm.convert.safetensors_writer import write_safetensors
 from mm.run_files import CONFIG_FILE
 from mm.run_folder import save
 
@@ -149,12 +150,12 @@ def test_a_failed_save_keeps_the_old_run(
     (run / "notes.txt").write_text("mine")
     before = sorted(path.name for path in run.iterdir())
 
-    def fails_late(state, file):
+    def fails_late(file, state):
         if file.name.startswith("image_adapter"):
             raise OSError("no space left on device")
-        save_file(state, file)
+        write_safetensors(file, state)
 
-    monkeypatch.setattr(mm.run_files, "save_file", fails_late)
+    monkeypatch.setattr(mm.run_files, "write_safetensors", fails_late)
     with pytest.raises(OSError, match="no space"):
         save(run, build_model(tiny_config, seed=3), tiny_processor, bundle=True)
     assert sorted(path.name for path in run.iterdir()) == before

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 
 import mm
+from layers.sources import materialise
 from mm.assembly import from_language_model
 from mm.convert import llama
 from mm.tokenizer_fit import use_stop_tokens
@@ -127,7 +128,7 @@ def test_the_report_says_which_tokens_stop_and_why(
     shutil.copytree(language_model_folder, base)
     (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, tokenizer.eos_token_id]}))
     language_model = llama.load(base)
-    model = from_language_model(language_model)
+    model = materialise(from_language_model(language_model))
     processor = mm.Processor(llama.load_tokenizer(base), model.config)
     use_stop_tokens(model, processor)
     end = tokenizer.eos_token_id

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from layers.sources import materialise
 from vision.encoder import VisionEncoder, VisionEncoderConfig, new_encoder, resize_positions
 from vision.tiling import CANVASES, Tiles
 
@@ -233,7 +234,7 @@ def test_a_resized_encoder_encodes_larger_tiles(random_tiles):
 def test_initial_weights_depend_on_the_seed_alone():
     def initialised(global_seed: int, seed: int) -> VisionEncoder:
         torch.manual_seed(global_seed)
-        return new_encoder(CONFIG, seed)
+        return materialise(new_encoder(CONFIG, seed))
 
     first, same, other = initialised(1, 5), initialised(2, 5), initialised(1, 6)
     name = "layers.1.mlp.fc1.weight"

@@ -53,6 +53,15 @@ def test_wrong_options(refused, everything_run):
     }
     for arguments, reason in wrong.items():
         assert reason in refused(*preset, *arguments)
+    clips = (
+        "plan",
+        "train_video_adapter",
+        "--config",
+        configs.path("video_adapter.yaml"),
+        *STAGE_CONFIGS["train_video_adapter"][1:],
+    )
+    assert "train_video_adapter as configured does not train one" in refused(*clips, "--dry-run")
+    assert "what training.offload_frozen saves" in refused(*preset, "--training.offload_frozen", "true", "--dry-run")
     assert "models/language-model" in refused(*preset[:3])  # named in the file, and not there
     assert "output" in refused("plan", "--preset", "8b")
     assert "there is no GPU 'h1000' in the table; there are b200, h200" in refused(*preset, "--gpu", "h1000")

@@ -7,6 +7,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from layers.sources import materialise
 from mm.assembly import from_language_model
 from mm.convert import llama
 from mm.processor import Processor
@@ -115,7 +116,7 @@ def test_a_token_that_only_the_template_can_write_is_a_control_token(tmp_path):
 def test_a_file_whose_eos_ends_no_turn_stops_where_its_template_ends_one(tmp_path):
     eos, end = BYTE_LEVEL.index("</s>"), BYTE_LEVEL.index("<|im_end|>")
     path = write(tmp_path / "m.gguf", rows=len(BYTE_LEVEL), ids={"bos": BYTE_LEVEL.index("<s>"), "eos": eos})
-    model = from_language_model(llama.load(path))
+    model = materialise(from_language_model(llama.load(path)))
     processor = Processor(llama.load_tokenizer(path), model.config)
     use_stop_tokens(model, processor)
     assert model.config.language_model.stop_tokens == (eos, end)

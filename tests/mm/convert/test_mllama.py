@@ -284,7 +284,7 @@ def test_folders_are_not_overwritten_or_half_written(mllama, tmp_path, monkeypat
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("mm.convert.folder.save_file", fail)
+        patch.setattr("mm.convert.folder.write_safetensors", fail)
         with pytest.raises(OSError, match="disk full"):
             convert.save(model, tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["full"]

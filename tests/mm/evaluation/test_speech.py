@@ -6,6 +6,7 @@ import torch
 
 import mm
 from data_prep.sources.recordings import transcription_record, translation_record, with_free_form_question
+from layers.sources import materialise
 from mm.assembly import add_speech
 from mm.evaluation.baselines import replace_media
 from mm.evaluation.evaluate import evaluate
@@ -34,7 +35,7 @@ def speech_model(build_model, tiny_config, tokenizer) -> tuple[mm.MultimodalMode
     encoder = SpeechEncoder(SpeechEncoderConfig(num_layers=1, width=32, ffn_width=48, num_heads=2))
     encoder.set_feature_statistics(torch.full((80,), 10.0), torch.full((80,), 1.0))  # the statistics of this loud noise
     add_speech(model, encoder, SpeechAdapterConfig(hidden_size=32, intermediate_size=48, num_heads=2))
-    model.speech_adapter.initialise_output_scale(3.0)
+    materialise(model).speech_adapter.initialise_output_scale(3.0)
     return model.eval(), mm.Processor(tokenizer, model.config)
 
 

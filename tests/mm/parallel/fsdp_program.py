@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from layers.sources import materialise
 from mm.parallel.dtensor import full_tensor
 from mm.parallel.parallelize import parallelize
 from mm.parallel.process_group import init_distributed
@@ -78,6 +79,7 @@ def main(folder: Path) -> None:
                 shutil.copytree(folder / earlier, folder / name / "checkpoints" / Path(earlier).name)
             model = copy.deepcopy(model)
             Trainer(model, objective, samples, config, folder / name, "test", fsdp_modules=fsdp_modules).run()
+            materialise(model)
             if ranks.is_main:
                 torch.save(model.state_dict(), folder / name / "weights.pt")
 

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset
 
+from layers.sources import materialise
 from mm.batch import collate
 from mm.parallel.dtensor import full_tensor
 from mm.parallel.parallelize import parallelize
@@ -96,6 +97,7 @@ def run(model, plan: dict, config, folder: Path, ended_in: int | None, ranks: Ra
     except SystemExit as end:
         code = end.code
     assert code == (143 if ended_in else 0)
+    materialise(model)
     if ranks.is_main:
         torch.save(model.state_dict(), folder / "weights.pt")
 

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from layers.sources import materialise
 from mm.batch import collate
 from mm.cross_attention import CrossAttentionBlock
 from mm.language_model import DecoderLayer
@@ -151,6 +152,7 @@ def main(folder: Path) -> None:
             evaluate = partial(evaluated, batches=[collate(samples)], layout=config.layout(ranks.size))
             options = {"evaluate": evaluate, "checkpointed_modules": CHECKPOINTED_MODULES, "fsdp_modules": FSDP_MODULES}
             Trainer(module, NextTokenObjective(), samples, config, folder / name, "test", **options).run()
+            materialise(module)
             if ranks.is_main:
                 torch.save(module.state_dict(), folder / name / "weights.pt")
 

@@ -24,6 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import Dataset
 
+from layers.sources import materialise
 from mm.parallel.dtensor import full_tensor
 from mm.parallel.process_group import Ranks, init_distributed
 from mm.parallel.tables import FSDP_MODULES
@@ -176,6 +177,8 @@ def run(model, samples, config, folder: Path, ended_in: int | None, ranks: Ranks
         code = end.code
     (folder / f"ended-{ranks.rank}").write_text(str(code))
     (folder / f"samples-{ranks.size}-{ranks.rank}.json").write_text(json.dumps(dataset.steps))
+    if code == 0:
+        materialise(model)
     if ranks.is_main and code == 0:
         torch.save(model.state_dict(), folder / "weights.pt")
 

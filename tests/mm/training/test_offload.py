@@ -180,6 +180,21 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one(model, samples, config
     assert same(whole, resumed)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_offloads_and_leaves_the_frozen_layers_as_they_were(model, config, run, same, precision):
+    frozen = {name: tensor.clone() for name, tensor in model.language_model.state_dict().items()}
+    plain, offloaded, in_8_bits = (copy.deepcopy(model) for _ in range(3))
+    layers = {"frozen_layers": "language_model.model.layers"}
+    run(plain, config(precision=precision), "plain", **layers)
+    run(offloaded, config(precision=precision, offload_frozen=True, offload_optimizer=True), "offloaded", **layers)
+    run(in_8_bits, config(precision=precision, offload_frozen=True, frozen_language_model="int8"), "8bit", **layers)
+    assert same(plain, offloaded)
+    assert plain.state_dict().keys() == in_8_bits.state_dict().keys() and not same(plain, in_8_bits)
+    for trained in (offloaded, in_8_bits):
+        assert all(torch.equal(tensor, frozen[name]) for name, tensor in trained.language_model.state_dict().items())
+        assert not any("forward" in vars(layer) for layer in trained.language_model.model.layers)
+
+
 def test_8_bit_moments_need_torchao(build_model, batches, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao", None)
     monkeypatch.setitem(sys.modules, "torchao.optim", None)

@@ -1,0 +1,247 @@
+"""One rank's start and first step of a run on any number of ranks, in one process and without data.
+
+The world is PyTorch's fake process group, whose messages go nowhere; the tensors are fake ones, which have shapes and
+types and no values. The model is built, split and sharded by the code that a run uses, so that the bytes are those that
+the rank would hold. What reads values runs on real host tensors, outside the fake mode: which tokens are targets, and
+which vision tokens each attends to. Nothing depends on another rank's numbers: losses and norms are not exchanged, and
+the shapes between pipeline stages are computed.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.distributed.tensor import DTensor
+
+import layers.rotary
+import mm.training.objectives
+import vision.encoder
+from foundation.errors import UserError
+from layers.meta import meta_device
+from layers.sources import places_of_parameters, put
+from mm.batch import IGNORED, Batch, Sample, collate
+from mm.config import ModelConfig
+from mm.model import MultimodalModel
+from mm.parallel.parallelize import parallelize
+from mm.parallel.pipeline import Stage, build_stage
+from mm.parallel.tables import CHECKPOINTED_MODULES, FSDP_MODULES
+from mm.training.config import TrainingConfig
+from mm.training.flops import Row
+from mm.training.objectives import NextTokenObjective, loss_of_hidden_states
+from mm.training.optimizer import apply_learning_rates, build_optimizer
+from mm.training.precision import parameter_types
+from mm.training.trainer import activation_checkpointing
+from vision.tiling import CANVASES, Tiles
+
+# Functions that read values of host tensors: (where they are looked up, name).
+HOST_FUNCTIONS: tuple[tuple[Any, str], ...] = (
+    (MultimodalModel, "_context"),
+    (MultimodalModel, "check_batch"),
+    (mm.training.objectives, "target_positions"),
+    (layers.rotary, "_frequencies_on"),
+    (vision.encoder, "_clip_statistics"),
+)
+
+
+@dataclass(frozen=True)
+class RankState:
+    """The bytes that one rank holds after a step, by part of the model (the first component of parameter names).
+
+    Attributes:
+        weights, gradients, optimizer: of its shards.
+        num_parameters: of the whole model, over all ranks.
+    """
+
+    rank: int
+    weights: dict[str, int]
+    gradients: dict[str, int]
+    optimizer: dict[str, int]
+    num_parameters: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of all parts."""
+        return sum(sum(kind.values()) for kind in (self.weights, self.gradients, self.optimizer))
+
+
+def report(states: Sequence[RankState]) -> str:
+    """A table of what ranks hold, in GB: one line per rank and part, and one for each rank's sum."""
+    lines = ["GB that a rank holds after a step, besides activations and gathered layers:"]
+    lines.append(f"{'rank':>8}  {'part':<18}{'weights':>9}{'gradients':>11}{'optimizer':>11}{'total':>9}")
+    for state in states:
+        kinds = state.weights, state.gradients, state.optimizer
+        for part in state.weights:
+            held = [kind[part] / 1e9 for kind in kinds]
+            lines.append(f"{state.rank:>8}  {part:<18}{held[0]:>9.3f}{held[1]:>11.3f}{held[2]:>11.3f}{sum(held):>9.3f}")
+        sums = [sum(kind.values()) / 1e9 for kind in kinds]
+        lines.append(f"{state.rank:>8}  {'in all':<18}{sums[0]:>9.3f}{sums[1]:>11.3f}{sums[2]:>11.3f}{sum(sums):>9.3f}")
+    return "\n".join(lines)
+
+
+def dry_run(
+    config: ModelConfig,
+    training: TrainingConfig,
+    row: Row,
+    num_ranks: int,
+    rank: int = 0,
+    stored: torch.dtype = torch.bfloat16,
+) -> RankState:
+    """Start one rank of a run and take one step, with fake tensors.
+
+    Args:
+        row: what each sample holds.
+        stored: type of the files from which the language model and the encoders come.
+
+    Raises:
+        UserError: a layout that does not fit the model or the number of ranks, settings that save memory in one
+            process, or several processes.
+    """
+    if training.savings:
+        raise UserError(f"a dry run does not know what training.{training.savings[0]} saves: leave one of the two out")
+    if dist.is_initialized():
+        raise UserError("a dry run is one process that stands for any number of ranks: start it without torchrun")
+    with fake_world(num_ranks, rank):
+        return _RankRun(config, training, row, num_ranks, rank, stored).run()
+
+
+@contextmanager
+def fake_world(num_ranks: int, rank: int) -> Iterator[None]:
+    """A process group of so many ranks, of which this process is one and the others do not exist."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=rank, world_size=num_ranks, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+class _RankRun:
+    def __init__(
+        self, config: ModelConfig, training: TrainingConfig, row: Row, num_ranks: int, rank: int, stored: torch.dtype
+    ) -> None:
+        self.config, self.training, self.row, self.rank = config, training, row, rank
+        self.layout = training.layout(num_ranks)
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.objective = NextTokenObjective()
+        with meta_device():
+            model = MultimodalModel(config)
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.learning_rates = apply_learning_rates(model, training.learning_rates)
+        for name, parameter in model.named_parameters():
+            if name.startswith(("language_model.", "vision_encoder.", "speech_encoder.")):
+                parameter.data = parameter.data.to(stored)
+        types = parameter_types(model, training.precision)
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(types[name])
+        self.module: nn.Module = model.train()
+
+    def run(self) -> RankState:
+        layout, training = self.layout, self.training
+        if layout.pp > 1:
+            self.module = build_stage(self.module, layout, "cpu", training.precision, loss_of_hidden_states)
+        if layout.dp_size * layout.tp > 1:
+            methods = self.objective.forward_methods
+            parallelize(self.module, FSDP_MODULES, layout, training.precision, "cpu", methods)
+        batches = self._batches()
+        with ExitStack() as stack:
+            for owner, name in HOST_FUNCTIONS:
+                stack.enter_context(patch.object(owner, name, _outside(getattr(owner, name))))
+            # A stage's micro-batches run in order, and its losses have no values.
+            micro_batches = iter(batches)
+            stack.enter_context(patch.object(Stage, "_micro_batch", lambda *_: next(micro_batches)))
+            stack.enter_context(patch.object(Stage, "_sum_of_losses", lambda *_: 0.0))
+            stack.enter_context(self.fake)
+            self._fill()
+            optimizer = build_optimizer(self.module, self.learning_rates, training.weight_decay, training.betas)
+            with activation_checkpointing(self.module, CHECKPOINTED_MODULES, training):
+                self._forward_backward(batches)
+            gradients = self._bytes(lambda parameter: [parameter.grad])
+            optimizer.step()
+            moments = self._bytes(lambda parameter: list(optimizer.state[parameter].values()))
+            return RankState(
+                self.rank, self._bytes(lambda parameter: [parameter]), gradients, moments, self.num_parameters
+            )
+
+    def _fill(self) -> None:
+        """Give the parameters fake tensors in place of meta ones, as `mm.parallel.filling.fill` gives real ones."""
+        for places, parameter in list(places_of_parameters(self.module)):
+            if not isinstance(parameter, DTensor):
+                values = torch.empty(parameter.shape, dtype=parameter.dtype)
+                put(places, nn.Parameter(values, parameter.requires_grad))
+
+        def filled(tensor: Tensor) -> Tensor:
+            if not isinstance(tensor, DTensor):
+                return tensor
+            if not tensor.is_meta:
+                return tensor
+            values = torch.empty(tensor.to_local().shape, dtype=tensor.dtype)
+            mesh, placements = tensor.device_mesh, tensor.placements
+            return DTensor.from_local(
+                values, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+            )
+
+        if any(isinstance(parameter, DTensor) for parameter in self.module.parameters()):
+            with torch.no_grad():
+                self.module._apply(filled)
+
+    def _forward_backward(self, batches: list[Batch]) -> None:
+        if isinstance(self.module, Stage):
+            self.module.forward_backward(batches, scale=1.0)
+            return
+        assert isinstance(self.module, MultimodalModel)
+        for batch in batches:
+            enabled = self.training.precision == "bf16"
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                loss = self.objective.loss(self.module, batch)
+            if loss.requires_grad:
+                loss.backward()
+
+    def _batches(self) -> list[Batch]:
+        """The rank's micro-batches of a step; real tensors, but pictures without data."""
+        share = math.ceil(self.training.batch_size / self.layout.dp_size)
+        size = min(self.training.micro_batch_size or share, share)
+        return [self._batch(min(size, share - start)) for start in range(0, share, size)]
+
+    def _batch(self, num_rows: int) -> Batch:
+        config, row = self.config, self.row
+        tokens = [config.image_token_id or 0] * len(row.tiles) + [0] * (row.tokens - len(row.tiles))
+        labels = [IGNORED] * (row.tokens - row.targets) + [0] * row.targets
+        samples = []
+        for _ in range(num_rows):
+            images = []
+            for number in row.tiles:
+                assert config.vision_encoder is not None
+                side = config.vision_encoder.tile_size
+                with self.fake:
+                    pixels = torch.empty(number, 3, side, side, dtype=torch.uint8)
+                images.append(Tiles(pixels, next(grid for grid in CANVASES if math.prod(grid) == number)))
+            samples.append(Sample(tokens, labels, images))
+        return collate(samples)
+
+    def _bytes(self, tensors_of: Callable[[nn.Parameter], list[Any]]) -> dict[str, int]:
+        parts: dict[str, int] = {}
+        for name, parameter in self.module.named_parameters():
+            part = name.partition(".")[0]
+            local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors_of(parameter) if t is not None]
+            parts[part] = parts.get(part, 0) + sum(tensor.numel() * tensor.element_size() for tensor in local)
+        return parts
+
+
+def _outside(function: Callable) -> Callable:
+    """A function that runs outside the fake mode, on real tensors."""
+
+    @wraps(function)
+    def on_host(*args: Any, **kwargs: Any) -> Any:
+        with unset_fake_temporarily():
+            return function(*args, **kwargs)
+
+    return on_host
