@@ -115,6 +115,7 @@ def dry_run(
 @contextmanager
 def fake_world(num_ranks: int, rank: int) -> Iterator[None]:
     """A process group of so many ranks, of which this process is one and the others do not exist."""
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=rank, world_size=num_ranks, store=FakeStore())
@@ -122,6 +123,7 @@ def fake_world(num_ranks: int, rank: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        _clear_sharding_prop_cache()  # its entries name the groups that are gone, and meshes of equal ranks share them
 
 
 class _RankRun:

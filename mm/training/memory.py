@@ -20,12 +20,12 @@ from torch.utils._pytree import tree_map_only
 from layers.weight_only import WeightOnlyLinear, quantize_linears
 from mm.model import MultimodalModel
 from mm.parallel.pipeline import absent_modules
-from mm.parallel.tables import FP32_INPUT_MODULES, Split, shared_linears
+from mm.parallel.tables import FP32_INPUT_MODULES, Split, kept_as_stored, shared_linears
 from mm.training.config import TrainingConfig
 from mm.training.flops import Row
 from mm.training.live_bytes import FakeLiveBytes
 from mm.training.optimizer import apply_learning_rates, muon_matrices, state_bytes
-from mm.training.precision import bf16_candidates, layer_weights
+from mm.training.precision import layer_weights
 from mm.training.stage_shapes import StageShape
 
 
@@ -108,13 +108,14 @@ class ShapeModel:
         decoder = model.language_model.model.layers if isinstance(model, MultimodalModel) else nn.ModuleList()
         if training.frozen_language_model is not None:
             quantize_linears(decoder, training.frozen_language_model)
+        self.bf16_weights = self._bf16_weights()
         self.first = self.last = True
         absent: list[str] = []
         if layers is not None:
             assert isinstance(model, MultimodalModel)
             self.first, self.last = layers.start == 0, layers.stop == model.config.language_model.num_layers
             absent = absent_modules(model, layers)
-        self.num_parameters, self.num_trained = self._sizes(absent, tp)
+        self.num_parameters, self.num_bf16, self.num_trained = self._sizes(absent, tp)
         self.buffer_bytes = sum(buffer.nbytes for buffer in model.buffers())
         parameters = {name: model.get_parameter(name) for name in trained}
         muon = muon_matrices(parameters, trained, training.muon)
@@ -122,9 +123,8 @@ class ShapeModel:
         if layers is not None:
             assert isinstance(model, MultimodalModel)
             _keep_layers(model, absent, layers)
+            self.bf16_weights = self._bf16_weights()  # the layers have other names
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.bf16_weights = self._bf16_weights()
-        self.num_bf16 = sum(model.get_parameter(name).numel() for name in self.bf16_weights)
         self._replace_by_fake_parameters(tp)
         self.layer_bytes = [
             sum(tensor.nbytes for tensor in chain(layer.parameters(), layer.buffers())) for layer in decoder
@@ -157,12 +157,13 @@ class ShapeModel:
     def state_bytes(self, dp_shard: int = 1) -> dict[str, float]:
         """What a rank holds with any batch: "weights", "gradients", "optimizer" and "gathered".
 
-        All is FP32 except what `mm.training.precision.lossless_bf16` stores in bf16: the language model is taken to be
-        one that was released in bf16. Gathered at a time are: the root module (embeddings, norms, projection) from its
-        first use to its last; the FSDP module that runs and the next one; the FP32 gradients that one module sends, and
-        the gradients of the layers of an encoder or aggregator, which are one module. Buffers are whole on each rank.
+        All is FP32 except what a run in bf16 keeps as it is stored, see `mm.training.precision.parameter_types`: the
+        language model is taken to be one that was released in bf16. Gathered at a time are: the root module
+        (embeddings, norms, projection) from its first use to its last; the FSDP module that runs and the next one; the
+        FP32 gradients that one module sends, and the gradients of the layers of an encoder or aggregator, which are one
+        module. Buffers are whole on each rank.
         """
-        weights = 4 * sum(self.num_parameters.values()) - 2 * self.num_bf16
+        weights = 4 * sum(self.num_parameters.values()) - 2 * sum(self.num_bf16.values())
         weights += self.buffer_bytes * dp_shard  # not sharded
         if self.training.offload_frozen:
             weights -= sum(self.layer_bytes) - max(self.layer_bytes)
@@ -175,7 +176,8 @@ class ShapeModel:
             width = 2 if self.precision == "bf16" else 4
             modules = {module: number for module, number in self.num_parameters.items() if module}
             sent = (4 * n + width * n * (module in self.several_layers) for module, n in self.num_trained.items())
-            gathered = 4 * self.num_parameters[""] + 2 * width * max(modules.values()) + max(sent)
+            root = 4 * self.num_parameters[""] - 2 * self.num_bf16[""]
+            gathered = root + 2 * width * max(modules.values()) + max(sent)
         return {
             "weights": weights / dp_shard,
             "gradients": gradients / dp_shard,
@@ -224,9 +226,12 @@ class ShapeModel:
             hook.remove()
         return StepBytes(live.peaks, kept)
 
-    def _sizes(self, absent: Sequence[str], tp: int) -> tuple[dict[str, int], dict[str, int]]:
-        """The parameters that the rank holds, and those of them that train, by FSDP module; the rest under ""."""
-        num_parameters, num_trained = {"": 0}, {"": 0}
+    def _sizes(self, absent: Sequence[str], tp: int) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+        """The parameters that the rank holds, those of them in bf16, and those that train, by FSDP module.
+
+        The rest is under "".
+        """
+        num_parameters, num_bf16, num_trained = {"": 0}, {"": 0}, {"": 0}
         modules = [name for name, module in self.model.named_modules() if isinstance(module, self.stage.fsdp_modules)]
         self.several_layers = {
             name for name in modules if not isinstance(self.model.get_submodule(name), self.stage.checkpointed_modules)
@@ -238,16 +243,19 @@ class ShapeModel:
                 module = next((module for module in modules if name.startswith(f"{module}.")), "")
                 number = _local_shape(name, parameter.shape, split, tp).numel()
                 num_parameters[module] = num_parameters.get(module, 0) + number
+                num_bf16[module] = num_bf16.get(module, 0) + number * (name in self.bf16_weights)
                 num_trained[module] = num_trained.get(module, 0) + number * parameter.requires_grad
-        return num_parameters, num_trained
+        return num_parameters, num_bf16, num_trained
 
     def _bf16_weights(self) -> set[str]:
-        """The matrices that one process stores in bf16, see `mm.training.precision.lossless_bf16`."""
-        if self.sharded or self.precision != "bf16" or not isinstance(self.model, MultimodalModel):
+        """The matrices that a run stores in bf16, see `mm.training.precision.parameter_types`."""
+        if self.precision != "bf16" or not isinstance(self.model, MultimodalModel):
             return set()
-        names = {f"language_model.{name}" for name in bf16_candidates(self.model.language_model)}
+        parameters = dict(self.model.named_parameters())
+        kept = {name for name in kept_as_stored(self.model) if name.startswith("language_model.")}
+        names = {name for name in kept if not parameters[name].requires_grad}
         if self.training.offload_optimizer:
-            names |= {name for name in layer_weights(self.model) if self.model.get_parameter(name).requires_grad}
+            names |= {name for name in layer_weights(self.model) if parameters[name].requires_grad}
         return names
 
     def _replace_by_fake_parameters(self, tp: int) -> None:

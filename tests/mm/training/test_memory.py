@@ -10,6 +10,7 @@ import mm
 from mm.batch import IGNORED
 from mm.cross_attention import ImageAdapterConfig
 from mm.language_model import LanguageModelConfig
+from mm.parallel.filling import empty_copy, fill
 from mm.parallel.tables import CHECKPOINTED_MODULES
 from mm.training.config import TrainingConfig
 from mm.training.flops import Row
@@ -18,7 +19,7 @@ from mm.training.live_bytes import LiveBytes
 from mm.training.memory import ShapeModel
 from mm.training.objectives import NextTokenObjective, next_token_loss
 from mm.training.optimizer import apply_learning_rates, build_optimizer
-from mm.training.precision import lossless_bf16
+from mm.training.precision import parameter_types
 from mm.training.recomputation import activation_checkpointing
 from mm.training.stage_shapes import ModelShape
 from mm.training.trainer import train_step
@@ -118,16 +119,15 @@ def test_a_later_micro_batch_holds_the_gradients_of_the_earlier_ones(checkpointi
 def test_bf16_holds_casts_of_trained_weights(name, checkpointing):
     """With fused attention, which the loop leaves aside for bf16 on a CPU."""
     model, _ = trained(CONFIG)
-    with torch.no_grad():
-        for parameter in model.language_model.parameters():
-            parameter.copy_(parameter.bfloat16())  # as released: the run keeps its matrices in bf16
+    model.language_model.bfloat16()  # as released
+    run = empty_copy(model, parameter_types(model, "bf16"))
+    fill(run, model, "cpu")
     batch, settings = collated(BATCHES[name]), TrainingConfig(1, 4, activation_checkpointing=checkpointing)
-    with lossless_bf16(model.language_model):
-        weights = sum(parameter.nbytes for parameter in model.parameters())
-        with activation_checkpointing(model, CHECKPOINTED_MODULES, settings), LiveBytes().exclude(model) as live:
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                loss = next_token_loss(model, batch)
-            loss.backward()
+    weights = sum(parameter.nbytes for parameter in run.parameters())
+    with activation_checkpointing(run, CHECKPOINTED_MODULES, settings), LiveBytes().exclude(run) as live:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = next_token_loss(run, batch)
+        loss.backward()
     shapes = ShapeModel(SHAPE, settings_of(RATES, precision="bf16"))
     assert shapes.state_bytes()["weights"] == weights
     assert shapes.step(BATCHES[name], checkpointing).peak() == pytest.approx(live.peak, rel=CLOSE)
@@ -166,7 +166,8 @@ def test_fsdp_divides_state_and_gathers_modules():
     root = sum(p.numel() for p in model.parameters()) - sum(p.numel() for unit in units for p in unit.parameters())
     assert shared.state_bytes(4)["gathered"] == 4 * root + 2 * 4 * encoder + (4 + 4) * encoder
     low = ShapeModel(SHAPE, settings_of(RATES, precision="bf16"), sharded=True)
-    assert low.state_bytes(4)["gathered"] == 4 * root + 2 * 2 * encoder + (2 + 4) * encoder
+    tables = 2 * CONFIG.language_model.vocab_size * CONFIG.language_model.hidden_size  # in bf16
+    assert low.state_bytes(4)["gathered"] == 4 * root - 2 * tables + 2 * 2 * encoder + (2 + 4) * encoder
     step = low.step(BATCHES["four tiles"])
     assert step.activations < alone.step(BATCHES["four tiles"]).activations
     assert low.bytes_of(step, dp_shard=4).total < low.bytes_of(step, dp_shard=2).total
