@@ -8,6 +8,7 @@ the shapes between pipeline stages are computed.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -104,8 +105,9 @@ def dry_run(
         UserError: a layout that does not fit the model or the number of ranks, settings that save memory in one
             process, or several processes.
     """
-    if training.savings:
-        raise UserError(f"a dry run does not know what training.{training.savings[0]} saves: leave one of the two out")
+    unknown = [*training.savings, *(["muon"] if training.muon else [])]
+    if unknown:
+        raise UserError(f"a dry run does not know what training.{unknown[0]} saves: leave one of the two out")
     if dist.is_initialized():
         raise UserError("a dry run is one process that stands for any number of ranks: start it without torchrun")
     with fake_world(num_ranks, rank):
@@ -161,6 +163,8 @@ class _RankRun:
             micro_batches = iter(batches)
             stack.enter_context(patch.object(Stage, "_micro_batch", lambda *_: next(micro_batches)))
             stack.enter_context(patch.object(Stage, "_sum_of_losses", lambda *_: 0.0))
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # the norms are FP32
             stack.enter_context(self.fake)
             self._fill()
             optimizer = build_optimizer(self.module, self.learning_rates, training.weight_decay, training.betas)

@@ -6,6 +6,7 @@ kernels, the allocator's reserves, the buffers of collectives. What is sharded, 
 tables that the trainer applies (`mm.training.stage_shapes`, `mm.parallel.tables`).
 """
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -80,6 +81,26 @@ class RankBytes:
     host: float = 0.0
 
 
+@dataclass(frozen=True)
+class HeldParameter:
+    """A parameter, or a tensor-parallel rank's part of it.
+
+    Attributes:
+        module: the FSDP module that it is gathered with; "" is the root.
+        width: bytes of each number.
+    """
+
+    module: str
+    shape: torch.Size
+    width: int
+    trains: bool
+
+    def shard(self, dp_shard: int = 1) -> int:
+        """The numbers that the first of so many ranks holds: FSDP divides the first dimension, and rounds up."""
+        first, *others = self.shape or (1,)
+        return math.ceil(first / dp_shard) * math.prod(others)
+
+
 class ShapeModel:
     """A stage's module without data, or the part of it that one rank of a layout has.
 
@@ -115,7 +136,7 @@ class ShapeModel:
             assert isinstance(model, MultimodalModel)
             self.first, self.last = layers.start == 0, layers.stop == model.config.language_model.num_layers
             absent = absent_modules(model, layers)
-        self.num_parameters, self.num_bf16, self.num_trained = self._sizes(absent, tp)
+        self.held = self._held(absent, tp)
         self.buffer_bytes = sum(buffer.nbytes for buffer in model.buffers())
         parameters = {name: model.get_parameter(name) for name in trained}
         muon = muon_matrices(parameters, trained, training.muon)
@@ -151,7 +172,7 @@ class ShapeModel:
         matrices of layers whose weights are in 8 bits."""
         width = 2 if self.precision == "bf16" else 4
         in_8_bits = sum(width * m.stored.numel() for m in self.model.modules() if isinstance(m, WeightOnlyLinear))
-        masters = 16 * sum(self.num_trained.values()) if self.training.offload_optimizer else 0
+        masters = 16 * sum(p.shard() for p in self.held if p.trains) if self.training.offload_optimizer else 0
         return masters + in_8_bits + (sum(self.layer_bytes) if self.training.offload_frozen else 0)
 
     def state_bytes(self, dp_shard: int = 1) -> dict[str, float]:
@@ -163,27 +184,25 @@ class ShapeModel:
         FP32 gradients that one module sends, and the gradients of the layers of an encoder or aggregator, which are one
         module. Buffers are whole on each rank.
         """
-        weights = 4 * sum(self.num_parameters.values()) - 2 * sum(self.num_bf16.values())
-        weights += self.buffer_bytes * dp_shard  # not sharded
+        held = self.held
+        weights = sum(parameter.shard(dp_shard) * parameter.width for parameter in held) + self.buffer_bytes
         if self.training.offload_frozen:
             weights -= sum(self.layer_bytes) - max(self.layer_bytes)
-        gradients = 0 if self.training.offload_optimizer else 4 * sum(self.num_trained.values())
-        moments = 0 if self.training.offload_optimizer else self.moment_bytes
-        if self.training.optimizer_state is None and not self.training.muon and moments:  # also of a rank of several
-            moments = 2 * gradients
+        gradients = sum(4 * parameter.shard(dp_shard) for parameter in held if parameter.trains)
+        moments = 2 * gradients
+        if self.training.optimizer_state is not None or self.training.muon:  # in one process
+            moments = self.moment_bytes
+        if self.training.offload_optimizer:
+            gradients = moments = 0
         gathered = 0
         if self.sharded:
             width = 2 if self.precision == "bf16" else 4
-            modules = {module: number for module, number in self.num_parameters.items() if module}
-            sent = (4 * n + width * n * (module in self.several_layers) for module, n in self.num_trained.items())
-            root = 4 * self.num_parameters[""] - 2 * self.num_bf16[""]
-            gathered = root + 2 * width * max(modules.values()) + max(sent)
-        return {
-            "weights": weights / dp_shard,
-            "gradients": gradients / dp_shard,
-            "optimizer": moments / dp_shard,
-            "gathered": gathered,
-        }
+            modules, trained = (_by_module(some) for some in (held, [p for p in held if p.trains]))
+            root = sum(parameter.shard() * parameter.width for parameter in held if not parameter.module)
+            sent = (4 * n + width * n * (module in self.several_layers) for module, n in trained.items())
+            largest = max(number for module, number in modules.items() if module)
+            gathered = root + 2 * width * largest + max(sent, default=0)
+        return {"weights": weights, "gradients": gradients, "optimizer": moments, "gathered": gathered}
 
     def step(self, rows: Sequence[Row], activation_checkpointing: bool = False) -> StepBytes:
         """The bytes of a micro-batch's forward and backward pass, with fused attention."""
@@ -226,26 +245,22 @@ class ShapeModel:
             hook.remove()
         return StepBytes(live.peaks, kept)
 
-    def _sizes(self, absent: Sequence[str], tp: int) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
-        """The parameters that the rank holds, those of them in bf16, and those that train, by FSDP module.
-
-        The rest is under "".
-        """
-        num_parameters, num_bf16, num_trained = {"": 0}, {"": 0}, {"": 0}
+    def _held(self, absent: Sequence[str], tp: int) -> "list[HeldParameter]":
+        """The parameters that the rank holds, before FSDP shards them."""
         modules = [name for name, module in self.model.named_modules() if isinstance(module, self.stage.fsdp_modules)]
         self.several_layers = {
             name for name in modules if not isinstance(self.model.get_submodule(name), self.stage.checkpointed_modules)
         }
         absent_prefixes = tuple(f"{name}." for name in absent)
         split = shared_linears(self.model, tp)
+        held = []
         for name, parameter in self.model.named_parameters():
             if not name.startswith(absent_prefixes):
                 module = next((module for module in modules if name.startswith(f"{module}.")), "")
-                number = _local_shape(name, parameter.shape, split, tp).numel()
-                num_parameters[module] = num_parameters.get(module, 0) + number
-                num_bf16[module] = num_bf16.get(module, 0) + number * (name in self.bf16_weights)
-                num_trained[module] = num_trained.get(module, 0) + number * parameter.requires_grad
-        return num_parameters, num_bf16, num_trained
+                shape = _local_shape(name, parameter.shape, split, tp)
+                width = 2 if name in self.bf16_weights else 4
+                held.append(HeldParameter(module, shape, width, parameter.requires_grad))
+        return held
 
     def _bf16_weights(self) -> set[str]:
         """The matrices that a run stores in bf16, see `mm.training.precision.parameter_types`."""
@@ -282,6 +297,14 @@ class ShapeModel:
         """A batch with the rows' sizes; media have no data."""
         samples = [self.stage.sample(row, number, self.fake) for number, row in enumerate(rows)]
         return self.stage.objective.collate(samples)
+
+
+def _by_module(held: Sequence[HeldParameter]) -> dict[str, int]:
+    """The numbers of the parameters of each FSDP module."""
+    numbers: dict[str, int] = {}
+    for parameter in held:
+        numbers[parameter.module] = numbers.get(parameter.module, 0) + parameter.shard()
+    return numbers
 
 
 def _cast_to_bf16(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

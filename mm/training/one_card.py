@@ -74,7 +74,7 @@ def _way(stage: StageShape, training: TrainingConfig, samples: Samples, settings
     transferred = 0.0
     if changed.offload_optimizer:
         width = 2 if changed.precision == "bf16" else 4
-        transferred += width * sum(shapes.num_trained.values()) * (num_micro_batches + 1)
+        transferred += width * sum(p.shard() for p in shapes.held if p.trains) * (num_micro_batches + 1)
     if changed.offload_frozen:
         passes = 2  # forward, and backward or recomputation
         transferred += passes * num_micro_batches * sum(shapes.layer_bytes)

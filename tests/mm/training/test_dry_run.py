@@ -10,9 +10,12 @@ import mm
 from layers.meta import meta_device
 from layers.rotary import RotaryConfig, rotary_angles
 from mm.training.config import TrainingConfig
-from mm.training.dry_run import dry_run, report
+from mm.training.dry_run import RankState, dry_run, report
 from mm.training.flops import Row
+from mm.training.memory import ShapeModel
+from mm.training.objectives import NextTokenObjective
 from mm.training.optimizer import apply_learning_rates
+from mm.training.stage_shapes import ModelShape
 
 RATES = {"language_model.*": None, "extra_embeddings": None, "*": 1e-4}
 ROW = Row(8, 7, (2,))
@@ -39,7 +42,6 @@ def expected_bytes(config: mm.ModelConfig) -> tuple[int, int]:
     ("size", "changes", "copies"),
     [
         (1, {}, 1),
-        (4, {}, 1),
         (4, {"dp_shard": 2}, 2),
         (2, {"activation_checkpointing": True}, 1),
     ],
@@ -55,18 +57,31 @@ def test_all_ranks_hold_the_model_and_its_moments(tiny_config, size, changes, co
     assert not dist.is_initialized()
 
 
-@pytest.mark.parametrize("changes", [{"tp": 2}, {"pp": 2}, {"tp": 2, "pp": 2}])
-def test_tensor_and_pipeline_ranks_share_the_layers(tiny_config, changes):
-    size = 2 * changes.get("tp", 1) * changes.get("pp", 1)
+@pytest.fixture(scope="module")
+def alone(tiny_config) -> RankState:
+    """One rank that has the whole model."""
+    return dry_run(tiny_config, settings(), ROW, 1)
+
+
+def test_tensor_and_pipeline_ranks_share_the_layers(tiny_config, alone):
+    size, changes = 4, {"tp": 2, "pp": 2}
     held = Counter()
     for rank in range(size):
         held.update(dry_run(tiny_config, settings(**changes), ROW, size, rank).weights)
-    alone = dry_run(tiny_config, settings(), ROW, 1).weights
-    layers = alone["language_model"]
+    layers = alone.weights["language_model"]
     # Norms are whole on each tensor-parallel rank, and each pipeline stage has the encoder.
     assert layers <= held["language_model"] < 1.1 * layers
-    if "pp" in changes:
-        assert held["vision_encoder"] >= 2 * alone["vision_encoder"]
+    assert held["vision_encoder"] >= 2 * alone.weights["vision_encoder"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"tp": 2}])
+def test_a_rank_holds_what_the_planner_says(tiny_config, changes):
+    training = settings(**changes)
+    state = dry_run(tiny_config, training, ROW, 4)
+    shape = ShapeModel(ModelShape(tiny_config, NextTokenObjective()), training, True, changes.get("tp", 1))
+    planned = shape.state_bytes(4 // changes.get("tp", 1))
+    for kind in ("weights", "gradients", "optimizer"):
+        assert sum(getattr(state, kind).values()) == pytest.approx(planned[kind], rel=0.05)
 
 
 def test_nothing_of_the_dry_run_stays(tiny_config):
@@ -75,7 +90,7 @@ def test_nothing_of_the_dry_run_stays(tiny_config):
     assert type(cosines) is torch.Tensor and float(cosines[0, 0]) == 1.0
 
 
-def test_the_table_names_every_part(tiny_config):
-    table = report([dry_run(tiny_config, settings(), ROW, 2, rank) for rank in range(2)])
+def test_the_table_names_every_part(alone):
+    table = report([alone, alone])
     for part in ("language_model", "vision_encoder", "image_adapter", "in all"):
         assert table.count(part) == 2
