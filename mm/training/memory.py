@@ -189,12 +189,12 @@ class ShapeModel:
         if self.training.offload_frozen:
             weights -= sum(self.layer_bytes) - max(self.layer_bytes)
         gradients = sum(4 * parameter.shard(dp_shard) for parameter in held if parameter.trains)
-        moments = 2 * gradients
+        moments: float = 2 * gradients
         if self.training.optimizer_state is not None or self.training.muon:  # in one process
             moments = self.moment_bytes
         if self.training.offload_optimizer:
-            gradients = moments = 0
-        gathered = 0
+            gradients, moments = 0, 0
+        gathered = 0.0
         if self.sharded:
             width = 2 if self.precision == "bf16" else 4
             modules, trained = (_by_module(some) for some in (held, [p for p in held if p.trains]))
