@@ -49,10 +49,11 @@ def compare(preset: str, ranks: int, dp_shard: int | None, tp: int, pp: int) -> 
     )
     layout = training.layout(ranks)
     lines = []
-    assert config.image_adapter is not None and config.image_adapter.positions is not None
+    assert config.image_adapter is not None
     stages: list[range | None] = [None]
     if pp > 1:
-        stages = [*stage_layers(config.image_adapter.positions, config.language_model.num_layers, pp)]
+        num_layers = config.language_model.num_layers
+        stages = [*stage_layers(config.image_adapter.block_positions(num_layers), num_layers, pp)]
     for rank, layers in ((0, stages[0]), (ranks - 1, stages[-1])):
         started = time.perf_counter()
         state = dry_run(config, training, ROW, ranks, rank)
