@@ -42,7 +42,7 @@ def plan_training(argv: Sequence[str]) -> int:
     parser.add_argument("--tiles", type=int, help="tiles per image or frame; default: as the data's index says, or 4")
     parser.add_argument("--frames", type=int, help="frames per clip; default: the stage's max_frames")
     parser.add_argument("--seconds", type=float, help="seconds of an utterance; default: as the index says, or 20")
-    help_text = "start the first and the last rank and take a step with fake tensors; print what they hold"
+    help_text = "start a rank of each end of the pipeline and take a step with fake tensors; print what it holds"
     parser.add_argument("--dry-run", action="store_true", help=help_text)
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = read_options(parser, rest)
@@ -58,7 +58,7 @@ def plan_training(argv: Sequence[str]) -> int:
     training: TrainingConfig = config.training
     if options.dry_run:
         model = _dry_run_model(stage, planned)
-        ranks = sorted({0, options.gpus - 1})
+        ranks = [0] if training.pp == 1 else [0, options.gpus - 1]  # without a pipeline none holds more than the first
         print(report([dry_run(model, training, samples.largest, options.gpus, rank) for rank in ranks]))
         return 0
     gigabytes, teraflops, host_link = options.gpu_memory, options.tflops, HOST_LINK
