@@ -20,9 +20,10 @@ def apply_fsdp(
 ) -> None:
     """Shard all parameters of a module, frozen ones too, in place, over `dp_shard` ranks, with `dp_replicate` copies.
 
-    A rank holds its shard of the FP32 weights, gradients and optimizer state. Each of the `fsdp_modules` is gathered
-    when it runs, in bf16 where `precision` is "bf16"; gradients are reduced in FP32. The rest (embeddings, norms and
-    the projection) stays FP32: many products use the projected vision tokens, whose gradients are summed in FP32.
+    A rank holds its shard of weights, gradients and optimizer state, FP32 for what trains. Each of the `fsdp_modules`
+    is gathered when it runs, in bf16 where `precision` is "bf16"; gradients are reduced in FP32. The rest (tables,
+    norms and the projection) is gathered as it is stored: many products use the projected vision tokens, whose
+    gradients are summed in FP32.
     With `dp_shard` 1 nothing is sharded, and the same code gives the same precision.
 
     Args:
