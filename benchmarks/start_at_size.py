@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 
 import mm
+from benchmarks.measure import machine, write_results
 from mm.parallel.pipeline import stage_layers
 from mm.training.config import TrainingConfig
 from mm.training.dry_run import RankState, dry_run
@@ -81,10 +82,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("GB held / planned; layouts are dp_replicate x dp_shard x tp x pp")
     print("| model | ranks | layout | rank | weights | gradients | optimizer | largest difference | seconds |")
     print("|---|---|---|---|---|---|---|---|---|")
+    lines = []
     for case in CASES:
         if options.preset in (None, case[0]):
-            for line in compare(*case):
-                print(line, flush=True)
+            lines += compare(*case)
+            print("\n".join(lines[-2:]), flush=True)
+    print(f"written: {write_results('start_at_size', {'machine': machine(), 'lines': lines})}")
 
 
 if __name__ == "__main__":
