@@ -67,14 +67,7 @@ def finetune(config: Finetune) -> None:
     model, processor = initial_model(config)
     train_adapters(model, processor, config, "finetune", IMAGE)
     bundle = config.bundle or config.language_model is None
-    save(
-        config.output,
-        model,
-        processor,
-        language_model=config.language_model,
-        bundle=bundle,
-        write=Ranks.current().is_main,
-    )
+    save(config.output, model, processor, config.language_model, bundle, write=Ranks.current().is_main)
 
 
 def planned(config: Finetune, model: ModelConfig | None = None) -> PlannedStage:

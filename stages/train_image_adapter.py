@@ -111,14 +111,7 @@ def train_image_adapter(config: TrainImageAdapter) -> None:
     if config.start_from is not None:
         language_model = language_model_of(config.start_from)
     bundle = config.bundle or language_model is None
-    save(
-        config.output,
-        model,
-        processor,
-        language_model=None if bundle else language_model,
-        bundle=bundle,
-        write=Ranks.current().is_main,
-    )
+    save(config.output, model, processor, language_model, bundle, write=Ranks.current().is_main)
 
 
 def augmented_example(

@@ -110,14 +110,7 @@ def train_speech_adapter(config: TrainSpeechAdapter) -> None:
         prepare=prepare,
     )
     bundle = config.bundle or language_model is None
-    save(
-        config.output,
-        model,
-        processor,
-        language_model=None if bundle else language_model,
-        bundle=bundle,
-        write=Ranks.current().is_main,
-    )
+    save(config.output, model, processor, language_model, bundle, write=Ranks.current().is_main)
 
 
 def planned(config: TrainSpeechAdapter, model: ModelConfig | None = None) -> PlannedStage:

@@ -86,14 +86,7 @@ def train_video_adapter(config: TrainVideoAdapter) -> None:
         objective=objective,
     )
     bundle = config.bundle or language_model is None
-    save(
-        config.output,
-        model,
-        processor,
-        language_model=None if bundle else language_model,
-        bundle=bundle,
-        write=Ranks.current().is_main,
-    )
+    save(config.output, model, processor, language_model, bundle, write=Ranks.current().is_main)
 
 
 def planned(config: TrainVideoAdapter, model: ModelConfig | None = None) -> PlannedStage:
