@@ -1,13 +1,14 @@
 """Augmentation of a picture before it is cut into tiles, drawn anew each time it is read in training.
 
-The usual pair for small photographs (as in He et al. 2015, section 4.2): a random crop of the padded picture, and a
-random mirror image. A picture keeps its size.
+The usual pair for small photographs (as in He et al. 2015, section 4.2, who pad with black): a random crop of the
+padded picture, and a random mirror image. A picture keeps its size.
 """
 
 from dataclasses import dataclass
 
 import torch
 from PIL import Image, ImageOps
+from torchvision.transforms.functional import pad
 
 from foundation.errors import UserError
 
@@ -18,7 +19,7 @@ class PictureAugmentConfig:
 
     Attributes:
         max_shift: the picture moves left or right and up or down by up to this share of its side; below 1. What comes
-            into view is black.
+            into view repeats the edge, so that a shift adds no border.
         mirror: whether half of the pictures are mirrored left to right. Not for data that name a side, or show text.
     """
 
@@ -32,9 +33,11 @@ class PictureAugmentConfig:
 
 def augment_picture(picture: Image.Image, config: PictureAugmentConfig, generator: torch.Generator) -> Image.Image:
     """A shifted and perhaps mirrored copy of an RGB picture, of the same size."""
+    width, height = picture.size
     right, down = (_shift(side, config.max_shift, generator) for side in picture.size)
-    augmented = Image.new(picture.mode, picture.size)
-    augmented.paste(picture, (right, down))
+    padding = [max(right, 0), max(down, 0), max(-right, 0), max(-down, 0)]
+    left, top = padding[2:]
+    augmented = pad(picture, padding, padding_mode="edge").crop((left, top, left + width, top + height))
     if config.mirror and torch.rand((), generator=generator) < 0.5:
         augmented = ImageOps.mirror(augmented)
     return augmented

@@ -18,15 +18,11 @@ def draws(config, count=200):
 
 
 def shift_of(pixels):
-    """(right, down) by which a draw is the picture moved, with black where nothing came; None: it is none, or far."""
-    original = np.asarray(picture())
+    """(right, down) by which a draw is the picture moved, with its edge where nothing came; None: it is none, or far."""
+    padded = np.pad(np.asarray(picture()), ((4, 4), (6, 6), (0, 0)), mode="edge")
     for right in range(-6, 7):
         for down in range(-4, 5):
-            moved = np.zeros_like(original)
-            from_x, to_x, from_y, to_y = max(0, -right), max(0, right), max(0, -down), max(0, down)
-            part = original[from_y : HEIGHT - to_y, from_x : WIDTH - to_x]
-            moved[to_y : to_y + len(part), to_x : to_x + part.shape[1]] = part
-            if (moved == pixels).all():
+            if (padded[4 - down : 4 - down + HEIGHT, 6 - right : 6 - right + WIDTH] == pixels).all():
                 return right, down
     return None
 
