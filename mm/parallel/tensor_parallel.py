@@ -86,7 +86,7 @@ def all_reduce_partial_gradients(module: nn.Module, group: dist.ProcessGroup) ->
     Args:
         group: the tensor-parallel ranks.
     """
-    gradients = [p.grad.to_local() for p in _partial_parameters(module) if isinstance(p.grad, DTensor)]
+    gradients = [p.grad.to_local() for p in partial_parameters(module) if isinstance(p.grad, DTensor)]
     if gradients:
         total = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(total, group=group)
@@ -94,7 +94,8 @@ def all_reduce_partial_gradients(module: nn.Module, group: dist.ProcessGroup) ->
             gradient.copy_(summed.view_as(gradient))
 
 
-def _partial_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+def partial_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters that are whole on each rank, but meet only that rank's heads or tokens."""
     for part in module.modules():
         match part:
             case CrossAttention():

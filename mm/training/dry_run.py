@@ -34,6 +34,8 @@ from mm.model import MultimodalModel
 from mm.parallel.parallelize import parallelize
 from mm.parallel.pipeline import Stage, build_stage
 from mm.parallel.tables import CHECKPOINTED_MODULES, FSDP_MODULES
+from mm.parallel.tensor_parallel import all_reduce_partial_gradients
+from mm.parallel.traffic import SentTraffic, Traffic
 from mm.training.config import TrainingConfig
 from mm.training.flops import Row
 from mm.training.objectives import NextTokenObjective, loss_of_hidden_states
@@ -59,6 +61,7 @@ class RankState:
     Attributes:
         weights, gradients, optimizer: of its shards.
         num_parameters: of the whole model, over all ranks.
+        traffic: what the rank sends in the passes of the step.
     """
 
     rank: int
@@ -66,6 +69,7 @@ class RankState:
     gradients: dict[str, int]
     optimizer: dict[str, int]
     num_parameters: int
+    traffic: Traffic
 
     @property
     def total(self) -> int:
@@ -84,6 +88,11 @@ def report(states: Sequence[RankState]) -> str:
             lines.append(f"{state.rank:>8}  {part:<18}{held[0]:>9.3f}{held[1]:>11.3f}{held[2]:>11.3f}{sum(held):>9.3f}")
         sums = [sum(kind.values()) / 1e9 for kind in kinds]
         lines.append(f"{state.rank:>8}  {'in all':<18}{sums[0]:>9.3f}{sums[1]:>11.3f}{sums[2]:>11.3f}{sum(sums):>9.3f}")
+    lines.append("GB that a rank sends in a step, and messages:")
+    for state in states:
+        sent = state.traffic.sent.items()
+        axes = [f"{axis} {size / 1e9:.3g} ({state.traffic.messages[axis]})" for axis, size in sent if size]
+        lines.append(f"{state.rank:>8}  {', '.join(axes) or 'none'}")
     return "\n".join(lines)
 
 
@@ -155,7 +164,7 @@ class _RankRun:
         if layout.dp_size * layout.tp > 1:
             methods = self.objective.forward_methods
             parallelize(self.module, FSDP_MODULES, layout, training.precision, "cpu", methods)
-        batches = self._batches()
+        batches, sent = self._batches(), SentTraffic(layout, "cpu")
         with ExitStack() as stack:
             for owner, name in HOST_FUNCTIONS:
                 stack.enter_context(patch.object(owner, name, _outside(getattr(owner, name))))
@@ -168,14 +177,15 @@ class _RankRun:
             stack.enter_context(self.fake)
             self._fill()
             optimizer = build_optimizer(self.module, self.learning_rates, training.weight_decay, training.betas)
-            with activation_checkpointing(self.module, CHECKPOINTED_MODULES, training):
+            with activation_checkpointing(self.module, CHECKPOINTED_MODULES, training), sent:
                 self._forward_backward(batches)
+                if layout.tp > 1:
+                    all_reduce_partial_gradients(self.module, layout.mesh("cpu")["tp"].get_group())
             gradients = self._bytes(lambda parameter: [parameter.grad])
             optimizer.step()
             moments = self._bytes(lambda parameter: list(optimizer.state[parameter].values()))
-            return RankState(
-                self.rank, self._bytes(lambda parameter: [parameter]), gradients, moments, self.num_parameters
-            )
+            weights = self._bytes(lambda parameter: [parameter])
+            return RankState(self.rank, weights, gradients, moments, self.num_parameters, sent.traffic)
 
     def _fill(self) -> None:
         """Give the parameters fake tensors in place of meta ones, as `mm.parallel.filling.fill` gives real ones."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from mm.parallel.layout import Layout
 from mm.parallel.pipeline import stage_layers
 from mm.parallel.tensor_parallel import shared_sizes
+from mm.parallel.traffic import Traffic
 from mm.training.config import TrainingConfig
 from mm.training.expected_samples import Samples
 from mm.training.flops import parameters
@@ -56,16 +57,12 @@ class Arrangements:
 
     def of(self, layout: Layout, micro_batch_size: int, activation_checkpointing: bool) -> Arrangement:
         """The arrangement with a layout; a micro-batch is at most a rank's share of the step."""
-        share = math.ceil(self.training.batch_size / layout.dp_size)
-        size = min(micro_batch_size, share)
-        num_micro_batches = math.ceil(share / size)
+        size, num_micro_batches = self._micro_batches(layout, micro_batch_size)
         memory = []
         for stage in self._stages(layout):
-            key = (stage, size, activation_checkpointing)
-            if key not in self._steps:
-                self._steps[key] = stage.step([self.samples.largest] * size, activation_checkpointing)
+            step = self._step(stage, size, activation_checkpointing)
             in_flight = min(layout.pp, num_micro_batches) if stage.first else 1
-            memory.append(stage.bytes_of(self._steps[key], layout.dp_shard, num_micro_batches > 1, in_flight))
+            memory.append(stage.bytes_of(step, layout.dp_shard, num_micro_batches > 1, in_flight))
         speed = None
         if self.rate is not None:
             slowdown = (num_micro_batches + layout.pp - 1) / num_micro_batches  # a pipeline fills and drains
@@ -73,6 +70,13 @@ class Arrangements:
             speed = self.gpus * self.rate / flops / slowdown
         largest = max(memory, key=lambda rank: rank.total)
         return Arrangement(layout, size, activation_checkpointing, largest, speed)
+
+    def traffic(self, layout: Layout, micro_batch_size: int, activation_checkpointing: bool) -> Traffic:
+        """What a rank of the first pipeline stage sends in a step."""
+        stage = self._stages(layout)[0]
+        size, num_micro_batches = self._micro_batches(layout, micro_batch_size)
+        step = self._step(stage, size, activation_checkpointing)
+        return stage.traffic(step, layout, num_micro_batches, activation_checkpointing)
 
     def fitting(self, max_bytes: float) -> list[Arrangement]:
         """Those that need at most `max_bytes` per rank, each with the largest micro-batch that fits.
@@ -104,6 +108,18 @@ class Arrangements:
         sharded = state["weights"] + state["gradients"] + state["optimizer"]
         room = max_bytes - (arrangement.memory.total - sharded)
         return math.ceil(sharded * layout.dp_shard / room) * layout.tp * layout.pp if room > 0 else None
+
+    def _micro_batches(self, layout: Layout, size: int) -> tuple[int, int]:
+        """Their size, at most a rank's share of the step, and their number."""
+        share = math.ceil(self.training.batch_size / layout.dp_size)
+        size = min(size, share)
+        return size, math.ceil(share / size)
+
+    def _step(self, stage: ShapeModel, size: int, activation_checkpointing: bool) -> StepBytes:
+        key = (stage, size, activation_checkpointing)
+        if key not in self._steps:
+            self._steps[key] = stage.step([self.samples.largest] * size, activation_checkpointing)
+        return self._steps[key]
 
     def _degrees(self) -> Iterator[tuple[int, int]]:
         """The pipeline and tensor-parallel degrees that the model and the GPUs can be divided by."""

@@ -19,15 +19,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from layers.weight_only import WeightOnlyLinear, quantize_linears
+from mm.language_model import DecoderLayer
 from mm.model import MultimodalModel
+from mm.parallel.layout import Layout
 from mm.parallel.pipeline import absent_modules
 from mm.parallel.tables import FP32_INPUT_MODULES, Split, kept_as_stored, shared_linears
+from mm.parallel.traffic import Traffic
 from mm.training.config import TrainingConfig
 from mm.training.flops import Row
 from mm.training.live_bytes import FakeLiveBytes
 from mm.training.optimizer import apply_learning_rates, muon_matrices, state_bytes
 from mm.training.precision import layer_weights
 from mm.training.stage_shapes import StageShape
+from mm.training.traffic import Call, ModuleBytes, recorded_calls, traffic_of_step
+
+OF_A_STAGE = "language_model.", "image_adapter.blocks."  # what one pipeline stage holds; the others share the rest
 
 
 @dataclass(frozen=True)
@@ -37,10 +43,12 @@ class StepBytes:
     Attributes:
         peaks: bytes of finished gradients, in FP32 -> the peak bytes of other tensors while there are so many.
         kept: bytes between the two passes.
+        calls: what ran in the forward pass, of what ranks exchange.
     """
 
     peaks: Mapping[int, int]
     kept: int
+    calls: Sequence[Call] = ()
 
     @property
     def activations(self) -> int:
@@ -86,10 +94,11 @@ class HeldParameter:
     """A parameter, or a tensor-parallel rank's part of it.
 
     Attributes:
-        module: the FSDP module that it is gathered with; "" is the root.
+        name: in the model. module: the FSDP module that it is gathered with; "" is the root.
         width: bytes of each number.
     """
 
+    name: str
     module: str
     shape: torch.Size
     width: int
@@ -227,8 +236,10 @@ class ShapeModel:
             ]
         if not self.first:  # hidden states from the previous stage need a gradient; the extra rows take their place
             model.get_parameter("extra_embeddings").requires_grad_()
+        calls: list[Call] = []
+        recorded = recorded_calls(model, self.stage.fsdp_modules, calls)
         one_per_kind = live.one_layer_per_kind(list(layers.values()), activation_checkpointing)
-        with warnings.catch_warnings(), live.exclude(model), one_per_kind:
+        with warnings.catch_warnings(), live.exclude(model), one_per_kind, recorded:
             warnings.filterwarnings(
                 "ignore", message="Mismatch dtype between input and weight"
             )  # the last norm is FP32
@@ -243,7 +254,29 @@ class ShapeModel:
                 loss.backward()
         for hook in hooks:
             hook.remove()
-        return StepBytes(live.peaks, kept)
+        return StepBytes(live.peaks, kept, calls)
+
+    def traffic(
+        self, step: StepBytes, layout: Layout, num_micro_batches: int, activation_checkpointing: bool = False
+    ) -> Traffic:
+        """What the rank sends in the passes of a training step with micro-batches of `step`."""
+        modules = {}
+        for module in dict.fromkeys(parameter.module for parameter in self.held):
+            held = [parameter for parameter in self.held if parameter.module == module]
+            in_bf16 = self.precision == "bf16" and module != ""
+            shards = [(parameter, parameter.shard(layout.dp_shard)) for parameter in held]
+            shared = [n for parameter, n in shards if parameter.trains and not parameter.name.startswith(OF_A_STAGE)]
+            modules[module] = ModuleBytes(
+                layout.dp_shard * sum(n * (2 if in_bf16 else parameter.width) for parameter, n in shards),
+                layout.dp_shard * sum(4 * n for parameter, n in shards if parameter.trains),
+                shared,
+            )
+        hidden = None
+        if layout.pp > 1:
+            hidden = next(call.shape for call in step.calls if isinstance(call.module, DecoderLayer))
+        return traffic_of_step(
+            self.model, modules, step.calls, layout, num_micro_batches, activation_checkpointing, hidden
+        )
 
     def _held(self, absent: Sequence[str], tp: int) -> "list[HeldParameter]":
         """The parameters that the rank holds, before FSDP shards them."""
@@ -259,7 +292,7 @@ class ShapeModel:
                 module = next((module for module in modules if name.startswith(f"{module}.")), "")
                 shape = _local_shape(name, parameter.shape, split, tp)
                 width = 2 if name in self.bf16_weights else 4
-                held.append(HeldParameter(module, shape, width, parameter.requires_grad))
+                held.append(HeldParameter(name, module, shape, width, parameter.requires_grad))
         return held
 
     def _bf16_weights(self) -> set[str]:

@@ -18,7 +18,7 @@ def draws(config, count=200):
 
 
 def shift_of(pixels):
-    """(right, down) by which a draw is the picture moved, with its edge where nothing came; None: it is none, or far."""
+    """(right, down) by which a draw is the picture moved, its edge repeated; None: it is none, or far."""
     padded = np.pad(np.asarray(picture()), ((4, 4), (6, 6), (0, 0)), mode="edge")
     for right in range(-6, 7):
         for down in range(-4, 5):
