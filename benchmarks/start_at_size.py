@@ -48,7 +48,7 @@ def compare(preset: str, ranks: int, dp_shard: int | None, tp: int, pp: int) -> 
         tp=tp,
         pp=pp,
     )
-    layout = training.layout(ranks)
+    layout, stage = training.layout(ranks), ModelShape(config, NextTokenObjective())
     lines = []
     assert config.image_adapter is not None
     stages: list[range | None] = [None]
@@ -57,9 +57,9 @@ def compare(preset: str, ranks: int, dp_shard: int | None, tp: int, pp: int) -> 
         stages = [*stage_layers(config.image_adapter.block_positions(num_layers), num_layers, pp)]
     for rank, layers in ((0, stages[0]), (ranks - 1, stages[-1])):
         started = time.perf_counter()
-        state = dry_run(config, training, ROW, ranks, rank)
+        state = dry_run(stage, training, ROW, ranks, rank)
         seconds = time.perf_counter() - started
-        shape = ShapeModel(ModelShape(config, NextTokenObjective()), training, sharded=True, tp=tp, layers=layers)
+        shape = ShapeModel(stage, training, sharded=True, tp=tp, layers=layers)
         planned = shape.state_bytes(layout.dp_shard)
         cells = [f"{held(state, kind) / 1e9:.2f} / {planned[kind] / 1e9:.2f}" for kind in KINDS]
         off = max(abs(held(state, kind) / planned[kind] - 1) for kind in KINDS)

@@ -2,21 +2,19 @@
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import mm
 from app.cli import STAGES
 from foundation.errors import UserError
 from foundation.options import new_parser, read_options
-from mm.config import ModelConfig
-from mm.modalities import IMAGE
 from mm.training.config import TrainingConfig
 from mm.training.devices import device_named
 from mm.training.dry_run import dry_run, report
 from mm.training.expected_samples import SampleSizes, expected_samples
+from mm.training.layouts import SLOW_LINKS
 from mm.training.planner import HOST_LINK, plan
-from mm.training.stage_shapes import ModelShape, PlannedStage
 
 DEFAULT_STAGE = "train_image_adapter"
 
@@ -38,6 +36,8 @@ def plan_training(argv: Sequence[str]) -> int:
     parser.add_argument("--gpu", help="a GPU by name, such as h100, for its memory and its specified rate")
     parser.add_argument("--gpu-memory", type=float, help="GB of each GPU; lists the layouts that fit")
     parser.add_argument("--tflops", type=float, help="TFLOP/s of a GPU's matrix products; estimates speeds")
+    parser.add_argument("--storage", type=float, default=5.0, help="GB/s that all ranks together write")
+    parser.add_argument("--network", type=float, default=50.0, help="GB/s from each GPU to other nodes")
     parser.add_argument("--text-tokens", type=int, default=64, help="text tokens per sample")
     parser.add_argument("--tiles", type=int, help="tiles per image or frame; default: as the data's index says, or 4")
     parser.add_argument("--frames", type=int, help="frames per clip; default: the stage's max_frames")
@@ -57,29 +57,24 @@ def plan_training(argv: Sequence[str]) -> int:
     samples = expected_samples(planned, config.data, sizes)
     training: TrainingConfig = config.training
     if options.dry_run:
-        model = _dry_run_model(stage, planned)
         ranks = [0] if training.pp == 1 else [0, options.gpus - 1]  # without a pipeline none holds more than the first
-        print(report([dry_run(model, training, samples.largest, options.gpus, rank) for rank in ranks]))
+        print(report([dry_run(planned.shape, training, samples.largest, options.gpus, rank) for rank in ranks]))
         return 0
+    for name in ("network", "storage"):
+        if not options[name] > 0:
+            raise UserError(f"{name} is {options[name]:g}; it must be above 0")
     gigabytes, teraflops, host_link = options.gpu_memory, options.tflops, HOST_LINK
+    links = replace(SLOW_LINKS, network=options.network)
     if options.gpu is not None:
         device = device_named(options.gpu)
         gigabytes = device.gigabytes if gigabytes is None else gigabytes
         teraflops = device.rate(training.precision) / 1e12 if teraflops is None else teraflops
-        host_link = device.host_link
-    costs = plan(planned.shape, training, samples, options.gpus, gigabytes, teraflops, host_link)
+        host_link, links = device.host_link, replace(links, node=device.link)
+    costs = plan(
+        planned.shape, training, samples, options.gpus, gigabytes, teraflops, host_link, links, options.storage
+    )
     print(costs.to_json() if options.json else costs)
     return 0
-
-
-def _dry_run_model(stage: str, planned: PlannedStage) -> ModelConfig:
-    shape = planned.shape
-    if not isinstance(shape, ModelShape) or planned.modality is not IMAGE or not shape.objective.runs_language_model:
-        raise UserError(
-            f"--dry-run starts a model that predicts tokens from pictures, and {stage} as configured does not train "
-            "one: leave --dry-run out"
-        )
-    return shape.config
 
 
 def _config_class(module: Any) -> Any:

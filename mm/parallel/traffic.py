@@ -56,7 +56,9 @@ class SentTraffic(TorchDispatchMode):
         self.traffic = Traffic()
         mesh = layout.mesh(device_type)
         sizes = dict(zip(("pp", "dp_replicate", "dp_shard", "tp"), mesh.shape, strict=True))
-        self.axes = {mesh[axis].get_group().group_name: (axis, size) for axis, size in sizes.items() if size > 1}
+        self.axes: dict[str, tuple[str, int]] = {
+            mesh[axis].get_group().group_name: (axis, size) for axis, size in sizes.items() if size > 1
+        }
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

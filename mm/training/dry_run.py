@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 from unittest.mock import patch
 
@@ -23,26 +23,24 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.tensor import DTensor
 
 import layers.rotary
+import mm.training.contrastive
 import mm.training.objectives
 import vision.encoder
 from foundation.errors import UserError
-from layers.meta import meta_device
 from layers.sources import places_of_parameters, put
-from mm.batch import IGNORED, Batch, Sample, collate
-from mm.config import ModelConfig
 from mm.model import MultimodalModel
 from mm.parallel.parallelize import parallelize
 from mm.parallel.pipeline import Stage, build_stage
-from mm.parallel.tables import CHECKPOINTED_MODULES, FSDP_MODULES
 from mm.parallel.tensor_parallel import all_reduce_partial_gradients
 from mm.parallel.traffic import SentTraffic, Traffic
 from mm.training.config import TrainingConfig
 from mm.training.flops import Row
-from mm.training.objectives import NextTokenObjective, loss_of_hidden_states
+from mm.training.live_bytes import RealIntegers
+from mm.training.objectives import loss_of_hidden_states
 from mm.training.optimizer import apply_learning_rates, build_optimizer
 from mm.training.precision import parameter_types
+from mm.training.stage_shapes import StageShape
 from mm.training.trainer import activation_checkpointing
-from vision.tiling import CANVASES, Tiles
 
 # Functions that read values of host tensors: (where they are looked up, name).
 HOST_FUNCTIONS: tuple[tuple[Any, str], ...] = (
@@ -97,7 +95,7 @@ def report(states: Sequence[RankState]) -> str:
 
 
 def dry_run(
-    config: ModelConfig,
+    stage: StageShape,
     training: TrainingConfig,
     row: Row,
     num_ranks: int,
@@ -107,8 +105,8 @@ def dry_run(
     """Start one rank of a run and take one step, with fake tensors.
 
     Args:
-        row: what each sample holds.
-        stored: type of the files from which the language model and the encoders come.
+        stage: what trains. row: what each sample holds.
+        stored: type of the file from which the language model comes.
 
     Raises:
         UserError: a layout that does not fit the model or the number of ranks, settings that save memory in one
@@ -120,7 +118,7 @@ def dry_run(
     if dist.is_initialized():
         raise UserError("a dry run is one process that stands for any number of ranks: start it without torchrun")
     with fake_world(num_ranks, rank):
-        return _RankRun(config, training, row, num_ranks, rank, stored).run()
+        return _RankRun(stage, training, row, num_ranks, rank, stored).run()
 
 
 @contextmanager
@@ -139,18 +137,16 @@ def fake_world(num_ranks: int, rank: int) -> Iterator[None]:
 
 class _RankRun:
     def __init__(
-        self, config: ModelConfig, training: TrainingConfig, row: Row, num_ranks: int, rank: int, stored: torch.dtype
+        self, stage: StageShape, training: TrainingConfig, row: Row, num_ranks: int, rank: int, stored: torch.dtype
     ) -> None:
-        self.config, self.training, self.row, self.rank = config, training, row, rank
+        self.stage, self.training, self.row, self.rank = stage, training, row, rank
         self.layout = training.layout(num_ranks)
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.objective = NextTokenObjective()
-        with meta_device():
-            model = MultimodalModel(config)
+        model = stage.build()
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.learning_rates = apply_learning_rates(model, training.learning_rates)
         for name, parameter in model.named_parameters():
-            if name.startswith(("language_model.", "vision_encoder.", "speech_encoder.")):
+            if name.startswith("language_model."):
                 parameter.data = parameter.data.to(stored)
         types = parameter_types(model, training.precision)
         for name, parameter in model.named_parameters():
@@ -162,14 +158,16 @@ class _RankRun:
         if layout.pp > 1:
             self.module = build_stage(self.module, layout, "cpu", training.precision, loss_of_hidden_states)
         if layout.dp_size * layout.tp > 1:
-            methods = self.objective.forward_methods
-            parallelize(self.module, FSDP_MODULES, layout, training.precision, "cpu", methods)
+            methods = self.stage.objective.forward_methods
+            parallelize(self.module, self.stage.fsdp_modules, layout, training.precision, "cpu", methods)
         batches, sent = self._batches(), SentTraffic(layout, "cpu")
         with ExitStack() as stack:
             for owner, name in HOST_FUNCTIONS:
                 stack.enter_context(patch.object(owner, name, _outside(getattr(owner, name))))
             # A stage's micro-batches run in order, and its losses have no values.
             micro_batches = iter(batches)
+            gathered = partial(_of_all_ranks, num_ranks=self.layout.dp_size)
+            stack.enter_context(patch.object(mm.training.contrastive, "all_gather_with_grad", gathered))
             stack.enter_context(patch.object(Stage, "_micro_batch", lambda *_: next(micro_batches)))
             stack.enter_context(patch.object(Stage, "_sum_of_losses", lambda *_: 0.0))
             stack.enter_context(warnings.catch_warnings())
@@ -177,7 +175,8 @@ class _RankRun:
             stack.enter_context(self.fake)
             self._fill()
             optimizer = build_optimizer(self.module, self.learning_rates, training.weight_decay, training.betas)
-            with activation_checkpointing(self.module, CHECKPOINTED_MODULES, training), sent:
+            recomputed = activation_checkpointing(self.module, self.stage.checkpointed_modules, training)
+            with recomputed, RealIntegers(self.fake), sent:
                 self._forward_backward(batches)
                 if layout.tp > 1:
                     all_reduce_partial_gradients(self.module, layout.mesh("cpu")["tp"].get_group())
@@ -194,6 +193,10 @@ class _RankRun:
                 values = torch.empty(parameter.shape, dtype=parameter.dtype)
                 put(places, nn.Parameter(values, parameter.requires_grad))
 
+        for name, buffer in list(self.module.named_buffers()):
+            owner, _, leaf = name.rpartition(".")
+            self.module.get_submodule(owner).register_buffer(leaf, torch.empty_like(buffer, device="cpu"))
+
         def filled(tensor: Tensor) -> Tensor:
             if not isinstance(tensor, DTensor):
                 return tensor
@@ -209,39 +212,26 @@ class _RankRun:
             with torch.no_grad():
                 self.module._apply(filled)
 
-    def _forward_backward(self, batches: list[Batch]) -> None:
+    def _forward_backward(self, batches: list[Any]) -> None:
         if isinstance(self.module, Stage):
             self.module.forward_backward(batches, scale=1.0)
             return
-        assert isinstance(self.module, MultimodalModel)
         for batch in batches:
             enabled = self.training.precision == "bf16"
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-                loss = self.objective.loss(self.module, batch)
+                loss = self.stage.objective.loss(self.module, batch)
             if loss.requires_grad:
                 loss.backward()
 
-    def _batches(self) -> list[Batch]:
-        """The rank's micro-batches of a step; real tensors, but pictures without data."""
+    def _batches(self) -> list[Any]:
+        """The rank's micro-batches of a step; real tensors, but media without data."""
         share = math.ceil(self.training.batch_size / self.layout.dp_size)
         size = min(self.training.micro_batch_size or share, share)
-        return [self._batch(min(size, share - start)) for start in range(0, share, size)]
-
-    def _batch(self, num_rows: int) -> Batch:
-        config, row = self.config, self.row
-        tokens = [config.image_token_id or 0] * len(row.tiles) + [0] * (row.tokens - len(row.tiles))
-        labels = [IGNORED] * (row.tokens - row.targets) + [0] * row.targets
-        samples = []
-        for _ in range(num_rows):
-            images = []
-            for number in row.tiles:
-                assert config.vision_encoder is not None
-                side = config.vision_encoder.tile_size
-                with self.fake:
-                    pixels = torch.empty(number, 3, side, side, dtype=torch.uint8)
-                images.append(Tiles(pixels, next(grid for grid in CANVASES if math.prod(grid) == number)))
-            samples.append(Sample(tokens, labels, images))
-        return collate(samples)
+        batches = []
+        for start in range(0, share, size):
+            samples = [self.stage.sample(self.row, number, self.fake) for number in range(min(size, share - start))]
+            batches.append(self.stage.objective.collate(samples))
+        return batches
 
     def _bytes(self, tensors_of: Callable[[nn.Parameter], list[Any]]) -> dict[str, int]:
         parts: dict[str, int] = {}
@@ -250,6 +240,11 @@ class _RankRun:
             local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors_of(parameter) if t is not None]
             parts[part] = parts.get(part, 0) + sum(tensor.numel() * tensor.element_size() for tensor in local)
         return parts
+
+
+def _of_all_ranks(rows: Tensor, num_ranks: int) -> Tensor:
+    """The rows of all ranks, which are alike."""
+    return torch.cat([rows] * num_ranks)
 
 
 def _outside(function: Callable) -> Callable:

@@ -13,8 +13,10 @@ from mm.training.expected_samples import Samples
 from mm.training.flops import parameters
 from mm.training.memory import RankBytes, ShapeModel, StepBytes
 from mm.training.stage_shapes import ModelShape, StageShape
+from mm.training.traffic import Links
 
 USABLE = 0.9  # of a GPU's memory: the driver, the buffers of collectives and fragmentation take the rest
+SLOW_LINKS = Links(node=32.0)  # where no GPU is named: PCIe 4 x16
 MAX_TP_DEGREE = 8  # the GPUs of a node, between which the connections are fast enough for tensor parallelism
 
 
@@ -24,13 +26,15 @@ class Arrangement:
 
     Attributes:
         memory: of the rank that holds most.
-        samples_per_second: at most, if matrix products ran at the given rate; None: no rate was given.
+        traffic: what a rank of the first pipeline stage sends in a step.
+        samples_per_second: an estimate, with matrix products at the given rate; None: no rate was given.
     """
 
     layout: Layout
     micro_batch_size: int
     activation_checkpointing: bool
     memory: RankBytes
+    traffic: Traffic
     samples_per_second: float | None
 
 
@@ -38,16 +42,24 @@ class Arrangements:
     """The ways to run a configuration's steps on a number of GPUs.
 
     Args:
-        stage: what trains. samples: what a step's samples hold. rate: FLOP/s of a GPU; None: unknown.
+        stage: what trains. samples: what a step's samples hold. rate: FLOP/s of a GPU's matrix products; None: unknown.
+        links: how fast GPUs exchange tensors.
 
     Raises:
         UserError: learning rates that do not fit the model.
     """
 
     def __init__(
-        self, stage: StageShape, training: TrainingConfig, samples: Samples, gpus: int, rate: float | None
+        self,
+        stage: StageShape,
+        training: TrainingConfig,
+        samples: Samples,
+        gpus: int,
+        rate: float | None = None,
+        links: Links = SLOW_LINKS,
     ) -> None:
-        self.stage, self.training, self.samples, self.gpus, self.rate = stage, training, samples, gpus, rate
+        self.stage, self.training, self.samples, self.gpus = stage, training, samples, gpus
+        self.rate, self.links = rate, links
         model = stage.build()
         self.parameters, trained = parameters(model, training.learning_rates)
         self.trained = tuple(trained)
@@ -58,31 +70,28 @@ class Arrangements:
     def of(self, layout: Layout, micro_batch_size: int, activation_checkpointing: bool) -> Arrangement:
         """The arrangement with a layout; a micro-batch is at most a rank's share of the step."""
         size, num_micro_batches = self._micro_batches(layout, micro_batch_size)
-        memory = []
-        for stage in self._stages(layout):
+        memory, stages = [], self._stages(layout)
+        for stage in stages:
             step = self._step(stage, size, activation_checkpointing)
             in_flight = min(layout.pp, num_micro_batches) if stage.first else 1
             memory.append(stage.bytes_of(step, layout.dp_shard, num_micro_batches > 1, in_flight))
+        step = self._step(stages[0], size, activation_checkpointing)
+        traffic = stages[0].traffic(step, layout, num_micro_batches, activation_checkpointing)
         speed = None
         if self.rate is not None:
-            slowdown = (num_micro_batches + layout.pp - 1) / num_micro_batches  # a pipeline fills and drains
             flops = self.samples.flops(self.stage, self.trained, activation_checkpointing).total
-            speed = self.gpus * self.rate / flops / slowdown
+            products = flops * self.training.batch_size / self.gpus / self.rate
+            seconds = self.links.step_seconds(products, traffic, layout, num_micro_batches)
+            speed = self.training.batch_size / seconds
         largest = max(memory, key=lambda rank: rank.total)
-        return Arrangement(layout, size, activation_checkpointing, largest, speed)
-
-    def traffic(self, layout: Layout, micro_batch_size: int, activation_checkpointing: bool) -> Traffic:
-        """What a rank of the first pipeline stage sends in a step."""
-        stage = self._stages(layout)[0]
-        size, num_micro_batches = self._micro_batches(layout, micro_batch_size)
-        step = self._step(stage, size, activation_checkpointing)
-        return stage.traffic(step, layout, num_micro_batches, activation_checkpointing)
+        return Arrangement(layout, size, activation_checkpointing, largest, traffic, speed)
 
     def fitting(self, max_bytes: float) -> list[Arrangement]:
         """Those that need at most `max_bytes` per rank, each with the largest micro-batch that fits.
 
-        The best are first: fewest pipeline stages, lowest tensor-parallel degree, no activation checkpointing, lowest
-        `dp_shard`. Only the first pair of pipeline and tensor-parallel degrees with a fitting arrangement is searched.
+        The best are first: where a rate is given the fastest by estimate, else fewest pipeline stages, lowest
+        tensor-parallel degree, no activation checkpointing, lowest `dp_shard`. Only the first pair of pipeline and
+        tensor-parallel degrees with a fitting arrangement is searched.
         """
         for pp, tp in self._degrees():
             found = [
@@ -91,7 +100,7 @@ class Arrangements:
                 for arrangement in self._largest_micro_batches(pp, tp, activation_checkpointing, max_bytes)
             ]
             if found:
-                return found
+                return sorted(found, key=lambda one: -(one.samples_per_second or 0))  # stable
         return []
 
     def smallest(self) -> Arrangement:

@@ -13,16 +13,76 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-_INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten._unsafe_index_put.default, torch.ops.aten.index_put_.default)
-
-
+INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten._unsafe_index_put.default, torch.ops.aten.index_put_.default)
 _CTC = (torch.ops.aten._ctc_loss.Tensor, torch.ops.aten._ctc_loss.default)
 _CTC_BACKWARD = (torch.ops.aten._ctc_loss_backward.Tensor, torch.ops.aten._ctc_loss_backward.default)
+
+
+def fake_ctc_loss(fake: FakeTensorMode, backward: bool, *args: Any) -> Any:
+    """What PyTorch's CTC returns for tensors without data: losses and log_alpha, or the gradient of its input."""
+    log_probs, _, _, target_lengths = args[1:5] if backward else args[:4]  # [T, B, C]
+    length, rows, _ = log_probs.shape
+    with unset_fake_temporarily():
+        longest = int(torch.as_tensor(target_lengths).max())
+    with fake:
+        if backward:
+            return torch.empty_like(log_probs)
+        return log_probs.new_empty(rows), log_probs.new_empty(rows, length, 2 * longest + 1)
+
+
+def as_integers(index: Tensor | None) -> Sequence[Tensor | None]:
+    """An index as integers: a mask becomes the positions where it is true."""
+    return index.nonzero().unbind(1) if index is not None and index.dtype is torch.bool else [index]
+
+
+class RealIntegers(TorchDispatchMode):
+    """Keeps integers and masks real above a mode of tensors without data, so that code may read their values.
+
+    Those that are computed from tensors without data, such as the index of a largest value, are zeros.
+
+    Args:
+        fake: the mode, entered before this one.
+    """
+
+    def __init__(self, fake: FakeTensorMode) -> None:
+        super().__init__()
+        self.fake = fake
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        wanted = kwargs.get("dtype")
+        if tensors:
+            real = not any(isinstance(tensor, FakeTensor) or tensor.is_floating_point() for tensor in tensors)
+            real = real and (wanted is None or not wanted.is_floating_point)
+        else:
+            real = wanted in (torch.int64, torch.int32, torch.bool) or (wanted is None and func in _RANGES)
+        if real:
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
+        if func in _CTC or func in _CTC_BACKWARD:
+            return fake_ctc_loss(self.fake, func in _CTC_BACKWARD, *args)
+        if func in INDEXING:  # only a real mask's number of chosen elements is known
+            with unset_fake_temporarily():
+                args = (args[0], [part for index in args[1] for part in as_integers(index)], *args[2:])
+        return tree_map_only(FakeTensor, _real_if_integers, func(*args, **kwargs))
+
+
+def _real_if_integers(tensor: FakeTensor) -> Tensor:
+    if tensor.dtype is not torch.int64:
+        return tensor
+    with unset_fake_temporarily():
+        return torch.zeros(tensor.shape, dtype=torch.int64)
+
+
+_RANGES = (torch.ops.aten.arange.default, torch.ops.aten.arange.start, torch.ops.aten.arange.start_step)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -132,25 +192,17 @@ class FakeLiveBytes(LiveBytes):
             return super().__torch_dispatch__(func, types, args, kwargs)
         if func in _CTC or func in _CTC_BACKWARD:
             return self._ctc_loss(func in _CTC_BACKWARD, *args)
-        if func in _INDEXING:  # only a real mask's number of chosen elements is known
-            args = (args[0], [part for index in args[1] for part in _as_integers(index)], *args[2:])
+        if func in INDEXING:  # only a real mask's number of chosen elements is known
+            args = (args[0], [part for index in args[1] for part in as_integers(index)], *args[2:])
         with self.fake:
             out = super().__torch_dispatch__(func, types, args, kwargs)
         return tree_map_only(FakeTensor, self._real_if_integers, out)
 
     def _ctc_loss(self, backward: bool, *args: Any) -> Any:
-        """What PyTorch's CTC returns for tensors without data: losses and log_alpha, or the gradient of its input."""
-        log_probs, _, _, target_lengths = args[1:5] if backward else args[:4]  # [T, B, C]
-        length, rows, _ = log_probs.shape
-        longest = int(torch.as_tensor(target_lengths).max())
-        with self.fake:
-            if backward:
-                out = [torch.empty_like(log_probs)]
-            else:
-                out = [log_probs.new_empty(rows), log_probs.new_empty(rows, length, 2 * longest + 1)]
-        for tensor in out:
+        out = fake_ctc_loss(self.fake, backward, *args)
+        for tensor in tree_leaves(out):
             self._add(tensor.untyped_storage())
-        return out[0] if backward else tuple(out)
+        return out
 
     def _real_if_integers(self, tensor: FakeTensor) -> Tensor:
         if tensor.dtype is not torch.int64:
@@ -280,8 +332,3 @@ def _measure(live: FakeLiveBytes, layer: nn.Module, forward: Callable, *inputs: 
 
 def _drop_gradient(parameter: nn.Parameter) -> None:
     parameter.grad = None
-
-
-def _as_integers(index: Tensor | None) -> Sequence[Tensor | None]:
-    """An index as integers: a mask becomes the positions where it is true."""
-    return index.nonzero().unbind(1) if index is not None and index.dtype is torch.bool else [index]

@@ -78,6 +78,7 @@ class RankBytes:
         activations: with all temporary tensors. They and the gradients do not peak at the same time, so that `total`
             can be less than the sum.
         host: bytes in the host's memory, besides what any process has there.
+        start: the peak before the first step: the weights, and the largest of them once more while it is read.
     """
 
     weights: float
@@ -87,6 +88,7 @@ class RankBytes:
     activations: float
     total: float
     host: float = 0.0
+    start: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,7 @@ class ShapeModel:
             activations=step.activations + (in_flight - 1) * step.kept,
             total=sum(state.values()) - state["gradients"] + step.peak(dp_shard, more_micro_batches, in_flight),
             host=self.host_bytes(),
+            start=state["weights"] + max(p.shard(dp_shard) * p.width for p in self.held),
         )
 
     def host_bytes(self) -> float:
@@ -289,7 +292,7 @@ class ShapeModel:
         held = []
         for name, parameter in self.model.named_parameters():
             if not name.startswith(absent_prefixes):
-                module = next((module for module in modules if name.startswith(f"{module}.")), "")
+                module = max((module for module in modules if name.startswith(f"{module}.")), key=len, default="")
                 shape = _local_shape(name, parameter.shape, split, tp)
                 width = 2 if name in self.bf16_weights else 4
                 held.append(HeldParameter(name, module, shape, width, parameter.requires_grad))

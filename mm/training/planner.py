@@ -13,13 +13,15 @@ from foundation.errors import UserError
 from mm.training.config import TrainingConfig
 from mm.training.expected_samples import Samples
 from mm.training.flops import Flops, Parameters
-from mm.training.layouts import USABLE, Arrangement, Arrangements
+from mm.training.layouts import SLOW_LINKS, USABLE, Arrangement, Arrangements
 from mm.training.muon import newton_schulz_flops
 from mm.training.offload import check_savings
 from mm.training.one_card import Way, ways_to_save
 from mm.training.optimizer import apply_learning_rates, muon_matrices, state_bytes
 from mm.training.stage_shapes import StageShape
+from mm.training.traffic import Links
 
+STORAGE = 5.0  # GB/s that all ranks together write
 HOST_LINK = 32.0  # GB/s between the host's memory and a GPU, where no GPU is named: PCIe 4 x16
 
 
@@ -35,7 +37,7 @@ class Plan:
         smallest: where none fits, the one that needs least memory.
         enough_gpus: the number of GPUs with which that one would fit; None where no number would do.
         one_card: on one GPU of a stated memory, settings that save memory. host_link: GB/s between host and GPU.
-        checkpoint_bytes: of a training checkpoint, of all ranks together.
+        checkpoint_bytes: of a training checkpoint, of all ranks together. storage: GB/s that they write it with.
         muon_flops: of a step of Muon.
     """
 
@@ -55,6 +57,7 @@ class Plan:
     host_link: float = HOST_LINK
     checkpoint_bytes: float = 0.0
     muon_flops: int = 0
+    storage: float = STORAGE
 
     def to_json(self) -> str:
         """All fields, layouts and bytes included."""
@@ -83,7 +86,9 @@ class Plan:
         )
         if self.muon_flops:
             lines.append(f"Muon's products: {self.muon_flops / 1e12:.3g} TFLOP per step, besides")
-        lines.append(f"a checkpoint: {self.checkpoint_bytes / 1e9:.3g} GB, with optimizer state")
+        gigabytes = self.checkpoint_bytes / 1e9
+        written = f"{gigabytes / self.storage:.3g} s at {self.storage:g} GB/s"
+        lines.append(f"a checkpoint: {gigabytes:.3g} GB, with optimizer state; {written}")
         return lines
 
     def _memory(self) -> list[str]:
@@ -93,8 +98,10 @@ class Plan:
             return lines
         where = f"{self.gpus} GPUs of {self.gpu_gigabytes:g} GB ({USABLE:.0%} of it is planned with)"
         if self.smallest is None:
-            order = "best first: lowest pp, then lowest tp, no activation checkpointing, lowest dp_shard"
-            return [*lines, "", f"what fits {where};", order, *self._table_of(self.fitting)]
+            order = "lowest pp, then lowest tp, no activation checkpointing, lowest dp_shard"
+            if self.fitting[0].samples_per_second is not None:
+                order = "lowest pp, then lowest tp, then the fastest by an estimate from operations and bytes sent"
+            return [*lines, "", f"what fits {where};", f"best first: {order}", *self._table_of(self.fitting)]
         missing = self.smallest.memory.total / 1e9 - USABLE * self.gpu_gigabytes
         lines += [
             "",
@@ -132,17 +139,17 @@ class Plan:
         ]
 
     def _table_of(self, arrangements: Sequence[Arrangement]) -> list[str]:
-        parts = ("weights", "gradients", "optimizer", "gathered", "activations", "total")
+        parts = ("weights", "gradients", "optimizer", "gathered", "activations", "total", "start")
         rated = arrangements[0].samples_per_second is not None
         rows: list[tuple[str, ...]] = [("layout", "micro-batch", "checkpointing", *parts)]
         if rated:
-            rows[0] += ("samples/s, at most",)
+            rows[0] += ("GB sent", "samples/s, at most")
         for one in arrangements:
             layout = f"{one.layout.dp_replicate} x {one.layout.dp_shard} x {one.layout.tp} x {one.layout.pp}"
             gigabytes = (f"{getattr(one.memory, part) / 1e9:.3g}" for part in parts)
             row = (layout, str(one.micro_batch_size), "yes" if one.activation_checkpointing else "no", *gigabytes)
             if one.samples_per_second is not None:
-                row += (f"{one.samples_per_second:.3g}",)
+                row += (f"{sum(one.traffic.sent.values()) / 1e9:.3g}", f"{one.samples_per_second:.3g}")
             rows.append(row)
         return _table(rows)
 
@@ -155,13 +162,16 @@ def plan(
     gpu_gigabytes: float | None = None,
     teraflops: float | None = None,
     host_link: float = HOST_LINK,
+    links: Links = SLOW_LINKS,
+    storage: float = STORAGE,
 ) -> Plan:
     """What a stage's training will cost.
 
     Args:
         gpus: their number. gpu_gigabytes: memory of each, in 1e9 bytes; None searches no layouts.
         teraflops: rate of a GPU's matrix products; None estimates no speed.
-        host_link: GB/s between the host's memory and a GPU.
+        host_link: GB/s between the host's memory and a GPU. links: between GPUs.
+        storage: GB/s that all ranks together write.
 
     Raises:
         UserError: numbers that are too small, settings for one process on several GPUs, learning rates that do not
@@ -173,7 +183,7 @@ def plan(
         if value is not None and not value > 0:
             raise UserError(f"{name} is {value:g}; it must be above 0")
     check_savings(training, gpus)
-    ways = Arrangements(stage, training, samples, gpus, None if teraflops is None else teraflops * 1e12)
+    ways = Arrangements(stage, training, samples, gpus, None if teraflops is None else teraflops * 1e12, links)
     layout, size = training.layout(gpus), training.micro_batch_size or training.batch_size
     if (layout.pp > 1 and not stage.pipeline) or (layout.tp > 1 and not stage.tensor_parallel):
         raise UserError(
@@ -206,6 +216,7 @@ def plan(
         host_link,
         checkpoint_bytes(stage, training),
         muon_flops(stage, training),
+        storage,
     )
 
 

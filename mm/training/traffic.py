@@ -1,9 +1,10 @@
-"""What a rank will send to the others in a step, and the speed of a layout that follows: from shapes alone.
+"""What a rank will send to the others in a step, and how long that may take: from shapes alone.
 
 `mm.parallel.traffic` says how messages are counted, and counts those of a run.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,9 +21,49 @@ from mm.parallel.tensor_parallel import partial_parameters
 from mm.parallel.traffic import Traffic
 from vision.encoder import EncoderLayer
 
-NODE = 8  # GPUs between which the fast links of a node run
-MESSAGE_SECONDS = 20e-6  # that a message takes besides its bytes
 EXCHANGED: tuple[type[nn.Module], ...] = (DecoderLayer, CrossAttentionBlock, EncoderLayer)  # parts of their results
+
+
+@dataclass(frozen=True)
+class Links:
+    """How fast GPUs exchange tensors.
+
+    Attributes:
+        node: GB/s from one GPU to another of its node, in one direction. network: GB/s of each GPU to other nodes.
+        node_size: GPUs of a node. message_seconds: that a message takes besides its bytes.
+        overlapped: weights and gradients travel while matrix products run.
+    """
+
+    node: float
+    network: float = 50.0  # 400 Gb/s for each GPU
+    node_size: int = 8
+    message_seconds: float = 20e-6
+    overlapped: bool = True
+
+    def seconds(self, traffic: Traffic, layout: Layout) -> dict[str, float]:
+        """What a rank's messages take: axis of the layout -> seconds of a step."""
+        found, stride = {}, 1
+        for axis in ("tp", "dp_shard", "dp_replicate", "pp"):  # neighbours in "tp" have consecutive numbers
+            ranks = getattr(layout, axis)
+            rate = self.node
+            if stride * ranks > self.node_size:
+                members = min(ranks, max(1, self.node_size // stride))  # of a group in one node: each has its own link
+                rate = min(self.node, self.network * members)
+            found[axis] = traffic.sent[axis] / rate / 1e9 + traffic.messages[axis] * self.message_seconds
+            stride *= ranks
+        return found
+
+    def step_seconds(self, products: float, traffic: Traffic, layout: Layout, num_micro_batches: int) -> float:
+        """An estimate of the seconds of a step.
+
+        Args:
+            products: seconds of a rank's matrix products.
+        """
+        sent = self.seconds(traffic, layout)
+        weights = sent["dp_shard"] + sent["dp_replicate"]
+        busy = (max(products, weights) if self.overlapped else products + weights) + sent["tp"]
+        fill = (num_micro_batches + layout.pp - 1) / num_micro_batches  # a pipeline fills and drains
+        return busy * fill + sent["pp"]
 
 
 @dataclass(frozen=True)
@@ -117,12 +158,15 @@ def _weights(
     stay gathered after a backward pass until their next forward pass, and gradients are reduced once per step.
     """
     shard, replicate, staged = layout.dp_shard, layout.dp_replicate, layout.pp > 1
-    order = list(dict.fromkeys(call.name for call in calls if call.name in modules))
+    times = Counter(call.name for call in calls if call.name in modules)
+    order = list(times)
     needed = {call.name for call in calls if call.backward}
     again = {name for name, later in zip(order, [*order[1:], None], strict=True) if {name, later} & needed}
     for name, module in modules.items():
+        if name and name not in order:  # it does not run
+            continue
         if name:
-            gathers = num_micro_batches + (1 if staged else num_micro_batches) * (name in again)
+            gathers = num_micro_batches * times[name] + (1 if staged else num_micro_batches) * (name in again)
         else:
             gathers = 1 if staged else num_micro_batches
         reductions = 1 if staged else num_micro_batches

@@ -33,6 +33,7 @@ def test_a_plan_reads_shapes_and_no_weights(
         assert code == 0
     shown = mm_command(*command, "--gpus", 2, "--gpu-memory", 1, "--tflops", 1)[1]
     assert "8 samples of 12 text tokens and 1 tiles (counted in the index), fp32" in shown
+    assert "start" in shown and "GB/s" in shown
     assert "what fits 2 GPUs of 1 GB" in shown and "samples/s, at most" in shown
     model, _ = mm.load(run_folder)
     totals = [[arrangement["memory"]["total"] for arrangement in plan.pop("configured")] for plan in plans]
@@ -53,18 +54,20 @@ def test_wrong_options(refused, everything_run):
     }
     for arguments, reason in wrong.items():
         assert reason in refused(*preset, *arguments)
-    clips = (
-        "plan",
-        "train_video_adapter",
-        "--config",
-        configs.path("video_adapter.yaml"),
-        *STAGE_CONFIGS["train_video_adapter"][1:],
-    )
-    assert "train_video_adapter as configured does not train one" in refused(*clips, "--dry-run")
     assert "what training.offload_frozen saves" in refused(*preset, "--training.offload_frozen", "true", "--dry-run")
     assert "models/language-model" in refused(*preset[:3])  # named in the file, and not there
     assert "output" in refused("plan", "--preset", "8b")
     assert "there is no GPU 'h1000' in the table; there are b200, h200" in refused(*preset, "--gpu", "h1000")
+
+
+def test_a_stage_without_pictures_is_dry_run(mm_command):
+    config = configs.path("speech/pretraining.yaml")
+    sizes = ("--seconds", "2", "--training.batch_size", 2, "--training.micro_batch_size", "null")
+    code, out, error = mm_command(
+        "plan", "pretrain_speech_encoder", "--config", config, *sizes, "--gpus", 2, "--dry-run"
+    )
+    assert code == 0, error
+    assert "in all" in out and "dp_shard" in out
 
 
 STAGE_CONFIGS = {

@@ -21,6 +21,11 @@ RATES = {"language_model.*": None, "extra_embeddings": None, "*": 1e-4}
 ROW = Row(8, 7, (2,))
 
 
+@pytest.fixture(scope="module")
+def stage(tiny_config) -> ModelShape:
+    return ModelShape(tiny_config, NextTokenObjective())
+
+
 def settings(**changes) -> TrainingConfig:
     return TrainingConfig(
         **{"steps": 1, "batch_size": 8, "learning_rates": RATES, "precision": "bf16", "micro_batch_size": 1, **changes}
@@ -46,8 +51,8 @@ def expected_bytes(config: mm.ModelConfig) -> tuple[int, int]:
         (2, {"activation_checkpointing": True}, 1),
     ],
 )
-def test_all_ranks_hold_the_model_and_its_moments(tiny_config, size, changes, copies):
-    states = [dry_run(tiny_config, settings(**changes), ROW, size, rank) for rank in range(size)]
+def test_all_ranks_hold_the_model_and_its_moments(tiny_config, stage, size, changes, copies):
+    states = [dry_run(stage, settings(**changes), ROW, size, rank) for rank in range(size)]
     weights, trained = expected_bytes(tiny_config)
     assert sum(sum(state.weights.values()) for state in states) == copies * weights
     assert sum(sum(state.gradients.values()) for state in states) == copies * trained
@@ -58,16 +63,16 @@ def test_all_ranks_hold_the_model_and_its_moments(tiny_config, size, changes, co
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_config) -> RankState:
+def alone(stage) -> RankState:
     """One rank that has the whole model."""
-    return dry_run(tiny_config, settings(), ROW, 1)
+    return dry_run(stage, settings(), ROW, 1)
 
 
-def test_tensor_and_pipeline_ranks_share_the_layers(tiny_config, alone):
+def test_tensor_and_pipeline_ranks_share_the_layers(stage, alone):
     size, changes = 4, {"tp": 2, "pp": 2}
     held = Counter()
     for rank in range(size):
-        held.update(dry_run(tiny_config, settings(**changes), ROW, size, rank).weights)
+        held.update(dry_run(stage, settings(**changes), ROW, size, rank).weights)
     layers = alone.weights["language_model"]
     # Norms are whole on each tensor-parallel rank, and each pipeline stage has the encoder.
     assert layers <= held["language_model"] < 1.1 * layers
@@ -75,17 +80,17 @@ def test_tensor_and_pipeline_ranks_share_the_layers(tiny_config, alone):
 
 
 @pytest.mark.parametrize("changes", [{}, {"tp": 2}])
-def test_a_rank_holds_what_the_planner_says(tiny_config, changes):
+def test_a_rank_holds_what_the_planner_says(stage, changes):
     training = settings(**changes)
-    state = dry_run(tiny_config, training, ROW, 4)
-    shape = ShapeModel(ModelShape(tiny_config, NextTokenObjective()), training, True, changes.get("tp", 1))
+    state = dry_run(stage, training, ROW, 4)
+    shape = ShapeModel(stage, training, True, changes.get("tp", 1))
     planned = shape.state_bytes(4 // changes.get("tp", 1))
     for kind in ("weights", "gradients", "optimizer"):
         assert sum(getattr(state, kind).values()) == pytest.approx(planned[kind], rel=0.05)
 
 
-def test_nothing_of_the_dry_run_stays(tiny_config):
-    dry_run(tiny_config, settings(), ROW, 2)
+def test_nothing_of_the_dry_run_stays(stage):
+    dry_run(stage, settings(), ROW, 2)
     cosines, _ = rotary_angles(RotaryConfig(), 16, torch.arange(3), torch.float32)
     assert type(cosines) is torch.Tensor and float(cosines[0, 0]) == 1.0
 

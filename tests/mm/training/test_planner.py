@@ -17,6 +17,7 @@ from mm.batch import IGNORED
 from mm.modalities import AUDIO, IMAGE, VIDEO
 from mm.model import MultimodalModel
 from mm.parallel.layout import Layout
+from mm.parallel.traffic import AXES, Traffic
 from mm.training.config import TrainingConfig
 from mm.training.data import DataSource
 from mm.training.expected_samples import Samples, SampleSizes, expected_samples
@@ -27,6 +28,7 @@ from mm.training.optimizer import apply_learning_rates
 from mm.training.planner import plan
 from mm.training.speech import SpeechObjective
 from mm.training.stage_shapes import ModelShape, PlannedStage
+from mm.training.traffic import Links
 from mm.training.trainer import Trainer
 from mm.video_adapter import VideoAdapterConfig
 from shards.format import Record
@@ -57,7 +59,7 @@ def gigabytes(usable: float) -> float:
 
 
 def test_fitting_layouts_fit_and_a_larger_micro_batch_does_not(shape):
-    ways = Arrangements(shape, TRAINING, SAMPLES, 4, None)
+    ways = Arrangements(shape, TRAINING, SAMPLES, 4)
     max_bytes = ways.of(Layout(dp_shard=4), 2, False).memory.total * 1.001
     found = plan(shape, TRAINING, SAMPLES, 4, gigabytes(max_bytes)).fitting
     assert (Layout(dp_shard=4), 2, False) in {
@@ -75,7 +77,7 @@ def test_fitting_layouts_fit_and_a_larger_micro_batch_does_not(shape):
 
 def test_tensor_or_pipeline_parallelism_is_used_where_fsdp_is_not_enough(shape):
     """Most of a tiny model's memory are gathered modules, which only tp and pp make smaller."""
-    ways = Arrangements(shape, TRAINING, SAMPLES, 4, None)
+    ways = Arrangements(shape, TRAINING, SAMPLES, 4)
     alone, shared = ways.of(Layout(dp_shard=4), 1, True), ways.of(Layout(dp_shard=2, tp=2), 1, True)
     assert shared.memory.gathered < alone.memory.gathered
     layouts = [Layout(dp_replicate=4 // shards, dp_shard=shards) for shards in (1, 2, 4)]
@@ -96,7 +98,7 @@ def test_where_nothing_fits_the_plan_says_what_would_help(shape):
 
 def test_enough_gpus_are_enough(shape):
     """With the number that is named a rank has room for its share, with one GPU less it has not."""
-    ways = Arrangements(shape, replace(TRAINING, batch_size=64), SAMPLES, 2, None)
+    ways = Arrangements(shape, replace(TRAINING, batch_size=64), SAMPLES, 2)
     wide = ways.of(Layout(dp_shard=2), 1, True)
     max_bytes = wide.memory.total - wide.memory.weights / 2
     enough = ways.enough_gpus(wide, max_bytes)
@@ -106,8 +108,11 @@ def test_enough_gpus_are_enough(shape):
     assert ways.enough_gpus(wide, wide.memory.gathered / 2) is None
 
 
-def test_speed_is_the_rate_over_the_flops(shape, tiny_config):
-    costs = plan(shape, TRAINING, SAMPLES, 2, gpu_gigabytes=1, teraflops=0.001)
+FREE = Links(math.inf, math.inf, message_seconds=0.0)
+
+
+def test_speed_is_the_rate_over_the_flops_where_messages_cost_nothing(shape, tiny_config):
+    costs = plan(shape, TRAINING, SAMPLES, 2, gpu_gigabytes=1, teraflops=0.001, links=FREE)
     assert costs.flops == training_flops(tiny_config, [Row(12, 11, (4,))])
     for one in costs.fitting:
         done = costs.checkpointed_flops if one.activation_checkpointing else costs.flops
@@ -117,9 +122,32 @@ def test_speed_is_the_rate_over_the_flops(shape, tiny_config):
 
 
 def test_a_pipeline_is_slower_while_it_fills_and_drains(shape):
-    ways = Arrangements(shape, TRAINING, SAMPLES, 2, 1e12)
+    ways = Arrangements(shape, TRAINING, SAMPLES, 2, 1e12, FREE)
     staged, sharded = ways.of(Layout(pp=2), 4, False), ways.of(Layout(dp_shard=2), 4, False)
     assert staged.samples_per_second == pytest.approx(sharded.samples_per_second * 4 / 5)
+
+
+def test_messages_take_time_by_the_link_that_they_pass(shape):
+    """Tensor-parallel ranks are neighbours in a node; what crosses nodes shares the network with its group's members
+    there."""
+    layout = Layout(pp=2, dp_shard=4, tp=4)  # of 32 GPUs
+    traffic = Traffic(dict.fromkeys(AXES, 10), dict.fromkeys(AXES, 3e9))
+    links = Links(node=300.0, network=10.0, message_seconds=0.001)
+    expected = {"tp": 0.01 + 0.01, "dp_shard": 3 / 20 + 0.01, "dp_replicate": 3 / 10 + 0.01, "pp": 3 / 10 + 0.01}
+    assert links.seconds(traffic, layout) == pytest.approx(expected)
+    weights = expected["dp_shard"] + expected["dp_replicate"]
+    seconds = links.step_seconds(0.1, traffic, layout, 4)
+    assert seconds == pytest.approx((weights + expected["tp"]) * 5 / 4 + expected["pp"])
+    apart = replace(links, overlapped=False).step_seconds(0.1, traffic, layout, 4)
+    assert apart == pytest.approx((0.1 + weights + expected["tp"]) * 5 / 4 + expected["pp"])
+
+
+def test_the_fastest_by_estimate_is_first_and_slow_links_slow_it(shape):
+    found = plan(shape, TRAINING, SAMPLES, 4, gpu_gigabytes=1, teraflops=0.01).fitting
+    speeds = [one.samples_per_second for one in found]
+    assert speeds == sorted(speeds, reverse=True)
+    slower = plan(shape, TRAINING, SAMPLES, 4, gpu_gigabytes=1, teraflops=0.01, links=Links(node=0.01)).fitting
+    assert slower[0].samples_per_second < speeds[0] and slower[0].layout.dp_shard == 1  # the fewest bytes
 
 
 def test_the_configured_layout_is_planned_with_and_without_checkpointing(shape):

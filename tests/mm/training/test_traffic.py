@@ -19,12 +19,14 @@ from mm.training.config import TrainingConfig
 from mm.training.dry_run import dry_run
 from mm.training.expected_samples import Samples
 from mm.training.layouts import Arrangements
+from mm.training.memory import ShapeModel
 from mm.training.objectives import NextTokenObjective, loss_of_hidden_states
 from mm.training.optimizer import apply_learning_rates
 from mm.training.precision import parameter_types
 from mm.training.recomputation import activation_checkpointing
 from mm.training.stage_shapes import ModelShape
 from tests.mm.training.launch import launch_function
+from tests.mm.training.test_stage_memory import STAGES
 from vision.tiling import Tiles
 
 ADAPTER = {"language_model.*": None, "extra_embeddings": None, "*": 1e-4}
@@ -38,8 +40,8 @@ def settings(**changes) -> TrainingConfig:
 
 
 def planned(config: mm.ModelConfig, training: TrainingConfig, ranks: int) -> Traffic:
-    ways = Arrangements(ModelShape(config, NextTokenObjective()), training, SAMPLES, ranks, None)
-    return ways.traffic(training.layout(ranks), training.micro_batch_size, training.activation_checkpointing)
+    ways = Arrangements(ModelShape(config, NextTokenObjective()), training, SAMPLES, ranks)
+    return ways.of(training.layout(ranks), training.micro_batch_size, training.activation_checkpointing).traffic
 
 
 @pytest.mark.parametrize(
@@ -57,9 +59,28 @@ def planned(config: mm.ModelConfig, training: TrainingConfig, ranks: int) -> Tra
 )
 def test_ranks_send_what_is_planned(tiny_config, ranks, changes):
     training = settings(**changes)
-    expected, found = planned(tiny_config, training, ranks), dry_run(tiny_config, training, SAMPLES.largest, ranks)
+    expected, found = (
+        planned(tiny_config, training, ranks),
+        dry_run(ModelShape(tiny_config, NextTokenObjective()), training, SAMPLES.largest, ranks),
+    )
     assert expected.messages == found.traffic.messages
     assert expected.sent == pytest.approx(found.traffic.sent)
+
+
+# Stages whose every trained part is in use: what no sample runs through sends nothing.
+IN_USE = [name for name in STAGES if name not in ("clips and everything", "matched clips", "matched pictures", "ctc")]
+
+
+@pytest.mark.parametrize("name", IN_USE)
+def test_every_stage_starts_without_data_and_sends_what_is_planned(name):
+    stage, rates, rows = STAGES[name]
+    training = TrainingConfig(1, 4, rates, precision="bf16", micro_batch_size=2)
+    shapes = ShapeModel(stage, training, sharded=True)
+    state = dry_run(stage, training, rows[0], 2)
+    assert shapes.traffic(shapes.step([rows[0]] * 2), training.layout(2), 1) == state.traffic
+    for kind, expected in shapes.state_bytes(2).items():
+        if kind != "gathered":
+            assert sum(getattr(state, kind).values()) == pytest.approx(expected, rel=0.05)
 
 
 # Tensor parallelism once: DTensor's cache names the groups of the first mesh of equal ranks.
