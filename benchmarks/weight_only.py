@@ -1,24 +1,38 @@
-"""What storing a language model's matrices in 8 bits changes: its distributions of the next token on held-out text.
+"""What bf16 or 8 bits for a language model's matrices change: its distributions of the next token on held-out text.
 
     python -m benchmarks.weight_only --language-model MODEL.gguf --text docs/training.md
 
-Printed for int8 and FP8, with a scale per output channel of each linear layer inside the decoder layers
+Printed for bf16, and for int8 and FP8 with a scale per output channel of each linear layer inside the decoder layers
 (`training.frozen_language_model`): the KL divergence from the model's own distribution, in nats per token; the share
 of tokens whose most probable successor stays; the perplexity; and the bytes of those matrices. The text must be one
 that the model was not fitted to.
 """
 
 import argparse
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import mm.convert.llama
 from layers.weight_only import STORED
 from mm.language_model import LanguageModel
 from mm.training.precision import weight_only
+
+
+@contextmanager
+def rounded(matrices: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Context in which FP32 matrices have the nearest values that bf16 holds."""
+    original = [matrix.detach().clone() for matrix in matrices]
+    with torch.no_grad():
+        for matrix in matrices:
+            matrix.copy_(matrix.bfloat16())
+        yield
+        for matrix, values in zip(matrices, original, strict=True):
+            matrix.copy_(values)
 
 
 @torch.no_grad()
@@ -33,10 +47,15 @@ def compare(model: LanguageModel, windows: Tensor) -> dict[str, dict[str, float]
     matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
     rows = {"unchanged": {"kl": 0.0, "same": 1.0, "bytes": float(sum(p.nbytes for p in matrices))}}
     found = {"unchanged": expected}
-    for kind in STORED:
-        with weight_only(model.model.layers, kind):
-            found[kind] = log_probs(model, windows)
-            buffers = sum(buffer.nbytes for buffer in model.model.layers.buffers())
+    for kind in ("bf16", *STORED):
+        if kind == "bf16":
+            buffers = sum(matrix.numel() for matrix in matrices) * 2
+            with rounded(matrices):
+                found[kind] = log_probs(model, windows)
+        else:
+            with weight_only(model.model.layers, kind):
+                found[kind] = log_probs(model, windows)
+                buffers = sum(buffer.nbytes for buffer in model.model.layers.buffers())
         kl = F.kl_div(found[kind], expected, log_target=True, reduction="none").sum(-1).mean()
         same = (found[kind].argmax(-1) == expected.argmax(-1)).float().mean()
         rows[kind] = {"kl": float(kl), "same": float(same), "bytes": float(buffers)}

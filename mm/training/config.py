@@ -63,8 +63,9 @@ class TrainingConfig:
             only.
         offload_frozen: keep the language model's layers in the host's memory, and copy one at a time to the device. One
             process only.
-        frozen_language_model: "int8" or "fp8" stores the matrices of the language model's layers in 8 bits, with a
-            scale per output channel, while the stage trains; null leaves them as they are. One process only.
+        frozen_language_model: "bf16" rounds the matrices of a frozen language model that is stored in FP32, such as a
+            GGUF file's; precision must be bf16. "int8" or "fp8" stores the matrices of its layers in 8 bits, with a
+            scale per output channel, while the stage trains, in one process only. Null leaves them as they are.
         peak_tflops: the device's specified TFLOP/s of matrix products in this precision, of which `mfu` is a share;
             null looks it up by the device's name.
     """
@@ -106,8 +107,13 @@ class TrainingConfig:
     def savings(self) -> list[str]:
         """The settings that save memory in one process, as far as they are on."""
         values = {"optimizer_state": bool(self.optimizer_state), "offload_optimizer": self.offload_optimizer}
-        values |= {"offload_frozen": self.offload_frozen, "frozen_language_model": bool(self.frozen_language_model)}
+        values |= {"offload_frozen": self.offload_frozen, "frozen_language_model": self.in_8_bits is not None}
         return [name for name, on in values.items() if on]
+
+    @property
+    def in_8_bits(self) -> str | None:
+        """How the frozen language model's matrices are stored in 8 bits; None: they are not."""
+        return None if self.frozen_language_model == "bf16" else self.frozen_language_model
 
     def layout(self, num_ranks: int) -> Layout:
         """The arrangement of so many ranks.
@@ -149,7 +155,8 @@ class TrainingConfig:
                 f"training.micro_batch_size is {self.micro_batch_size}; it can be 1 to the batch_size, "
                 f"{self.batch_size}"
             )
-        for name, choices in (("optimizer_state", (None, "8bit")), ("frozen_language_model", (None, "int8", "fp8"))):
+        stored = {"optimizer_state": (None, "8bit"), "frozen_language_model": (None, "bf16", "int8", "fp8")}
+        for name, choices in stored.items():
             if getattr(self, name) not in choices:
                 known = " or ".join("null" if choice is None else choice for choice in choices)
                 raise UserError(f"training.{name} is {getattr(self, name)!r}; it can be {known}")
@@ -167,3 +174,8 @@ class TrainingConfig:
             raise UserError(f"training.peak_tflops is {self.peak_tflops}; it must be above 0, or null")
         if self.precision not in ("fp32", "bf16"):
             raise UserError(f"training.precision is {self.precision!r}; it can be fp32 or bf16")
+        if self.frozen_language_model == "bf16" and self.precision != "bf16":
+            raise UserError(
+                f"training.frozen_language_model is bf16 and training.precision is {self.precision}, which computes in "
+                "FP32: set training.precision to bf16, or training.frozen_language_model to null"
+            )

@@ -148,7 +148,7 @@ class _RankRun:
         for name, parameter in model.named_parameters():
             if name.startswith("language_model."):
                 parameter.data = parameter.data.to(stored)
-        types = parameter_types(model, training.precision)
+        types = parameter_types(model, training.precision, training.frozen_language_model == "bf16")
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(types[name])
         self.module: nn.Module = model.train()

@@ -138,8 +138,8 @@ class ShapeModel:
         self.stage, self.model, self.training = stage, model.train(), training
         self.precision, self.sharded = training.precision, sharded
         decoder = model.language_model.model.layers if isinstance(model, MultimodalModel) else nn.ModuleList()
-        if training.frozen_language_model is not None:
-            quantize_linears(decoder, training.frozen_language_model)
+        if training.in_8_bits is not None:
+            quantize_linears(decoder, training.in_8_bits)
         self.bf16_weights = self._bf16_weights()
         self.first = self.last = True
         absent: list[str] = []

@@ -212,7 +212,7 @@ def refuse_frozen_savings(config: TrainingConfig) -> None:
         UserError: they are for frozen layers.
     """
     for name in ("offload_frozen", "frozen_language_model"):
-        if name in config.savings:
+        if getattr(config, name):
             raise UserError(f"training.{name} is for a frozen language model, and this stage has none: leave it out")
 
 

@@ -85,17 +85,25 @@ def linear_weights(module: nn.Module) -> list[str]:
     ]
 
 
-def parameter_types(module: nn.Module, precision: str) -> dict[str, torch.dtype]:
+def parameter_types(module: nn.Module, precision: str, language_model_in_bf16: bool = False) -> dict[str, torch.dtype]:
     """The type in which a run holds each parameter of a module, by name.
 
     What trains is FP32. A frozen matrix keeps the type of its file where the run computes in bf16; where it computes in
     FP32, it is widened once.
+
+    Args:
+        language_model_in_bf16: where the run computes in bf16, the language model's frozen FP32 matrices are rounded.
     """
     kept = kept_as_stored(module) if precision == "bf16" else set()
-    return {
+    types = {
         name: parameter.dtype if name in kept and not parameter.requires_grad else torch.float32
         for name, parameter in module.named_parameters()
     }
+    if language_model_in_bf16:
+        frozen = {name for name in kept if not module.get_parameter(name).requires_grad}
+        rounded = [n for n in frozen if n.startswith("language_model.") and types[n] is torch.float32]
+        types |= dict.fromkeys(rounded, torch.bfloat16)
+    return types
 
 
 def attention_kernels(precision: str, device_type: str) -> AbstractContextManager:

@@ -155,7 +155,8 @@ class Trainer:
         torch.manual_seed(config.seed)
         several = layout.dp_size * layout.pp > 1
         self.dummy_sample = self.objective.dummy_sample(self.original) if several else None
-        self.module = empty_copy(self.original, parameter_types(self.original, config.precision)).train()
+        types = parameter_types(self.original, config.precision, config.frozen_language_model == "bf16")
+        self.module = empty_copy(self.original, types).train()
         if layout.pp > 1:
             self._check_num_micro_batches()
             self.module = build_stage(self.module, layout, self.device.type, config.precision, loss_of_hidden_states)
@@ -168,13 +169,13 @@ class Trainer:
                 self.device.type,
                 self.objective.forward_methods,
             )
-        if not (config.offload_frozen or config.frozen_language_model):
+        if not (config.offload_frozen or config.in_8_bits):
             fill(self.module, self.original, self.device)
         else:
             assert self.frozen_layers is not None, "the stage refuses these settings"
             fill(self.module, self.original, "cpu")
             layers = self.module.get_submodule(self.frozen_layers)
-            stack.enter_context(weight_only(layers, config.frozen_language_model))
+            stack.enter_context(weight_only(layers, config.in_8_bits))
             if config.offload_frozen:
                 stack.enter_context(StreamedLayers(layers.children(), self.device, config.activation_checkpointing))
             self.module.to(self.device)

@@ -1,5 +1,6 @@
 """Ranks that read their own slices hold the model that one process reads and draws, bit for bit, in its types."""
 
+import copy
 import shutil
 from pathlib import Path
 
@@ -92,6 +93,17 @@ def test_one_process_keeps_types_and_memory_of_what_is_frozen(opened):
     assert model.get_parameter(trained).is_meta
     hand_back(module, model, {trained: 1.0})
     assert model.get_parameter(trained) is module.get_parameter(trained)
+
+
+def test_a_frozen_language_model_of_fp32_is_rounded_where_that_is_asked_for(tiny_model):
+    model = copy.deepcopy(tiny_model)
+    model.language_model.requires_grad_(False)
+    plain, rounded = (parameter_types(model, "bf16", asked) for asked in (False, True))
+    assert set(plain.values()) == {torch.float32}
+    low = {name for name, kind in rounded.items() if kind is torch.bfloat16}
+    frozen = {name for name in kept_as_stored(model) if not model.get_parameter(name).requires_grad}
+    assert low == {name for name in frozen if name.startswith("language_model.")} and len(low) > 40
+    assert set(parameter_types(model, "fp32", True).values()) == {torch.float32}
 
 
 def test_k_and_v_of_blocks_stay_fp32_when_they_are_frozen(tiny_model):

@@ -206,7 +206,8 @@ def test_settings_that_exclude_each_other_are_refused():
     for changes, message in (
         ({"optimizer_state": "8bit", "offload_optimizer": True}, "take one of the two"),
         ({"optimizer_state": "4bit"}, "it can be null or 8bit"),
-        ({"frozen_language_model": "int4"}, "it can be null or int8 or fp8"),
+        ({"frozen_language_model": "int4"}, "it can be null or bf16 or int8 or fp8"),
+        ({"frozen_language_model": "bf16", "precision": "fp32"}, "set training.precision to bf16"),
         ({"compile": True, "offload_frozen": True}, "works without training.offload_frozen"),
     ):
         with pytest.raises(ValueError, match=message):
