@@ -187,9 +187,10 @@ def _products(
 ) -> None:
     """Tensor parallelism: sums that end each pair of products, and in the image encoder tokens gathered before them.
 
-    A layer that computes its activations again stops before its last sum, unless a gate behind it needs that."""
+    A layer that computes its activations again stops before its last sum, unless a gate behind it needs that.
+    """
     tp = layout.tp
-    heads = isinstance(model, MultimodalModel) and shares_head(model.language_model, tp)
+    shared_head = isinstance(model, MultimodalModel) and shares_head(model.language_model, tp)
     for call in calls:
         again = call.backward and activation_checkpointing
         if isinstance(call.module, EncoderLayer):
@@ -203,7 +204,7 @@ def _products(
             times = 2 + 2 * call.backward + repeated
             traffic.all_reduce("tp", math.prod(call.shape) * call.width, tp, num_micro_batches * times)
         elif isinstance(call.module, nn.Linear) and call.name == "language_model.lm_head":
-            if not heads:
+            if not shared_head:
                 continue
             rows = math.prod(call.shape[:-1])
             traffic.scatter("tp", rows * call.module.out_features * call.width, tp, num_micro_batches)
