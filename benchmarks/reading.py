@@ -1,6 +1,6 @@
 """Processor time of reading other people's files, beside implementations of others that do the bare decoding.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.reading            # all kinds; the time is not measured
+    OMP_NUM_THREADS=1 python -m benchmarks.reading            # all kinds; 3 minutes
     OMP_NUM_THREADS=1 python -m benchmarks.reading --quick    # tiny inputs, to test it; its numbers mean nothing
 
 Pictures, sounds, films, tars of pairs, and conversations are made by seed. Every repetition runs all contestants of a
