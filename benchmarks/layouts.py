@@ -1,6 +1,6 @@
 """Layouts of two ranks on a CPU: measured seconds of a training step beside the planner's estimate, and their order.
 
-    python -m benchmarks.layouts            # about 3 minutes on 2 quiet cores
+    python -m benchmarks.layouts            # 2 minutes on 2 quiet cores
 
 Each rank has one thread, and messages go through gloo. The estimate takes the rate of matrix products from a step of
 one rank, and the links from timed messages; on a CPU messages need the cores, so nothing overlaps.

@@ -2,10 +2,10 @@
 
     python -m benchmarks.weight_only --language-model MODEL.gguf --text docs/training.md
 
-Printed for bf16, and for int8 and FP8 with a scale per output channel of each linear layer inside the decoder layers
-(`training.frozen_language_model`): the KL divergence from the model's own distribution, in nats per token; the share
-of tokens whose most probable successor stays; the perplexity; and the bytes of those matrices. The text must be one
-that the model was not fitted to.
+Printed for bf16 (the tables too; products in FP32), and for int8 and FP8 with a scale per output channel of each linear
+layer inside the decoder layers (`training.frozen_language_model`): the KL divergence from the model's own distribution,
+in nats per token; the share of tokens whose most probable successor stays; the perplexity; and the bytes of the layers'
+matrices. The text must be one that the model was not fitted to.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 import mm.convert.llama
 from layers.weight_only import STORED
 from mm.language_model import LanguageModel
+from mm.parallel.tables import kept_as_stored
 from mm.training.precision import weight_only
 
 
@@ -30,9 +31,11 @@ def rounded(matrices: Sequence[nn.Parameter]) -> Iterator[None]:
     with torch.no_grad():
         for matrix in matrices:
             matrix.copy_(matrix.bfloat16())
-        yield
-        for matrix, values in zip(matrices, original, strict=True):
-            matrix.copy_(values)
+        try:
+            yield
+        finally:
+            for matrix, values in zip(matrices, original, strict=True):
+                matrix.copy_(values)
 
 
 @torch.no_grad()
@@ -49,16 +52,16 @@ def compare(model: LanguageModel, windows: Tensor) -> dict[str, dict[str, float]
     found = {"unchanged": expected}
     for kind in ("bf16", *STORED):
         if kind == "bf16":
-            buffers = sum(matrix.numel() for matrix in matrices) * 2
-            with rounded(matrices):
+            num_bytes = sum(matrix.numel() for matrix in matrices) * 2
+            with rounded([model.get_parameter(name) for name in kept_as_stored(model)]):
                 found[kind] = log_probs(model, windows)
         else:
             with weight_only(model.model.layers, kind):
                 found[kind] = log_probs(model, windows)
-                buffers = sum(buffer.nbytes for buffer in model.model.layers.buffers())
+                num_bytes = sum(buffer.nbytes for buffer in model.model.layers.buffers())
         kl = F.kl_div(found[kind], expected, log_target=True, reduction="none").sum(-1).mean()
         same = (found[kind].argmax(-1) == expected.argmax(-1)).float().mean()
-        rows[kind] = {"kl": float(kl), "same": float(same), "bytes": float(buffers)}
+        rows[kind] = {"kl": float(kl), "same": float(same), "bytes": float(num_bytes)}
     for kind, values in found.items():
         rows[kind]["perplexity"] = float((-values.gather(-1, targets).mean()).exp())
     return rows

@@ -35,9 +35,9 @@ def augment_picture(picture: Image.Image, config: PictureAugmentConfig, generato
     """A shifted and perhaps mirrored copy of an RGB picture, of the same size."""
     width, height = picture.size
     right, down = (_shift(side, config.max_shift, generator) for side in picture.size)
-    padding = [max(right, 0), max(down, 0), max(-right, 0), max(-down, 0)]
-    left, top = padding[2:]
-    augmented = pad(picture, padding, padding_mode="edge").crop((left, top, left + width, top + height))
+    padded = pad(picture, [max(right, 0), max(down, 0), max(-right, 0), max(-down, 0)], padding_mode="edge")
+    x, y = max(-right, 0), max(-down, 0)
+    augmented = padded.crop((x, y, x + width, y + height))
     if config.mirror and torch.rand((), generator=generator) < 0.5:
         augmented = ImageOps.mirror(augmented)
     return augmented

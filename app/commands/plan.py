@@ -14,7 +14,8 @@ from mm.training.devices import device_named
 from mm.training.dry_run import dry_run, report
 from mm.training.expected_samples import SampleSizes, expected_samples
 from mm.training.layouts import SLOW_LINKS
-from mm.training.planner import HOST_LINK, plan
+from mm.training.planner import HOST_LINK, STORAGE, plan
+from mm.training.traffic import Links
 
 DEFAULT_STAGE = "train_image_adapter"
 
@@ -33,16 +34,17 @@ def plan_training(argv: Sequence[str]) -> int:
         parser.add_argument("--tile-size", type=int | None, help="tile size in pixels, if not the encoder's")
     parser.add_argument("--preset", help="8b, 70b or 405b: the paper's shapes in place of those of the named folders")
     parser.add_argument("--gpus", type=int, default=1, help="number of GPUs")
-    parser.add_argument("--gpu", help="a GPU by name, such as h100, for its memory and its specified rate")
+    parser.add_argument("--gpu", help="a GPU by name, such as h100, for its memory, specified rate and links")
     parser.add_argument("--gpu-memory", type=float, help="GB of each GPU; lists the layouts that fit")
     parser.add_argument("--tflops", type=float, help="TFLOP/s of a GPU's matrix products; estimates speeds")
-    parser.add_argument("--storage", type=float, default=5.0, help="GB/s that all ranks together write")
-    parser.add_argument("--network", type=float, default=50.0, help="GB/s from each GPU to other nodes")
+    parser.add_argument("--storage", type=float, default=STORAGE, help="GB/s that all ranks together write")
+    parser.add_argument("--link", type=float, help="GB/s from a GPU to another of its node; default: of --gpu, or 32")
+    parser.add_argument("--network", type=float, default=Links.network, help="GB/s from each GPU to other nodes")
     parser.add_argument("--text-tokens", type=int, default=64, help="text tokens per sample")
     parser.add_argument("--tiles", type=int, help="tiles per image or frame; default: as the data's index says, or 4")
     parser.add_argument("--frames", type=int, help="frames per clip; default: the stage's max_frames")
     parser.add_argument("--seconds", type=float, help="seconds of an utterance; default: as the index says, or 20")
-    help_text = "start a rank of each end of the pipeline and take a step with fake tensors; print what it holds"
+    help_text = "start a rank of each end of the pipeline, take a step with fake tensors, print what it holds and sends"
     parser.add_argument("--dry-run", action="store_true", help=help_text)
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = read_options(parser, rest)
@@ -60,8 +62,8 @@ def plan_training(argv: Sequence[str]) -> int:
         ranks = [0] if training.pp == 1 else [0, options.gpus - 1]  # without a pipeline none holds more than the first
         print(report([dry_run(planned.shape, training, samples.largest, options.gpus, rank) for rank in ranks]))
         return 0
-    for name in ("network", "storage"):
-        if not options[name] > 0:
+    for name in ("link", "network", "storage"):
+        if options[name] is not None and not options[name] > 0:
             raise UserError(f"{name} is {options[name]:g}; it must be above 0")
     gigabytes, teraflops, host_link = options.gpu_memory, options.tflops, HOST_LINK
     links = replace(SLOW_LINKS, network=options.network)
@@ -70,6 +72,8 @@ def plan_training(argv: Sequence[str]) -> int:
         gigabytes = device.gigabytes if gigabytes is None else gigabytes
         teraflops = device.rate(training.precision) / 1e12 if teraflops is None else teraflops
         host_link, links = device.host_link, replace(links, node=device.link)
+    if options.link is not None:
+        links = replace(links, node=options.link)
     costs = plan(
         planned.shape, training, samples, options.gpus, gigabytes, teraflops, host_link, links, options.storage
     )

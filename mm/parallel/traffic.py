@@ -35,7 +35,7 @@ class Traffic:
         self.messages[axis] += messages
         self.sent[axis] += messages * num_bytes
 
-    def scatter(self, axis: str, num_bytes: float, ranks: int, messages: int = 1) -> None:
+    def gather_or_scatter(self, axis: str, num_bytes: float, ranks: int, messages: int = 1) -> None:
         """Count so many tensors, `num_bytes` each as a whole, that are gathered, or reduced and scattered."""
         self.add(axis, num_bytes * (ranks - 1) / ranks, messages)
 
@@ -48,7 +48,11 @@ class SentTraffic(TorchDispatchMode):
     """Context that counts what this rank sends to the groups of a layout.
 
     Attributes:
-        traffic: so far. Without numbers that have no dimension, with which pipeline stages get to know each other.
+        traffic: so far. Without numbers that have no dimension, with which pipeline stages get to know each other,
+            without Python objects, and without the features that contrastive pre-training gathers.
+
+    Raises:
+        NotImplementedError: a message of a kind that is not known.
     """
 
     def __init__(self, layout: Layout, device_type: str) -> None:
@@ -76,6 +80,8 @@ class SentTraffic(TorchDispatchMode):
                     self.traffic.add(axis, num_bytes)
                 else:
                     count(self.traffic, axis, num_bytes, ranks)
+        elif operation.partition("::")[0] in ("c10d", "_c10d_functional") and operation not in _NOT_COUNTED:
+            raise NotImplementedError(f"{operation} is a message that is not counted")
         return func(*args, **(kwargs or {}))
 
 
@@ -89,14 +95,21 @@ def _second(args: tuple[Any, ...]) -> Tensor:
 
 # Operation -> (its whole tensor, or a rank's part of a gathered one; how it is counted; None: as it is).
 _OPERATIONS: dict[str, tuple[Callable[[tuple[Any, ...]], Tensor], Callable[..., None] | None]] = {
-    "c10d::_allgather_base_": (_first, Traffic.scatter),
-    "c10d::_reduce_scatter_base_": (_second, Traffic.scatter),
+    "c10d::_allgather_base_": (_first, Traffic.gather_or_scatter),
+    "c10d::_reduce_scatter_base_": (_second, Traffic.gather_or_scatter),
     "c10d::allreduce_": (_first, Traffic.all_reduce),
     "c10d::send": (_first, None),
-    "_c10d_functional::all_gather_into_tensor": (_first, Traffic.scatter),
-    "_c10d_functional::reduce_scatter_tensor": (_first, Traffic.scatter),
+    "_c10d_functional::all_gather_into_tensor": (_first, Traffic.gather_or_scatter),
+    "_c10d_functional::reduce_scatter_tensor": (_first, Traffic.gather_or_scatter),
     "_c10d_functional::all_reduce": (_first, Traffic.all_reduce),
 }
+
+
+# What sends nothing, and the exchange of objects and of contrastive features.
+_NOT_COUNTED = (
+    *("c10d::recv_", "c10d::barrier", "c10d::allgather_"),
+    *("_c10d_functional::wait_tensor", "_c10d_functional::_wrap_tensor_autograd"),
+)
 
 
 def _group_name(args: tuple[Any, ...]) -> str:

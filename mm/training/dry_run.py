@@ -35,6 +35,7 @@ from mm.parallel.tensor_parallel import all_reduce_partial_gradients
 from mm.parallel.traffic import SentTraffic, Traffic
 from mm.training.config import TrainingConfig
 from mm.training.flops import Row
+from mm.training.layouts import check_num_micro_batches, checked_layout
 from mm.training.live_bytes import RealIntegers
 from mm.training.objectives import loss_of_hidden_states
 from mm.training.optimizer import apply_learning_rates, build_optimizer
@@ -115,6 +116,7 @@ def dry_run(
     unknown = [*training.savings, *(["muon"] if training.muon else [])]
     if unknown:
         raise UserError(f"a dry run does not know what training.{unknown[0]} saves: leave one of the two out")
+    check_num_micro_batches(training, checked_layout(stage, training, num_ranks))
     if dist.is_initialized():
         raise UserError("a dry run is one process that stands for any number of ranks: start it without torchrun")
     with fake_world(num_ranks, rank):
@@ -155,12 +157,13 @@ class _RankRun:
 
     def run(self) -> RankState:
         layout, training = self.layout, self.training
+        batches = self._batches()
         if layout.pp > 1:
             self.module = build_stage(self.module, layout, "cpu", training.precision, loss_of_hidden_states)
         if layout.dp_size * layout.tp > 1:
             methods = self.stage.objective.forward_methods
             parallelize(self.module, self.stage.fsdp_modules, layout, training.precision, "cpu", methods)
-        batches, sent = self._batches(), SentTraffic(layout, "cpu")
+        sent = SentTraffic(layout, "cpu")
         with ExitStack() as stack:
             for owner, name in HOST_FUNCTIONS:
                 stack.enter_context(patch.object(owner, name, _outside(getattr(owner, name))))
@@ -187,7 +190,7 @@ class _RankRun:
             return RankState(self.rank, weights, gradients, moments, self.num_parameters, sent.traffic)
 
     def _fill(self) -> None:
-        """Give the parameters fake tensors in place of meta ones, as `mm.parallel.filling.fill` gives real ones."""
+        """Give parameters and buffers fake tensors for meta ones, as `mm.parallel.filling.fill` gives real ones."""
         for places, parameter in list(places_of_parameters(self.module)):
             if not isinstance(parameter, DTensor):
                 values = torch.empty(parameter.shape, dtype=parameter.dtype)
@@ -227,10 +230,12 @@ class _RankRun:
         """The rank's micro-batches of a step; real tensors, but media without data."""
         share = math.ceil(self.training.batch_size / self.layout.dp_size)
         size = min(self.training.micro_batch_size or share, share)
+        several = self.layout.dp_size * self.layout.pp > 1
+        dummy = [self.stage.objective.dummy_sample(self.module)] if several else []
         batches = []
         for start in range(0, share, size):
             samples = [self.stage.sample(self.row, number, self.fake) for number in range(min(size, share - start))]
-            batches.append(self.stage.objective.collate(samples))
+            batches.append(self.stage.objective.collate([*samples, *dummy]))
         return batches
 
     def _bytes(self, tensors_of: Callable[[nn.Parameter], list[Any]]) -> dict[str, int]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from foundation.errors import UserError
 from mm.parallel.layout import Layout
 from mm.parallel.pipeline import stage_layers
 from mm.parallel.tensor_parallel import shared_sizes
@@ -18,6 +19,35 @@ from mm.training.traffic import Links
 USABLE = 0.9  # of a GPU's memory: the driver, the buffers of collectives and fragmentation take the rest
 SLOW_LINKS = Links(node=32.0)  # where no GPU is named: PCIe 4 x16
 MAX_TP_DEGREE = 8  # the GPUs of a node, between which the connections are fast enough for tensor parallelism
+
+
+def checked_layout(stage: StageShape, training: TrainingConfig, num_ranks: int) -> Layout:
+    """The layout of a configuration on so many ranks.
+
+    Raises:
+        UserError: no ranks, degrees that do not divide their number, or that the stage cannot run with.
+    """
+    if num_ranks < 1:
+        raise UserError(f"gpus is {num_ranks}; it must be at least 1")
+    layout = training.layout(num_ranks)
+    if (layout.pp > 1 and not stage.pipeline) or (layout.tp > 1 and not stage.tensor_parallel):
+        raise UserError(
+            f"training.tp is {layout.tp} and training.pp is {layout.pp}; this stage's model cannot be split so: set "
+            "them to 1"
+        )
+    return layout
+
+
+def check_num_micro_batches(training: TrainingConfig, layout: Layout) -> None:
+    """Raises UserError where a pipeline has fewer micro-batches than stages."""
+    share = math.ceil(training.batch_size / layout.dp_size)
+    size = training.micro_batch_size or share
+    num_micro_batches = math.ceil(share / size)
+    if num_micro_batches < layout.pp:
+        raise UserError(
+            f"training.pp is {layout.pp}, and a step has {num_micro_batches} micro-batches (of {size} in {share} "
+            "samples); a pipeline needs one for each stage: lower micro_batch_size, raise batch_size or lower pp"
+        )
 
 
 @dataclass(frozen=True)
@@ -185,7 +215,8 @@ class Arrangements:
                 split = stage_layers(self._positions(), num_layers, layout.pp)
                 stages = list(dict.fromkeys((split[0], split[-1])))
             self._models[degrees] = [
-                ShapeModel(self.stage, self.training, self.gpus > 1, layout.tp, layers) for layers in stages
+                ShapeModel(self.stage, self.training, self.gpus > 1, layout.tp, layers, self.gpus // layout.tp > 1)
+                for layers in stages
             ]
         return self._models[degrees]
 

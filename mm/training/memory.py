@@ -43,7 +43,7 @@ class StepBytes:
     Attributes:
         peaks: bytes of finished gradients, in FP32 -> the peak bytes of other tensors while there are so many.
         kept: bytes between the two passes.
-        calls: what ran in the forward pass, of what ranks exchange.
+        calls: the runs of modules in the forward pass for which ranks exchange something.
     """
 
     peaks: Mapping[int, int]
@@ -78,7 +78,7 @@ class RankBytes:
         activations: with all temporary tensors. They and the gradients do not peak at the same time, so that `total`
             can be less than the sum.
         host: bytes in the host's memory, besides what any process has there.
-        start: the peak before the first step: the weights, and the largest of them once more while it is read.
+        start: of the weights before the first step, when all that train are in FP32.
     """
 
     weights: float
@@ -120,6 +120,7 @@ class ShapeModel:
         training: its learning rates, precision, and what it keeps elsewhere than on the device.
         sharded: it runs under FSDP, if on one rank only. tp: ranks that share each matrix product.
         layers: of the language model that a pipeline stage runs; None: all.
+        with_dummy: each micro-batch has the sample for ranks without any, as `mm.training.data.collate_step` adds it.
 
     Raises:
         UserError: learning rates that do not fit the model.
@@ -132,11 +133,13 @@ class ShapeModel:
         sharded: bool = False,
         tp: int = 1,
         layers: range | None = None,
+        with_dummy: bool = False,
     ) -> None:
         model = stage.build()
         trained = apply_learning_rates(model, training.learning_rates)
         self.stage, self.model, self.training = stage, model.train(), training
         self.precision, self.sharded = training.precision, sharded
+        self.dummy = [stage.objective.dummy_sample(model)] if with_dummy else []
         decoder = model.language_model.model.layers if isinstance(model, MultimodalModel) else nn.ModuleList()
         if training.in_8_bits is not None:
             quantize_linears(decoder, training.in_8_bits)
@@ -176,7 +179,7 @@ class ShapeModel:
             activations=step.activations + (in_flight - 1) * step.kept,
             total=sum(state.values()) - state["gradients"] + step.peak(dp_shard, more_micro_batches, in_flight),
             host=self.host_bytes(),
-            start=state["weights"] + max(p.shard(dp_shard) * p.width for p in self.held),
+            start=state["weights"] + sum((4 - p.width) * p.shard(dp_shard) for p in self.held if p.trains),
         )
 
     def host_bytes(self) -> float:
@@ -332,7 +335,7 @@ class ShapeModel:
     def _batch(self, rows: Sequence[Row]) -> Any:
         """A batch with the rows' sizes; media have no data."""
         samples = [self.stage.sample(row, number, self.fake) for number, row in enumerate(rows)]
-        return self.stage.objective.collate(samples)
+        return self.stage.objective.collate([*samples, *self.dummy])
 
 
 def _by_module(held: Sequence[HeldParameter]) -> dict[str, int]:

@@ -13,7 +13,7 @@ from foundation.errors import UserError
 from mm.training.config import TrainingConfig
 from mm.training.expected_samples import Samples
 from mm.training.flops import Flops, Parameters
-from mm.training.layouts import SLOW_LINKS, USABLE, Arrangement, Arrangements
+from mm.training.layouts import SLOW_LINKS, USABLE, Arrangement, Arrangements, checked_layout
 from mm.training.muon import newton_schulz_flops
 from mm.training.offload import check_savings
 from mm.training.one_card import Way, ways_to_save
@@ -38,6 +38,7 @@ class Plan:
         enough_gpus: the number of GPUs with which that one would fit; None where no number would do.
         one_card: on one GPU of a stated memory, settings that save memory. host_link: GB/s between host and GPU.
         checkpoint_bytes: of a training checkpoint, of all ranks together. storage: GB/s that they write it with.
+        links: with which the speeds of layouts are estimated.
         muon_flops: of a step of Muon.
     """
 
@@ -58,6 +59,7 @@ class Plan:
     checkpoint_bytes: float = 0.0
     muon_flops: int = 0
     storage: float = STORAGE
+    links: Links = SLOW_LINKS
 
     def to_json(self) -> str:
         """All fields, layouts and bytes included."""
@@ -100,7 +102,8 @@ class Plan:
         if self.smallest is None:
             order = "lowest pp, then lowest tp, no activation checkpointing, lowest dp_shard"
             if self.fitting[0].samples_per_second is not None:
-                order = "lowest pp, then lowest tp, then the fastest by an estimate from operations and bytes sent"
+                links = f"links of {self.links.node:g} GB/s in a node and {self.links.network:g} GB/s between nodes"
+                order = f"lowest pp, then lowest tp, then the fastest by estimate, with {links}"
             return [*lines, "", f"what fits {where};", f"best first: {order}", *self._table_of(self.fitting)]
         missing = self.smallest.memory.total / 1e9 - USABLE * self.gpu_gigabytes
         lines += [
@@ -143,7 +146,7 @@ class Plan:
         rated = arrangements[0].samples_per_second is not None
         rows: list[tuple[str, ...]] = [("layout", "micro-batch", "checkpointing", *parts)]
         if rated:
-            rows[0] += ("GB sent", "samples/s, at most")
+            rows[0] += ("GB sent", "samples/s, estimated")
         for one in arrangements:
             layout = f"{one.layout.dp_replicate} x {one.layout.dp_shard} x {one.layout.tp} x {one.layout.pp}"
             gigabytes = (f"{getattr(one.memory, part) / 1e9:.3g}" for part in parts)
@@ -177,19 +180,13 @@ def plan(
         UserError: numbers that are too small, settings for one process on several GPUs, learning rates that do not
             fit the module, degrees that do not fit the number of GPUs, or that the stage cannot run with.
     """
-    if gpus < 1:
-        raise UserError(f"gpus is {gpus}; it must be at least 1")
+    layout = checked_layout(stage, training, gpus)
     for name, value in (("gpu_memory", gpu_gigabytes), ("tflops", teraflops)):
         if value is not None and not value > 0:
             raise UserError(f"{name} is {value:g}; it must be above 0")
     check_savings(training, gpus)
     ways = Arrangements(stage, training, samples, gpus, None if teraflops is None else teraflops * 1e12, links)
-    layout, size = training.layout(gpus), training.micro_batch_size or training.batch_size
-    if (layout.pp > 1 and not stage.pipeline) or (layout.tp > 1 and not stage.tensor_parallel):
-        raise UserError(
-            f"training.tp is {layout.tp} and training.pp is {layout.pp}; this stage's model cannot be "
-            "split so: set them to 1"
-        )
+    size = training.micro_batch_size or training.batch_size
     configured = training.activation_checkpointing
     fitting: list[Arrangement] = []
     smallest, enough = None, None
@@ -217,6 +214,7 @@ def plan(
         checkpoint_bytes(stage, training),
         muon_flops(stage, training),
         storage,
+        links,
     )
 
 

@@ -47,7 +47,8 @@ class Links:
             ranks = getattr(layout, axis)
             rate = self.node
             if stride * ranks > self.node_size:
-                members = min(ranks, max(1, self.node_size // stride))  # of a group in one node: each has its own link
+                # A ring through several members of a node uses the network link of each; a pipeline sends to one rank.
+                members = 1 if axis == "pp" else min(ranks, max(1, self.node_size // stride))
                 rate = min(self.node, self.network * members)
             found[axis] = traffic.sent[axis] / rate / 1e9 + traffic.messages[axis] * self.message_seconds
             stride *= ranks
@@ -171,8 +172,8 @@ def _weights(
             gathers = 1 if staged else num_micro_batches
         reductions = 1 if staged else num_micro_batches
         if shard > 1:
-            traffic.scatter("dp_shard", module.gathered, shard, gathers)
-            traffic.scatter("dp_shard", module.trained, shard, reductions * (module.trained > 0))
+            traffic.gather_or_scatter("dp_shard", module.gathered, shard, gathers)
+            traffic.gather_or_scatter("dp_shard", module.trained, shard, reductions * (module.trained > 0))
         if replicate > 1:
             traffic.all_reduce("dp_replicate", module.trained / shard, replicate, reductions * (module.trained > 0))
 
@@ -198,7 +199,7 @@ def _products(
             whole = images * -(-tokens // tp) * tp * channels * call.width
             times = 1 + call.backward
             repeated = (3 if call.module.gate_ffn is None else 4) * again
-            traffic.scatter("tp", whole, tp, num_micro_batches * (5 * times + repeated))
+            traffic.gather_or_scatter("tp", whole, tp, num_micro_batches * (5 * times + repeated))
         elif isinstance(call.module, (DecoderLayer, CrossAttentionBlock)):
             repeated = (1 if isinstance(call.module, DecoderLayer) else 2) * again
             times = 2 + 2 * call.backward + repeated
@@ -207,7 +208,7 @@ def _products(
             if not shared_head:
                 continue
             rows = math.prod(call.shape[:-1])
-            traffic.scatter("tp", rows * call.module.out_features * call.width, tp, num_micro_batches)
+            traffic.gather_or_scatter("tp", rows * call.module.out_features * call.width, tp, num_micro_batches)
             if call.backward:
                 traffic.all_reduce("tp", math.prod(call.shape) * call.width, tp, num_micro_batches)
         elif isinstance(call.module, nn.Linear) and call.backward:  # the projection of vision tokens

@@ -31,6 +31,7 @@ from mm.training.config import NOT_IN_FINGERPRINT, TrainingConfig
 from mm.training.data import Position, SizedDataset, StepData, Unreadable, collate_step, step_loader
 from mm.training.guards import Guard
 from mm.training.interruption import StopSignals, end
+from mm.training.layouts import check_num_micro_batches
 from mm.training.metrics import MetricsLog, NoLog, StepMetrics, Window
 from mm.training.muon import MuonAndAdamW
 from mm.training.objectives import Objective, loss_of_hidden_states
@@ -158,7 +159,7 @@ class Trainer:
         types = parameter_types(self.original, config.precision, config.frozen_language_model == "bf16")
         self.module = empty_copy(self.original, types).train()
         if layout.pp > 1:
-            self._check_num_micro_batches()
+            check_num_micro_batches(config, layout)
             self.module = build_stage(self.module, layout, self.device.type, config.precision, loss_of_hidden_states)
         if layout.dp_size * layout.tp > 1:
             parallelize(
@@ -191,16 +192,6 @@ class Trainer:
         for setting in NOT_IN_FINGERPRINT:
             del fingerprint[setting]
         return fingerprint
-
-    def _check_num_micro_batches(self) -> None:
-        size = self.config.micro_batch_size or self.share
-        num_micro_batches = math.ceil(self.share / size)
-        if num_micro_batches < self.layout.pp:
-            raise UserError(
-                f"training.pp is {self.layout.pp}, and a step has {num_micro_batches} micro-batches (of {size} "
-                f"in {self.share} samples); a pipeline needs one for each stage: lower micro_batch_size, raise "
-                "batch_size or lower pp"
-            )
 
     def _resume(self) -> None:
         """Load the newest checkpoint, if there is one."""

@@ -13,7 +13,7 @@ import mm
 import mm.training.trainer
 from mm.cross_attention import ImageAdapterConfig
 from mm.language_model import LanguageModelConfig
-from mm.parallel.tables import CHECKPOINTED_MODULES
+from mm.parallel.tables import CHECKPOINTED_MODULES, kept_as_stored
 from mm.training.config import TrainingConfig
 from mm.training.flops import Row
 from mm.training.guards import Guard
@@ -193,6 +193,19 @@ def test_a_run_offloads_and_leaves_the_frozen_layers_as_they_were(model, config,
     for trained in (offloaded, in_8_bits):
         assert all(torch.equal(tensor, frozen[name]) for name, tensor in trained.language_model.state_dict().items())
         assert not any("forward" in vars(layer) for layer in trained.language_model.model.layers)
+
+
+def test_a_run_rounds_a_frozen_language_model_of_fp32_and_hands_back_its_own(model, config, run, same):
+    plain, rounded, expected = (copy.deepcopy(model) for _ in range(3))
+    with torch.no_grad():
+        for name in kept_as_stored(expected):
+            if name.startswith("language_model."):
+                expected.get_parameter(name).copy_(expected.get_parameter(name).bfloat16())
+    run(plain, config(precision="bf16"), "plain")
+    run(rounded, config(precision="bf16", frozen_language_model="bf16"), "rounded")
+    run(expected, config(precision="bf16"), "expected")
+    assert same(rounded.image_adapter, expected.image_adapter) and not same(plain.image_adapter, expected.image_adapter)
+    assert same(rounded.language_model, model.language_model)
 
 
 def test_8_bit_moments_need_torchao(build_model, batches, monkeypatch):

@@ -67,7 +67,7 @@ def test_ranks_send_what_is_planned(tiny_config, ranks, changes):
     assert expected.sent == pytest.approx(found.traffic.sent)
 
 
-# Stages whose every trained part is in use: what no sample runs through sends nothing.
+# The others train parts that their loss does not run through, for which the plan counts gradients.
 IN_USE = [name for name in STAGES if name not in ("clips and everything", "matched clips", "matched pictures", "ctc")]
 
 
@@ -75,7 +75,7 @@ IN_USE = [name for name in STAGES if name not in ("clips and everything", "match
 def test_every_stage_starts_without_data_and_sends_what_is_planned(name):
     stage, rates, rows = STAGES[name]
     training = TrainingConfig(1, 4, rates, precision="bf16", micro_batch_size=2)
-    shapes = ShapeModel(stage, training, sharded=True)
+    shapes = ShapeModel(stage, training, sharded=True, with_dummy=True)
     state = dry_run(stage, training, rows[0], 2)
     assert shapes.traffic(shapes.step([rows[0]] * 2), training.layout(2), 1) == state.traffic
     for kind, expected in shapes.state_bytes(2).items():
@@ -125,8 +125,8 @@ def sent_in_a_step(model: mm.MultimodalModel, training: TrainingConfig, num_rank
         picture = Tiles(torch.randint(256, (2, 3, side, side), dtype=torch.uint8), (1, 2))
         return mm.Sample(tokens, [IGNORED, *tokens[1:]], [picture])
 
-    share = training.batch_size // layout.dp_size
-    batches = [collate([sample() for _ in range(size)]) for _ in range(share // size)]
+    share, dummy = training.batch_size // layout.dp_size, objective.dummy_sample(model)
+    batches = [collate([*(sample() for _ in range(size)), dummy]) for _ in range(share // size)]
     counted = SentTraffic(layout, "cpu")
     with activation_checkpointing(module, CHECKPOINTED_MODULES, training), counted:
         if layout.pp > 1:
