@@ -68,7 +68,8 @@ def step_of(training: TrainingConfig, ranks: Ranks) -> Callable[[], object]:
     optimizer = adamw(module, training)
     samples = random_samples(TILE_SIZE, VOCABULARY, SIZE.text_tokens, ROWS, SIZE.tiles)
     share = samples[layout.dp_rank(ranks.rank) :: layout.dp_size]
-    batches = collate_step(share, objective, training.micro_batch_size).batches
+    dummy = objective.dummy_sample(module) if layout.dp_size * layout.pp > 1 else None
+    batches = collate_step(share, objective, training.micro_batch_size, dummy, len(share)).batches
 
     def step() -> None:
         with activation_checkpointing(module, CHECKPOINTED_MODULES, training):
