@@ -189,7 +189,7 @@ class Arrangements:
         found: dict[Layout, Arrangement] = {}
         for size in self._micro_batch_sizes(pp, tp):
             tried = [self.of(layout, size, activation_checkpointing) for layout in layouts]
-            found |= {one.layout: one for one in tried if one.memory.total <= max_bytes}
+            found |= {one.layout: one for one in tried if one.memory.peak <= max_bytes}
             layouts = [layout for layout in layouts if found.get(layout) in tried]
         return [found[layout] for layout in sorted(found, key=lambda layout: layout.dp_shard)]
 

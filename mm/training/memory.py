@@ -90,6 +90,11 @@ class RankBytes:
     host: float = 0.0
     start: float = 0.0
 
+    @property
+    def peak(self) -> float:
+        """The larger of the step's and the start's bytes: what has to fit."""
+        return max(self.total, self.start)
+
 
 @dataclass(frozen=True)
 class HeldParameter:

@@ -127,13 +127,13 @@ class Plan:
         if not self.one_card:
             return []
         assert self.gpu_gigabytes is not None
-        parts = ("weights", "gradients", "optimizer", "activations", "total", "host")
+        parts = ("weights", "gradients", "optimizer", "activations", "total", "start", "host")
         rows: list[tuple[str, ...]] = [("training", *parts, "s of transfers", "fits")]
         for way in self.one_card:
             settings = ", ".join(f"{name}: {json.dumps(value)}" for name, value in way.settings.items())
             gigabytes = (f"{getattr(way.memory, part) / 1e9:.3g}" for part in parts)
             seconds = f"{way.transferred / self.host_link / 1e9:.3g}" if way.transferred else ""
-            fits = "yes" if way.memory.total <= USABLE * self.gpu_gigabytes * 1e9 else "no"
+            fits = "yes" if way.memory.peak <= USABLE * self.gpu_gigabytes * 1e9 else "no"
             rows.append((settings or "as configured", *gigabytes, seconds, fits))
         return [
             "",

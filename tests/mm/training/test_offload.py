@@ -152,6 +152,19 @@ def test_a_language_model_in_8_bits_comes_back_and_says_nearly_the_same(build_mo
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_a_start_is_planned_with_all_that_trains_in_fp32():
+    """The optimizer takes its FP32 masters from the parameters, before those become bf16."""
+    stage, one = ModelShape(CONFIG, NextTokenObjective()), settings(offload_optimizer=True, precision="bf16")
+    model = stage.build()
+    trained, kept = apply_learning_rates(model, RATES), kept_as_stored(model)
+    low = {name for name in kept if name.startswith("language_model.") and name not in trained}
+    weights = sum(p.numel() * (2 if name in low else 4) for name, p in model.named_parameters())
+    shapes = ShapeModel(stage, one)
+    memory = shapes.bytes_of(shapes.step([Row(12, 8, (2,))]))
+    assert memory.start == weights + sum(buffer.nbytes for buffer in model.buffers()) > memory.weights
+    assert memory.peak == max(memory.start, memory.total)
+
+
 def test_8_bit_moments_hold_what_is_planned_and_train_alike(build_model, batches):
     pytest.importorskip("torchao", reason="the extra lowbit is not installed")
     _, expected, _, _ = trained(build_model, batches, settings())
