@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten._unsafe_index_put.default, torch.ops.aten.index_put_.default)
+_INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten._unsafe_index_put.default, torch.ops.aten.index_put_.default)
 _CTC = (torch.ops.aten._ctc_loss.Tensor, torch.ops.aten._ctc_loss.default)
 _CTC_BACKWARD = (torch.ops.aten._ctc_loss_backward.Tensor, torch.ops.aten._ctc_loss_backward.default)
 
@@ -35,7 +35,7 @@ def fake_ctc_loss(fake: FakeTensorMode, backward: bool, *args: Any) -> Any:
         return log_probs.new_empty(rows), log_probs.new_empty(rows, length, 2 * longest + 1)
 
 
-def as_integers(index: Tensor | None) -> Sequence[Tensor | None]:
+def _as_integers(index: Tensor | None) -> Sequence[Tensor | None]:
     """An index as integers: a mask becomes the positions where it is true."""
     return index.nonzero().unbind(1) if index is not None and index.dtype is torch.bool else [index]
 
@@ -69,9 +69,9 @@ class RealIntegers(TorchDispatchMode):
                 return func(*args, **kwargs)
         if func in _CTC or func in _CTC_BACKWARD:
             return fake_ctc_loss(self.fake, func in _CTC_BACKWARD, *args)
-        if func in INDEXING:  # only a real mask's number of chosen elements is known
+        if func in _INDEXING:  # only a real mask's number of chosen elements is known
             with unset_fake_temporarily():
-                args = (args[0], [part for index in args[1] for part in as_integers(index)], *args[2:])
+                args = (args[0], [part for index in args[1] for part in _as_integers(index)], *args[2:])
         return tree_map_only(FakeTensor, _real_if_integers, func(*args, **kwargs))
 
 
@@ -192,8 +192,8 @@ class FakeLiveBytes(LiveBytes):
             return super().__torch_dispatch__(func, types, args, kwargs)
         if func in _CTC or func in _CTC_BACKWARD:
             return self._ctc_loss(func in _CTC_BACKWARD, *args)
-        if func in INDEXING:  # only a real mask's number of chosen elements is known
-            args = (args[0], [part for index in args[1] for part in as_integers(index)], *args[2:])
+        if func in _INDEXING:  # only a real mask's number of chosen elements is known
+            args = (args[0], [part for index in args[1] for part in _as_integers(index)], *args[2:])
         with self.fake:
             out = super().__torch_dispatch__(func, types, args, kwargs)
         return tree_map_only(FakeTensor, self._real_if_integers, out)

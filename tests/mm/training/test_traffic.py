@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import mm
 from mm.batch import IGNORED, collate
+from mm.parallel.layout import Layout
 from mm.parallel.parallelize import parallelize
 from mm.parallel.pipeline import build_stage
 from mm.parallel.process_group import init_distributed
@@ -16,7 +18,7 @@ from mm.parallel.tables import CHECKPOINTED_MODULES, FSDP_MODULES
 from mm.parallel.tensor_parallel import all_reduce_partial_gradients
 from mm.parallel.traffic import SentTraffic, Traffic
 from mm.training.config import TrainingConfig
-from mm.training.dry_run import dry_run
+from mm.training.dry_run import dry_run, fake_world
 from mm.training.expected_samples import Samples
 from mm.training.layouts import Arrangements
 from mm.training.memory import ShapeModel
@@ -65,6 +67,15 @@ def test_ranks_send_what_is_planned(tiny_config, ranks, changes):
     )
     assert expected.messages == found.traffic.messages
     assert expected.sent == pytest.approx(found.traffic.sent)
+
+
+def test_a_message_of_an_unknown_kind_is_not_left_out():
+    with (
+        fake_world(2, 0),
+        SentTraffic(Layout(dp_shard=2), "cpu"),
+        pytest.raises(NotImplementedError, match="broadcast_"),
+    ):
+        dist.broadcast(torch.zeros(2), 0)
 
 
 # The others train parts that their loss does not run through, for which the plan counts gradients.
