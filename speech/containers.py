@@ -27,13 +27,11 @@ class Part:
     Attributes:
         start, end: its bytes, from the beginning of the whole.
         missing: how many more bytes its container says that it has.
-        is_one_page: it is a whole Ogg file with a single page of sound.
     """
 
     start: int
     end: int
     missing: int = 0
-    is_one_page: bool = False
 
 
 class Data:
@@ -207,22 +205,19 @@ def _ogg_parts(data: Data) -> list[Part]:
     found: list[Part] = []
     start = position = missing = 0
     in_heads = True
-    ends: list[bool] = []  # of each page of sound: whether it is the last of its stream
     while position < len(data):
-        flags, granule, num_segments = _unpack("<5xBq12xB", data, position)
+        flags, num_segments = _unpack("<5xB20xB", data, position)
         is_head = bool(flags & 2)
         if is_head and not in_heads:
-            found.append(Part(start, position, missing, ends == [True] and not missing))
-            start, ends = position, []
+            found.append(Part(start, position, missing))
+            start = position
         in_heads = is_head
-        if granule > 0:
-            ends.append(bool(flags & 4))
         segments = data[position + 27 : position + 27 + num_segments]
         end = position + 27 + num_segments + sum(segments)
         position = end if data[end : end + 4] == b"OggS" else data.find(b"OggS", position + 4)
         position = position if position >= 0 else len(data)
         missing = max(0, end - position)  # of a page that was cut
-    return [*found, Part(start, len(data), missing, ends == [True] and not missing)]
+    return [*found, Part(start, len(data), missing)]
 
 
 # ------------------------------------------------------------------------------------------- FLAC, TTA, AMR, and MP3

@@ -1,20 +1,16 @@
-"""A whole FLAC file by libsndfile, which decodes a short one in less time than FFmpeg takes to find out what it is.
+"""A whole FLAC file, for libsndfile.
 
-libsndfile takes rate, channels and length from the header and stops there. So the frames are walked first (RFC 9639,
-section 9): they must follow one another without a gap, agree with the header, and end with the sample at which it ends.
-libFLAC then checks each frame's checksum. Everything else goes to FFmpeg: tags before the mark, other depths, an
-unknown length, frames that are missing, damaged, of another kind, or beyond the stated end.
+The frames are walked (RFC 9639, section 9): they must follow one another without a gap, agree with the header, and end
+with the sample at which it ends. libFLAC then checks each frame's checksum. Everything else goes to FFmpeg: tags before
+the mark, other depths, an unknown length, frames that are missing, damaged, of another kind, or beyond the stated end.
 """
 
-import io
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
-from foundation.extras import import_extra
 from speech.containers import Data
+from speech.sndfile import WholeFile
 
 MAX_BYTES = 2**26  # larger files are not short, and would be held in memory as a whole
 MAX_CHECKED = 2**18  # bytes; one frame in a few thousand holds what looks like a header
@@ -40,45 +36,7 @@ def _crc_table(bits: int, polynomial: int) -> list[int]:
 CRC8, CRC16 = _crc_table(8, 0x107), _crc_table(16, 0x18005)  # of a frame's header, and of the frame
 
 
-class DamagedError(Exception):
-    """The file cannot be decoded as a whole."""
-
-
-@dataclass(frozen=True)
-class Flac:
-    """A file whose frames are those that its header states.
-
-    Attributes:
-        rate: samples per second.
-        num_samples: of each channel.
-    """
-
-    content: bytes
-    rate: int
-    channels: int
-    num_samples: int
-
-    def blocks(self, length: int) -> Iterator[np.ndarray]:
-        """float32 [channels, samples], up to `length` samples at a time.
-
-        Raises:
-            DamagedError: libFLAC finds a damaged frame, or fewer samples than stated.
-        """
-        soundfile = import_extra("soundfile", "speech", "sound")
-        try:
-            with soundfile.SoundFile(io.BytesIO(self.content)) as sound:
-                left = self.num_samples
-                while left:
-                    block = sound.read(min(length, left), dtype="float32", always_2d=True)
-                    if not len(block):
-                        raise DamagedError
-                    left -= len(block)
-                    yield block.T
-        except soundfile.LibsndfileError as error:
-            raise DamagedError from error
-
-
-def find_flac(data: Data) -> Flac | None:
+def find_flac(data: Data) -> WholeFile | None:
     """The FLAC file that `data` is, if it is plain and whole; None for any other file."""
     if not data[0:8].startswith(STREAMINFO) or not SMALLEST <= len(data) <= MAX_BYTES:
         return None
@@ -94,17 +52,17 @@ def find_flac(data: Data) -> Flac | None:
         frame = _frame(content, position)
         if frame is None:  # two bytes of a frame's body
             continue
-        counted, block_size, *kind = frame
+        counted, block_size, own_rate, own_channels, own_bits = frame
         expected = num_decoded if content[position + 1] & 1 else number  # the first sample, or the frame
-        agrees = block_size <= largest_block
-        agrees &= all(value in (None, own) for value, own in zip(kind, (rate, channels, bits), strict=True))
-        if counted == expected and agrees and num_decoded < num_samples and (number or position == start):
+        agrees = own_rate in (None, rate) and own_channels == channels and own_bits in (None, bits)
+        agrees = agrees and counted == expected and block_size <= largest_block
+        if agrees and num_decoded < num_samples and (number or position == start):
             begin, number, num_decoded = position, number + 1, num_decoded + block_size
         else:
             checked += position - begin
             if checked > MAX_CHECKED or not _crc16(content[begin:position]):  # the frame before ends here
                 return None
-    return Flac(content, rate, channels, num_samples) if num_decoded == num_samples else None
+    return WholeFile(content, rate, channels, num_samples) if num_decoded == num_samples else None
 
 
 def _crc16(frame: bytes) -> int:

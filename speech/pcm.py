@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from speech.containers import Data
+from speech.mixing import planar
 
 DTYPES = {(1, 8): "u1", (1, 16): "<i2", (1, 32): "<i4", (3, 32): "<f4"}  # (format tag, bits) -> dtype
 OTHER_CHUNKS = (b"fact", b"LIST", b"JUNK", b"bext", b"PEAK", b"cue ", b"smpl", b"iXML", b"id3 ", b"ID3 ")
@@ -39,15 +40,20 @@ class Pcm:
     end: int
 
     @property
+    def sample_format(self) -> str:
+        """As `mixing` names it."""
+        return self.dtype.name
+
+    @property
     def num_samples(self) -> int:
         """Of each channel."""
         return (self.end - self.start) // (self.channels * self.dtype.itemsize)
 
     def blocks(self, length: int) -> Iterator[np.ndarray]:
-        """`dtype` [channels x samples], up to `length` samples of each channel at a time."""
+        """`dtype` [channels, samples], up to `length` samples at a time."""
         step = length * self.channels * self.dtype.itemsize
         for start in range(self.start, self.end, step):
-            yield np.frombuffer(self.data[start : min(start + step, self.end)], self.dtype)
+            yield planar(np.frombuffer(self.data[start : min(start + step, self.end)], self.dtype), self.channels)
 
 
 def find_pcm(data: Data) -> Pcm | None:

@@ -1,6 +1,7 @@
 """Read any sound file as one channel at 16 kHz; the first step of everything that starts from a sound.
 
-FFmpeg's libraries (PyAV) decode it, except for plain PCM in WAV (`pcm.py`) and whole FLAC files (`flac.py`). What a
+FFmpeg's libraries (PyAV) decode it, except for plain PCM in WAV (`pcm.py`), and whole files of FLAC (`flac.py`)
+and Ogg Vorbis (`vorbis.py`). What a
 header states (length, rate, channels) is a hint: the sound is what is decoded, and each decoded frame tells its own
 rate and channels, which may change in the middle of a stream. The caller gets finite samples, or a `UserError` that
 names the file and the reason.
@@ -24,9 +25,11 @@ from foundation.extras import MissingExtraError, import_extra
 from foundation.media import open_media
 from speech.containers import Data, Part, parts
 from speech.features import SAMPLE_RATE
-from speech.flac import DamagedError, find_flac
-from speech.mixing import Section, joined, planar, total_seconds
-from speech.pcm import find_pcm
+from speech.flac import find_flac
+from speech.mixing import Section, joined, total_seconds
+from speech.pcm import Pcm, find_pcm
+from speech.sndfile import DamagedError, WholeFile
+from speech.vorbis import find_vorbis
 
 if TYPE_CHECKING:
     from av.audio.frame import AudioFrame
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
 
 MAX_SECONDS = 7200.0  # two hours: 460 MB of samples
 BLOCK = 2**15  # samples that are mixed at once, few enough for the processor's cache
+SNDFILE_BLOCK = 2**18  # the same for libsndfile, in which each call seeks
 RAW_FORMATS = {".g722": "g722"}  # formats without a header: only the file's suffix tells them
 RESAMPLING_DENOMINATOR = 640  # exact for 11,025 Hz; other rates are met to within 3 parts in a million
 # FFmpeg's names of formats whose header holds the exact number of samples.
@@ -156,16 +160,19 @@ class _Reading:
 def _sections(whole: BinaryIO, reading: _Reading) -> Iterator[tuple[int, np.ndarray]]:
     """(rate, float32 [samples]) of one channel for each stretch of sound with one rate and one set of channels."""
     data = Data(whole)
-    found = [Part(0, len(data))] if reading.raw_format else parts(data)
+    plain = None if reading.raw_format else _find_plain(data)  # not several files: these are read to their end
+    found = [Part(0, len(data))] if reading.raw_format or plain else parts(data)
     for number, part in enumerate(found, 1):
         try:
             if part.missing and not reading.allow_truncated:
                 raise UserError(f"truncated: {part.missing:,} bytes fewer than its container says")
-            file = whole if len(found) == 1 else io.BytesIO(data[part.start : part.end])
-            sections = _decode(file, part, reading, {})
+            if len(found) > 1:
+                whole = io.BytesIO(data[part.start : part.end])
+                plain = _find_plain(Data(whole))
+            sections = _decode(whole, plain, reading, {})
             loudest = {index: section.loudest for index, section in enumerate(sections) if section.cancels}
             if loudest:
-                sections = _decode(file, part, reading, loudest)
+                sections = _decode(whole, plain, reading, loudest)
         except ValueError as error:
             if len(found) == 1 or isinstance(error, MissingExtraError):
                 raise
@@ -175,20 +182,20 @@ def _sections(whole: BinaryIO, reading: _Reading) -> Iterator[tuple[int, np.ndar
             yield section.rate, section.samples()
 
 
-def _decode(file: BinaryIO, part: Part, reading: _Reading, channels: Mapping[int, int]) -> list[Section]:
-    """Decode one file, which is `part` of the whole.
+def _decode(
+    file: BinaryIO, plain: Pcm | WholeFile | None, reading: _Reading, channels: Mapping[int, int]
+) -> list[Section]:
+    """Decode one file.
 
     Args:
+        plain: what the file is, if FFmpeg is not needed for it.
         channels: section -> the channel to take instead of the average.
     """
-    if part.is_one_page and (section := _one_page_of_vorbis(file, channels.get(0))):
-        reading.check(section.seconds)
-        return [section]
-    data = Data(file)
-    if reading.raw_format is None and (section := _plain(data, reading, channels.get(0))):
+    if plain and (section := _plain_section(plain, reading, channels.get(0))):
         return [section]
     sections: list[Section] = []
-    options = WAV_OPTIONS if data[8:12] == b"WAVE" else {}
+    file.seek(0)
+    options = WAV_OPTIONS if file.read(12)[8:] == b"WAVE" else {}
     file.seek(0)
     with open_media(file, "speech", container_format=reading.raw_format, **options) as container:
         stream = _track(container)
@@ -216,39 +223,21 @@ def _decode(file: BinaryIO, part: Part, reading: _Reading, channels: Mapping[int
     return sections
 
 
-def _plain(data: Data, reading: _Reading, channel: int | None) -> Section | None:
-    """The sound of a whole file of plain PCM or FLAC, without FFmpeg; None for any other file."""
-    if pcm := find_pcm(data):
-        section = Section((pcm.rate, pcm.channels, pcm.dtype.name), channel, pcm.num_samples)
-        reading.check(pcm.num_samples / pcm.rate)
-        for block in pcm.blocks(BLOCK):
-            section.mix(planar(block, pcm.channels))
-        return section
-    if flac := find_flac(data):
-        section = Section((flac.rate, flac.channels, "flt"), channel, flac.num_samples)
-        reading.check(flac.num_samples / flac.rate)
-        try:
-            for block in flac.blocks(BLOCK):
-                section.mix(block)
-            return section
-        except DamagedError:
-            return None
-    return None
+def _find_plain(data: Data) -> Pcm | WholeFile | None:
+    """A whole file of plain PCM, FLAC or Vorbis; None for any other file."""
+    return find_pcm(data) or find_flac(data) or find_vorbis(data)
 
 
-def _one_page_of_vorbis(file: BinaryIO, channel: int | None) -> Section | None:
-    """The sound of a whole Ogg Vorbis file of one page, of which FFmpeg misses or adds a few hundred samples."""
-    soundfile = import_extra("soundfile", "speech", "sound")
-    file.seek(0)
+def _plain_section(plain: Pcm | WholeFile, reading: _Reading, channel: int | None) -> Section | None:
+    """The sound of such a file; None if it is damaged."""
+    section = Section((plain.rate, plain.channels, plain.sample_format), channel, plain.num_samples)
+    reading.check(plain.num_samples / plain.rate)
     try:
-        with soundfile.SoundFile(file) as sound:
-            if sound.subtype != "VORBIS":
-                return None
-            section = Section((sound.samplerate, sound.channels, "flt"), channel)
-            section.mix(sound.read(dtype="float32", always_2d=True).T)
-            return section
-    except soundfile.LibsndfileError:
+        for block in plain.blocks(BLOCK if isinstance(plain, Pcm) else SNDFILE_BLOCK):
+            section.mix(block)
+    except DamagedError:
         return None
+    return section
 
 
 def _track(container: "InputContainer") -> "AudioStream":

@@ -11,14 +11,15 @@ from hypothesis import strategies as st
 import speech.reading
 from foundation.errors import UserError
 from speech.containers import Data
-from speech.flac import DamagedError, Flac, find_flac
+from speech.flac import find_flac
 from speech.reading import read_sound
+from speech.sndfile import DamagedError, WholeFile
 from tests.speech.sound_files import KINDS, decoded, encoded, sound_file
 
 RATES = (8_000, 11_127, 12_000, 16_000, 22_050, 32_000, 44_100, 48_000, 65_530, 96_000, 192_000)
 
 
-def find(data: bytes) -> Flac | None:
+def find(data: bytes) -> WholeFile | None:
     return find_flac(Data(io.BytesIO(data)))
 
 
@@ -27,7 +28,7 @@ def noise(length: int, channels: int = 1, seed: int = 0) -> np.ndarray:
     return 0.5 * np.random.default_rng(seed).uniform(-1, 1, (length, channels))
 
 
-def samples_of(flac: Flac) -> np.ndarray:
+def samples_of(flac: WholeFile) -> np.ndarray:
     """[channels, samples]"""
     return np.concatenate(list(flac.blocks(1000)), axis=1)
 

@@ -106,7 +106,7 @@ def test_plain_samples_of_random_files_are_those_of_ffmpeg(file):
     frames = decoded(file)
     assert {rate for rate, _ in frames} == {pcm.rate}
     expected = np.concatenate([samples for _, samples in frames], axis=1)
-    found = np.concatenate(list(pcm.blocks(100))).reshape(-1, pcm.channels).T.astype(np.float64)
+    found = np.concatenate(list(pcm.blocks(100)), axis=1).astype(np.float64)
     scale = {"u1": 2**7, "i2": 2**15, "i4": 2**31, "f4": 1}[pcm.dtype.str[1:]]
     found = (found - 128 if pcm.dtype == np.uint8 else found) / scale
     np.testing.assert_allclose(found, expected, atol=1e-7)
