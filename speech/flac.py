@@ -62,7 +62,9 @@ def find_flac(data: Data) -> WholeFile | None:
             checked += position - begin
             if checked > MAX_CHECKED or not _crc16(content[begin:position]):  # the frame before ends here
                 return None
-    return WholeFile(content, rate, channels, num_samples) if num_decoded == num_samples else None
+    if num_decoded != num_samples or content.find(b"fLaC", begin) >= 0:  # another file may follow
+        return None
+    return WholeFile(content, rate, channels, num_samples)
 
 
 def _crc16(frame: bytes) -> int:
