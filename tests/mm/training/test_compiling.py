@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 import mm
-from mm.batch import IGNORED
+from mm.batch import IGNORED, dummy_sample
 from mm.parallel.tables import CHECKPOINTED_MODULES
 from mm.training import trainer as loop
 from mm.training.compiling import compiled
@@ -21,6 +21,7 @@ from mm.training.data import collate_step
 from mm.training.guards import Guard
 from mm.training.objectives import NextTokenObjective
 from mm.training.optimizer import apply_learning_rates
+from mm.training.precision import linear_weights
 from mm.training.recomputation import activation_checkpointing
 from mm.training.trainer import train_step
 
@@ -108,6 +109,41 @@ def test_other_sizes_are_not_compiled_again(shallow_model, config, traced, ragge
     # The decoder layer; the block, for images of one or several sizes; the encoder layer, for one or several images and
     # one or several tiles. Forty steps with different sizes need no more graphs.
     assert 3 <= graphs[0] <= graphs[-1] <= 8
+
+
+@pytest.fixture
+def with_everything(everything_config):
+    """with_everything(draw) -> two rows with a picture, a clip, a sound, and text of any length after them."""
+
+    def rows(draw: random.Random) -> list[mm.Sample]:
+        made = []
+        for _ in range(2):
+            media = dummy_sample(everything_config)
+            text = [draw.randrange(3, 300) for _ in range(draw.randint(4, 30))]
+            made.append(replace(media, tokens=media.tokens + text, labels=media.labels + text))
+        return made
+
+    return rows
+
+
+@pytest.mark.slow
+def test_every_kind_of_layer_is_one_graph_with_a_language_model_in_bf16(
+    build_model, everything_config, config, traced, monkeypatch, with_everything
+):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, fullgraph=True))  # a break is an error
+    model = build_model(everything_config)
+    for name in linear_weights(model.language_model):
+        weight = model.language_model.get_parameter(name)
+        weight.data = weight.data.bfloat16()
+    kinds = {kind for part in model.modules() for kind in CHECKPOINTED_MODULES if isinstance(part, kind)}
+    assert kinds == set(CHECKPOINTED_MODULES)
+    draw, graphs = random.Random(0), []
+    for _ in range(4):
+        loss, seen = gradients(model, with_everything(draw), config(compile=True, precision="bf16"))
+        graphs.append(traced())
+    assert torch.isfinite(torch.tensor(loss)) and all(gradient.isfinite().all() for gradient in seen.values())
+    # At most two variants of each kind, such as a block that looks at pictures or at clips; none for other lengths.
+    assert len(kinds) <= graphs[0] <= 2 * len(kinds) and graphs == graphs[:1] * 4
 
 
 @pytest.mark.slow
