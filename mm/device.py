@@ -1,6 +1,9 @@
 """The device that a command or a stage runs on."""
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from foundation.errors import UserError
 
@@ -26,3 +29,13 @@ def resolve_device(name: torch.device | str = "auto") -> torch.device:
 def device_line(device: torch.device) -> str:
     """What the log of a command or a stage begins with: "device: cpu" or "device: cuda:0 (NVIDIA H100)"."""
     return f"device: {device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else f"device: {device}"
+
+
+def read_scalars(scalars: Sequence[Tensor]) -> list[float]:
+    """The values of tensors [] of one type, with a single wait for each device that they are on."""
+    values = [0.0] * len(scalars)
+    for device in {scalar.device for scalar in scalars}:
+        here = [index for index, scalar in enumerate(scalars) if scalar.device == device]
+        for index, value in zip(here, torch.stack([scalars[index] for index in here]).tolist(), strict=True):
+            values[index] = value
+    return values

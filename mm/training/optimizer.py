@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from foundation.errors import UserError
 from foundation.extras import import_extra
-from mm.parallel.dtensor import total_norm
+from mm.parallel.dtensor import local_tensor, squared_norms
 from mm.training.muon import MuonAndAdamW
 
 EPSILON = 1e-8
@@ -197,10 +197,20 @@ def drop_gradients(module: nn.Module, parts: Collection[str]) -> None:
             parameter.grad = None
 
 
-def gradient_norms(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, float]:
-    """The gradient norm of each part of a module, by the part's name: the first component of parameter names."""
+def squared_gradient_norms(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, list[Tensor]]:
+    """Scalars [], whose sum is the squared gradient norm of a part of a module, by the part's name.
+
+    A part's name is the first component of its parameters' names.
+    """
     gradients: dict[str, list[Tensor]] = {}
     for name, parameter in parameters:
         if parameter.grad is not None:
             gradients.setdefault(name.partition(".")[0], []).append(parameter.grad)
-    return {part: total_norm(part_gradients) for part, part_gradients in gradients.items()}
+    return {part: squared_norms(part_gradients) for part, part_gradients in gradients.items()}
+
+
+def scale_gradients(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Multiply the gradients of all parameters that an optimizer steps by `factor`."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if gradients := [local_tensor(parameter.grad) for parameter in parameters if parameter.grad is not None]:
+        torch._foreach_mul_(gradients, factor)

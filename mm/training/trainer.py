@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from foundation.errors import UserError
-from mm.device import resolve_device
+from mm.device import read_scalars, resolve_device
 from mm.parallel.filling import empty_copy, fill, hand_back
 from mm.parallel.parallelize import parallelize
 from mm.parallel.pipeline import Stage, build_stage
@@ -39,9 +40,10 @@ from mm.training.offload import StreamedLayers, check_savings, restore_weights, 
 from mm.training.optimizer import (
     apply_learning_rates,
     drop_gradients,
-    gradient_norms,
     learning_rate_factor,
+    scale_gradients,
     set_learning_rate_factor,
+    squared_gradient_norms,
 )
 from mm.training.precision import attention_kernels, parameter_types, weight_only
 from mm.training.recomputation import activation_checkpointing
@@ -349,10 +351,14 @@ def train_step(
             why = f"{len(unreadable)} of its records cannot be read; the first: {unreadable[0].reason}"
         raise UserError(f"a step holds no targets; {why}")
     device_type = torch.device(device).type
-    losses: list[Tensor | float] = []
-    with attention_kernels(config.precision, device_type):  # the backward pass too: it may recompute activations
+    losses: list[Tensor] = []
+    mean = 0.0  # of a pipeline, which knows it on the host
+    with (
+        attention_kernels(config.precision, device_type),  # the backward pass too: it may recompute activations
+        torch.autocast(device_type, enabled=False),  # weights rounded for a micro-batch are kept until this one ends
+    ):
         if isinstance(module, Stage):
-            losses = [module.forward_backward(batches, scale=layout.dp_size / count) / layout.dp_size]
+            mean = module.forward_backward(batches, scale=layout.dp_size / count) / layout.dp_size
         else:
             for batch in batches:
                 with torch.autocast(device_type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
@@ -363,18 +369,19 @@ def train_step(
     drop_gradients(module, {part for part, number in zip(used_parts, ranks_using, strict=True) if not number})
     if layout.tp > 1:
         all_reduce_partial_gradients(module, layout.mesh(device_type)["tp"].get_group())
-    if isinstance(module, Stage):
-        norms = module.combine_norms(gradient_norms(module.owned_parameters()))
-    else:
-        norms = gradient_norms(trained_parameters(module, optimizer))
-    metrics = StepMetrics(layout.all_reduce_sum(sum(float(loss) for loss in losses))[0], norms)
+    stage = module if isinstance(module, Stage) else None
+    squares = squared_gradient_norms(stage.owned_parameters() if stage else trained_parameters(module, optimizer))
+    values = iter(read_scalars([*losses, *chain.from_iterable(squares.values())]))
+    mean += sum(islice(values, len(losses)))
+    norms = {part: math.sqrt(sum(islice(values, len(scalars)))) for part, scalars in squares.items()}
+    if stage:
+        norms = stage.combine_norms(norms)
+    metrics = StepMetrics(layout.all_reduce_sum(mean)[0], norms)
     try:
         reason = guard.reason_to_skip(metrics.loss, metrics.norm)
         if reason is None:
             if metrics.norm > config.max_gradient_norm:
-                for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
-                    if parameter.grad is not None:
-                        parameter.grad.mul_(config.max_gradient_norm / metrics.norm)
+                scale_gradients(optimizer, config.max_gradient_norm / metrics.norm)
             optimizer.step()
     finally:
         optimizer.zero_grad(set_to_none=True)

@@ -13,6 +13,7 @@ import mm
 from mm.batch import IGNORED
 from mm.cross_attention import CrossAttentionBlock
 from mm.language_model import DecoderLayer
+from mm.training import trainer as loop
 from mm.training.data import collate_step
 from mm.training.guards import Guard
 from mm.training.objectives import NextTokenObjective
@@ -227,25 +228,58 @@ class BlockingCopies(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("padding", ["ragged", "llama32"])
-def test_a_step_does_not_synchronise_before_its_last_backward_pass(model, samples, config, padding):
+def test_a_step_reads_from_the_device_once(model, samples, config, padding, monkeypatch):
     """The meta device has no values, so that reading one is an error."""
     model.vision_encoder.config = replace(model.vision_encoder.config, padding=padding)
     settings = config(micro_batch_size=2)
     learning_rates = apply_learning_rates(model, settings.learning_rates)
     model.to("meta")
-    done = []
+    done, read = [], []
 
     class Counting(NextTokenObjective):
         def loss(self, module, batch):
             done.append(super().loss(module, batch.to("meta")))
             return done[-1]
 
+    def values(scalars) -> list[float]:
+        assert {(scalar.device.type, scalar.shape) for scalar in scalars} == {("meta", ())}
+        read.append(len(scalars))
+        return [4.0] * len(scalars)
+
+    monkeypatch.setattr(loop, "read_scalars", values)
     work = collate_step(list(samples), Counting(), 2)
     optimizer = build_optimizer(model, learning_rates, 0.1, (0.9, 0.95))
-    with pytest.raises(RuntimeError, match="item"), BlockingCopies() as copies:
-        train_step(model, Counting(), optimizer, work.batches, settings, "cpu", Guard(None, 0))
-    assert len(done) == len(work.batches) == 4 and all(loss.is_meta for loss in done)
-    assert all(
-        parameter.grad is not None and parameter.grad.is_meta for parameter in map(model.get_parameter, learning_rates)
+    stepped = []
+    monkeypatch.setattr(
+        optimizer, "step", lambda: stepped.extend(model.get_parameter(name).grad for name in learning_rates)
     )
+    with BlockingCopies() as copies:
+        metrics = train_step(model, Counting(), optimizer, work.batches, settings, "cpu", Guard(None, 0))
+    assert len(done) == len(work.batches) == 4 and all(loss.is_meta for loss in done)
+    parts = {name.partition(".")[0] for name in learning_rates}
+    assert read == [4 + len(parts)] and metrics.loss == 16 and metrics.norms == dict.fromkeys(parts, 2.0)
+    assert stepped and all(gradient is not None and gradient.is_meta for gradient in stepped)
     assert copies.seen == []
+
+
+class RoundedWeights(TorchDispatchMode):
+    """Counts how often a parameter is rounded to bf16."""
+
+    def __init__(self, model) -> None:
+        super().__init__()
+        self.parameters, self.seen = {p.data_ptr() for p in model.parameters() if p.requires_grad}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") is torch.bfloat16:
+            self.seen += args[0].data_ptr() in self.parameters
+        return func(*args, **(kwargs or {}))
+
+
+def test_trained_weights_are_rounded_once_a_step(model, samples, config):
+    apply_learning_rates(model, config().learning_rates)
+    counts = []
+    for size in (7, 1):
+        with RoundedWeights(model) as rounded:
+            gradients(model, samples, config(precision="bf16", micro_batch_size=size))
+        counts.append(rounded.seen)
+    assert counts[0] == counts[1] > 40
