@@ -201,9 +201,14 @@ def answer_accuracy(model: Callable[[Batch], Tensor], batches: list[Batch], devi
     for batch in batches:
         batch = batch.to(device)
         assert batch.labels is not None
-        logits, targets = model(batch)[:, :-1].float(), batch.labels[:, 1:]
-        loss += float(nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
-        num_targets += int((targets != IGNORED).sum())
-        num_correct += int(((logits.argmax(-1) == targets) | (targets == IGNORED)).all(1).sum())
+        targets = batch.labels[:, 1:]
+        rows, columns = (targets != IGNORED).nonzero(as_tuple=True)
+        logits, tokens = model(batch)[rows, columns].float(), targets[rows, columns]
+        loss += float(nn.functional.cross_entropy(logits, tokens, reduction="sum"))
+        num_targets += len(tokens)
+        num_wrong = torch.zeros(len(targets), device=rows.device).index_add_(
+            0, rows, (logits.argmax(-1) != tokens).float()
+        )
+        num_correct += int((num_wrong == 0).sum())
         num_rows += len(targets)
     return {"loss": loss / num_targets, "answer_accuracy": num_correct / num_rows}

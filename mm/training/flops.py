@@ -26,6 +26,7 @@ from mm.training.media_flops import (
     utterance_pieces,
 )
 from mm.training.optimizer import apply_learning_rates
+from mm.training.target_loss import chunk_rows
 from speech.adapter import num_tokens
 from speech.ctc_readout import NUM_NEAREST
 
@@ -193,7 +194,8 @@ def training_flops(
     head = 2 * lm.hidden_size * lm.vocab_size * sum(row.targets for row in rows)
     language = lm.num_layers * (products + attention) + head
     if first is not None:
-        language += (lm.num_layers - first) * (products * (1 + reruns) + attention * (2 + reruns)) + head
+        again = sum(row.targets for row in rows) > chunk_rows(lm.vocab_size)
+        language += (lm.num_layers - first) * (products * (1 + reruns) + attention * (2 + reruns)) + head * (1 + again)
     media = media_flops(config, rows, trained, activation_checkpointing, encoded, encoded_clips)
     return media + blocks + Flops(language_model=language, loss=readout_flops(config, mel_frames, trained))
 

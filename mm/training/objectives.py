@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from foundation.errors import UserError
 from mm.batch import IGNORED, Batch, Sample, collate, dummy_sample
@@ -17,6 +16,7 @@ from mm.model import MultimodalModel
 from mm.parallel.dtensor import full_tensor
 from mm.training.flops import Flops, Row, TrainedParts, batch_clips, batch_rows, training_flops
 from mm.training.media_flops import Clip
+from mm.training.target_loss import target_losses
 
 
 class Objective(Protocol):
@@ -73,8 +73,7 @@ def loss_of_hidden_states(model: MultimodalModel, hidden: Tensor, batch: Batch) 
         batch: its targets lie in the vocabulary: placeholders of images and sounds have no logits.
     """
     rows, columns, targets = (index.to(hidden.device, non_blocking=True) for index in target_positions(model, batch))
-    logits = model.language_model.lm_head(hidden[rows, columns])
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
+    return target_losses(model.language_model.lm_head, hidden[rows, columns], targets, "sum")
 
 
 def target_positions(model: MultimodalModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

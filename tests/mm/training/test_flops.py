@@ -13,6 +13,7 @@ import mm
 from mm.batch import IGNORED
 from mm.modalities import AUDIO, IMAGE
 from mm.parallel.tables import CHECKPOINTED_MODULES
+from mm.training import target_loss
 from mm.training.character_ctc import CharacterCtcModel, CharacterCtcObjective, TranscribedUtterance
 from mm.training.config import TrainingConfig
 from mm.training.contrastive import ContrastiveModel, ContrastiveObjective, TextTowerConfig
@@ -102,6 +103,20 @@ def test_operations_are_those_that_pytorch_counts(build_model, wide_config, rand
     trained_parts = TrainedParts.all(wide_config, encoder)
     assert training_flops(wide_config, rows, trained_parts).total == pytest.approx(training, rel=0.02)
     assert training > 1.5 * forward
+
+
+def test_logits_of_a_chunk_at_a_time_are_counted_twice(build_model, wide_config, random_tiles, monkeypatch):
+    rows = BATCHES["several images"]
+    whole = training_flops(wide_config, rows).total
+    monkeypatch.setattr(target_loss, "MAX_LOGITS", wide_config.language_model.vocab_size)
+    model = copy.deepcopy(build_model(wide_config))
+    apply_learning_rates(model, {**FROZEN, "*": 1e-3})
+    batch = mm.collate(samples_of(rows, wide_config, random_tiles))
+    training = counted(lambda: next_token_loss(model, batch).backward())
+    assert training_flops(wide_config, rows).total == pytest.approx(training, rel=0.02)
+    lm = wide_config.language_model
+    again = 2 * lm.hidden_size * lm.vocab_size * sum(row.targets for row in rows)
+    assert training_flops(wide_config, rows).total == whole + again
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
