@@ -14,6 +14,8 @@ from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
+MAX_WAIT_SHARE = 0.1  # of the time of steps, that a run may wait for its data without a warning
+
 
 class StepMetrics(NamedTuple):
     """The outcome of one step.
@@ -122,8 +124,20 @@ class MetricsLog:
             os.replace(temporary, self.file)
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         self.name, self.num_steps = name, num_steps
+        self.wait_share, self.has_warned_of_waits = 0.0, False
         self.held_out: dict[str, str] = {}  # the latest scores of evaluations
         self.bar = tqdm(total=num_steps, initial=step, desc=name, unit="step", disable=None)
+
+    def warn_of_waits(self, share: float, workers: int) -> None:
+        """Warn once if two logged windows in a row waited for data. (In the first, the workers started.)
+
+        Args:
+            share: of the window's time. workers: processes that read and decode.
+        """
+        if min(share, self.wait_share) > MAX_WAIT_SHARE and not self.has_warned_of_waits:
+            self.has_warned_of_waits = True
+            logger.warning("%s", wait_warning(share, workers, num_cores()))
+        self.wait_share = share
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -153,6 +167,20 @@ class MetricsLog:
             logger.info("%s step %d/%d  %s", self.name, step, self.num_steps, line)
 
 
+def wait_warning(share: float, workers: int, cores: int) -> str:
+    """What a run says whose steps wait for their data, and what would help."""
+    if workers < cores:
+        advice = f"raise training.workers, now {workers}, up to the {cores} cores of this machine"
+    else:
+        advice = f"all {cores} cores decode already: store smaller pictures, or lower max_tiles or the frames of a clip"
+    return f"{share:.0%} of the time of steps is spent waiting for data; {advice}"
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class NoLog:
     """Takes the place of a `MetricsLog` on ranks that are not the main one."""
 
@@ -163,6 +191,9 @@ class NoLog:
         pass
 
     def advance(self, loss: float) -> None:
+        """Do nothing."""
+
+    def warn_of_waits(self, share: float, workers: int) -> None:
         """Do nothing."""
 
     def write(self, step: int, numbers: dict[str, float]) -> None:

@@ -107,5 +107,11 @@ def parameter_types(module: nn.Module, precision: str, language_model_in_bf16: b
 
 
 def attention_kernels(precision: str, device_type: str) -> AbstractContextManager:
-    """Plain attention for bf16 on a CPU, where its backward pass is 4 times faster; elsewhere PyTorch's own choice."""
+    """Plain attention for bf16 on a CPU, where its backward pass is 4 times faster, and any but cuDNN's on CUDA.
+
+    With a mask, the gradients of cuDNN's kernel are wrong for some lengths on an H100 (PyTorch 2.11). So masked
+    attention takes the memory-efficient kernel, and unmasked attention takes FlashAttention.
+    """
+    if device_type == "cuda":
+        return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     return sdpa_kernel(SDPBackend.MATH) if precision == "bf16" and device_type == "cpu" else nullcontext()

@@ -306,6 +306,7 @@ class Trainer:
             observed = self.module.combine_values(observed)
         numbers = self.window.numbers() | {"learning_rate/factor": self.factor} | observed
         numbers |= {f"{name}_total": total for name, total in self.totals.items()}  # also before an interruption
+        self.log.warn_of_waits(numbers["data_wait_share"], self.config.workers)
         for metric, rate in self.peak_rates.items():
             numbers[metric] = numbers["flops_per_second"] / (rate * self.ranks.size)
         self.window = Window()

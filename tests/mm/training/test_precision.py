@@ -9,7 +9,7 @@ from torch import nn
 
 import mm
 from mm.training.optimizer import apply_learning_rates
-from mm.training.precision import lossless_bf16
+from mm.training.precision import attention_kernels, lossless_bf16
 
 
 @pytest.fixture
@@ -76,3 +76,12 @@ def test_tied_embeddings_stay_fp32(tiny_config):
 def test_an_inactive_context_changes_nothing(released):
     with lossless_bf16(released.requires_grad_(False), active=False):
         assert not low(released)
+
+
+def test_training_on_cuda_never_takes_attention_from_cudnn():
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    for precision in ("bf16", "fp32"):
+        with attention_kernels(precision, "cuda"):
+            assert not torch.backends.cuda.cudnn_sdp_enabled()
+            assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before

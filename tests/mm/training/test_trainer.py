@@ -16,6 +16,7 @@ from mm.training.checkpoint import Checkpoints
 from mm.training.config import TrainingConfig
 from mm.training.data import Unreadable
 from mm.training.interruption import StopSignals
+from mm.training.metrics import wait_warning
 from mm.training.objectives import NextTokenObjective
 
 BAD = Unreadable("square-0007", "broken or truncated picture")
@@ -80,6 +81,23 @@ def test_evaluation_does_not_count_as_time_of_steps(model, config, run):
     rows = lines(run(model, config(steps=2, evaluate_every=1), evaluate=slowly))
     seconds = time.monotonic() - started
     assert len(rows) == 2 and sum(row["seconds_per_step"] for row in rows) < seconds - 2 * 0.5
+
+
+class Slow(NextTokenObjective):
+    """Takes a while to build a batch."""
+
+    def collate(self, samples):
+        time.sleep(0.2)
+        return super().collate(samples)
+
+
+def test_a_run_that_waits_for_its_data_says_so_once_and_what_would_help(model, config, run, caplog):
+    run(model, config(steps=4), objective=Slow())
+    warnings = [record.getMessage() for record in caplog.records if "waiting for data" in record.getMessage()]
+    assert len(warnings) == 1 and "raise training.workers, now 0, up to the" in warnings[0]
+    run(model, config(steps=4), "quick")
+    assert len([record for record in caplog.records if "waiting for data" in record.getMessage()]) == 1
+    assert "all 2 cores decode already: store smaller pictures" in wait_warning(0.5, 2, 2)
 
 
 class Broken(NextTokenObjective):
