@@ -30,6 +30,12 @@ class RotaryConfig:
     high_freq_factor: float = 4.0
     original_context: int = 8192
 
+    @property
+    def fields(self) -> tuple[float | str, ...]:
+        """The values of all fields, in their order."""
+        bands = self.low_freq_factor, self.high_freq_factor, self.original_context
+        return self.theta, self.scaling, self.factor, *bands
+
     def __post_init__(self) -> None:
         if self.scaling not in ("none", "linear", "llama3"):
             raise UserError(f"rotary scaling {self.scaling!r} is not supported; it can be none, linear or llama3")
@@ -50,8 +56,18 @@ def inverse_frequencies(config: RotaryConfig, head_dim: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=16)
-def _frequencies_on(config: RotaryConfig, head_dim: int, device: torch.device) -> Tensor:
+def _cached_frequencies(config: RotaryConfig, head_dim: int, device: torch.device) -> Tensor:
     return inverse_frequencies(config, head_dim).to(device)
+
+
+def _frequencies_on(head_dim: int, device: torch.device, *fields: float | str) -> Tensor:
+    """Args: fields: of the configuration, one by one: the compiler takes no dataclass for a constant."""
+    return _cached_frequencies(RotaryConfig(*fields), head_dim, device)  # type: ignore[arg-type]  # in their order
+
+
+# A compiled graph holds the values; powers of its own may be rounded otherwise. `torch.compiler.assume_constant_result`
+# sets this mark too, and imports the compiler, which takes a second.
+_frequencies_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def rotary_angles(config: RotaryConfig, head_dim: int, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -66,7 +82,7 @@ def rotary_angles(config: RotaryConfig, head_dim: int, positions: Tensor, dtype:
     if positions.device.type == "meta":
         frequencies = torch.empty(head_dim // 2, device="meta")
     else:
-        frequencies = _frequencies_on(config, head_dim, positions.device)
+        frequencies = _frequencies_on(head_dim, positions.device, *config.fields)
     angles = positions.float()[..., None] * frequencies
     angles = torch.cat([angles, angles], dim=-1)
     if positions.dim() == 2:

@@ -19,7 +19,7 @@ from layers.attention import DecodeStep, KeyValueCache
 from mm.batch import IGNORED, Batch
 from mm.config import NUM_EXTRA_TOKENS, ModelConfig
 from mm.cross_attention import CrossAttentionBlock, ImageAdapter, VisionCache
-from mm.language_model import LanguageModel
+from mm.language_model import DecoderLayer, LanguageModel
 from mm.modalities import AUDIO, IMAGE, MODALITIES, VIDEO, Modality
 from mm.video_adapter import VideoAdapter
 from mm.vision_context import CrossAttentionMask, VisionContext, VisionContexts, visibility_intervals
@@ -41,17 +41,17 @@ class Cache:
         length: tokens of the longest sequence, prompt and answer.
 
     Attributes:
-        layers: keys and values of each LM layer.
+        layers: keys and values of each LM layer that the process holds, by its index.
         vision: keys and values of each cross-attention block, by depth and modality.
         contexts: which vision tokens the last token of each row's prompt attends to.
     """
 
     def __init__(self, model: "MultimodalModel", num_rows: int, length: int) -> None:
         config, weight = model.config.language_model, model.language_model.model.norm.weight
-        shape = (num_rows, config.num_kv_heads, length, config.head_dim)
-        self.layers = [
-            KeyValueCache(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in range(config.num_layers)
-        ]
+        shape = (num_rows, model.num_kv_heads, length, config.head_dim)
+        self.layers = {
+            depth: KeyValueCache(weight.new_zeros(shape), weight.new_zeros(shape)) for depth in model.held_layers()
+        }
         self.vision = {key: VisionCache() for key in model.blocks()}
         self.contexts: VisionContexts = {}
 
@@ -168,6 +168,17 @@ class MultimodalModel(nn.Module):
     def ctc_blank(self, device: torch.device) -> Tensor:
         """The token whose embedding stands for CTC's blank, [1]: the audio token."""
         return torch.tensor([self.config.audio_token_id], device=device)
+
+    def held_layers(self) -> dict[int, DecoderLayer]:
+        """The language model's layers that this process holds, by their index; a pipeline's rank has only some."""
+        layers = self.language_model.model.layers
+        return {depth: layer for depth, layer in enumerate(layers) if isinstance(layer, DecoderLayer)}
+
+    @property
+    def num_kv_heads(self) -> int:
+        """KV heads of a layer that this process holds; tensor-parallel ranks share those of the configuration."""
+        k_proj = next(iter(self.held_layers().values())).self_attn.k_proj
+        return k_proj.out_features // self.config.language_model.head_dim
 
     def blocks(self) -> dict[tuple[int, str], CrossAttentionBlock]:
         """The cross-attention blocks that this process holds, by the number of LM layers before them and modality."""

@@ -10,6 +10,7 @@ language_model.safetensors      only with `bundle`; else the frozen LM is named 
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -57,6 +58,7 @@ def load(
     dtype: torch.dtype | None = None,
     language_model: str | Path | None = None,
     quantisation: str | None = None,
+    share: Callable[[MultimodalModel], None] | None = None,
 ) -> tuple[MultimodalModel, Processor]:
     """A model and its processor, ready to generate.
 
@@ -66,6 +68,8 @@ def load(
         dtype: of the weights; None is the language model's own dtype.
         language_model: the present path of a run's language model, if it moved.
         quantisation: "fp8" or "int8", see `mm.inference.quantisation.quantise`.
+        share: leaves a model, in place, the part of a rank, before weights are read from their files; such as
+            `mm.parallel.tensor_parallel_inference.share_for_inference`.
 
     Raises:
         UserError: the folder is neither, is incomplete, or its language model is missing or differs from the one in
@@ -74,6 +78,8 @@ def load(
     device = None if device is None else resolve_device(device)
     model, processor = open_model(folder, language_model)
     dtype = dtype or model.language_model.model.norm.weight.dtype
+    if share is not None:
+        share(model)
     materialise(model, device, dtype, threads=torch.get_num_threads())
     model.eval()
     if quantisation is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 
 import mm
+from app.commands.ranks import add_parallel_options, on_ranks
 from foundation.errors import UserError, is_user_error, one_line
 from foundation.options import new_parser, read_options
 from mm.device import device_line, resolve_device
@@ -38,14 +39,15 @@ def caption(argv: Sequence[str]) -> int:
     add_model_options(parser)
     add_length_option(parser, max_new_tokens=64)
     options = read_options(parser, argv)
-    model, processor = load_model(options)
+    with on_ranks(options) as share:
+        model, processor = load_model(options, share)
 
-    def describe(file: str) -> str:
-        kind = "video" if is_clip(file, animations=model.video_adapter is not None) else "image"
-        sample = processor.caption_prompt_for(file, kind)
-        return processor.decode(mm.generate_tokens(model, [sample], options.max_new_tokens)[0])
+        def describe(file: str) -> str:
+            kind = "video" if is_clip(file, animations=model.video_adapter is not None) else "image"
+            sample = processor.caption_prompt_for(file, kind)
+            return processor.decode(mm.generate_tokens(model, [sample], options.max_new_tokens)[0])
 
-    return print_for_each(options.files, describe)
+        return print_for_each(options.files, describe)
 
 
 def ask(argv: Sequence[str]) -> int:
@@ -77,20 +79,21 @@ def ask(argv: Sequence[str]) -> int:
     check_sampling(options.temperature, options.top_p, options.seed)
     if not options.media:
         raise UserError("there is nothing to ask about: give --image, --video or --audio, each with one file or more")
-    model, processor = load_model(options)
     content = [{"type": kind, kind: file} for kind, file in options.media]
     messages = [{"role": "user", "content": [*content, {"type": "text", "text": options.question}]}]
-    for piece in mm.stream(
-        model,
-        processor,
-        messages,
-        options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        seed=options.seed,
-    ):
-        print(piece, end="", flush=True)
-    print()
+    with on_ranks(options) as share:
+        model, processor = load_model(options, share)
+        for piece in mm.stream(
+            model,
+            processor,
+            messages,
+            options.max_new_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            seed=options.seed,
+        ):
+            print(piece, end="", flush=True)
+        print()
     return 0
 
 
@@ -107,17 +110,18 @@ def transcribe(argv: Sequence[str]) -> int:
     add_length_option(parser, max_new_tokens=256)
     options = read_options(parser, argv)
     check_text(options.language, "the language")
-    model, processor = load_model(options)
-    if model.speech_encoder is None:
-        raise UserError(f"{options.model} has no speech_encoder; `mm train train_speech_adapter` trains one")
     request = {"type": "text", "text": f"{TRANSCRIBE} {options.language}:"}
+    with on_ranks(options) as share:
+        model, processor = load_model(options, share)
+        if model.speech_encoder is None:
+            raise UserError(f"{options.model} has no speech_encoder; `mm train train_speech_adapter` trains one")
 
-    def write_down(file: str) -> str:
-        content = [request, {"type": "audio", "audio": file}]
-        sample = processor.prompt([{"role": "user", "content": content}])
-        return processor.decode(transcribe_tokens(model, [sample], options.max_new_tokens)[0])
+        def write_down(file: str) -> str:
+            content = [request, {"type": "audio", "audio": file}]
+            sample = processor.prompt([{"role": "user", "content": content}])
+            return processor.decode(transcribe_tokens(model, [sample], options.max_new_tokens)[0])
 
-    return print_for_each(options.files, write_down)
+        return print_for_each(options.files, write_down)
 
 
 def check_text(text: str, name: str) -> None:
@@ -165,6 +169,7 @@ def add_model_options(parser: ArgumentParser) -> None:
         "--quantisation", choices=QUANTISATIONS, help="of the language model: fp8 feed-forwards, or int8 weights"
     )
     add_device_option(parser)
+    add_parallel_options(parser)
 
 
 def add_length_option(parser: ArgumentParser, max_new_tokens: int) -> None:
@@ -172,12 +177,22 @@ def add_length_option(parser: ArgumentParser, max_new_tokens: int) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help="longest answer, in tokens")
 
 
-def load_model(options: Namespace) -> tuple[mm.MultimodalModel, mm.Processor]:
-    """The model and the processor that the options of `add_model_options` name; logs the device first."""
+def load_model(
+    options: Namespace, share: Callable[[mm.MultimodalModel], None] | None = None
+) -> tuple[mm.MultimodalModel, mm.Processor]:
+    """The model and the processor that the options of `add_model_options` name; logs the device first.
+
+    Args:
+        share: of `on_ranks`.
+    """
     device = resolve_device(options.device)
     logger.info(device_line(device))
     return mm.load(
-        options.model, device=device, language_model=options.language_model, quantisation=options.quantisation
+        options.model,
+        device=device,
+        language_model=options.language_model,
+        quantisation=options.quantisation,
+        share=share,
     )
 
 

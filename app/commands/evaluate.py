@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from app.commands.answer import add_key_option, add_length_option, add_model_options, load_model
+from app.commands.ranks import on_ranks
 from foundation.errors import UserError
 from foundation.options import new_parser, read_options
 from mm.evaluation.evaluate import METRICS, evaluate
+from mm.parallel.process_group import Ranks
 from shards.reader import ShardSet
 
 
@@ -39,21 +41,22 @@ def evaluate_shards(argv: Sequence[str]) -> int:
     options = read_options(parser, argv)
     if options.output and Path(options.output).is_file():  # checked before the scores are computed
         raise UserError(f"{options.output} is a file; name a folder for the scores")
-    model, processor = load_model(options)
-    report = evaluate(
-        model,
-        processor,
-        ShardSet(options.data, options.key).select(split=options.split, task=options.task),
-        options.metrics.split(","),
-        blank_images=options.blank_images,
-        replace_speech=options.replace_speech,
-        replace_images=options.replace_images,
-        frames=options.frames,
-        batch_size=options.batch_size,
-        max_new_tokens=options.max_new_tokens,
-        limit=options.limit,
-    )
-    print(report)
-    if options.output:
-        report.write(options.output)
+    with on_ranks(options) as share:
+        model, processor = load_model(options, share)
+        report = evaluate(
+            model,
+            processor,
+            ShardSet(options.data, options.key).select(split=options.split, task=options.task),
+            options.metrics.split(","),
+            blank_images=options.blank_images,
+            replace_speech=options.replace_speech,
+            replace_images=options.replace_images,
+            frames=options.frames,
+            batch_size=options.batch_size,
+            max_new_tokens=options.max_new_tokens,
+            limit=options.limit,
+        )
+        print(report)
+        if options.output and Ranks.current().is_main:
+            report.write(options.output)
     return 1 if report.failed else 0

@@ -26,6 +26,7 @@ from mm.evaluation.pmi import PmiScorer, share_of_tied
 from mm.generation import generate_tokens
 from mm.modalities import AUDIO, IMAGE
 from mm.model import MultimodalModel
+from mm.parallel.process_group import Ranks
 from mm.processor import Processor
 from mm.records import content_texts, record_answers, record_choices
 from mm.run_files import replaced_files
@@ -171,7 +172,8 @@ def evaluate(
     reasons: dict[int, str] = {}  # of records that could not be read
     compute_seconds: list[float] = []  # of each batch
     sound_seconds: list[float] = []
-    with tqdm(total=len(indices), desc="evaluate", unit="record", disable=None) as progress:
+    hidden = None if Ranks.current().is_main else True  # None: where stderr is not a terminal
+    with tqdm(total=len(indices), desc="evaluate", unit="record", disable=hidden) as progress:
         for window in _chunks(sorted(indices, key=lambda index: (image_of[index], index)), _WINDOW * batch_size):
             prompts: dict[int, _Prompt] = {}
             for index in window:

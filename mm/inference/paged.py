@@ -96,7 +96,10 @@ class PagedCache(Cache):
         vision: Mapping[str, VisionTable],
     ) -> None:
         keys_values = pool.keys_values(TEXT)
-        self.layers = [PagedLayer(*keys_values, *own) for own in zip(table, places, strict=True)]
+        self.layers = {
+            depth: PagedLayer(*keys_values, *own)
+            for depth, *own in zip(model.held_layers(), table, places, strict=True)
+        }
         self.vision = {}
         for kind, seen in vision.items():
             depths = [depth for depth, own in model.blocks() if own == kind]

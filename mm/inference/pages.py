@@ -53,15 +53,16 @@ class PagePool:
     def __init__(self, model: MultimodalModel, memory: int | None = None) -> None:
         config = model.config.language_model
         self.device = model.extra_embeddings.device
-        self.heads = (config.num_kv_heads, config.head_dim)
-        self.dtypes = {TEXT: model.language_model.model.norm.weight.dtype}
-        self.layers: dict[str, int] = {TEXT: config.num_layers}  # layers or blocks that a page holds units for
+        self.heads = (model.num_kv_heads, config.head_dim)
+        held = model.held_layers()
+        self.dtypes = {TEXT: next(iter(held.values())).input_layernorm.weight.dtype}
+        self.layers: dict[str, int] = {TEXT: len(held)}  # layers or blocks that a page holds units for
         for (_, kind), block in model.blocks().items():
             self.dtypes[kind] = block.cross_attn.k_norm.weight.dtype
             self.layers[kind] = self.layers.get(kind, 0) + 1
         widest = max(dtype.itemsize for dtype in self.dtypes.values())
         self.unit_tokens = {kind: UNIT_TOKENS * widest // dtype.itemsize for kind, dtype in self.dtypes.items()}
-        self.half = UNIT_TOKENS * widest * config.num_kv_heads * config.head_dim  # bytes of a unit's keys
+        self.half = UNIT_TOKENS * widest * model.num_kv_heads * config.head_dim  # bytes of a unit's keys
         self.memory, self.found = memory, Counter[str]()
         self._pages: dict[bytes, Page] = {}
         self._idle: OrderedDict[bytes, Page] = OrderedDict()  # pages with a key that no request uses, oldest first

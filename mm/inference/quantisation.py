@@ -25,11 +25,13 @@ def quantise(model: MultimodalModel, kind: str, bound: float | None = ACTIVATION
         bound: of the scales of activations in FP8.
 
     Raises:
-        UserError: another kind, or for "fp8" a feed-forward with biases.
+        UserError: another kind, a model that ranks share, or for "fp8" a feed-forward with biases.
     """
     if kind not in QUANTISATIONS:
         raise UserError(f"quantisation {kind!r} is not known; it can be {' or '.join(QUANTISATIONS)}")
     layers = model.language_model.model.layers
+    if any(isinstance(part, Linear) and type(part) is not Linear for part in layers.modules()):
+        raise UserError(f"quantisation is {kind!r}; a model that tensor-parallel ranks share is not quantised: omit it")
     if kind == "fp8":
         if model.config.language_model.mlp_bias:
             raise UserError(

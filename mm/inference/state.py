@@ -112,7 +112,7 @@ class DecodeState:
             attending = torch.zeros(rows, 1, 1, dtype=torch.bool, device=device)
             table = integers(pool.layers[kind], rows, width, value=ZEROS)
             self.vision[kind] = VisionTable(table, PagedMask(mask, attending))
-        self.bias = torch.zeros(rows, _table_size(model) if bucket.joint else 0, device=device)
+        self.bias = torch.zeros(rows, model.config.language_model.vocab_size if bucket.joint else 0, device=device)
         self.end_bias = torch.zeros(rows, device=device)
         self.joint = torch.zeros(rows, dtype=torch.bool, device=device)
 
@@ -170,10 +170,6 @@ class DecodeState:
     def end(self, row: int) -> None:
         """No more tokens for a row whose answer is not wanted any longer."""
         self.remaining[row] = 0
-
-
-def _table_size(model: MultimodalModel) -> int:
-    return model.language_model.lm_head.weight.shape[0]
 
 
 def _put(target: Tensor, values: Tensor) -> None:

@@ -6,6 +6,7 @@ The model's code knows nothing of this package. Training and inference stand on 
     layout.py           how they are arranged: pp x dp_replicate x dp_shard x tp
     tables.py           which modules are split, gathered and checkpointed; the planner reads the same tables
     tensor_parallel.py, fsdp.py, parallelize.py    the parallelism inside one pipeline stage
+    tensor_parallel_inference.py    tensor parallelism without gradients, on plain tensors
     pipeline.py         one rank's stage of a model
     dtensor.py          full tensors and norms of what is sharded
 """

@@ -1,5 +1,7 @@
 """Rotary positions: scores depend on distances only, and frequencies equal those of `transformers`."""
 
+import warnings
+
 import pytest
 import torch
 from transformers import LlamaConfig
@@ -63,3 +65,23 @@ def test_positions_per_row_equal_shared_positions():
 def test_unknown_scaling_is_an_error():
     with pytest.raises(ValueError, match="'yarn'"):
         RotaryConfig(scaling="yarn")
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.scaling)
+def test_a_compiled_graph_holds_the_frequencies(config):
+    """Without a warning about the cache, and without powers of its own, which could be rounded in another way."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    positions = torch.arange(9)
+    angles = torch.compile(rotary_angles, fullgraph=True, dynamic=False, backend=backend)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = angles(config, 16, positions, torch.float32)
+    (graph,) = graphs
+    assert all("pow" not in str(node.target) and "arange" not in str(node.target) for node in graph.graph.nodes)
+    assert all(map(torch.equal, found, rotary_angles(config, 16, positions, torch.float32)))
