@@ -121,6 +121,12 @@ class Processor:
         tokens = self._tokenizer.encode_prompt(self._template.render(flat, answer_follows=True))
         return self._sample(tokens, None, media)
 
+    def text_prompt(self, text: str) -> Sample:
+        """A text without the chat form, to be continued; control tokens spelled in it count as in messages."""
+        _check_text(text, "the prompt")
+        spans = self._tokenizer.find(text) if self.allow_control_tokens else []
+        return Sample(self._bos() + self._tokenizer.encode(Rendering(text, spans)).ids.tolist())
+
     def example(self, messages: list[Message]) -> Sample:
         """A training sample: every assistant turn is a target, up to and with its stop token.
 
