@@ -82,14 +82,15 @@ class AnswerText:
 
     Args:
         stop_strings: end the text before the first place where one of them stands.
+        strip: leave out white space around the text.
 
     Attributes:
         sent: all pieces so far.
         is_stopped: whether a stop string has ended it.
     """
 
-    def __init__(self, processor: Processor, stop_strings: Sequence[str] = ()) -> None:
-        self.processor, self.stop_strings = processor, stop_strings
+    def __init__(self, processor: Processor, stop_strings: Sequence[str] = (), strip: bool = True) -> None:
+        self.processor, self.stop_strings, self.strip = processor, stop_strings, strip
         self.sent, self.is_stopped = "", False
         self._tokens: list[int] = []
         self._skipped = {id for id, token in processor.tokenizer.added_tokens_decoder.items() if token.special}
@@ -102,7 +103,7 @@ class AnswerText:
         if token not in self._skipped:
             piece = self.processor.tokenizer.convert_ids_to_tokens([token])[0]
             self._ends_in_byte = piece is not None and BYTE_TOKEN.fullmatch(piece) is not None
-        text = self.processor.decode(self._tokens)
+        text = self.processor.decode(self._tokens, self.strip)
         if (end := find_stop(text, self.stop_strings)) is not None:
             self.is_stopped = True
             return self._send(text[:end])
@@ -111,7 +112,7 @@ class AnswerText:
 
     def finish(self) -> str:
         """The last piece, after the last token."""
-        return "" if self.is_stopped else self._send(self.processor.decode(self._tokens))
+        return "" if self.is_stopped else self._send(self.processor.decode(self._tokens, self.strip))
 
     def _send(self, text: str) -> str:
         piece = text[len(self.sent) :]
