@@ -49,5 +49,5 @@ $(VENV)/.installed: setup.cfg constraints.txt
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "venv is missing: apt-get install python3.11-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[data,video,speech,demo,lowbit,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[data,video,speech,demo,lowbit,serve,dev]'
 	@touch $@

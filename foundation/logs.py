@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 # Loggers of other libraries keep the level WARNING. `__main__` is a module that is run by `python -m`.
 PACKAGES = (
-    *("__main__", "app", "benchmarks", "data_prep", "demos", "foundation", "layers", "mm", "shards", "speech"),
-    *("stages", "video", "vision"),
+    *("__main__", "app", "benchmarks", "data_prep", "demos", "foundation", "layers", "mm", "serving", "shards"),
+    *("speech", "stages", "video", "vision"),
 )
 LOGGING_OPTIONS = ("--quiet", "--debug")
 OPTIONS_HELP = "--quiet logs warnings only; --debug logs more, and shows the traceback of a user's mistake too."

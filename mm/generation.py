@@ -65,28 +65,59 @@ def stream(
     """
     check_stop_strings(stop_strings)
     options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
-    tokens: list[int] = []
-    sent = ""
-    skipped = {id for id, token in processor.tokenizer.added_tokens_decoder.items() if token.special}
-    ends_in_byte = False
+    answer = AnswerText(processor, stop_strings)
     for token in stream_tokens(model, processor.prompt(messages), max_new_tokens, **options):
-        tokens.append(token)
-        # A character may be spread over several tokens, and a byte token may break the characters of those before it.
-        if token not in skipped:
-            piece = processor.tokenizer.convert_ids_to_tokens([token])[0]
-            ends_in_byte = piece is not None and BYTE_TOKEN.fullmatch(piece) is not None
-        text = processor.decode(tokens)
-        if (end := find_stop(text, stop_strings)) is not None:
-            if end > len(sent):
-                yield text[len(sent) : end]
+        if piece := answer.append(token):
+            yield piece
+        if answer.is_stopped:
             return
-        known = len(text) - begun_stop(text, stop_strings)
-        if not ends_in_byte and not text.endswith("\ufffd") and known > len(sent):
-            yield text[len(sent) : known]
-            sent = text[:known]
-    rest = processor.decode(tokens)[len(sent) :]
-    if rest:
+    if rest := answer.finish():
         yield rest
+
+
+class AnswerText:
+    """The text of an answer, in pieces of whole characters, while its tokens come in.
+
+    Text that may be the beginning of a stop string is kept back until it is known.
+
+    Args:
+        stop_strings: end the text before the first place where one of them stands.
+        strip: leave out white space around the text.
+
+    Attributes:
+        sent: all pieces so far.
+        is_stopped: whether a stop string has ended it.
+    """
+
+    def __init__(self, processor: Processor, stop_strings: Sequence[str] = (), strip: bool = True) -> None:
+        self.processor, self.stop_strings, self.strip = processor, stop_strings, strip
+        self.sent, self.is_stopped = "", False
+        self._tokens: list[int] = []
+        self._skipped = {id for id, token in processor.tokenizer.added_tokens_decoder.items() if token.special}
+        self._ends_in_byte = False
+
+    def append(self, token: int) -> str:
+        """The piece that one more token makes known; may be empty."""
+        self._tokens.append(token)
+        # A character may be spread over several tokens, and a byte token may break the characters of those before it.
+        if token not in self._skipped:
+            piece = self.processor.tokenizer.convert_ids_to_tokens([token])[0]
+            self._ends_in_byte = piece is not None and BYTE_TOKEN.fullmatch(piece) is not None
+        text = self.processor.decode(self._tokens, self.strip)
+        if (end := find_stop(text, self.stop_strings)) is not None:
+            self.is_stopped = True
+            return self._send(text[:end])
+        known = len(text) - begun_stop(text, self.stop_strings)
+        return "" if self._ends_in_byte or text.endswith("\ufffd") else self._send(text[:known])
+
+    def finish(self) -> str:
+        """The last piece, after the last token."""
+        return "" if self.is_stopped else self._send(self.processor.decode(self._tokens, self.strip))
+
+    def _send(self, text: str) -> str:
+        piece = text[len(self.sent) :]
+        self.sent += piece
+        return piece
 
 
 def check_stop_strings(stop_strings: Sequence[str]) -> None:

@@ -121,6 +121,12 @@ class Processor:
         tokens = self._tokenizer.encode_prompt(self._template.render(flat, answer_follows=True))
         return self._sample(tokens, None, media)
 
+    def text_prompt(self, text: str) -> Sample:
+        """A text without the chat form, to be continued; control tokens spelled in it count as in messages."""
+        _check_text(text, "the prompt")
+        spans = self._tokenizer.find(text) if self.allow_control_tokens else []
+        return Sample(self._bos() + self._tokenizer.encode(Rendering(text, spans)).ids.tolist())
+
     def example(self, messages: list[Message]) -> Sample:
         """A training sample: every assistant turn is a target, up to and with its stop token.
 
@@ -214,11 +220,11 @@ class Processor:
             tokens.append(found.ids[(start <= found.starts) & (found.starts < end) & (found.ids != MARK_ID)].tolist())
         return tokens
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Text of an answer's tokens as they spell it, without special tokens and without white space around it."""
+    def decode(self, tokens: Sequence[int], strip: bool = True) -> str:
+        """Text of an answer's tokens as they spell it, without special tokens and white space around it, if `strip`."""
         # Clean-up would take spaces out of what the model wrote, and out of what `mm.stream` has sent already.
         text = self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return str(text).strip()
+        return str(text).strip() if strip else str(text)
 
     def _caption_request(self, kind: str) -> str | None:
         return self.caption_prompt if kind == "image" else self.video_prompt

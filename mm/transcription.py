@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 from foundation.errors import UserError
 from mm.batch import Sample
-from mm.generation import generate_tokens
 from mm.inference.engine import Engine, decode
 from mm.inference.request import Request
 from mm.model import MultimodalModel
@@ -32,18 +31,40 @@ def transcribe_tokens(model: MultimodalModel, samples: Sequence[Sample], max_new
     Raises:
         UserError: as `mm.generate_tokens`; with a readout, also a prompt with several sounds.
     """
+    heard = [row for row, sample in enumerate(samples) if sample.speech or not has_readout(model)]
+    requests = [transcription_request(model, samples[row], max_new_tokens, f"prompt {row}") for row in heard]
+    answers = dict(zip(heard, decode(Engine(model, max(1, len(heard))), requests), strict=True))
+    return [transcript_tokens(model, answers.get(row, [])) for row in range(len(samples))]
+
+
+def has_readout(model: MultimodalModel) -> bool:
+    """Whether CTC chooses a transcript's tokens together with the language model."""
     adapter = model.config.speech_adapter
-    if adapter is not None and adapter.ctc_readout:
-        for row, sample in enumerate(samples):
-            if len(sample.speech) > 1:
-                raise UserError(f"prompt {row} has {len(sample.speech)} sounds; a transcript is of one: ask for each")
-        heard = [row for row, sample in enumerate(samples) if sample.speech]
-        requests = [Request(samples[row], max_new_tokens, joint_ctc=True) for row in heard]
-        transcripts = dict(zip(heard, decode(Engine(model, max(1, len(heard))), requests), strict=True))
-        return [transcripts.get(row, []) for row in range(len(samples))]
-    audio_tokens = [sample.tokens.count(model.config.audio_token_id) for sample in samples]
-    limits = [min(max_new_tokens, max(1, MAX_TOKENS_PER_AUDIO_TOKEN * count)) for count in audio_tokens]
-    return [truncate_repetition(tokens) for tokens in generate_tokens(model, samples, limits)]
+    return adapter is not None and adapter.ctc_readout
+
+
+def transcription_request(
+    model: MultimodalModel, sample: Sample, max_new_tokens: int, name: str = "the prompt", tenant: str = ""
+) -> Request:
+    """What is asked of the engine for a transcript of a prompt's sound; `transcript_tokens` takes the answer.
+
+    Args:
+        name: of the prompt, for messages.
+
+    Raises:
+        UserError: with a readout, a prompt with several sounds.
+    """
+    if has_readout(model):
+        if len(sample.speech) > 1:
+            raise UserError(f"{name} has {len(sample.speech)} sounds; a transcript is of one: ask for each")
+        return Request(sample, max_new_tokens, joint_ctc=True, tenant=tenant)
+    audio_tokens = sample.tokens.count(model.config.audio_token_id)
+    return Request(sample, min(max_new_tokens, max(1, MAX_TOKENS_PER_AUDIO_TOKEN * audio_tokens)), tenant=tenant)
+
+
+def transcript_tokens(model: MultimodalModel, tokens: list[int]) -> list[int]:
+    """The transcript that an answer to `transcription_request` holds."""
+    return tokens if has_readout(model) else truncate_repetition(tokens)
 
 
 def truncate_repetition(tokens: Sequence[int]) -> list[int]:

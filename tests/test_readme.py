@@ -34,6 +34,7 @@ ALL_PAGES = [*PAGES, "CHANGELOG.md", *sorted(str(page.relative_to(ROOT)) for pag
 
 # Commands of the pages that do not run here, by how they begin, and why.
 NOT_RUN = {
+    "mm serve": "does not end by itself; tests/serving runs it",
     "make ": "installs all packages, and trains or tests for minutes",
     ".venv/bin/pre-commit ": "changes the hooks of the checkout",
     "chromium ": "needs the run of the demo, and a program that may be missing",

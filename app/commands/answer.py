@@ -20,6 +20,7 @@ from video.readers import is_animation, open_animation
 from video.timeline import MAX_PIXELS
 
 DEFAULT_MODEL = "runs/demo"
+MODEL_HELP = "a run folder, or a Llama 3.2 Vision folder"
 MEDIA = {"image": "images", "video": "video clips", "audio": "audio files"}  # type of a message's part -> its help
 VIDEO_SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".ogv", ".flv", ".wmv", ".asf"),
@@ -163,7 +164,12 @@ def add_key_option(parser: ArgumentParser) -> None:
 
 def add_model_options(parser: ArgumentParser) -> None:
     """Add the options that `load_model` reads."""
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="a run folder, or a Llama 3.2 Vision folder")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help=MODEL_HELP)
+    add_loading_options(parser)
+
+
+def add_loading_options(parser: ArgumentParser) -> None:
+    """Add the options that `load_model` reads besides the model's folder."""
     parser.add_argument("--language-model", help="where the run's language model is now, if it has moved")
     parser.add_argument(
         "--quantisation", choices=QUANTISATIONS, help="of the language model: fp8 feed-forwards, or int8 weights"

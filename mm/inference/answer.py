@@ -36,6 +36,11 @@ class Answer:
     pages: RowPages | None = field(default=None, repr=False)
     wanted: bool = True
 
+    @property
+    def follows_tokens(self) -> bool:
+        """Whether what its next step may draw depends on the token before."""
+        return self.ctc is not None or self.request.mask is not None
+
     def needs_sounds(self, count: int) -> bool:
         """Whether the sounds have yet to be encoded, for the next `count` tokens of the prompt or for CTC."""
         return self.prompt_row.needs_audio(count) or (self.request.joint_ctc and self.ctc is None)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from foundation.errors import UserError
 from mm.inference.answer import Answer, Waiting
+from mm.inference.constraints import TokenLogprobs, unpack_logprobs
 from mm.inference.encoding import encode_items, encode_sounds
 from mm.inference.pages import TEXT, PagePool
 from mm.inference.passes import run_chunks
@@ -54,6 +55,9 @@ class Engine:
             state has one shape, and prompts, pictures and sounds pass one at a time, in chunks of one size.
         vision_tokens: with `deterministic`, the most that an answer sees of one modality; None: those of 4 tiles.
 
+    Attributes:
+        logprobs: of the tokens that the latest `step` returned, by request, in order, for requests that ask for them.
+
     Raises:
         UserError: an option out of range.
     """
@@ -92,12 +96,18 @@ class Engine:
         self._state: DecodeState | None = None
         self._readouts: deque[tuple[Readout, list[Answer]]] = deque()  # what steps emitted and `step` has not read
         self._results: list[Result] = []
+        self.logprobs: dict[int, list[TokenLogprobs]] = {}
         self._submitted = 0
 
     @property
     def is_idle(self) -> bool:
         """Whether all answers have ended."""
         return not (self._waiting or self._rows)
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """How many requests have a row, and how many wait for one."""
+        return len(self._rows), len(self._waiting)
 
     def check(self, request: Request, name: str = "the prompt") -> None:
         """Check a request. Args: name: of the prompt, for messages.
@@ -139,9 +149,12 @@ class Engine:
         for answer in list(self._rows.values()):
             if answer.number == number:
                 answer.wanted = False
-                if answer.drawn:  # a pass over a prompt may serve others, and ends as planned
+                if answer.drawn:
                     assert self._state is not None
                     self._state.end(answer.row)
+                    self._leave(answer)
+                elif not any(one.leader is answer for one in self._prompts):  # else its pass serves others, and ends
+                    self._prompts.remove(answer)
                     self._leave(answer)
         self._results = [result for result in self._results if result[0] != number]
 
@@ -154,6 +167,7 @@ class Engine:
             the number is not reported again.
         """
         older = len(self._readouts)
+        self.logprobs = {}
         self._decode()
         self._read(older)
         self._admit()
@@ -180,12 +194,15 @@ class Engine:
         self.decode_one(self.model, self._state, pages)
         for answer in answers:
             answer.drawn += 1
-        self._readouts.append((Readout(self._state.emitted), answers))
+        self._readouts.append((Readout(self._state.readout), answers))
 
     def _upload_biases(self, answers: Sequence[Answer]) -> None:
         for answer in answers:
+            assert self._state is not None
+            if answer.request.mask is not None:
+                allowed = answer.request.mask.allowed(self._state.allowed.shape[1])
+                self._state.allowed[answer.row] = allowed.to(self.pool.device, non_blocking=True)
             if answer.ctc is not None:
-                assert self._state is not None
                 bias, end_bias = answer.ctc.biases(self._state.bias.shape[1])
                 self._state.bias[answer.row] = bias.to(self.pool.device, non_blocking=True)
                 self._state.end_bias[answer.row] = end_bias
@@ -193,21 +210,25 @@ class Engine:
     def _read(self, older: int) -> None:
         """Note what steps emitted: all of it, or with `read_late` the `older` readouts, if others come after them.
 
-        Rows whose next biases depend on the token are not late.
+        Rows whose next biases or masks depend on the token are not late.
         """
         late = self.read_late and len(self._readouts) > older
-        late = late and not any(answer.ctc is not None for answer in self._rows.values())
+        late = late and not any(answer.follows_tokens for answer in self._rows.values())
         for _ in range(older if late else len(self._readouts)):
             readout, answers = self._readouts.popleft()
             emitted = readout.tolist()
             for answer in answers:
                 if self._rows.get(answer.row) is answer:
-                    self._receive(answer, emitted[answer.row])
+                    self._receive(answer, *emitted[answer.row])
 
-    def _receive(self, answer: Answer, token: int) -> None:
+    def _receive(self, answer: Answer, token: int, *details: int) -> None:
         if token != NO_TOKEN:
             answer.received += 1
             self._results.append((answer.number, token))
+            if answer.request.logprobs:
+                self.logprobs.setdefault(answer.number, []).append(unpack_logprobs(list(details)))
+            if answer.request.mask is not None:
+                answer.request.mask.append(token)
         if token == NO_TOKEN or answer.received == answer.budget:
             self._results.append((answer.number, None))
             self._leave(answer)
@@ -335,7 +356,7 @@ class Engine:
         advance(state, spread, drawing)
         for answer in started:
             answer.drawn = 1
-        self._readouts.append((Readout(state.emitted), started))
+        self._readouts.append((Readout(state.readout), started))
 
     def _fitting_state(self, joining: Sequence[Answer]) -> DecodeState:
         """The state with the joining answers in their rows."""

@@ -17,7 +17,7 @@ class Readout:
         else:
             self._values = values.clone()
 
-    def tolist(self) -> list[int]:
+    def tolist(self) -> list[list[int]]:
         """The values."""
         if self._event is not None:
             self._event.synchronize()

@@ -1,10 +1,11 @@
 """What is asked of the engine: one answer to one prompt, and the limits of its options."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from foundation.errors import UserError
 from mm.batch import Sample, collate
+from mm.inference.constraints import TokenMask
 from mm.model import MultimodalModel
 
 MIN_TEMPERATURE = 1e-6  # far below, the quotients of FP32 logits overflow; 1e-6 takes the likeliest token already
@@ -28,6 +29,8 @@ class Request:
         joint_ctc: the answer is a transcript of the prompt's one sound, and CTC chooses its tokens together with the
             language model (`mm.inference.joint_ctc`); greedy.
         tenant: whose request this is. What was computed for one tenant is not used for another.
+        mask: which tokens are allowed; None: all.
+        logprobs: report the log-probabilities of drawn and likeliest tokens (`Engine.logprobs`).
     """
 
     sample: Sample
@@ -39,6 +42,8 @@ class Request:
     answer: int = 0
     joint_ctc: bool = False
     tenant: str = ""
+    mask: TokenMask | None = field(default=None, compare=False)
+    logprobs: bool = False
 
 
 def check_sampling(temperature: float, top_p: float, seed: int) -> None:
@@ -79,6 +84,8 @@ def check_request(model: MultimodalModel, request: Request, name: str = "the pro
     adapter = model.config.speech_adapter
     if request.joint_ctc and (adapter is None or not adapter.ctc_readout):
         raise UserError("joint_ctc needs a speech adapter with a CTC readout, which the model lacks")
+    if request.joint_ctc and (request.mask is not None or request.logprobs):
+        raise UserError("joint_ctc chooses tokens by other scores: leave out mask and logprobs")
     if request.joint_ctc and len(request.sample.speech) != 1:
         raise UserError(f"{name} has {len(request.sample.speech)} sounds; a transcript is of one: ask for each")
     model.check_batch(collate([request.sample]))

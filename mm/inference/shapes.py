@@ -69,6 +69,8 @@ class Shapes:
             samples=any(request.temperature > 0 for request in requests),
             cuts=any(request.temperature > 0 and request.top_p < 1 for request in requests),
             joint=any(request.joint_ctc for request in requests),
+            masked=any(request.mask is not None for request in requests),
+            logprobs=any(request.logprobs for request in requests),
         )
         if self.fixed_rows is not None:
             kinds = sorted(kind for kind in self.pool.layers if kind != TEXT)

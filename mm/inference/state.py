@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from layers.attention import DecodeStep
+from mm.inference.constraints import num_logprobs, pack_logprobs
 from mm.inference.joint_ctc import joint_scores
 from mm.inference.paged import PagedCache, PagedMask, VisionTable
 from mm.inference.pages import SINK, TEXT, ZEROS, PagePool
@@ -30,6 +31,8 @@ class Bucket:
         vision: modality and units of the modalities that some row sees, by name; the others' blocks do not run.
         samples, cuts: as in `sampling.choose_tokens`.
         joint: whether CTC chooses some row's tokens with the language model.
+        masked: whether some row may draw only some tokens.
+        logprobs: whether some row's log-probabilities are reported.
     """
 
     rows: int
@@ -39,6 +42,8 @@ class Bucket:
     samples: bool
     cuts: bool
     joint: bool
+    masked: bool = False
+    logprobs: bool = False
 
     def joined(self, other: "Bucket") -> "Bucket":
         """The smallest bucket that holds what either holds."""
@@ -53,6 +58,8 @@ class Bucket:
             self.samples or other.samples,
             self.cuts or other.cuts,
             self.joint or other.joint,
+            self.masked or other.masked,
+            self.logprobs or other.logprobs,
         )
 
 
@@ -88,6 +95,8 @@ class DecodeState:
         vision: by modality, tables and masks.
         bias: float32 [B, V], what CTC adds to each token's log-probability, and `end_bias` [B] to that of the end, in
             the rows of `joint` [B]; without such rows [B, 0].
+        allowed: bool [B, V], the tokens that a row may draw; without masked rows [B, 0].
+        details: int64 [B, 1 + 2k], of `pack_logprobs` for the latest step; [B, 0] where nobody asked.
         stops, temperature, top_p, seeds, answers: the requests' own, by row.
     """
 
@@ -115,6 +124,16 @@ class DecodeState:
         self.bias = torch.zeros(rows, model.config.language_model.vocab_size if bucket.joint else 0, device=device)
         self.end_bias = torch.zeros(rows, device=device)
         self.joint = torch.zeros(rows, dtype=torch.bool, device=device)
+        size = _table_size(model) if bucket.masked else 0
+        self.allowed = torch.ones(rows, size, dtype=torch.bool, device=device)
+        self.details = integers(rows, 1 + 2 * num_logprobs(_table_size(model)) if bucket.logprobs else 0)
+
+    @property
+    def readout(self) -> Tensor:
+        """What the host reads after a step: int64 [B, 1 + D], the emitted tokens and their details."""
+        return (
+            torch.cat([self.emitted[:, None], self.details], dim=1) if self.bucket.logprobs else self.emitted[:, None]
+        )
 
     def per_row(self) -> list[Tensor]:
         """The tensors [B] and [B, 2] that hold a row's request and progress."""
@@ -152,6 +171,8 @@ class DecodeState:
         put(self.seeds, [(request.seed & WORD, request.seed >> 32) for request in chosen])
         put(self.answers, [request.answer for request in chosen])
         put(self.joint, [request.joint_ctc for request in chosen])
+        if self.bucket.masked:
+            self.allowed[into] = True
         stops = [list(request.stop_tokens or ()) for request in chosen]
         put(self.stops, [[*own, *[NO_TOKEN] * (self.bucket.num_stops - len(own))] for own in stops])
 
@@ -187,9 +208,14 @@ def advance(state: DecodeState, logits: Tensor, drawing: Tensor | None = None) -
     if state.bucket.joint:
         logits, ends = joint_scores(logits, state.bias, state.end_bias, state.joint, state.stops)
     keys = row_keys(state.seeds, state.answers, state.positions + 1)
+    own = logits
+    if state.bucket.masked:
+        logits = logits.masked_fill(~state.allowed, float("-inf"))
     drawn = choose_tokens(
         logits, state.temperature, state.top_p, keys, samples=state.bucket.samples, cuts=state.bucket.cuts
     )
+    if state.bucket.logprobs:
+        state.details.copy_(pack_logprobs(own, drawn))
     goes_on = (state.remaining > 0) & (drawn[:, None] != state.stops).all(-1) & ~ends
     waits = torch.zeros_like(goes_on) if drawing is None else ~drawing
     goes_on &= ~waits

@@ -16,14 +16,14 @@ from speech.reading import read_sound
 MEL_FRAMES_PER_SECOND = 100
 
 
-def read(source: str | Path | bytes, config: ModelConfig, limits: MediaLimits) -> Tensor:
-    """A sound file -> the features that the model's speech encoder takes, float32 [T, num_mels]."""
+def read(source: str | Path | bytes | Tensor, config: ModelConfig, limits: MediaLimits) -> Tensor:
+    """A sound file, or what `read_sound` gives -> the features of the model's speech encoder, float32 [T, num_mels]."""
     assert config.speech_encoder is not None
-    sound = read_sound(source)
+    sound = source if isinstance(source, Tensor) else read_sound(source)
     try:
         return config.speech_encoder.features(sound)
     except ValueError as error:
-        name = "sound" if isinstance(source, bytes) else source
+        name = "sound" if isinstance(source, bytes | Tensor) else source
         raise UserError(f"{name}: {error}") from error
 
 

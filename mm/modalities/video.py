@@ -10,14 +10,14 @@ from mm.config import ModelConfig
 from mm.modalities.image import black_tile
 from mm.modalities.modality import MediaLimits, Modality
 from shards.format import CLIPS
-from video.sampling import Clip, sample_frames
+from video.sampling import Clip, Frames, sample_frames
 from vision.tiling import tile_image
 
 
-def read(source: str | Path | bytes, config: ModelConfig, limits: MediaLimits) -> Clip:
-    """A clip's file -> its sampled frames as tiles."""
+def read(source: str | Path | bytes | Frames, config: ModelConfig, limits: MediaLimits) -> Clip:
+    """A clip's file, or what `sample_frames` gives -> its frames as tiles."""
     assert config.vision_encoder is not None
-    frames = sample_frames(source, limits.max_frames)
+    frames = source if isinstance(source, Frames) else sample_frames(source, limits.max_frames)
     side, max_tiles = config.vision_encoder.tile_size, limits.max_frame_tiles
     tiles = [tile_image(Image.fromarray(pixels), side, max_tiles) for pixels in frames.pixels]
     return Clip(tiles, torch.from_numpy(frames.times))

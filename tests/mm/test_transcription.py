@@ -18,10 +18,10 @@ def test_without_ctc_a_transcript_has_at_most_three_tokens_per_audio_token(tiny_
     prompts = [mm.Sample([5, *[sound] * count, 6]) for count in (0, 1, 6, 7)]
     free = mm.generate_tokens(tiny_model, prompts, [1, 3, 18, 20])
     assert transcribe_tokens(tiny_model, prompts, 20) == [truncate_repetition(tokens) for tokens in free]
-    limits = []
-    monkeypatch.setattr(mm.transcription, "generate_tokens", lambda *arguments: limits.append(arguments[2]) or [])
-    transcribe_tokens(tiny_model, prompts, 20)
-    assert limits == [[1, 3, 18, 20]]
+    asked = []
+    monkeypatch.setattr(mm.transcription, "decode", lambda engine, requests: asked.extend(requests) or [[]] * 4)
+    assert transcribe_tokens(tiny_model, prompts, 20) == [[]] * 4
+    assert [request.max_new_tokens for request in asked] == [1, 3, 18, 20]
 
 
 @pytest.fixture(scope="module")

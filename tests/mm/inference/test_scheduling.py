@@ -165,6 +165,8 @@ def test_transcripts_need_a_readout_and_one_sound(model, ctc_model, prompts):
         Engine(model).submit(Request(prompts[7], 8, joint_ctc=True))
     with pytest.raises(ValueError, match="the prompt has 0 sounds; a transcript is of one"):
         Engine(ctc_model).submit(Request(prompts[0], 8, joint_ctc=True))
+    with pytest.raises(ValueError, match="leave out mask and logprobs"):
+        Engine(ctc_model).submit(Request(prompts[7], 8, joint_ctc=True, logprobs=True))
 
 
 @pytest.fixture(scope="module")
