@@ -83,7 +83,7 @@ class Server:
         self.seats = Seats(engine.max_rows + self.limits.queue)
         self.decoder = MediaDecoder(self.limits, settings.media_workers)
         self.conversations = Conversations(self.model, processor, self.limits, self.decoder, settings.sources)
-        self.grammars = Grammars(processor, self.model.language_model.lm_head.weight.shape[0])
+        self.grammars = Grammars(processor, self.model.config.language_model.vocab_size)
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: Any) -> AsyncIterator[None]:

@@ -121,12 +121,12 @@ class DecodeState:
             attending = torch.zeros(rows, 1, 1, dtype=torch.bool, device=device)
             table = integers(pool.layers[kind], rows, width, value=ZEROS)
             self.vision[kind] = VisionTable(table, PagedMask(mask, attending))
-        self.bias = torch.zeros(rows, model.config.language_model.vocab_size if bucket.joint else 0, device=device)
+        vocabulary = model.config.language_model.vocab_size
+        self.bias = torch.zeros(rows, vocabulary if bucket.joint else 0, device=device)
         self.end_bias = torch.zeros(rows, device=device)
         self.joint = torch.zeros(rows, dtype=torch.bool, device=device)
-        size = _table_size(model) if bucket.masked else 0
-        self.allowed = torch.ones(rows, size, dtype=torch.bool, device=device)
-        self.details = integers(rows, 1 + 2 * num_logprobs(_table_size(model)) if bucket.logprobs else 0)
+        self.allowed = torch.ones(rows, vocabulary if bucket.masked else 0, dtype=torch.bool, device=device)
+        self.details = integers(rows, 1 + 2 * num_logprobs(vocabulary) if bucket.logprobs else 0)
 
     @property
     def readout(self) -> Tensor:
