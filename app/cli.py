@@ -68,6 +68,7 @@ BUILT_SETS = {
     "flowcharts": Command("Draw flowcharts, answered in Mermaid."),
     "grounding": Command("Ask where objects are, by numbered marks or by coordinates."),
     "mix": Command("Mix several sets by weight."),
+    "preferences": Command("Turn a table of preferences, in a Hugging Face form, into shards."),
     "questions": Command("Turn a table of images, questions and answers into conversations."),
     "recaptions": Command("Caption the images of a set anew with a model."),
     "screenshots": Command("Take screenshots with a boxed element, answered with its HTML."),

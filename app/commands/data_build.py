@@ -18,6 +18,7 @@ from data_prep.synthetic.equations import Equations
 from data_prep.synthetic.flowcharts import Flowcharts
 from data_prep.synthetic.grounding import Grounding
 from data_prep.synthetic.mix import Mix
+from data_prep.synthetic.preferences import Preferences
 from data_prep.synthetic.questions import Questions
 from data_prep.synthetic.recaptions import Recaptions
 from data_prep.synthetic.screenshots import Screenshots
@@ -34,6 +35,7 @@ BUILDERS: dict[str, type[Builder]] = {
     "flowcharts": Flowcharts,
     "grounding": Grounding,
     "mix": Mix,
+    "preferences": Preferences,
     "questions": Questions,
     "recaptions": Recaptions,
     "screenshots": Screenshots,
