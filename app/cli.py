@@ -58,6 +58,7 @@ STAGES = {
     "finetune": Command(
         "Train a run's adapters further on conversations (SFT, quality tuning).", "stages.finetune:main"
     ),
+    "train_dpo": Command("Train a run's adapters on preferences (DPO).", "stages.train_dpo:main"),
 }
 
 BUILT_SETS = {

@@ -78,8 +78,8 @@ def parse_preference(values: Mapping[str, Any], where: str) -> Preference:
     margin = _whole_number(values.get("margin"), where, "margin")
     if margin is not None and margin > MAX_MARGIN:
         raise UserError(
-            f"{where}: margin is {margin}; it can be 0 to {MAX_MARGIN}, the side of a 7-point scale on which the chosen "
-            "answer is the better one"
+            f"{where}: margin is {margin}; it can be 0 to {MAX_MARGIN}, the side of a 7-point scale on which chosen is "
+            "the better answer"
         )
     names = {name: _name(values.get(name), where, name) for name in ("model", "source", "perturbation")}
     return Preference(

@@ -102,9 +102,13 @@ class ShardSet:
                 if not keep.any():
                     present = sorted({str(name) for name in self.index[column].unique().to_pylist()})
                     raise UserError(f"{self.folder}: no records of {column} {value!r}; it has {', '.join(present)}")
+        return self.keep(keep)
+
+    def keep(self, mask: np.ndarray) -> "ShardSet":
+        """The records at which a bool array [len(self)] is True, in the same order."""
         selected = object.__new__(ShardSet)
         selected.folder, selected.key = self.folder, self.key
-        selected.index = self.index.filter(pa.array(keep)).combine_chunks()
+        selected.index = self.index.filter(pa.array(mask)).combine_chunks()
         selected._set_rows()
         return selected
 

@@ -31,6 +31,7 @@ from stages.finetune import Finetune
 from stages.pretrain_image_encoder import PretrainImageEncoder
 from stages.pretrain_speech_encoder import PretrainSpeechEncoder
 from stages.sweep import Sweep
+from stages.train_dpo import TrainDpo
 from stages.train_image_adapter import TrainImageAdapter
 from stages.train_speech_adapter import TrainSpeechAdapter
 from stages.train_video_adapter import TrainVideoAdapter
@@ -41,6 +42,7 @@ STAGES = {
     "pretrain_image_encoder": PretrainImageEncoder,
     "pretrain_speech_encoder": PretrainSpeechEncoder,
     "sweep": Sweep,
+    "train_dpo": TrainDpo,
     "train_image_adapter": TrainImageAdapter,
     "train_speech_adapter": TrainSpeechAdapter,
     "train_video_adapter": TrainVideoAdapter,

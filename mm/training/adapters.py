@@ -30,6 +30,7 @@ from mm.training.media import check_media, likely_indices
 from mm.training.objectives import NextTokenObjective
 from mm.training.optimizer import apply_learning_rates
 from mm.training.precision import lossless_bf16, parameter_types
+from mm.training.reference import Reference
 from mm.training.trainer import Trainer
 from shards.format import Record
 
@@ -66,6 +67,9 @@ def train_adapters(
     trainable_prefix: str = "",
     objective: NextTokenObjective | None = None,
     prepare: Callable[[Record, int], Sample] | None = None,
+    dataset: RecordDataset | None = None,
+    evaluate: Callable[[Callable], dict[str, float]] | None = None,
+    reference: Reference | None = None,
 ) -> None:
     """Train a model in place on records of `config.data`; its language model stays frozen.
 
@@ -77,6 +81,8 @@ def train_adapters(
         objective: None is next-token prediction on the answers.
         prepare: (record, visit) -> training sample, where visit counts how often the record came before; None is
             `Processor.record_example`.
+        dataset: in place of `config.data`, with samples of the objective's own type.
+        evaluate: in place of the accuracy on `config.validation`. reference: of the objective, see `Trainer`.
 
     Raises:
         UserError: learning rates for parameters that this stage freezes, data in which no record shows the modality,
@@ -90,7 +96,8 @@ def train_adapters(
     objective.flops = partial(objective.batch_flops, config=model.config, trained=trained)
     if isinstance(objective, MatchingObjective) and objective.matching_weight:
         check_compared(config.training)
-    dataset = RecordDataset(config.data, prepare or processor.record_example, by_epoch=prepare is not None)
+    if dataset is None:
+        dataset = RecordDataset(config.data, prepare or processor.record_example, by_epoch=prepare is not None)
     check_media(dataset, modality)
     if new_adapter:
         adapter = model.config.image_adapter if modality is IMAGE else model.config.video_adapter
@@ -102,8 +109,7 @@ def train_adapters(
             fitted = empty_copy(model, parameter_types(model, "bf16"))
             fill(fitted, model, "cpu")
             fitted.fit_inputs(objective.collate(samples), modality.name, config.training.seed)
-    evaluate = None
-    if config.validation:
+    if evaluate is None and config.validation:
         batches = validation_batches(config, config.validation, processor, objective)
         evaluate = partial(answer_accuracy, batches=batches, device=device)
         if isinstance(objective, MatchingObjective) and not objective.runs_language_model:
@@ -125,6 +131,7 @@ def train_adapters(
             frozen_layers="language_model.model.layers",
             sample_costs=sample_costs_of(dataset, model.config, processor.max_tiles),
             peak_rates=peak_rates(device, config.training.precision, config.training.peak_tflops),
+            reference=reference,
             identity={setting: value for setting, value in asdict(config).items() if setting not in NOT_IN_FINGERPRINT},
         ).run()
 

@@ -67,15 +67,22 @@ class Checkpoints:
         fingerprint: JSON-able settings that a resumed run must have in common with this one.
         module: already parallelized, and not run yet: while it runs, its parameters are other tensors.
         optimizer: AdamW of those of its parameters that train, or of FP32 copies of them (`mm.training.offload`).
+        reference: further tensors by name, such as those of `mm.training.reference`; `resume` loads them in place.
     """
 
     def __init__(
-        self, folder: Path, keep: int, fingerprint: dict[str, Any], module: nn.Module, optimizer: torch.optim.Optimizer
+        self,
+        folder: Path,
+        keep: int,
+        fingerprint: dict[str, Any],
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        reference: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.folder, self.keep = folder / "checkpoints", keep
         self.fingerprint = json.loads(json.dumps(fingerprint))
         self.trained = dict(trained_parameters(module, optimizer))
-        self.optimizer = optimizer
+        self.optimizer, self.reference = optimizer, reference or {}
         self.ranks = Ranks.current()
         # A group of their own for the writing threads, so that their messages do not mix with those of the training.
         self.group = dist.new_group(backend="gloo") if self.ranks.size > 1 else None
@@ -121,7 +128,7 @@ class Checkpoints:
         }
         states = {name: self.optimizer.state.get(p) for name, p in self.trained.items()}
         moments = {name: plain_state(state) for name, state in states.items() if state}
-        tensors = _by_name(self.trained, moments, self.ranks.rank, _random_states())
+        tensors = _by_name(self.trained, moments, self.ranks.rank, _random_states(), self.reference)
         self.latest = self.folder / f"step-{step:08d}"
         writer = _Writer(self.latest, json.dumps(state), self.keep)
         write = partial(save, _copy_to_host(tensors), storage_writer=writer, process_group=self.group)
@@ -182,7 +189,7 @@ class Checkpoints:
         model = {name: parameter.detach() for name, parameter in self.trained.items()}
         with _damage_is_user_error(newest):
             moments = {name: plain_state(state) for name, state in states.items()}
-            tensors = _by_name(model, moments, owner, random)
+            tensors = _by_name(model, moments, owner, random, self.reference)
             load(tensors, storage_reader=FileSystemReader(newest), process_group=self.group)  # into these tensors
         self.optimizer.state.update({self.trained[name]: values for name, values in states.items()})
         if isinstance(self.optimizer, HostAdamW):
@@ -237,10 +244,15 @@ def _complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def _by_name(
-    model: Mapping[str, Tensor], moments: dict[str, dict[str, Tensor]], owner: int, random: dict[str, Tensor]
+    model: Mapping[str, Tensor],
+    moments: dict[str, dict[str, Tensor]],
+    owner: int,
+    random: dict[str, Tensor],
+    reference: Mapping[str, Tensor],
 ) -> dict[str, Any]:
     """A rank's tensors under their names in a checkpoint."""
-    parts: dict[str, Any] = {"model": model, "optimizer": moments, "random": {str(owner): random}}
+    parts: dict[str, Any] = {"model": model, "optimizer": moments, "reference": reference}
+    parts["random"] = {str(owner): random}
     return {name: part for name, part in parts.items() if part}  # a rank may hold nothing that trains
 
 

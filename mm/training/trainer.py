@@ -47,6 +47,7 @@ from mm.training.optimizer import (
 )
 from mm.training.precision import attention_kernels, parameter_types, weight_only
 from mm.training.recomputation import activation_checkpointing
+from mm.training.reference import Reference
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,8 @@ class Trainer:
         sample_costs: the cost of each sample, such as its tokens, [len(dataset)]; ranks get about equal sums of it.
         peak_rates: FLOP/s of a rank's device, by the metric that reports which share of it the objective's "flops"
             reach, see `mm.training.devices.peak_rates`.
+        reference: an earlier state of the trained weights, which the objective compares with; it is updated after each
+            step and kept in checkpoints.
     """
 
     def __init__(
@@ -91,11 +94,12 @@ class Trainer:
         identity: dict[str, Any] | None = None,
         sample_costs: Tensor | None = None,
         peak_rates: Mapping[str, float] | None = None,
+        reference: Reference | None = None,
     ) -> None:
         self.original, self.objective, self.dataset, self.config = module, objective, dataset, config
         self.folder, self.name, self.evaluate = folder, name, evaluate
         self.checkpointed_modules, self.fsdp_modules = checkpointed_modules, fsdp_modules
-        self.frozen_layers = frozen_layers
+        self.frozen_layers, self.reference = frozen_layers, reference
         self.identity, self.sample_costs, self.peak_rates = identity or {}, sample_costs, peak_rates or {}
         self.device, self.ranks = resolve_device(device), Ranks.current()
 
@@ -184,7 +188,10 @@ class Trainer:
             self.module.to(self.device)
         self.optimizer = step_optimizer(self.module, self.learning_rates, config)
         self.optimizer_flops = self.optimizer.flops if isinstance(self.optimizer, MuonAndAdamW) else 0
-        self.checkpoints = Checkpoints(self.folder, config.keep, fingerprint, self.module, self.optimizer)
+        if self.reference is not None:
+            self.reference.start(self.module, self.learning_rates)
+        kept = {} if self.reference is None else self.reference.tensors
+        self.checkpoints = Checkpoints(self.folder, config.keep, fingerprint, self.module, self.optimizer, kept)
 
     def _fingerprint(self) -> dict[str, Any]:
         """What a resumed run must have in common with the interrupted one."""
@@ -278,6 +285,8 @@ class Trainer:
     def _after_step(self, finished: int) -> None:
         """Log, evaluate, save and stop, where that is due after `finished` steps."""
         config, last = self.config, finished == self.config.steps
+        if self.reference is not None:
+            self.reference.after_step(self.module, finished)
         numbers: dict[str, float] = {}
         if finished % config.log_every == 0 or last:
             numbers |= self._window_numbers()
