@@ -162,7 +162,7 @@ def selected_pairs(config: TrainDpo, processor: Processor, measures: bool) -> Se
     def load_model() -> MultimodalModel:
         return load(config.start_from, device, torch.float32 if config.training.precision == "fp32" else None)[0]
 
-    settings = {"data": [asdict(source) for source in config.data], "start_from": config.start_from}
+    settings: dict[str, Any] = {"data": [asdict(source) for source in config.data], "start_from": config.start_from}
     settings |= {"max_tokens": config.max_tokens, "measured": measures}
     selection = select_pairs(
         config.data,

@@ -1,6 +1,7 @@
 """The README and the pages under docs/: commands and Python blocks run on tiny data, links and paths exist."""
 
 import io
+import json
 import re
 import shlex
 import shutil
@@ -59,6 +60,7 @@ CREATED = {
     ],
     "docs/curation.md": ["runs/data/sample/shards", "runs/data/clips/shards"],
     "docs/annealing-sets.md": ["data/tables"],
+    "docs/post-training.md": ["data/preferences", "runs/mine-dpo"],
     "docs/llama-3.2-vision.md": ["runs/llama", "Llama-3.2-11B-Vision-Instruct-tuned"],
 }
 
@@ -83,7 +85,7 @@ def prepared(
     home = tmp_path_factory.mktemp("prepared")
     shutil.copytree(ROOT / "examples", home / "examples")
     shutil.copytree(ROOT / "configs", home / "configs")
-    for name in ("runs/demo", "runs/mine"):
+    for name in ("runs/demo", "runs/mine", "runs/mine-chat"):
         save(home / name, tiny_model, tiny_processor, bundle=True)
     for name in ("runs/everything", "runs/demo-speech"):
         shutil.copytree(everything_run, home / name)
@@ -101,6 +103,7 @@ def prepared(
         write_shards([square_record(index, splits[index]) for index in range(4)], home / "data" / name)
     (home / "clip.mp4").write_bytes(film(1))
     (home / "hello.wav").write_bytes(sound(1.0))
+    write_preferences(home, square_record)
     write_shards([clip_record(index) for index in range(2)], home / "data/mine-clips")
     write_shards([clip_record(index) for index in range(2)], home / "data/mine-clip-questions")
     languages = {"asterisk_en": "en", "asterisk_es": "es", "asterisk_fr": "fr", "asterisk_it": "it"}
@@ -130,6 +133,16 @@ def write_mllama(folder: Path, vocab_size: int) -> None:
     )  # fmt: skip
     torch.manual_seed(0)
     MllamaForConditionalGeneration(config).save_pretrained(folder)
+
+
+def write_preferences(home: Path, square_record: Callable[[int], Record]) -> None:
+    """A table of preferences: pictures, and two answers each."""
+    rows = []
+    for index in range(4):
+        (home / f"square-{index}.png").write_bytes(square_record(index).media["png"])
+        row = {"prompt": "which colour?", "chosen": "red", "rejected": "a blue one", "images": [f"square-{index}.png"]}
+        rows.append(json.dumps(row | {"prompt": f"which colour is number {index}?"}))
+    (home / "preferences.jsonl").write_text("\n".join(rows))
 
 
 def clip_record(index: int) -> Record:
@@ -172,6 +185,10 @@ def shrink_configurations(configs: Path) -> None:
         edit(values)
         (configs / name).write_text(yaml.safe_dump(values, sort_keys=False))
 
+    def dpo(values: dict[str, Any]) -> None:
+        values["min_log_prob"] = None  # the tiny model finds every answer unlikely
+        values["training"]["micro_batch_size"] = 1
+
     def video_adapter(values: dict[str, Any]) -> None:
         values["adapter"]["aggregator"] |= {**transformer, "num_layers": 1, "num_time_frequencies": 8}
         values["adapter"]["interval"] = 1
@@ -191,6 +208,7 @@ def shrink_configurations(configs: Path) -> None:
         values["resampling"]["text"] = "data/nouns.txt"
         values["canaries"]["pictures"] = 2
 
+    change("dpo.yaml", dpo)
     change("video_adapter.yaml", video_adapter)
     change("video_finetune.yaml", lambda values: None)
     for name in ("character_ctc", "alignment", "transcription", "whisper_alignment", "whisper_transcription"):

@@ -7,13 +7,11 @@ log-likelihood of the chosen answer per token, the end token included. Logits ex
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from foundation.errors import UserError
 from mm.batch import Batch
@@ -24,8 +22,7 @@ from mm.training.comparisons import Comparison, ComparisonBatch, collate_compari
 from mm.training.flops import TrainedParts, batch_clips, batch_rows
 from mm.training.objectives import NextTokenObjective, target_positions
 from mm.training.reference import Reference, recorded_outputs
-
-CHUNK = 1024  # tokens whose logits exist at a time
+from mm.training.target_loss import target_losses
 
 PairLoss = Literal["sigmoid", "ipo"]
 
@@ -44,12 +41,12 @@ class AnswerLogProbs(NamedTuple):
     num_whole: list[int]
 
 
-def answer_log_probs(model: MultimodalModel, batch: Batch, chunk: int = CHUNK) -> AnswerLogProbs:
+def answer_log_probs(model: MultimodalModel, batch: Batch) -> AnswerLogProbs:
     """Log-probabilities of the labelled answer of each row; header tokens are no labels, so none of them counts."""
     hidden = model.hidden_states(batch)
     rows, columns, targets = target_positions(model, batch)
-    device = hidden.device
-    log_probs = _target_log_probs(model, hidden, *(index.to(device) for index in (rows, columns, targets)), chunk)
+    places = (index.to(hidden.device) for index in (rows, columns))
+    log_probs = -target_losses(model.language_model.lm_head, hidden[*places], targets.to(hidden.device))
     counts = torch.bincount(rows, minlength=len(batch.tokens)).tolist()
     stops = set(model.config.language_model.stop_tokens)
     ends = torch.tensor(counts).cumsum(0).tolist()
@@ -58,23 +55,6 @@ def answer_log_probs(model: MultimodalModel, batch: Batch, chunk: int = CHUNK) -
     parts = log_probs.split(counts)
     scored = torch.stack([part[:count].sum() for part, count in zip(parts, num_scored, strict=True)])
     return AnswerLogProbs(scored, torch.stack([part.sum() for part in parts]), num_scored, counts)
-
-
-def _target_log_probs(
-    model: MultimodalModel, hidden: Tensor, rows: Tensor, columns: Tensor, targets: Tensor, chunk: int
-) -> Tensor:
-    """The log-probability of each target after hidden[row, column], FP32 [N]."""
-
-    def of_chunk(states: Tensor, chunk_targets: Tensor) -> Tensor:
-        logits = model.language_model.lm_head(states).float()
-        return -F.cross_entropy(logits, chunk_targets, reduction="none")
-
-    # The backward pass computes each chunk's logits again.
-    run: Callable[..., Any] = of_chunk
-    if torch.is_grad_enabled():
-        run = partial(checkpoint, of_chunk, use_reentrant=False)
-    states = hidden[rows, columns]
-    return torch.cat([run(*pair) for pair in zip(states.split(chunk), targets.split(chunk), strict=True)])
 
 
 def sigmoid_loss(advantage: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
@@ -200,7 +180,7 @@ class PreferenceObjective(NextTokenObjective):
 
     def _note(self, chosen: Tensor, rejected: Tensor, nll: Tensor) -> None:
         difference = chosen - rejected
-        found = {"pairs": len(difference), "accuracy": (difference > 0).sum(), "nll": nll.sum()}
+        found: dict[str, Any] = {"pairs": len(difference), "accuracy": (difference > 0).sum(), "nll": nll.sum()}
         found |= {"margin": difference.sum(), "chosen": chosen.sum(), "rejected": rejected.sum()}
         self._sums = {name: total + found[name] for name, total in self._sums.items()}
 

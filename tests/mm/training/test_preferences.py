@@ -10,6 +10,7 @@ import torch
 import mm
 from foundation.errors import UserError
 from mm.batch import IGNORED
+from mm.training import target_loss
 from mm.training.comparisons import collate_comparisons
 from mm.training.optimizer import apply_learning_rates
 from mm.training.preferences import PreferenceObjective, answer_log_probs, ipo_loss, sigmoid_loss
@@ -165,13 +166,14 @@ def test_a_picture_is_encoded_once_per_set_of_weights(model, comparisons, case, 
     assert keys == [tokens] * (2 if reference is not None else 1)  # chosen and rejected share keys and values
 
 
-def test_logits_exist_for_a_chunk_of_answer_tokens_at_a_time(model, comparisons):
+def test_logits_exist_for_a_chunk_of_answer_tokens_at_a_time(model, comparisons, monkeypatch):
     shapes = []
     batch = collate_comparisons(comparisons).rows
     expected = answer_log_probs(model, batch)
     hook = model.language_model.lm_head.register_forward_hook(lambda _, __, output: shapes.append(tuple(output.shape)))
     apply_learning_rates(model, RATES)
-    found = answer_log_probs(model, batch, chunk=7)
+    monkeypatch.setattr(target_loss, "MAX_LOGITS", 7 * model.config.language_model.vocab_size)
+    found = answer_log_probs(model, batch)
     forward = len(shapes)
     found.whole.sum().backward()
     hook.remove()
