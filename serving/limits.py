@@ -50,9 +50,9 @@ class Limits:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            least = 0 if field.name in ("queue", "media") else 1
-            if getattr(self, field.name) < least:
-                raise UserError(f"{field.name} is {getattr(self, field.name)}; it must be at least {least}")
+            value, may_be_none = getattr(self, field.name), field.name in ("queue", "media")
+            if not (value >= 0 if may_be_none else value > 0):
+                raise UserError(f"{field.name} is {value}; it must be {'at least' if may_be_none else 'above'} 0")
 
 
 class Seats:
