@@ -144,8 +144,8 @@ class Sampling(Part):
     model: str
     n: Annotated[int, Field(ge=1)] | None = None
     seed: Seed | None = None
-    temperature: Annotated[float, Field(ge=0, le=2, strict=False)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1, strict=False)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     stop: str | Stops | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     stream: bool | None = None

@@ -118,7 +118,8 @@ def test_stop_strings_and_both_names_of_the_limit(client):
     stop = whole[9:11]
     given = chat(client, "a green", max_tokens=40, stop=[stop, "\0never"])
     assert given.choices[0].message.content == whole[: whole.index(stop)] and given.choices[0].finish_reason == "stop"
-    limited = client.chat.completions.create(model=NAME, messages=[user("a")], max_completion_tokens=3)
+    options = {"model": NAME, "temperature": 0, "messages": [user("a green")]}
+    limited = client.chat.completions.create(**options, max_completion_tokens=3)
     assert limited.usage.completion_tokens == 3
 
 
