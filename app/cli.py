@@ -102,7 +102,7 @@ COMMANDS = {
     "caption": Command("Caption images and video clips.", "app.commands.answer:caption"),
     "ask": Command("Ask a question about images, video clips and audio.", "app.commands.answer:ask"),
     "transcribe": Command("Transcribe the speech in audio or video files.", "app.commands.answer:transcribe"),
-    "serve": Command("Serve a model by OpenAI's API, with a web page.", "app.commands.serve:serve"),
+    "serve": Command("Serve a model by OpenAI's API.", "app.commands.serve:serve"),
     "evaluate": Command("Score a model on a folder of shards.", "app.commands.evaluate:evaluate_shards"),
     "average": Command("Average the weights of several runs of one model.", "app.commands.average:average_runs"),
     "plan": Command("Estimate memory, operations and layouts of a training run.", "app.commands.plan:plan_training"),

@@ -225,7 +225,7 @@ def usage(prompt: int, answer: int, media: dict[str, int]) -> dict[str, Any]:
         "prompt_tokens": prompt,
         "completion_tokens": answer,
         "total_tokens": prompt + answer,
-        "prompt_tokens_details": {"cached_tokens": 0, **media},
+        "prompt_tokens_details": media,
     }
 
 

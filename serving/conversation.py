@@ -96,7 +96,7 @@ class Conversations:
             data = await self.bytes_of(part.audio_url.url, param)
         else:
             assert isinstance(part, InputAudioPart)
-            data = self._decode(part.input_audio.data, param)
+            data = await asyncio.to_thread(self._decode, part.input_audio.data, param)
         return {"type": "audio", "audio": await self.decoder.sound(data, param)}
 
     def _check_modality(self, part: str, what: str, param: str) -> None:
@@ -110,7 +110,7 @@ class Conversations:
         found = DATA_URL.match(url[:300])
         if found is None:
             raise ApiError(400, "a data: URL is data:TYPE;base64,DATA", param, code="invalid_url")
-        return self._decode(url[found.end() :], param)
+        return await asyncio.to_thread(self._decode, url[found.end() :], param)
 
     def _decode(self, text: str, param: str) -> bytes:
         try:

@@ -23,7 +23,7 @@ class Limits:
         body_seconds: in which a request must have arrived.
         json_depth: of nested arrays and objects.
         media: pictures, clips and sounds of a request, together.
-        pixels: of each picture, and of all sampled frames of a clip together.
+        pixels: of each picture; all sampled frames of a clip together have at most four times as many.
         seconds: of each clip and sound.
         media_bytes: of each file, also one that is fetched.
         media_memory: bytes that decoding one file may take.

@@ -10,10 +10,8 @@ import itertools
 import logging
 import queue
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from foundation.errors import UserError
 from mm.inference import Engine, Request
@@ -23,7 +21,6 @@ from serving.metrics import Metrics
 
 HEALTH_SECONDS = 10.0  # in which the loop must answer; a step lasts far less
 
-Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
 
 
@@ -78,7 +75,7 @@ class EngineLoop:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._tickets = itertools.count()
         self._numbers: dict[tuple[int, int], int] = {}  # (ticket, answer) -> number of the engine
-        self._owners: dict[int, tuple[Answering, int, float]] = {}  # number -> its request, answer, time of submission
+        self._owners: dict[int, tuple[Answering, int]] = {}  # number -> its request, and which answer
         self._server: asyncio.AbstractEventLoop | None = None
         self._stopping = False
         self.failure: Exception | None = None
@@ -110,16 +107,6 @@ class EngineLoop:
     def cancel(self, ticket: int, answer: int | None) -> None:
         """See `Answering.cancel`; the engine frees the rows before its next step."""
         self._commands.put(lambda: self._cancel(ticket, answer))
-
-    async def call(self, command: Callable[[], Result]) -> Result:
-        """Run something between two steps, which wait for it: what needs the model to itself.
-
-        Raises:
-            ApiError: the engine has failed. Whatever the command raises.
-        """
-        found: list[Result] = []
-        await self._call(lambda: found.append(command()))
-        return found[0]
 
     async def probe(self) -> None:
         """Return when the loop has answered.
@@ -190,7 +177,6 @@ class EngineLoop:
     def _submit(self, answering: Answering, requests: Sequence[Request]) -> None:
         if self.failure is not None:
             raise ApiError(503, "the engine has failed: restart the server", code="engine_failed")
-        now = time.monotonic()
         try:
             for request in requests:
                 self.engine.check(request)
@@ -199,7 +185,7 @@ class EngineLoop:
         for answer, request in enumerate(requests):
             number = self.engine.submit(request)
             self._numbers[answering.ticket, answer] = number
-            self._owners[number] = (answering, answer, now)
+            self._owners[number] = (answering, answer)
 
     def _cancel(self, ticket: int, answer: int | None) -> None:
         for key in [key for key in self._numbers if key[0] == ticket and answer in (None, key[1])]:
@@ -209,14 +195,13 @@ class EngineLoop:
         self._note_load()
 
     def _step(self) -> None:
-        began = time.monotonic()
         results = self.engine.step()
-        self.metrics.count_step(len([1 for _, token in results if token is not None]), time.monotonic() - began)
+        self.metrics.count_step(sum(token is not None for _, token in results))
         self._note_load()
         events: list[tuple[Answering, Event]] = []
         places: dict[int, int] = {}
         for number, token in results:
-            answering, answer, _ = self._owners[number]
+            answering, answer = self._owners[number]
             details = None
             if token is not None and number in self.engine.logprobs:
                 place = places.get(number, 0)
@@ -237,7 +222,7 @@ class EngineLoop:
     def _fail(self, error: Exception) -> None:
         """Tell all clients, and refuse what comes after."""
         self.failure = error
-        waiting = {answering for answering, _, _ in self._owners.values()}
+        waiting = {answering for answering, _ in self._owners.values()}
         self._owners.clear()
         self._numbers.clear()
         told = ApiError(500, "the engine has failed while it answered", code="engine_failed")

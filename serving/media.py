@@ -74,6 +74,7 @@ class MediaDecoder:
     def __init__(self, limits: Limits, workers: int = 1) -> None:
         self.limits = limits
         self._idle: queue.Queue[Child] = queue.Queue()
+        self._turns = asyncio.Semaphore(workers)  # requests wait here, and not in threads that others need
         self.children = [Child(limits) for _ in range(workers)]
         for child in self.children:
             self._idle.put(child)
@@ -119,7 +120,8 @@ class MediaDecoder:
             check_format(kind, data, param)
         command = {"kind": kind, "pixels": self.limits.pixels, "seconds": self.limits.seconds}
         command |= {"side": side, "frames": frames}
-        header, payload = await asyncio.to_thread(self._ask_child, command, data)
+        async with self._turns:
+            header, payload = await asyncio.to_thread(self._ask_child, command, data)
         if "error" in header:
             raise ApiError(400, str(header["error"])[:500], param, code=f"invalid_{kind}")
         return header, payload

@@ -23,6 +23,7 @@ MODULES = (
     *("serving.grammar", "speech.reading", "video.sampling", "vision.reading"),
     *("av", "av.stream", "cv2", "decord", "llguidance", "soundfile", "torchaudio.functional"),
 )
+CLIP_PICTURES = 4  # the sampled frames of a clip have at most so many times the pixels of a picture
 LENGTHS = struct.Struct("<IQ")  # bytes of the header and of the payload
 
 
@@ -80,7 +81,7 @@ def decode(command: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]
     if kind == "video":
         from video.sampling import sample_frames
 
-        limit = command["pixels"] // command["frames"]  # of a frame
+        limit = min(command["pixels"], CLIP_PICTURES * command["pixels"] // command["frames"])  # of a frame
         frames = sample_frames(data, command["frames"], max_pixels=limit, max_seconds=command["seconds"])
         header = {"shape": frames.pixels.shape, "times": frames.times.tolist(), "duration": frames.duration}
         return header, np.ascontiguousarray(frames.pixels).tobytes()

