@@ -162,10 +162,12 @@ def check_binding(host: str, keys: Sequence[str]) -> None:
 
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens. Raises: UserError: the address cannot be used."""
+    if not 0 <= port <= 65_535:  # the name resolution would take the remainder
+        raise UserError(f"port is {port}; it must lie in 0..65535")
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise UserError(f"{host}:{port} cannot be used ({error}): give another --host or --port") from None
 
 

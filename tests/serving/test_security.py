@@ -91,6 +91,13 @@ def test_other_addresses_than_loopback_need_a_key(host):
         command.check_binding(own, ())
 
 
+def test_an_address_that_cannot_be_used_is_said():
+    with pytest.raises(ValueError, match="port is 99999; it must lie in"):
+        command.listen("127.0.0.1", 99999)
+    with command.listen("127.0.0.1", 0) as taken, pytest.raises(ValueError, match="cannot be used"):
+        command.listen("127.0.0.1", taken.getsockname()[1])
+
+
 def test_keys_files_are_private_and_hold_long_keys(tmp_path, monkeypatch):
     file = tmp_path / "keys"
     file.write_text(f"{KEYS[0]}\n{KEYS[1]}\n")
