@@ -164,8 +164,8 @@ def test_settings_out_of_range_are_refused(dpo_config, changes, message):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("reference", ["average", "precomputed"])
-def test_two_ranks_train_as_one(dpo_config, tmp_path, reference):
+@pytest.mark.parametrize(("reference", "tp"), [("average", 1), ("average", 2), ("precomputed", 1)])
+def test_two_ranks_train_as_one(dpo_config, tmp_path, reference, tp):
     """Weights, gradients and the reference are sharded; the reference is updated twice."""
     changes = {"reference": reference, "reference_every": 2, "min_log_prob": -100.0}
     training = {"steps": 5, "learning_rates": {**FROZEN, "*": 1e-4}, "batch_size": 6}
@@ -173,7 +173,8 @@ def test_two_ranks_train_as_one(dpo_config, tmp_path, reference):
     for size in (1, 2):
         folder = tmp_path / f"ranks-{size}"
         folder.mkdir()
-        file, _ = dpo_config(training=training, output=str(folder / "run"), **changes)
+        layout = {"tp": tp if size == 2 else 1}
+        file, _ = dpo_config(training=training | layout, output=str(folder / "run"), **changes)
         if size == 1:
             main(["--config", str(file)])
         else:
