@@ -58,7 +58,7 @@ def load(
     dtype: torch.dtype | None = None,
     language_model: str | Path | None = None,
     quantisation: str | None = None,
-    share: Callable[[MultimodalModel], None] | None = None,
+    share: Callable[[MultimodalModel], MultimodalModel] | None = None,
 ) -> tuple[MultimodalModel, Processor]:
     """A model and its processor, ready to generate.
 
@@ -68,8 +68,8 @@ def load(
         dtype: of the weights; None is the language model's own dtype.
         language_model: the present path of a run's language model, if it moved.
         quantisation: "fp8" or "int8", see `mm.inference.quantisation.quantise`.
-        share: leaves a model, in place, the part of a rank, before weights are read from their files; such as
-            `mm.parallel.tensor_parallel_inference.share_for_inference`.
+        share: gives the part of a model that this rank holds, before weights are read from their files, as
+            `mm.parallel.inference.part_of_rank` does.
 
     Raises:
         UserError: the folder is neither, is incomplete, or its language model is missing or differs from the one in
@@ -79,7 +79,7 @@ def load(
     model, processor = open_model(folder, language_model)
     dtype = dtype or model.language_model.model.norm.weight.dtype
     if share is not None:
-        share(model)
+        model = share(model)
     materialise(model, device, dtype, threads=torch.get_num_threads())
     model.eval()
     if quantisation is not None:

@@ -184,7 +184,7 @@ def add_length_option(parser: ArgumentParser, max_new_tokens: int) -> None:
 
 
 def load_model(
-    options: Namespace, share: Callable[[mm.MultimodalModel], None] | None = None
+    options: Namespace, share: Callable[[mm.MultimodalModel], mm.MultimodalModel] | None = None
 ) -> tuple[mm.MultimodalModel, mm.Processor]:
     """The model and the processor that the options of `add_model_options` name; logs the device first.
 

@@ -1,13 +1,15 @@
 """`mm evaluate`: a model's scores on a folder of shards."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from app.commands.answer import add_key_option, add_length_option, add_model_options, load_model
-from app.commands.ranks import on_ranks
+from app.commands.ranks import add_pipeline_options, micro_batches, on_ranks
 from foundation.errors import UserError
 from foundation.options import new_parser, read_options
 from mm.evaluation.evaluate import METRICS, evaluate
+from mm.parallel.pipelined_inference import InferenceStage, generate_in_pipeline
 from mm.parallel.process_group import Ranks
 from shards.reader import ShardSet
 
@@ -37,12 +39,18 @@ def evaluate_shards(argv: Sequence[str]) -> int:
     parser.add_argument("--limit", type=int, help="size of a random subset, the same each time")
     parser.add_argument("--output", help="folder for scores.json and predictions.jsonl")
     add_model_options(parser)
+    add_pipeline_options(parser)
     add_length_option(parser, max_new_tokens=32)
     options = read_options(parser, argv)
     if options.output and Path(options.output).is_file():  # checked before the scores are computed
         raise UserError(f"{options.output} is a file; name a folder for the scores")
+    num_micro_batches = micro_batches(options)
     with on_ranks(options) as share:
         model, processor = load_model(options, share)
+        generate = None
+        if isinstance(model, InferenceStage):
+            pipeline = {"num_micro_batches": num_micro_batches, "max_rows": options.batch_size}
+            generate = partial(generate_in_pipeline, model, **pipeline)
         report = evaluate(
             model,
             processor,
@@ -55,6 +63,7 @@ def evaluate_shards(argv: Sequence[str]) -> int:
             batch_size=options.batch_size,
             max_new_tokens=options.max_new_tokens,
             limit=options.limit,
+            generate=generate,
         )
         print(report)
         if options.output and Ranks.current().is_main:

@@ -7,43 +7,64 @@ from functools import partial
 from jsonargparse import ArgumentParser, Namespace
 
 from foundation.errors import UserError
+from mm.device import resolve_device
 from mm.model import MultimodalModel
+from mm.parallel.inference import part_of_rank
 from mm.parallel.layout import Layout
 from mm.parallel.process_group import Ranks, init_distributed
-from mm.parallel.tensor_parallel_inference import share_for_inference
 
 
 def add_parallel_options(parser: ArgumentParser) -> None:
-    """Add the options that `on_ranks` reads."""
+    """Add `--tp`, which `on_ranks` reads."""
     parser.add_argument("--tp", type=int, default=1, help="ranks of torchrun that share each matrix product")
 
 
+def add_pipeline_options(parser: ArgumentParser) -> None:
+    """Add `--pp` and `--micro-batches`, which `on_ranks` and `micro_batches` read."""
+    parser.add_argument("--pp", type=int, default=1, help="stages of layers, each on ranks of its own")
+    parser.add_argument("--micro-batches", type=int, help="that take turns on the stages; as many as --pp if not given")
+
+
 @contextmanager
-def on_ranks(options: Namespace) -> Iterator[Callable[[MultimodalModel], None] | None]:
-    """Join the other ranks of a command; only rank 0 prints. Gives what leaves a model this rank's part of it.
+def on_ranks(options: Namespace) -> Iterator[Callable[[MultimodalModel], MultimodalModel]]:
+    """Join the other ranks of a command; only rank 0 prints. Gives what gives this rank's part of a model.
 
     Raises:
         UserError: another number of ranks than the options say, or ranks with other options.
     """
     with init_distributed() as ranks, nullcontext() if ranks.is_main else redirect_stdout(None):
-        check_ranks(options, ranks)
-        group = Layout(tp=options.tp).mesh("cpu")["tp"].get_group() if options.tp > 1 else None
-        yield None if group is None else partial(share_for_inference, group=group)
+        layout = Layout(tp=options.tp, pp=options.get("pp", 1))
+        check_ranks(options, layout, ranks)
+        yield partial(part_of_rank, layout=layout, device_type=resolve_device(options.device).type)
 
 
-def check_ranks(options: Namespace, ranks: Ranks) -> None:
+def check_ranks(options: Namespace, layout: Layout, ranks: Ranks) -> None:
     """Check that there are as many ranks as the options say, with the same options.
 
     Raises:
         UserError: there are not.
     """
-    if options.tp < 1:
-        raise UserError(f"tp is {options.tp}; it must be at least 1")
-    if options.tp != ranks.size:
+    for name in ("tp", "pp"):
+        if getattr(layout, name) < 1:
+            raise UserError(f"{name} is {getattr(layout, name)}; it must be at least 1")
+    needed = layout.tp * layout.pp
+    if needed != ranks.size:
+        degrees = f"tp is {layout.tp}" + (f" and pp is {layout.pp}" if "pp" in options else "")
         raise UserError(
-            f"tp is {options.tp}, and the command runs on {ranks.size} rank{'s' * (ranks.size > 1)}: start as many as "
-            f"tp, by torchrun --nproc-per-node {options.tp} -m app.cli"
+            f"{degrees}, which takes {needed} rank{'s' * (needed > 1)}, and the command runs on {ranks.size}: start it "
+            "by torchrun --nproc-per-node RANKS -m app.cli, with as many"
         )
-    if options.tp > 1 and options.quantisation is not None:
-        raise UserError(f"quantisation is {options.quantisation} and tp is {options.tp}: omit one of them")
+    if needed > 1 and options.quantisation is not None:
+        raise UserError(f"quantisation is {options.quantisation}, which works on one rank: omit it, or tp and pp")
     ranks.check_consistent("command line", repr(sorted(vars(options).items())))
+
+
+def micro_batches(options: Namespace) -> int:
+    """The number of micro-batches of a pipeline.
+
+    Raises:
+        UserError: it is given without a pipeline.
+    """
+    if options.micro_batches is not None and options.pp == 1:
+        raise UserError(f"micro-batches are {options.micro_batches}, and pp is 1: they are of a pipeline, omit them")
+    return options.pp if options.micro_batches is None else options.micro_batches

@@ -23,7 +23,7 @@ from mm.evaluation.choices import AnswerTokens, distinct_answers, draw_choices, 
 from mm.evaluation.likelihood import answer_log_likelihoods
 from mm.evaluation.metrics import Score
 from mm.evaluation.pmi import PmiScorer, share_of_tied
-from mm.generation import generate_tokens
+from mm.inference import Engine, Request, decode
 from mm.modalities import AUDIO, IMAGE
 from mm.model import MultimodalModel
 from mm.parallel.process_group import Ranks
@@ -38,6 +38,7 @@ from speech.features import FRAMES_PER_SECOND
 from speech.prompts import TRANSCRIBE
 
 Item = TypeVar("Item")
+Generate = Callable[[Sequence[Request]], list[list[int]]]  # requests -> the tokens of their answers
 
 METRICS = ("vqa_accuracy", "exact_match", "choice", "pmi_choice", "bleu", "chrf", "wer", "cer")
 _WINDOW = 16  # batches that are read ahead and sorted by length together; it bounds the images in memory
@@ -118,6 +119,7 @@ def evaluate(
     max_new_tokens: int = 32,
     limit: int | None = None,
     seed: int = 0,
+    generate: Generate | None = None,
 ) -> EvaluationReport:
     """Answer the last question of every record greedily, and score the answers.
 
@@ -141,6 +143,8 @@ def evaluate(
         max_new_tokens: limit of an answer. A question with one sound that starts with `TRANSCRIBE` is answered like by
             `mm transcribe`, see `mm.transcription.transcribe_tokens`; others like by `mm ask`.
         limit: number of records, drawn with `seed`; None takes all.
+        generate: answers requests other than transcripts; None: one engine for the whole set, so that batches share
+            what is computed of equal pictures and clips, as far as their pages have not been needed for others.
 
     Raises:
         UserError: an option is out of range, there are no records, none can be read, or there are too many choices.
@@ -152,11 +156,13 @@ def evaluate(
     indices = list(range(len(records)))
     if limit is not None and limit < len(records):
         indices = sorted(random.Random(seed).sample(indices, limit))
-    generates = bool(set(metrics) - {"choice", "pmi_choice"})
     answer_tokens = AnswerTokens(processor)
     choices = shared_choices(records) if "choice" in metrics else None
     answers = distinct_answers(records, answer_tokens) if "pmi_choice" in metrics else None
     pmi_scorer = PmiScorer(model) if "pmi_choice" in metrics else None
+    generate = generate or partial(decode, Engine(model, batch_size))
+    if set(metrics) <= {"choice", "pmi_choice"}:
+        generate = None
     build = _PromptBuilder(processor, answer_tokens, model.config.language_model.context, choices, answers, seed)
 
     def read(index: int) -> _Prompt:
@@ -187,7 +193,7 @@ def evaluate(
             for part in split_into_micro_batches(range(len(by_length)), batch_size, None, images):
                 batch = [prompts[by_length[place]] for place in part]
                 started = time.perf_counter()
-                _answer(model, processor, batch, max_new_tokens, generates, choices is not None, pmi_scorer)
+                _answer(model, processor, batch, max_new_tokens, generate, choices is not None, pmi_scorer)
                 compute_seconds.append(time.perf_counter() - started)
                 num_frames = sum(len(mel) for prompt in batch for mel in prompt.sample.speech)
                 sound_seconds.append(num_frames / FRAMES_PER_SECOND)
@@ -281,18 +287,19 @@ def _answer(
     processor: Processor,
     batch: list[_Prompt],
     max_new_tokens: int,
-    generates: bool,
+    generate: Generate | None,
     chooses: bool,
     pmi_scorer: PmiScorer | None,
 ) -> None:
     """Add the answers and choices of one batch to its rows."""
     samples = [prompt.sample for prompt in batch]
-    if generates:
-        for generate, transcribes in ((transcribe_tokens, True), (generate_tokens, False)):
-            part = [prompt for prompt in batch if prompt.transcribes == transcribes]
-            answers = generate(model, [prompt.sample for prompt in part], max_new_tokens) if part else []
-            for prompt, tokens in zip(part, answers, strict=True):
-                prompt.row["prediction"] = processor.decode(tokens)
+    if generate is not None:
+        spoken = [prompt for prompt in batch if prompt.transcribes]
+        others = [prompt for prompt in batch if not prompt.transcribes]
+        answers = transcribe_tokens(model, [prompt.sample for prompt in spoken], max_new_tokens) if spoken else []
+        answers += generate([Request(prompt.sample, max_new_tokens) for prompt in others]) if others else []
+        for prompt, tokens in zip([*spoken, *others], answers, strict=True):
+            prompt.row["prediction"] = processor.decode(tokens)
     if chooses:
         likelihoods = answer_log_likelihoods(model, samples, [prompt.choice_tokens for prompt in batch])
         for prompt, values in zip(batch, likelihoods, strict=True):

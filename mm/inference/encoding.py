@@ -29,7 +29,7 @@ def encode_items(model: MultimodalModel, pool: PagePool, items: Sequence[tuple[s
             places.append((units[..., None] * size + torch.arange(size)).flatten(1)[:, : item.num_tokens])
         into = torch.cat(places, dim=1).to(device, non_blocking=True)  # [K, N]
         blocks = [block for (_, own), block in model.blocks().items() if own == kind]
-        for block, own in zip(blocks, into, strict=True):
+        for block, own in zip(blocks, into, strict=False):
             for target, new in zip(pool.keys_values(kind), block.cross_attn.keys_values(vision), strict=True):
                 target.view(-1, *target.shape[2:]).index_copy_(0, own, new.to(target.dtype))
         for _, page in chosen:

@@ -19,7 +19,7 @@ from mm.inference.encoding import encode_items, encode_sounds
 from mm.inference.pages import TEXT, PagePool
 from mm.inference.passes import run_chunks
 from mm.inference.prompt import Prompt, engine_key, prepare, vision_sizes
-from mm.inference.readout import Readout
+from mm.inference.readout import Emitted, Readout
 from mm.inference.request import Request, check_request
 from mm.inference.rows import allocate, allocate_follower, check_memory, follow
 from mm.inference.shapes import Shapes
@@ -54,6 +54,7 @@ class Engine:
         deterministic: a request's tokens do not depend on the others in bf16 and FP8 either, at the price of speed: the
             state has one shape, and prompts, pictures and sounds pass one at a time, in chunks of one size.
         vision_tokens: with `deterministic`, the most that an answer sees of one modality; None: those of 4 tiles.
+        pool: of other engines of the same model, which step in turn with this one; None: one of its own, of `memory`.
 
     Attributes:
         logprobs: of the tokens that the latest `step` returned, by request, in order, for requests that ask for them.
@@ -73,12 +74,13 @@ class Engine:
         read_late: bool | None = None,
         deterministic: bool = False,
         vision_tokens: int | None = None,
+        pool: PagePool | None = None,
     ) -> None:
         for name, value in (("max_rows", max_rows), ("chunk", chunk)):
             if value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1")
         self.model, self.max_rows, self.chunk = model, max_rows, chunk
-        self.pool = PagePool(model, memory)
+        self.pool = PagePool(model, memory) if pool is None else pool
         if deterministic and chunk % self.pool.unit_tokens[TEXT]:
             size = self.pool.unit_tokens[TEXT]
             raise UserError(
@@ -88,13 +90,14 @@ class Engine:
         self.shapes = Shapes(
             self.pool, model.config, compiler is not None, max_rows if deterministic else None, vision_tokens
         )
+        self.advance = advance  # after a pass over prompts
         self.decode_one = decode_one if compiler is None else compiler(decode_one)
         self.read_late = self.pool.device.type != "cpu" if read_late is None else read_late
         self._waiting: deque[Waiting] = deque()
         self._rows: dict[int, Answer] = {}  # by row of the state, from admission to the end
         self._prompts: deque[Answer] = deque()  # of these, the ones whose prompts have not passed
         self._state: DecodeState | None = None
-        self._readouts: deque[tuple[Readout, list[Answer]]] = deque()  # what steps emitted and `step` has not read
+        self._readouts: deque[tuple[Emitted, list[Answer]]] = deque()  # what steps emitted and `step` has not read
         self._results: list[Result] = []
         self.logprobs: dict[int, list[TokenLogprobs]] = {}
         self._submitted = 0
@@ -194,7 +197,11 @@ class Engine:
         self.decode_one(self.model, self._state, pages)
         for answer in answers:
             answer.drawn += 1
-        self._readouts.append((Readout(self._state.readout), answers))
+        self._readouts.append((self._readout(self._state), answers))
+
+    def _readout(self, state: DecodeState) -> Emitted:
+        """What has just been emitted, to be read later."""
+        return Readout(state.readout)
 
     def _upload_biases(self, answers: Sequence[Answer]) -> None:
         for answer in answers:
@@ -353,10 +360,10 @@ class Engine:
         drawing = torch.zeros(state.bucket.rows, dtype=torch.bool, device=logits.device)
         drawing[into] = True
         self._upload_biases(started)
-        advance(state, spread, drawing)
+        self.advance(state, spread, drawing)
         for answer in started:
             answer.drawn = 1
-        self._readouts.append((Readout(state.readout), started))
+        self._readouts.append((self._readout(state), started))
 
     def _fitting_state(self, joining: Sequence[Answer]) -> DecodeState:
         """The state with the joining answers in their rows."""

@@ -82,7 +82,7 @@ class PagedCache(Cache):
     """The caches of one pass.
 
     Args:
-        table: int64 [L, B, P], of the text.
+        table: int64 [L, B, P], of the text; a pool may hold units for more layers than the model.
         places: int64 [L, B * T], as of `PagedLayer`.
         vision: by modality; the blocks of the others do not run.
     """
@@ -98,12 +98,12 @@ class PagedCache(Cache):
         keys_values = pool.keys_values(TEXT)
         self.layers = {
             depth: PagedLayer(*keys_values, *own)
-            for depth, *own in zip(model.held_layers(), table, places, strict=True)
+            for depth, *own in zip(model.held_layers(), table, places, strict=False)
         }
         self.vision = {}
         for kind, seen in vision.items():
             depths = [depth for depth, own in model.blocks() if own == kind]
-            for depth, own in zip(depths, seen.table, strict=True):
+            for depth, own in zip(depths, seen.table, strict=False):
                 self.vision[depth, kind] = PagedVision(*pool.keys_values(kind), own)
         self.contexts = {kind: VisionContext(seen.mask) for kind, seen in vision.items()}
 

@@ -8,12 +8,13 @@ Shapes: U units, n tokens of a unit, G KV heads.
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from foundation.errors import UserError
 from mm.model import MultimodalModel
 
 TEXT = "text"
@@ -45,21 +46,35 @@ class PagePool:
     Args:
         model: gives shapes, device and dtypes.
         memory: bytes of the buffer; None lets it grow with the requests that run at the same time.
+        layers: by kind, how many layers or blocks a page holds units for; None: those that the model holds. The stages
+            of a pipeline take the largest stage's, so that the same requests fit all of them.
+
+    Raises:
+        UserError: a stage of a pipeline without `layers`: it cannot answer alone.
 
     Attributes:
         found: how many pages `take` found whose content had been computed, by kind.
     """
 
-    def __init__(self, model: MultimodalModel, memory: int | None = None) -> None:
+    def __init__(
+        self, model: MultimodalModel, memory: int | None = None, layers: Mapping[str, int] | None = None
+    ) -> None:
         config = model.config.language_model
         self.device = model.extra_embeddings.device
         self.heads = (model.num_kv_heads, config.head_dim)
         held = model.held_layers()
         self.dtypes = {TEXT: next(iter(held.values())).input_layernorm.weight.dtype}
-        self.layers: dict[str, int] = {TEXT: len(held)}  # layers or blocks that a page holds units for
+        self.layers = Counter({TEXT: len(held)})  # layers or blocks that a page holds units for
         for (_, kind), block in model.blocks().items():
             self.dtypes[kind] = block.cross_attn.k_norm.weight.dtype
-            self.layers[kind] = self.layers.get(kind, 0) + 1
+            self.layers[kind] += 1
+        if layers is not None:
+            self.layers = Counter(layers)
+        elif len(held) < config.num_layers:
+            raise UserError(
+                "the model is one stage of a pipeline: generate with mm.parallel.pipelined_inference alone, or load it "
+                "with pp 1"
+            )
         widest = max(dtype.itemsize for dtype in self.dtypes.values())
         self.unit_tokens = {kind: UNIT_TOKENS * widest // dtype.itemsize for kind, dtype in self.dtypes.items()}
         self.half = UNIT_TOKENS * widest * model.num_kv_heads * config.head_dim  # bytes of a unit's keys

@@ -1,7 +1,16 @@
 """Reading what a step emitted, without making the host wait for the steps after it."""
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
+
+
+class Emitted(Protocol):
+    """What a step emitted, of each row the token and its details."""
+
+    def tolist(self) -> list[list[int]]:
+        """The values; waits for them."""
 
 
 class Readout:

@@ -204,6 +204,11 @@ def advance(state: DecodeState, logits: Tensor, drawing: Tensor | None = None) -
     Args:
         drawing: bool [B], the rows that draw; the others stay as they are and emit nothing. None: all draw.
     """
+    move_on(state, *draw(state, logits), drawing)
+
+
+def draw(state: DecodeState, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The next token of each row, int64 [B], and whether CTC ends its answer instead, bool [B]."""
     ends = torch.zeros_like(state.joint)
     if state.bucket.joint:
         logits, ends = joint_scores(logits, state.bias, state.end_bias, state.joint, state.stops)
@@ -216,6 +221,11 @@ def advance(state: DecodeState, logits: Tensor, drawing: Tensor | None = None) -
     )
     if state.bucket.logprobs:
         state.details.copy_(pack_logprobs(own, drawn))
+    return drawn, ends
+
+
+def move_on(state: DecodeState, drawn: Tensor, ends: Tensor, drawing: Tensor | None = None) -> None:
+    """Take what `draw` gave into the state; `drawing` as of `advance`."""
     goes_on = (state.remaining > 0) & (drawn[:, None] != state.stops).all(-1) & ~ends
     waits = torch.zeros_like(goes_on) if drawing is None else ~drawing
     goes_on &= ~waits
@@ -231,6 +241,11 @@ def decode_one(model: MultimodalModel, state: DecodeState, pages: int) -> None:
     Args:
         pages: units of the text table up to which some row's text reaches.
     """
+    advance(state, step_logits(model, state, pages))
+
+
+def step_logits(model: MultimodalModel, state: DecodeState, pages: int) -> Tensor:
+    """Run the latest token of each row through the model -> logits [B, V]; `pages` as of `decode_one`."""
     pool, positions = state.pool, state.positions
     size = pool.unit_tokens[TEXT]
     table = state.text_table[:, :, :pages]
@@ -241,4 +256,4 @@ def decode_one(model: MultimodalModel, state: DecodeState, pages: int) -> None:
     cache = PagedCache(model, pool, table, places, state.vision)
     step = DecodeStep(positions, pages * size, mask[:, None, None])
     x = model.run_layers(model.embed(state.tokens[:, None]), positions[:, None], cache.contexts, cache, step)
-    advance(state, model.language_model.lm_head(model.language_model.model.norm(x)[:, -1]))
+    return model.language_model.lm_head(model.language_model.model.norm(x)[:, -1])

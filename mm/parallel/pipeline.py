@@ -53,21 +53,27 @@ def stage_layers(positions: Sequence[int], num_layers: int, pp: int) -> list[ran
     return [range(*bounds) for bounds in pairwise([0, *(ends[units - 1] for units in num_units), num_layers])]
 
 
+def layers_of_stages(model: nn.Module, pp: int) -> list[range]:
+    """The language model's layers of each stage of a model.
+
+    Raises:
+        UserError: a model that cannot be split, or more stages than units.
+    """
+    if not isinstance(model, MultimodalModel) or model.image_adapter is None:
+        raise UserError(f"pp is {pp}; only a language model with an image adapter is split into stages: set it to 1")
+    if model.video_adapter is not None or model.speech_adapter is not None:
+        raise UserError(f"pp is {pp}; a model with a video or speech adapter is not split into stages: set it to 1")
+    return stage_layers(model.image_adapter.positions, model.config.language_model.num_layers, pp)
+
+
 def build_stage(model: nn.Module, layout: Layout, device_type: str, precision: str, loss: HiddenStatesLoss) -> "Stage":
     """This rank's stage of a model; it takes over the model's modules, which may be on the meta device.
 
     Raises:
         UserError: a model that cannot be split, more stages than units, or tied embeddings that train.
     """
-    if not isinstance(model, MultimodalModel) or model.image_adapter is None:
-        raise UserError(
-            f"pp is {layout.pp}; only a language model with an image adapter is split into stages: set it to 1"
-        )
-    if model.video_adapter is not None or model.speech_adapter is not None:
-        raise UserError(
-            f"pp is {layout.pp}; a model with a video or speech adapter is not split into stages: set it to 1"
-        )
-    layers = stage_layers(model.image_adapter.positions, model.config.language_model.num_layers, layout.pp)
+    layers = layers_of_stages(model, layout.pp)
+    assert isinstance(model, MultimodalModel)
     group = layout.mesh(device_type)["pp"].get_group()
     stage = Stage(model, layers, dist.get_rank(group), loss, precision, group)
     for name, parameter in model.named_parameters():
@@ -107,7 +113,7 @@ class Stage(MultimodalModel):
     ) -> None:
         with torch.device("meta"):  # no storage: every module is replaced below
             super().__init__(model.config)
-        _take_part(self, model, layers[rank])
+        take_part(self, model, layers[rank])
         self.layers, self.rank, self.num_stages = layers[rank], rank, len(layers)
         self.is_first, self.is_last = rank == 0, rank == len(layers) - 1
         self.loss, self.precision, self.group = loss, precision, group
@@ -298,7 +304,7 @@ def absent_modules(model: MultimodalModel, layers: range) -> list[str]:
     return absent
 
 
-def _take_part(stage: MultimodalModel, model: MultimodalModel, layers: range) -> None:
+def take_part(stage: MultimodalModel, model: MultimodalModel, layers: range) -> None:
     """Give a stage the modules that it holds, and empty modules in place of those that it does not."""
     absent = absent_modules(model, layers)
     holding = ("language_model.model", "language_model.model.layers", "image_adapter", "image_adapter.blocks")

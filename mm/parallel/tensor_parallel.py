@@ -39,9 +39,7 @@ def apply_tensor_parallel(module: nn.Module, mesh: DeviceMesh) -> None:
     Raises:
         UserError: the number of ranks does not divide the heads or channels.
     """
-    for description, size in shared_sizes(module):
-        if size % mesh.size():
-            raise UserError(f"tp is {mesh.size()}; it must divide {description}, {size}")
+    check_shared_sizes(module, mesh.size())
     for part in list(module.modules()):
         match part:
             case DecoderLayer():
@@ -57,6 +55,17 @@ def apply_tensor_parallel(module: nn.Module, mesh: DeviceMesh) -> None:
                 _parallelize(part, mesh, {"cross_attn": _replicated_input(3), "mlp": _replicated_input(0)})
             case EncoderLayer():
                 _split_encoder_layer(part, mesh)
+
+
+def check_shared_sizes(module: nn.Module, tp: int) -> None:
+    """Check that ranks can share a model.
+
+    Raises:
+        UserError: their number does not divide the heads or channels.
+    """
+    for description, size in shared_sizes(module):
+        if size % tp:
+            raise UserError(f"tp is {tp}; it must divide {description}, {size}")
 
 
 def shared_sizes(module: nn.Module) -> Iterator[tuple[str, int]]:

@@ -13,13 +13,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foundation.errors import UserError
 from layers.linear import Linear, linear
 from layers.sources import Index, read
 from mm.language_model import LanguageModel
 from mm.model import MultimodalModel
 from mm.parallel.tables import Split, shared_linears
-from mm.parallel.tensor_parallel import shared_sizes
+from mm.parallel.tensor_parallel import check_shared_sizes
 
 LinearT = TypeVar("LinearT", bound=Linear)
 
@@ -64,9 +63,7 @@ def share_for_inference(model: MultimodalModel, group: dist.ProcessGroup) -> Non
         UserError: the number of ranks does not divide the heads or channels.
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    for description, number in shared_sizes(model):
-        if number % size:
-            raise UserError(f"tp is {size}; it must divide {description}, {number}")
+    check_shared_sizes(model, size)
     for name, split in shared_linears(model, size).items():
         if not name.endswith("lm_head"):
             original = model.get_submodule(name)

@@ -102,6 +102,22 @@ def test_a_picture_is_encoded_once_for_its_questions(
     assert report.predictions == alone.predictions and len(set(predictions(report).values())) > 5
 
 
+@pytest.mark.parametrize("blank", [False, True])
+def test_batches_share_pictures(build_model, tiny_config, question, tiny_processor, blank):
+    """Without an index that says which records share one: three pictures in turn, or all grey, two to a batch."""
+    asked = [question(number) for number in range(9)]
+    for number, record in enumerate(asked):
+        record.media = question(number % 3).media
+    model, encoded = build_model(tiny_config, seed=4), []
+    hook = model.vision_encoder.register_forward_pre_hook(lambda _, inputs: encoded.append(len(inputs[0])))
+    options = {"max_new_tokens": 6, "blank_images": blank}
+    report = evaluate(model, tiny_processor, asked, ["exact_match"], batch_size=2, **options)
+    hook.remove()
+    assert sum(encoded) == (2 if blank else 3)  # of one tile and of two
+    alone = [evaluate(model, tiny_processor, [record], ["exact_match"], **options) for record in asked]
+    assert report.predictions == [one.predictions[0] for one in alone]
+
+
 def test_the_models_own_answers_score_full_marks(ask, records, question):
     answers = list(predictions(ask(records)).values())
     right = [question(index, answer=answer or "?") for index, answer in enumerate(answers)]

@@ -43,10 +43,10 @@ def speech_model(build_model, tiny_config, tokenizer) -> tuple[mm.MultimodalMode
 def answers_with_the_length(speech_model, monkeypatch) -> None:
     """Transcripts are the number of mel frames of the sound."""
 
-    def generate(_, samples, __):
-        return [speech_model[1].tokenizer(f"{len(sample.speech[0])} frames").input_ids for sample in samples]
+    def answer(_, requests):
+        return [speech_model[1].tokenizer(f"{len(one.sample.speech[0])} frames").input_ids for one in requests]
 
-    monkeypatch.setattr("mm.transcription.generate_tokens", generate)
+    monkeypatch.setattr("mm.transcription.decode", answer)
 
 
 def test_error_rates_and_real_time_factor(speech_model, records, answers_with_the_length):
@@ -77,8 +77,10 @@ def test_only_transcripts_have_the_limit_of_their_sound(speech_model, records, m
     transcript_limits, other_limits = [], []
     for module, limits in (("mm.transcription", transcript_limits), ("mm.evaluation.evaluate", other_limits)):
         monkeypatch.setattr(
-            f"{module}.generate_tokens",
-            lambda _, samples, limit, limits=limits: limits.append(limit) or [[]] * len(samples),
+            f"{module}.decode",
+            lambda _, requests, limits=limits: (
+                limits.extend(one.max_new_tokens for one in requests) or [[]] * len(requests)
+            ),
         )
     samples = np.random.default_rng(9).normal(0, 3000, 3000).astype(np.int16)
     silent = transcription_record("noise/9", "test", "en", "", samples)
@@ -91,8 +93,8 @@ def test_only_transcripts_have_the_limit_of_their_sound(speech_model, records, m
     lengths = [len(speech_model[1].record_prompt(record)[0].speech[0]) for record in (*records, silent)]
     expected = [3 * num_tokens(length) for length in lengths]
     assert max(expected) < 20
-    assert sorted(limit for limits in transcript_limits for limit in limits) == sorted(expected)
-    assert other_limits == [20]
+    assert sorted(transcript_limits) == sorted(expected)
+    assert other_limits == [20, 20, 20]
 
 
 def test_a_sound_without_a_replacement_is_an_error(records):
