@@ -3,15 +3,17 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import partial
+from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
 from foundation.errors import UserError
 from mm.device import resolve_device
 from mm.model import MultimodalModel
-from mm.parallel.inference import part_of_rank
-from mm.parallel.layout import Layout
-from mm.parallel.process_group import Ranks, init_distributed
+
+if TYPE_CHECKING:
+    from mm.parallel.layout import Layout
+    from mm.parallel.process_group import Ranks
 
 
 def add_parallel_options(parser: ArgumentParser) -> None:
@@ -32,13 +34,17 @@ def on_ranks(options: Namespace) -> Iterator[Callable[[MultimodalModel], Multimo
     Raises:
         UserError: another number of ranks than the options say, or ranks with other options.
     """
+    from mm.parallel.inference import part_of_rank
+    from mm.parallel.layout import Layout
+    from mm.parallel.process_group import init_distributed
+
     with init_distributed() as ranks, nullcontext() if ranks.is_main else redirect_stdout(None):
         layout = Layout(tp=options.tp, pp=options.get("pp", 1))
         check_ranks(options, layout, ranks)
         yield partial(part_of_rank, layout=layout, device_type=resolve_device(options.device).type)
 
 
-def check_ranks(options: Namespace, layout: Layout, ranks: Ranks) -> None:
+def check_ranks(options: Namespace, layout: "Layout", ranks: "Ranks") -> None:
     """Check that there are as many ranks as the options say, with the same options.
 
     Raises:

@@ -357,8 +357,7 @@ class Engine:
         into = torch.tensor(list(sources)).to(logits.device, non_blocking=True)
         spread = logits.new_zeros(state.bucket.rows, logits.shape[1])
         spread[into] = logits[torch.tensor(list(sources.values())).to(logits.device, non_blocking=True)]
-        drawing = torch.zeros(state.bucket.rows, dtype=torch.bool, device=logits.device)
-        drawing[into] = True
+        drawing = torch.zeros(state.bucket.rows, dtype=torch.bool, device=logits.device).index_fill(0, into, True)
         self._upload_biases(started)
         self.advance(state, spread, drawing)
         for answer in started:
@@ -368,8 +367,7 @@ class Engine:
     def _fitting_state(self, joining: Sequence[Answer]) -> DecodeState:
         """The state with the joining answers in their rows."""
         decoding = [*self._decoding(), *joining]
-        for answer in joining:
-            row = answer.prompt_row
+        for answer, row in ((one, one.prompt_row) for one in joining):
             answer.pages = row.read_by(self.pool, row.prompt.length - 1, row.prompt.length)
         pages = {answer.row: answer.pages for answer in decoding if answer.pages is not None}
         bucket = self.shapes.bucket(
@@ -381,8 +379,7 @@ class Engine:
             self._state = old.resized(self.model, bucket, pages)
         else:
             self._state.load_pages({answer.row: pages[answer.row] for answer in joining})
-        requests = {answer.row: answer.request for answer in joining}
-        self._state.load(requests, {answer.row: answer.budget for answer in joining})
+        self._state.load({one.row: one.request for one in joining}, {one.row: one.budget for one in joining})
         return self._state
 
 

@@ -16,7 +16,7 @@ CASES = [
     ((), "", list(COMMANDS)),
     ((), "tra", ["transcribe", "train"]),
     (("train",), "", list(STAGES)),
-    (("train",), "train_", ["train_image_adapter", "train_video_adapter", "train_speech_adapter"]),
+    (("train",), "train_", ["train_image_adapter", "train_video_adapter", "train_speech_adapter", "train_dpo"]),
     (("--quiet", "data"), "re", ["rethreshold"]),
     (("data", "build"), "e", ["equations"]),
     (("convert",), "f", ["from-mllama"]),
