@@ -80,7 +80,7 @@ STAGE_CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "train_dpo"])
 def test_every_stage_is_planned(mm_command, stage):
     file, *options = STAGE_CONFIGS[stage]
     batch = ("--training.batch_size", 2, "--training.micro_batch_size", "null")
@@ -90,3 +90,8 @@ def test_every_stage_is_planned(mm_command, stage):
     assert values["configured"][0]["memory"]["total"] > 0
     trained = {part for part, count in values["parameters"].items() if count["trained"]}
     assert all(values["flops"].get(part, 1) > 0 for part in trained - {"video_adapter"} if part in values["flops"])
+
+
+def test_dpo_is_refused_with_what_to_plan_instead(refused):
+    error = refused("plan", "train_dpo", "--config", configs.path("dpo.yaml"), "--preset", "8b")
+    assert "mm plan does not know train_dpo: plan `finetune` with twice the batch_size" in error
